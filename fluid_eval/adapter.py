@@ -1,0 +1,225 @@
+"""lm-eval's LM over our engine: drop what the run already holds, send the rest, keep answers as they come.
+
+Towards lm-eval this is rank 0 of 1; parallelism lives below, in the pool.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from fluid_model.engine.records import Generation, Request, Score, ScoreRequest
+from fluid_model.errors import ConfigError
+from fluid_model.tokens import Tokenizer
+
+from .pool import Pool
+from .progress import Bar
+from .store import Record, Run
+
+Ids = tuple[int, ...]
+ENCODE_AT_ONCE = 2048
+
+
+class FluidLM(TemplateLM):
+    """Answers lm-eval's requests from the run folder or, where it has none, from the pool.
+
+    pool: called once, when the first answer is missing.  window: tokens the model can read.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, window: int, pool: Callable[[], Pool], run: Run, bar: Callable[[str, int], Bar]
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self._window = window
+        self._pool = pool
+        self._run = run
+        self._bar = bar
+        self._bos = tokenizer.decode(self.prefix_token_id)
+
+    @property
+    def eot_token_id(self) -> int:
+        end = self.tokenizer.eos_token_id
+        return int(end if end is not None else self.tokenizer.bos_token_id or 0)
+
+    @property
+    def prefix_token_id(self) -> int:
+        begin = self.tokenizer.bos_token_id
+        return int(begin) if begin is not None else self.eot_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        if add_special_tokens is None:
+            return list(self._encode_all([string])[string])
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Texts before their stop strings, in request order."""
+        prompts = self._encode_all(instance.args[0] for instance in requests)
+        keys, work, prompt_of = [], [], {}
+        seen: Counter[str] = Counter()
+        for instance in requests:
+            text, options = instance.args
+            key = f"{instance.task_name}/{instance.doc_id}"
+            seen[key] += 1
+            if seen[key] > 1:
+                key += f"/{seen[key]}"
+            keys.append(key)
+            if not self._held(key, text):
+                work.append(self._request(key, prompts[text], dict(options)))
+                prompt_of[key] = text
+        self._work("writing", keys, work, lambda answer: _written(answer, prompt_of[answer.key]))
+        return [self._run.samples[key]["output"] for key in keys]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood, is greedy) of each continuation; the choices of one question go together."""
+        questions: dict[str, list[Instance]] = {}
+        for instance in requests:
+            questions.setdefault(f"{instance.task_name}/{instance.doc_id}", []).append(instance)
+        missing = {k: group for k, group in questions.items() if not self._held(k, group[0].args[0])}
+        pairs = self._encode_pairs([i.args for group in missing.values() for i in group])
+        work = [ScoreRequest(key, tuple(pairs[i.args] for i in group)) for key, group in missing.items()]
+        self._work("scoring", list(questions), work, lambda a: _scored(a, [i.args for i in missing[a.key]]))
+        found: dict[int, tuple[float, bool]] = {}
+        for key, group in questions.items():
+            record = self._run.samples[key]
+            for instance, value, greedy in zip(group, record["loglikelihoods"], record["greedy"], strict=True):
+                found[id(instance)] = value, greedy
+        return [found[id(instance)] for instance in requests]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows as wide as the model's, each token predicted once."""
+        totals = []
+        for instance in requests:
+            (text,) = instance.args
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self._window,
+                context_len=1,
+            )
+            parts = [((text, ""), *make_disjoint_window(window)) for window in windows]
+            totals.append(sum(value for value, _ in self._loglikelihood_tokens(parts)))
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        work = [ScoreRequest(str(n), ((tuple(c), tuple(t)),)) for n, (_texts, c, t) in enumerate(requests)]
+        found = {answer.key: answer for answer in self._pool().run(work) if isinstance(answer, Score)}
+        return [(found[item.key].loglikelihoods[0], found[item.key].greedy[0]) for item in work]
+
+    def _held(self, key: str, prompt: str) -> bool:
+        """Whether the run holds this sample. Raises ConfigError if its prompt has changed since."""
+        record = self._run.samples.get(key)
+        if record is not None and record["prompt_hash"] != prompt_hash(prompt):
+            raise ConfigError(f"{self._run.folder}: the prompt of {key} is not the one stored; start another run")
+        return record is not None
+
+    def _request(self, key: str, prompt: Ids, options: dict[str, Any]) -> Request:
+        """Cut a prompt from the left so that its answer fits the window; say how much was cut."""
+        settings = normalize_gen_kwargs(options)
+        stops = handle_stop_sequences(settings["until"], eos=self.tokenizer.decode(self.eot_token_id))
+        room = self._window - settings["max_gen_toks"]
+        fed = (prompt or (self.prefix_token_id,))[-room:]
+        return Request(
+            key=key,
+            prompt=fed,
+            max_new_tokens=settings["max_gen_toks"],
+            stops=tuple(stops),
+            seed=_row_seed(self._run.spec.seed, key),
+            truncated=max(0, len(prompt) - len(fed)),
+        )
+
+    def _work(self, title: str, keys: Sequence[str], work: Sequence[Any], record: Callable[[Any], Record]) -> None:
+        """Send missing work to the pool and store answers as they come."""
+        with self._bar(title, len(keys)) as bar:
+            bar.skip(len(keys) - len(work))
+            if work:
+                for answer in self._pool().run(work):
+                    self._run.append(record(answer))
+                    bar.advance()
+
+    def _encode_all(self, texts: Iterable[str]) -> dict[str, Ids]:
+        """Token ids of distinct texts, special tokens as the tokenizer adds them unless the text has its own BOS."""
+        distinct = list(dict.fromkeys(texts))
+        encoded: dict[str, Ids] = {}
+        for has_bos in (False, True):
+            group = [t for t in distinct if bool(self._bos) and has_bos_prefix(t, self._bos) == has_bos]
+            group = group if self._bos else [] if has_bos else distinct
+            for start in range(0, len(group), ENCODE_AT_ONCE):
+                part = group[start : start + ENCODE_AT_ONCE]
+                ids = self.tokenizer(part, add_special_tokens=not has_bos)["input_ids"]
+                encoded.update(zip(part, map(tuple, ids), strict=True))
+        return encoded
+
+    def _encode_pairs(self, texts: list[tuple[str, str]]) -> dict[tuple[str, str], tuple[Ids, Ids]]:
+        """Context and continuation ids as lm-eval splits them: encode the whole, cut at the context's length."""
+        split = {}
+        for context, continuation in texts:
+            bare = context.rstrip()
+            split[context, continuation] = bare, context[len(bare) :] + continuation
+        encoded = self._encode_all([c for c, _ in split.values() if c] + [c + t for c, t in split.values() if c])
+        pairs = {}
+        for args, (context, continuation) in split.items():
+            if context:
+                whole, head = encoded[context + continuation], encoded[context]
+                pairs[args] = head, whole[len(head) :]
+            else:
+                tail = tuple(self.tok_encode(continuation, add_special_tokens=False))
+                begin = (self.prefix_token_id,)
+                pairs[args] = (tail[:1], tail[1:]) if tail[:1] == begin else (begin, tail)
+        return pairs
+
+
+def prompt_hash(prompt: str) -> str:
+    """16 hex digits that name a prompt."""
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _row_seed(seed: int, key: str) -> int:
+    """A row's own seed, so that its random numbers do not depend on what runs beside it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7])
+
+
+def _base(answer: Generation | Score, prompt: str) -> Record:
+    task, doc_id = answer.key.split("/")[:2]
+    return {
+        "key": answer.key,
+        "task": task,
+        "doc_id": int(doc_id),
+        "prompt_hash": prompt_hash(prompt),
+        "prompt": prompt,
+        "prompt_tokens": answer.prompt_tokens,
+        "truncated": answer.truncated,
+        "trace": vars(answer.trace),
+        "seconds": answer.seconds,
+    }
+
+
+def _written(answer: Generation, prompt: str) -> Record:
+    return {
+        **_base(answer, prompt),
+        "output": answer.text,
+        "output_ids": list(answer.ids),
+        "finish": answer.finish,
+    }
+
+
+def _scored(answer: Score, args: list[tuple[str, str]]) -> Record:
+    best = max(range(len(args)), key=lambda i: answer.loglikelihoods[i])
+    return {
+        **_base(answer, args[0][0]),
+        "output": args[best][1].strip(),
+        "output_ids": [],
+        "finish": None,
+        "choices": [continuation for _, continuation in args],
+        "loglikelihoods": list(answer.loglikelihoods),
+        "greedy": list(answer.greedy),
+    }

@@ -1,0 +1,157 @@
+"""The `fluid-eval` command: parse, dispatch, print. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fluid_model.errors import ConfigError
+
+EXIT_OK, EXIT_FAILED, EXIT_CONFIG, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+_FLAGS = {
+    "tasks": "tasks",
+    "model": "model.path",
+    "decoder": "decoder.name",
+    "dtype": "model.dtype",
+    "device": "model.device",
+    "data_dir": "data_dir",
+    "limit": "limit",
+    "num_fewshot": "num_fewshot",
+    "max_new_tokens": "max_new_tokens",
+    "batch_size": "batch_size",
+    "engine": "engine.kind",
+    "workers": "engine.workers",
+    "ray_address": "engine.ray_address",
+    "seed": "seed",
+    "allow_code": "allow_code",
+}
+"""Flag -> setting of the spec."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="fluid-eval",
+        description="Evaluate language models that write in parallel, beside the autoregressive ones they came from.",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_run(commands.add_parser("run", help="run tasks with a model: table, run folder, result"))
+    report = commands.add_parser("report", help="one self-contained HTML page from a run folder")
+    report.add_argument("run", type=Path, help="run folder")
+    report.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: report.html in the run folder")
+    doctor = commands.add_parser("doctor", help="versions, devices, data, code isolation; exit 1 if a run would fail")
+    doctor.add_argument("--data-dir", default=None, metavar="DIR", help="folder with benchmark data")
+    reproduce = commands.add_parser("reproduce", help="measure the claims of reports/claims.toml and compare")
+    reproduce.add_argument("--data-dir", default=None, metavar="DIR", help="folder with benchmark data")
+    reproduce.add_argument("--models-dir", default=None, metavar="DIR", help="folder with model folders")
+    reproduce.add_argument("--out", type=Path, default=Path("runs/claims"), metavar="DIR", help="default: runs/claims")
+    return top
+
+
+def _add_run(run: argparse.ArgumentParser) -> None:
+    run.add_argument("spec", nargs="?", type=Path, metavar="SPEC.toml", help="the settings below from a file")
+    what = run.add_argument_group("what to run")
+    what.add_argument("--tasks", metavar="A,B", help="gsm8k, math500, humaneval, mmlu, mmlu_SUBJECT")
+    what.add_argument("--model", metavar="PATH_OR_HUB_ID", help="any Hugging Face causal LM, or a FLUID folder")
+    what.add_argument("--decoder", metavar="ar|fluid", help="default: ar")
+    what.add_argument("--set", action="append", default=[], metavar="A.B=C", help="e.g. decoder.confidence=0.9")
+    what.add_argument("--limit", type=int, metavar="N", help="first N documents of each task")
+    what.add_argument("--num-fewshot", type=int, metavar="N", help="default: the task's own")
+    what.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the task's own")
+    what.add_argument("--seed", type=int, metavar="N", help="default: 1234")
+    what.add_argument("--allow-code", action="store_const", const=True, help="agree to run code the model wrote")
+    where = run.add_argument_group("where")
+    where.add_argument("--data-dir", metavar="DIR", help="benchmark data; default: FLUID_DATA_DIR, else the hub")
+    where.add_argument("--batch-size", type=_batch_size, metavar="N|auto", help="rows at a time")
+    where.add_argument("--dtype", metavar="auto|float32|bfloat16")
+    where.add_argument("--device", metavar="auto|cpu|cuda")
+    where.add_argument("--engine", metavar="inline|ray", help="in this process (default), or Ray workers")
+    where.add_argument("--workers", type=int, metavar="N", help="Ray workers; default: one a GPU")
+    where.add_argument("--ray-address", metavar="HOST:PORT", help="default: RAY_ADDRESS, else a private cluster")
+    where.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/TASKS-MODEL-DECODER-ID")
+    where.add_argument("--resume", action="store_true", help="go on with a run folder")
+    where.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code: 0 done, 1 failed, 2 bad input (one line says which), 130 interrupted."""
+    options = parser().parse_args(arguments)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # our own bars are enough
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        return {"run": _run, "report": _report, "doctor": _doctor, "reproduce": _reproduce}[options.command](options)
+    except ConfigError as error:
+        print(f"fluid-eval: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_CONFIG
+    except KeyboardInterrupt:
+        print("fluid-eval: interrupted; what is finished is stored, --resume goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output is gone; nothing to tell it
+        return EXIT_FAILED
+
+
+def _run(options: argparse.Namespace) -> int:
+    from . import spec as specs
+
+    values = specs.read_toml(options.spec) if options.spec else {}
+    if data_dir := os.environ.get("FLUID_DATA_DIR"):
+        values.setdefault("data_dir", data_dir)
+    if isinstance(values.get("model"), str):
+        values["model"] = {"path": values["model"]}
+    if options.decoder and values.get("decoder", {}).get("name", options.decoder) != options.decoder:
+        values["decoder"] = {}  # another decoder's settings mean nothing to this one
+    for flag, name in _FLAGS.items():
+        if (value := getattr(options, flag)) is not None:
+            specs.put(values, name, value)
+    for setting in options.set:
+        specs.assign(values, setting)
+    spec = specs.build_spec(values)
+    from . import run as job
+    from .show import print_result
+
+    folder = options.out or job.default_folder(spec)
+    result = job.run(spec, folder, resume=options.resume)
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_result(result, folder)
+    return EXIT_OK
+
+
+def _report(options: argparse.Namespace) -> int:
+    from .report import write_report
+
+    output = options.output or options.run / "report.html"
+    write_report(options.run, output)
+    print(output)
+    return EXIT_OK
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import examine
+
+    return EXIT_OK if examine(options.data_dir or os.environ.get("FLUID_DATA_DIR")) else EXIT_FAILED
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from .claims import reproduce
+
+    data_dir = options.data_dir or os.environ.get("FLUID_DATA_DIR")
+    models_dir = options.models_dir or os.environ.get("FLUID_MODELS_DIR")
+    reproduce(options.out, data_dir=data_dir, models_dir=models_dir)
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

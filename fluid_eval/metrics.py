@@ -1,0 +1,75 @@
+"""From scored samples to the result table: scores with intervals, and what the answers cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .stats import interval
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a set of answers cost. Every forward counts, prefill and commit too; only ids before the end count.
+
+    tokens_per_second is per worker: tokens over the engine's time, summed over samples. None where nothing was
+    written (likelihood tasks).
+    """
+
+    tokens: int
+    forwards: int
+    seconds: float
+    tokens_per_forward: float | None
+    tokens_per_second: float | None
+    truncated_prompts: int
+    length_limit_hits: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the result table. low, high: 95% interval of the score."""
+
+    task: str
+    metric: str
+    filter: str
+    score: float
+    low: float
+    high: float
+    n: int
+    cost: Cost
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, the cost's among them."""
+        values = asdict(self)
+        return {**{k: v for k, v in values.items() if k != "cost"}, **values["cost"]}
+
+
+def cost(records: Sequence[Record]) -> Cost:
+    """Sum what the samples cost."""
+    wrote = [r for r in records if r["finish"] is not None]
+    tokens = sum(len(r["output_ids"]) for r in wrote)
+    forwards = sum(sum(r["trace"]["forwards"].values()) for r in records)
+    seconds = sum(r["seconds"] for r in records)
+    return Cost(
+        tokens=tokens,
+        forwards=forwards,
+        seconds=seconds,
+        tokens_per_forward=tokens / forwards if wrote and forwards else None,
+        tokens_per_second=tokens / seconds if wrote and seconds else None,
+        truncated_prompts=sum(r["truncated"] > 0 for r in records),
+        length_limit_hits=sum(r["finish"] == "length" for r in records),
+    )
+
+
+def lines(task: str, records: Sequence[Record]) -> list[Line]:
+    """One line per metric and filter of a task or group, over all its samples."""
+    spent = cost(records)
+    found = []
+    for name in dict.fromkeys(name for r in records for name in r["scores"]):
+        values = interval([r["scores"][name] for r in records if name in r["scores"]])
+        metric, _, used = name.partition(",")
+        found.append(Line(task, metric, used, values.mean, values.low, values.high, values.n, spent))
+    return found

@@ -1,0 +1,136 @@
+"""Who works: one worker in this process, or long-lived Ray actors. The only file that knows Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fluid_model.errors import ConfigError
+
+from .spec import RunSpec
+
+if TYPE_CHECKING:
+    from .worker import Answer, Work
+
+CHUNK_ROWS = 32
+"""Requests a Ray worker gets at a time: small enough to lose little, large enough to fill a batch."""
+IN_FLIGHT = 2
+"""Chunks a Ray worker holds, so that it never waits for the driver."""
+
+
+class Pool(Protocol):
+    """Works through requests; `size` workers."""
+
+    size: int
+
+    def facts(self) -> dict[str, Any]:
+        """What the workers run on."""
+
+    def run(self, work: Sequence[Work]) -> Iterator[Answer]:
+        """Answers as they come, in any order."""
+
+    def close(self) -> None:
+        """Let go of what the pool started."""
+
+
+def open_pool(spec: RunSpec) -> Pool:
+    """The pool a spec asks for, its models loaded."""
+    return InlinePool(spec) if spec.engine.kind == "inline" else RayPool(spec)
+
+
+class InlinePool:
+    """One worker, in this process."""
+
+    size = 1
+
+    def __init__(self, spec: RunSpec) -> None:
+        from .worker import Worker
+
+        self._worker = Worker(spec.to_dict())
+
+    def facts(self) -> dict[str, Any]:
+        return self._worker.facts()
+
+    def run(self, work: Sequence[Work]) -> Iterator[Answer]:
+        return self._worker.run(work)
+
+    def close(self) -> None:
+        pass
+
+
+class RayPool:
+    """Ray actors, one per GPU or as many as asked. A local cluster is private to the run and ends with it."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        import ray
+
+        self._ray = ray
+        address = spec.engine.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+        workers = spec.engine.workers
+        cpus = max(os.cpu_count() or 1, workers or 1) if address == "local" else None
+        try:
+            ray.init(address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"ray address {address!r}: {str(error).splitlines()[0]}") from error
+        try:
+            self._start(spec, workers)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, spec: RunSpec, workers: int | None) -> None:
+        from .worker import Worker
+
+        have = self._ray.cluster_resources()
+        gpus = 0 if spec.model.device == "cpu" else int(have.get("GPU", 0))
+        self.size = workers or gpus or 1
+        share = {"num_gpus": 1} if gpus else {"num_cpus": 1}
+        if gpus and self.size > gpus:
+            raise ConfigError(f"engine.workers={self.size}: the cluster has {gpus} GPUs, one worker each")
+        threads = None if gpus else max(1, (os.cpu_count() or 1) // self.size)
+        actor = self._ray.remote(Worker).options(**share)
+        self._actors = [actor.remote(spec.to_dict(), threads) for _ in range(self.size)]
+        self._facts: dict[str, Any] = self._get(self._actors[0].facts.remote())
+
+    def _get(self, reference: Any) -> Any:
+        """A remote result; what a worker raised is raised here as itself."""
+        try:
+            return self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, ConfigError) else error) from None
+
+    def facts(self) -> dict[str, Any]:
+        return self._facts
+
+    def run(self, work: Sequence[Work]) -> Iterator[Answer]:
+        """Longest first, in small chunks; each worker has the next one waiting."""
+        ordered = sorted(work, key=_length, reverse=True)
+        size = max(1, min(CHUNK_ROWS, -(-len(ordered) // (2 * self.size))))
+        chunks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        chunks.reverse()
+        busy: dict[Any, Any] = {}
+
+        def feed(actor: Any) -> None:
+            if chunks:
+                stream = actor.run.options(num_returns="streaming").remote(chunks.pop())
+                busy[stream] = actor
+
+        for _ in range(IN_FLIGHT):
+            for actor in self._actors:
+                feed(actor)
+        while busy:
+            (ready, *_), _ = self._ray.wait(list(busy), num_returns=1)
+            try:
+                yield self._get(next(ready))
+            except StopIteration:
+                feed(busy.pop(ready))
+
+    def close(self) -> None:
+        self._ray.shutdown()
+
+
+def _length(item: Work) -> int:
+    prompt = getattr(item, "prompt", None)
+    return len(prompt) if prompt is not None else max(len(c) for c, _ in item.pairs)  # type: ignore[union-attr]

@@ -1,0 +1,124 @@
+"""The main job: spec in, run folder and result out. Everything that can be wrong is found before anything is written."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fluid_model.errors import ConfigError
+
+from . import data, environment, harness, sandbox
+from .metrics import lines
+from .pool import Pool, open_pool
+from .progress import Bar
+from .spec import Nested, RunSpec
+from .store import RESULT, Record, Run, read_json
+
+
+def default_folder(spec: RunSpec) -> Path:
+    """runs/TASKS-MODEL-ID."""
+    model = Path(spec.model.path.rstrip("/")).name
+    return Path("runs") / f"{'+'.join(spec.tasks)}-{model}-{spec.decoder.name}-{spec.id[:8]}"
+
+
+def run(spec: RunSpec, folder: Path, *, resume: bool = False) -> Nested:
+    """Run a spec to its end and return the result, as stored in result.json.
+
+    Raises ConfigError, with nothing written, if the spec cannot be run here.
+    """
+    harness.check_names(spec.tasks)
+    unsafe = harness.unsafe_names(spec.tasks)
+    if unsafe and not spec.allow_code:
+        raise ConfigError(f"task {unsafe[0]} runs code written by the model; pass --allow-code to agree to that")
+    if unsafe and sandbox.isolation() is None:
+        raise ConfigError(f"task {unsafe[0]} cannot run code on this system: a POSIX system is needed")
+    opened = Run(folder, spec, resume=resume)
+    if (folder / RESULT).exists():
+        return read_json(folder / RESULT)
+    if not (spec.data_dir and Path(spec.model.path).expanduser().is_dir()) and not data.hub_reachable():
+        data.go_offline()
+    from fluid_model.checkpoint import describe, load_tokenizer, pick_device
+
+    pick_device(spec.model.device)
+    info = describe(spec.model.path)
+    _check_decoder(spec, info.k_max, info.tau)
+    tasks = harness.load_tasks(spec)
+    harness.check_generation(tasks, info.window)
+    job = _Job(spec, opened)
+    try:
+        return job.work(tasks, load_tokenizer(spec.model.path), info.window)
+    finally:
+        job.close()
+
+
+def _check_decoder(spec: RunSpec, k_max: int | None, tau: tuple[float | None, ...]) -> None:
+    if spec.decoder.needs_head and k_max is None:
+        raise ConfigError(
+            f"decoder={spec.decoder.name} needs a K-head, and {spec.model.path} has none (no fluid.json); "
+            "use --decoder ar"
+        )
+    if spec.model.tau is not None and spec.model.tau not in tau:
+        known = ", ".join(map(str, tau)) or "none"
+        raise ConfigError(f"model.tau={spec.model.tau}: {spec.model.path} has K-heads for tau = {known}")
+
+
+class _Job:
+    """One run under way."""
+
+    def __init__(self, spec: RunSpec, opened: Run) -> None:
+        self.spec = spec
+        self.opened = opened
+        self._pool: Pool | None = None
+        self._started = datetime.now(UTC)
+
+    def pool(self) -> Pool:
+        """The workers, started when the first answer is missing."""
+        if self._pool is None:
+            self._pool = open_pool(self.spec)
+            self._begin()
+        return self._pool
+
+    def _begin(self) -> None:
+        """Write the run folder's head: only now is the model known to load."""
+        where = {**environment.describe(), "started": self._started.isoformat(timespec="seconds")}
+        where |= {"engine": {**self._pool.facts(), "workers": self._pool.size}} if self._pool else {}
+        where["data"] = [vars(f) for f in data.fingerprints(self.spec.data_dir)]
+        where["isolation"] = sandbox.isolation()
+        self.opened.begin(where)
+
+    def work(self, tasks: harness.Tasks, tokenizer: Any, window: int) -> Nested:
+        from .adapter import FluidLM
+
+        clock = time.perf_counter()
+        lm = FluidLM(tokenizer, window, self.pool, self.opened, Bar)
+        results = harness.evaluate(self.spec, tasks, lm)
+        records = harness.scored_records(tasks, results, self.opened.samples)
+        result = self._result(tasks, records)
+        result["wall_seconds"] = round(time.perf_counter() - clock, 3)
+        self.opened.finish(records, result)
+        return result
+
+    def _result(self, tasks: harness.Tasks, records: list[Record]) -> Nested:
+        def table(name: str) -> list[dict[str, Any]]:
+            leaves = set(harness.members(tasks, name))
+            return [line.to_dict() for line in lines(name, [r for r in records if r["task"] in leaves])]
+
+        parts = [*tasks["groups"], *(n for n in tasks["tasks"] if n not in self.spec.tasks)]
+        return {
+            "spec_id": self.spec.id,
+            "model": self.spec.model.path,
+            "decoder": self.spec.to_dict()["decoder"],
+            "started": self._started.isoformat(timespec="seconds"),
+            "lines": [line for name in self.spec.tasks for line in table(name)],
+            "parts": [line for name in parts if name not in self.spec.tasks for line in table(name)],
+            "task_versions": harness.versions(tasks),
+            "data": [f.message for f in data.fingerprints(self.spec.data_dir)],
+            "notices": self.opened.notices,
+        }
+
+    def close(self) -> None:
+        self.opened.close()
+        if self._pool is not None:
+            self._pool.close()

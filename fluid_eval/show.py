@@ -1,0 +1,65 @@
+"""What a run prints: tables that fit 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+Line = Mapping[str, Any]
+
+
+def score(line: Line) -> str:
+    """Percent with its 95% interval."""
+    return f"{100 * line['score']:.1f} [{100 * line['low']:.1f}, {100 * line['high']:.1f}]"
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def metric(line: Line) -> str:
+    """Metric and filter in one name, short where the filter says nothing."""
+    names = {"strict-match": " strict", "flexible-extract": " flex", "none": "", "create_test": ""}
+    return f"{line['metric']}{names.get(line['filter'], ' ' + line['filter'])}"
+
+
+def print_result(result: Mapping[str, Any], folder: Path) -> None:
+    """The result table, the data's fingerprints and where everything is."""
+    console = Console(width=None if Console().is_terminal else 80, highlight=False, soft_wrap=False)
+    decoder = ", ".join(f"{k}={v}" for k, v in result["decoder"].items() if k != "name")
+    console.print(f"{result['model']}  decoder {result['decoder']['name']} ({decoder})")
+    console.print(_table(result["lines"]))
+    console.print("score: % and its 95% interval   cut: prompts cut from the left to fit the window")
+    console.print("tok/s: per worker               limit: answers that hit the length limit")
+    for message in result["data"]:
+        console.print(f"data: {message}")
+    for message in result["notices"]:
+        console.print(f"note: {message}")
+    console.print(f"run folder: {folder}  (fluid-eval report {folder})", soft_wrap=True)
+
+
+def _table(lines: Sequence[Line]) -> Table:
+    """One line a metric; what the answers cost stands on a task's first line."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
+    table.add_column("task")
+    table.add_column("metric", no_wrap=True)
+    for name in ("score", "n", "tok/fwd", "tok/s", "cut", "limit"):
+        table.add_column(name, justify="right", no_wrap=True)
+    before = None
+    for line in lines:
+        first = line["task"] != before
+        cost = (
+            number(line["tokens_per_forward"], 2),
+            number(line["tokens_per_second"]),
+            str(line["truncated_prompts"]),
+            str(line["length_limit_hits"]),
+        )
+        table.add_row(line["task"] if first else "", metric(line), score(line), str(line["n"]), *(cost if first else ()))
+        before = line["task"]
+    return table

@@ -1,0 +1,181 @@
+"""The run folder: what was asked, where it ran, every sample, and the result (written last). No torch, no lm-eval.
+
+    spec.json         the spec and its id
+    environment.json  versions, commit, hardware, data fingerprints
+    samples.jsonl     one line a sample, appended as answers come; scores are filled in when the run ends
+    result.json       the table; a run without it is not finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from fluid_model.errors import ConfigError
+
+from .spec import Nested, RunSpec, build_spec
+
+if TYPE_CHECKING:
+    import pandas
+
+Record = dict[str, Any]
+SPEC, ENVIRONMENT, SAMPLES, RESULT = "spec.json", "environment.json", "samples.jsonl", "result.json"
+
+
+class Run:
+    """An open run folder: samples by key, and a way to append more."""
+
+    def __init__(self, folder: Path, spec: RunSpec, *, resume: bool = False) -> None:
+        """Check that the folder may be used; nothing is written yet (see `begin`).
+
+        Raises ConfigError if it holds another spec, holds this one and `resume` is false, or cannot be written.
+        """
+        self.folder = folder
+        self.spec = spec
+        self.samples: dict[str, Record] = {}
+        self.notices: list[str] = []
+        self._file: TextIO | None = None
+        held = _held_spec(folder)
+        if held is None:
+            _check_writable(folder)
+        elif held.id != spec.id:
+            raise ConfigError(f"{folder} holds another run ({_difference(held, spec)}); choose another --out")
+        elif not resume:
+            state = "a finished run" if (folder / RESULT).exists() else "a run that was not finished"
+            raise ConfigError(f"{folder} holds {state} of this spec; pass --resume to go on, or another --out")
+        else:
+            self._mend_last_line()
+            self.samples = {record["key"]: record for record in read_samples(folder)}
+
+    def begin(self, environment: Nested) -> None:
+        """Create the folder and open the samples for appending."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / SPEC, {"id": self.spec.id, **self.spec.to_dict()})
+        write_json(self.folder / ENVIRONMENT, environment)
+        self._file = (self.folder / SAMPLES).open("a", encoding="utf-8")
+
+    def append(self, record: Record) -> None:
+        """Keep one sample, on disk before this returns."""
+        assert self._file is not None, "begin comes first"
+        self._file.write(_line(record))
+        self._file.flush()
+        self.samples[record["key"]] = record
+
+    def finish(self, records: Iterable[Record], result: Nested) -> None:
+        """Replace the samples by their scored form, then write the result."""
+        if self._file is not None:
+            self._file.close()
+        draft = self.folder / f".{SAMPLES}.tmp"
+        with draft.open("w", encoding="utf-8") as file:
+            file.writelines(_line(record) for record in records)
+        os.replace(draft, self.folder / SAMPLES)
+        write_json(self.folder / RESULT, result)
+
+    def close(self) -> None:
+        """Close the samples file; a run left like this can be resumed."""
+        if self._file is not None:
+            self._file.close()
+
+    def _mend_last_line(self) -> None:
+        """Drop a last line that was cut short by a crash, and say so."""
+        file = self.folder / SAMPLES
+        if not file.exists():
+            return
+        with file.open("rb+") as handle:
+            content = handle.read()
+            if content and not content.endswith(b"\n"):
+                keep = content.rfind(b"\n") + 1
+                handle.truncate(keep)
+                self.notices.append(f"{file}: the last line was cut short; dropped {len(content) - keep} bytes")
+
+
+def read_samples(folder: Path) -> Iterator[Record]:
+    """Samples of a run folder, in file order. Raises ConfigError naming file and line of one that is no sample."""
+    file = folder / SAMPLES
+    if not file.exists():
+        return
+    with file.open("rb") as handle:
+        for number, line in enumerate(handle, 1):
+            try:
+                record = json.loads(line)
+                record["key"], record["task"]  # noqa: B018  the least a sample has
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"{file}, line {number}: not a sample ({error})") from error
+            yield record
+
+
+def read_json(file: Path) -> Nested:
+    """A JSON object. Raises ConfigError naming the file."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return dict(values)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from error
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{file}: not a JSON object ({error})") from error
+
+
+def write_json(file: Path, values: Nested) -> None:
+    """Write a JSON file, all or nothing."""
+    draft = file.with_name(f".{file.name}.tmp")
+    draft.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")
+    os.replace(draft, file)
+
+
+def load_results(path: str | os.PathLike[str]) -> pandas.DataFrame:
+    """One row a sample of a run folder: its fields, each score as `score:NAME`, each count as `forwards:KIND`.
+
+    Raises ConfigError if the folder holds no run or a line is broken.
+    """
+    import pandas
+
+    folder = Path(path)
+    if not (folder / SPEC).is_file():
+        raise ConfigError(f"{folder}: no run here (no {SPEC})")
+    rows = []
+    for record in read_samples(folder):
+        row = {k: v for k, v in record.items() if k not in ("scores", "trace")}
+        row |= {f"score:{name}": value for name, value in (record.get("scores") or {}).items()}
+        trace = record.get("trace") or {}
+        row |= {f"forwards:{kind}": count for kind, count in trace.get("forwards", {}).items()}
+        row |= {name: trace.get(name) for name in ("slots", "predicted", "accepted")}
+        rows.append(row)
+    return pandas.DataFrame(rows)
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record, ensure_ascii=True) + "\n"
+
+
+def _held_spec(folder: Path) -> RunSpec | None:
+    file = folder / SPEC
+    if not file.exists():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ConfigError(f"{folder} is not empty and holds no run; choose another --out")
+        return None
+    values = read_json(file)
+    values.pop("id", None)
+    try:
+        return build_spec(values)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def _difference(held: RunSpec, asked: RunSpec) -> str:
+    ours, theirs = held.identity(), asked.identity()
+    name = next((n for n in theirs if ours.get(n) != theirs[n]), "spec")
+    return f"{name} is {json.dumps(ours.get(name))} there, {json.dumps(theirs[name])} here"
+
+
+def _check_writable(folder: Path) -> None:
+    """The nearest existing parent must be a folder we may write to."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out={folder}: is a file, not a folder")
+    parent = folder
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"out={folder}: cannot be written ({parent} is no folder that we may write to)")

@@ -1,0 +1,78 @@
+"""Holds a model and works through requests. Runs in this process or inside a Ray actor; knows neither."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+import fluid_model
+from fluid_model.engine.records import Generation, Request, Score, ScoreRequest
+
+from .spec import build_spec
+
+Work = Request | ScoreRequest
+Answer = Generation | Score
+AUTO_ROWS = 32
+"""Rows at a time where the user leaves it to us, if memory allows."""
+KV_SHARE = 0.5
+"""Share of free memory that keys and values may take with an automatic batch size."""
+
+
+class Worker:
+    """A checkpoint, a decoder and a scorer, loaded once for many batches of requests."""
+
+    def __init__(self, spec: dict[str, Any], threads: int | None = None) -> None:
+        """spec: as RunSpec.to_dict gives it.  threads: CPU threads to use (torch's own choice if None)."""
+        run = build_spec(spec)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        model = run.model
+        self._checkpoint = fluid_model.load(
+            model.path, dtype=model.dtype, device=model.device, tau=model.tau, mask_token=model.mask_token
+        )
+        self._decoder = run.decoder
+        self._batch_size = run.batch_size
+
+    def facts(self) -> dict[str, Any]:
+        """What this worker runs on: device, dtype, threads."""
+        backbone = self._checkpoint.backbone
+        device = torch.cuda.get_device_name(backbone.device) if backbone.device.type == "cuda" else "cpu"
+        return {
+            "device": device,
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "parameters": sum(p.numel() for p in self._checkpoint.model.parameters()),
+        }
+
+    def run(self, work: Sequence[Work]) -> Iterator[Answer]:
+        """Answers as they are finished, in any order."""
+        generate = [item for item in work if isinstance(item, Request)]
+        score = [item for item in work if isinstance(item, ScoreRequest)]
+        if generate:
+            slots = self.rows_for(max(len(r.prompt) + r.max_new_tokens for r in generate))
+            yield from fluid_model.engine_for(self._checkpoint, self._decoder, slots).generate(generate)
+        if score:
+            longest = max(len(context) + len(continuation) for r in score for context, continuation in r.pairs)
+            yield from fluid_model.Scorer(self._checkpoint.backbone, self.rows_for(longest)).score(score)
+
+    def rows_for(self, tokens: int) -> int:
+        """Rows of `tokens` tokens to keep at once: as asked, or as many as free memory takes, up to AUTO_ROWS."""
+        if self._batch_size != "auto":
+            return self._batch_size
+        backbone = self._checkpoint.backbone
+        config = backbone.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        row = 2 * config.num_hidden_layers * heads * size * tokens * torch.finfo(backbone.dtype).bits // 8
+        return max(1, min(AUTO_ROWS, int(KV_SHARE * free_memory(backbone.device)) // row))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,42 @@
+"""Models that write: loading, decoding, scoring.  Needs torch, transformers, peft and safetensors only.
+
+    checkpoint = fluid_model.load("path/or/hub-id")
+    engine = fluid_model.engine_for(checkpoint, fluid_model.ArSettings())
+    for answer in engine.generate([fluid_model.Request("1", prompt_ids, max_new_tokens=64)]): ...
+
+Names are imported when first used, so that settings can be read without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "ArSettings": "settings",
+    "Checkpoint": "checkpoint",
+    "ConfigError": "errors",
+    "DECODERS": "settings",
+    "Engine": "engine.loop",
+    "FluidSettings": "settings",
+    "Generation": "engine.records",
+    "KHead": "khead",
+    "Manifest": "manifest",
+    "Request": "engine.records",
+    "Score": "engine.records",
+    "ScoreRequest": "engine.records",
+    "Scorer": "scoring",
+    "add_mask_token": "checkpoint",
+    "describe": "checkpoint",
+    "engine_for": "decoders",
+    "load": "checkpoint",
+    "load_tokenizer": "checkpoint",
+    "save": "checkpoint",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -1,0 +1,297 @@
+"""Checkpoints: any Hugging Face causal LM, and this project's FLUID folders (see `manifest`). Strict in, atomic out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from . import legacy
+from .backbone import Backbone, context_window
+from .errors import ConfigError
+from .khead import KHead
+from .manifest import ADAPTER_FOLDER, HEAD_FILE, MASK_FILE, Manifest, read_manifest, write_manifest
+from .tokens import Tokenizer, end_ids, single_id
+
+
+@dataclass
+class Checkpoint:
+    """A loaded model with all it needs to write.
+
+    heads: one K-head per entry of manifest.tau (none for a plain AR model).  head: the chosen one.
+    model: the transformers model, with LoRA layers inside if the folder holds an adapter.
+    """
+
+    backbone: Backbone
+    tokenizer: Tokenizer
+    end_ids: tuple[int, ...]
+    manifest: Manifest | None = None
+    mask_id: int | None = None
+    heads: list[KHead] = field(default_factory=list)
+    head: KHead | None = None
+    adapter: PeftModel | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.backbone.model
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What can be said of a model without reading its weights. window: tokens.  tau: one per K-head."""
+
+    architecture: str
+    window: int
+    k_max: int | None
+    tau: tuple[float | None, ...]
+
+    @property
+    def has_head(self) -> bool:
+        return self.k_max is not None
+
+
+def resolve(path: str) -> str:
+    """A folder that exists, or a hub id. Raises ConfigError for a folder that cannot be a model."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() and read_manifest(folder) is None:
+            raise ConfigError(f"model={path}: the folder holds no config.json (nor fluid.json)")
+        return str(folder)
+    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:
+        raise ConfigError(f"model={path!r}: no such folder (a hub id reads owner/name)")
+    return path
+
+
+def describe(path: str) -> ModelInfo:
+    """Read configuration and manifest, no weights. Raises ConfigError if it is no causal LM or a bad checkpoint."""
+    source = resolve(path)
+    manifest = read_manifest(Path(source))
+    base = _base_of(source, manifest)
+    config = _from_pretrained(AutoConfig, base)
+    k_max: int | None = None
+    tau: tuple[float | None, ...] = ()
+    if manifest is not None:
+        heads = _read_heads(Path(source), manifest, _hidden_size(config))
+        k_max, tau = heads[0].k_max, manifest.tau
+    elif (file := Path(source) / legacy.HEAD_FILE).is_file():
+        k_max, tau = legacy.read_head(file, _hidden_size(config)).k_max, (None,)
+    architecture = (getattr(config, "architectures", None) or [config.model_type])[0]
+    return ModelInfo(architecture, context_window(config), k_max, tau)
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of a folder or hub id (for an adapter: the folder's own, which knows the mask token)."""
+    return _from_pretrained(AutoTokenizer, resolve(path))
+
+
+def load(
+    path: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    tau: float | None = None,
+    mask_token: str | None = None,
+) -> Checkpoint:
+    """Load a folder or hub id: a plain causal LM, a FLUID folder, or a published FLUID folder (model_head.bin).
+
+    dtype: auto (float32 on CPU, the checkpoint's own elsewhere), float32, bfloat16.  device: auto, cpu, cuda.
+    tau: which K-head to use, by its training-time bound.  mask_token: overrides the checkpoint's mask token text.
+    Raises ConfigError for missing or misshapen parts, unknown format versions and unsupported architectures.
+    """
+    source = resolve(path)
+    folder = Path(source)
+    manifest = read_manifest(folder)
+    target = pick_device(device)
+    tokenizer = load_tokenizer(source)
+    model = _load_weights(_base_of(source, manifest), dtype, target)
+    hidden = _hidden_size(model.config)
+    heads: list[KHead] = []
+    adapter = None
+    if manifest is not None:
+        heads = _read_heads(folder, manifest, hidden)
+        if manifest.weights == "adapter":
+            adapter = _load_adapter(model, tokenizer, folder, manifest)
+            model = adapter.get_base_model()
+    elif (file := folder / legacy.HEAD_FILE).is_file():
+        heads = [legacy.read_head(file, hidden)]
+        text = mask_token or legacy.mask_text(tokenizer)
+        manifest = Manifest(parent=path, mask_token=text, k_max=heads[0].k_max, tau=(None,))
+    chosen = manifest.choose(tau) if manifest else None
+    if chosen is None and tau is not None:
+        raise ConfigError(f"model.tau={tau}: {path} has no K-head")
+    backbone = Backbone(model)
+    backbone.probe()
+    return Checkpoint(
+        backbone=backbone,
+        tokenizer=tokenizer,
+        end_ids=end_ids(tokenizer, model.config, model.generation_config),
+        manifest=manifest,
+        mask_id=single_id(tokenizer, mask_token or manifest.mask_token) if manifest else None,
+        heads=heads,
+        head=heads[chosen].to(target) if chosen is not None else None,
+        adapter=adapter,
+    )
+
+
+def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
+    """Write a FLUID folder, all or nothing: a failure leaves what stood there before.
+
+    Raises ConfigError if the checkpoint has no manifest or head to save.
+    """
+    manifest, target = checkpoint.manifest, Path(path)
+    if manifest is None or not checkpoint.heads or len(checkpoint.heads) != len(manifest.tau):
+        raise ConfigError(f"cannot save {target}: a FLUID checkpoint needs a manifest and one K-head per tau")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        write_manifest(draft, manifest)
+        checkpoint.tokenizer.save_pretrained(draft)
+        save_file(_head_tensors(checkpoint.heads), draft / HEAD_FILE)
+        if manifest.weights == "adapter":
+            _save_adapter(checkpoint, draft)
+        else:
+            checkpoint.model.save_pretrained(draft)
+        _swap(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def add_mask_token(model: PreTrainedModel, tokenizer: Tokenizer, text: str) -> int:
+    """Make `text` one token and give it an embedding (the mean of the others). Returns its id.
+
+    A token the tokenizer knows is taken as it is; embeddings grow only if their table has no row for it.
+    """
+    if text in tokenizer.get_vocab():
+        return single_id(tokenizer, text)
+    tokenizer.add_special_tokens({"additional_special_tokens": [text]}, replace_extra_special_tokens=False)
+    token = single_id(tokenizer, text)
+    if token >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(token + 1, mean_resizing=False)
+    with torch.no_grad():
+        for table in _embedding_tables(model).values():
+            table[token] = table[:token].mean(0)
+    return token
+
+
+def pick_device(device: str) -> torch.device:
+    """auto -> cuda if there is one. Raises ConfigError for cuda without a device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: torch sees no CUDA device here; use --device cpu")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+def _base_of(source: str, manifest: Manifest | None) -> str:
+    """Where the weights are: the folder itself, or the parent of an adapter (a relative path counts from it)."""
+    if manifest is None or manifest.weights == "merged":
+        return source
+    beside = Path(source) / manifest.parent
+    return str(beside) if beside.is_dir() else resolve(manifest.parent)
+
+
+def _from_pretrained(auto: Any, source: str, **options: Any) -> Any:
+    """transformers' own loading, its errors told in one line."""
+    try:
+        return auto.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(f"model={source}: {reason.strip()}") from error
+
+
+def _load_weights(source: str, dtype: str, device: torch.device) -> PreTrainedModel:
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ConfigError(f"dtype={dtype!r}: known are auto, float32, bfloat16")
+    number = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
+        dtype, torch.float32 if device.type == "cpu" else "auto"
+    )
+    model, info = _from_pretrained(AutoModelForCausalLM, source, dtype=number, output_loading_info=True)
+    missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    if missing:
+        raise ConfigError(f"model={source}: {len(missing)} weights are missing or misshapen, first {missing[0]}")
+    return model.to(device)
+
+
+def _hidden_size(config: Any) -> int:
+    size: int = config.get_text_config(decoder=True).hidden_size
+    return size
+
+
+def _read_heads(folder: Path, manifest: Manifest, hidden_size: int) -> list[KHead]:
+    file = folder / HEAD_FILE
+    if not file.is_file():
+        raise ConfigError(f"{file}: missing; a FLUID checkpoint needs its K-heads")
+    try:
+        tensors = load_file(file)
+    except Exception as error:  # safetensors raises its own untyped error
+        raise ConfigError(f"{file}: not a safetensors file: {error}") from error
+    heads = []
+    for index in range(len(manifest.tau)):
+        prefix = f"{index}."
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        head = legacy.head_from_state(state, hidden_size, file)
+        if head.k_max != manifest.k_max:
+            raise ConfigError(f"{file}: head {index} has {head.k_max} classes, the manifest says k_max={manifest.k_max}")
+        heads.append(head)
+    return heads
+
+
+def _head_tensors(heads: list[KHead]) -> dict[str, torch.Tensor]:
+    return {f"{i}.{name}": t.contiguous().cpu() for i, h in enumerate(heads) for name, t in h.state_dict().items()}
+
+
+def _embedding_tables(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Input and output embedding tables; one entry where they are tied."""
+    tables = {"input": model.get_input_embeddings().weight, "output": model.get_output_embeddings().weight}
+    if tables["output"] is tables["input"]:
+        del tables["output"]
+    return tables
+
+
+def _save_adapter(checkpoint: Checkpoint, draft: Path) -> None:
+    if checkpoint.adapter is None or checkpoint.mask_id is None:
+        raise ConfigError(f"cannot save {draft.name}: weights=adapter needs a PEFT adapter and a mask token")
+    checkpoint.adapter.save_pretrained(draft / ADAPTER_FOLDER, save_embedding_layers=False)
+    rows = {n: t[checkpoint.mask_id].detach().clone().cpu() for n, t in _embedding_tables(checkpoint.model).items()}
+    save_file(rows, draft / MASK_FILE)
+
+
+def _load_adapter(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, manifest: Manifest) -> PeftModel:
+    """Put LoRA layers into the parent and the mask token's embedding into its tables."""
+    token = add_mask_token(model, tokenizer, manifest.mask_token)
+    if token >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(token + 1, mean_resizing=False)
+    file = folder / MASK_FILE
+    if not file.is_file():
+        raise ConfigError(f"{file}: missing; an adapter folder needs its mask token's embedding")
+    with torch.no_grad():
+        for name, row in load_file(file).items():
+            table = _embedding_tables(model)[name]
+            table[token] = row.to(table)
+    if not (folder / ADAPTER_FOLDER / "adapter_config.json").is_file():
+        raise ConfigError(f"{folder / ADAPTER_FOLDER}: missing; the manifest says weights=adapter")
+    try:
+        return PeftModel.from_pretrained(model, str(folder / ADAPTER_FOLDER))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / ADAPTER_FOLDER}: {str(error).splitlines()[0]}") from error
+
+
+def _swap(draft: Path, target: Path) -> None:
+    """Put the finished draft in the target's place by renames."""
+    os.chmod(draft, 0o755)  # mkdtemp makes it private
+    old = draft.with_name(draft.name + "-old")
+    if target.exists():
+        os.rename(target, old)
+    try:
+        os.rename(draft, target)
+    except OSError:
+        if old.exists():
+            os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

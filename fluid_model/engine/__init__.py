@@ -1,0 +1,1 @@
+"""Slots, cache and the loop: how any decoder's forwards are run and counted."""

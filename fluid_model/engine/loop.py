@@ -1,0 +1,222 @@
+"""The loop every decoder shares: admit, plan, forward, absorb, retire.
+
+Legend: n active rows, R rows just admitted, S slots fed, L longest prompt, D hidden.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from ..backbone import Backbone
+from ..errors import ConfigError
+from ..tokens import Tokenizer, cut_at_stops, has_stop
+from .cache import SlotCache
+from .records import Finish, Generation, Request, Trace
+from .strategy import Absorbed, Strategy
+
+PREFILL_TOKENS = 8192
+"""Prompt tokens, padding included, that one prefill forward may take."""
+DECODE_MARGIN = 8
+"""Tokens decoded before a possible stop string, so that split words and bytes come out whole."""
+
+
+@dataclass
+class _Row:
+    request: Request
+    length: int = 0
+    ids: list[int] = field(default_factory=list)
+    trace: Trace = field(default_factory=Trace)
+    seconds: float = 0.0
+    finish: Finish | None = None
+
+
+class Engine:
+    """Continues prompts with one strategy over one backbone, `slots` rows at a time.
+
+    A finished row's slot is given to the next waiting request at once; active rows are kept packed at the front.
+    `calls` counts model forwards since construction.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokenizer: Tokenizer,
+        end_ids: Iterable[int],
+        strategy: Strategy,
+        slots: int = 16,
+    ) -> None:
+        if slots < 1:
+            raise ConfigError(f"batch_size={slots} must be at least 1")
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.end_ids = frozenset(end_ids)
+        self.strategy = strategy
+        self.slots = slots
+        self.calls = 0
+        self._rows: list[_Row] = []
+        self._clock = 0.0
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
+        """Yield each answer as soon as it is finished (not in request order).
+
+        Raises ConfigError if a prompt is empty or leaves no room for its answer.
+        """
+        waiting = deque(sorted(requests, key=lambda r: -len(r.prompt)))
+        if not waiting:
+            return
+        for request in waiting:
+            self._check(request)
+        slots = min(self.slots, len(waiting))
+        columns = max(len(r.prompt) + r.max_new_tokens for r in waiting) + self.strategy.widest
+        self._cache = SlotCache(slots, columns)
+        self.strategy.allocate(slots)
+        self._rows = []
+        self._clock = time.perf_counter()
+        while waiting or self._rows:
+            while waiting and len(self._rows) < slots:
+                self._admit(waiting, slots - len(self._rows))
+            yield from self._retire()
+            if self._rows:
+                self._round()
+                yield from self._retire()
+
+    def _check(self, request: Request) -> None:
+        need = len(request.prompt) + request.max_new_tokens
+        if not request.prompt:
+            raise ConfigError(f"request {request.key}: the prompt has no tokens")
+        if request.max_new_tokens < 1:
+            raise ConfigError(f"request {request.key}: max_new_tokens={request.max_new_tokens} must be at least 1")
+        if need > self.backbone.window:
+            raise ConfigError(
+                f"request {request.key}: {len(request.prompt)} prompt + {request.max_new_tokens} new tokens exceed "
+                f"the model's window of {self.backbone.window}"
+            )
+
+    @torch.inference_mode()
+    def _admit(self, waiting: deque[Request], free: int) -> None:
+        """Prefill the longest waiting prompts together, as many as the slots and one forward's budget take."""
+        longest = len(waiting[0].prompt)
+        rows = [_Row(waiting.popleft()) for _ in range(min(free, len(waiting), max(1, PREFILL_TOKENS // longest)))]
+        start = len(self._rows)
+        prompts = [torch.tensor(row.request.prompt) for row in rows]
+        ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(self.backbone.device)  # (R, L)
+        columns, total = self._cache.aim(start, [0] * len(rows), longest, self.backbone.device)
+        hidden = self.backbone.forward(ids, columns, total, self._cache)  # (R, L, D)
+        self.calls += 1
+        last = torch.tensor([len(p) - 1 for p in prompts], device=hidden.device)
+        for row, prompt in zip(rows, prompts, strict=True):
+            row.length = len(prompt)
+            row.trace.count("prefill", len(prompt))
+        absorbed = self.strategy.admit(
+            start,
+            hidden[torch.arange(len(rows), device=hidden.device), last],
+            [row.request.seed for row in rows],
+            [self._room(row) for row in rows],
+        )
+        self._rows += rows
+        self._take(rows, absorbed)
+
+    @torch.inference_mode()
+    def _round(self) -> None:
+        """One forward for all active rows."""
+        rows = self._rows
+        feed = self.strategy.plan(len(rows))
+        fed = feed.ids.shape[1]
+        columns, total = self._cache.aim(0, [row.length for row in rows], fed, self.backbone.device)
+        hidden = self.backbone.forward(feed.ids, columns, total, self._cache)  # (n, S, D)
+        self.calls += 1
+        for row, width, kind in zip(rows, feed.widths, feed.kinds, strict=True):
+            row.trace.count(kind, width)
+        absorbed = self.strategy.absorb(feed, hidden, [self._room(row) for row in rows])
+        for row, keep in zip(rows, absorbed.keep, strict=True):
+            row.length += keep
+        self._take(rows, absorbed)
+
+    def _room(self, row: _Row) -> int:
+        return self.backbone.window - row.length
+
+    def _take(self, rows: list[_Row], absorbed: Absorbed) -> None:
+        """Book committed tokens, strides and time; decide who is finished."""
+        for row, tokens in zip(rows, absorbed.tokens, strict=True):
+            if tokens:
+                self._commit(row, tokens)
+        for row, stride in zip(rows, absorbed.predicted, strict=False):
+            if stride is not None and row.finish is None:
+                row.trace.predicted.append(stride)
+        now = time.perf_counter()
+        for row in rows:
+            row.seconds += (now - self._clock) / len(rows)
+        self._clock = now
+
+    def _commit(self, row: _Row, tokens: list[int]) -> None:
+        """Append tokens up to the answer's end: end-of-sequence, a stop string, or the length limit."""
+        request, before = row.request, len(row.ids)
+        if row.trace.predicted:
+            row.trace.accepted.append(len(tokens))
+        end = next((i for i, token in enumerate(tokens) if token in self.end_ids), None)
+        fresh = tokens[:end][: request.max_new_tokens - before]
+        row.ids += fresh
+        stopped = self._first_stop(row, before)
+        if stopped is not None:
+            del row.ids[stopped:]
+            row.finish = "stop"
+        elif end is not None and before + end < request.max_new_tokens:
+            row.finish = "eos"
+        elif len(row.ids) >= request.max_new_tokens:
+            row.finish = "length"
+
+    def _first_stop(self, row: _Row, before: int) -> int | None:
+        """Length of the shortest prefix of the answer that holds a stop string, if longer than `before` tokens."""
+        stops = row.request.stops
+        if not stops:
+            return None
+        reach = max(len(stop.encode()) for stop in stops) + DECODE_MARGIN
+        if not has_stop(self._decode(row.ids[max(0, before - reach) :]), stops):
+            return None
+        for end in range(before + 1, len(row.ids) + 1):
+            if has_stop(self._decode(row.ids[:end]), stops):
+                return end
+        return None
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def _retire(self) -> Iterator[Generation]:
+        """Hand back finished rows and pack the rest together."""
+        for slot in reversed(range(len(self._rows))):
+            row = self._rows[slot]
+            if row.finish is None:
+                continue
+            self._free(slot)
+            finished, paused = self._generation(row), time.perf_counter()
+            yield finished
+            self._clock += time.perf_counter() - paused  # what the caller did meanwhile is not decoding
+
+    @torch.inference_mode()
+    def _free(self, slot: int) -> None:
+        """Move the last active row into a finished one's slot."""
+        last = len(self._rows) - 1
+        if slot != last:
+            self._cache.move(last, slot)
+            self.strategy.move(last, slot)
+            self._rows[slot] = self._rows[last]
+        self._rows.pop()
+
+    def _generation(self, row: _Row) -> Generation:
+        request = row.request
+        return Generation(
+            key=request.key,
+            ids=tuple(row.ids),
+            text=cut_at_stops(self._decode(row.ids), request.stops),
+            finish=row.finish or "length",
+            trace=row.trace,
+            seconds=row.seconds,
+            prompt_tokens=len(request.prompt),
+            truncated=request.truncated,
+        )

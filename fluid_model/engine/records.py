@@ -1,0 +1,89 @@
+"""What goes into the engine and what comes out: plain records, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["prefill", "denoise", "verify", "commit"]
+KINDS: tuple[Kind, ...] = ("prefill", "denoise", "verify", "commit")
+"""Why a row took part in a forward: read the prompt; refine a canvas; check it; store keys of kept tokens."""
+
+Finish = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to continue.
+
+    prompt: token ids, already cut to the window.  max_new_tokens: ids to write at most.
+    stops: strings that end the answer.  seed: of this row's own random numbers.
+    truncated: prompt tokens that were cut from the left to make room.
+    """
+
+    key: str
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    stops: tuple[str, ...] = ()
+    seed: int = 0
+    truncated: int = 0
+
+
+@dataclass
+class Trace:
+    """What it took to write one answer.
+
+    forwards: forwards this row took part in, by kind.  slots: slots fed for it over all of them, prompt included.
+    predicted / accepted: stride drafted and tokens kept, one entry a round, before the answer is trimmed to its end
+    (empty for decoders without strides; the last round may lack its `accepted` where the answer ended first).
+    """
+
+    forwards: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    slots: int = 0
+    predicted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    def count(self, kind: Kind, slots: int) -> None:
+        """Book one forward in which this row fed `slots` slots."""
+        self.forwards[kind] += 1
+        self.slots += slots
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One finished answer.
+
+    ids: tokens written, up to (not including) the first end-of-sequence id, up to and including the token that
+    completes a stop string.  text: their text before the stop string.  prompt_tokens, truncated: as fed, as cut.
+    seconds: this row's share of the engine's time, so that a sum over rows is time spent, whatever the batch was.
+    """
+
+    key: str
+    ids: tuple[int, ...]
+    text: str
+    finish: Finish
+    trace: Trace
+    seconds: float
+    prompt_tokens: int = 0
+    truncated: int = 0
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Continuations to score: pairs of (context ids, continuation ids), usually one context with several choices."""
+
+    key: str
+    pairs: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log-likelihood (nats, summed over the continuation) and whether it is the greedy continuation, per pair."""
+
+    key: str
+    loglikelihoods: tuple[float, ...]
+    greedy: tuple[bool, ...]
+    trace: Trace
+    seconds: float
+    prompt_tokens: int = 0
+    truncated: int = 0

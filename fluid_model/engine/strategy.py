@@ -1,0 +1,60 @@
+"""The seam between the engine and a decoder: what to feed, what to keep.
+
+Legend: n active rows, S slots fed, D hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from .records import Kind
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Slots to feed now. ids: (n, S), a row's slots first, padding after.  widths, kinds: per row."""
+
+    ids: Tensor
+    widths: list[int]
+    kinds: list[Kind]
+
+
+@dataclass(frozen=True)
+class Absorbed:
+    """What a round brought, per row, on the host.
+
+    tokens: ids newly committed to the answer.  keep: fed slots whose keys and values stay cached.
+    predicted: stride of a round that just opened (None if none did).
+    """
+
+    tokens: list[list[int]]
+    keep: list[int]
+    predicted: list[int | None] = field(default_factory=list)
+
+
+class Strategy(Protocol):
+    """A decoder: state over slots, vectorised over rows. Rows are slots 0..n-1 of the engine, always packed."""
+
+    widest: int
+    """The most slots one row may feed in one forward."""
+
+    def allocate(self, slots: int) -> None:
+        """Make state for `slots` rows."""
+
+    def admit(self, start: int, hidden: Tensor, seeds: list[int], rooms: list[int]) -> Absorbed:
+        """Rows start.. have just read their prompts. hidden: (R, D) at the last prompt token.
+
+        seeds: per row, for its own random numbers.  rooms: slots left before the window ends, per row.
+        """
+
+    def plan(self, rows: int) -> Feed:
+        """What rows 0..rows-1 feed next."""
+
+    def absorb(self, feed: Feed, hidden: Tensor, rooms: list[int]) -> Absorbed:
+        """Digest a forward. hidden: (n, S, D).  rooms: slots left before the window ends, counted before this feed."""
+
+    def move(self, source: int, target: int) -> None:
+        """Copy one row's state over another's (the engine keeps active rows packed)."""

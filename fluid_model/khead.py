@@ -1,0 +1,32 @@
+"""The K-head: reads a hidden state, says how many tokens to write next.
+
+Legend: D hidden, K widest stride (K_max), R rows.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class KHead(nn.Sequential):
+    """Linear(D, D/4) -> GELU -> Linear(D/4, K); class i means stride i + 1.  (FLUID, elastic horizons)
+
+    Input: (R, D) last-layer hidden state after the final norm, at the last committed token. Output: (R, K) logits.
+    """
+
+    def __init__(self, hidden_size: int, k_max: int) -> None:
+        super().__init__(
+            nn.Linear(hidden_size, hidden_size // 4),
+            nn.GELU(),
+            nn.Linear(hidden_size // 4, k_max),
+        )
+
+    @property
+    def k_max(self) -> int:
+        """Widest stride this head can predict."""
+        return self[2].out_features
+
+    def stride(self, hidden: Tensor) -> Tensor:
+        """Most likely stride per row: (R, D) -> (R,) long in 1..K."""
+        weight = self[0].weight
+        return self(hidden.to(dtype=weight.dtype, device=weight.device)).argmax(-1) + 1

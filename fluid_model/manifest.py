@@ -1,0 +1,71 @@
+"""`fluid.json`: what a FLUID checkpoint says of itself. No torch here.
+
+A folder holds either whole weights ("merged": an ordinary Hugging Face folder) or an adapter over its parent
+("adapter": PEFT files in adapter/, the mask token's embedding beside them), always with khead.safetensors and the
+tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from .errors import ConfigError
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "fluid.json"
+HEAD_FILE = "khead.safetensors"
+ADAPTER_FOLDER = "adapter"
+MASK_FILE = "mask_embedding.safetensors"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """parent: folder or hub id adapted from.  k_max: widest stride.  tau: training-time bounds, one head each.
+
+    A tau of null means that the source did not state it. The first one is the default.
+    """
+
+    parent: str
+    mask_token: str
+    k_max: int
+    tau: tuple[float | None, ...]
+    weights: Literal["merged", "adapter"] = "merged"
+    format_version: int = FORMAT_VERSION
+
+    def choose(self, tau: float | None) -> int:
+        """Index of the head trained for `tau` (the first if None). Raises ConfigError naming the known ones."""
+        if tau is None:
+            return 0
+        if tau not in self.tau:
+            known = ", ".join(str(t) for t in self.tau)
+            raise ConfigError(f"model.tau={tau}: this checkpoint has heads for tau = {known}")
+        return self.tau.index(tau)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The folder's manifest, or None if it has none. Raises ConfigError, naming the file, if it is not one."""
+    file = folder / MANIFEST_FILE
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        version = values.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise ConfigError(f"{file}: format_version {version!r} is unknown; this package reads {FORMAT_VERSION}")
+        manifest = Manifest(**{**values, "tau": tuple(values["tau"])})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{file}: not a FLUID manifest: {type(error).__name__}: {error}") from error
+    if not manifest.tau or manifest.weights not in ("merged", "adapter"):
+        raise ConfigError(f"{file}: needs at least one tau and weights = merged or adapter, not {manifest.weights!r}")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write fluid.json into the folder."""
+    text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False)
+    (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")

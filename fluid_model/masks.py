@@ -1,0 +1,32 @@
+"""The one place that says who may read whom.
+
+Legend: B rows, S slots fed this forward, T key columns of the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def slot_columns(lengths: Tensor, slots: int) -> Tensor:
+    """Cache column of every fed slot: a row's slots follow its own length.
+
+    lengths: (B,) tokens already cached.  Returns (B, S) long.
+    """
+    return lengths[:, None] + torch.arange(slots, device=lengths.device)
+
+
+def causal(columns: Tensor, total: int) -> Tensor:
+    """Strictly causal reading: a slot reads every column up to its own and nothing after it.
+
+    columns: (B, S) cache column of each fed slot.  total: T, columns to consider.
+    Returns (B, S, T) bool, [row, query, key], True = may read.  (FLUID, strictly causal alignment)
+    """
+    return torch.arange(total, device=columns.device) <= columns[:, :, None]
+
+
+def sliding(columns: Tensor, total: int, window: int) -> Tensor:
+    """Causal reading of the last `window` columns only, the slot's own included.  (B, S) -> (B, S, T) bool."""
+    near = torch.arange(total, device=columns.device) > columns[:, :, None] - window
+    return causal(columns, total) & near

@@ -1,0 +1,125 @@
+"""Log-likelihood of continuations under a causal model: exact, one forward for all choices that share a context.
+
+Legend: R rows, S slots (prompt length), C continuation slots, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .backbone import Backbone
+from .engine.cache import SlotCache
+from .engine.records import Score, ScoreRequest, Trace
+from .errors import ConfigError
+
+FORWARD_TOKENS = 8192
+"""Tokens, padding included, that one scoring forward may take."""
+
+
+@dataclass
+class _Row:
+    """One distinct model input and the continuations read off its last slots."""
+
+    ids: tuple[int, ...]
+    wanted: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)  # (pair index, continuation)
+
+
+@dataclass
+class _Document:
+    request: ScoreRequest
+    rows: list[_Row]
+    truncated: int
+    found: dict[int, tuple[float, bool]] = field(default_factory=dict)
+    trace: Trace = field(default_factory=Trace)
+    seconds: float = 0.0
+
+
+class Scorer:
+    """Scores requests in batches of at most `slots` rows. `calls` counts model forwards since construction."""
+
+    def __init__(self, backbone: Backbone, slots: int = 16) -> None:
+        self.backbone = backbone
+        self.slots = slots
+        self.calls = 0
+
+    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[Score]:
+        """Yield each request's log-likelihoods as soon as all its rows are done (not in request order).
+
+        Inputs longer than the window lose tokens on the left, as in lm-eval, and say how many.
+        Raises ConfigError for an empty context or continuation.
+        """
+        documents = [self._rows(request) for request in requests]
+        queue = sorted(((d, r) for d in documents for r in d.rows), key=lambda item: -len(item[1].ids))
+        done = 0
+        while done < len(queue):
+            take = max(1, min(self.slots, FORWARD_TOKENS // len(queue[done][1].ids)))
+            batch = queue[done : done + take]
+            done += take
+            started = time.perf_counter()
+            self._forward(batch)
+            share = (time.perf_counter() - started) / len(batch)
+            for document, row in batch:
+                document.trace.count("prefill", len(row.ids))
+                document.seconds += share
+            for document in {id(d): d for d, _ in batch}.values():
+                if len(document.found) == len(document.request.pairs):
+                    yield _finish(document)
+
+    def _rows(self, request: ScoreRequest) -> _Document:
+        """Distinct inputs of a request: choices of one token share the row of their context."""
+        window, truncated = self.backbone.window, 0
+        rows: dict[tuple[int, ...], _Row] = {}
+        for index, (context, continuation) in enumerate(request.pairs):
+            if not context or not continuation or len(continuation) > window:
+                raise ConfigError(
+                    f"request {request.key}: cannot score {len(continuation)} tokens after {len(context)} "
+                    f"in a window of {window}"
+                )
+            whole = context + continuation
+            ids = whole[-(window + 1) :][:-1]
+            truncated = max(truncated, len(whole) - 1 - len(ids))
+            rows.setdefault(ids, _Row(ids)).wanted.append((index, continuation))
+        return _Document(request, list(rows.values()), truncated)
+
+    @torch.inference_mode()
+    def _forward(self, batch: list[tuple[_Document, _Row]]) -> None:
+        device = self.backbone.device
+        inputs = [torch.tensor(row.ids) for _, row in batch]
+        longest = len(inputs[0])
+        ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)  # (R, S)
+        cache = SlotCache(len(batch), longest)
+        columns, total = cache.aim(0, [0] * len(batch), longest, device)
+        hidden = self.backbone.forward(ids, columns, total, cache)  # (R, S, D)
+        self.calls += 1
+        reach = max(len(c) for _, row in batch for _, c in row.wanted)
+        ends = torch.tensor([len(i) for i in inputs], device=device)[:, None]
+        slots = (ends - reach + torch.arange(reach, device=device)).clamp(min=0)  # (R, C), the last C of each row
+        logits = self.backbone.logits(hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1])))
+        for (document, row), scores in zip(batch, logits.log_softmax(-1), strict=True):
+            for index, continuation in row.wanted:
+                document.found[index] = _read(scores[-len(continuation) :], continuation)
+
+
+def _read(scores: Tensor, continuation: tuple[int, ...]) -> tuple[float, bool]:
+    """scores: (C, V) log-probabilities at the slots that predict the continuation."""
+    wanted = torch.tensor(continuation, device=scores.device)
+    picked = scores.gather(-1, wanted[:, None]).sum()
+    return float(picked), bool((scores.argmax(-1) == wanted).all())
+
+
+def _finish(document: _Document) -> Score:
+    found = [document.found[i] for i in range(len(document.request.pairs))]
+    return Score(
+        key=document.request.key,
+        loglikelihoods=tuple(value for value, _ in found),
+        greedy=tuple(greedy for _, greedy in found),
+        trace=document.trace,
+        seconds=document.seconds,
+        prompt_tokens=max(len(row.ids) for row in document.rows),
+        truncated=document.truncated,
+    )

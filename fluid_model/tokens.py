@@ -1,0 +1,44 @@
+"""Token ids by text. No id is ever written into a code path; they are looked up here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from .errors import ConfigError
+
+Tokenizer = Any
+"""A Hugging Face tokenizer (transformers is imported elsewhere)."""
+
+
+def single_id(tokenizer: Tokenizer, text: str) -> int:
+    """The id of a token spelled exactly `text`.
+
+    Raises ConfigError if the tokenizer would need several tokens for it, or does not know it.
+    """
+    found = tokenizer.get_vocab().get(text)
+    if found is None:
+        raise ConfigError(f"mask token {text!r} is not one token of this tokenizer ({len(tokenizer)} tokens)")
+    return int(found)
+
+
+def end_ids(tokenizer: Tokenizer, *configs: Any) -> tuple[int, ...]:
+    """Every id that ends an answer: from the tokenizer and from model and generation configs, sorted."""
+    found: set[int] = set()
+    for holder in (tokenizer, *configs):
+        value = getattr(holder, "eos_token_id", None)
+        found.update(value if isinstance(value, Iterable) else [] if value is None else [value])
+    return tuple(sorted(int(i) for i in found))
+
+
+def cut_at_stops(text: str, stops: Iterable[str]) -> str:
+    """Text before the first stop string, cutting by each in turn as lm-eval does."""
+    for stop in stops:
+        if stop:
+            text = text.split(stop, 1)[0]
+    return text
+
+
+def has_stop(text: str, stops: Iterable[str]) -> bool:
+    """Whether any stop string occurs in the text."""
+    return any(stop and stop in text for stop in stops)
