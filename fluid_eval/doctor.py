@@ -55,4 +55,6 @@ def _data(console: Console, data_dir: str | None, reachable: bool) -> bool:
 
 
 def _file(data_dir: str | None, name: str, split: str) -> bool:
-    return data_dir is not None and any((Path(data_dir) / name / f"{split}{s}").is_file() for s in (".jsonl", ".jsonl.gz"))
+    return data_dir is not None and any(
+        (Path(data_dir) / name / f"{split}{s}").is_file() for s in (".jsonl", ".jsonl.gz")
+    )

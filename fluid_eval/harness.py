@@ -40,7 +40,7 @@ def unsafe_names(names: tuple[str, ...]) -> list[str]:
 
 
 def load_tasks(spec: RunSpec) -> Tasks:
-    """Build the tasks, their data loaded, with the spec's settings in them. Raises ConfigError where data is missing."""
+    """Build the tasks with the spec's settings, their data loaded. Raises ConfigError where data are missing."""
     try:
         loaded: Tasks = dict(_manager(spec.data_dir).load(list(spec.tasks)))
     except ValueError as error:

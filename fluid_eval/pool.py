@@ -48,9 +48,10 @@ class InlinePool:
         from .worker import Worker
 
         self._worker = Worker(spec.to_dict())
+        self._facts = self._worker.facts()
 
     def facts(self) -> dict[str, Any]:
-        return self._worker.facts()
+        return self._facts
 
     def run(self, work: Sequence[Work]) -> Iterator[Answer]:
         return self._worker.run(work)
@@ -71,7 +72,9 @@ class RayPool:
         workers = spec.engine.workers
         cpus = max(os.cpu_count() or 1, workers or 1) if address == "local" else None
         try:
-            ray.init(address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            ray.init(
+                address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+            )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(f"ray address {address!r}: {str(error).splitlines()[0]}") from error
         try:
@@ -92,7 +95,8 @@ class RayPool:
         threads = None if gpus else max(1, (os.cpu_count() or 1) // self.size)
         actor = self._ray.remote(Worker).options(**share)
         self._actors = [actor.remote(spec.to_dict(), threads) for _ in range(self.size)]
-        self._facts: dict[str, Any] = self._get(self._actors[0].facts.remote())
+        facts = [actor.facts.remote() for actor in self._actors]  # all load at once
+        self._facts: dict[str, Any] = [self._get(reference) for reference in facts].pop()
 
     def _get(self, reference: Any) -> Any:
         """A remote result; what a worker raised is raised here as itself."""

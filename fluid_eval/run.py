@@ -1,4 +1,4 @@
-"""The main job: spec in, run folder and result out. Everything that can be wrong is found before anything is written."""
+"""The main job: spec in, run folder and result out. What can be wrong is found before anything is written."""
 
 from __future__ import annotations
 

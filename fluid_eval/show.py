@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -34,7 +33,9 @@ def print_result(result: Mapping[str, Any], folder: Path) -> None:
     console = Console(width=None if Console().is_terminal else 80, highlight=False, soft_wrap=False)
     decoder = ", ".join(f"{k}={v}" for k, v in result["decoder"].items() if k != "name")
     console.print(f"{result['model']}  decoder {result['decoder']['name']} ({decoder})")
+    console.print()
     console.print(_table(result["lines"]))
+    console.print()
     console.print("score: % and its 95% interval   cut: prompts cut from the left to fit the window")
     console.print("tok/s: per worker               limit: answers that hit the length limit")
     for message in result["data"]:
@@ -46,8 +47,8 @@ def print_result(result: Mapping[str, Any], folder: Path) -> None:
 
 def _table(lines: Sequence[Line]) -> Table:
     """One line a metric; what the answers cost stands on a task's first line."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
-    table.add_column("task")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("task", no_wrap=True)
     table.add_column("metric", no_wrap=True)
     for name in ("score", "n", "tok/fwd", "tok/s", "cut", "limit"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -60,6 +61,8 @@ def _table(lines: Sequence[Line]) -> Table:
             str(line["truncated_prompts"]),
             str(line["length_limit_hits"]),
         )
-        table.add_row(line["task"] if first else "", metric(line), score(line), str(line["n"]), *(cost if first else ()))
+        table.add_row(
+            line["task"] if first else "", metric(line), score(line), str(line["n"]), *(cost if first else ())
+        )
         before = line["task"]
     return table

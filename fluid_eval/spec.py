@@ -140,7 +140,8 @@ def build_spec(values: Mapping[str, Any]) -> RunSpec:
     if isinstance(values.get("tasks"), str):
         values["tasks"] = [name.strip() for name in values["tasks"].split(",") if name.strip()]
     settings = _decoder(dict(decoder))
-    return _build(RunSpec, {**values, "decoder": settings}, "")
+    spec: RunSpec = _build(RunSpec, {**values, "decoder": settings}, "")
+    return spec
 
 
 def _decoder(values: Nested) -> DecoderSettings:
@@ -174,7 +175,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         if isinstance(value, Mapping):
             return _build(hint, value, name + ".")
     elif get_origin(hint) in (Union, types.UnionType):
-        if any(is_dataclass(option) and isinstance(value, option) for option in get_args(hint)):
+        if isinstance(value, DecoderSettings):
             return value
         for option in get_args(hint):
             try:
@@ -190,9 +191,11 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
             return tuple(_coerce(item, get_args(hint)[0], name) for item in value)
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    elif hint is type(None) and value is None or isinstance(value, hint) and not (hint is int and value is True):
-        if not (isinstance(value, bool) and hint is not bool):
-            return value
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif type(value) is hint:  # exactly: true is no whole number
+        return value
     raise ConfigError(f"{name}={value!r} must be {_describe(hint)}")
 
 

@@ -1,9 +1,9 @@
 """The run folder: what was asked, where it ran, every sample, and the result (written last). No torch, no lm-eval.
 
-    spec.json         the spec and its id
-    environment.json  versions, commit, hardware, data fingerprints
-    samples.jsonl     one line a sample, appended as answers come; scores are filled in when the run ends
-    result.json       the table; a run without it is not finished
+spec.json         the spec and its id
+environment.json  versions, commit, hardware, data fingerprints
+samples.jsonl     one line a sample, appended as answers come; scores are filled in when the run ends
+result.json       the table; a run without it is not finished
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def read_samples(folder: Path) -> Iterator[Record]:
         for number, line in enumerate(handle, 1):
             try:
                 record = json.loads(line)
-                record["key"], record["task"]  # noqa: B018  the least a sample has
+                record["key"], record["task"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(f"{file}, line {number}: not a sample ({error})") from error
             yield record
@@ -121,7 +121,9 @@ def read_json(file: Path) -> Nested:
 def write_json(file: Path, values: Nested) -> None:
     """Write a JSON file, all or nothing."""
     draft = file.with_name(f".{file.name}.tmp")
-    draft.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")
+    draft.write_text(
+        json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace"
+    )
     os.replace(draft, file)
 
 
@@ -137,13 +139,18 @@ def load_results(path: str | os.PathLike[str]) -> pandas.DataFrame:
         raise ConfigError(f"{folder}: no run here (no {SPEC})")
     rows = []
     for record in read_samples(folder):
-        row = {k: v for k, v in record.items() if k not in ("scores", "trace")}
+        row = {k: _encodable(v) for k, v in record.items() if k not in ("scores", "trace")}
         row |= {f"score:{name}": value for name, value in (record.get("scores") or {}).items()}
         trace = record.get("trace") or {}
         row |= {f"forwards:{kind}": count for kind, count in trace.get("forwards", {}).items()}
         row |= {name: trace.get(name) for name in ("slots", "predicted", "accepted")}
         rows.append(row)
     return pandas.DataFrame(rows)
+
+
+def _encodable(value: Any) -> Any:
+    """Text without lone surrogates, which a model may write and Arrow's strings cannot hold."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def _line(record: Record) -> str:

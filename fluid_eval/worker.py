@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 
-import fluid_model
+from fluid_model.checkpoint import Checkpoint, load
+from fluid_model.decoders import engine_for
 from fluid_model.engine.records import Generation, Request, Score, ScoreRequest
+from fluid_model.scoring import Scorer
 
 from .spec import build_spec
 
@@ -21,22 +24,21 @@ KV_SHARE = 0.5
 
 
 class Worker:
-    """A checkpoint, a decoder and a scorer, loaded once for many batches of requests."""
+    """A checkpoint and a decoder for many batches of requests. The checkpoint is loaded once, when first needed."""
 
     def __init__(self, spec: dict[str, Any], threads: int | None = None) -> None:
         """spec: as RunSpec.to_dict gives it.  threads: CPU threads to use (torch's own choice if None)."""
-        run = build_spec(spec)
+        self._spec = build_spec(spec)
         if threads is not None:
             torch.set_num_threads(threads)
-        model = run.model
-        self._checkpoint = fluid_model.load(
-            model.path, dtype=model.dtype, device=model.device, tau=model.tau, mask_token=model.mask_token
-        )
-        self._decoder = run.decoder
-        self._batch_size = run.batch_size
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        model = self._spec.model
+        return load(model.path, dtype=model.dtype, device=model.device, tau=model.tau, mask_token=model.mask_token)
 
     def facts(self) -> dict[str, Any]:
-        """What this worker runs on: device, dtype, threads."""
+        """What this worker runs on: device, dtype, threads, parameters. Raises ConfigError if the model cannot load."""
         backbone = self._checkpoint.backbone
         device = torch.cuda.get_device_name(backbone.device) if backbone.device.type == "cuda" else "cpu"
         return {
@@ -52,15 +54,15 @@ class Worker:
         score = [item for item in work if isinstance(item, ScoreRequest)]
         if generate:
             slots = self.rows_for(max(len(r.prompt) + r.max_new_tokens for r in generate))
-            yield from fluid_model.engine_for(self._checkpoint, self._decoder, slots).generate(generate)
+            yield from engine_for(self._checkpoint, self._spec.decoder, slots).generate(generate)
         if score:
             longest = max(len(context) + len(continuation) for r in score for context, continuation in r.pairs)
-            yield from fluid_model.Scorer(self._checkpoint.backbone, self.rows_for(longest)).score(score)
+            yield from Scorer(self._checkpoint.backbone, self.rows_for(longest)).score(score)
 
     def rows_for(self, tokens: int) -> int:
         """Rows of `tokens` tokens to keep at once: as asked, or as many as free memory takes, up to AUTO_ROWS."""
-        if self._batch_size != "auto":
-            return self._batch_size
+        if self._spec.batch_size != "auto":
+            return int(self._spec.batch_size)
         backbone = self._checkpoint.backbone
         config = backbone.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

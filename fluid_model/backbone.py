@@ -45,7 +45,9 @@ class Backbone:
         self.dtype = model.dtype
         self._head: Any = model.get_output_embeddings()
         if self._head is None:
-            raise ConfigError(f"{type(model).__name__} has no output embeddings: only causal language models can decode")
+            raise ConfigError(
+                f"{type(model).__name__} has no output embeddings: only causal language models can decode"
+            )
         self._cap = getattr(self.config, "final_logit_softcapping", None)
         self._sliding = getattr(self.config, "sliding_window", None)
         self._layer_types = set(getattr(self.config, "layer_types", None) or ())
@@ -57,19 +59,20 @@ class Backbone:
         ids: (B, S) tokens fed.  columns: (B, S) their cache columns, equal to their positions.  total: T.
         Returns (B, S, D): hidden states after the final norm.
         """
-        hidden = self.model.base_model(
+        output = self.model.base_model(
             input_ids=ids,
             position_ids=columns.clamp(max=self.window - 1),
             attention_mask=self._attention_mask(columns, total),
             past_key_values=cache,
             use_cache=True,
         )
-        return hidden.last_hidden_state
+        hidden: Tensor = output.last_hidden_state
+        return hidden
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) hidden states -> (..., V) float32 logits."""
-        logits = self._head(hidden).float()
+        logits: Tensor = self._head(hidden).float()
         return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
 
     def _attention_mask(self, columns: Tensor, total: int) -> Tensor | dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -61,7 +62,7 @@ class ModelInfo:
 def resolve(path: str) -> str:
     """A folder that exists, or a hub id. Raises ConfigError for a folder that cannot be a model."""
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if path and folder.is_dir():
         if not (folder / "config.json").is_file() and read_manifest(folder) is None:
             raise ConfigError(f"model={path}: the folder holds no config.json (nor fluid.json)")
         return str(folder)
@@ -200,7 +201,7 @@ def _from_pretrained(auto: Any, source: str, **options: Any) -> Any:
     """transformers' own loading, its errors told in one line."""
     try:
         return auto.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(f"model={source}: {reason.strip()}") from error
 
@@ -227,19 +228,26 @@ def _read_heads(folder: Path, manifest: Manifest, hidden_size: int) -> list[KHea
     file = folder / HEAD_FILE
     if not file.is_file():
         raise ConfigError(f"{file}: missing; a FLUID checkpoint needs its K-heads")
-    try:
-        tensors = load_file(file)
-    except Exception as error:  # safetensors raises its own untyped error
-        raise ConfigError(f"{file}: not a safetensors file: {error}") from error
+    tensors = _read_tensors(file)
     heads = []
     for index in range(len(manifest.tau)):
         prefix = f"{index}."
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         head = legacy.head_from_state(state, hidden_size, file)
         if head.k_max != manifest.k_max:
-            raise ConfigError(f"{file}: head {index} has {head.k_max} classes, the manifest says k_max={manifest.k_max}")
+            raise ConfigError(
+                f"{file}: head {index} has {head.k_max} classes, the manifest says k_max={manifest.k_max}"
+            )
         heads.append(head)
     return heads
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(file)
+        return tensors
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{file}: not a safetensors file: {error}") from error
 
 
 def _head_tensors(heads: list[KHead]) -> dict[str, torch.Tensor]:
@@ -271,7 +279,7 @@ def _load_adapter(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, ma
     if not file.is_file():
         raise ConfigError(f"{file}: missing; an adapter folder needs its mask token's embedding")
     with torch.no_grad():
-        for name, row in load_file(file).items():
+        for name, row in _read_tensors(file).items():
             table = _embedding_tables(model)[name]
             table[token] = row.to(table)
     if not (folder / ADAPTER_FOLDER / "adapter_config.json").is_file():

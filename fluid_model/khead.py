@@ -20,13 +20,11 @@ class KHead(nn.Sequential):
             nn.GELU(),
             nn.Linear(hidden_size // 4, k_max),
         )
-
-    @property
-    def k_max(self) -> int:
+        self.k_max = k_max
         """Widest stride this head can predict."""
-        return self[2].out_features
 
     def stride(self, hidden: Tensor) -> Tensor:
         """Most likely stride per row: (R, D) -> (R,) long in 1..K."""
-        weight = self[0].weight
-        return self(hidden.to(dtype=weight.dtype, device=weight.device)).argmax(-1) + 1
+        weight = next(self.parameters())
+        scores: Tensor = self(hidden.to(dtype=weight.dtype, device=weight.device))
+        return scores.argmax(-1) + 1

@@ -22,11 +22,25 @@ FORWARD_TOKENS = 8192
 
 
 @dataclass
+class _Wanted:
+    """A continuation to read off a row: it is predicted by the slots that end at `end`."""
+
+    pair: int
+    continuation: tuple[int, ...]
+    end: int
+
+
+@dataclass
 class _Row:
     """One distinct model input and the continuations read off its last slots."""
 
     ids: tuple[int, ...]
-    wanted: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)  # (pair index, continuation)
+    wanted: list[_Wanted] = field(default_factory=list)
+
+    @property
+    def span(self) -> int:
+        """Slots at the row's end that somebody looks at."""
+        return len(self.ids) - min(w.end - len(w.continuation) for w in self.wanted)
 
 
 @dataclass
@@ -71,10 +85,12 @@ class Scorer:
                     yield _finish(document)
 
     def _rows(self, request: ScoreRequest) -> _Document:
-        """Distinct inputs of a request: choices of one token share the row of their context."""
+        """Distinct inputs of a request. An input that begins another shares its row: in a causal model the
+        longer one holds the shorter one's predictions, so choices of one or two tokens cost one row.
+        """
         window, truncated = self.backbone.window, 0
-        rows: dict[tuple[int, ...], _Row] = {}
-        for index, (context, continuation) in enumerate(request.pairs):
+        inputs: list[tuple[tuple[int, ...], _Wanted]] = []
+        for pair, (context, continuation) in enumerate(request.pairs):
             if not context or not continuation or len(continuation) > window:
                 raise ConfigError(
                     f"request {request.key}: cannot score {len(continuation)} tokens after {len(context)} "
@@ -83,8 +99,14 @@ class Scorer:
             whole = context + continuation
             ids = whole[-(window + 1) :][:-1]
             truncated = max(truncated, len(whole) - 1 - len(ids))
-            rows.setdefault(ids, _Row(ids)).wanted.append((index, continuation))
-        return _Document(request, list(rows.values()), truncated)
+            inputs.append((ids, _Wanted(pair, continuation, end=len(ids))))
+        rows: list[_Row] = []
+        for ids, wanted in sorted(inputs, key=lambda item: -len(item[0])):
+            row = next((row for row in rows if row.ids[: len(ids)] == ids), None)
+            if row is None:
+                rows.append(row := _Row(ids))
+            row.wanted.append(wanted)
+        return _Document(request, rows, truncated)
 
     @torch.inference_mode()
     def _forward(self, batch: list[tuple[_Document, _Row]]) -> None:
@@ -96,13 +118,14 @@ class Scorer:
         columns, total = cache.aim(0, [0] * len(batch), longest, device)
         hidden = self.backbone.forward(ids, columns, total, cache)  # (R, S, D)
         self.calls += 1
-        reach = max(len(c) for _, row in batch for _, c in row.wanted)
+        reach = max(row.span for _, row in batch)
         ends = torch.tensor([len(i) for i in inputs], device=device)[:, None]
         slots = (ends - reach + torch.arange(reach, device=device)).clamp(min=0)  # (R, C), the last C of each row
         logits = self.backbone.logits(hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1])))
         for (document, row), scores in zip(batch, logits.log_softmax(-1), strict=True):
-            for index, continuation in row.wanted:
-                document.found[index] = _read(scores[-len(continuation) :], continuation)
+            for wanted in row.wanted:
+                stop = reach - (len(row.ids) - wanted.end)
+                document.found[wanted.pair] = _read(scores[stop - len(wanted.continuation) : stop], wanted.continuation)
 
 
 def _read(scores: Tensor, continuation: tuple[int, ...]) -> tuple[float, bool]:

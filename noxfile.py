@@ -1,0 +1,66 @@
+"""Sessions run in the environment nox itself is installed in (pip install -c constraints.txt -e '.[dev]').
+
+Only `wheel` makes one of its own: it installs the built wheel elsewhere and runs the main job from it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["lint", "types", "tests", "wheel"]
+nox.options.default_venv_backend = "none"
+HERE = Path(__file__).resolve().parent
+
+
+def python(session: nox.Session, *words: str) -> None:
+    session.run(sys.executable, "-m", *words)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and formatting."""
+    python(session, "ruff", "check", ".")
+    python(session, "ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types of both packages, strictly."""
+    python(session, "mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The test suite; words after -- go to pytest."""
+    python(session, "pytest", *session.posargs)
+
+
+@nox.session
+def reproduce_table(session: nox.Session) -> None:
+    """Measure every claim of reports/claims.toml that this machine can, beside what was claimed."""
+    python(session, "fluid_eval", "reproduce", *session.posargs)
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build the wheel, install it in a fresh environment, run HumanEval's main job from another folder."""
+    work = Path(session.create_tmp()).resolve()
+    python(session, "build", "--wheel", "--no-isolation", "--outdir", str(work / "dist"))
+    session.run(sys.executable, "-m", "venv", "--clear", str(work / "venv"))
+    (built,) = sorted((work / "dist").glob("*.whl"))[-1:]
+    bin_ = work / "venv" / "bin"
+    session.run(str(bin_ / "pip"), "install", "-q", "-c", str(HERE / "constraints.txt"), str(built), external=True)
+    session.run(sys.executable, str(HERE / "tests" / "tiny.py"), str(work / "model"))
+    with session.chdir(work):
+        output = session.run(
+            str(bin_ / "fluid-eval"), "run", "--tasks", "humaneval", "--model", "model", "--limit", "2",
+            "--max-new-tokens", "8", "--allow-code", "--out", "run", "--resume", "--json",
+            external=True, silent=True,
+        )  # fmt: skip
+        session.run(str(bin_ / "fluid-eval"), "report", "run", external=True)
+    assert json.loads(str(output)[str(output).index("{") :])["lines"][0]["n"] == 2, "the wheel's main job ran"
+    assert (work / "run" / "report.html").stat().st_size > 10_000

@@ -1,0 +1,180 @@
+"""The command line: bad input is one line that names the value and the known ones, exit 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fluid_eval.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(capsys, *words) -> tuple[int, str, str]:
+    code = main(["run", *map(str, words)])
+    return code, *capsys.readouterr()
+
+
+def write_gsm8k(folder: Path, count: int = 6) -> Path:
+    """A few rows in the layout of --data-dir."""
+    (folder / "gsm8k").mkdir(parents=True)
+    rows = [{"question": f"What is {n} + {n}?", "answer": f"<<{n}+{n}={2 * n}>>\n#### {2 * n}"} for n in range(count)]
+    for split in ("train", "test"):
+        (folder / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def little_data(tmp_path_factory):
+    return write_gsm8k(tmp_path_factory.mktemp("data"))
+
+
+def test_help_is_quick_and_needs_no_torch():
+    program = "import sys; sys.argv = ['fluid-eval', 'run', '--help']\nfrom fluid_eval.cli import main\n"
+    program += (
+        "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'lm_eval' not in sys.modules"
+    )
+    spent = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        spent.append(time.perf_counter() - started)
+    assert min(spent) < 0.5
+
+
+BAD = {
+    "unknown task": (["--tasks", "gsm9k"], "task 'gsm9k' is unknown; known: gsm8k, humaneval, math500, mmlu"),
+    "no such model": (["--model", "./nowhere"], "model='./nowhere': no such folder"),
+    "model without config.json": (["--model", "{empty}"], "the folder holds no config.json"),
+    "decoder without head": (["--decoder", "fluid"], "decoder=fluid needs a K-head"),
+    "unknown decoder": (["--decoder", "beam"], "decoder='beam' is unknown; known: ar, fluid"),
+    "negative limit": (["--limit", "-1"], "limit=-1 must be at least 1"),
+    "unknown setting": (["--set", "decoder.gama=1"], "decoder.gama is no setting of decoder 'ar'; known: decoder."),
+    "unknown field": (["--set", "colour=red"], "colour is no setting; known: tasks"),
+    "unknown tau": (["--set", "model.tau=3.0"], "model.tau=3.0: "),
+    "unwritable out": (["--out", "{empty}/file/run"], "cannot be written"),
+    "no data": (["--data-dir", "{empty}"], "gsm8k/train.jsonl: no such file"),
+    "too many new tokens": (["--max-new-tokens", "256"], "leaves no room for a prompt in the model's window of 256"),
+    "no agreement to run code": (["--tasks", "humaneval"], "runs code written by the model; pass --allow-code"),
+    "no cuda": (["--device", "cuda"], "device=cuda: torch sees no CUDA device here"),
+    "missing spec": (["{empty}/spec.toml"], "spec.toml: No such file"),
+    "task twice": (["--tasks", "mmlu,mmlu_anatomy"], "Duplicate task 'mmlu_anatomy'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(capsys, tmp_path, monkeypatch, tiny_model, little_data, case):
+    import torch
+
+    if case == "no cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    if case == "task twice":
+        request_mmlu(little_data)
+    words, message = BAD[case]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    words = [word.format(empty=empty) for word in words]
+    good = {
+        "--tasks": "gsm8k",
+        "--model": tiny_model,
+        "--data-dir": little_data,
+        "--max-new-tokens": 8,
+        "--num-fewshot": 0,
+    }
+    for flag, value in good.items():
+        if flag not in words:
+            words += [flag, str(value)]
+    code, out, err = run(capsys, *words)
+    assert (code, out) == (2, "")
+    assert err.startswith("fluid-eval: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["empty", "file"], "nothing was written"
+
+
+def request_mmlu(folder: Path) -> None:
+    """Just enough rows for every subject."""
+    if (folder / "mmlu").exists():
+        return
+    from fluid_eval.paths import resource
+
+    subjects = [f.stem.removeprefix("mmlu_") for f in resource("tasks").glob("mmlu/mmlu_*.yaml")]
+    (folder / "mmlu").mkdir()
+    row = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 1}
+    for split, count in (("test", 1), ("dev", 5)):
+        rows = [{**row, "subject": subject} for subject in subjects for _ in range(count)]
+        (folder / "mmlu" / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def test_no_hub_and_no_data_is_one_error_in_time(tmp_path, tiny_model):
+    """With the hub unreachable (not merely forbidden), the answer comes within 20 seconds, imports included."""
+    import os
+
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
+    environment |= {"HF_ENDPOINT": "http://10.255.255.1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "fluid_eval", "run", "--tasks", "gsm8k", "--model", str(tiny_model), "--out", "r"]
+    started = time.perf_counter()
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert time.perf_counter() - started < 20
+    assert done.returncode == 2
+    assert "Either connect to the hub, or pass --data-dir DIR (or set FLUID_DATA_DIR)" in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_spec_file_and_flags_that_override_it(capsys, tmp_path, tiny_model, tiny_fluid, little_data):
+    file = tmp_path / "spec.toml"
+    file.write_text(
+        f'tasks = ["gsm8k"]\nlimit = 3\nmax_new_tokens = 8\nnum_fewshot = 0\ndata_dir = "{little_data}"\n'
+        f'[model]\npath = "{tiny_fluid}"\n[decoder]\nname = "fluid"\nconfidence = 0.5\n'
+    )
+    code, out, _ = run(capsys, file, "--limit", 2, "--set", "decoder.max_horizon=4", "--out", tmp_path / "a", "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert {line["n"] for line in result["lines"]} == {2}
+    assert result["decoder"] == {
+        "name": "fluid", "confidence": 0.5, "min_horizon": 1, "max_horizon": 4, "verify": True,
+    }  # fmt: skip
+    code, out, _ = run(capsys, file, "--decoder", "ar", "--model", tiny_model, "--out", tmp_path / "b")
+    assert code == 0
+    assert "decoder ar" in out
+    assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith(("run folder", str(tiny_model))))
+
+
+def test_doctor(capsys, little_data, data_dir, monkeypatch):
+    assert main(["doctor", "--data-dir", str(data_dir)]) == 0
+    out = capsys.readouterr().out
+    assert "ok: the main job can run here" in out
+    assert "separate process, resource limits" in out
+    assert main(["doctor"]) == 1
+    assert "FAIL: no benchmark data" in capsys.readouterr().out
+
+
+def test_an_interrupt_keeps_what_is_finished(capsys, tmp_path, tiny_model, little_data, monkeypatch):
+    from fluid_eval.store import Run
+
+    keep = Run.append
+
+    def interrupted(self, record):
+        keep(self, record)
+        if len(self.samples) == 2:
+            raise KeyboardInterrupt
+
+    words = ["--tasks", "gsm8k", "--model", tiny_model, "--data-dir", little_data, "--max-new-tokens", 8]
+    words += ["--num-fewshot", 0, "--out", tmp_path / "r"]
+    monkeypatch.setattr(Run, "append", interrupted)
+    code, _, err = run(capsys, *words)
+    assert (code, "--resume goes on" in err) == (130, True)
+    assert not (tmp_path / "r" / "result.json").exists()
+    monkeypatch.setattr(Run, "append", keep)
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert "not finished of this spec; pass --resume" in err
+    assert run(capsys, *words, "--resume")[0] == 0
+    assert len((tmp_path / "r" / "samples.jsonl").read_text().splitlines()) == 6

@@ -1,0 +1,78 @@
+"""Benchmark data: what is canonical, where it may come from, and what is said when it is not there."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+
+import pytest
+
+from fluid_eval import data
+from fluid_model import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    monkeypatch.setattr(data, "_loaded", {})
+
+
+@pytest.mark.parametrize(("name", "split"), [(n, s) for n, source in data.SOURCES.items() for s in source.known])
+def test_shared_data_are_the_canonical_sets(data_dir, name, split):
+    rows = data.load_rows(name, split, str(data_dir))
+    (found,) = data.fingerprints(str(data_dir))
+    assert found.canonical
+    assert found.rows == len(rows) == data.SOURCES[name].known[split][0]
+    assert found.message == f"matches the canonical {data.SOURCES[name].title} {split} set ({len(rows)} rows)"
+
+
+def test_one_changed_character_is_noticed(data_dir):
+    rows = data.load_rows("math500", "test", str(data_dir))
+    changed = [{**rows[0], "answer": rows[0]["answer"] + " "}, *rows[1:]]
+    found = data.fingerprint("math500", "test", "folder", changed)
+    assert not found.canonical
+    assert found.message.startswith("WARNING: 500 rows that are not the canonical MATH500 test set")
+
+
+def test_humaneval_needs_neither_folder_nor_hub(tmp_path):
+    assert len(data.load_rows("humaneval", "test", None)) == 164
+    assert len(data.load_rows("humaneval", "test", str(tmp_path))) == 164
+    assert all(f.canonical and f.origin == "package" for f in data.fingerprints(None))
+
+
+def test_plain_and_gzipped_files(tmp_path):
+    row = {"question": "1+1?", "answer": "#### 2", "extra": 1}
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").write_text(json.dumps(row) + "\n\n")
+    with gzip.open(tmp_path / "gsm8k" / "train.jsonl.gz", "wt") as file:
+        file.write(json.dumps(row))
+    for split in ("test", "train"):
+        assert data.load_rows("gsm8k", split, str(tmp_path)) == [{"question": "1+1?", "answer": "#### 2"}]
+
+
+@pytest.mark.parametrize("line", ["{oops", '{"question": "x"}', "3"])
+def test_a_bad_row_names_file_and_line(tmp_path, line):
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").write_text(json.dumps({"question": "q", "answer": "a"}) + "\n" + line)
+    with pytest.raises(ConfigError, match=r"test\.jsonl, line 2: not a row with question, answer"):
+        data.load_rows("gsm8k", "test", str(tmp_path))
+
+
+def test_missing_data_name_both_ways_out(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"gsm8k/test\.jsonl: no such file"):
+        data.load_rows("gsm8k", "test", str(tmp_path))
+    with pytest.raises(ConfigError, match="connect to the hub, or pass --data-dir DIR"):
+        data.load_rows("gsm8k", "test", None)
+
+
+def test_the_hub_is_given_up_soon(monkeypatch):
+    import socket
+
+    silent = socket.create_server(("127.0.0.1", 0))  # accepts and never answers
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+    monkeypatch.setattr(data, "HUB_TIMEOUT", 0.5)
+    started = time.perf_counter()
+    assert not data.hub_reachable()
+    assert time.perf_counter() - started < 3
+    silent.close()

@@ -1,0 +1,96 @@
+"""Where an answer ends: end of sequence, stop string, length; the same for every decoder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fluid_model import ArSettings, ConfigError, FluidSettings, Request, engine_for
+
+from .tiny import fluid_checkpoint
+
+CHECKPOINT = fluid_checkpoint()
+PROMPT = tuple(b + 2 for b in b"Q: 1+1? A:")
+
+
+def write(decoder, new_tokens=40, stops=(), end_ids=None):
+    checkpoint = CHECKPOINT if end_ids is None else replace(CHECKPOINT, end_ids=end_ids)
+    (answer,) = engine_for(checkpoint, decoder).generate([Request("x", PROMPT, new_tokens, stops)])
+    return answer
+
+
+FREE = write(ArSettings())
+DECODERS = [ArSettings(), FluidSettings(), FluidSettings(confidence=0.2, min_horizon=5)]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("length", [1, 2, 7, 40])
+def test_length(decoder, length):
+    answer = write(decoder, length)
+    assert (answer.ids, answer.finish) == (FREE.ids[:length], "length")
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_end_of_sequence_is_not_part_of_the_answer(decoder):
+    end = FREE.ids[9]
+    first = FREE.ids.index(end)
+    answer = write(decoder, end_ids=(end,))
+    assert (answer.ids, answer.finish) == (FREE.ids[:first], "eos")
+
+
+def test_end_of_sequence_past_the_length_limit_does_not_count():
+    end = FREE.ids[9]
+    first = FREE.ids.index(end)
+    assert write(ArSettings(), first, end_ids=(end,)).finish == "length"
+
+
+@settings(max_examples=30, deadline=None)
+@given(start=st.integers(0, 30), size=st.integers(1, 4), decoder=st.sampled_from(DECODERS))
+def test_a_stop_string_cuts_ids_and_text_at_the_same_place(start, size, decoder):
+    """Whatever piece of the free text is the stop string, the answer is the shortest prefix that holds it."""
+    stop = CHECKPOINT.tokenizer.decode(FREE.ids[start : start + size])
+    answer = write(decoder, stops=("never written", stop))
+    needed = next(n for n in range(1, 41) if stop in CHECKPOINT.tokenizer.decode(FREE.ids[:n]))
+    assert (answer.ids, answer.finish) == (FREE.ids[:needed], "stop")
+    assert answer.text == CHECKPOINT.tokenizer.decode(FREE.ids[:needed]).split(stop)[0]
+
+
+def test_prompts_that_do_not_fit_are_refused():
+    engine = engine_for(CHECKPOINT, ArSettings())
+    with pytest.raises(ConfigError, match="250 prompt \\+ 40 new tokens exceed the model's window of 256"):
+        list(engine.generate([Request("x", PROMPT * 25, 40)]))
+    with pytest.raises(ConfigError, match="no tokens"):
+        list(engine.generate([Request("x", (), 40)]))
+    with pytest.raises(ConfigError, match="max_new_tokens=0"):
+        list(engine.generate([Request("x", PROMPT, 0)]))
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        engine_for(CHECKPOINT, ArSettings(), slots=0)
+
+
+def test_a_prompt_may_fill_the_window():
+    prompt = (PROMPT * 25)[:240]
+    expected = write_prompt(ArSettings(), prompt)
+    assert len(expected) == 16
+    for decoder in (FluidSettings(), FluidSettings(min_horizon=8)):
+        assert write_prompt(decoder, prompt) == expected
+
+
+def write_prompt(decoder, prompt):
+    (answer,) = engine_for(CHECKPOINT, decoder).generate([Request("x", prompt, 16)])
+    return answer.ids
+
+
+def test_time_is_shared_out_and_waiting_callers_cost_nothing():
+    import time
+
+    engine = engine_for(CHECKPOINT, ArSettings(), slots=2)
+    started, slept, answers = time.perf_counter(), 0.0, []
+    for answer in engine.generate([Request(str(i), PROMPT, 5 + i) for i in range(4)]):
+        answers.append(answer)
+        time.sleep(0.05)
+        slept += 0.05
+    spent = sum(a.seconds for a in answers)
+    assert 0 < spent <= time.perf_counter() - started - slept + 0.01

@@ -1,0 +1,204 @@
+"""The laws every decoder keeps, on small random models and on real weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fluid_model
+from fluid_model import ArSettings, FluidSettings, Request
+from fluid_model.checkpoint import Checkpoint
+from fluid_model.engine.cache import SlotCache
+from fluid_model.khead import KHead
+
+from .tiny import fluid_checkpoint
+
+NEW = 40
+CHECKPOINT = fluid_checkpoint()
+PROMPTS = [f"Question {'?' * n}: what is {n} + {n}?".encode() for n in range(7)]
+
+
+def requests(count: int = len(PROMPTS), new_tokens: int = NEW) -> list[Request]:
+    return [Request(str(i), tuple(b + 2 for b in PROMPTS[i]), new_tokens, seed=i) for i in range(count)]
+
+
+def write(checkpoint: Checkpoint, decoder, work, slots: int = 4) -> dict[str, fluid_model.Generation]:
+    return {g.key: g for g in fluid_model.engine_for(checkpoint, decoder, slots).generate(work)}
+
+
+def calls_of(checkpoint: Checkpoint) -> list[int]:
+    """Appends 1 at every call of the backbone's own model, until the process ends."""
+    seen: list[int] = []
+    checkpoint.model.base_model.register_forward_hook(lambda *_: seen.append(1))
+    return seen
+
+
+def reference_fluid(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tokens: int) -> list[int]:
+    """FLUID's sampler written plainly: one row, no cache, a full forward whenever something is asked."""
+    model, head, mask = checkpoint.model, checkpoint.head, checkpoint.mask_id
+
+    def ask(ids):
+        out = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+        return out.logits[0], out.hidden_states[-1][0]
+
+    done = list(prompt)
+    with torch.inference_mode():
+        while len(done) < len(prompt) + new_tokens:
+            hidden = ask(done)[1]
+            stride = int(head(hidden[-1:]).argmax()) + 1
+            stride = min(max(stride, decoder.min_horizon), decoder.max_horizon)
+            canvas: list[int | None] = [None] * stride
+            pointer = 0
+            while None in canvas:
+                row = done + [mask if token is None else token for token in canvas]
+                guesses = ask(row)[0][len(done) - 1 :]  # guesses[j] predicts canvas slot j
+                sure = guesses.softmax(-1).max(-1).values > decoder.confidence
+                canvas[pointer] = int(guesses[pointer].argmax())
+                for slot in range(pointer + 1, stride):
+                    if sure[slot]:
+                        canvas[slot] = int(guesses[slot].argmax())
+                pointer += 1
+                while pointer < stride and sure[pointer]:
+                    pointer += 1
+            if decoder.verify:
+                right = ask(done + canvas)[0][len(done) - 1 :].argmax(-1).tolist()
+                wrong = next((j for j in range(stride) if canvas[j] != right[j]), None)
+                if wrong is not None:
+                    canvas = [*canvas[:wrong], right[wrong]]
+            done += canvas
+    answer = done[len(prompt) :][:new_tokens]
+    end = next((i for i, token in enumerate(answer) if token in checkpoint.end_ids), None)
+    return answer[:end]
+
+
+def test_the_future_never_changes_the_past():
+    backbone = CHECKPOINT.backbone
+    ids = torch.randint(0, 258, (2, 12), generator=torch.Generator().manual_seed(1))
+    changed = ids.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % 258
+    found = []
+    for row in (ids, changed):
+        cache = SlotCache(2, 12)
+        columns, total = cache.aim(0, [0, 0], 12, backbone.device)
+        found.append(backbone.forward(row, columns, total, cache))
+    assert torch.equal(found[0][:, :7], found[1][:, :7])
+    assert not torch.allclose(found[0][:, 7:], found[1][:, 7:])
+
+
+@settings(max_examples=15, deadline=None)
+@given(cut=st.integers(1, 11), slot=st.integers(0, 2), junk=st.integers(0, 257))
+def test_cached_equals_uncached(cut: int, slot: int, junk: int):
+    """Feeding in two pieces, after a rejected suffix was overwritten, gives the hidden states of feeding at once."""
+    backbone = CHECKPOINT.backbone
+    ids = torch.arange(12)[None] * 7 % 258
+    whole = SlotCache(1, 12)
+    columns, total = whole.aim(0, [0], 12, backbone.device)
+    expected = backbone.forward(ids, columns, total, whole)
+    cache, pieces = SlotCache(3, 20), []
+    for start, piece, keep in (
+        (0, ids[:, :cut], True),
+        (cut, torch.full((1, 5), junk), False),
+        (cut, ids[:, cut:], True),
+    ):
+        columns, total = cache.aim(slot, [start], piece.shape[1], backbone.device)
+        hidden = backbone.forward(piece, columns, total, cache)
+        pieces += [hidden] if keep else []
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "decoder", [ArSettings(), ArSettings(temperature=0.8, top_p=0.9), FluidSettings(), FluidSettings(verify=False)]
+)
+def test_a_row_of_a_batch_is_the_row_alone(decoder):
+    alone = {}
+    for request in requests():
+        alone |= write(CHECKPOINT, decoder, [request], slots=1)
+    for slots in (2, 3, 7):
+        together = write(CHECKPOINT, decoder, requests(), slots)
+        for key, expected in alone.items():
+            assert (together[key].ids, together[key].trace) == (expected.ids, expected.trace)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    confidence=st.floats(0, 1),
+    floor=st.integers(1, 6),
+    extra=st.integers(0, 10),
+    head_seed=st.integers(0, 99),
+    slots=st.integers(1, 5),
+)
+def test_verified_fluid_writes_what_greedy_ar_writes(confidence, floor, extra, head_seed, slots):
+    torch.manual_seed(head_seed)
+    checkpoint = replace(CHECKPOINT, head=KHead(32, 8))
+    decoder = FluidSettings(confidence=confidence, min_horizon=floor, max_horizon=floor + extra)
+    expected = write(CHECKPOINT, ArSettings(), requests(5))
+    found = write(checkpoint, decoder, requests(5), slots)
+    assert {k: (g.ids, g.text, g.finish) for k, g in found.items()} == {
+        k: (g.ids, g.text, g.finish) for k, g in expected.items()
+    }
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(("confidence", "floor"), [(0.0, 1), (0.3, 4), (0.6, 1), (0.9, 3), (1.0, 1)])
+def test_fluid_is_the_published_sampler(verify: bool, confidence: float, floor: int):
+    decoder = FluidSettings(confidence=confidence, min_horizon=floor, verify=verify)
+    found = write(CHECKPOINT, decoder, requests(4, 24))
+    for request in requests(4, 24):
+        assert list(found[request.key].ids) == reference_fluid(CHECKPOINT, request.prompt, decoder, 24)
+
+
+def test_the_published_sampler_trades_text_for_speed_only_without_verification():
+    """The tests above would prove little if drafts were always or never right."""
+    expected = write(CHECKPOINT, ArSettings(), requests())
+    verified = write(CHECKPOINT, FluidSettings(confidence=0.0), requests())
+    loose = write(CHECKPOINT, FluidSettings(confidence=0.0, verify=False), requests())
+    assert any(loose[k].ids != expected[k].ids for k in expected)
+    traces = [g.trace for g in verified.values()]
+    assert any(a < p for t in traces for p, a in zip(t.predicted, t.accepted, strict=False))
+    assert any(a > 1 for t in traces for a in t.accepted)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_horizon_of_one_is_ar(verify: bool):
+    expected = write(CHECKPOINT, ArSettings(), requests())
+    found = write(CHECKPOINT, FluidSettings(max_horizon=1, verify=verify), requests())
+    assert {k: g.ids for k, g in found.items()} == {k: g.ids for k, g in expected.items()}
+    assert all(set(g.trace.predicted) == {1} for g in found.values())
+
+
+@pytest.mark.parametrize("decoder", [ArSettings(), FluidSettings(), FluidSettings(verify=False, confidence=0.5)])
+def test_counted_forwards_are_the_calls_the_model_sees(decoder):
+    checkpoint = fluid_checkpoint()
+    seen = calls_of(checkpoint)
+    engine = fluid_model.engine_for(checkpoint, decoder, slots=3)
+    list(engine.generate(requests()))
+    assert engine.calls == len(seen)
+    seen.clear()
+    (alone,) = write(checkpoint, decoder, requests(1)).values()
+    assert sum(alone.trace.forwards.values()) == len(seen)
+    if isinstance(decoder, ArSettings):
+        assert len(seen) == len(alone.ids) == NEW
+
+
+def test_sampling_follows_the_distribution():
+    """20,000 draws of one token against softmax(logits / T) cut to the nucleus: chi-square within its 99.9% bound."""
+    from scipy.stats import chisquare
+
+    from fluid_model.decoders.ar import sample
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 6, generator=generator)
+    draws = torch.rand(20_000, generator=generator)
+    for temperature, top_p in ((1.0, 1.0), (0.9, 0.9)):
+        found = sample(logits.expand(len(draws), -1), draws, temperature, top_p)
+        expected = (logits[0] / temperature).softmax(-1)
+        order = expected.argsort(descending=True)
+        kept = order[: int((expected[order].cumsum(0) - expected[order] < top_p).sum())]
+        counts = torch.bincount(found, minlength=6)
+        assert counts[kept].sum() == len(draws), "nothing outside the nucleus"
+        share = expected[kept] / expected[kept].sum()
+        assert chisquare(counts[kept].numpy(), (share * len(draws)).double().numpy(), sum_check=False).pvalue > 0.001

@@ -1,0 +1,122 @@
+"""Against lm-eval's own `hf` backend: same model, same data, same texts, scores and log-likelihoods."""
+
+from __future__ import annotations
+
+import pytest
+
+from fluid_eval import data, store
+from fluid_eval.run import run
+from fluid_eval.spec import build_spec
+
+LIMIT = 6
+
+
+@pytest.fixture(scope="module")
+def hf(stories):
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(stories), device="cpu", dtype="float32", batch_size=1)
+
+
+def theirs(hf, tasks, data_dir, limit, new_tokens=None, num_fewshot=None):
+    """lm-eval's own loop with its own backend over the same task files."""
+    from lm_eval import evaluator
+    from lm_eval.tasks import TaskManager
+
+    from fluid_eval.paths import resource
+
+    manager = TaskManager(
+        include_path=str(resource("tasks")), include_defaults=False, metadata={"data_dir": str(data_dir)}
+    )
+    return evaluator.simple_evaluate(
+        model=hf, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0, num_fewshot=num_fewshot,
+        gen_kwargs={"max_gen_toks": new_tokens} if new_tokens else None, confirm_run_unsafe_code=True,
+    )  # fmt: skip
+
+
+def ours(stories, tasks, data_dir, folder, limit, new_tokens=None, num_fewshot=None):
+    values = {
+        "tasks": tasks, "model": {"path": str(stories)}, "data_dir": str(data_dir), "limit": limit,
+        "max_new_tokens": new_tokens, "num_fewshot": num_fewshot, "allow_code": True,
+    }  # fmt: skip
+    result = run(build_spec(values), folder)
+    return result, {record["key"]: record for record in store.read_samples(folder)}
+
+
+@pytest.mark.parametrize(("shots", "length"), [(0, 48), (None, 48)])
+def test_generated_text_and_scores(hf, stories, data_dir, tmp_path, shots, length):
+    """At the tasks' own five and four shots most prompts are cut, by both in the same way."""
+    tasks = ["gsm8k", "math500", "humaneval"]
+    expected = theirs(hf, tasks, data_dir, LIMIT, length, shots)
+    result, samples = ours(stories, tasks, data_dir, tmp_path / "r", LIMIT, length, shots)
+    for task in tasks:
+        for example in expected["samples"][task]:
+            record = samples[f"{task}/{example['doc_id']}"]
+            assert record["prompt"] == example["arguments"][0][0]
+            assert record["output"] == example["resps"][0][0]
+            for metric in example["metrics"]:
+                assert record["scores"][f"{metric},{example['filter']}"] == example[metric]
+    for line in result["lines"]:
+        assert line["score"] == expected["results"][line["task"]][f"{line['metric']},{line['filter']}"]
+    if shots is None:
+        assert all(samples[f"gsm8k/{n}"]["truncated"] > 0 for n in range(LIMIT))
+
+
+def test_mmlu_log_likelihoods(hf, stories, data_dir, tmp_path):
+    expected = theirs(hf, ["mmlu"], data_dir, 1)
+    result, samples = ours(stories, ["mmlu"], data_dir, tmp_path / "r", 1)
+    seen = 0
+    for task, examples in expected["samples"].items():
+        for example in examples:
+            record = samples[f"{task}/{example['doc_id']}"]
+            values = [value for ((value, _),) in example["resps"]]
+            assert record["loglikelihoods"] == pytest.approx(values, abs=1e-4)
+            assert record["greedy"] == [greedy for ((_, greedy),) in example["resps"]]
+            seen += 1
+    assert seen == 57
+    parts = {line["task"]: line["score"] for line in result["lines"] + result["parts"]}
+    assert parts == {name: pytest.approx(found["acc,none"]) for name, found in expected["results"].items()}
+
+
+def test_our_tasks_are_lm_evals_own():
+    """Prompts, stops, filters and metrics of the bundled task files, field by field against lm-eval's."""
+    from pathlib import Path
+
+    import lm_eval.tasks
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    from fluid_eval.paths import resource
+
+    theirs_dir, ours_dir = Path(lm_eval.tasks.__file__).parent, resource("tasks")
+    pairs = {
+        "gsm8k/gsm8k.yaml": "gsm8k/gsm8k.yaml",
+        "humaneval/humaneval.yaml": "humaneval/humaneval.yaml",
+        "math500/math500.yaml": "minerva_math/minerva_math500.yaml",
+        **{f"mmlu/{f.name}": f"mmlu/default/{f.name}" for f in ours_dir.glob("mmlu/mmlu_*.yaml")},
+    }
+    assert len(pairs) == 60
+    chosen = {"custom_dataset", "task", "task_alias", "num_fewshot", "metadata", "dataset_kwargs", "dataset_name"}
+    chosen |= {"tag", "repeats", "training_split"}
+    for mine, other in pairs.items():
+        a, b = (load_yaml(root / name, resolve_func=False) for root, name in ((ours_dir, mine), (theirs_dir, other)))
+        for name in (a.keys() | b.keys()) - chosen:
+            assert comparable(name, a) == comparable(name, b), (mine, name)
+        assert a["metadata"]["version"] == b["metadata"]["version"]
+
+
+def comparable(name, config):
+    """A field without what we mean to differ in: the answer's length, and which file a function stands in."""
+    value = config.get(name)
+    if name == "generation_kwargs":
+        return {k: v for k, v in value.items() if k not in ("max_gen_toks", "temperature")}
+    if name == "metric_list" and "pass_at_k" in str(value):
+        return [{k: v for k, v in metric.items() if k != "metric"} for metric in value]
+    if name == "fewshot_config":
+        return {k: v for k, v in value.items() if k != "samples"}
+    return value.split(".")[-1] if isinstance(value, str) and "/utils." in value else (
+        [f["name"] for f in value] if name == "filter_list" and "build_predictions" in str(value) else value
+    )  # fmt: skip
+
+
+def test_the_canonical_rows_are_what_ran(data_dir):
+    assert all(f.canonical for f in data.fingerprints(str(data_dir)))

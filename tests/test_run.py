@@ -1,0 +1,165 @@
+"""The main job on real weights and real benchmarks, whole."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import fluid_eval
+from fluid_eval import store
+from fluid_eval.run import run
+from fluid_eval.spec import build_spec
+
+
+def spec_for(stories, data_dir, **changes):
+    values = {
+        "tasks": ["gsm8k", "math500", "humaneval", "mmlu"],
+        "model": {"path": str(stories)},
+        "data_dir": str(data_dir),
+        "num_fewshot": 0,
+        "limit": 3,
+        "max_new_tokens": 24,
+        "allow_code": True,
+    }
+    return build_spec({**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def four_tasks(stories, data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "four"
+    return folder, run(spec_for(stories, data_dir), folder)
+
+
+def test_four_tasks_from_one_call(four_tasks):
+    folder, result = four_tasks
+    assert [(line["task"], line["metric"], line["n"]) for line in result["lines"]] == [
+        ("gsm8k", "exact_match", 3),
+        ("gsm8k", "exact_match", 3),
+        ("math500", "exact_match", 3),
+        ("math500", "math_verify", 3),
+        ("humaneval", "pass@1", 3),
+        ("mmlu", "acc", 3 * 57),
+    ]
+    assert len(result["parts"]) == 4 + 57
+    assert len(result["data"]) == 6
+    assert all(message.startswith("matches the canonical") for message in result["data"])
+    gsm8k = result["lines"][0]
+    assert (gsm8k["tokens"], gsm8k["forwards"], gsm8k["tokens_per_forward"]) == (72, 72, 1.0)
+    where = store.read_json(folder / "environment.json")
+    assert where["versions"]["torch"]
+    assert (where["engine"]["device"], where["engine"]["dtype"], where["engine"]["parameters"]) == (
+        "cpu",
+        "float32",
+        260032,
+    )
+
+
+def test_a_sample_says_all_about_itself(four_tasks):
+    folder, _ = four_tasks
+    records = {record["key"]: record for record in store.read_samples(folder)}
+    assert len(records) == 9 + 171
+    first = records["gsm8k/0"]
+    assert first["prompt"].startswith("Question: Janet")
+    assert (len(first["output_ids"]), first["finish"]) == (24, "length")
+    assert first["trace"]["forwards"] == {"prefill": 1, "denoise": 0, "verify": 0, "commit": 23}
+    assert first["extracted"].keys() == {"strict-match", "flexible-extract"}
+    assert first["target"].endswith("#### 18")
+    assert records["humaneval/0"]["extracted"]["create_test"].startswith("from typing import List")
+    question = records["mmlu_anatomy/1"]
+    assert question["trace"]["forwards"]["prefill"] == 1, "one forward a question, not four"
+    assert question["output"] == "ABCD"[int(np.argmax(question["loglikelihoods"]))]
+    frame = fluid_eval.load_results(folder)
+    assert frame.loc[frame.task == "mmlu_anatomy", "score:acc,none"].isin([0, 1]).all()
+
+
+def test_group_scores_are_lm_evals(four_tasks):
+    """Our line over all questions equals lm-eval's size-weighted group mean: the mean over all samples."""
+    folder, result = four_tasks
+    frame = fluid_eval.load_results(folder)
+    scores = frame["score:acc,none"].dropna()
+    assert result["lines"][-1]["score"] == pytest.approx(scores.mean())
+    stem = next(line for line in result["parts"] if line["task"] == "mmlu_stem")
+    assert stem["n"] == 19 * 3
+
+
+def test_long_prompts_are_cut_from_the_left_and_counted(four_tasks):
+    folder, result = four_tasks
+    records = list(store.read_samples(folder))
+    cut = [record for record in records if record["truncated"]]
+    assert cut, "some MMLU questions are longer than 512 tokens here"
+    assert all(record["prompt_tokens"] in (512 - 24, 512) for record in cut)
+    assert sum(line["truncated_prompts"] for line in result["lines"] if line["metric"] != "math_verify") >= len(cut)
+
+
+def test_a_resumed_run_equals_an_unbroken_one(four_tasks, stories, data_dir, tmp_path):
+    folder, unbroken = four_tasks
+    broken = tmp_path / "r"
+    broken.mkdir()
+    for name in (store.SPEC, store.ENVIRONMENT):
+        (broken / name).write_bytes((folder / name).read_bytes())
+    lines = (folder / store.SAMPLES).read_text().splitlines(keepends=True)
+    kept = [json.loads(line) for line in lines[::3]]
+    for record in kept:
+        del record["scores"], record["extracted"], record["target"]
+    (broken / store.SAMPLES).write_text("".join(json.dumps(record) + "\n" for record in kept) + '{"torn')
+    resumed = run(spec_for(stories, data_dir), broken, resume=True)
+    for ours, theirs in zip(resumed["lines"] + resumed["parts"], unbroken["lines"] + unbroken["parts"], strict=True):
+        for name in ("task", "score", "low", "high", "n", "tokens", "forwards"):
+            assert ours[name] == theirs[name]
+    assert same_samples(folder, broken)
+    assert resumed["notices"][0].endswith("dropped 6 bytes")
+
+
+def same_samples(ours, theirs) -> bool:
+    """Equal texts, ids, scores and forwards; log-likelihoods to rounding (batches differ)."""
+    ours, theirs = ({r["key"]: r for r in store.read_samples(f)} for f in (ours, theirs))
+    assert list(ours) == list(theirs)
+    for key, a in ours.items():
+        b = theirs[key]
+        for name in ("prompt", "output", "output_ids", "finish", "scores", "trace", "truncated"):
+            assert a[name] == b[name], (key, name)
+        assert a.get("loglikelihoods", []) == pytest.approx(b.get("loglikelihoods", []), abs=1e-4)
+    return True
+
+
+def test_ray_gives_the_same_numbers(four_tasks, stories, data_dir, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    folder, inline = four_tasks
+    tasks = ["gsm8k", "math500", "humaneval", "mmlu"]
+    spec = spec_for(stories, data_dir, tasks=tasks, engine={"kind": "ray", "workers": 2})
+    assert spec.id == spec_for(stories, data_dir).id
+    result = run(spec, tmp_path / "ray")
+    assert [line["score"] for line in result["lines"]] == [line["score"] for line in inline["lines"]]
+    assert same_samples(folder, tmp_path / "ray")
+    assert store.read_json(tmp_path / "ray" / "environment.json")["engine"]["workers"] == 2
+    import ray
+
+    assert not ray.is_initialized(), "the private cluster ends with the run"
+
+
+def test_what_a_worker_finds_wrong_is_told_as_it_is(tmp_path, tiny_model, data_dir, monkeypatch):
+    from fluid_model import ConfigError
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (broken := tmp_path / "m").mkdir()
+    for file in tiny_model.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    (broken / "model.safetensors").write_bytes(b"junk")
+    for engine in ({}, {"kind": "ray", "workers": 1}):
+        spec = spec_for(broken, data_dir, tasks=["gsm8k"], engine=engine)
+        with pytest.raises(ConfigError, match="model="):
+            run(spec, tmp_path / "r")
+        assert not (tmp_path / "r").exists()
+
+
+def test_fluid_writes_what_ar_writes_through_the_whole_path(tiny_fluid, data_dir, tmp_path):
+    results = {}
+    for decoder in ("ar", "fluid"):
+        spec = spec_for(tiny_fluid, data_dir, tasks=["gsm8k"], decoder=decoder)
+        results[decoder] = run(spec, tmp_path / decoder)
+    ar, fluid = (fluid_eval.load_results(tmp_path / d) for d in ("ar", "fluid"))
+    assert ar["output_ids"].tolist() == fluid["output_ids"].tolist()
+    assert (fluid["forwards:verify"] > 0).all()
+    assert all(len(p) in (len(a), len(a) + 1) for p, a in zip(fluid["predicted"], fluid["accepted"], strict=True))

@@ -1,0 +1,105 @@
+"""The run folder: append, resume, refuse, mend."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import fluid_eval
+from fluid_eval.spec import build_spec
+from fluid_eval.store import Run, read_json
+from fluid_model import ConfigError
+
+SPEC = build_spec({"tasks": ["gsm8k"], "model": {"path": "m"}})
+OTHER = build_spec({"tasks": ["gsm8k"], "model": {"path": "m"}, "limit": 3})
+
+
+def sample(n):
+    return {
+        "key": f"gsm8k/{n}",
+        "task": "gsm8k",
+        "doc_id": n,
+        "output": "Grüße \ud800 👋 \u2028",
+        "trace": {"forwards": {"prefill": 1, "commit": 3}, "slots": 9, "predicted": [], "accepted": []},
+        "scores": {"exact_match,strict": float(n % 2)},
+    }
+
+
+def fill(folder, count=3):
+    run = Run(folder, SPEC)
+    run.begin({"python": "3"})
+    for n in range(count):
+        run.append(sample(n))
+    run.close()
+    return folder
+
+
+def test_nothing_is_written_before_begin(tmp_path):
+    Run(tmp_path / "a" / "b", SPEC)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_survive_and_are_resumed(tmp_path):
+    run = Run(fill(tmp_path / "r"), SPEC, resume=True)
+    assert list(run.samples.values()) == [sample(n) for n in range(3)]
+    run.begin({})
+    run.append(sample(3))
+    run.finish(run.samples.values(), {"lines": []})
+    frame = fluid_eval.load_results(tmp_path / "r")
+    assert frame["score:exact_match,strict"].tolist() == [0, 1, 0, 1]
+    assert frame["forwards:commit"].tolist() == [3] * 4
+    assert read_json(tmp_path / "r" / "result.json") == {"lines": []}
+    assert sorted(f.name for f in (tmp_path / "r").iterdir()) == [
+        "environment.json", "result.json", "samples.jsonl", "spec.json",
+    ]  # fmt: skip
+
+
+def test_other_and_same_specs_are_told_apart(tmp_path):
+    fill(tmp_path / "r")
+    with pytest.raises(ConfigError, match=r"holds another run \(limit is null there, 3 here\)"):
+        Run(tmp_path / "r", OTHER, resume=True)
+    with pytest.raises(ConfigError, match="not finished of this spec; pass --resume"):
+        Run(tmp_path / "r", SPEC)
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match="not empty and holds no run"):
+        Run(tmp_path, SPEC)
+    with pytest.raises(ConfigError, match="is a file, not a folder"):
+        Run(tmp_path / "thesis.tex", SPEC)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        Run(tmp_path / "thesis.tex" / "r", SPEC)
+
+
+def test_a_torn_last_line_is_dropped_and_reported(tmp_path):
+    file = fill(tmp_path / "r") / "samples.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole + whole.splitlines()[0][:40])
+    run = Run(tmp_path / "r", SPEC, resume=True)
+    assert len(run.samples) == 3
+    assert run.notices == [f"{file}: the last line was cut short; dropped 40 bytes"]
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("line", [b"{nonsense", b"[]", b"3", b'{"key": "x"}', b"\xff\xfe"])
+def test_a_corrupt_line_is_named(tmp_path, line):
+    file = fill(tmp_path / "r") / "samples.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([lines[0], line + b"\n", *lines[1:]]))
+    for read in (lambda: Run(tmp_path / "r", SPEC, resume=True), lambda: fluid_eval.load_results(tmp_path / "r")):
+        with pytest.raises(ConfigError, match=r"samples\.jsonl, line 2: not a sample"):
+            read()
+
+
+def test_a_broken_spec_is_named(tmp_path):
+    fill(tmp_path / "r")
+    (tmp_path / "r" / "spec.json").write_text(json.dumps({**SPEC.to_dict(), "tasks": 7}))
+    with pytest.raises(ConfigError, match=r"spec\.json: tasks=7 must be a list"):
+        Run(tmp_path / "r", SPEC, resume=True)
+    (tmp_path / "r" / "spec.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"spec\.json: not a JSON object"):
+        Run(tmp_path / "r", SPEC, resume=True)
+    with pytest.raises(ConfigError, match="no run here"):
+        fluid_eval.load_results(tmp_path)

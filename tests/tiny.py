@@ -1,0 +1,67 @@
+"""Small random models and a tokenizer that spells any text, for tests and for trying an installation."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
+
+import fluid_model
+from fluid_model.backbone import Backbone
+from fluid_model.checkpoint import Checkpoint
+from fluid_model.tokens import end_ids
+
+MASK = "<|mask|>"
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and <s>, </s>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, "</s>": 1} | {letter: i + 2 for i, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def llama_config(**changes: object) -> LlamaConfig:
+    values = {
+        "vocab_size": 258,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "initializer_range": 0.3,
+    }
+    return LlamaConfig(**{**values, **changes})
+
+
+def save_model(folder: Path, config: PreTrainedConfig | None = None, seed: int = 0) -> Path:
+    """A random model in the ordinary Hugging Face layout."""
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config or llama_config()).float().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def fluid_checkpoint(seed: int = 0, k_max: int = 8, tau: tuple[float, ...] = (2.8,)) -> Checkpoint:
+    """A random FLUID checkpoint in memory, its mask token new to the tokenizer."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(llama_config()).float().eval()
+    tokenizer = byte_tokenizer()
+    mask_id = fluid_model.add_mask_token(model, tokenizer, MASK)
+    heads = [fluid_model.KHead(model.config.hidden_size, k_max) for _ in tau]
+    manifest = fluid_model.Manifest(parent="random", mask_token=MASK, k_max=k_max, tau=tau)
+    ends = end_ids(tokenizer, model.config)
+    return Checkpoint(Backbone(model), tokenizer, ends, manifest, mask_id, heads, heads[0])
+
+
+if __name__ == "__main__":
+    save_model(Path(sys.argv[1]))
