@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fluid_model.errors import ConfigError
+from fluid_model.settings import DECODERS
 
 from .paths import resource
 from .spec import build_spec
@@ -70,11 +71,14 @@ def reproduce(out: Path, *, data_dir: str | None, models_dir: str | None) -> lis
     findings = []
     for claim in read_claims():
         folder = Path(models_dir or "models") / claim.weights
-        if folder.is_dir():
+        decoder = claim.run.get("decoder", "ar")
+        if decoder not in DECODERS:
+            findings.append(Finding(claim, None, f"not run: needs decoder {decoder}"))
+        elif not folder.is_dir():
+            findings.append(Finding(claim, None, f"not run: needs {claim.weights}/"))
+        else:
             line = _measure(claim, folder, out, data_dir)
             findings.append(Finding(claim, line, judge(claim, line)))
-        else:
-            findings.append(Finding(claim, None, f"not run: needs {claim.weights}/ in --models-dir"))
     _print(findings)
     return findings
 
@@ -104,3 +108,5 @@ def _print(findings: list[Finding]) -> None:
         measured = (score(line), str(line["n"])) if line else ("–", "–")
         table.add_row(claim.system, claim.task, f"{claim.value:.1f}", *measured, finding.verdict)
     console.print(table)
+    if any(finding.measured is None for finding in findings):
+        console.print("NAME/: the model's folder below --models-dir (or FLUID_MODELS_DIR)")

@@ -49,7 +49,17 @@ def write_report(folder: Path, output: Path) -> None:
     if not (folder / RESULT).is_file():
         raise ConfigError(f"{folder}: this run is not finished (no {RESULT}); run it again with --resume first")
     spec, result = read_json(folder / SPEC), read_json(folder / RESULT)
-    missing = {"model", "decoder", "started", "wall_seconds", "lines", "parts", "data", "notices"} - result.keys()
+    missing = {
+        "model",
+        "decoder",
+        "started",
+        "wall_seconds",
+        "lines",
+        "members",
+        "parts",
+        "data",
+        "notices",
+    } - result.keys()
     if missing:
         raise ConfigError(f"{folder / RESULT}: lacks {', '.join(sorted(missing))}; run again into another --out")
     environment = read_json(folder / ENVIRONMENT) if (folder / ENVIRONMENT).is_file() else {}
@@ -79,8 +89,9 @@ def _render(spec: Nested, result: Nested, environment: Nested, records: list[Rec
         lstrip_blocks=True,
     )
     house.filters |= {"score": score, "number": number, "value": _value, "digest": _digest}
-    shown = select(records, spec["tasks"])
-    block, clip = _samples_block(shown, spec["tasks"])
+    owners = {leaf: name for name, leaves in result["members"].items() for leaf in leaves}
+    shown = select(records, owners)
+    block, clip = _samples_block(shown, owners)
     return house.get_template(TEMPLATE).render(
         model=Path(result["model"].rstrip("/")).name,
         spec=spec,
@@ -93,24 +104,24 @@ def _render(spec: Nested, result: Nested, environment: Nested, records: list[Rec
         environment=_environment(environment),
         versions=environment.get("versions", {}),
         of=len(records),
-        shares=_shares(records, shown, spec["tasks"]),
+        shares=_shares(records, shown, owners),
         most=MOST_SAMPLES,
         clip=clip,
         samples=Markup(block),
     )
 
 
-def select(records: Sequence[Record], tasks: Sequence[str]) -> list[Record]:
+def select(records: Sequence[Record], owners: Mapping[str, str]) -> list[Record]:
     """The samples a page shows: all, or MOST_SAMPLES of them, evenly spaced in file order and whatever their score.
 
-    Each task of the spec (a group counts as one) gets an equal share, and passes on what it does not need. So right
+    owners: leaf task -> task of the spec.  Each task of the spec (a group counts as one) gets an equal share, and passes on what it does not need. So right
     and wrong answers stand in a task's selection about as they stand in the run.
     """
     if len(records) <= MOST_SAMPLES:
         return list(records)
     by_task: dict[str, list[Record]] = {}
     for record in records:
-        by_task.setdefault(_owner(record["task"], tasks), []).append(record)
+        by_task.setdefault(owners[record["task"]], []).append(record)
     room, keep = MOST_SAMPLES, set()
     for place, group in enumerate(sorted(by_task.values(), key=len)):
         share = min(len(group), room // (len(by_task) - place))
@@ -119,27 +130,23 @@ def select(records: Sequence[Record], tasks: Sequence[str]) -> list[Record]:
     return [record for record in records if id(record) in keep]
 
 
-def _owner(leaf: str, tasks: Sequence[str]) -> str:
-    """The task of the spec a leaf task belongs to: itself, or the group it is named after (mmlu_anatomy: mmlu)."""
-    groups = [name for name in tasks if leaf == name or leaf.startswith(f"{name}_")]
-    return max(groups, key=len, default=leaf)
-
-
-def _shares(records: Sequence[Record], shown: Sequence[Record], tasks: Sequence[str]) -> dict[str, tuple[int, int]]:
+def _shares(
+    records: Sequence[Record], shown: Sequence[Record], owners: Mapping[str, str]
+) -> dict[str, tuple[int, int]]:
     """Per task of the spec: samples shown, samples there are."""
-    ours = Counter(_owner(record["task"], tasks) for record in shown)
-    everything = Counter(_owner(record["task"], tasks) for record in records)
+    ours = Counter(owners[record["task"]] for record in shown)
+    everything = Counter(owners[record["task"]] for record in records)
     return {name: (ours[name], count) for name, count in everything.items()}
 
 
-def _samples_block(records: Sequence[Record], tasks: Sequence[str]) -> tuple[str, int]:
+def _samples_block(records: Sequence[Record], owners: Mapping[str, str]) -> tuple[str, int]:
     """The samples as JSON that is safe inside <script>, and how many characters of a text it keeps."""
     shared = _shared_beginnings(records)
     for clip in CLIPS:
         block = _safe_json(
             {
                 "tasks": [
-                    {"name": name, "owner": _owner(name, tasks), "shared": _clip(text, CLIPS[0])}
+                    {"name": name, "owner": owners[name], "shared": _clip(text, CLIPS[0])}
                     for name, text in shared.items()
                 ],
                 "samples": [_sample(record, shared, clip) for record in records],

@@ -101,8 +101,10 @@ class _Job:
         return result
 
     def _result(self, tasks: harness.Tasks, records: list[Record]) -> Nested:
+        members = {name: harness.members(tasks, name) for name in self.spec.tasks}
+
         def table(name: str) -> list[dict[str, Any]]:
-            leaves = set(harness.members(tasks, name))
+            leaves = set(members.get(name) or harness.members(tasks, name))
             return [line.to_dict() for line in lines(name, [r for r in records if r["task"] in leaves])]
 
         parts = [*tasks["groups"], *(n for n in tasks["tasks"] if n not in self.spec.tasks)]
@@ -112,6 +114,7 @@ class _Job:
             "decoder": self.spec.to_dict()["decoder"],
             "started": self._started.isoformat(timespec="seconds"),
             "lines": [line for name in self.spec.tasks for line in table(name)],
+            "members": members,
             "parts": [line for name in parts if name not in self.spec.tasks for line in table(name)],
             "task_versions": harness.versions(tasks),
             "data": [f.message for f in data.fingerprints(self.spec.data_dir)],

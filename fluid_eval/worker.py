@@ -67,7 +67,7 @@ class Worker:
         config = backbone.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        row = 2 * config.num_hidden_layers * heads * size * tokens * torch.finfo(backbone.dtype).bits // 8
+        row: int = 2 * config.num_hidden_layers * heads * size * tokens * torch.finfo(backbone.dtype).bits // 8
         return max(1, min(AUTO_ROWS, int(KV_SHARE * free_memory(backbone.device)) // row))
 
 

