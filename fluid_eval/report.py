@@ -114,8 +114,8 @@ def _render(spec: Nested, result: Nested, environment: Nested, records: list[Rec
 def select(records: Sequence[Record], owners: Mapping[str, str]) -> list[Record]:
     """The samples a page shows: all, or MOST_SAMPLES of them, evenly spaced in file order and whatever their score.
 
-    owners: leaf task -> task of the spec.  Each task of the spec (a group counts as one) gets an equal share, and passes on what it does not need. So right
-    and wrong answers stand in a task's selection about as they stand in the run.
+    owners: leaf task -> task of the spec.  Each task of the spec (a group counts as one) gets an equal share, and
+    passes on what it does not need. So right and wrong answers stand in a task's selection about as in the run.
     """
     if len(records) <= MOST_SAMPLES:
         return list(records)
