@@ -99,7 +99,7 @@ def _measure(claim: Claim, model: Path, out: Path, data_dir: str | None) -> Mapp
 def _print(findings: list[Finding]) -> None:
     from .show import score
 
-    console = Console(width=None if Console().is_terminal else 80, highlight=False)
+    console = Console(width=None if Console().is_terminal else 80, highlight=False, markup=False)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("system", "task", "published", "measured", "n", "verdict"):
         table.add_column(name, justify="right" if name in ("published", "measured", "n") else "left")

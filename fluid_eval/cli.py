@@ -60,26 +60,30 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     what.add_argument("--model", metavar="PATH_OR_HUB_ID", help="any Hugging Face causal LM, or a FLUID folder")
     what.add_argument("--decoder", metavar="ar|fluid", help="default: ar")
     what.add_argument("--set", action="append", default=[], metavar="A.B=C", help="e.g. decoder.confidence=0.9")
-    what.add_argument("--limit", type=int, metavar="N", help="first N documents of each task")
-    what.add_argument("--num-fewshot", type=int, metavar="N", help="default: the task's own")
-    what.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the task's own")
-    what.add_argument("--seed", type=int, metavar="N", help="default: 1234")
+    what.add_argument("--limit", type=_whole, metavar="N", help="first N documents of each task")
+    what.add_argument("--num-fewshot", type=_whole, metavar="N", help="default: the task's own")
+    what.add_argument("--max-new-tokens", type=_whole, metavar="N", help="default: the task's own")
+    what.add_argument("--seed", type=_whole, metavar="N", help="default: 1234")
     what.add_argument("--allow-code", action="store_const", const=True, help="agree to run code the model wrote")
     where = run.add_argument_group("where")
     where.add_argument("--data-dir", metavar="DIR", help="benchmark data; default: FLUID_DATA_DIR, else the hub")
-    where.add_argument("--batch-size", type=_batch_size, metavar="N|auto", help="rows at a time")
+    where.add_argument("--batch-size", type=_whole, metavar="N|auto", help="rows at a time")
     where.add_argument("--dtype", metavar="auto|float32|bfloat16")
     where.add_argument("--device", metavar="auto|cpu|cuda")
     where.add_argument("--engine", metavar="inline|ray", help="in this process (default), or Ray workers")
-    where.add_argument("--workers", type=int, metavar="N", help="Ray workers; default: one a GPU")
+    where.add_argument("--workers", type=_whole, metavar="N", help="Ray workers; default: one a GPU")
     where.add_argument("--ray-address", metavar="HOST:PORT", help="default: RAY_ADDRESS, else a private cluster")
     where.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/TASKS-MODEL-DECODER-ID")
     where.add_argument("--resume", action="store_true", help="go on with a run folder")
     where.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
-def _batch_size(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+def _whole(text: str) -> int | str:
+    """A whole number where it is one; the spec says what is wrong with anything else."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from . import data, environment, sandbox
 
 def examine(data_dir: str | None) -> bool:
     """Print what is found; False if the main job could not run."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     facts = environment.describe()
     missing = [name for name, version in facts["versions"].items() if version is None and name != "fluid-eval"]
     console.print(f"python      {facts['python']} on {facts['platform']}")

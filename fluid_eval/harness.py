@@ -56,9 +56,12 @@ def load_tasks(spec: RunSpec) -> Tasks:
     return loaded
 
 
-def check_generation(tasks: Tasks, window: int) -> None:
-    """Raise ConfigError if an answer would leave no room for its prompt, or a task wants to sample."""
+def check_settings(tasks: Tasks, window: int) -> None:
+    """Raise ConfigError if an answer leaves no room for its prompt, shots are too many, or a task wants to sample."""
     for name, task in tasks["tasks"].items():
+        shots, examples = task.get_config("num_fewshot") or 0, len(task.sampler.df)
+        if shots > examples:
+            raise ConfigError(f"num_fewshot={shots}: task {name} has {examples} examples to draw from")
         settings = task.get_config("generation_kwargs") or {}
         length = settings.get("max_gen_toks", DEFAULT_NEW_TOKENS)
         if task.get_config("output_type") == "generate_until" and length >= window:

@@ -45,7 +45,7 @@ def run(spec: RunSpec, folder: Path, *, resume: bool = False) -> Nested:
     info = describe(spec.model.path)
     _check_decoder(spec, info.k_max, info.tau)
     tasks = harness.load_tasks(spec)
-    harness.check_generation(tasks, info.window)
+    harness.check_settings(tasks, info.window)
     job = _Job(spec, opened)
     try:
         return job.work(tasks, load_tokenizer(spec.model.path), info.window)

@@ -30,7 +30,7 @@ def metric(line: Line) -> str:
 
 def print_result(result: Mapping[str, Any], folder: Path) -> None:
     """The result table, the data's fingerprints and where everything is."""
-    console = Console(width=None if Console().is_terminal else 80, highlight=False, soft_wrap=False)
+    console = Console(width=None if Console().is_terminal else 80, highlight=False, markup=False)
     decoder = ", ".join(f"{k}={v}" for k, v in result["decoder"].items() if k != "name")
     console.print(f"{result['model']}  decoder {result['decoder']['name']} ({decoder})")
     console.print()

@@ -58,6 +58,8 @@ BAD = {
     "unknown field": (["--set", "colour=red"], "colour is no setting; known: tasks"),
     "unknown tau": (["--set", "model.tau=3.0"], "model.tau=3.0: "),
     "unwritable out": (["--out", "{empty}/file/run"], "cannot be written"),
+    "limit that is no number": (["--limit", "many"], "limit='many' must be a whole number"),
+    "too many shots": (["--num-fewshot", "7"], "num_fewshot=7: task gsm8k has 6 examples to draw from"),
     "no data": (["--data-dir", "{empty}"], "gsm8k/train.jsonl: no such file"),
     "too many new tokens": (["--max-new-tokens", "256"], "leaves no room for a prompt in the model's window of 256"),
     "no agreement to run code": (["--tasks", "humaneval"], "runs code written by the model; pass --allow-code"),
