@@ -71,16 +71,17 @@ def test_prompts_that_do_not_fit_are_refused():
 
 
 def test_a_prompt_may_fill_the_window():
+    """No canvas is wider than the positions that are left."""
     prompt = (PROMPT * 25)[:240]
-    expected = write_prompt(ArSettings(), prompt)
-    assert len(expected) == 16
+    (expected,) = engine_for(CHECKPOINT, ArSettings()).generate([Request("x", prompt, 16)])
+    assert len(expected.ids) == 16
     for decoder in (FluidSettings(), FluidSettings(min_horizon=8)):
-        assert write_prompt(decoder, prompt) == expected
-
-
-def write_prompt(decoder, prompt):
-    (answer,) = engine_for(CHECKPOINT, decoder).generate([Request("x", prompt, 16)])
-    return answer.ids
+        (answer,) = engine_for(CHECKPOINT, decoder).generate([Request("x", prompt, 16)])
+        assert answer.ids == expected.ids
+        left = 16
+        for predicted, accepted in zip(answer.trace.predicted, answer.trace.accepted, strict=True):
+            assert predicted <= left
+            left -= accepted
 
 
 def test_time_is_shared_out_and_waiting_callers_cost_nothing():

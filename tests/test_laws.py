@@ -37,25 +37,35 @@ def calls_of(checkpoint: Checkpoint) -> list[int]:
     return seen
 
 
-def reference_fluid(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tokens: int) -> list[int]:
-    """FLUID's sampler written plainly: one row, no cache, a full forward whenever something is asked."""
-    model, head, mask = checkpoint.model, checkpoint.head, checkpoint.mask_id
+def reference_fluid(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tokens: int):
+    """FLUID's sampler written plainly: one row, no cache, a full forward whenever something is asked.
 
-    def ask(ids):
+    Returns the answer and how often each kind of forward was needed.
+    """
+    model, head, mask = checkpoint.model, checkpoint.head, checkpoint.mask_id
+    count = dict.fromkeys(("prefill", "denoise", "verify", "commit"), 0)
+
+    def ask(ids, kind):
+        count[kind] += 1
         out = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
         return out.logits[0], out.hidden_states[-1][0]
 
-    done = list(prompt)
+    def ended(answer):
+        return len(answer) >= new_tokens or any(token in checkpoint.end_ids for token in answer)
+
+    done, answer, kind = list(prompt), [], "prefill"
     with torch.inference_mode():
-        while len(done) < len(prompt) + new_tokens:
-            hidden = ask(done)[1]
+        while not ended(answer):
+            hidden = ask(done + answer, kind)[1]
+            kind = "commit"
+            start = len(done + answer)
             stride = int(head(hidden[-1:]).argmax()) + 1
             stride = min(max(stride, decoder.min_horizon), decoder.max_horizon)
             canvas: list[int | None] = [None] * stride
             pointer = 0
             while None in canvas:
-                row = done + [mask if token is None else token for token in canvas]
-                guesses = ask(row)[0][len(done) - 1 :]  # guesses[j] predicts canvas slot j
+                row = done + answer + [mask if token is None else token for token in canvas]
+                guesses = ask(row, "denoise")[0][start - 1 :]  # guesses[j] predicts canvas slot j
                 sure = guesses.softmax(-1).max(-1).values > decoder.confidence
                 canvas[pointer] = int(guesses[pointer].argmax())
                 for slot in range(pointer + 1, stride):
@@ -65,14 +75,14 @@ def reference_fluid(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_
                 while pointer < stride and sure[pointer]:
                     pointer += 1
             if decoder.verify:
-                right = ask(done + canvas)[0][len(done) - 1 :].argmax(-1).tolist()
+                right = ask(done + answer + canvas, "verify")[0][start - 1 :].argmax(-1).tolist()
                 wrong = next((j for j in range(stride) if canvas[j] != right[j]), None)
                 if wrong is not None:
                     canvas = [*canvas[:wrong], right[wrong]]
-            done += canvas
-    answer = done[len(prompt) :][:new_tokens]
+            answer += canvas
+    answer = answer[:new_tokens]
     end = next((i for i, token in enumerate(answer) if token in checkpoint.end_ids), None)
-    return answer[:end]
+    return answer[:end], count
 
 
 def test_the_future_never_changes_the_past():
@@ -143,12 +153,15 @@ def test_verified_fluid_writes_what_greedy_ar_writes(confidence, floor, extra, h
 
 
 @pytest.mark.parametrize("verify", [True, False])
-@pytest.mark.parametrize(("confidence", "floor"), [(0.0, 1), (0.3, 4), (0.6, 1), (0.9, 3), (1.0, 1)])
+@pytest.mark.parametrize(("confidence", "floor"), [(0.0, 1), (0.15, 8), (0.3, 6), (0.6, 1), (0.9, 3), (1.0, 1)])
 def test_fluid_is_the_published_sampler(verify: bool, confidence: float, floor: int):
+    """Same texts and the same forwards, kind by kind."""
     decoder = FluidSettings(confidence=confidence, min_horizon=floor, verify=verify)
-    found = write(CHECKPOINT, decoder, requests(4, 24))
-    for request in requests(4, 24):
-        assert list(found[request.key].ids) == reference_fluid(CHECKPOINT, request.prompt, decoder, 24)
+    found = write(CHECKPOINT, decoder, requests())
+    for request in requests():
+        answer, forwards = reference_fluid(CHECKPOINT, request.prompt, decoder, NEW)
+        assert list(found[request.key].ids) == answer
+        assert found[request.key].trace.forwards == forwards
 
 
 def test_the_published_sampler_trades_text_for_speed_only_without_verification():
