@@ -106,9 +106,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from . import spec as specs
+    from fluid_model.fields import assign, put, read_toml
 
-    values = specs.read_toml(options.spec) if options.spec else {}
+    from .spec import build_spec
+
+    values = read_toml(options.spec) if options.spec else {}
     if data_dir := os.environ.get("FLUID_DATA_DIR"):
         values.setdefault("data_dir", data_dir)
     if isinstance(values.get("model"), str):
@@ -117,10 +119,10 @@ def _run(options: argparse.Namespace) -> int:
         values["decoder"] = {}  # another decoder's settings mean nothing to this one
     for flag, name in _FLAGS.items():
         if (value := getattr(options, flag)) is not None:
-            specs.put(values, name, value)
+            put(values, name, value)
     for setting in options.set:
-        specs.assign(values, setting)
-    spec = specs.build_spec(values)
+        assign(values, setting)
+    spec = build_spec(values)
     from . import run as job
     from .show import print_result
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fluid_model.errors import ConfigError
+from fluid_model.fields import Nested
 
 from . import data, environment, harness, sandbox
 from .metrics import lines
 from .pool import Pool, open_pool
 from .progress import Bar
-from .spec import Nested, RunSpec
+from .spec import RunSpec
 from .store import RESULT, Record, Run, read_json
 
 

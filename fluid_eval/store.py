@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from fluid_model.errors import ConfigError
+from fluid_model.fields import Nested
 
-from .spec import Nested, RunSpec, build_spec
+from .spec import RunSpec, build_spec
 
 if TYPE_CHECKING:
     import pandas

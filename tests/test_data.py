@@ -76,3 +76,12 @@ def test_the_hub_is_given_up_soon(monkeypatch):
     assert not data.hub_reachable()
     assert time.perf_counter() - started < 3
     silent.close()
+
+
+def test_a_name_lookup_that_hangs_is_given_up_too(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(data, "HUB_TIMEOUT", 0.2)
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_args, **_more: time.sleep(3))
+    started = time.perf_counter()
+    assert not data.hub_reachable()
+    assert time.perf_counter() - started < 2

@@ -78,6 +78,41 @@ def test_mmlu_log_likelihoods(hf, stories, data_dir, tmp_path):
     assert parts == {name: pytest.approx(found["acc,none"]) for name, found in expected["results"].items()}
 
 
+def test_contexts_and_continuations_are_split_alike(hf, stories, tmp_path):
+    from fluid_eval.adapter import FluidLM
+    from fluid_eval.store import Run
+    from fluid_model import load_tokenizer
+
+    spec = build_spec({"tasks": ["gsm8k"], "model": {"path": str(stories)}})
+    lm = FluidLM(load_tokenizer(str(stories)), 512, None, Run(tmp_path / "r", spec), None)
+    pairs = [("Answer:", " B"), ("ends in spaces  ", "word"), ("<s>has its own", " start"), ("é👋", " ß"), ("a\n", "b")]
+    found = lm._encode_pairs(pairs)
+    for pair in pairs:
+        assert tuple(map(list, found[pair])) == hf._encode_pair(*pair)
+    assert lm._encode_pairs([("", "word")])["", "word"] == (
+        (1,),
+        tuple(hf.tok_encode("word", add_special_tokens=False)),
+    )
+    assert lm.prefix_token_id == hf.prefix_token_id
+
+
+def test_rolling_log_likelihood(hf, stories, tmp_path):
+    """Whole texts, longer than the window, as perplexity tasks ask."""
+    from lm_eval.api.instance import Instance
+
+    from fluid_eval.adapter import FluidLM
+    from fluid_eval.pool import open_pool
+    from fluid_eval.store import Run
+    from fluid_model import load_tokenizer
+
+    spec = build_spec({"tasks": ["gsm8k"], "model": {"path": str(stories)}})
+    pool = open_pool(spec)
+    lm = FluidLM(load_tokenizer(str(stories)), 512, lambda: pool, Run(tmp_path / "r", spec), None)
+    texts = ["Once upon a time, there was a dog.", "They went to the park. " * 120]
+    ask = [Instance("loglikelihood_rolling", {}, (text,), 0, ("t", 0, 1)) for text in texts]
+    assert lm.loglikelihood_rolling(ask) == pytest.approx(hf.loglikelihood_rolling(ask), rel=1e-4)
+
+
 def test_our_tasks_are_lm_evals_own():
     """Prompts, stops, filters and metrics of the bundled task files, field by field against lm-eval's."""
     from pathlib import Path

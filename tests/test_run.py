@@ -149,7 +149,7 @@ def test_what_a_worker_finds_wrong_is_told_as_it_is(tmp_path, tiny_model, data_d
     (broken / "model.safetensors").write_bytes(b"junk")
     for engine in ({}, {"kind": "ray", "workers": 1}):
         spec = spec_for(broken, data_dir, tasks=["gsm8k"], engine=engine)
-        with pytest.raises(ConfigError, match="model="):
+        with pytest.raises(ConfigError, match=r"^model="):
             run(spec, tmp_path / "r")
         assert not (tmp_path / "r").exists()
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluid_eval.spec import EngineSpec, ModelSpec, RunSpec, assign, build_spec, read_toml
+from fluid_eval.spec import EngineSpec, ModelSpec, RunSpec, build_spec
 from fluid_model import ArSettings, ConfigError, FluidSettings
+from fluid_model.fields import assign, read_toml
 
 BASE = {"tasks": ["gsm8k"], "model": {"path": "m"}}
 MAYBE = st.none() | st.integers(1, 10**6)

@@ -55,6 +55,14 @@ def test_samples_survive_and_are_resumed(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_sample_is_on_disk_before_append_returns(tmp_path):
+    run = Run(tmp_path / "r", SPEC)
+    run.begin({})
+    run.append(sample(0))
+    assert json.loads((tmp_path / "r" / "samples.jsonl").read_text()) == sample(0)
+    run.close()
+
+
 def test_other_and_same_specs_are_told_apart(tmp_path):
     fill(tmp_path / "r")
     with pytest.raises(ConfigError, match=r"holds another run \(limit is null there, 3 here\)"):

@@ -1,0 +1,114 @@
+"""Settings from plain values: TOML files, `a.b=c` assignments, and dataclasses checked name by name. No torch here."""
+
+from __future__ import annotations
+
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .errors import ConfigError
+
+Nested = dict[str, Any]
+"""Settings as a file holds them: nested tables of plain values."""
+
+
+def at_least(name: str, value: float | None, low: float) -> None:
+    """Raise ConfigError if there is a value and it is below `low`."""
+    if value is not None and value < low:
+        raise ConfigError(f"{name}={value} must be at least {low}")
+
+
+def read_toml(file: Path) -> Nested:
+    """A spec file's tables. Raises ConfigError naming the file."""
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not TOML: {error}") from error
+
+
+def assign(values: Nested, setting: str) -> None:
+    """Apply one `a.b=c` to nested values. c is read as TOML where it is, as plain text otherwise."""
+    name, sign, text = setting.partition("=")
+    if not sign or not name:
+        raise ConfigError(f"--set {setting}: must read name=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    put(values, name.strip(), value)
+
+
+def put(values: Nested, name: str, value: Any) -> None:
+    """Set a dotted name in nested values, making tables on the way."""
+    *tables, last = name.split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{name}: {table} is a value, not a table")
+    values[last] = value
+
+
+def build(
+    cls: type[Any], values: Mapping[str, Any], where: str = "", how_to_give: Mapping[str, str] | None = None
+) -> Any:
+    """A dataclass from plain values, every name and type checked.
+
+    where: prefix of names in messages ("decoder.").  how_to_give: what to say of a field that is missing.
+    Raises ConfigError naming unknown fields (with the known ones), missing ones and bad values.
+    """
+    hints = get_type_hints(cls)
+    known = {f.name: f for f in fields(cls)}
+    for name in values:
+        if name not in known:
+            what = f" of decoder {cls.name!r}" if where == "decoder." else ""
+            raise ConfigError(f"{where}{name} is no setting{what}; known: {', '.join(where + n for n in known)}")
+    for name, f in known.items():
+        if name not in values and f.default is MISSING and f.default_factory is MISSING:
+            raise ConfigError(f"{where}{name} is missing" + (how_to_give or {}).get(name, ""))
+    return cls(**{name: _coerce(value, hints[name], where + name) for name, value in values.items()})
+
+
+def _coerce(value: Any, hint: Any, name: str) -> Any:
+    """The value as the hint wants it, or ConfigError."""
+    if is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, Mapping):
+            return build(hint, value, name + ".")
+    elif get_origin(hint) in (Union, types.UnionType):
+        if is_dataclass(value) and any(type(value) is option for option in get_args(hint)):
+            return value
+        for option in get_args(hint):
+            try:
+                return _coerce(value, option, name)
+            except ConfigError:
+                continue
+    elif get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+        raise ConfigError(f"{name}={value!r} is unknown; known: {', '.join(map(str, get_args(hint)))}")
+    elif get_origin(hint) is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_coerce(item, get_args(hint)[0], name) for item in value)
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif type(value) is hint:  # exactly: true is no whole number
+        return value
+    raise ConfigError(f"{name}={value!r} must be {_describe(hint)}")
+
+
+def _describe(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return "a list"
+    return names.get(hint, "a table")
