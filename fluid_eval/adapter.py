@@ -42,12 +42,15 @@ class FluidLM(TemplateLM):
         self._pool = pool
         self._run = run
         self._bar = bar
-        self._bos = tokenizer.decode(self.prefix_token_id)
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        self._bos = tokenizer.decode(self.prefix_token_id) if any(end is not None for end in ends) else ""
+        self._eos = None if ends[1] is None else tokenizer.decode(ends[1])
 
     @property
     def eot_token_id(self) -> int:
-        end = self.tokenizer.eos_token_id
-        return int(end if end is not None else self.tokenizer.bos_token_id or 0)
+        if self.tokenizer.eos_token_id is None:
+            raise ConfigError("this tokenizer has neither BOS nor EOS token: nothing can stand for an empty prompt")
+        return int(self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
@@ -125,7 +128,7 @@ class FluidLM(TemplateLM):
     def _request(self, key: str, prompt: Ids, options: dict[str, Any]) -> Request:
         """Cut a prompt from the left so that its answer fits the window; say how much was cut."""
         settings = normalize_gen_kwargs(options)
-        stops = handle_stop_sequences(settings["until"], eos=self.tokenizer.decode(self.eot_token_id))
+        stops = handle_stop_sequences(settings["until"], eos=self._eos)
         room = self._window - settings["max_gen_toks"]
         fed = (prompt or (self.prefix_token_id,))[-room:]
         return Request(

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fluid_model.errors import ConfigError
+from fluid_model.errors import ConfigError, RunError
 
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -97,6 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"fluid-eval: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_CONFIG
+    except RunError as error:
+        print(f"fluid-eval: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("fluid-eval: interrupted; what is finished is stored, --resume goes on", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -108,13 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from fluid_model.fields import assign, put, read_toml
 
-    from .spec import build_spec
+    from .spec import build_spec, tables
 
     values = read_toml(options.spec) if options.spec else {}
     if data_dir := os.environ.get("FLUID_DATA_DIR"):
         values.setdefault("data_dir", data_dir)
-    if isinstance(values.get("model"), str):
-        values["model"] = {"path": values["model"]}
+    values = tables(values)
     if options.decoder and values.get("decoder", {}).get("name", options.decoder) != options.decoder:
         values["decoder"] = {}  # another decoder's settings mean nothing to this one
     for flag, name in _FLAGS.items():

@@ -13,6 +13,7 @@ import os
 import threading
 import urllib.error
 import urllib.request
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,14 @@ HUB_TIMEOUT = 6.0
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: where the hub has it, its fields in canonical order, and the known splits (rows, sha256).
+    """A data set: where the hub has it (None: a package has it), its fields in canonical order, and the known splits
+    (rows, sha256).
 
     escaped: canonical lines escape non-ASCII characters (as the published files do).
     """
 
     title: str
-    hub: str
+    hub: str | None
     config: str | None
     fields: tuple[str, ...]
     known: dict[str, tuple[int, str]]
@@ -60,7 +62,7 @@ SOURCES = {
     ),
     "humaneval": Source(
         title="HumanEval",
-        hub="openai/openai_humaneval",
+        hub=None,
         config=None,
         fields=("task_id", "prompt", "entry_point", "canonical_solution", "test"),
         known={"test": (164, "1d49078ba3e2b196b9344535bef34a43021f038fad9561d6ee7c53450609a6a2")},
@@ -144,17 +146,34 @@ def _read_jsonl(name: str, file: Path) -> list[Row]:
     wanted = SOURCES[name].fields
     try:
         text = (gzip.open if file.suffix == ".gz" else open)(file, "rb").read().decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
     for number, line in enumerate(text.split("\n"), 1):
         if not line:
             continue
         try:
             row = json.loads(line)
-            rows.append({field: row[field] for field in wanted})
+            rows.append({field: _checked(field, row[field]) for field in wanted})
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{file}, line {number}: not a row with {', '.join(wanted)} ({error})") from error
+    if not rows:
+        raise ConfigError(f"{file}: holds no rows")
     return rows
+
+
+def _checked(field: str, value: Any) -> Any:
+    """A field's value, or ValueError if it cannot be what the field means."""
+    if field == "level":
+        right = isinstance(value, int)
+    elif field == "choices":
+        right = isinstance(value, list) and len(value) == 4 and all(isinstance(choice, str) for choice in value)
+    elif field == "answer":
+        right = isinstance(value, str) or (type(value) is int and 0 <= value <= 3)
+    else:
+        right = isinstance(value, str)
+    if not right:
+        raise ValueError(f"{field}={value!r} cannot be one")
+    return value
 
 
 def _from_hub(name: str, split: str) -> list[Row]:
@@ -184,7 +203,7 @@ def hub_reachable() -> bool:
             answered.set()
         except urllib.error.HTTPError:
             answered.set()  # it spoke, that is enough
-        except OSError:
+        except (OSError, ValueError):  # ValueError: HF_ENDPOINT is no address
             pass
 
     thread = threading.Thread(target=ask, daemon=True)  # name look-ups know no time-out of their own

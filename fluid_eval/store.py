@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import pandas
 
 Record = dict[str, Any]
+REQUIRED = {"key", "task", "doc_id", "prompt", "prompt_hash", "output", "output_ids", "finish", "trace", "seconds"}
+"""Fields every sample has."""
 SPEC, ENVIRONMENT, SAMPLES, RESULT = "spec.json", "environment.json", "samples.jsonl", "result.json"
 
 
@@ -39,6 +41,7 @@ class Run:
         self.samples: dict[str, Record] = {}
         self.notices: list[str] = []
         self._file: TextIO | None = None
+        self._torn = 0
         held = _held_spec(folder)
         if held is None:
             _check_writable(folder)
@@ -48,18 +51,27 @@ class Run:
             state = "a finished run" if (folder / RESULT).exists() else "a run that was not finished"
             raise ConfigError(f"{folder} holds {state} of this spec; pass --resume to go on, or another --out")
         else:
-            self._mend_last_line()
-            self.samples = {record["key"]: record for record in read_samples(folder)}
+            self._torn = torn_bytes(folder / SAMPLES)
+            self.samples = {record["key"]: record for record in read_samples(folder, torn=self._torn)}
+            if self.samples:
+                self.notices.append(
+                    f"{len(self.samples)} samples are from an earlier session; wall time is the last session's"
+                )
 
     def begin(self, environment: Nested) -> None:
-        """Create the folder and open the samples for appending."""
+        """Create the folder and open the samples for appending. A last line that a crash cut short is dropped.
+
+        Raises ConfigError if the run was begun where its answers may differ: other weights, device, dtype, versions.
+        """
+        self._check_same(environment)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._mend_last_line()
         write_json(self.folder / SPEC, {"id": self.spec.id, **self.spec.to_dict()})
         write_json(self.folder / ENVIRONMENT, environment)
         self._file = (self.folder / SAMPLES).open("a", encoding="utf-8")
 
     def append(self, record: Record) -> None:
-        """Keep one sample, on disk before this returns."""
+        """Keep one sample: it is with the operating system before this returns."""
         assert self._file is not None, "begin comes first"
         self._file.write(_line(record))
         self._file.flush()
@@ -80,31 +92,53 @@ class Run:
         if self._file is not None:
             self._file.close()
 
-    def _mend_last_line(self) -> None:
-        """Drop a last line that was cut short by a crash, and say so."""
-        file = self.folder / SAMPLES
-        if not file.exists():
+    def _check_same(self, environment: Nested) -> None:
+        file = self.folder / ENVIRONMENT
+        if not self.samples or not file.exists():
             return
-        with file.open("rb+") as handle:
-            content = handle.read()
-            if content and not content.endswith(b"\n"):
-                keep = content.rfind(b"\n") + 1
-                handle.truncate(keep)
-                self.notices.append(f"{file}: the last line was cut short; dropped {len(content) - keep} bytes")
+        before, now = (values.get("same", {}) for values in (read_json(file), environment))
+        for name in now:
+            if name in before and before[name] != now[name]:
+                raise ConfigError(
+                    f"{self.folder} was begun with {name} {before[name]}, here it is {now[name]}; answers of both in "
+                    "one table would mislead: choose another --out"
+                )
+
+    def _mend_last_line(self) -> None:
+        if self._torn:
+            file = self.folder / SAMPLES
+            os.truncate(file, file.stat().st_size - self._torn)
+            self.notices.append(f"{file}: the last line was cut short; dropped {self._torn} bytes")
+            self._torn = 0
 
 
-def read_samples(folder: Path) -> Iterator[Record]:
-    """Samples of a run folder, in file order. Raises ConfigError naming file and line of one that is no sample."""
+def torn_bytes(file: Path) -> int:
+    """Bytes after the last newline: what a crash left of a line."""
+    content = file.read_bytes() if file.exists() else b""
+    return len(content) - (content.rfind(b"\n") + 1)
+
+
+def read_samples(folder: Path, *, torn: int = 0) -> Iterator[Record]:
+    """Samples of a run folder, in file order, all but the last `torn` bytes.
+
+    Raises ConfigError naming file and line of one that is no sample.
+    """
     file = folder / SAMPLES
     if not file.exists():
         return
+    left = file.stat().st_size - torn
     with file.open("rb") as handle:
         for number, line in enumerate(handle, 1):
+            if left <= 0:
+                return
+            left -= len(line)
             try:
                 record = json.loads(line)
-                record["key"], record["task"]
-            except (ValueError, KeyError, TypeError) as error:
+                missing = REQUIRED - record.keys()
+            except (ValueError, AttributeError) as error:
                 raise ConfigError(f"{file}, line {number}: not a sample ({error})") from error
+            if missing:
+                raise ConfigError(f"{file}, line {number}: not a sample (no {', '.join(sorted(missing))})")
             yield record
 
 

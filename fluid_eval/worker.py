@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from .spec import build_spec
 
 Work = Request | ScoreRequest
 Answer = Generation | Score
+WEIGHTS_END = 1 << 22
+"""Bytes read at each end of a weights file to name it."""
 AUTO_ROWS = 32
 """Rows at a time where the user leaves it to us, if memory allows."""
 KV_SHARE = 0.5
@@ -46,6 +50,7 @@ class Worker:
             "dtype": str(backbone.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in self._checkpoint.model.parameters()),
+            "weights": weights_name(self._spec.model.path, self._checkpoint.model.config),
         }
 
     def run(self, work: Sequence[Work]) -> Iterator[Answer]:
@@ -69,6 +74,24 @@ class Worker:
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         row: int = 2 * config.num_hidden_layers * heads * size * tokens * torch.finfo(backbone.dtype).bits // 8
         return max(1, min(AUTO_ROWS, int(KV_SHARE * free_memory(backbone.device)) // row))
+
+
+def weights_name(path: str, config: Any) -> str:
+    """What tells one model's weights from another's: the hub's commit, or a hash over a folder's files.
+
+    Of large files only the size and both ends are read, which a retrained or converted model changes.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return str(getattr(config, "_commit_hash", None) or path)
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in (".safetensors", ".bin", ".json"):
+            with file.open("rb") as handle:
+                head = handle.read(WEIGHTS_END)
+                handle.seek(max(len(head), file.stat().st_size - WEIGHTS_END))
+                digest.update(f"{file.relative_to(folder)} {file.stat().st_size}".encode() + head + handle.read())
+    return digest.hexdigest()[:16]
 
 
 def free_memory(device: torch.device) -> int:

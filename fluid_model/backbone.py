@@ -15,15 +15,27 @@ from . import masks
 from .engine.cache import SlotCache
 from .errors import ConfigError
 
-PROBE_LENGTH = 8
+PROBE_LENGTHS = (8, 5)
+"""Prompt tokens of the two rows a probe feeds; each is then continued by PROBE_MORE."""
+PROBE_MORE = 3
 PROBE_TOLERANCE = {torch.float32: 1e-3}
 """Largest allowed difference from the model's own logits, relative to their largest magnitude."""
 PROBE_TOLERANCE_HALF = 5e-2
 
 
 def context_window(config: PretrainedConfig) -> int:
-    """Longest sequence the positions of this model allow, in tokens (2048 where the config does not say)."""
+    """Longest sequence the positions of this model allow, in tokens (2048 where the config does not say).
+
+    Rotary scalings that depend on the longest row of a batch would couple rows; such models get the window up to which
+    they do not scale.
+    """
     text = config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        unscaled = rope.get("original_max_position_embeddings") or getattr(
+            text, "original_max_position_embeddings", None
+        )
+        return int(unscaled or text.max_position_embeddings)
     for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length"):
         value = getattr(text, name, None)
         if isinstance(value, int) and value > 0:
@@ -94,26 +106,36 @@ class Backbone:
 
     @torch.inference_mode()
     def probe(self) -> None:
-        """Check on a few tokens that this engine's forward is the model's own, cached and batched.
+        """Check on two short rows that this engine's forward, batched, ragged and cached, is the model's own.
 
         Catches architectures whose attention, positions or logits need more than this engine gives (recurrent state,
-        ALiBi, logit scaling). Raises ConfigError naming the architecture.
+        ALiBi, masks of their own, logit scaling). Raises ConfigError naming the architecture.
         """
-        length = min(PROBE_LENGTH, self.window)
+        name = type(self.model).__name__
         generator = torch.Generator().manual_seed(0)
         vocabulary = self.model.get_input_embeddings().num_embeddings
-        ids = torch.randint(0, vocabulary, (1, length), generator=generator).to(self.device)
-        name = type(self.model).__name__
+        longest = max(PROBE_LENGTHS) + PROBE_MORE
+        ids = torch.randint(0, vocabulary, (len(PROBE_LENGTHS), longest), generator=generator).to(self.device)
         try:
-            plain = self.model(input_ids=ids, use_cache=False).logits[0].float()
-            cache = SlotCache(2, 2 * length)
-            pieces = []
-            for start, stop in ((0, length // 2), (length // 2, length)):
-                columns, total = cache.aim(1, [start], stop - start, self.device)
-                pieces.append(self.forward(ids[:, start:stop], columns, total, cache))
-            ours = self.logits(torch.cat(pieces, dim=1))[0]
+            ours = self._probe_cached(ids)
+            worst = 0.0
+            for row, length in enumerate(PROBE_LENGTHS):
+                alone = ids[row : row + 1, : length + PROBE_MORE]
+                plain = self.model(input_ids=alone, use_cache=False).logits[0].float()
+                error = (plain - ours[row]).abs().max() / plain.abs().max().clamp(min=1e-6)
+                worst = max(worst, float(error)) if not error.isnan() else float("nan")
         except (TypeError, AttributeError, RuntimeError, ValueError, KeyError, IndexError) as error:
             raise ConfigError(f"{name} does not run in this engine: {type(error).__name__}: {error}") from error
-        worst = float((plain - ours).abs().max() / plain.abs().max().clamp(min=1e-6))
         if not worst < PROBE_TOLERANCE.get(self.dtype, PROBE_TOLERANCE_HALF):
             raise ConfigError(f"{name} does not run in this engine: logits differ from the model's own by {worst:.2g}")
+
+    def _probe_cached(self, ids: Tensor) -> list[Tensor]:
+        """Prompts of different length together, then more tokens after each. ids: (2, longest)."""
+        cache = SlotCache(len(ids) + 1, 2 * ids.shape[1])
+        columns, total = cache.aim(1, [0] * len(ids), max(PROBE_LENGTHS), self.device)
+        prompts = self.forward(ids[:, : max(PROBE_LENGTHS)], columns, total, cache)
+        more = torch.stack([row[n : n + PROBE_MORE] for row, n in zip(ids, PROBE_LENGTHS, strict=True)])
+        columns, total = cache.aim(1, list(PROBE_LENGTHS), PROBE_MORE, self.device)
+        tails = self.forward(more, columns, total, cache)
+        rows = zip(prompts, tails, PROBE_LENGTHS, strict=True)
+        return [self.logits(torch.cat([prompt[:length], tail])) for prompt, tail, length in rows]

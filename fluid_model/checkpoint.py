@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def describe(path: str) -> ModelInfo:
     tau: tuple[float | None, ...] = ()
     if manifest is not None:
         heads = _read_heads(Path(source), manifest, _hidden_size(config))
-        k_max, tau = heads[0].k_max, manifest.tau
+        k_max, tau = heads[0].k_max if heads else None, manifest.tau
     elif (file := Path(source) / legacy.HEAD_FILE).is_file():
         k_max, tau = legacy.read_head(file, _hidden_size(config)).k_max, (None,)
     architecture = (getattr(config, "architectures", None) or [config.model_type])[0]
@@ -101,7 +102,7 @@ def load(
     tau: float | None = None,
     mask_token: str | None = None,
 ) -> Checkpoint:
-    """Load a folder or hub id: a plain causal LM, a FLUID folder, or a published FLUID folder (model_head.bin).
+    """Load a plain causal LM (folder or hub id), a FLUID folder, or a folder with a published head (model_head.bin).
 
     dtype: auto (float32 on CPU, the checkpoint's own elsewhere), float32, bfloat16.  device: auto, cpu, cuda.
     tau: which K-head to use, by its training-time bound.  mask_token: overrides the checkpoint's mask token text.
@@ -125,7 +126,7 @@ def load(
         heads = [legacy.read_head(file, hidden)]
         text = mask_token or legacy.mask_text(tokenizer)
         manifest = Manifest(parent=path, mask_token=text, k_max=heads[0].k_max, tau=(None,))
-    chosen = manifest.choose(tau) if manifest else None
+    chosen = manifest.choose(tau) if manifest and heads else None
     if chosen is None and tau is not None:
         raise ConfigError(f"model.tau={tau}: {path} has no K-head")
     backbone = Backbone(model)
@@ -142,21 +143,26 @@ def load(
     )
 
 
-def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
-    """Write a FLUID folder, all or nothing: a failure leaves what stood there before.
+def save(checkpoint: Checkpoint, path: str | os.PathLike[str], beside: Mapping[str, str] | None = None) -> None:
+    """Write a folder, all or nothing: a failure leaves what stood there before.
 
-    Raises ConfigError if the checkpoint has no manifest or head to save.
+    A checkpoint without a manifest becomes an ordinary Hugging Face folder.  beside: further text files by name.
+    Raises ConfigError if heads and manifest do not fit.
     """
     manifest, target = checkpoint.manifest, Path(path)
-    if manifest is None or not checkpoint.heads or len(checkpoint.heads) != len(manifest.tau):
+    if len(checkpoint.heads) != len(manifest.tau if manifest else ()):
         raise ConfigError(f"cannot save {target}: a FLUID checkpoint needs a manifest and one K-head per tau")
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        write_manifest(draft, manifest)
         checkpoint.tokenizer.save_pretrained(draft)
-        save_file(_head_tensors(checkpoint.heads), draft / HEAD_FILE)
-        if manifest.weights == "adapter":
+        for name, text in (beside or {}).items():
+            (draft / name).write_text(text, encoding="utf-8")
+        if manifest is not None:
+            write_manifest(draft, manifest)
+        if checkpoint.heads:
+            save_file(_head_tensors(checkpoint.heads), draft / HEAD_FILE)
+        if manifest is not None and manifest.weights == "adapter":
             _save_adapter(checkpoint, draft)
         else:
             checkpoint.model.save_pretrained(draft)
@@ -198,9 +204,9 @@ def _base_of(source: str, manifest: Manifest | None) -> str:
 
 
 def _from_pretrained(auto: Any, source: str, **options: Any) -> Any:
-    """transformers' own loading, its errors told in one line."""
+    """transformers' own loading, its errors told in one line. Code from a model repository is never run."""
     try:
-        return auto.from_pretrained(source, **options)
+        return auto.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(f"model={source}: {reason.strip()}") from error
@@ -226,6 +232,8 @@ def _hidden_size(config: Any) -> int:
 
 def _read_heads(folder: Path, manifest: Manifest, hidden_size: int) -> list[KHead]:
     file = folder / HEAD_FILE
+    if not manifest.tau:
+        return []
     if not file.is_file():
         raise ConfigError(f"{file}: missing; a FLUID checkpoint needs its K-heads")
     tensors = _read_tensors(file)

@@ -25,7 +25,8 @@ MASK_FILE = "mask_embedding.safetensors"
 class Manifest:
     """parent: folder or hub id adapted from.  k_max: widest stride.  tau: training-time bounds, one head each.
 
-    A tau of null means that the source did not state it. The first one is the default.
+    A tau of null means that the source did not state it. The first one is the default; without any, the checkpoint
+    is not calibrated yet and has no K-head.
     """
 
     parent: str
@@ -60,8 +61,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{file}: not a FLUID manifest: {type(error).__name__}: {error}") from error
-    if not manifest.tau or manifest.weights not in ("merged", "adapter"):
-        raise ConfigError(f"{file}: needs at least one tau and weights = merged or adapter, not {manifest.weights!r}")
+    if manifest.weights not in ("merged", "adapter"):
+        raise ConfigError(f"{file}: weights must be merged or adapter, not {manifest.weights!r}")
     return manifest
 
 

@@ -15,6 +15,7 @@ from transformers import (
     Cohere2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoConfig,
     GPTNeoXConfig,
     MistralConfig,
     Qwen2Config,
@@ -23,6 +24,7 @@ from transformers import (
 
 import fluid_model
 from fluid_model import ArSettings, ConfigError, FluidSettings, Request
+from fluid_model.backbone import context_window
 
 from .tiny import MASK, fluid_checkpoint, llama_config, save_model
 
@@ -75,6 +77,37 @@ def test_an_architecture_the_engine_cannot_run_is_refused(tmp_path):
     folder = save_model(tmp_path / "m", Cohere2Config(**GQA))  # scales its logits
     with pytest.raises(ConfigError, match="Cohere2ForCausalLM does not run in this engine: logits differ"):
         fluid_model.load(str(folder))
+
+
+def test_masks_of_the_models_own_are_refused(tmp_path):
+    """GPT-Neo masks by column, which ragged rows of a batch do not share; alone it would look right."""
+    sizes = {"vocab_size": 258, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 128}
+    config = GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]], window_size=4, initializer_range=0.3)
+    with pytest.raises(ConfigError, match="GPTNeoForCausalLM does not run in this engine"):
+        fluid_model.load(str(save_model(tmp_path / "m", config)))
+
+
+def test_rotary_scaling_by_the_longest_row_is_kept_out_of_reach():
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 64, "rope_theta": 10000.0, "factor": 4.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    assert context_window(llama_config(max_position_embeddings=256, rope_parameters=rope)) == 64
+
+
+def test_code_in_a_model_folder_is_not_run(tmp_path, capsys, monkeypatch):
+    folder = save_model(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\nclass Evil: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ConfigError, match="model="):
+        fluid_model.load(str(folder))
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_floor_above_the_heads_reach_is_refused():
+    with pytest.raises(ConfigError, match="min_horizon=12 exceeds the head's k_max=8"):
+        fluid_model.engine_for(fluid_checkpoint(), FluidSettings(min_horizon=12))
 
 
 def test_save_then_load_changes_nothing(tmp_path):

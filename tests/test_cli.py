@@ -48,7 +48,7 @@ def test_help_is_quick_and_needs_no_torch():
 
 
 BAD = {
-    "unknown task": (["--tasks", "gsm9k"], "task 'gsm9k' is unknown; known: gsm8k, humaneval, math500, mmlu"),
+    "unknown task": (["--tasks", "gsm9k"], "task 'gsm9k' is unknown; known: gsm8k, humaneval, math500, mini, "),
     "no such model": (["--model", "./nowhere"], "model='./nowhere': no such folder"),
     "model without config.json": (["--model", "{empty}"], "the folder holds no config.json"),
     "decoder without head": (["--decoder", "fluid"], "decoder=fluid needs a K-head"),
@@ -59,6 +59,11 @@ BAD = {
     "unknown tau": (["--set", "model.tau=3.0"], "model.tau=3.0: "),
     "unwritable out": (["--out", "{empty}/file/run"], "cannot be written"),
     "limit that is no number": (["--limit", "many"], "limit='many' must be a whole number"),
+    "tag that is no task": (["--tasks", "mmlu_stem_tasks"], "task 'mmlu_stem_tasks' is unknown; known: gsm8k"),
+    "seed below zero": (["--seed", "-1"], "seed=-1 must lie in [0, 4294967295]"),
+    "decoder that is no name": (["--set", "decoder=3"], "decoder=3 must be a name or a table"),
+    "decoder name that is no name": (["--set", "decoder.name=[]"], "decoder=[] is unknown; known: ar, fluid"),
+    "address without a cluster": (["--ray-address", "x:1"], "the inline engine has none; use --engine ray"),
     "too many shots": (["--num-fewshot", "7"], "num_fewshot=7: task gsm8k has 6 examples to draw from"),
     "no data": (["--data-dir", "{empty}"], "gsm8k/train.jsonl: no such file"),
     "too many new tokens": (["--max-new-tokens", "256"], "leaves no room for a prompt in the model's window of 256"),

@@ -58,6 +58,33 @@ def test_a_bad_row_names_file_and_line(tmp_path, line):
         data.load_rows("gsm8k", "test", str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("mmlu", {"question": "q", "subject": "s", "choices": ["a", "b"], "answer": 1}),
+        ("mmlu", {"question": "q", "subject": "s", "choices": list("abcd"), "answer": 7}),
+        ("gsm8k", {"question": None, "answer": "a"}),
+    ],
+)
+def test_values_that_cannot_be_are_refused(tmp_path, name, row):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "test.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ConfigError, match=r"test\.jsonl, line 1: not a row with .* cannot be one"):
+        data.load_rows(name, "test", str(tmp_path))
+
+
+def test_broken_and_empty_files_are_named(tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"test\.jsonl: holds no rows"):
+        data.load_rows("gsm8k", "test", str(tmp_path))
+    packed = bytearray(gzip.compress(json.dumps({"question": "q" * 500, "answer": "a"}).encode() * 9))
+    packed[15:40] = b"x" * 25
+    (tmp_path / "gsm8k" / "train.jsonl.gz").write_bytes(packed)
+    with pytest.raises(ConfigError, match=r"train\.jsonl\.gz: cannot be read"):
+        data.load_rows("gsm8k", "train", str(tmp_path))
+
+
 def test_missing_data_name_both_ways_out(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"gsm8k/test\.jsonl: no such file"):
         data.load_rows("gsm8k", "test", str(tmp_path))

@@ -20,6 +20,11 @@ def sample(n):
         "key": f"gsm8k/{n}",
         "task": "gsm8k",
         "doc_id": n,
+        "prompt": "p",
+        "prompt_hash": "h",
+        "output_ids": [1, 2],
+        "finish": "eos",
+        "seconds": 0.1,
         "output": "Grüße \ud800 👋 \u2028",
         "trace": {"forwards": {"prefill": 1, "commit": 3}, "slots": 9, "predicted": [], "accepted": []},
         "scores": {"exact_match,strict": float(n % 2)},
@@ -87,11 +92,29 @@ def test_a_torn_last_line_is_dropped_and_reported(tmp_path):
     file.write_bytes(whole + whole.splitlines()[0][:40])
     run = Run(tmp_path / "r", SPEC, resume=True)
     assert len(run.samples) == 3
-    assert run.notices == [f"{file}: the last line was cut short; dropped 40 bytes"]
+    assert file.read_bytes() != whole, "nothing is written before begin"
+    run.begin({})
+    run.close()
+    assert run.notices == [
+        "3 samples are from an earlier session; wall time is the last session's",
+        f"{file}: the last line was cut short; dropped 40 bytes",
+    ]
     assert file.read_bytes() == whole
 
 
-@pytest.mark.parametrize("line", [b"{nonsense", b"[]", b"3", b'{"key": "x"}', b"\xff\xfe"])
+def test_answers_of_other_weights_are_not_mixed(tmp_path):
+    run = Run(tmp_path / "r", SPEC)
+    run.begin({"same": {"weights": "a", "dtype": "float32"}})
+    run.append(sample(0))
+    run.close()
+    with pytest.raises(ConfigError, match="was begun with weights a, here it is b"):
+        Run(tmp_path / "r", SPEC, resume=True).begin({"same": {"weights": "b", "dtype": "float32"}})
+    again = Run(tmp_path / "r", SPEC, resume=True)
+    again.begin({"same": {"weights": "a", "dtype": "float32"}})
+    again.close()
+
+
+@pytest.mark.parametrize("line", [b"{nonsense", b"[]", b"3", b'{"key": "x", "task": "gsm8k"}', b"\xff\xfe"])
 def test_a_corrupt_line_is_named(tmp_path, line):
     file = fill(tmp_path / "r") / "samples.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)

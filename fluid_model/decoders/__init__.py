@@ -17,6 +17,8 @@ def strategy_for(checkpoint: Checkpoint, settings: DecoderSettings) -> Strategy:
         return ArStrategy(checkpoint.backbone, settings)
     if checkpoint.head is None or checkpoint.mask_id is None:
         raise ConfigError(f"decoder={settings.name} needs a K-head, and this model has none; use --decoder ar")
+    if settings.min_horizon > checkpoint.head.k_max:
+        raise ConfigError(f"min_horizon={settings.min_horizon} exceeds the head's k_max={checkpoint.head.k_max}")
     return FluidStrategy(checkpoint.backbone, checkpoint.head, checkpoint.mask_id, settings)
 
 

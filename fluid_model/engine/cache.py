@@ -54,7 +54,3 @@ class SlotCache:
         for store in (self._keys, self._values):
             for slab in store.values():
                 slab[target].copy_(slab[source])
-
-    def bytes(self) -> int:
-        """Memory held, in bytes."""
-        return sum(t.numel() * t.element_size() for s in (self._keys, self._values) for t in s.values())

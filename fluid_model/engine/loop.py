@@ -176,15 +176,16 @@ class Engine:
         if not stops:
             return None
         reach = max(len(stop.encode()) for stop in stops) + DECODE_MARGIN
-        if not has_stop(self._decode(row.ids[max(0, before - reach) :]), stops):
+        if not has_stop(self._decode(row.ids[max(0, before - reach) :], special=True), stops):
             return None
         for end in range(before + 1, len(row.ids) + 1):
-            if has_stop(self._decode(row.ids[:end]), stops):
+            if has_stop(self._decode(row.ids[:end], special=True), stops):
                 return end
         return None
 
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+    def _decode(self, ids: list[int], *, special: bool = False) -> str:
+        """Text of ids. Stop strings may be special tokens, which an answer's text leaves out (as in lm-eval)."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=not special)
         return text
 
     def _retire(self) -> Iterator[Generation]:

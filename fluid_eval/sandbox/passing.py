@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from math import comb
 from typing import Any
 
-from fluid_eval.sandbox import run_program
+from . import run_program
 
 
 def build_predictions(resps: list[list[str]], docs: list[dict[str, Any]]) -> list[list[str]]:
@@ -14,8 +15,6 @@ def build_predictions(resps: list[list[str]], docs: list[dict[str, Any]]) -> lis
 
 def pass_at_k(references: list[str], predictions: list[list[str]], k: list[int]) -> dict[str, float]:
     """Unbiased pass@k of one document: 1 - C(n - c, k) / C(n, k), n programs of which c pass.  (Chen et al. 2021)"""
-    from math import comb
-
     (tests,), (programs,) = references, predictions
     n, c = len(programs), sum(run_program(f"{program}\n{tests}\n").passed for program in programs)
     return {f"pass@{size}": 1.0 - comb(n - c, size) / comb(n, size) for size in k if size <= n}

@@ -1,0 +1,1 @@
+"""How checkpoints are made: a recipe, its data, its stage, on transformers' Trainer."""

@@ -1,0 +1,54 @@
+"""Losses and labels of the training stages: pure functions of tensors.
+
+Legend: M slots with a label, A anchors, K widest stride (K_max), T taus, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+SIGMA = 1.5
+"""Width of the horizon target over stride classes.  (FLUID, horizon calibration)"""
+
+
+def hybrid(losses: Tensor, in_fan: Tensor, weight: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Stage 1: L_AR on real tokens and L_Diff on fan slots, each a mean over its slots.
+
+    losses: (M,) cross-entropy.  in_fan: (M,) bool.  weight: of L_Diff beside L_AR; None is the published code's single
+    mean over all slots, which weighs each term by its number of slots.  Returns (loss, L_AR, L_Diff); a term without
+    slots is 0.
+    """
+    fans = in_fan.sum()
+    real = (~in_fan).sum()
+    l_ar = torch.where(in_fan, 0.0, losses).sum() / real.clamp(min=1)
+    l_diff = torch.where(in_fan, losses, 0.0).sum() / fans.clamp(min=1)
+    total = losses.mean() if weight is None else l_ar + weight * l_diff
+    return total, l_ar, l_diff
+
+
+def best_stride(losses: Tensor, counted: Tensor, tau: Tensor) -> Tensor:
+    """K*: the largest k whose mean loss over the first k slots is below tau, 1 if there is none.
+
+    losses: (A, K) cross-entropy of a fan's slots in nats.  counted: (A, K) bool, False past the end of the row.
+    tau: (T,).  Returns (T, A) long in 1..K.  (FLUID, horizon calibration)
+    """
+    kept = torch.where(counted, losses, 0.0)
+    mean = kept.cumsum(-1) / counted.cumsum(-1).clamp(min=1)  # (A, K)
+    good = counted & (mean < tau[:, None, None])  # (T, A, K)
+    strides = torch.arange(1, losses.shape[-1] + 1, device=losses.device)
+    return (good * strides).amax(-1).clamp(min=1)
+
+
+def horizon_target(stride: Tensor, k_max: int) -> Tensor:
+    """A Gaussian over classes centred at stride - 1, normalised: (...,) long -> (..., K)."""
+    classes = torch.arange(k_max, device=stride.device)
+    distance = (classes - (stride[..., None] - 1)).float()
+    weight = torch.exp(-(distance**2) / (2 * SIGMA**2))
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def horizon(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of K-head logits (..., K) against a target distribution, mean over rows (KL up to a constant)."""
+    return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1, target.shape[-1]))

@@ -1,0 +1,372 @@
+# ruff: noqa: SIM905
+"""The mini suite: small procedural siblings of GSM8K, MATH500, HumanEval and MMLU, at three levels each.
+
+Every maker takes a random stream and a level (1 easy, 3 hard) and gives a row: task, level, key (the question), prompt
+and completion as a model sees them, and the fields its task file reads. A row whose key's hash is 0 modulo HELD_OUT is
+a test row, any other one a training row, so no question can be in both. Test sets are fixed: the first rows of a fixed
+stream.
+
+    python tasks/mini/suite.py --count 100000 --seed 1 --out train.jsonl     training rows: prompt, completion
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+LEVELS = (1, 2, 3)
+HELD_OUT = 16
+TEST_ROWS = 70
+TEST_SEED = 20260101
+
+NAMES = (
+    "Anna Ben Carla David Ella Finn Grace Hugo Iris Jack Kate Leo Maya Noah Olga Paul Rosa Sam Tina Victor Wendy "
+    "Yusuf Zoe Omar Lena Mark Nina Oscar"
+).split()
+FEMALE = frozenset("Anna Carla Ella Grace Iris Kate Maya Olga Rosa Tina Wendy Zoe Lena Nina".split())
+ITEMS = (
+    "apples pears plums lemons eggs cookies muffins candles books pens pencils cards coins stamps shells stones "
+    "marbles stickers balloons flowers tickets cups plates boxes buttons ribbons keys toys kites bricks"
+).split()
+CATEGORIES = {
+    "fruit": "apple pear plum lemon cherry grape peach melon".split(),
+    "animal": "dog cat horse cow sheep goat rabbit tiger".split(),
+    "colour": "red blue green yellow black white purple orange".split(),
+    "tool": "hammer saw drill wrench axe shovel rake pliers".split(),
+    "vehicle": "car bus train truck bicycle boat plane tram".split(),
+    "garment": "shirt coat hat scarf glove sock skirt jacket".split(),
+    "instrument": "piano violin flute drum guitar trumpet harp cello".split(),
+}
+_PAIRS = (
+    "hot-cold big-small fast-slow light-dark high-low old-new wet-dry full-empty hard-soft loud-quiet early-late "
+    "open-closed rich-poor strong-weak clean-dirty long-short wide-narrow sweet-sour happy-sad thick-thin"
+).split()
+OPPOSITES: dict[str, str] = dict(pair.split("-") for pair in _PAIRS)
+
+GAIN = (
+    ("{he} buys {n} more", "{he} buys {n} more {items}"),
+    ("{he} finds {n} more", "{friend} gives {him} {n} more {items}"),
+    ("{friend} gives {him} {n} more", "then {he} gets {n} {items} from {friend}"),
+)
+LOSE = (
+    ("{he} gives {n} to {friend}", "{he} gives {friend} {n} of the {items}"),
+    ("{he} loses {n} of them", "{n} of the {items} are lost"),
+    ("{he} sells {n} of them", "then {he} sells {n} {items} to {friend}"),
+)
+TIMES = (
+    ("a week later {he} has {n} times as many", "then the number of {items} grows {n} times"),
+    ("{friend} brings enough to make it {n} times as many", "then {he} has {n} times as many {items}"),
+)
+SHARE = (
+    ("{he} shares them equally among {n} boxes and keeps one box", "then {he} keeps one of {n} equal parts"),
+    ("{he} splits them into {n} equal bags and takes one bag", "then {he} takes one of {n} equal bags of {items}"),
+)
+STARTS = ("{name} has {n} {items}", "There are {n} {items} on the table of {name}", "{name} starts with {n} {items}")
+ASKS = (
+    "How many {items} does {name} have now?",
+    "How many {items} are left with {name}?",
+    "What is the number of {items} that {name} has in the end?",
+)
+STEPS = {
+    "+": (
+        "{he} now has {sum} {items}.",
+        "That makes {sum} {items}.",
+        "Now there are {sum}.",
+        "Adding them gives {sum}.",
+    ),
+    "-": (
+        "{he} has {sum} left.",
+        "That leaves {sum} {items}.",
+        "Now there are {sum}.",
+        "Taking them away gives {sum}.",
+    ),
+    "*": ("That makes {sum} {items}.", "{he} then has {sum} {items}.", "Now there are {sum}."),
+    "/": ("Each part has {sum} {items}.", "One part is {sum} {items}.", "{he} keeps {sum}."),
+}
+REACH = {1: 20, 2: 30, 3: 40}
+"""Largest number of a story at each level."""
+
+
+def word_problem(rng: random.Random, level: int) -> Row:
+    """A story of `level` changes to a number of things, answered step by step as in GSM8K."""
+    name, friend = rng.sample(NAMES, 2)
+    he, him = ("she", "her") if name in FEMALE else ("he", "him")
+    words = {"name": name, "friend": friend, "items": rng.choice(ITEMS), "he": he, "him": him}
+    value = rng.randint(2, REACH[level] - 1)
+    story = [rng.choice(STARTS).format(n=value, **words)]
+    steps = []
+    for _ in range(level):
+        sign, n, result = _change(rng, value, REACH[level])
+        templates = rng.choice({"+": GAIN, "-": LOSE, "*": TIMES, "/": SHARE}[sign])
+        story.append(rng.choice(templates).format(n=n, **words))
+        shown = f"{value} {sign} {n} = <<{value}{sign}{n}={result}>>{result}"
+        step = rng.choice(STEPS[sign]).format(sum=shown, **words)
+        steps.append(step[0].upper() + step[1:])
+        value = result
+    question = ". ".join(s[0].upper() + s[1:] for s in story) + ". " + rng.choice(ASKS).format(**words)
+    answer = "\n".join([*steps, f"#### {value}"])
+    return {
+        "task": "mini_gsm8k", "level": level, "key": question, "question": question, "answer": answer,
+        "prompt": f"Question: {question}\nAnswer:", "completion": f" {answer}",
+    }  # fmt: skip
+
+
+def _change(rng: random.Random, value: int, reach: int) -> tuple[str, int, int]:
+    """A sign and a number that keep the value a whole number in 1..reach."""
+    choices = []
+    if value < reach:
+        n = rng.randint(1, min(9, reach - value))
+        choices.append(("+", n, value + n))
+    if value > 1:
+        n = rng.randint(1, min(9, value - 1))
+        choices.append(("-", n, value - n))
+    if (factors := [n for n in (2, 3, 4) if value * n <= reach]) and value > 1:
+        n = rng.choice(factors)
+        choices.append(("*", n, value * n))
+    if parts := [n for n in (2, 3, 4, 5) if value % n == 0 and value > n]:
+        n = rng.choice(parts)
+        choices.append(("/", n, value // n))
+    return rng.choice(choices)
+
+
+MathCase = tuple[str, str, int]
+"""Problem, working, answer."""
+
+
+def _sum_case(rng: random.Random, top: int) -> MathCase:
+    a, b = rng.randint(1, top), rng.randint(1, top)
+    ask = rng.choice(("Compute ${}$.", "What is ${}$?", "Find the value of ${}$.")).format(f"{a}+{b}")
+    return ask, f"We have ${a}+{b}={a + b}$.", a + b
+
+
+def _difference_case(rng: random.Random, top: int) -> MathCase:
+    b, a = sorted((rng.randint(1, top), rng.randint(1, top)))
+    ask = rng.choice(("Compute ${}$.", "What is ${}$?", "Find the value of ${}$.")).format(f"{a}-{b}")
+    return ask, f"We have ${a}-{b}={a - b}$.", a - b
+
+
+def _product_case(rng: random.Random, top: int) -> MathCase:
+    a, b = rng.randint(2, 9), rng.randint(2, max(3, top // 6))
+    ask = rng.choice(("Compute ${}$.", "What is the product ${}$?")).format(f"{a} \\cdot {b}")
+    return ask, f"We have ${a} \\cdot {b}={a * b}$.", a * b
+
+
+def _equation_case(rng: random.Random, top: int) -> MathCase:
+    x, b = rng.randint(1, top), rng.randint(1, top)
+    ask = rng.choice(("Solve for $x$: ${}$.", "If ${}$, what is $x$?")).format(f"x+{b}={x + b}")
+    return ask, f"Subtracting ${b}$ from both sides gives $x={x + b}-{b}={x}$.", x
+
+
+def _rectangle_case(rng: random.Random, top: int) -> MathCase:
+    a, b = rng.randint(2, top // 2), rng.randint(2, top // 2)
+    ask = f"A rectangle has sides of length ${a}$ and ${b}$. What is its perimeter?"
+    return (
+        ask,
+        f"The sides add up to ${a}+{b}={a + b}$. The perimeter is $2 \\cdot {a + b}={2 * (a + b)}$.",
+        2 * (a + b),
+    )
+
+
+def _remainder_case(rng: random.Random, top: int) -> MathCase:
+    b = rng.randint(2, 9)
+    q, r = rng.randint(1, max(2, top // 9)), rng.randint(0, b - 1)
+    ask = f"What is the remainder when ${q * b + r}$ is divided by ${b}$?"
+    return ask, f"Since ${q} \\cdot {b}={q * b}$, the remainder is ${q * b + r}-{q * b}={r}$.", r
+
+
+def _linear_case(rng: random.Random, top: int) -> MathCase:
+    a, x, b = rng.randint(2, 5), rng.randint(1, max(2, top // 5)), rng.randint(1, top)
+    ask = rng.choice(("Solve for $x$: ${}$.", "If ${}$, what is $x$?")).format(f"{a}x+{b}={a * x + b}")
+    return ask, f"Subtracting gives ${a}x={a * x + b}-{b}={a * x}$. Dividing gives $x={x}$.", x
+
+
+MATH_CASES: dict[int, tuple[Callable[[random.Random, int], MathCase], ...]] = {
+    1: (_sum_case, _difference_case),
+    2: (_product_case, _equation_case, _sum_case),
+    3: (_rectangle_case, _remainder_case, _linear_case),
+}
+
+
+def boxed_problem(rng: random.Random, level: int) -> Row:
+    """A short problem whose answer is boxed and repeated in Minerva's closing sentence, as in MATH500."""
+    problem, working, value = rng.choice(MATH_CASES[level])(rng, {1: 20, 2: 24, 3: 30}[level])
+    solution = (
+        f"{working} So the answer is $\\boxed{{{value}}}$.\n"
+        f"Final Answer: The final answer is ${value}$. I hope it is correct."
+    )
+    return {
+        "task": "mini_math", "level": level, "key": problem, "problem": problem, "solution": solution,
+        "prompt": f"Problem:\n{problem}\n\nSolution:", "completion": f" {solution}",
+    }  # fmt: skip
+
+
+ARITHMETIC = (
+    ("add_{n}", "x plus {n}", "x + {n}"),
+    ("subtract_{n}", "x minus {n}", "x - {n}"),
+    ("times_{n}", "x times {n}", "x * {n}"),
+    ("is_multiple_of_{n}", "True if x is a multiple of {n}", "x % {n} == 0"),
+    ("is_above_{n}", "True if x is above {n}", "x > {n}"),
+    ("square_plus_{n}", "the square of x plus {n}", "x * x + {n}"),
+)
+ON_LISTS = (
+    ("sum_times_{n}", "the sum of the numbers times {n}", "sum(numbers) * {n}"),
+    ("largest_plus_{n}", "the largest number plus {n}", "max(numbers) + {n}"),
+    ("smallest_minus_{n}", "the smallest number minus {n}", "min(numbers) - {n}"),
+    ("length_plus_{n}", "how many numbers there are plus {n}", "len(numbers) + {n}"),
+    ("above_{n}", "the numbers above {n}", "[x for x in numbers if x > {n}]"),
+    ("each_times_{n}", "each number times {n}", "[x * {n} for x in numbers]"),
+)
+SAY = ("Return {what}.", "Give back {what}.", "The result is {what}.")
+
+
+def function_body(rng: random.Random, level: int) -> Row:
+    """A signature and docstring whose body is to be written, scored by running tests, as in HumanEval."""
+    kinds = {1: ARITHMETIC[:3], 2: ARITHMETIC, 3: ON_LISTS}[level]
+    n = rng.randint(2, 199)
+    name, what, expression = (part.format(n=n) for part in rng.choice(kinds))
+    argument = "numbers" if level == 3 else "x"
+    shape = "numbers: list[int]" if level == 3 else "x: int"
+    say = rng.choice(SAY).format(what=what)
+    prompt = f'def {name}({shape}):\n    """{say}"""\n'
+    body = rng.choice((f"    return {expression}\n", f"    result = {expression}\n    return result\n"))
+    inputs = [[3, 1, n, n + 4], [n + 1], [5, 2 * n, 7]] if level == 3 else [0, 1, n, n + 3, 6 * n]
+    checks = "".join(f"    assert candidate({v!r}) == {eval(expression, {argument: v})!r}\n" for v in inputs)
+    return {
+        "task": "mini_humaneval", "level": level, "key": prompt, "prompt": prompt, "completion": body,
+        "entry_point": name, "test": f"def check(candidate):\n{checks}",
+    }  # fmt: skip
+
+
+Choice = tuple[str, str, list[str]]
+"""Question, right answer, wrong answers."""
+
+
+def _category_choice(rng: random.Random, top: int) -> Choice:
+    kind, *others = rng.sample(list(CATEGORIES), 4)
+    ask = rng.choice(("Which of these is a kind of {}?", "Which word names a {}?", "Find the {}.")).format(kind)
+    return ask, rng.choice(CATEGORIES[kind]), [rng.choice(CATEGORIES[other]) for other in others]
+
+
+def _opposite_choice(rng: random.Random, top: int) -> Choice:
+    word, right = rng.choice(list(OPPOSITES.items()))
+    others = [rng.choice(pair) for pair in OPPOSITES.items() if word not in pair]
+    return f"What is the opposite of {word}?", right, rng.sample(others, 3)
+
+
+def _largest_choice(rng: random.Random, top: int) -> Choice:
+    numbers = sorted(rng.sample(range(1, top), 4))
+    if rng.random() < 0.5:
+        return f"Which number is the largest of {_listing(rng, numbers)}?", str(numbers[-1]), _texts(numbers[:-1])
+    return f"Which number is the smallest of {_listing(rng, numbers)}?", str(numbers[0]), _texts(numbers[1:])
+
+
+def _letter_choice(rng: random.Random, top: int) -> Choice:
+    place, step = rng.randint(2, 20), rng.choice((1, 2))
+    where = "after" if step == 1 else "two places after"
+    letters = [chr(ord("a") + place + d) for d in (step, -1, 3, -2)]
+    return f"Which letter comes {where} {chr(ord('a') + place)}?", letters[0], letters[1:]
+
+
+def _arithmetic_choice(rng: random.Random, top: int) -> Choice:
+    a, b = rng.randint(2, top), rng.randint(2, top)
+    right = a + b
+    return f"What is {a} plus {b}?", str(right), _texts(rng.sample([right - 2, right - 1, right + 1, right + 2], 3))
+
+
+def _listing(rng: random.Random, numbers: list[int]) -> str:
+    mixed = rng.sample(numbers, len(numbers))
+    return ", ".join(map(str, mixed[:-1])) + f" and {mixed[-1]}"
+
+
+def _texts(numbers: list[int]) -> list[str]:
+    return [str(number) for number in numbers]
+
+
+CHOICES: dict[int, tuple[Callable[[random.Random, int], Choice], ...]] = {
+    1: (_category_choice,),
+    2: (_category_choice, _opposite_choice, _letter_choice),
+    3: (_largest_choice, _arithmetic_choice),
+}
+
+
+def four_choices(rng: random.Random, level: int) -> Row:
+    """A question with four choices, answered by the letter's likelihood, as in MMLU."""
+    question, right, wrong = rng.choice(CHOICES[level])(rng, 40)
+    choices = rng.sample([right, *wrong], 4)
+    listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", choices, strict=True))
+    answer = choices.index(right)
+    return {
+        "task": "mini_mmlu", "level": level, "key": f"{question}\n{listed}", "question": question, "choices": choices,
+        "answer": answer, "prompt": f"{question}\n{listed}\nAnswer:", "completion": f" {'ABCD'[answer]}",
+    }  # fmt: skip
+
+
+TASKS: dict[str, Callable[[random.Random, int], Row]] = {
+    "mini_gsm8k": word_problem,
+    "mini_math": boxed_problem,
+    "mini_humaneval": function_body,
+    "mini_mmlu": four_choices,
+}
+
+
+def held_out(row: Row) -> bool:
+    """Whether a row belongs to the test side of the split."""
+    return int.from_bytes(hashlib.sha256(row["key"].encode()).digest()[:4]) % HELD_OUT == 0
+
+
+def stream(task: str, level: int, seed: int) -> Iterator[Row]:
+    """An endless stream of rows of one task and level."""
+    rng = random.Random(f"{task}/{level}/{seed}")
+    make: Callable[[random.Random, int], Row] = TASKS[task]
+    while True:
+        yield make(rng, level)
+
+
+def test_rows(task: str, level: int) -> list[Row]:
+    """The task's fixed test set at one level: distinct rows of the held-out side."""
+    found: dict[str, Row] = {}
+    for row in stream(task, level, TEST_SEED):
+        if held_out(row):
+            found.setdefault(row["key"], row)
+        if len(found) == TEST_ROWS:
+            break
+    return list(found.values())
+
+
+def dataset(task: str, level: int, **_metadata: Any) -> dict[str, Any]:
+    """The test split as lm-eval wants it."""
+    import datasets
+
+    return {"test": datasets.Dataset.from_list(test_rows(task, level))}
+
+
+def train_rows(count: int, seed: int) -> Iterator[Row]:
+    """`count` training rows, tasks and levels drawn evenly, as prompt and completion."""
+    rng = random.Random(seed)
+    streams = {(task, level): stream(task, level, seed) for task in TASKS for level in LEVELS}
+    for _ in range(count):
+        source = streams[rng.choice(list(TASKS)), rng.choice(LEVELS)]
+        row = next(row for row in source if not held_out(row))
+        yield {"prompt": row["prompt"], "completion": row["completion"], "task": row["task"], "level": row["level"]}
+
+
+def main() -> None:
+    """Write training rows as JSON lines."""
+    parser = argparse.ArgumentParser(description="training rows of the mini suite, as JSON lines")
+    parser.add_argument("--count", type=int, required=True)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in train_rows(options.count, options.seed))
+
+
+if __name__ == "__main__":
+    main()
