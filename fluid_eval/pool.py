@@ -77,7 +77,8 @@ class RayPool:
                 address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"ray address {address!r}: {str(error).splitlines()[0]}") from error
+            hint = "; a cluster that Ray guards by a token wants RAY_AUTH_MODE=token" if address != "local" else ""
+            raise ConfigError(f"ray address {address!r}: {str(error).splitlines()[0]}{hint}") from error
         try:
             self._start(spec, workers)
         except BaseException:
