@@ -313,6 +313,8 @@ TASKS: dict[str, Callable[[random.Random, int], Row]] = {
     "mini_humaneval": function_body,
     "mini_mmlu": four_choices,
 }
+SHARES = {"mini_gsm8k": 3, "mini_math": 4, "mini_humaneval": 1, "mini_mmlu": 6}
+"""How often each task is drawn for training; a choice is one token of loss where a story is forty."""
 
 
 def held_out(row: Row) -> bool:
@@ -347,11 +349,12 @@ def dataset(task: str, level: int, **_metadata: Any) -> dict[str, Any]:
 
 
 def train_rows(count: int, seed: int) -> Iterator[Row]:
-    """`count` training rows, tasks and levels drawn evenly, as prompt and completion."""
+    """`count` training rows as prompt and completion, tasks drawn by SHARES and levels evenly."""
     rng = random.Random(seed)
     streams = {(task, level): stream(task, level, seed) for task in TASKS for level in LEVELS}
     for _ in range(count):
-        source = streams[rng.choice(list(TASKS)), rng.choice(LEVELS)]
+        (task,) = rng.choices(list(SHARES), list(SHARES.values()))
+        source = streams[task, rng.choice(LEVELS)]
         row = next(row for row in source if not held_out(row))
         yield {"prompt": row["prompt"], "completion": row["completion"], "task": row["task"], "level": row["level"]}
 

@@ -1,0 +1,81 @@
+"""The mini suite: fixed, disjoint from its training rows, and answerable as its task files ask and score."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from itertools import islice
+
+import pytest
+
+from fluid_eval import harness
+from fluid_eval.paths import resource
+from fluid_eval.sandbox import run_program
+from fluid_eval.spec import build_spec
+
+spec = importlib.util.spec_from_file_location("suite", resource("tasks") / "mini" / "suite.py")
+suite = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(suite)
+
+TESTS = {(task, level): suite.test_rows(task, level) for task in suite.TASKS for level in suite.LEVELS}
+
+
+def test_test_sets_are_fixed_distinct_and_large_enough():
+    for (task, level), rows in TESTS.items():
+        assert len({row["key"] for row in rows}) == len(rows) == 70
+        assert rows == suite.test_rows(task, level)
+
+
+def test_train_and_test_rows_are_disjoint():
+    test = {row["prompt"] for rows in TESTS.values() for row in rows}
+    train = list(islice(suite.train_rows(20_000, seed=1), 20_000))
+    assert not test & {row["prompt"] for row in train}
+    assert train[:50] == list(suite.train_rows(50, seed=1))
+    assert train[:50] != list(suite.train_rows(50, seed=2))
+    assert {(row["task"], row["level"]) for row in train} == set(TESTS)
+
+
+def test_every_step_of_a_story_is_right():
+    for level in suite.LEVELS:
+        for row in TESTS["mini_gsm8k", level]:
+            steps = re.findall(r"<<(.+?)=(\d+)>>(\d+)", row["answer"])
+            assert len(steps) == level
+            for left, value, shown in steps:
+                assert eval(left) == int(value) == int(shown)
+            assert row["answer"].endswith(f"#### {steps[-1][1]}")
+
+
+def test_the_reference_body_passes_and_another_fails():
+    for level in suite.LEVELS:
+        for row in TESTS["mini_humaneval", level][:4]:
+            tests = f"\n{row['test']}\ncheck({row['entry_point']})\n"
+            assert run_program(row["prompt"] + row["completion"] + tests).passed
+            assert not run_program(row["prompt"] + "    return None\n" + tests).passed
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return harness.load_tasks(build_spec({"tasks": ["mini"], "model": "m"}))["tasks"]
+
+
+@pytest.mark.parametrize(("task", "level"), list(TESTS))
+def test_task_files_ask_what_training_rows_show(tasks, task, level):
+    """Prompt and reference completion as lm-eval builds them are prompt and completion of the rows."""
+    built = tasks[f"{task}_{level}"]
+    for doc, row in zip(built.eval_docs, TESTS[task, level], strict=True):
+        prompt = built.fewshot_context(doc, 0)
+        assert prompt == row["prompt"]
+        target = built.doc_to_target(doc)
+        if task == "mini_mmlu":
+            assert row["completion"] == f" {'ABCD'[target]}"
+        elif task == "mini_gsm8k":
+            assert row["completion"] == f" {target}"
+
+
+def test_the_reference_answer_scores_and_another_does_not(tasks):
+    for level in suite.LEVELS:
+        built = tasks[f"mini_math_{level}"]
+        for doc, row in zip(list(built.eval_docs)[:15], TESTS["mini_math", level], strict=False):
+            assert built.process_results(doc, [row["completion"]]) == {"exact_match": 1, "math_verify": 1}
+            wrong = re.sub(r"\d+(\$\. I hope)", r"999\1", row["completion"])
+            assert built.process_results(doc, [wrong])["exact_match"] == 0
