@@ -90,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0 done, 1 failed, 2 bad input (one line says which), 130 interrupted."""
     options = parser().parse_args(arguments)
     os.environ.setdefault("TQDM_DISABLE", "1")  # our own bars are enough
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # on a shared machine threads must not spin for one another
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
