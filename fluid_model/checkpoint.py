@@ -14,14 +14,17 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from . import legacy
 from .backbone import Backbone, context_window
 from .errors import ConfigError
 from .khead import KHead
-from .manifest import ADAPTER_FOLDER, HEAD_FILE, MASK_FILE, Manifest, read_manifest, write_manifest
+from .manifest import ADAPTER_FOLDER, HEAD_FILE, MANIFEST_FILE, MASK_FILE, Manifest, read_manifest, write_manifest
 from .tokens import Tokenizer, end_ids, single_id
+
+LEGACY_K_MAX = 16
+"""Widest stride of FLUID's published training, for adapters that do not say it."""
 
 
 @dataclass
@@ -64,8 +67,8 @@ def resolve(path: str) -> str:
     """A folder that exists, or a hub id. Raises ConfigError for a folder that cannot be a model."""
     folder = Path(path).expanduser()
     if path and folder.is_dir():
-        if not (folder / "config.json").is_file() and read_manifest(folder) is None:
-            raise ConfigError(f"model={path}: the folder holds no config.json (nor fluid.json)")
+        if not any((folder / name).is_file() for name in ("config.json", MANIFEST_FILE, legacy.ADAPTER_FILE)):
+            raise ConfigError(f"model={path}: the folder holds no config.json (nor fluid.json, nor an adapter)")
         return str(folder)
     if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:
         raise ConfigError(f"model={path!r}: no such folder (a hub id reads owner/name)")
@@ -89,9 +92,21 @@ def describe(path: str) -> ModelInfo:
     return ModelInfo(architecture, context_window(config), k_max, tau)
 
 
+def read_config(path: str) -> PretrainedConfig:
+    """The configuration of a folder or hub id (for an adapter: its parent's)."""
+    source = resolve(path)
+    return _from_pretrained(AutoConfig, _base_of(source, read_manifest(Path(source))))
+
+
 def load_tokenizer(path: str) -> Tokenizer:
     """The tokenizer of a folder or hub id (for an adapter: the folder's own, which knows the mask token)."""
-    return _from_pretrained(AutoTokenizer, resolve(path))
+    source = resolve(path)
+    try:
+        return _from_pretrained(AutoTokenizer, source)
+    except ConfigError:
+        if legacy.adapter_parent(Path(source)) is None:
+            raise
+        return _from_pretrained(AutoTokenizer, _base_of(source, None))
 
 
 def load(
@@ -102,7 +117,8 @@ def load(
     tau: float | None = None,
     mask_token: str | None = None,
 ) -> Checkpoint:
-    """Load a plain causal LM (folder or hub id), a FLUID folder, or a folder with a published head (model_head.bin).
+    """Load a plain causal LM (folder or hub id), a FLUID folder, a folder with a published head (model_head.bin), or a
+    bare PEFT adapter, as LLaMA-Factory saves stage 1.
 
     dtype: auto (float32 on CPU, the checkpoint's own elsewhere), float32, bfloat16.  device: auto, cpu, cuda.
     tau: which K-head to use, by its training-time bound.  mask_token: overrides the checkpoint's mask token text.
@@ -112,8 +128,9 @@ def load(
     folder = Path(source)
     manifest = read_manifest(folder)
     target = pick_device(device)
+    base = _base_of(source, manifest)
     tokenizer = load_tokenizer(source)
-    model = _load_weights(_base_of(source, manifest), dtype, target)
+    model = _load_weights(base, dtype, target)
     hidden = _hidden_size(model.config)
     heads: list[KHead] = []
     adapter = None
@@ -126,6 +143,11 @@ def load(
         heads = [legacy.read_head(file, hidden)]
         text = mask_token or legacy.mask_text(tokenizer)
         manifest = Manifest(parent=path, mask_token=text, k_max=heads[0].k_max, tau=(None,))
+    elif base != source:
+        manifest = Manifest(base, mask_token or legacy.mask_text(tokenizer), LEGACY_K_MAX, weights="adapter")
+        _grow(model, single_id(tokenizer, manifest.mask_token))
+        adapter = _wrap(model, folder)
+        model = adapter.get_base_model()
     chosen = manifest.choose(tau) if manifest and heads else None
     if chosen is None and tau is not None:
         raise ConfigError(f"model.tau={tau}: {path} has no K-head")
@@ -180,8 +202,7 @@ def add_mask_token(model: PreTrainedModel, tokenizer: Tokenizer, text: str) -> i
         return single_id(tokenizer, text)
     tokenizer.add_special_tokens({"additional_special_tokens": [text]}, replace_extra_special_tokens=False)
     token = single_id(tokenizer, text)
-    if token >= model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(token + 1, mean_resizing=False)
+    _grow(model, token)
     with torch.no_grad():
         for table in _embedding_tables(model).values():
             table[token] = table[:token].mean(0)
@@ -197,10 +218,14 @@ def pick_device(device: str) -> torch.device:
 
 def _base_of(source: str, manifest: Manifest | None) -> str:
     """Where the weights are: the folder itself, or the parent of an adapter (a relative path counts from it)."""
-    if manifest is None or manifest.weights == "merged":
+    if manifest is not None and manifest.weights == "adapter":
+        parent = manifest.parent
+    elif manifest is None and (bare := legacy.adapter_parent(Path(source))) is not None:
+        parent = bare
+    else:
         return source
-    beside = Path(source) / manifest.parent
-    return str(beside) if beside.is_dir() else resolve(manifest.parent)
+    beside = Path(source) / parent
+    return str(beside) if beside.is_dir() else resolve(parent)
 
 
 def _from_pretrained(auto: Any, source: str, **options: Any) -> Any:
@@ -270,6 +295,12 @@ def _embedding_tables(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return tables
 
 
+def _grow(model: PreTrainedModel, token: int) -> None:
+    """Make room for a token the embedding tables have no row for."""
+    if token >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(token + 1, mean_resizing=False)
+
+
 def _save_adapter(checkpoint: Checkpoint, draft: Path) -> None:
     if checkpoint.adapter is None or checkpoint.mask_id is None:
         raise ConfigError(f"cannot save {draft.name}: weights=adapter needs a PEFT adapter and a mask token")
@@ -281,8 +312,7 @@ def _save_adapter(checkpoint: Checkpoint, draft: Path) -> None:
 def _load_adapter(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, manifest: Manifest) -> PeftModel:
     """Put LoRA layers into the parent and the mask token's embedding into its tables."""
     token = add_mask_token(model, tokenizer, manifest.mask_token)
-    if token >= model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(token + 1, mean_resizing=False)
+    _grow(model, token)
     file = folder / MASK_FILE
     if not file.is_file():
         raise ConfigError(f"{file}: missing; an adapter folder needs its mask token's embedding")
@@ -292,10 +322,15 @@ def _load_adapter(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, ma
             table[token] = row.to(table)
     if not (folder / ADAPTER_FOLDER / "adapter_config.json").is_file():
         raise ConfigError(f"{folder / ADAPTER_FOLDER}: missing; the manifest says weights=adapter")
+    return _wrap(model, folder / ADAPTER_FOLDER)
+
+
+def _wrap(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """The model with the folder's PEFT adapter."""
     try:
-        return PeftModel.from_pretrained(model, str(folder / ADAPTER_FOLDER))
+        return PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / ADAPTER_FOLDER}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{folder}: {str(error).splitlines()[0]}") from error
 
 
 def _swap(draft: Path, target: Path) -> None:

@@ -1,11 +1,13 @@
 """Reads layouts other projects published; nothing else in the package knows them.
 
 FLUID (arXiv 2605.27387): beside an ordinary Hugging Face folder stands `model_head.bin`, a pickled state dict with
-`diffusion_k_head.{0,2}.{weight,bias}`; the mask token is one of the parent's unused tokens.
+`diffusion_k_head.{0,2}.{weight,bias}`; the mask token is one of the parent's unused tokens. Its stage 1 is trained with
+LLaMA-Factory, which leaves a bare PEFT adapter.
 """
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from .khead import KHead
 from .tokens import Tokenizer
 
 HEAD_FILE = "model_head.bin"
+ADAPTER_FILE = "adapter_config.json"
 HEAD_PREFIX = "diffusion_k_head."
 MASK_TEXTS = ("[unused32]", "<unused32>", "unused32")
 """How the published FLUID checkpoints may spell their mask token."""
@@ -59,3 +62,19 @@ def mask_text(tokenizer: Tokenizer) -> str:
         if text in vocabulary:
             return text
     raise ConfigError(f"no mask token: none of {', '.join(MASK_TEXTS)} is in the tokenizer; set model.mask_token")
+
+
+def adapter_parent(folder: Path) -> str | None:
+    """What a bare PEFT adapter's folder says it adapts; None if it is no such folder. Raises ConfigError if it says
+    nothing.
+    """
+    file = folder / ADAPTER_FILE
+    if not file.is_file() or (folder / "config.json").is_file():
+        return None
+    try:
+        parent = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{file}: not an adapter's configuration: {error}") from error
+    if not parent:
+        raise ConfigError(f"{file}: base_model_name_or_path is missing; it names what the adapter changes")
+    return str(parent)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from .errors import ConfigError
 
 FORMAT_VERSION = 1
+Method = Literal["fluid", "nbdiff", "llada"]
 MANIFEST_FILE = "fluid.json"
 HEAD_FILE = "khead.safetensors"
 ADAPTER_FOLDER = "adapter"
@@ -23,17 +24,20 @@ MASK_FILE = "mask_embedding.safetensors"
 
 @dataclass(frozen=True)
 class Manifest:
-    """parent: folder or hub id adapted from.  k_max: widest stride.  tau: training-time bounds, one head each.
+    """parent: folder or hub id adapted from.  method: what it was adapted to.
 
-    A tau of null means that the source did not state it. The first one is the default; without any, the checkpoint
-    is not calibrated yet and has no K-head.
+    fluid: k_max is the widest stride; tau are the training-time bounds, one head each. A tau of null means that the
+    source did not state it. The first one is the default; without any, the checkpoint is not calibrated yet and has no
+    K-head.  nbdiff: block_length in tokens.  llada: attention is bidirectional.
     """
 
     parent: str
     mask_token: str
-    k_max: int
-    tau: tuple[float | None, ...]
+    k_max: int | None = None
+    tau: tuple[float | None, ...] = ()
     weights: Literal["merged", "adapter"] = "merged"
+    method: Method = "fluid"
+    block_length: int | None = None
     format_version: int = FORMAT_VERSION
 
     def choose(self, tau: float | None) -> int:
@@ -63,6 +67,10 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ConfigError(f"{file}: not a FLUID manifest: {type(error).__name__}: {error}") from error
     if manifest.weights not in ("merged", "adapter"):
         raise ConfigError(f"{file}: weights must be merged or adapter, not {manifest.weights!r}")
+    if manifest.method not in get_args(Method):
+        raise ConfigError(f"{file}: method {manifest.method!r} is unknown; known: {', '.join(get_args(Method))}")
+    if (manifest.k_max is None) != (manifest.method != "fluid"):
+        raise ConfigError(f"{file}: method {manifest.method} and k_max={manifest.k_max} do not fit")
     return manifest
 
 

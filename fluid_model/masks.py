@@ -32,18 +32,25 @@ def sliding(columns: Tensor, total: int, window: int) -> Tensor:
     return causal(columns, total) & near
 
 
-def fans(anchor: Tensor, step: Tensor) -> Tensor:
-    """Who may read whom in expanded rows: real tokens read real tokens at or before them; a fan slot reads real tokens
-    up to its anchor, the earlier slots of its own fan and itself; no one reads another fan.
+def may_read(query: tuple[Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Whether one slot of a training row may read another, each given as (segment, anchor, step); see `layout`.
 
-    anchor: (B, L) position of the real token each slot hangs on (its own for a real token, -1 for padding).
-    step: (B, L) 0 for a real token, 1..K for a fan slot.
-    Returns (B, L, L) bool, [row, query, key], True = may read; padding reads itself.  (FLUID, strictly causal
-    alignment)
+    Within a segment: tokens of the row up to the query's anchor, and slots of the same anchor up to the query's step.
+    Segment -1 is padding: read by nobody.  Broadcasts; returns bool.
     """
-    query_anchor, key_anchor = anchor[:, :, None], anchor[:, None, :]
-    query_step, key_step = step[:, :, None], step[:, None, :]
-    real = (key_step == 0) & (key_anchor <= query_anchor) & (key_anchor >= 0)
-    own_fan = (key_step > 0) & (key_anchor == query_anchor) & (key_step <= query_step)
+    segment, anchor, step = query
+    key_segment, key_anchor, key_step = key
+    real = (key_step == 0) & (key_anchor <= anchor)
+    own = (key_step > 0) & (key_anchor == anchor) & (key_step <= step)
+    return (key_segment == segment) & (key_segment >= 0) & (real | own)
+
+
+def slots(segment: Tensor, anchor: Tensor, step: Tensor) -> Tensor:
+    """Who may read whom in training rows.
+
+    segment, anchor, step: (B, L).  Returns (B, L, L) bool, [row, query, key], True = may read; padding reads itself.
+    (FLUID, strictly causal alignment; NBDiff, context-causal mask)
+    """
+    query, key = (tuple(x.unsqueeze(axis) for x in (segment, anchor, step)) for axis in (2, 1))
     itself = torch.eye(anchor.shape[1], dtype=torch.bool, device=anchor.device)
-    return real | own_fan | itself
+    return may_read(query, key) | itself  # type: ignore[arg-type]  # tuples of three

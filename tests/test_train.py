@@ -1,126 +1,24 @@
-"""Training: layouts, labels and losses against brute force; stages that change what they should and nothing else."""
+"""Training: stages that change what they should and nothing else, resume bit for bit, refuse bad input early."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import random
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.nn import functional
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 import fluid_model
-from fluid_model import ArSettings, ConfigError, FluidSettings, Request, masks
-from fluid_model.layout import IGNORE, Example, HybridFans, MaskFans, expand, plain
-from fluid_model.train.losses import best_stride, horizon, horizon_target, hybrid
+from fluid_model import ArSettings, ConfigError, FluidSettings, Request
+from fluid_model.errors import RunError
+from fluid_model.train.origin import weights_hash
 from fluid_model.train.recipe import as_table, build_recipe
-from fluid_model.train.run import train
-from fluid_model.train.stages import collate, slot_losses
+from fluid_model.train.run import StageTrainer, train
 
-from .tiny import fluid_checkpoint, save_model
-
-EXAMPLES = st.builds(
-    lambda ids, start: Example(tuple(ids), min(start, len(ids) - 1)),
-    st.lists(st.integers(2, 250), min_size=4, max_size=14),
-    st.integers(1, 8),
-)
-
-
-@settings(max_examples=40, deadline=None)
-@given(example=EXAMPLES, seed=st.integers(0, 99), stage=st.sampled_from([1, 2]))
-def test_expanded_rows_by_brute_force(example, seed, stage):
-    rule = HybridFans(258, 4, range(2, 258)) if stage == 1 else MaskFans(258, 4)
-    row = expand(example, rule, random.Random(seed))
-    real = len(example.ids)
-    base = plain(example)
-    assert (row.ids[:real], row.labels[:real], row.positions[:real]) == (base.ids, base.labels, list(range(real)))
-    for i, label in enumerate(base.labels):
-        inside = i + 1 < real and i + 1 >= example.start
-        assert label == (example.ids[i + 1] if inside else IGNORE)
-    for slot in range(real, len(row.ids)):
-        anchor, step = row.anchor[slot], row.step[slot]
-        assert anchor >= example.start - 1, "a fan hangs where a response token follows"
-        assert row.positions[slot] == anchor + step
-        assert row.labels[slot] == example.ids[anchor + step + 1]
-        if stage == 2:
-            assert row.ids[slot] == 258
-
-
-@settings(max_examples=25, deadline=None)
-@given(example=EXAMPLES, other=EXAMPLES, seed=st.integers(0, 99))
-def test_fan_slots_never_read_another_fan(example, other, seed):
-    rows = [expand(e, HybridFans(258, 4, range(2, 258)), random.Random(seed)) for e in (example, other)]
-    batch = collate(rows)
-    may = masks.fans(batch["anchor"], batch["step"])
-    for b, row in enumerate(rows):
-        for q in range(len(row.ids)):
-            for k in range(batch["ids"].shape[1]):
-                inside = k < len(row.ids)
-                before = inside and row.step[k] == 0 and row.anchor[k] <= row.anchor[q]
-                own = inside and row.step[k] > 0 and row.anchor[k] == row.anchor[q] and row.step[k] <= row.step[q]
-                assert bool(may[b, q, k]) == bool(before or own)
-
-
-def test_the_training_layout_is_what_the_decoder_feeds():
-    """A fan's losses are those of the prefix followed by the same masks, as the sampler's canvas is fed."""
-    checkpoint = fluid_checkpoint()
-    model, mask = checkpoint.model, checkpoint.mask_id
-    examples = [Example(tuple(range(5, 25)), 6), Example(tuple(range(40, 52)), 1)]
-    rows = [expand(e, MaskFans(mask, 5, probability=0.7), random.Random(3)) for e in examples]
-    with torch.no_grad():
-        losses = slot_losses(model, model, collate(rows))
-    found = iter(losses.tolist())
-    checked = 0
-    for example, row in zip(examples, rows, strict=True):
-        for slot, label in enumerate(row.labels):
-            if label == IGNORE:
-                continue
-            fed = [*example.ids[: row.anchor[slot] + 1], *[mask] * row.step[slot]]
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([fed])).logits[0, -1]
-            expected = functional.cross_entropy(logits, torch.tensor(label))
-            assert next(found) == pytest.approx(float(expected), abs=1e-4)
-            checked += row.step[slot] > 0
-    assert checked > 20
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    losses=st.lists(st.lists(st.floats(0, 6, width=32), min_size=6, max_size=6), min_size=1, max_size=5),
-    width=st.integers(1, 6),
-    taus=st.lists(st.floats(0.1, 5), min_size=1, max_size=3),
-)
-def test_best_stride_by_brute_force(losses, width, taus):
-    table = torch.tensor(losses, dtype=torch.float64)
-    counted = torch.zeros_like(table, dtype=torch.bool)
-    counted[:, :width] = True
-    found = best_stride(table, counted, torch.tensor(taus, dtype=torch.float64))
-    for t, tau in enumerate(taus):
-        for a, row in enumerate(table.tolist()):
-            good = [k for k in range(1, width + 1) if sum(row[:k]) / k < tau - 1e-9]
-            edge = [k for k in range(1, width + 1) if abs(sum(row[:k]) / k - tau) <= 1e-9]
-            if not edge:
-                assert int(found[t, a]) == max(good, default=1)
-
-
-def test_horizon_target_and_loss():
-    target = horizon_target(torch.tensor([1, 4]), 8)
-    assert target.sum(-1).tolist() == pytest.approx([1, 1])
-    assert target.argmax(-1).tolist() == [0, 3]
-    assert float(target[1, 2] / target[1, 3]) == pytest.approx(float(torch.tensor(-1 / 4.5).exp()))
-    logits = torch.randn(2, 8)
-    expected = -(target * logits.log_softmax(-1)).sum(-1).mean()
-    assert float(horizon(logits, target)) == pytest.approx(float(expected), abs=1e-6)
-
-
-def test_the_two_terms_are_kept_apart():
-    losses, in_fan = torch.tensor([1.0, 3.0, 10.0, 20.0, 30.0]), torch.tensor([False, False, True, True, True])
-    total, l_ar, l_diff = hybrid(losses, in_fan, 0.5)
-    assert (float(total), float(l_ar), float(l_diff)) == (12.0, 2.0, 20.0)
-    assert float(hybrid(losses, in_fan, None)[0]) == pytest.approx(64 / 5)
-    assert float(hybrid(losses[:2], in_fan[:2], 1.0)[2]) == 0
+from .tiny import save_model
 
 
 def rows_file(folder, count=40):
@@ -176,8 +74,6 @@ def test_a_resumed_training_gives_the_weights_of_an_unbroken_one(tmp_path, monke
     parent = save_model(tmp_path / "parent")
     whole, broken = (recipe_for(tmp_path, name, "fluid-hybrid", parent) for name in ("whole", "broken"))
     train(whole)
-    from fluid_model.train.run import StageTrainer
-
     loss, calls = StageTrainer.compute_loss, []
 
     def killed(self, model, inputs, *more, **options):
@@ -196,10 +92,103 @@ def test_a_resumed_training_gives_the_weights_of_an_unbroken_one(tmp_path, monke
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("own_tokenizer", [True, False])
+def test_an_adapter_as_llama_factory_saves_it_is_a_stage_1_result(tmp_path, own_tokenizer):
+    """A bare PEFT folder, its mask token one the parent already knows."""
+    parent = save_model(tmp_path / "parent")
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    model = AutoModelForCausalLM.from_pretrained(parent)
+    model.name_or_path = str(parent)
+    adapted = get_peft_model(model, lora)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer = fluid_model.load(str(parent)).tokenizer
+    if own_tokenizer:
+        tokenizer.save_pretrained(tmp_path / "adapter")
+    mask = tokenizer.convert_ids_to_tokens(7)
+    recipe = recipe_for(tmp_path, "out", "fluid-horizon", tmp_path / "adapter", tau=[1.0])
+    train(replace(recipe, model=replace(recipe.model, mask_token=mask)))
+    made = fluid_model.load(str(tmp_path / "out"))
+    assert (made.mask_id, made.manifest.tau, made.manifest.weights) == (7, (1.0,), "adapter")
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.allclose(made.model(ids).logits, adapted.eval()(ids).logits, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"no mask token: none of .*unused32.* set model\.mask_token"):
+        fluid_model.load(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("stage", ["nbdiff", "llada"])
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4}])
+def test_the_other_methods_train_and_load(tmp_path, stage, lora):
+    parent = save_model(tmp_path / "parent")
+    told = train(recipe_for(tmp_path, "out", stage, parent, lora=lora, blocks={"length": 4, "every": 2}))
+    made = fluid_model.load(str(tmp_path / "out"))
+    assert (made.manifest.method, made.manifest.block_length) == (stage, 4 if stage == "nbdiff" else None)
+    assert made.manifest.parent == "../parent"
+    assert {"l_diff", "accepted"} <= told["final"].keys()
+    assert ("drift" in told["final"]) == ("l_ar" in told["final"]) == (stage == "nbdiff")
+    with pytest.raises(ConfigError, match="needs a checkpoint of stage fluid-hybrid"):
+        train(recipe_for(tmp_path, "x", "fluid-horizon", tmp_path / "out", tau=[1.0]))
+
+
+def test_steps_may_be_taken_in_parts(tmp_path):
+    """Two half batches are one whole one where all rows are alike."""
+    parent = save_model(tmp_path / "parent")
+    file = tmp_path / "same.jsonl"
+    file.write_text('{"prompt": "Q: 7+1? A:", "completion": " 8."}\n' * 20)
+    optim = {"steps": 3, "batch_size": 4, "learning_rate": 0.01}
+    made = {}
+    for parts in (1, 2):
+        values = {
+            "data": {"files": [str(file)], "held_out": 4, "max_length": 64},
+            "optim": {**optim, "accumulate": parts},
+        }
+        train(recipe_for(tmp_path, f"a{parts}", "ar", parent, **values, loss={"per": "row"}))
+        made[parts] = fluid_model.load(str(tmp_path / f"a{parts}")).model.state_dict()
+    worst = max(float((made[1][name] - made[2][name]).abs().max()) for name in made[1])
+    assert worst < 1e-4
+
+
+def test_the_manifest_says_how_it_was_made(tmp_path):
+    parent = save_model(tmp_path / "parent")
+    train(recipe_for(tmp_path, "out", "fluid-hybrid", parent))
+    told = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert told["parent_hash"] == weights_hash(parent)
+    assert told["parent_hash"] != weights_hash(tmp_path / "out")
+    assert told["data"][0]["sha256"] == hashlib.sha256((tmp_path / "rows.jsonl").read_bytes()).hexdigest()
+    assert told["seed"] == 1
+    assert {"loss", "l_ar", "l_diff", "accepted", "drift"} <= told["final"].keys()
+    assert told["final"]["drift"] > 0
+    assert not (tmp_path / "out.training").exists()
+
+
+def test_a_kill_while_saving_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    """Neither a half-written step nor a half-written result is ever taken for a whole one."""
+    parent = save_model(tmp_path / "parent")
+    whole = recipe_for(tmp_path, "whole", "fluid-hybrid", parent)
+    train(whole)
+    broken = recipe_for(tmp_path, "broken", "fluid-hybrid", parent)
+    save = StageTrainer._save_optimizer_and_scheduler
+
+    def full_disk(self, folder):
+        if self.state.global_step == 6:
+            raise OSError(28, "No space left on device")
+        save(self, folder)
+
+    monkeypatch.setattr(StageTrainer, "_save_optimizer_and_scheduler", full_disk)
+    with pytest.raises(RunError, match="No space left on device; --resume goes on from checkpoint-3"):
+        train(broken)
+    assert not (tmp_path / "broken").exists()
+    monkeypatch.setattr(StageTrainer, "_save_optimizer_and_scheduler", save)
+    with pytest.raises(ConfigError, match="holds steps of another recipe"):
+        train(recipe_for(tmp_path, "broken", "fluid-hybrid", parent, seed=2), resume=True)
+    train(broken, resume=True)
+    a, b = (fluid_model.load(str(tmp_path / name)).model.state_dict() for name in ("whole", "broken"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stage": "dream"}, "stage='dream' is unknown; known: ar, fluid-hybrid, fluid-horizon"),
+        ({"stage": "dream"}, "stage='dream' is unknown; known: ar, fluid-hybrid, fluid-horizon, nbdiff, llada"),
         ({"model": {}}, "model: needs either parent or scratch"),
         ({"stage": "fluid-hybrid"}, "model.scratch: stage fluid-hybrid adapts a parent"),
         ({"tau": [1.0]}, "stage fluid-horizon needs some, other stages none"),
@@ -207,6 +196,10 @@ def test_a_resumed_training_gives_the_weights_of_an_unbroken_one(tmp_path, monke
         ({"optim": {"steps": 0}}, "optim.steps=0 must be at least 1"),
         ({"optim": {"steps": 5, "lr": 1.0}}, "optim.lr is no setting; known: optim.steps"),
         ({"data": {"files": []}}, "data.files: must name at least one file"),
+        ({"data": {"datasets": ["a"]}}, "data.datasets and data.dataset_info need one another"),
+        ({"blocks": {"length": 4, "first": 5}}, "blocks.first=5 must lie in [1, 4]"),
+        ({"loss": {"diff": 1.0}}, "loss: stage ar has one term only"),
+        ({"loss": {"per": "token"}}, "loss.per='token' is unknown; known: slot, row"),
         ({"fans": {"noise": 1.5}}, "fans.noise=1.5 must lie in [0.0, 1.0]"),
         ({"colour": 1}, "colour is no setting; known: stage"),
     ],

@@ -8,39 +8,81 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RunError
 from ..fields import assign, read_toml
-from .recipe import build_recipe
+from .recipe import Recipe, build_recipe
+
+IMPORT = "import-llamafactory"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top = argparse.ArgumentParser(prog="fluid-train", description="Make a checkpoint from its recipe.")
+    """The command line for a recipe."""
+    top = argparse.ArgumentParser(
+        prog="fluid-train",
+        description="Make a checkpoint from its recipe.",
+        epilog=f"fluid-train {IMPORT} FILE.yaml writes the recipe of a LLaMA-Factory training file.",
+    )
     top.add_argument("recipe", type=Path, metavar="RECIPE.toml")
     top.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a setting of the recipe")
     top.add_argument("--resume", action="store_true", help="go on from the last saved step")
+    top.add_argument("--dry-run", action="store_true", help="tell tokens, FLOPs, memory and time; train nothing")
+    top.add_argument("--gpu", default="h100", metavar="KIND", help="GPU a dry run reckons eight of (default h100)")
+    return top
+
+
+def import_parser() -> argparse.ArgumentParser:
+    """The command line for a LLaMA-Factory file."""
+    top = argparse.ArgumentParser(
+        prog=f"fluid-train {IMPORT}", description="Print the recipe of a LLaMA-Factory training file."
+    )
+    top.add_argument("file", type=Path, metavar="FILE.yaml")
+    top.add_argument("--devices", type=int, default=1, help="how many the file was written for (default 1)")
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train. Returns the exit code: 0 done, 2 bad input (one line says which), 130 interrupted."""
-    options = parser().parse_args(arguments)
+    """Train. Returns the exit code: 0 done, 1 failed on the way, 2 bad input, 130 interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait by spinning starve a shared machine
     try:
-        values = read_toml(options.recipe)
-        for setting in options.set:
-            assign(values, setting)
-        recipe = build_recipe(values)
-        from .run import train
-
-        told = train(recipe, resume=options.resume)
+        if given[:1] == [IMPORT]:
+            return _import(import_parser().parse_args(given[1:]))
+        return _train(parser().parse_args(given))
     except ConfigError as error:
         print(f"fluid-train: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"fluid-train: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("fluid-train: interrupted; --resume goes on from the last saved step", file=sys.stderr)
         return 130
-    print(f"{recipe.out}: held-out loss {told['held_out_loss']:.4f} after {told['seconds']:.0f} s")
+
+
+def _train(options: argparse.Namespace) -> int:
+    values = read_toml(options.recipe)
+    for setting in options.set:
+        assign(values, setting)
+    recipe: Recipe = build_recipe(values)
+    if options.dry_run:
+        from .plan import tell
+
+        print(tell(recipe, options.gpu))
+        return 0
+    from .run import train
+
+    told = train(recipe, resume=options.resume)
+    final = ", ".join(f"{name} {value:.4g}" for name, value in told["final"].items())
+    print(f"{recipe.out}: {final} after {told['seconds']:.0f} s")
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from .llamafactory import as_toml, convert, read_yaml
+
+    recipe, unused = convert(read_yaml(options.file), options.devices)
+    print(as_toml(recipe, [f"from {options.file.name}", *(f"not used: {line}" for line in unused)]), end="")
     return 0
 
 

@@ -1,110 +1,125 @@
-"""Training rows: JSON lines to token ids. A bad row names its file and line."""
+"""Rows to what a training step is fed: token ids, packs, draws that a resumed training repeats."""
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import json
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from torch.utils.data import Dataset
 
+from .. import layout
 from ..errors import ConfigError
-from ..layout import Example, Expanded
+from ..layout import Example, Expanded, Layout
 from ..tokens import Tokenizer
-from .recipe import DataSpec
+from .rows import Row
+
+Pack = tuple[Example, ...]
+OPEN_PACKS = 64
+"""Packs that wait for a fitting example while others are filled."""
 
 
-@dataclass(frozen=True)
-class Text:
-    """A row as written. An empty prompt means that all of it carries loss."""
+def encode(tokenizer: Tokenizer, rows: Sequence[Row], max_length: int) -> list[Example]:
+    """Token ids of rows, cut at max_length. Rows whose response is cut away whole are left out.
 
-    prompt: str
-    completion: str
-
-
-def read_rows(file: Path) -> Iterator[Text]:
-    """Rows of a JSON lines file (plain or .gz): {"prompt", "completion"} or {"text"}.
-
-    Raises ConfigError naming file and line of one that is neither.
+    A plain row ends with an end-of-sequence id; a chat is written by the tokenizer's chat template (without one: turns
+    joined by newlines), and carries loss where the assistant speaks.
     """
-    try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _row(line, file, number)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from error
-
-
-def _row(line: str, file: Path, number: int) -> Text:
-    try:
-        row = json.loads(line)
-        texts = ("", row["text"]) if "text" in row else (row["prompt"], row["completion"])
-        if not all(isinstance(text, str) for text in texts) or not texts[1]:
-            raise ValueError("texts must be strings, the completion not empty")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}, line {number}: not a training row: {type(error).__name__}: {error}") from error
-    return Text(*texts)
-
-
-def encode(tokenizer: Tokenizer, rows: list[Text], max_length: int) -> list[Example]:
-    """Token ids of prompt and completion, an end-of-sequence id last, cut at max_length. Rows whose response is cut
-    away whole are left out.
-    """
-    if not rows:
-        return []
-    prompts = tokenizer([row.prompt for row in rows])["input_ids"]
-    answers = tokenizer([row.completion for row in rows], add_special_tokens=False)["input_ids"]
+    plain = [row for row in rows if not row.chat]
+    prompts = tokenizer([row.prompt for row in plain])["input_ids"] if plain else []
+    answers = tokenizer([row.completion for row in plain], add_special_tokens=False)["input_ids"] if plain else []
+    pairs = zip(prompts, answers, strict=True)
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    examples = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = (*prompt, *answer, *end)[:max_length]
-        if len(prompt) < len(ids):
-            examples.append(Example(ids, start=max(1, len(prompt))))
-    return examples
+    found = []
+    for row in rows:
+        if row.chat:
+            ids, spans = _chat(tokenizer, row)
+        else:
+            prompt, answer = next(pairs)
+            ids = [*prompt, *answer, *end]
+            spans = [(len(prompt), len(ids))]
+        ids = ids[:max_length]
+        kept = [(start, min(stop, len(ids))) for start, stop in spans if start < len(ids)]
+        if kept and kept[-1][1] > max(1, kept[0][0]):  # a first token is nobody's to say
+            found.append(Example(tuple(ids), tuple(kept)))
+    return found
 
 
-def load_rows(data: DataSpec) -> tuple[list[Text], list[Text]]:
-    """Training rows and held-out rows. Raises ConfigError if too few are left to train on."""
-    rows = [row for name in data.files for row in read_rows(Path(name))]
-    if len(rows) <= data.held_out:
-        raise ConfigError(f"data.files: {len(rows)} rows, data.held_out={data.held_out} leaves none to train on")
-    return rows[: -data.held_out], rows[-data.held_out :]
+def _chat(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a chat and the spans the assistant says, each with the end its template writes."""
+    messages = [{"role": turn.role, "content": turn.text} for turn in row.chat]
+    ids: list[int] = []
+    spans = []
+    written = ""
+    for number, turn in enumerate(row.chat):
+        if turn.role != "assistant":
+            continue
+        before = _render(tokenizer, messages[:number], ask=True)
+        after = _render(tokenizer, messages[: number + 1], ask=False)
+        if not (before.startswith(written) and after.startswith(before)):
+            raise ConfigError("the chat template writes earlier turns differently later; rows of one turn can be used")
+        first = tokenizer.bos_token if not ids and tokenizer.chat_template is None else None
+        ids += tokenizer((first or "") + before[len(written) :], add_special_tokens=False)["input_ids"]
+        said = tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"]
+        if tokenizer.chat_template is None and tokenizer.eos_token_id is not None:
+            said = [*said, tokenizer.eos_token_id]
+        spans.append((len(ids), len(ids) + len(said)))
+        ids += said
+        written = after
+    return ids, spans
 
 
-def fingerprint(file: Path) -> dict[str, Any]:
-    """Rows and sha256 of a data file, for the checkpoint's manifest."""
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return {"file": file.name, "sha256": digest, "rows": sum(1 for _ in read_rows(file))}
+def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], *, ask: bool) -> str:
+    if tokenizer.chat_template is None:
+        return "\n".join(message["content"] for message in messages) + ("\n" if ask else "")
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    return text
+
+
+def packs(examples: Sequence[Example], room: int, seed: int) -> list[Pack]:
+    """Examples put together, in random order, so that each pack holds at most `room` tokens (first fit)."""
+    order = random.Random(f"{seed}/packs").sample(range(len(examples)), len(examples))
+    done: list[Pack] = []
+    waiting: list[tuple[int, list[Example]]] = []  # room left, examples
+    for index in order:
+        example = examples[index]
+        size = len(example.ids)
+        for place, (left, held) in enumerate(waiting):
+            if size <= left:
+                held.append(example)
+                waiting[place] = (left - size, held)
+                break
+        else:
+            waiting.append((room - size, [example]))
+            if len(waiting) > OPEN_PACKS:
+                fullest = min(range(len(waiting)), key=lambda i: waiting[i][0])
+                done.append(tuple(waiting.pop(fullest)[1]))
+    return done + [tuple(held) for _, held in waiting]
 
 
 class Rows(Dataset[Expanded]):
-    """`count` draws from the examples, in an order and with random numbers that depend on the seed and the draw's
-    number alone: a resumed training sees what an unbroken one would have seen.
+    """`steps` times `batch` draws, in an order and with random numbers that depend on the seed and the draw's number
+    alone: a resumed training sees what an unbroken one would have seen.
+
+    per_row: weigh every example the same, however long its response is.
     """
 
     def __init__(
-        self, examples: list[Example], lay: Callable[[Example, random.Random], Expanded], count: int, seed: int
+        self, packs: Sequence[Pack], lay: Layout, *, steps: int, batch: int, seed: int, per_row: bool = False
     ) -> None:
-        self.examples, self.lay, self.count, self.seed = examples, lay, count, seed
+        self.packs, self.rule, self.steps, self.batch, self.seed, self.per_row = packs, lay, steps, batch, seed, per_row
 
     def __len__(self) -> int:
-        return self.count
+        return self.steps * self.batch
 
     def __getitem__(self, draw: int) -> Expanded:
-        epoch, place = divmod(draw, len(self.examples))
+        epoch, place = divmod(draw, len(self.packs))
         rng = random.Random(f"{self.seed}/{draw}")
-        return self.lay(self.examples[self._order(epoch)[place]], rng)
+        step = draw // self.batch
+        laid = [self.rule.lay(example, rng, step) for example in self.packs[self._order(epoch)[place]]]
+        return layout.pack([layout.by_row(row) for row in laid] if self.per_row else laid)
 
     def _order(self, epoch: int) -> list[int]:
         if getattr(self, "_epoch", None) != epoch:
             self._epoch = epoch
-            self._shuffled = random.Random(f"{self.seed}/order/{epoch}").sample(
-                range(len(self.examples)), len(self.examples)
-            )
+            self._shuffled = random.Random(f"{self.seed}/order/{epoch}").sample(range(len(self.packs)), len(self.packs))
         return self._shuffled

@@ -13,19 +13,20 @@ SIGMA = 1.5
 """Width of the horizon target over stride classes.  (FLUID, horizon calibration)"""
 
 
-def hybrid(losses: Tensor, in_fan: Tensor, weight: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Stage 1: L_AR on real tokens and L_Diff on fan slots, each a mean over its slots.
+def weighted(
+    losses: Tensor, ar: Tensor, diff: Tensor, targets: Tensor, weights: tuple[float, float] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """L_AR and L_Diff, each a weighted mean, and what is minimised.
 
-    losses: (M,) cross-entropy.  in_fan: (M,) bool.  weight: of L_Diff beside L_AR; None is the published code's single
-    mean over all slots, which weighs each term by its number of slots.  Returns (loss, L_AR, L_Diff); a term without
-    slots is 0.
+    losses: (M,) cross-entropy.  ar, diff: (M,) weight of each slot in L_AR and in L_Diff.  targets: () what L_Diff is a
+    mean over.  weights: of L_AR and L_Diff; None is the one mean over both that FLUID's published code takes, which
+    weighs each term by its number of slots.  Returns (loss, L_AR, L_Diff); a term without slots is 0.
     """
-    fans = in_fan.sum()
-    real = (~in_fan).sum()
-    l_ar = torch.where(in_fan, 0.0, losses).sum() / real.clamp(min=1)
-    l_diff = torch.where(in_fan, losses, 0.0).sum() / fans.clamp(min=1)
-    total = losses.mean() if weight is None else l_ar + weight * l_diff
-    return total, l_ar, l_diff
+    sum_ar, sum_diff, count = (losses * ar).sum(), (losses * diff).sum(), ar.sum()
+    l_ar, l_diff = (total / number.clamp(min=1e-9) for total, number in ((sum_ar, count), (sum_diff, targets)))
+    if weights is None:
+        return (sum_ar + sum_diff) / (count + targets).clamp(min=1e-9), l_ar, l_diff
+    return weights[0] * l_ar + weights[1] * l_diff, l_ar, l_diff
 
 
 def best_stride(losses: Tensor, counted: Tensor, tau: Tensor) -> Tensor:

@@ -12,15 +12,19 @@ from ..errors import ConfigError
 from ..fields import Nested, at_least, build
 from ..settings import check_range
 
-Stage = Literal["ar", "fluid-hybrid", "fluid-horizon"]
+Stage = Literal["ar", "fluid-hybrid", "fluid-horizon", "nbdiff", "llada"]
+ADAPTS = ("fluid-hybrid", "nbdiff", "llada")
+"""Stages that give a parent a mask token and teach it to fill masks."""
+LOSSES: dict[Stage, tuple[float, float] | None] = {
+    "ar": (1.0, 0.0), "fluid-hybrid": None, "fluid-horizon": None, "nbdiff": (0.5, 1.0), "llada": (0.0, 1.0)
+}  # fmt: skip
+"""Weights of L_AR and L_Diff; None is one mean over all slots.  (FLUID's published code; NBDiff, lambda 0.5; LLaDA)"""
 
 
 @dataclass(frozen=True)
-class ScratchSpec:
-    """A Llama to be trained from nothing, with a byte-level BPE tokenizer learnt from the training rows.
-
-    vocab_size: tokens, the 256 bytes and the special ones included, so that any text can be spelt.
-    tokenizer_rows: training rows the tokenizer is learnt from.
+class LlamaSpec:
+    """A Llama's shape. vocab_size: tokens; of a tokenizer to be learnt, the 256 bytes and the special ones included, so
+    that any text can be spelt.  window: tokens.
     """
 
     vocab_size: int
@@ -31,25 +35,33 @@ class ScratchSpec:
     kv_heads: int
     window: int = 2048
     rope_theta: float = 10000.0
+    rms_eps: float = 1e-6
+    attention_bias: bool = False
     tie_embeddings: bool = True
-    tokenizer_rows: int = 20000
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.heads or self.heads % self.kv_heads:
             raise ConfigError(
-                f"model.scratch: hidden_size={self.hidden_size}, heads={self.heads}, kv_heads={self.kv_heads} "
+                f"model: hidden_size={self.hidden_size}, heads={self.heads}, kv_heads={self.kv_heads} "
                 "must divide one another in this order"
             )
-        at_least("model.scratch.vocab_size", self.vocab_size, 300)
+        at_least("model: vocab_size", self.vocab_size, 300)
 
 
 @dataclass(frozen=True)
 class ParentSpec:
-    """What training starts from: `parent` (a folder or hub id), or a model `scratch` describes."""
+    """What training starts from: `parent` (a folder or hub id), or a new model of the shape `scratch`, with a
+    byte-level BPE tokenizer learnt from the first `tokenizer_rows` training rows.
+
+    mask_token: text of the mask token (unset: the parent's own, or <|mask|>, added).  shape: the parent's, for a dry
+    run where the parent is not at hand.
+    """
 
     parent: str | None = None
-    scratch: ScratchSpec | None = None
-    mask_token: str = "<|mask|>"
+    scratch: LlamaSpec | None = None
+    shape: LlamaSpec | None = None
+    mask_token: str | None = None
+    tokenizer_rows: int = 20000
 
     def __post_init__(self) -> None:
         if (self.parent is None) == (self.scratch is None):
@@ -58,17 +70,25 @@ class ParentSpec:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Training rows. files: JSON lines with prompt and completion, or with text.  max_length: tokens; longer rows
-    lose their end.  held_out: rows at the end of the last file that are only measured on.
+    """Training rows, see `rows` for the forms.
+
+    files: their paths.  dataset_info, datasets: LLaMA-Factory's register and the names to take from it.
+    max_length: tokens; longer rows lose their end.  pack: put short rows together up to max_length; they do not see one
+    another.  held_out: rows at the end of the last file that are only measured on.
     """
 
-    files: tuple[str, ...]
+    files: tuple[str, ...] = ()
+    dataset_info: str | None = None
+    datasets: tuple[str, ...] = ()
     max_length: int = 1024
+    pack: bool = False
     held_out: int = 64
 
     def __post_init__(self) -> None:
-        if not self.files:
-            raise ConfigError("data.files: must name at least one file")
+        if not self.files and not self.datasets:
+            raise ConfigError("data.files: must name at least one file (or data.dataset_info and data.datasets)")
+        if bool(self.datasets) != (self.dataset_info is not None):
+            raise ConfigError("data.datasets and data.dataset_info need one another")
         at_least("data.max_length", self.max_length, 2)
         at_least("data.held_out", self.held_out, 1)
 
@@ -84,21 +104,59 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class FanSpec:
-    """Fans of mask slots. k_max, probability, noise: as FLUID's stage 1 (16, 0.5, 10%).
-
-    diff_weight: of the slots' loss beside the real tokens'; unset, one mean over both, as the published code takes.
-    """
+    """Fans of mask slots. k_max, probability, noise: as FLUID's stage 1 (16, 0.5, 10%)."""
 
     k_max: int = 16
     probability: float = 0.5
     noise: float = 0.1
-    diff_weight: float | None = None
 
     def __post_init__(self) -> None:
         at_least("fans.k_max", self.k_max, 1)
         check_range("fans.probability", self.probability, 0.0, 1.0, open_low=True)
         check_range("fans.noise", self.noise, 0.0, 1.0)
-        at_least("fans.diff_weight", self.diff_weight, 0.0)
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """NBDiff's blocks. length: tokens.  first, every: block length at the start and steps between its doublings
+    (every=0: full length from the start).  by_noise: weigh a masked token 1/t.
+    """
+
+    length: int = 32
+    first: int = 1
+    every: int = 0
+    by_noise: bool = False
+
+    def __post_init__(self) -> None:
+        at_least("blocks.length", self.length, 1)
+        check_range("blocks.first", self.first, 1, self.length)
+        at_least("blocks.every", self.every, 0)
+
+
+@dataclass(frozen=True)
+class CanvasSpec:
+    """LLaDA's canvas. length: tokens a response is filled up to at most, with end tokens."""
+
+    length: int = 128
+
+    def __post_init__(self) -> None:
+        at_least("canvas.length", self.length, 1)
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """What is minimised: ar * L_AR + diff * L_Diff. Unset: as the stage's method published it.
+
+    per: what a mean is over: every labelled slot the same (slot), or every row the same (row).
+    """
+
+    ar: float | None = None
+    diff: float | None = None
+    per: Literal["slot", "row"] = "slot"
+
+    def __post_init__(self) -> None:
+        at_least("loss.ar", self.ar, 0.0)
+        at_least("loss.diff", self.diff, 0.0)
 
 
 @dataclass(frozen=True)
@@ -137,6 +195,9 @@ class Recipe:
     data: DataSpec
     optim: OptimSpec
     fans: FanSpec = field(default_factory=FanSpec)
+    blocks: BlockSpec = field(default_factory=BlockSpec)
+    canvas: CanvasSpec = field(default_factory=CanvasSpec)
+    loss: LossSpec = field(default_factory=LossSpec)
     lora: LoraSpec | None = None
     tau: tuple[float, ...] = ()
     seed: int = 1
@@ -148,8 +209,21 @@ class Recipe:
             raise ConfigError(f"tau={list(self.tau)}: stage fluid-horizon needs some, other stages none")
         if len(set(self.tau)) != len(self.tau) or any(t <= 0 for t in self.tau):
             raise ConfigError(f"tau={list(self.tau)}: bounds must be positive and distinct")
-        if self.lora is not None and self.stage != "fluid-hybrid":
+        if self.lora is not None and self.stage not in ADAPTS:
             raise ConfigError(f"lora: stage {self.stage} trains no adapter")
+        if (self.loss.ar, self.loss.diff) != (None, None) and self.stage not in ADAPTS:
+            raise ConfigError(f"loss: stage {self.stage} has one term only")
+        if self.loss.ar and self.stage == "llada":
+            raise ConfigError(f"loss.ar={self.loss.ar}: a bidirectional canvas has no autoregressive term")
+
+    @property
+    def loss_weights(self) -> tuple[float, float] | None:
+        """Weights of L_AR and L_Diff, None for one mean over all slots."""
+        given, usual = (self.loss.ar, self.loss.diff), LOSSES[self.stage]
+        if given == (None, None):
+            return usual
+        ar, diff = (value if value is not None else (usual or (1.0, 1.0))[i] for i, value in enumerate(given))
+        return ar, diff
 
     @property
     def hash(self) -> str:

@@ -3,70 +3,90 @@
 from __future__ import annotations
 
 import json
-import platform
-import random
+import os
+import shutil
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from .. import checkpoint as checkpoints
-from .. import layout
 from ..backbone import Backbone
 from ..checkpoint import Checkpoint
-from ..errors import ConfigError
-from ..layout import HybridFans, MaskFans
+from ..errors import ConfigError, RunError
+from ..layout import Blocks, Canvas, HybridFans, Layout, MaskFans, Plain
 from ..manifest import Manifest
-from ..tokens import Tokenizer, end_ids
-from .data import Rows, encode, fingerprint, load_rows
-from .recipe import Recipe, ScratchSpec, as_table
-from .stages import Batch, Horizons, collate, row_loss
+from .data import Pack, Rows, encode, packs
+from .measure import HeldOut
+from .origin import TRAINING_FILE, told
+from .parent import start
+from .recipe import ADAPTS, Recipe
+from .rows import Row, load_rows
+from .stages import FLEX_MULTIPLE, Batch, Horizons, collate, row_loss
 
-TRAINING_FILE = "training.json"
-MEASURED_ROWS = 32
+NEW_MASK = "<|mask|>"
+"""Text of the mask token a parent is given if the recipe names none."""
+MEASURED_ROWS = 64
 """Held-out rows a measurement looks at."""
 
 
 @dataclass
 class Parts:
-    """What a recipe trains: the checkpoint it becomes, the module whose parameters move, and how rows are laid out."""
+    """What a recipe trains: the checkpoint it becomes, the module whose parameters move, how rows are laid out for it,
+    and how they are laid out to measure it (None: the loss says all).
+    """
 
     checkpoint: Checkpoint
     module: nn.Module
-    lay: Any
-    weight: float | None = None
+    lay: Layout
+    full: Layout | None = None
 
 
 class StageTrainer(Trainer):
-    """transformers' Trainer with a stage's loss; the loss's terms are logged beside it."""
+    """transformers' Trainer with a stage's loss; the loss's terms and what held-out rows show are logged beside it."""
 
-    def __init__(self, parts: Parts, **options: Any) -> None:
+    def __init__(self, parts: Parts, recipe: Recipe, held_out: HeldOut | None, **options: Any) -> None:
         super().__init__(**options)
-        self.parts = parts
+        self.parts, self.recipe, self.held_out = parts, recipe, held_out
+        self.model_accepts_loss_kwargs = False  # our loss is a mean: Trainer is to divide it by accumulation steps
         self._terms: dict[str, list[Tensor]] = {}
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if isinstance(self.parts.module, Horizons):
-            found = model(**inputs)
-            loss, terms = found["loss"], {"stride": found["stride"].mean().detach()}
+            terms = model(**inputs)
+            loss = terms.pop("loss")
         else:
-            loss, terms = row_loss(model, self.parts.checkpoint.model, inputs, self.parts.weight)
+            loss, terms = row_loss(model, self.parts.checkpoint.model, inputs, self.recipe.loss_weights)
         for name, value in terms.items():
-            self._terms.setdefault(name, []).append(value)
+            self._terms.setdefault(name, []).append(value.detach())
         return (loss, {"loss": loss}) if return_outputs else loss
 
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        found: dict[str, float] = super().evaluate(*arguments, **options)
+        if self.held_out is not None:
+            training = self.model.training
+            self.model.eval()
+            seen = {f"eval_{name}": round(value, 5) for name, value in self.held_out.look(self.model).items()}
+            self.model.train(training)
+            self.log(seen)
+            found |= seen
+        return found
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        prefix = "eval_" if "eval_loss" in logs else ""
         for name, values in self._terms.items():
-            logs[name] = round(float(torch.stack(values).mean()), 5)
+            logs[prefix + name] = round(float(torch.stack(values).float().mean()), 5)
         self._terms.clear()
         super().log(logs, start_time)
 
@@ -74,108 +94,144 @@ class StageTrainer(Trainer):
 def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     """Train, save `recipe.out` all or nothing, and return what its training.json says.
 
-    Raises ConfigError for data or a parent that cannot be used.
+    Raises ConfigError for data or a parent that cannot be used, and for a half-done training of another recipe.
     """
     set_seed(recipe.seed)
     started = time.perf_counter()
+    work = _work_folder(recipe, resume)
     rows, held_out = load_rows(recipe.data)
-    parts = prepare(recipe, [f"{row.prompt}{row.completion}" for row in rows])
-    tokenizer, optim = parts.checkpoint.tokenizer, recipe.optim
-    examples = encode(tokenizer, rows, recipe.data.max_length)
-    measured = encode(tokenizer, held_out[:MEASURED_ROWS], recipe.data.max_length)
-    if not examples or not measured:
-        raise ConfigError(f"data.max_length={recipe.data.max_length}: no row keeps any of its response")
-    work = Path(recipe.out).with_name(f"{Path(recipe.out).name}.training")
+    parts = prepare(recipe, [row.text for row in rows])
+    packed, measured = (_packs(recipe, parts, part) for part in (rows, held_out[:MEASURED_ROWS]))
+    arguments = _arguments(recipe, work)
+    flex = parts.checkpoint.model.config._attn_implementation == "flex_attention"
+    multiple = FLEX_MULTIPLE if flex else 1
+    optim, per_row = recipe.optim, recipe.loss.per == "row"
+    parts.checkpoint.model.to(arguments.device)
     trainer = StageTrainer(
-        parts,
-        model=parts.module,
-        args=_arguments(recipe, work),
-        data_collator=collate,
-        train_dataset=Rows(examples, parts.lay, optim.steps * optim.batch_size, recipe.seed),
-        eval_dataset=Rows(measured, parts.lay, len(measured), recipe.seed + 1),
-    )
-    latest = sorted(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
-    trainer.train(resume_from_checkpoint=str(latest[-1]) if resume and latest else None)
-    losses = trainer.evaluate()
-    told = _told(recipe, losses, trainer.state.log_history, time.perf_counter() - started)
-    _save(parts.checkpoint, recipe, told)
-    return told
+        parts, recipe, _held_out(parts, measured, arguments, multiple),
+        model=parts.module, args=arguments, data_collator=partial(collate, multiple=multiple),
+        train_dataset=Rows(
+            packed, parts.lay, steps=optim.steps, batch=optim.batch_size, seed=recipe.seed, per_row=per_row
+        ),
+        eval_dataset=Rows(measured, _final(parts.lay), steps=1, batch=len(measured), seed=recipe.seed + 1),
+    )  # fmt: skip
+    latest = _latest(work) if resume else None
+    with _told_disk(work):
+        trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+    final = trainer.evaluate()
+    manifest = told(recipe, final, trainer.state.log_history, time.perf_counter() - started)
+    if trainer.is_world_process_zero():
+        with _told_disk(work):
+            _save(parts.checkpoint, recipe, manifest)
+        shutil.rmtree(work, ignore_errors=True)
+    return manifest
 
 
-def prepare(recipe: Recipe, texts: list[str]) -> Parts:
+def prepare(recipe: Recipe, texts: Sequence[str]) -> Parts:
     """Load or make the parent and set its stage up. texts: what a new tokenizer is learnt from."""
-    if recipe.model.scratch is not None:
-        checkpoint = from_scratch(recipe.model.scratch, texts)
-    else:
-        checkpoint = checkpoints.load(str(recipe.model.parent), device="cpu")
-    fans, parent = recipe.fans, recipe.model.parent
+    checkpoint = start(recipe.model, texts)
+    _check_attention(checkpoint, recipe)
     if recipe.stage == "ar":
-        return Parts(checkpoint, checkpoint.model, lambda example, rng: layout.plain(example))
+        return Parts(checkpoint, checkpoint.model, Plain())
+    parent, fans = _parent_name(recipe), recipe.fans
+    if recipe.stage == "fluid-horizon":
+        mask, manifest = checkpoint.mask_id, checkpoint.manifest
+        if mask is None or manifest is None or manifest.method != "fluid":
+            raise ConfigError(f"model.parent={parent}: stage fluid-horizon needs a checkpoint of stage fluid-hybrid")
+        horizons = Horizons(checkpoint.model, fans.k_max, recipe.tau)
+        checkpoint.manifest = replace(manifest, k_max=fans.k_max, tau=recipe.tau)
+        checkpoint.heads = list(horizons.heads)  # type: ignore[arg-type]  # a ModuleList of KHeads
+        return Parts(checkpoint, horizons, layouts(recipe, mask, mask, range(0)))
+    return _adapt(checkpoint, recipe, parent)
+
+
+def _adapt(checkpoint: Checkpoint, recipe: Recipe, parent: str) -> Parts:
+    """A mask token for the parent, LoRA if asked for, and the stage's layout."""
+    text = recipe.model.mask_token or NEW_MASK
+    mask = checkpoints.add_mask_token(checkpoint.model, checkpoint.tokenizer, text)
+    checkpoint = replace(checkpoint, mask_id=mask, backbone=Backbone(checkpoint.model))
+    end = checkpoint.tokenizer.eos_token_id
+    if recipe.stage != "fluid-hybrid" and end is None:
+        raise ConfigError(f"model.parent={parent}: its tokenizer has no end-of-sequence token to fill blocks with")
+    special = [i for i in checkpoint.tokenizer.all_special_ids if i != mask]
+    lay = layouts(recipe, mask, end, range(max(special, default=-1) + 1, mask))
+    full: Layout
+    if isinstance(lay, HybridFans):
+        full = MaskFans(mask, lay.k_max)
+        checkpoint.manifest = Manifest(parent, text, lay.k_max)
+    elif isinstance(lay, Blocks):
+        full = replace(lay, every=0, by_noise=False, level=1.0)
+        checkpoint.manifest = Manifest(parent, text, method="nbdiff", block_length=lay.length)
+    else:
+        full = Canvas(mask, end, level=1.0)
+        checkpoint.manifest = Manifest(parent, text, method="llada")
+    module: nn.Module = checkpoint.model
+    if recipe.lora is not None:
+        lora = LoraConfig(
+            r=recipe.lora.rank, lora_alpha=recipe.lora.alpha, lora_dropout=recipe.lora.dropout,
+            target_modules="all-linear", trainable_token_indices=[mask],
+        )  # fmt: skip
+        module = checkpoint.adapter = get_peft_model(checkpoint.model, lora)
+    return Parts(checkpoint, module, lay, full)
+
+
+def layouts(recipe: Recipe, mask: int, end: int, ids: range) -> Layout:
+    """How the recipe's stage lays rows out. mask, end: token ids.  ids: what noise is drawn from."""
+    fans, blocks = recipe.fans, recipe.blocks
     if recipe.stage == "fluid-hybrid":
-        text = recipe.model.mask_token
-        mask = checkpoints.add_mask_token(checkpoint.model, checkpoint.tokenizer, text)
-        special = [i for i in checkpoint.tokenizer.all_special_ids if i != mask]
-        rule = HybridFans(mask, fans.k_max, range(max(special, default=-1) + 1, mask), fans.probability, fans.noise)
-        checkpoint = replace(checkpoint, mask_id=mask, backbone=Backbone(checkpoint.model))
-        module: nn.Module = checkpoint.model
-        if recipe.lora is not None:
-            lora = LoraConfig(
-                r=recipe.lora.rank, lora_alpha=recipe.lora.alpha, lora_dropout=recipe.lora.dropout,
-                target_modules="all-linear", trainable_token_indices=[mask],
-            )  # fmt: skip
-            module = checkpoint.adapter = get_peft_model(checkpoint.model, lora)
-        checkpoint.manifest = Manifest(str(parent), text, fans.k_max, tau=())
-        return Parts(checkpoint, module, partial(_expand, rule), fans.diff_weight)
-    if checkpoint.mask_id is None or checkpoint.manifest is None:
-        raise ConfigError(f"model.parent={parent}: stage fluid-horizon needs a checkpoint of stage fluid-hybrid")
-    horizons = Horizons(checkpoint.model, fans.k_max, recipe.tau)
-    checkpoint.manifest = replace(checkpoint.manifest, k_max=fans.k_max, tau=recipe.tau)
-    checkpoint.heads = list(horizons.heads)  # type: ignore[arg-type]  # a ModuleList of KHeads
-    return Parts(checkpoint, horizons, partial(_expand, MaskFans(checkpoint.mask_id, fans.k_max, fans.probability)))
+        return HybridFans(mask, fans.k_max, ids, fans.probability, fans.noise)
+    if recipe.stage == "fluid-horizon":
+        return MaskFans(mask, fans.k_max, fans.probability)
+    if recipe.stage == "nbdiff":
+        return Blocks(mask, end, blocks.length, blocks.first, blocks.every, blocks.by_noise)
+    if recipe.stage == "llada":
+        return Canvas(mask, end, recipe.canvas.length)
+    return Plain()
 
 
-def _expand(rule: layout.FanRule, example: layout.Example, rng: random.Random) -> layout.Expanded:
-    return layout.expand(example, rule, rng)
+def _check_attention(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """FlexAttention on CUDA, dense masks elsewhere; a window narrower than the rows would be read past."""
+    config = checkpoint.backbone.config
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True) and window < recipe.data.max_length:
+        raise ConfigError(f"data.max_length={recipe.data.max_length} exceeds the parent's sliding window of {window}")
+    if recipe.data.max_length > checkpoint.backbone.window:
+        raise ConfigError(f"data.max_length={recipe.data.max_length}: the parent reads {checkpoint.backbone.window}")
+    if torch.cuda.is_available():
+        checkpoint.model.set_attn_implementation("flex_attention")
 
 
-def from_scratch(spec: ScratchSpec, texts: list[str]) -> Checkpoint:
-    """A new Llama and its tokenizer."""
-    tokenizer = learn_tokenizer(texts[: spec.tokenizer_rows], spec.vocab_size)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=spec.hidden_size, intermediate_size=spec.intermediate_size,
-        num_hidden_layers=spec.layers, num_attention_heads=spec.heads, num_key_value_heads=spec.kv_heads,
-        max_position_embeddings=spec.window, tie_word_embeddings=spec.tie_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    return Checkpoint(Backbone(model), tokenizer, end_ids(tokenizer, config))
+def _parent_name(recipe: Recipe) -> str:
+    """The parent as the new checkpoint's manifest names it: a folder as seen from the new one, so both can move."""
+    parent = str(recipe.model.parent)
+    return os.path.relpath(parent, recipe.out) if Path(parent).is_dir() else parent
 
 
-def learn_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE that spells any text; digits stand alone."""
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Fast
+def _packs(recipe: Recipe, parts: Parts, rows: Sequence[Row]) -> list[Pack]:
+    examples = encode(parts.checkpoint.tokenizer, rows, recipe.data.max_length)
+    if not examples:
+        raise ConfigError(f"data.max_length={recipe.data.max_length}: no row keeps any of its response")
+    if recipe.data.pack:
+        return packs(examples, recipe.data.max_length, recipe.seed)
+    return [(example,) for example in examples]
 
-    fast = Fast(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\d"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    fast.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<s>", "</s>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    fast.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>")
+
+def _held_out(parts: Parts, measured: list[Pack], arguments: TrainingArguments, multiple: int) -> HeldOut | None:
+    if parts.full is None:
+        return None
+    causal = not isinstance(parts.lay, Canvas)
+    batch = arguments.per_device_eval_batch_size
+    return HeldOut(parts.checkpoint.model, measured, parts.full, batch, causal=causal, multiple=multiple)
+
+
+def _final(lay: Layout) -> Layout:
+    """The layout as it is at the end of a training, whatever the step."""
+    return replace(lay, every=0) if isinstance(lay, Blocks) else lay
 
 
 def _arguments(recipe: Recipe, work: Path) -> TrainingArguments:
     optim = recipe.optim
-    devices = max(1, torch.cuda.device_count())
+    devices = max(1, int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.device_count())
     rows, left = divmod(optim.batch_size, optim.accumulate * devices)
     if left or not rows:
         raise ConfigError(f"optim.batch_size={optim.batch_size} does not divide over {devices} devices")
@@ -191,23 +247,50 @@ def _arguments(recipe: Recipe, work: Path) -> TrainingArguments:
     )  # fmt: skip
 
 
-def _told(recipe: Recipe, losses: dict[str, float], history: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """The manifest of a training: enough to do it again and to see whether it came out the same."""
-    return {
-        "recipe": as_table(recipe),
-        "recipe_hash": recipe.hash,
-        "data": [fingerprint(Path(file)) for file in recipe.data.files],
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft")},
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "seconds": round(seconds, 1),
-        "held_out_loss": losses["eval_loss"],
-        "history": [entry for entry in history if "loss" in entry or "eval_loss" in entry],
-    }
+RECIPE_FILE = "recipe_hash"
 
 
-def _save(checkpoint: Checkpoint, recipe: Recipe, told: dict[str, Any]) -> None:
-    if recipe.lora is not None and checkpoint.adapter is not None:
+def _work_folder(recipe: Recipe, resume: bool) -> Path:
+    """Where steps are saved: beside `out`. Resuming another recipe's steps is refused."""
+    out = Path(recipe.out)
+    work = out.with_name(f"{out.name}.training")
+    mark = work / RECIPE_FILE
+    if resume and mark.is_file() and mark.read_text() != recipe.hash:
+        raise ConfigError(f"{work} holds steps of another recipe ({mark.read_text()}, this one is {recipe.hash})")
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    mark.write_text(recipe.hash)
+    return work
+
+
+@contextmanager
+def _told_disk(work: Path) -> Iterator[None]:
+    """Turns a disk that is full or gone into one line and the way out."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        latest = _latest(work)
+        back = f"--resume goes on from {latest.name}" if latest else "no step was saved yet"
+        raise RunError(f"{work}: cannot be written: {error}; {back}") from error
+
+
+def _latest(work: Path) -> Path | None:
+    """The last step that was saved whole: Trainer writes its state after all else."""
+    whole = []
+    for file in work.glob("checkpoint-*/trainer_state.json"):
+        try:
+            json.loads(file.read_text())
+        except ValueError:
+            continue  # cut off in the middle
+        whole.append(file.parent)
+    return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+
+
+def _save(checkpoint: Checkpoint, recipe: Recipe, manifest: dict[str, Any]) -> None:
+    if recipe.stage in ADAPTS and checkpoint.adapter is not None:
         checkpoint.backbone.model = checkpoint.adapter.merge_and_unload()
         checkpoint.adapter = None
-    checkpoints.save(checkpoint, recipe.out, {TRAINING_FILE: json.dumps(told, indent=2) + "\n"})
+    checkpoints.save(checkpoint, recipe.out, {TRAINING_FILE: json.dumps(manifest, indent=2) + "\n"})

@@ -1,6 +1,6 @@
 """What each stage feeds the model and what it minimises.
 
-Legend: B rows, L slots of an expanded row, M slots with a label, D hidden, V vocabulary, K widest stride, T taus.
+Legend: B rows, L slots of a laid-out row, M slots with a label, D hidden, V vocabulary, K widest stride, T taus.
 """
 
 from __future__ import annotations
@@ -12,43 +12,65 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
 from .. import masks
 from ..khead import KHead
 from ..layout import IGNORE, Expanded
-from .losses import best_stride, horizon, horizon_target, hybrid
+from .losses import best_stride, horizon, horizon_target, weighted
 
 Batch = dict[str, Tensor]
+FLEX_MULTIPLE = 128
+"""Slots of a batch are padded to a multiple of this for FlexAttention: few shapes, few compilations."""
 
 
-def collate(rows: Sequence[Expanded]) -> Batch:
-    """Pad expanded rows to one length: ids, positions, labels, anchor, step, each (B, L)."""
+def collate(rows: Sequence[Expanded], multiple: int = 1) -> Batch:
+    """Pad rows to one length: ids, positions, labels, segment, anchor, step, ar, diff, each (B, L); targets (B,).
 
-    def pad(name: str, value: int) -> Tensor:
-        lists = [torch.tensor(getattr(row, name)) for row in rows]
-        return nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=value)
+    segment, anchor and step are left out where every row is one plain causal segment: the model's own mask is theirs.
+    """
+    longest = -(-max(len(row.ids) for row in rows) // multiple) * multiple
 
-    return {
-        "ids": pad("ids", 0),
-        "positions": pad("positions", 0),
-        "labels": pad("labels", IGNORE),
-        "anchor": pad("anchor", -1),
-        "step": pad("step", 0),
-    }
+    def pad(name: str, value: float) -> Tensor:
+        lists = (getattr(row, name) for row in rows)
+        return torch.tensor([[*values, *[value] * (longest - len(values))] for values in lists])
+
+    batch = {
+        "ids": pad("ids", 0), "positions": pad("positions", 0), "labels": pad("labels", IGNORE),
+        "ar": pad("ar", 0.0), "diff": pad("diff", 0.0), "targets": torch.tensor([float(row.targets) for row in rows]),
+    }  # fmt: skip
+    segment, anchor, step = pad("segment", -1), pad("anchor", -1), pad("step", 0)
+    if bool(((anchor == batch["positions"]) & (step == 0) & (segment == 0) | (segment < 0)).all()):
+        return batch
+    return {**batch, "segment": segment, "anchor": anchor, "step": step}
 
 
-def additive(readable: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, L, L) bool -> (B, 1, L, L): 0 where readable, the dtype's lowest number elsewhere."""
-    mask = torch.zeros(readable.shape, dtype=dtype, device=readable.device)
-    return mask.masked_fill_(~readable, torch.finfo(dtype).min)[:, None]
+def attention(batch: Batch, model: PreTrainedModel) -> Tensor | BlockMask | None:
+    """Who may read whom, as the model wants it: None (its own causal mask), a block mask for FlexAttention, or a dense
+    additive (B, 1, L, L), 0 where readable and the dtype's lowest number elsewhere.
+    """
+    if "segment" not in batch:
+        return None
+    segment, anchor, step = batch["segment"], batch["anchor"], batch["step"]
+    if model.config._attn_implementation != "flex_attention":
+        readable = masks.slots(segment, anchor, step)
+        mask = torch.zeros(readable.shape, dtype=model.dtype, device=readable.device)
+        return mask.masked_fill_(~readable, torch.finfo(model.dtype).min)[:, None]
+
+    def rule(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        query, key = ((segment[b, i], anchor[b, i], step[b, i]) for i in (q, k))
+        return masks.may_read(query, key) | (q == k)
+
+    rows, slots = segment.shape
+    return create_block_mask(rule, rows, None, slots, slots, device=segment.device, _compile=segment.is_cuda)
 
 
 @contextmanager
 def only_slots(model: PreTrainedModel, wanted: Tensor) -> Iterator[None]:
     """Within, the model projects only the wanted slots (B, L) bool to the vocabulary: logits come as (M, V).
 
-    The hidden states of all slots (B, L, D) pass unseen; this is what makes long expanded rows fit.
+    The hidden states of all slots (B, L, D) pass unseen; this is what makes long laid-out rows fit.
     """
     projection = model.get_output_embeddings()
     hook = projection.register_forward_pre_hook(lambda _, inputs: (inputs[0][wanted], *inputs[1:]))
@@ -58,29 +80,37 @@ def only_slots(model: PreTrainedModel, wanted: Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def slot_losses(model: Any, inner: PreTrainedModel, batch: Batch) -> Tensor:
-    """Cross-entropy in nats of every labelled slot, in row order: (M,).
+def slot_logits(model: Any, inner: PreTrainedModel, batch: Batch, wanted: Tensor) -> Tensor:
+    """Logits of the wanted slots (B, L) bool, in row order: (M, V) float32.
 
     model: what to call (it may be wrapped for several devices).  inner: the transformers model inside.
     """
-    wanted = batch["labels"] != IGNORE
-    has_fans = bool((batch["step"] > 0).any())
-    mask = additive(masks.fans(batch["anchor"], batch["step"]), inner.dtype) if has_fans else None
     with only_slots(inner, wanted):
-        logits = model(
-            input_ids=batch["ids"], position_ids=batch["positions"], attention_mask=mask, use_cache=False
+        logits: Tensor = model(
+            input_ids=batch["ids"],
+            position_ids=batch["positions"],
+            attention_mask=attention(batch, inner),
+            use_cache=False,
         ).logits
-    return functional.cross_entropy(logits.float(), batch["labels"][wanted], reduction="none")
+    return logits.float()
+
+
+def slot_losses(model: Any, inner: PreTrainedModel, batch: Batch) -> Tensor:
+    """Cross-entropy in nats of every labelled slot, in row order: (M,)."""
+    wanted = batch["labels"] != IGNORE
+    return functional.cross_entropy(slot_logits(model, inner, batch, wanted), batch["labels"][wanted], reduction="none")
 
 
 def row_loss(
-    model: Any, inner: PreTrainedModel, batch: Batch, weight: float | None
+    model: Any, inner: PreTrainedModel, batch: Batch, weights: tuple[float, float] | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Stages ar and fluid-hybrid: the loss, and its terms apart."""
+    """All stages but fluid-horizon: the loss, and its terms apart."""
     losses = slot_losses(model, inner, batch)
-    in_fan = (batch["step"] > 0)[batch["labels"] != IGNORE]
-    loss, l_ar, l_diff = hybrid(losses, in_fan, weight)
-    return loss, {"l_ar": l_ar.detach(), **({"l_diff": l_diff.detach()} if bool(in_fan.any()) else {})}
+    wanted = batch["labels"] != IGNORE
+    ar, diff = batch["ar"][wanted], batch["diff"][wanted]
+    loss, l_ar, l_diff = weighted(losses, ar, diff, batch["targets"].sum(), weights)
+    terms = {"l_ar": (ar, l_ar.detach()), "l_diff": (diff, l_diff.detach())}
+    return loss, {name: value for name, (weight, value) in terms.items() if bool(weight.any())}
 
 
 class Horizons(nn.Module):
@@ -96,6 +126,8 @@ class Horizons(nn.Module):
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Loss, summed over taus, and each tau's mean K* for the log."""
+        if "step" not in batch:  # no fan was drawn in any of these rows
+            return {"loss": torch.stack([p.sum() for p in self.heads.parameters()]).sum() * 0.0}
         hidden, losses, counted = self._measure(batch)
         stride = best_stride(losses, counted, losses.new_tensor(self._tau))  # (T, A)
         logits = torch.stack([head(hidden) for head in self.heads])  # (T, A, K)
@@ -110,7 +142,7 @@ class Horizons(nn.Module):
         output = backbone.base_model(
             input_ids=batch["ids"],
             position_ids=batch["positions"],
-            attention_mask=additive(masks.fans(batch["anchor"], batch["step"]), backbone.dtype),
+            attention_mask=attention(batch, backbone),
             use_cache=False,
         )
         states = output.last_hidden_state

@@ -1,0 +1,74 @@
+"""What a training starts from: a parent's checkpoint, or a new Llama with a tokenizer learnt from the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from .. import checkpoint as checkpoints
+from ..backbone import Backbone
+from ..checkpoint import Checkpoint
+from ..tokens import Tokenizer, end_ids
+from .recipe import LlamaSpec, ParentSpec
+
+
+def start(spec: ParentSpec, texts: Iterable[str]) -> Checkpoint:
+    """Load the parent, or make one. texts: what a new tokenizer is learnt from."""
+    if spec.scratch is None:
+        return checkpoints.load(str(spec.parent), device="cpu", mask_token=spec.mask_token)
+    tokenizer = learn_tokenizer(islice(texts, spec.tokenizer_rows), spec.scratch.vocab_size)
+    config = llama_config(spec.scratch)
+    config.vocab_size = len(tokenizer)
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return Checkpoint(Backbone(LlamaForCausalLM(config)), tokenizer, end_ids(tokenizer, config))
+
+
+def outline(spec: ParentSpec) -> PreTrainedModel:
+    """The model without its weights. Raises ConfigError if its shape cannot be known here."""
+    if (given := spec.scratch or spec.shape) is not None:
+        config = llama_config(given)
+    else:
+        config = checkpoints.read_config(str(spec.parent))
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def llama_config(spec: LlamaSpec) -> LlamaConfig:
+    """transformers' name for a shape."""
+    return LlamaConfig(
+        vocab_size=spec.vocab_size, hidden_size=spec.hidden_size, intermediate_size=spec.intermediate_size,
+        num_hidden_layers=spec.layers, num_attention_heads=spec.heads, num_key_value_heads=spec.kv_heads,
+        max_position_embeddings=spec.window, tie_word_embeddings=spec.tie_embeddings, rms_norm_eps=spec.rms_eps,
+        attention_bias=spec.attention_bias, rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
+    )  # fmt: skip
+
+
+def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE that spells any text; digits stand alone."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Fast
+
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    fast.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>")

@@ -1,0 +1,298 @@
+"""Rows as they are laid out for training, their masks and losses, each against brute force."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from fluid_model import masks
+from fluid_model.layout import (
+    IGNORE,
+    Blocks,
+    Canvas,
+    Example,
+    Expanded,
+    HybridFans,
+    MaskFans,
+    Plain,
+    by_row,
+    expand,
+    pack,
+    plain,
+)
+from fluid_model.train.losses import best_stride, horizon, horizon_target, weighted
+from fluid_model.train.stages import collate, row_loss, slot_losses
+
+from .tiny import fluid_checkpoint
+
+MASK, END = 258, 1
+
+
+@st.composite
+def examples(draw):
+    """A row with one or two spans of response tokens."""
+    ids = tuple(draw(st.lists(st.integers(2, 250), min_size=6, max_size=16)))
+    cuts = sorted(draw(st.sets(st.integers(1, len(ids)), min_size=2, max_size=4)))
+    if len(cuts) == 4:
+        return Example(ids, ((cuts[0], cuts[1]), (cuts[2], cuts[3])))
+    return Example(ids, ((cuts[0], cuts[1]),))
+
+
+def wanted(example):
+    return {place for start, end in example.spans for place in range(start, end)}
+
+
+def batch_of(row):
+    return {name: torch.tensor([getattr(row, name)]) for name in ("segment", "anchor", "step")}
+
+
+LAYOUTS = st.sampled_from(
+    [
+        Plain(),
+        HybridFans(MASK, 4, range(2, 258)),
+        MaskFans(MASK, 4),
+        Blocks(MASK, END, 4),
+        Blocks(MASK, END, 4, by_noise=True),
+        Canvas(MASK, END, 20),
+    ]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(example=examples(), seed=st.integers(0, 99), stage=st.sampled_from([1, 2]))
+def test_fans_by_brute_force(example, seed, stage):
+    rule = HybridFans(MASK, 4, range(2, 258)) if stage == 1 else MaskFans(MASK, 4)
+    row = expand(example, rule, random.Random(seed))
+    real = len(example.ids)
+    base = plain(example)
+    assert (row.ids[:real], row.labels[:real], row.positions[:real]) == (base.ids, base.labels, list(range(real)))
+    for i, label in enumerate(base.labels):
+        assert label == (example.ids[i + 1] if i + 1 in wanted(example) else IGNORE)
+        assert base.ar[i] == (label != IGNORE)
+    for slot in range(real, len(row.ids)):
+        anchor, step = row.anchor[slot], row.step[slot]
+        assert anchor + 1 in wanted(example), "a fan hangs where a response token follows"
+        assert row.positions[slot] == anchor + step
+        assert row.labels[slot] == example.ids[anchor + step + 1]
+        assert set(range(anchor + 1, anchor + step + 2)) <= wanted(example), "and stays inside the response"
+        assert (row.ar[slot], row.diff[slot]) == (0, 1)
+        if stage == 2:
+            assert row.ids[slot] == MASK
+    assert row.targets == len(row.ids) - real
+
+
+@settings(max_examples=60, deadline=None)
+@given(example=examples(), seed=st.integers(0, 99), size=st.integers(1, 6), by_noise=st.booleans())
+def test_noised_blocks_by_brute_force(example, seed, size, by_noise):
+    row = Blocks(MASK, END, size, by_noise=by_noise).lay(example, random.Random(seed), step=0)
+    clean = [i for i, step in enumerate(row.step) if step == 0]
+    noised = [i for i, step in enumerate(row.step) if step > 0]
+    ids = [row.ids[i] for i in clean]
+    last_start, last_end = example.spans[-1]
+    assert ids[:last_end] == list(example.ids[:last_end])
+    assert set(ids[last_end:]) <= {END}
+    assert (len(ids) - last_start) % size == 0
+    places = wanted(example) | set(range(last_start, len(ids)))
+    assert {row.positions[i] for i in noised} == places, "every response token stands in one block"
+    masked = {row.positions[i] for i in noised if row.ids[i] == MASK}
+    said = {}
+    for i in range(len(row.ids)):
+        if row.diff[i]:
+            place = row.positions[i] + 1
+            assert row.labels[i] == ids[place]
+            assert place in masked
+            first = row.step[i] == 0
+            assert first == all(row.positions[j] != place - 1 or row.anchor[j] == place - 1 for j in noised) or first
+            said[place] = said.get(place, 0) + 1
+    assert said == dict.fromkeys(masked, 1), "every masked token is said once"
+    assert row.targets == (len(places) if by_noise else len(masked))
+
+
+def test_blocks_grow_as_published():
+    """b(s) = min(b_max, b0 * 2^floor(s / delta))  (NBDiff)."""
+    rule = Blocks(MASK, END, length=32, first=1, every=100)
+    assert [rule.size(step) for step in (0, 99, 100, 250, 499, 500, 10**9)] == [1, 1, 2, 4, 16, 32, 32]
+    assert Blocks(MASK, END, length=32).size(0) == 32
+
+
+@settings(max_examples=40, deadline=None)
+@given(example=examples(), seed=st.integers(0, 99))
+def test_a_canvas_by_brute_force(example, seed):
+    row = Canvas(MASK, END, 20).lay(example, random.Random(seed), step=0)
+    end = example.spans[-1][1]
+    response = wanted(example) | set(range(end, len(row.ids)))
+    weights = {weight for weight in row.diff if weight}
+    assert len(weights) <= 1, "one t a row"
+    assert all(weight >= 1 for weight in weights), "1/t"
+    for i, token in enumerate(row.ids):
+        true = example.ids[i] if i < end else END
+        assert token == (true if row.labels[i] == IGNORE else MASK)
+        assert row.labels[i] in (IGNORE, true)
+        assert row.labels[i] == IGNORE or i in response
+    assert row.targets == len(response)
+    assert bool(masks.slots(**batch_of(row)).all()), "all read all"
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.lists(examples(), min_size=1, max_size=3), rule=LAYOUTS, seed=st.integers(0, 99))
+def test_who_reads_whom_by_brute_force(rows, rule, seed):
+    """No slot reads another example, another fan or block, or anything after what its decoder would hold."""
+    laid = [rule.lay(example, random.Random(seed), 0) for example in rows]
+    whole = pack(laid)
+    may = masks.slots(**batch_of(whole))[0]
+    origin = [(n, slot) for n, row in enumerate(laid) for slot in range(len(row.ids))]
+    for q, (mine, query) in enumerate(origin):
+        for k, (other, key) in enumerate(origin):
+            row = laid[mine]
+            if mine != other:
+                allowed = False
+            elif isinstance(rule, Canvas):
+                allowed = True
+            elif row.step[key] == 0:
+                allowed = row.positions[key] <= (row.positions[query] if row.step[query] == 0 else row.anchor[query])
+            else:
+                causal = isinstance(rule, Blocks) or row.positions[key] <= row.positions[query]
+                allowed = row.step[query] > 0 and row.anchor[key] == row.anchor[query] and causal
+            assert bool(may[q, k]) == allowed
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.lists(examples(), min_size=2, max_size=3), rule=LAYOUTS, seed=st.integers(0, 99))
+def test_a_packed_example_loses_what_it_loses_alone(rows, rule, seed):
+    checkpoint = fluid_checkpoint()
+    laid = [rule.lay(example, random.Random(seed), 0) for example in rows]
+    with torch.no_grad():
+        alone = [slot_losses(checkpoint.model, checkpoint.model, collate([row])) for row in laid]
+        packed = slot_losses(checkpoint.model, checkpoint.model, collate([pack(laid)]))
+        padded = slot_losses(checkpoint.model, checkpoint.model, collate(laid))
+    assert torch.allclose(packed, torch.cat(alone), atol=1e-4)
+    assert torch.allclose(padded, torch.cat(alone), atol=1e-4)
+
+
+def test_the_training_layout_is_what_the_decoder_feeds():
+    """A fan's losses are those of the prefix followed by the same masks, as the sampler's canvas is fed."""
+    checkpoint = fluid_checkpoint()
+    model, mask = checkpoint.model, checkpoint.mask_id
+    examples = [Example(tuple(range(5, 25)), ((6, 20),)), Example(tuple(range(40, 52)), ((1, 12),))]
+    rows = [expand(e, MaskFans(mask, 5, probability=0.7), random.Random(3)) for e in examples]
+    with torch.no_grad():
+        losses = slot_losses(model, model, collate(rows))
+    found = iter(losses.tolist())
+    checked = 0
+    for example, row in zip(examples, rows, strict=True):
+        for slot, label in enumerate(row.labels):
+            if label == IGNORE:
+                continue
+            fed = [*example.ids[: row.anchor[slot] + 1], *[mask] * row.step[slot]]
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([fed])).logits[0, -1]
+            expected = functional.cross_entropy(logits, torch.tensor(label))
+            assert next(found) == pytest.approx(float(expected), abs=1e-4)
+            checked += row.step[slot] > 0
+    assert checked > 20
+
+
+def test_blocks_of_one_lose_what_autoregression_loses():
+    """AR is block diffusion of block size 1 (NBDiff): all masked, L_Diff is L_AR; with t drawn, 1/t weighs it so."""
+    checkpoint = fluid_checkpoint()
+    model = checkpoint.model
+    example = Example(tuple(range(5, 45)), ((6, 40),))
+
+    def terms(rule, seed=0):
+        with torch.no_grad():
+            row = rule.lay(example, random.Random(seed), 0)
+            return row_loss(model, model, collate([row]), (0.5, 1.0))
+
+    loss, found = terms(Blocks(checkpoint.mask_id, END, 1, level=1.0))
+    assert float(found["l_diff"]) == pytest.approx(float(found["l_ar"]), abs=1e-5)
+    assert float(loss) == pytest.approx(1.5 * float(found["l_ar"]), abs=1e-5)
+    drawn = [terms(Blocks(checkpoint.mask_id, END, 1, by_noise=True), seed)[1]["l_diff"] for seed in range(400)]
+    spread = float(torch.stack(drawn).std()) / 400**0.5
+    assert float(torch.stack(drawn).mean()) == pytest.approx(float(found["l_ar"]), abs=4 * spread)
+
+
+def test_a_block_is_read_as_the_decoder_reads_it():
+    """A noised block's logits are those of the clean prefix and the block alone, bidirectional inside the block."""
+    checkpoint = fluid_checkpoint()
+    model, mask = checkpoint.model, checkpoint.mask_id
+    example = Example(tuple(range(5, 25)), ((8, 20),))
+    row = Blocks(mask, END, 4).lay(example, random.Random(8), 0)
+    with torch.no_grad():
+        losses = slot_losses(model, model, collate([row]))
+    labelled = [slot for slot, label in enumerate(row.labels) if label != IGNORE]
+    checked = 0
+    for low in (8, 12, 16):
+        block = [slot for slot in range(len(row.ids)) if row.step[slot] and low <= row.positions[slot] < low + 4]
+        fed = torch.tensor([[*example.ids[:low], *[row.ids[slot] for slot in block]]])
+        may = torch.ones(low + 4, low + 4).tril().bool()
+        may[low:, low:] = True
+        bias = torch.zeros(1, 1, low + 4, low + 4).masked_fill(~may, torch.finfo(torch.float32).min)
+        with torch.no_grad():
+            logits = model(input_ids=fed, attention_mask=bias).logits[0, low:]
+        for j, slot in enumerate(block):
+            if row.labels[slot] != IGNORE:
+                expected = functional.cross_entropy(logits[j], torch.tensor(row.labels[slot]))
+                assert float(losses[labelled.index(slot)]) == pytest.approx(float(expected), abs=1e-4)
+                checked += 1
+    assert checked >= 3
+
+
+def test_rows_weighed_alike_count_alike():
+    rows = [plain(Example((5, 6, 7), ((1, 3),))), plain(Example(tuple(range(9)), ((1, 9),)))]
+    batch = collate([pack([by_row(row) for row in rows])])
+    weights = batch["ar"][0]
+    assert float(weights[:3].sum()) == pytest.approx(1)
+    assert float(weights[3:].sum()) == pytest.approx(1)
+    canvas = by_row(Canvas(MASK, END, level=1.0).lay(Example((5, 6, 7, 8), ((2, 4),)), random.Random(0), 0))
+    assert (canvas.diff, canvas.targets) == ([0, 0, 0.5, 0.5], 1)
+
+
+def test_plain_rows_are_left_to_the_models_own_mask():
+    batch = collate([plain(Example((5, 6, 7), ((1, 3),))), plain(Example((8, 9), ((1, 2),)))])
+    assert "segment" not in batch
+    assert batch["ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert "segment" in collate([pack([plain(Example((5, 6), ((1, 2),)))] * 2)])
+    assert collate([Expanded([1], [0], [IGNORE], [0], [0], [0], [0.0], [0.0])], 8)["ids"].shape == (1, 8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    losses=st.lists(st.lists(st.floats(0, 6, width=32), min_size=6, max_size=6), min_size=1, max_size=5),
+    width=st.integers(1, 6),
+    taus=st.lists(st.floats(0.1, 5), min_size=1, max_size=3),
+)
+def test_best_stride_by_brute_force(losses, width, taus):
+    table = torch.tensor(losses, dtype=torch.float64)
+    counted = torch.zeros_like(table, dtype=torch.bool)
+    counted[:, :width] = True
+    found = best_stride(table, counted, torch.tensor(taus, dtype=torch.float64))
+    for t, tau in enumerate(taus):
+        for a, row in enumerate(table.tolist()):
+            good = [k for k in range(1, width + 1) if sum(row[:k]) / k < tau - 1e-9]
+            edge = [k for k in range(1, width + 1) if abs(sum(row[:k]) / k - tau) <= 1e-9]
+            if not edge:
+                assert int(found[t, a]) == max(good, default=1)
+
+
+def test_horizon_target_and_loss():
+    target = horizon_target(torch.tensor([1, 4]), 8)
+    assert target.sum(-1).tolist() == pytest.approx([1, 1])
+    assert target.argmax(-1).tolist() == [0, 3]
+    assert float(target[1, 2] / target[1, 3]) == pytest.approx(float(torch.tensor(-1 / 4.5).exp()))
+    logits = torch.randn(2, 8)
+    expected = -(target * logits.log_softmax(-1)).sum(-1).mean()
+    assert float(horizon(logits, target)) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_the_two_terms_are_kept_apart():
+    losses = torch.tensor([1.0, 3.0, 10.0, 20.0, 30.0])
+    ar, diff = torch.tensor([1.0, 1, 0, 0, 0]), torch.tensor([0.0, 0, 1, 1, 1])
+    total, l_ar, l_diff = weighted(losses, ar, diff, torch.tensor(3.0), (1.0, 0.5))
+    assert (float(total), float(l_ar), float(l_diff)) == (12.0, 2.0, 20.0)
+    assert float(weighted(losses, ar, diff, torch.tensor(3.0), None)[0]) == pytest.approx(64 / 5)
+    assert float(weighted(losses[:2], ar[:2], diff[:2], torch.tensor(0.0), (1.0, 1.0))[2]) == 0
