@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, RunError
 from ..fields import assign, read_toml
-from .recipe import Recipe, build_recipe
+from .recipe import build_chain
 
 IMPORT = "import-llamafactory"
 
@@ -64,17 +64,18 @@ def _train(options: argparse.Namespace) -> int:
     values = read_toml(options.recipe)
     for setting in options.set:
         assign(values, setting)
-    recipe: Recipe = build_recipe(values)
+    recipes = build_chain(values)
     if options.dry_run:
         from .plan import tell
 
-        print(tell(recipe, options.gpu))
+        print("\n\n".join(tell(recipe, options.gpu) for recipe in recipes))
         return 0
-    from .run import train
+    from .run import train_chain
 
-    told = train(recipe, resume=options.resume)
+    told = train_chain(recipes, resume=options.resume)
     final = ", ".join(f"{name} {value:.4g}" for name, value in told["final"].items())
-    print(f"{recipe.out}: {final} after {told['seconds']:.0f} s")
+    seconds = told["seconds"] + sum(stage["seconds"] for stage in told["before"])
+    print(f"{recipes[-1].out}: {final} after {seconds:.0f} s")
     return 0
 
 

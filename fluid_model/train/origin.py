@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,14 @@ TRAINING_FILE = "training.json"
 PACKAGES = ("fluid-eval", "torch", "transformers", "peft", "accelerate", "tokenizers")
 
 
-def told(recipe: Recipe, final: dict[str, float], history: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """The manifest of a finished training."""
+def told(
+    recipe: Recipe,
+    final: dict[str, float],
+    history: list[dict[str, Any]],
+    seconds: float,
+    before: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """The manifest of a finished training. before: those of the stages its recipe file asked for earlier."""
     parent = recipe.model.parent
     return {
         "recipe": as_table(recipe),
@@ -35,6 +42,7 @@ def told(recipe: Recipe, final: dict[str, float], history: list[dict[str, Any]],
         "threads": torch.get_num_threads(),
         "seconds": round(seconds, 1),
         "final": {name.removeprefix("eval_"): value for name, value in final.items() if _is_metric(name)},
+        "before": list(before),
         "history": [entry for entry in history if any(key in entry for key in ("loss", "eval_loss", "eval_accepted"))],
     }
 

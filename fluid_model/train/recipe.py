@@ -227,8 +227,8 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """12 hex digits that name everything the recipe says."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        """12 hex digits that name everything the recipe says but where its result goes."""
+        text = json.dumps({**asdict(self), "out": None}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -236,6 +236,45 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
     """A recipe from nested values. Raises ConfigError naming the field."""
     recipe: Recipe = build(Recipe, values)
     return recipe
+
+
+def build_chain(values: Mapping[str, Any]) -> list[Recipe]:
+    """The stages a recipe file asks for, in order: itself, then what its table `next` changes, and so on.
+
+    A further stage starts from the result of the one before; what it does not say is as there, but for lora and loss.
+    Raises ConfigError naming the field.
+    """
+    recipes: list[Recipe] = []
+    values = dict(values)
+    where = ""
+    while True:
+        after = values.pop("next", None)
+        out = values.get("out")
+        try:
+            recipe = build_recipe({**values, "out": f"{out}{STEP}{len(recipes) + 1}"} if after and out else values)
+        except ConfigError as error:
+            raise ConfigError(f"{where}{error}") from error
+        recipes.append(recipe)
+        if after is None:
+            return recipes
+        if not isinstance(after, Mapping):
+            raise ConfigError(f"{where}next={after!r} must be a table")
+        where += "next."
+        parent = {"model": {"parent": recipe.out}}
+        kept = {name: value for name, value in values.items() if name not in ("lora", "loss", "model")}
+        values = _merged({**kept, **parent}, after)
+
+
+STEP = ".stage-"
+"""Between a recipe's `out` and the number of a stage, in the folder of a result that is not the last."""
+
+
+def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> Nested:
+    found = dict(values)
+    for name, value in changes.items():
+        inner = found.get(name)
+        found[name] = _merged(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) else value
+    return found
 
 
 def as_table(recipe: Recipe) -> Nested:

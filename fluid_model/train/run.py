@@ -91,10 +91,34 @@ class StageTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
-    """Train, save `recipe.out` all or nothing, and return what its training.json says.
+def train_chain(recipes: Sequence[Recipe], *, resume: bool = False) -> dict[str, Any]:
+    """Train stage after stage; what stands between the first parent and the last result is removed in the end.
 
-    Raises ConfigError for data or a parent that cannot be used, and for a half-done training of another recipe.
+    Returns and raises as `train` does. A resumed chain goes on after the stages that are done.
+    """
+    stages: list[dict[str, Any]] = []
+    for recipe in recipes:
+        done = finished(recipe) if resume else None
+        stages.append(done or train(recipe, resume=resume, before=stages))
+    for recipe in recipes[:-1]:
+        shutil.rmtree(recipe.out)
+    return stages[-1]
+
+
+def finished(recipe: Recipe) -> dict[str, Any] | None:
+    """What training.json at `recipe.out` says if this very recipe made it."""
+    try:
+        manifest: dict[str, Any] = json.loads((Path(recipe.out) / TRAINING_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if manifest.get("recipe_hash") == recipe.hash else None
+
+
+def train(recipe: Recipe, *, resume: bool = False, before: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Train one stage, save `recipe.out` all or nothing, and return what its training.json says.
+
+    before: what the stages before it said.  Raises ConfigError for data or a parent that cannot be used, and for a
+    half-done training of another recipe; RunError if the disk fails, with what is saved kept.
     """
     set_seed(recipe.seed)
     started = time.perf_counter()
@@ -119,7 +143,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     with _told_disk(work):
         trainer.train(resume_from_checkpoint=str(latest) if latest else None)
     final = trainer.evaluate()
-    manifest = told(recipe, final, trainer.state.log_history, time.perf_counter() - started)
+    manifest = told(recipe, final, trainer.state.log_history, time.perf_counter() - started, before)
     if trainer.is_world_process_zero():
         with _told_disk(work):
             _save(parts.checkpoint, recipe, manifest)

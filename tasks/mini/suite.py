@@ -206,7 +206,7 @@ def boxed_problem(rng: random.Random, level: int) -> Row:
     }  # fmt: skip
 
 
-ARITHMETIC = (
+ON_NUMBERS = (
     ("add_{n}", "x plus {n}", "x + {n}"),
     ("subtract_{n}", "x minus {n}", "x - {n}"),
     ("times_{n}", "x times {n}", "x * {n}"),
@@ -222,20 +222,46 @@ ON_LISTS = (
     ("above_{n}", "the numbers above {n}", "[x for x in numbers if x > {n}]"),
     ("each_times_{n}", "each number times {n}", "[x * {n} for x in numbers]"),
 )
+KEEPS = (
+    ("above_{n}", "above {n}", "x > {n}"),
+    ("below_{n}", "below {n}", "x < {n}"),
+    ("other_than_{n}", "other than {n}", "x != {n}"),
+    ("multiple_of_{n}", "that are multiples of {n}", "x % {n} == 0"),
+)
+TURNS = (
+    ("plus_{m}", "plus {m}", "x + {m}"),
+    ("minus_{m}", "minus {m}", "x - {m}"),
+    ("times_{m}", "times {m}", "x * {m}"),
+    ("squared_plus_{m}", "squared plus {m}", "x * x + {m}"),
+)
+FOLDS = (
+    ("list", "a list of {}", "[{}]"),
+    ("sum", "the sum of {}", "sum({})"),
+    ("sorted", "a sorted list of {}", "sorted({})"),
+    ("largest", "the largest of {}, or 0", "max(({}), default=0)"),
+)
 SAY = ("Return {what}.", "Give back {what}.", "The result is {what}.")
 
 
 def function_body(rng: random.Random, level: int) -> Row:
     """A signature and docstring whose body is to be written, scored by running tests, as in HumanEval."""
-    kinds = {1: ARITHMETIC[:3], 2: ARITHMETIC, 3: ON_LISTS}[level]
-    n = rng.randint(2, 199)
-    name, what, expression = (part.format(n=n) for part in rng.choice(kinds))
-    argument = "numbers" if level == 3 else "x"
-    shape = "numbers: list[int]" if level == 3 else "x: int"
+    n, m = rng.randint(2, 99), rng.randint(2, 99)
+    if level == 3:
+        (keep_name, keep_say, keep), (turn_name, turn_say, turn), (fold_name, fold_say, fold) = (
+            rng.choice(kinds) for kinds in (KEEPS, TURNS, FOLDS)
+        )
+        name = f"{fold_name}_{turn_name}_{keep_name}".format(n=n, m=m)
+        what = fold_say.format(f"the numbers {keep_say}, each {turn_say}".format(n=n, m=m))
+        inside = f"{turn} for x in numbers if {keep}".format(n=n, m=m)
+        expression = fold.format(f"[{inside}]" if fold_name == "sorted" else inside)
+    else:
+        name, what, expression = (part.format(n=n) for part in rng.choice(ON_LISTS if level == 2 else ON_NUMBERS))
+    argument = "x" if level == 1 else "numbers"
+    shape = "x: int" if level == 1 else "numbers: list[int]"
     say = rng.choice(SAY).format(what=what)
     prompt = f'def {name}({shape}):\n    """{say}"""\n'
     body = rng.choice((f"    return {expression}\n", f"    result = {expression}\n    return result\n"))
-    inputs = [[3, 1, n, n + 4], [n + 1], [5, 2 * n, 7]] if level == 3 else [0, 1, n, n + 3, 6 * n]
+    inputs = [0, 1, n, n + 3, 6 * n] if level == 1 else [[3, 1, n, n + 4], [n + 1], [5, 2 * n, 7]]
     checks = "".join(f"    assert candidate({v!r}) == {eval(expression, {argument: v})!r}\n" for v in inputs)
     return {
         "task": "mini_humaneval", "level": level, "key": prompt, "prompt": prompt, "completion": body,
@@ -245,6 +271,12 @@ def function_body(rng: random.Random, level: int) -> Row:
 
 Choice = tuple[str, str, list[str]]
 """Question, right answer, wrong answers."""
+
+
+def _literal_choice(rng: random.Random, top: int) -> Choice:
+    right, *wrong = rng.sample([word for words in CATEGORIES.values() for word in words], 4)
+    ask = rng.choice(("Which line says {}?", "Find the word {}.", "Which of these is the word {}?")).format(right)
+    return ask, right, wrong
 
 
 def _category_choice(rng: random.Random, top: int) -> Choice:
@@ -289,9 +321,9 @@ def _texts(numbers: list[int]) -> list[str]:
 
 
 CHOICES: dict[int, tuple[Callable[[random.Random, int], Choice], ...]] = {
-    1: (_category_choice,),
-    2: (_category_choice, _opposite_choice, _letter_choice),
-    3: (_largest_choice, _arithmetic_choice),
+    1: (_literal_choice,),
+    2: (_category_choice, _opposite_choice),
+    3: (_letter_choice, _largest_choice, _arithmetic_choice),
 }
 
 
@@ -313,8 +345,20 @@ TASKS: dict[str, Callable[[random.Random, int], Row]] = {
     "mini_humaneval": function_body,
     "mini_mmlu": four_choices,
 }
-SHARES = {"mini_gsm8k": 3, "mini_math": 4, "mini_humaneval": 1, "mini_mmlu": 6}
-"""How often each task is drawn for training; a choice is one token of loss where a story is forty."""
+SHARES = {"mini_gsm8k": 3, "mini_math": 4, "mini_humaneval": 2, "mini_mmlu": 5}
+"""How often each task is drawn for training."""
+
+
+def taught(row: Row, rng: random.Random) -> Row:
+    """A training row. A choice's lone letter teaches a small model nothing for long: three in five are also said in
+    words, after the letter or before it.
+    """
+    if row["task"] != "mini_mmlu" or (form := rng.random()) < 0.4:
+        return row
+    letter, word = row["completion"].strip(), row["choices"][row["answer"]]
+    if form < 0.6:
+        return {**row, "completion": f" {letter}. {word}"}
+    return {**row, "prompt": row["prompt"].replace("Answer:", "Answer in words:"), "completion": f" {word} is {letter}"}
 
 
 def held_out(row: Row) -> bool:
@@ -355,7 +399,7 @@ def train_rows(count: int, seed: int) -> Iterator[Row]:
     for _ in range(count):
         (task,) = rng.choices(list(SHARES), list(SHARES.values()))
         source = streams[task, rng.choice(LEVELS)]
-        row = next(row for row in source if not held_out(row))
+        row = taught(next(row for row in source if not held_out(row)), rng)
         yield {"prompt": row["prompt"], "completion": row["completion"], "task": row["task"], "level": row["level"]}
 
 
