@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask
 
 from fluid_model import masks
 from fluid_model.layout import (
@@ -26,9 +27,9 @@ from fluid_model.layout import (
     plain,
 )
 from fluid_model.train.losses import best_stride, horizon, horizon_target, weighted
-from fluid_model.train.stages import collate, row_loss, slot_losses
+from fluid_model.train.stages import attention, collate, row_loss, slot_losses
 
-from .tiny import fluid_checkpoint
+from .tiny import fluid_checkpoint, llama_config
 
 MASK, END = 258, 1
 
@@ -296,3 +297,41 @@ def test_the_two_terms_are_kept_apart():
     assert (float(total), float(l_ar), float(l_diff)) == (12.0, 2.0, 20.0)
     assert float(weighted(losses, ar, diff, torch.tensor(3.0), None)[0]) == pytest.approx(64 / 5)
     assert float(weighted(losses[:2], ar[:2], diff[:2], torch.tensor(0.0), (1.0, 1.0))[2]) == 0
+
+
+def packed_rows(checkpoint, rule):
+    examples = [Example(tuple(range(5, 45)), ((6, 40),)), Example(tuple(range(7, 30)), ((3, 23),))]
+    return [pack([rule.lay(example, random.Random(n), 0) for example in examples]) for n in range(2)]
+
+
+RULES = [HybridFans(MASK, 4, range(2, 258)), Blocks(MASK, END, 4), Canvas(MASK, END, 30)]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_flex_attention_loses_what_dense_masks_lose(rule):
+    """On the CPU FlexAttention has no backward and is not compiled here; the gpu test has both."""
+    checkpoint = fluid_checkpoint()
+    model, rows = checkpoint.model, packed_rows(checkpoint, rule)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        dense = slot_losses(model, model, collate(rows))
+        model.set_attn_implementation("flex_attention")
+        batch = collate(rows, 128)
+        assert isinstance(attention(batch, model), BlockMask)
+        assert torch.allclose(slot_losses(model, model, batch), dense, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_flex_attention_on_cuda_learns_what_dense_masks_learn(rule):
+    checkpoint = fluid_checkpoint(config=llama_config(hidden_size=128))  # heads of 32; CUDA wants 16 at least
+    model = checkpoint.model.cuda()
+    found = []
+    for kind in ("sdpa", "flex_attention"):
+        model.set_attn_implementation(kind)
+        model.zero_grad()
+        batch = collate(packed_rows(checkpoint, rule), 128)
+        loss, _ = row_loss(model, model, {name: value.cuda() for name, value in batch.items()}, (1.0, 1.0))
+        loss.backward()
+        found.append((loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-3)
+    assert all(torch.allclose(a, b, atol=1e-2, rtol=1e-2) for a, b in zip(found[0][1], found[1][1], strict=True))

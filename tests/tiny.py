@@ -51,10 +51,12 @@ def save_model(folder: Path, config: PreTrainedConfig | None = None, seed: int =
     return folder
 
 
-def fluid_checkpoint(seed: int = 0, k_max: int = 8, tau: tuple[float, ...] = (2.8,)) -> Checkpoint:
+def fluid_checkpoint(
+    seed: int = 0, k_max: int = 8, tau: tuple[float, ...] = (2.8,), config: PreTrainedConfig | None = None
+) -> Checkpoint:
     """A random FLUID checkpoint in memory, its mask token new to the tokenizer."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(llama_config()).float().eval()
+    model = AutoModelForCausalLM.from_config(config or llama_config()).float().eval()
     tokenizer = byte_tokenizer()
     mask_id = fluid_model.add_mask_token(model, tokenizer, MASK)
     heads = [fluid_model.KHead(model.config.hidden_size, k_max) for _ in tau]

@@ -68,7 +68,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.dry_run:
         from .plan import tell
 
-        print("\n\n".join(tell(recipe, options.gpu) for recipe in recipes))
+        print(tell(recipes, options.gpu))
         return 0
     from .run import train_chain
 

@@ -21,10 +21,10 @@ from ..tokens import Tokenizer, end_ids
 from .recipe import LlamaSpec, ParentSpec
 
 
-def start(spec: ParentSpec, texts: Iterable[str]) -> Checkpoint:
-    """Load the parent, or make one. texts: what a new tokenizer is learnt from."""
+def start(spec: ParentSpec, texts: Iterable[str], dtype: str) -> Checkpoint:
+    """Load the parent, or make one. texts: what a new tokenizer is learnt from.  dtype: of a parent's weights."""
     if spec.scratch is None:
-        return checkpoints.load(str(spec.parent), device="cpu", mask_token=spec.mask_token)
+        return checkpoints.load(str(spec.parent), dtype=dtype, device="cpu", mask_token=spec.mask_token)
     tokenizer = learn_tokenizer(islice(texts, spec.tokenizer_rows), spec.scratch.vocab_size)
     config = llama_config(spec.scratch)
     config.vocab_size = len(tokenizer)

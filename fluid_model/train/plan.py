@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..layout import Example, Expanded, Layout, pack
 from .data import Pack, encode, packs
 from .parent import learn_tokenizer, outline
-from .recipe import Recipe
+from .recipe import ParentSpec, Recipe
 from .rows import load_rows
 from .run import layouts
 
@@ -47,11 +47,14 @@ class Plan:
     assumed: str | None
 
 
-def plan(recipe: Recipe) -> Plan:
-    """Count what the recipe asks for. Raises ConfigError if the parent's shape cannot be known."""
-    model = outline(recipe.model)
+def plan(recipe: Recipe, origin: ParentSpec) -> Plan:
+    """Count what the recipe asks for. origin: what its chain starts from.
+
+    Raises ConfigError if the shape of that cannot be known.
+    """
+    model = outline(origin)
     config = model.config.get_text_config(decoder=True)
-    rows, assumed = _sample(recipe)
+    rows, assumed = _sample(recipe, origin)
     count = len(rows)
     slots, labels, tokens, reads = (
         sum(map(measure, rows)) / count * recipe.optim.batch_size * recipe.optim.steps
@@ -74,13 +77,16 @@ def plan(recipe: Recipe) -> Plan:
     )  # fmt: skip
 
 
-def tell(recipe: Recipe, gpu: str) -> str:
-    """The plan in words. Raises ConfigError for an unknown kind of GPU."""
+def tell(recipes: Sequence[Recipe], gpu: str) -> str:
+    """The plan of a chain in words. Raises ConfigError for an unknown kind of GPU."""
     if gpu not in GPUS:
         raise ConfigError(f"--gpu {gpu}: known are {', '.join(GPUS)}")
-    found = plan(recipe)
-    peak, room = GPUS[gpu]
     here = machine_flops()
+    return "\n\n".join(_tell(recipe, plan(recipe, recipes[0].model), gpu, here) for recipe in recipes)
+
+
+def _tell(recipe: Recipe, found: Plan, gpu: str, here: float) -> str:
+    peak, room = GPUS[gpu]
     whole = found.weights + found.moving + found.activations
     sharded = (found.weights + found.moving + found.activations) / 8
     copied = found.weights + found.moving + found.activations / 8
@@ -115,17 +121,16 @@ def machine_flops(seconds: float = 0.5) -> float:
     return done * 2 * size**3 / (time.perf_counter() - started) * (UTILISATION if cuda else 0.5)
 
 
-def _sample(recipe: Recipe) -> tuple[list[Expanded], str | None]:
+def _sample(recipe: Recipe, origin: ParentSpec) -> tuple[list[Expanded], str | None]:
     """Laid-out rows as a step would be fed, from the data if it is at hand, else full ones."""
     assumed = None
     try:
         rows, _ = load_rows(recipe.data)
         texts = [row.text for row in rows]
-        scratch = recipe.model.scratch
-        if scratch is not None:
-            tokenizer = learn_tokenizer(texts[:2000], scratch.vocab_size)
+        if origin.scratch is not None:
+            tokenizer = learn_tokenizer(texts[:2000], origin.scratch.vocab_size)
         else:
-            tokenizer = checkpoints.load_tokenizer(str(recipe.model.parent))
+            tokenizer = checkpoints.load_tokenizer(str(origin.parent))
         examples = encode(tokenizer, random.Random(0).sample(rows, min(len(rows), 8 * SAMPLE)), recipe.data.max_length)
         packed: Sequence[Pack] = (
             packs(examples, recipe.data.max_length, 0) if recipe.data.pack else [(e,) for e in examples]

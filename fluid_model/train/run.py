@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -153,7 +154,8 @@ def train(recipe: Recipe, *, resume: bool = False, before: Sequence[dict[str, An
 
 def prepare(recipe: Recipe, texts: Sequence[str]) -> Parts:
     """Load or make the parent and set its stage up. texts: what a new tokenizer is learnt from."""
-    checkpoint = start(recipe.model, texts)
+    half = recipe.optim.bf16 and torch.cuda.is_available() and (recipe.lora is not None or bool(recipe.tau))
+    checkpoint = start(recipe.model, texts, dtype="bfloat16" if half else "float32")  # what is trained stays float32
     _check_attention(checkpoint, recipe)
     if recipe.stage == "ar":
         return Parts(checkpoint, checkpoint.model, Plain())
@@ -267,7 +269,8 @@ def _arguments(recipe: Recipe, work: Path) -> TrainingArguments:
         bf16=optim.bf16, save_steps=optim.save_every, save_total_limit=2, logging_steps=optim.report_every,
         eval_strategy="steps", eval_steps=optim.measure_every, train_sampling_strategy="sequential",
         remove_unused_columns=False, report_to="none", seed=recipe.seed, dataloader_pin_memory=False,
-        prediction_loss_only=True, label_names=["labels"],
+        prediction_loss_only=True, label_names=["labels"], use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=not sys.stderr.isatty(),
     )  # fmt: skip
 
 

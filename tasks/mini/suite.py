@@ -1,4 +1,3 @@
-# ruff: noqa: SIM905
 """The mini suite: small procedural siblings of GSM8K, MATH500, HumanEval and MMLU, at three levels each.
 
 Every maker takes a random stream and a level (1 easy, 3 hard) and gives a row: task, level, key (the question), prompt
@@ -25,70 +24,8 @@ HELD_OUT = 16
 TEST_ROWS = 70
 TEST_SEED = 20260101
 
-NAMES = (
-    "Anna Ben Carla David Ella Finn Grace Hugo Iris Jack Kate Leo Maya Noah Olga Paul Rosa Sam Tina Victor Wendy "
-    "Yusuf Zoe Omar Lena Mark Nina Oscar"
-).split()
-FEMALE = frozenset("Anna Carla Ella Grace Iris Kate Maya Olga Rosa Tina Wendy Zoe Lena Nina".split())
-ITEMS = (
-    "apples pears plums lemons eggs cookies muffins candles books pens pencils cards coins stamps shells stones "
-    "marbles stickers balloons flowers tickets cups plates boxes buttons ribbons keys toys kites bricks"
-).split()
-CATEGORIES = {
-    "fruit": "apple pear plum lemon cherry grape peach melon".split(),
-    "animal": "dog cat horse cow sheep goat rabbit tiger".split(),
-    "colour": "red blue green yellow black white purple orange".split(),
-    "tool": "hammer saw drill wrench axe shovel rake pliers".split(),
-    "vehicle": "car bus train truck bicycle boat plane tram".split(),
-    "garment": "shirt coat hat scarf glove sock skirt jacket".split(),
-    "instrument": "piano violin flute drum guitar trumpet harp cello".split(),
-}
-_PAIRS = (
-    "hot-cold big-small fast-slow light-dark high-low old-new wet-dry full-empty hard-soft loud-quiet early-late "
-    "open-closed rich-poor strong-weak clean-dirty long-short wide-narrow sweet-sour happy-sad thick-thin"
-).split()
-OPPOSITES: dict[str, str] = dict(pair.split("-") for pair in _PAIRS)
-
-GAIN = (
-    ("{he} buys {n} more", "{he} buys {n} more {items}"),
-    ("{he} finds {n} more", "{friend} gives {him} {n} more {items}"),
-    ("{friend} gives {him} {n} more", "then {he} gets {n} {items} from {friend}"),
-)
-LOSE = (
-    ("{he} gives {n} to {friend}", "{he} gives {friend} {n} of the {items}"),
-    ("{he} loses {n} of them", "{n} of the {items} are lost"),
-    ("{he} sells {n} of them", "then {he} sells {n} {items} to {friend}"),
-)
-TIMES = (
-    ("a week later {he} has {n} times as many", "then the number of {items} grows {n} times"),
-    ("{friend} brings enough to make it {n} times as many", "then {he} has {n} times as many {items}"),
-)
-SHARE = (
-    ("{he} shares them equally among {n} boxes and keeps one box", "then {he} keeps one of {n} equal parts"),
-    ("{he} splits them into {n} equal bags and takes one bag", "then {he} takes one of {n} equal bags of {items}"),
-)
-STARTS = ("{name} has {n} {items}", "There are {n} {items} on the table of {name}", "{name} starts with {n} {items}")
-ASKS = (
-    "How many {items} does {name} have now?",
-    "How many {items} are left with {name}?",
-    "What is the number of {items} that {name} has in the end?",
-)
-STEPS = {
-    "+": (
-        "{he} now has {sum} {items}.",
-        "That makes {sum} {items}.",
-        "Now there are {sum}.",
-        "Adding them gives {sum}.",
-    ),
-    "-": (
-        "{he} has {sum} left.",
-        "That leaves {sum} {items}.",
-        "Now there are {sum}.",
-        "Taking them away gives {sum}.",
-    ),
-    "*": ("That makes {sum} {items}.", "{he} then has {sum} {items}.", "Now there are {sum}."),
-    "/": ("Each part has {sum} {items}.", "One part is {sum} {items}.", "{he} keeps {sum}."),
-}
+WORDS: dict[str, Any] = json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8"))
+NAMES, ITEMS, CATEGORIES, OPPOSITES = (WORDS[name] for name in ("names", "items", "categories", "opposites"))
 REACH = {1: 20, 2: 30, 3: 40}
 """Largest number of a story at each level."""
 
@@ -96,20 +33,20 @@ REACH = {1: 20, 2: 30, 3: 40}
 def word_problem(rng: random.Random, level: int) -> Row:
     """A story of `level` changes to a number of things, answered step by step as in GSM8K."""
     name, friend = rng.sample(NAMES, 2)
-    he, him = ("she", "her") if name in FEMALE else ("he", "him")
+    he, him = ("she", "her") if name in WORDS["female"] else ("he", "him")
     words = {"name": name, "friend": friend, "items": rng.choice(ITEMS), "he": he, "him": him}
     value = rng.randint(2, REACH[level] - 1)
-    story = [rng.choice(STARTS).format(n=value, **words)]
+    story = [rng.choice(WORDS["starts"]).format(n=value, **words)]
     steps = []
     for _ in range(level):
         sign, n, result = _change(rng, value, REACH[level])
-        templates = rng.choice({"+": GAIN, "-": LOSE, "*": TIMES, "/": SHARE}[sign])
+        templates = rng.choice(WORDS["changes"][sign])
         story.append(rng.choice(templates).format(n=n, **words))
         shown = f"{value} {sign} {n} = <<{value}{sign}{n}={result}>>{result}"
-        step = rng.choice(STEPS[sign]).format(sum=shown, **words)
+        step = rng.choice(WORDS["steps"][sign]).format(sum=shown, **words)
         steps.append(step[0].upper() + step[1:])
         value = result
-    question = ". ".join(s[0].upper() + s[1:] for s in story) + ". " + rng.choice(ASKS).format(**words)
+    question = ". ".join(s[0].upper() + s[1:] for s in story) + ". " + rng.choice(WORDS["asks"]).format(**words)
     answer = "\n".join([*steps, f"#### {value}"])
     return {
         "task": "mini_gsm8k", "level": level, "key": question, "question": question, "answer": answer,
@@ -137,17 +74,19 @@ def _change(rng: random.Random, value: int, reach: int) -> tuple[str, int, int]:
 
 MathCase = tuple[str, str, int]
 """Problem, working, answer."""
+COMPUTE = ("Compute ${}$.", "What is ${}$?", "Find the value of ${}$.")
+SOLVE = ("Solve for $x$: ${}$.", "If ${}$, what is $x$?")
 
 
 def _sum_case(rng: random.Random, top: int) -> MathCase:
     a, b = rng.randint(1, top), rng.randint(1, top)
-    ask = rng.choice(("Compute ${}$.", "What is ${}$?", "Find the value of ${}$.")).format(f"{a}+{b}")
+    ask = rng.choice(COMPUTE).format(f"{a}+{b}")
     return ask, f"We have ${a}+{b}={a + b}$.", a + b
 
 
 def _difference_case(rng: random.Random, top: int) -> MathCase:
     b, a = sorted((rng.randint(1, top), rng.randint(1, top)))
-    ask = rng.choice(("Compute ${}$.", "What is ${}$?", "Find the value of ${}$.")).format(f"{a}-{b}")
+    ask = rng.choice(COMPUTE).format(f"{a}-{b}")
     return ask, f"We have ${a}-{b}={a - b}$.", a - b
 
 
@@ -159,18 +98,15 @@ def _product_case(rng: random.Random, top: int) -> MathCase:
 
 def _equation_case(rng: random.Random, top: int) -> MathCase:
     x, b = rng.randint(1, top), rng.randint(1, top)
-    ask = rng.choice(("Solve for $x$: ${}$.", "If ${}$, what is $x$?")).format(f"x+{b}={x + b}")
+    ask = rng.choice(SOLVE).format(f"x+{b}={x + b}")
     return ask, f"Subtracting ${b}$ from both sides gives $x={x + b}-{b}={x}$.", x
 
 
 def _rectangle_case(rng: random.Random, top: int) -> MathCase:
     a, b = rng.randint(2, top // 2), rng.randint(2, top // 2)
     ask = f"A rectangle has sides of length ${a}$ and ${b}$. What is its perimeter?"
-    return (
-        ask,
-        f"The sides add up to ${a}+{b}={a + b}$. The perimeter is $2 \\cdot {a + b}={2 * (a + b)}$.",
-        2 * (a + b),
-    )
+    working = f"The sides add up to ${a}+{b}={a + b}$. The perimeter is $2 \\cdot {a + b}={2 * (a + b)}$."
+    return ask, working, 2 * (a + b)
 
 
 def _remainder_case(rng: random.Random, top: int) -> MathCase:
@@ -182,7 +118,7 @@ def _remainder_case(rng: random.Random, top: int) -> MathCase:
 
 def _linear_case(rng: random.Random, top: int) -> MathCase:
     a, x, b = rng.randint(2, 5), rng.randint(1, max(2, top // 5)), rng.randint(1, top)
-    ask = rng.choice(("Solve for $x$: ${}$.", "If ${}$, what is $x$?")).format(f"{a}x+{b}={a * x + b}")
+    ask = rng.choice(SOLVE).format(f"{a}x+{b}={a * x + b}")
     return ask, f"Subtracting gives ${a}x={a * x + b}-{b}={a * x}$. Dividing gives $x={x}$.", x
 
 
@@ -294,8 +230,8 @@ def _opposite_choice(rng: random.Random, top: int) -> Choice:
 def _largest_choice(rng: random.Random, top: int) -> Choice:
     numbers = sorted(rng.sample(range(1, top), 4))
     if rng.random() < 0.5:
-        return f"Which number is the largest of {_listing(rng, numbers)}?", str(numbers[-1]), _texts(numbers[:-1])
-    return f"Which number is the smallest of {_listing(rng, numbers)}?", str(numbers[0]), _texts(numbers[1:])
+        return f"Which number is the largest of {_listing(rng, numbers)}?", str(numbers[-1]), [*map(str, numbers[:-1])]
+    return f"Which number is the smallest of {_listing(rng, numbers)}?", str(numbers[0]), [*map(str, numbers[1:])]
 
 
 def _letter_choice(rng: random.Random, top: int) -> Choice:
@@ -308,16 +244,16 @@ def _letter_choice(rng: random.Random, top: int) -> Choice:
 def _arithmetic_choice(rng: random.Random, top: int) -> Choice:
     a, b = rng.randint(2, top), rng.randint(2, top)
     right = a + b
-    return f"What is {a} plus {b}?", str(right), _texts(rng.sample([right - 2, right - 1, right + 1, right + 2], 3))
+    return (
+        f"What is {a} plus {b}?",
+        str(right),
+        [str(n) for n in rng.sample([right - 2, right - 1, right + 1, right + 2], 3)],
+    )
 
 
 def _listing(rng: random.Random, numbers: list[int]) -> str:
     mixed = rng.sample(numbers, len(numbers))
     return ", ".join(map(str, mixed[:-1])) + f" and {mixed[-1]}"
-
-
-def _texts(numbers: list[int]) -> list[str]:
-    return [str(number) for number in numbers]
 
 
 CHOICES: dict[int, tuple[Callable[[random.Random, int], Choice], ...]] = {
@@ -406,9 +342,8 @@ def train_rows(count: int, seed: int) -> Iterator[Row]:
 def main() -> None:
     """Write training rows as JSON lines."""
     parser = argparse.ArgumentParser(description="training rows of the mini suite, as JSON lines")
-    parser.add_argument("--count", type=int, required=True)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True)
+    for name, kind in (("count", int), ("seed", int), ("out", Path)):
+        parser.add_argument(f"--{name}", type=kind, required=True)
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w") as file:

@@ -1,0 +1,153 @@
+"""Dry runs and recipe files: what they promise is counted, and every recipe kept here holds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+import fluid_model
+from fluid_eval.paths import resource
+from fluid_model import ConfigError
+from fluid_model.fields import Nested, assign, read_toml
+from fluid_model.train.cli import main
+from fluid_model.train.parent import llama_config, outline
+from fluid_model.train.plan import plan, tell
+from fluid_model.train.recipe import build_chain, build_recipe
+from fluid_model.train.run import train_chain
+
+from .test_train import recipe_for, rows_file
+from .tiny import byte_tokenizer, save_model
+
+RECIPES = sorted(resource("recipes").glob("*.toml"))
+
+
+def changed(file, *settings: str) -> Nested:
+    values = read_toml(file)
+    for setting in settings:
+        assign(values, setting)
+    return values
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_every_recipe_passes_a_dry_run(file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if not file.stem.endswith("7b") and file.stem != "tiny-ar":
+        save_model(tmp_path / "parent")
+        arguments = [str(file), "--dry-run", "--set", f"model.parent={tmp_path / 'parent'}"]
+    else:
+        arguments = [str(file), "--dry-run"]
+    assert main(arguments) == 0
+    told = capsys.readouterr().out
+    for word in ("parameters", "tokens", "FLOPs", "memory", "time here", "8 x h100"):
+        assert word in told
+    assert all(len(line) < 200 for line in told.splitlines())
+
+
+@pytest.mark.parametrize("name", ["fluid-7b", "nbdiff-7b"])
+def test_the_7b_recipes_run_on_two_layers_of_the_same_architecture(name, tmp_path):
+    file = resource("recipes") / f"{name}.toml"
+    shape = build_recipe({k: v for k, v in read_toml(file).items() if k != "next"}).model.shape
+    config = llama_config(shape)
+    config.update({"vocab_size": 300, "hidden_size": 64, "intermediate_size": 200, "num_hidden_layers": 2})
+    config.update({"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8, "dtype": "float32"})
+    config.update({"bos_token_id": 0, "eos_token_id": 1})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    assert isinstance(model, LlamaForCausalLM)
+    assert model.model.layers[0].self_attn.o_proj.bias is not None
+    model.save_pretrained(tmp_path / "parent")
+    byte_tokenizer().save_pretrained(tmp_path / "parent")
+    settings = [f"out={tmp_path / 'out'}", f"model.parent={tmp_path / 'parent'}", "optim.steps=2", "data.held_out=4"]
+    settings += [f'data.files=["{rows_file(tmp_path)}"]', "optim.batch_size=8", "optim.accumulate=2"]
+    if name == "fluid-7b":
+        settings += ["next.optim.steps=2", "next.optim.batch_size=8"]
+    told = train_chain(build_chain(changed(file, *settings)))
+    made = fluid_model.load(str(tmp_path / "out"))
+    assert made.manifest.method == name.removesuffix("-7b")
+    assert len(told["before"]) == (name == "fluid-7b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "parent", "rows.jsonl"]
+
+
+def test_what_the_7b_plan_counts():
+    """7.8B parameters, 2.6B tokens (the paper says 2.7B), LoRA of rank 16 on all linear layers."""
+    stage_1, stage_2 = build_chain(read_toml(resource("recipes") / "fluid-7b.toml"))
+    found = plan(stage_1, stage_1.model)
+    assert found.parameters == pytest.approx(8.05e9, rel=0.05)
+    assert found.tokens == pytest.approx(32000 * 80 * 1024, rel=0.01)
+    assert found.trained == pytest.approx(0.005 * found.parameters, rel=0.5)
+    response = 0.75 * found.tokens
+    assert (found.slots - found.tokens) / response == pytest.approx(4.25, abs=0.2), "slots a response token (FACTS)"
+    heads = plan(stage_2, stage_1.model)
+    assert heads.trained == 5 * (4096 * 1024 + 1024 + 1024 * 16 + 16)
+    assert heads.flops < found.flops / 20
+
+
+def test_a_plan_counts_the_models_own_products(tmp_path):
+    """Forward FLOPs of the plan against torch's own counter on the same rows."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    parent = save_model(tmp_path / "parent")
+    recipe = recipe_for(tmp_path, "out", "ar", parent, optim={"steps": 1, "batch_size": 4})
+    model = outline(recipe.model)
+    assert all(p.is_meta for p in model.parameters())
+    found = plan(recipe, recipe.model)
+    from fluid_model.layout import Plain
+    from fluid_model.train.data import Rows, encode
+    from fluid_model.train.rows import load_rows
+    from fluid_model.train.stages import collate, row_loss
+
+    checkpoint = fluid_model.load(str(parent))
+    examples = encode(checkpoint.tokenizer, load_rows(recipe.data)[0], 64)
+    rows = Rows([(example,) for example in examples], Plain(), steps=1, batch=len(examples), seed=0)
+    counter = FlopCounterMode(display=False)
+    checkpoint.model.set_attn_implementation("eager")
+    with counter:
+        for i in range(len(rows)):
+            row_loss(checkpoint.model, checkpoint.model, collate([rows[i]]), (1.0, 0.0))[0].backward()
+    per_row = counter.get_total_flops() / len(rows)
+    assert found.flops / 4 == pytest.approx(per_row, rel=0.15)
+
+
+def test_an_unknown_gpu_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="--gpu abacus: known are a100, h100"):
+        tell([recipe_for(tmp_path, "x", "ar")], "abacus")
+
+
+def test_a_chain_says_only_what_changes(tmp_path):
+    parent = save_model(tmp_path / "parent")
+    first = recipe_for(tmp_path, "out", "fluid-hybrid", parent, lora={"rank": 2})
+    from fluid_model.train.recipe import as_table
+
+    values = {**as_table(first), "next": {"stage": "fluid-horizon", "tau": [1.0, 2.0], "optim": {"steps": 2}}}
+    one, two = build_chain(values)
+    assert one.out == two.model.parent == str(tmp_path / "out.stage-1")
+    assert (one.lora.rank, two.lora, two.optim.steps, two.optim.batch_size) == (2, None, 2, 4)
+    with pytest.raises(ConfigError, match=r"next\.optim\.steps=0 must be at least 1"):
+        build_chain({**values, "next": {**values["next"], "optim": {"steps": 0}}})
+    with pytest.raises(ConfigError, match=r"next\.colour is no setting"):
+        build_chain({**values, "next": {**values["next"], "colour": 1}})
+    told = train_chain([one, two])
+    assert [stage["recipe"]["stage"] for stage in told["before"]] == ["fluid-hybrid"]
+    written = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert written["before"][0]["final"] == told["before"][0]["final"]
+    assert fluid_model.load(str(tmp_path / "out")).manifest.parent == "../parent"
+    assert not (tmp_path / "out.stage-1").exists()
+
+
+def test_a_resumed_chain_leaves_finished_stages_alone(tmp_path, monkeypatch):
+    parent = save_model(tmp_path / "parent")
+    from fluid_model.train import run
+    from fluid_model.train.recipe import as_table
+
+    values = {**as_table(recipe_for(tmp_path, "out", "fluid-hybrid", parent)), "next": {"stage": "fluid-horizon"}}
+    values["next"]["tau"] = [1.0]
+    recipes = build_chain(values)
+    run.train(recipes[0])
+    trained = []
+    real = run.train
+    monkeypatch.setattr(run, "train", lambda recipe, **more: trained.append(recipe.stage) or real(recipe, **more))
+    run.train_chain(recipes, resume=True)
+    assert trained == ["fluid-horizon"]
