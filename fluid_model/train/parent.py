@@ -49,6 +49,7 @@ def llama_config(spec: LlamaSpec) -> LlamaConfig:
         vocab_size=spec.vocab_size, hidden_size=spec.hidden_size, intermediate_size=spec.intermediate_size,
         num_hidden_layers=spec.layers, num_attention_heads=spec.heads, num_key_value_heads=spec.kv_heads,
         max_position_embeddings=spec.window, tie_word_embeddings=spec.tie_embeddings, rms_norm_eps=spec.rms_eps,
+        initializer_range=spec.init_std,
         attention_bias=spec.attention_bias, rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
     )  # fmt: skip
 

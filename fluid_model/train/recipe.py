@@ -24,7 +24,7 @@ LOSSES: dict[Stage, tuple[float, float] | None] = {
 @dataclass(frozen=True)
 class LlamaSpec:
     """A Llama's shape. vocab_size: tokens; of a tokenizer to be learnt, the 256 bytes and the special ones included, so
-    that any text can be spelt.  window: tokens.
+    that any text can be spelt.  window: tokens.  init_std: of new weights.
     """
 
     vocab_size: int
@@ -38,6 +38,7 @@ class LlamaSpec:
     rms_eps: float = 1e-6
     attention_bias: bool = False
     tie_embeddings: bool = True
+    init_std: float = 0.02
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.heads or self.heads % self.kv_heads:

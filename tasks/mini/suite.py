@@ -209,64 +209,67 @@ Choice = tuple[str, str, list[str]]
 """Question, right answer, wrong answers."""
 
 
-def _literal_choice(rng: random.Random, top: int) -> Choice:
-    right, *wrong = rng.sample([word for words in CATEGORIES.values() for word in words], 4)
-    ask = rng.choice(("Which line says {}?", "Find the word {}.", "Which of these is the word {}?")).format(right)
-    return ask, right, wrong
+LISTED = ("fruit", "animal", "colour", "tool")
+"""Kinds that levels 1 and 2 offer, always in this order or turned."""
+RANGES = (("1 to 10", 1), ("11 to 20", 11), ("21 to 30", 21), ("31 to 40", 31))
 
 
-def _category_choice(rng: random.Random, top: int) -> Choice:
+def _kind_choice(rng: random.Random) -> Choice:
+    kind = rng.choice(LISTED)
+    words = ", ".join(rng.sample(CATEGORIES[kind], 3))
+    ask = rng.choice(("What do {} have in common?", "Which kind are {}?", "The words {} all name one kind. Which?"))
+    return ask.format(words), kind, [other for other in LISTED if other != kind]
+
+
+def _range_choice(rng: random.Random) -> Choice:
+    right, low = rng.choice(RANGES)
+    n, item, name = rng.randint(low, low + 9), rng.choice(ITEMS), rng.choice(NAMES)
+    ask = rng.choice(("{name} has {n} {items}. Which range is this in?", "Where does the number {n} of {items} lie?"))
+    return ask.format(n=n, items=item, name=name), right, [other for other, _ in RANGES if other != right]
+
+
+def _category_choice(rng: random.Random) -> Choice:
     kind, *others = rng.sample(list(CATEGORIES), 4)
     ask = rng.choice(("Which of these is a kind of {}?", "Which word names a {}?", "Find the {}.")).format(kind)
     return ask, rng.choice(CATEGORIES[kind]), [rng.choice(CATEGORIES[other]) for other in others]
 
 
-def _opposite_choice(rng: random.Random, top: int) -> Choice:
+def _opposite_choice(rng: random.Random) -> Choice:
     word, right = rng.choice(list(OPPOSITES.items()))
     others = [rng.choice(pair) for pair in OPPOSITES.items() if word not in pair]
     return f"What is the opposite of {word}?", right, rng.sample(others, 3)
 
 
-def _largest_choice(rng: random.Random, top: int) -> Choice:
-    numbers = sorted(rng.sample(range(1, top), 4))
+def _largest_choice(rng: random.Random) -> Choice:
+    numbers = sorted(rng.sample(range(1, 40), 4))
+    mixed = rng.sample(numbers, 4)
+    listing = ", ".join(map(str, mixed[:-1])) + f" and {mixed[-1]}"
+    texts = [str(number) for number in numbers]
     if rng.random() < 0.5:
-        return f"Which number is the largest of {_listing(rng, numbers)}?", str(numbers[-1]), [*map(str, numbers[:-1])]
-    return f"Which number is the smallest of {_listing(rng, numbers)}?", str(numbers[0]), [*map(str, numbers[1:])]
+        return f"Which number is the largest of {listing}?", texts[-1], texts[:-1]
+    return f"Which number is the smallest of {listing}?", texts[0], texts[1:]
 
 
-def _letter_choice(rng: random.Random, top: int) -> Choice:
-    place, step = rng.randint(2, 20), rng.choice((1, 2))
-    where = "after" if step == 1 else "two places after"
-    letters = [chr(ord("a") + place + d) for d in (step, -1, 3, -2)]
-    return f"Which letter comes {where} {chr(ord('a') + place)}?", letters[0], letters[1:]
-
-
-def _arithmetic_choice(rng: random.Random, top: int) -> Choice:
-    a, b = rng.randint(2, top), rng.randint(2, top)
-    right = a + b
-    return (
-        f"What is {a} plus {b}?",
-        str(right),
-        [str(n) for n in rng.sample([right - 2, right - 1, right + 1, right + 2], 3)],
-    )
-
-
-def _listing(rng: random.Random, numbers: list[int]) -> str:
-    mixed = rng.sample(numbers, len(numbers))
-    return ", ".join(map(str, mixed[:-1])) + f" and {mixed[-1]}"
-
-
-CHOICES: dict[int, tuple[Callable[[random.Random, int], Choice], ...]] = {
-    1: (_literal_choice,),
-    2: (_category_choice, _opposite_choice),
-    3: (_letter_choice, _largest_choice, _arithmetic_choice),
+CHOICES: dict[int, tuple[Callable[[random.Random], Choice], ...]] = {
+    1: (_kind_choice, _range_choice),
+    2: (_kind_choice, _range_choice),
+    3: (_category_choice, _opposite_choice, _largest_choice),
 }
 
 
 def four_choices(rng: random.Random, level: int) -> Row:
-    """A question with four choices, answered by the letter's likelihood, as in MMLU."""
-    question, right, wrong = rng.choice(CHOICES[level])(rng, 40)
-    choices = rng.sample([right, *wrong], 4)
+    """A question with four choices, answered by the letter's likelihood, as in MMLU.
+
+    Choices stand in one order at level 1, in one of its four turns at level 2, in any order at level 3: there a letter
+    must be bound to its choice, which small models learn late.
+    """
+    question, right, wrong = rng.choice(CHOICES[level])(rng)
+    if level == 3:
+        choices = rng.sample([right, *wrong], 4)
+    else:
+        order = LISTED if right in LISTED else tuple(name for name, _ in RANGES)
+        turn = rng.randrange(4) if level == 2 else 0
+        choices = [*order[turn:], *order[:turn]]
     listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", choices, strict=True))
     answer = choices.index(right)
     return {
@@ -281,20 +284,8 @@ TASKS: dict[str, Callable[[random.Random, int], Row]] = {
     "mini_humaneval": function_body,
     "mini_mmlu": four_choices,
 }
-SHARES = {"mini_gsm8k": 3, "mini_math": 4, "mini_humaneval": 2, "mini_mmlu": 5}
+SHARES = {"mini_gsm8k": 4, "mini_math": 4, "mini_humaneval": 2, "mini_mmlu": 3}
 """How often each task is drawn for training."""
-
-
-def taught(row: Row, rng: random.Random) -> Row:
-    """A training row. A choice's lone letter teaches a small model nothing for long: three in five are also said in
-    words, after the letter or before it.
-    """
-    if row["task"] != "mini_mmlu" or (form := rng.random()) < 0.4:
-        return row
-    letter, word = row["completion"].strip(), row["choices"][row["answer"]]
-    if form < 0.6:
-        return {**row, "completion": f" {letter}. {word}"}
-    return {**row, "prompt": row["prompt"].replace("Answer:", "Answer in words:"), "completion": f" {word} is {letter}"}
 
 
 def held_out(row: Row) -> bool:
@@ -335,7 +326,7 @@ def train_rows(count: int, seed: int) -> Iterator[Row]:
     for _ in range(count):
         (task,) = rng.choices(list(SHARES), list(SHARES.values()))
         source = streams[task, rng.choice(LEVELS)]
-        row = taught(next(row for row in source if not held_out(row)), rng)
+        row = next(row for row in source if not held_out(row))
         yield {"prompt": row["prompt"], "completion": row["completion"], "task": row["task"], "level": row["level"]}
 
 
