@@ -8,9 +8,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fluid_model.errors import ConfigError, RunError
 
+BUNDLED = "tiny-fluid"
+"""The checkpoint a run takes if none is named."""
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 _FLAGS = {
@@ -56,9 +59,13 @@ def parser() -> argparse.ArgumentParser:
 def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("spec", nargs="?", type=Path, metavar="SPEC.toml", help="the settings below from a file")
     what = run.add_argument_group("what to run")
-    what.add_argument("--tasks", metavar="A,B", help="gsm8k, math500, humaneval, mmlu, mmlu_SUBJECT")
-    what.add_argument("--model", metavar="PATH_OR_HUB_ID", help="any Hugging Face causal LM, or a FLUID folder")
-    what.add_argument("--decoder", metavar="ar|fluid", help="default: ar")
+    what.add_argument("--tasks", metavar="A,B", help="gsm8k, math500, humaneval, mmlu, mmlu_SUBJECT, mini")
+    what.add_argument(
+        "--model",
+        metavar="PATH_OR_HUB_ID",
+        help="any Hugging Face causal LM, or a FLUID folder; default: the bundled tiny-fluid",
+    )
+    what.add_argument("--decoder", metavar="ar|fluid", help="default: ar (fluid for the bundled model)")
     what.add_argument("--set", action="append", default=[], metavar="A.B=C", help="e.g. decoder.confidence=0.9")
     what.add_argument("--limit", type=_whole, metavar="N", help="first N documents of each task")
     what.add_argument("--num-fewshot", type=_whole, metavar="N", help="default: the task's own")
@@ -118,6 +125,8 @@ def _run(options: argparse.Namespace) -> int:
     if data_dir := os.environ.get("FLUID_DATA_DIR"):
         values.setdefault("data_dir", data_dir)
     values = tables(values)
+    if options.model is None and "model" not in values:
+        _take_bundled(values, options)
     if options.decoder and values.get("decoder", {}).get("name", options.decoder) != options.decoder:
         values["decoder"] = {}  # another decoder's settings mean nothing to this one
     for flag, name in _FLAGS.items():
@@ -136,6 +145,25 @@ def _run(options: argparse.Namespace) -> int:
     else:
         print_result(result, folder)
     return EXIT_OK
+
+
+def _take_bundled(values: dict[str, Any], options: argparse.Namespace) -> None:
+    """No model given: the bundled tiny-fluid, on the mini suite unless tasks are given. Says so."""
+    from .paths import resource
+
+    values["model"] = {"path": str(resource("checkpoints") / BUNDLED)}
+    values.setdefault("decoder", {"name": "fluid"})
+    if options.tasks is None and "tasks" not in values:
+        values["tasks"] = "mini"
+        values["allow_code"] = (
+            True  # weights that come with this package, in a process of its own
+        )
+    print(
+        f"No model given: the bundled {BUNDLED}, 1.8M parameters trained on this suite's own\n"
+        "kind of questions. For a real one: fluid-eval run --tasks gsm8k,math500\n"
+        "--model FOLDER_OR_HUB_ID (for instance a 7B checkpoint's folder)\n",
+        file=sys.stderr,
+    )
 
 
 def _report(options: argparse.Namespace) -> int:
