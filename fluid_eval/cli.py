@@ -65,7 +65,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
         metavar="PATH_OR_HUB_ID",
         help="any Hugging Face causal LM, or a FLUID folder; default: the bundled tiny-fluid",
     )
-    what.add_argument("--decoder", metavar="ar|fluid", help="default: ar (fluid for the bundled model)")
+    what.add_argument("--decoder", metavar="ar|fluid|nbdiff|llada", help="default: ar (fluid for the bundled model)")
     what.add_argument("--set", action="append", default=[], metavar="A.B=C", help="e.g. decoder.confidence=0.9")
     what.add_argument("--limit", type=_whole, metavar="N", help="first N documents of each task")
     what.add_argument("--num-fewshot", type=_whole, metavar="N", help="default: the task's own")
@@ -155,9 +155,7 @@ def _take_bundled(values: dict[str, Any], options: argparse.Namespace) -> None:
     values.setdefault("decoder", {"name": "fluid"})
     if options.tasks is None and "tasks" not in values:
         values["tasks"] = "mini"
-        values["allow_code"] = (
-            True  # weights that come with this package, in a process of its own
-        )
+        values["allow_code"] = True  # weights that come with this package, in a process of its own
     print(
         f"No model given: the bundled {BUNDLED}, 1.8M parameters trained on this suite's own\n"
         "kind of questions. For a real one: fluid-eval run --tasks gsm8k,math500\n"

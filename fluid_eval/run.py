@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fluid_model.errors import ConfigError
 from fluid_model.fields import Nested
@@ -17,6 +17,9 @@ from .pool import Pool, open_pool
 from .progress import Bar
 from .spec import RunSpec
 from .store import RESULT, Record, Run, read_json
+
+if TYPE_CHECKING:
+    from fluid_model.checkpoint import ModelInfo
 
 
 def default_folder(spec: RunSpec) -> Path:
@@ -46,7 +49,7 @@ def run(spec: RunSpec, folder: Path, *, resume: bool = False) -> Nested:
 
     pick_device(spec.model.device)
     info = describe(spec.model.path)
-    _check_decoder(spec, info.k_max, info.tau)
+    _check_decoder(spec, info)
     tasks = harness.load_tasks(spec)
     harness.check_settings(tasks, info.window)
     job = _Job(spec, opened)
@@ -56,12 +59,15 @@ def run(spec: RunSpec, folder: Path, *, resume: bool = False) -> Nested:
         job.close()
 
 
-def _check_decoder(spec: RunSpec, k_max: int | None, tau: tuple[float | None, ...]) -> None:
-    if spec.decoder.needs_head and k_max is None:
-        raise ConfigError(
-            f"decoder={spec.decoder.name} needs a K-head, and {spec.model.path} has none (no fluid.json); "
-            "use --decoder ar"
-        )
+def _check_decoder(spec: RunSpec, info: ModelInfo) -> None:
+    name, k_max, tau = spec.decoder.name, info.k_max, info.tau
+    if name == "fluid" and k_max is None:
+        raise ConfigError(f"decoder=fluid needs a K-head, and {spec.model.path} has none; use --decoder ar")
+    if spec.decoder.method not in (None, info.method):
+        was = f"was adapted to {info.method}" if info.method else "is a plain causal model"
+        raise ConfigError(f"decoder={name}: {spec.model.path} {was}; use --decoder {info.method or 'ar'}")
+    if name == "ar" and info.method == "llada":
+        raise ConfigError(f"decoder=ar: {spec.model.path} reads in both directions; use --decoder llada")
     floor = spec.decoder.min_horizon if isinstance(spec.decoder, FluidSettings) else 1
     if k_max is not None and floor > k_max:
         raise ConfigError(f"min_horizon={floor} exceeds what this model's K-head was trained for (k_max={k_max})")

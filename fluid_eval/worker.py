@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from fluid_model.checkpoint import Checkpoint, load
-from fluid_model.decoders import engine_for
+from fluid_model.decoders import engine_for, scorer_for
 from fluid_model.engine.records import Generation, Request, Score, ScoreRequest
-from fluid_model.scoring import Scorer
 
 from .spec import build_spec
 
@@ -62,7 +61,7 @@ class Worker:
             yield from engine_for(self._checkpoint, self._spec.decoder, slots).generate(generate)
         if score:
             longest = max(len(context) + len(continuation) for r in score for context, continuation in r.pairs)
-            yield from Scorer(self._checkpoint.backbone, self.rows_for(longest)).score(score)
+            yield from scorer_for(self._checkpoint, self._spec.decoder, self.rows_for(longest)).score(score)
 
     def rows_for(self, tokens: int) -> int:
         """Rows of `tokens` tokens to keep at once: as asked, or as many as free memory takes, up to AUTO_ROWS."""

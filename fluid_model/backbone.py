@@ -65,16 +65,17 @@ class Backbone:
         self._layer_types = set(getattr(self.config, "layer_types", None) or ())
 
     @torch.inference_mode()
-    def forward(self, ids: Tensor, columns: Tensor, total: int, cache: SlotCache) -> Tensor:
+    def forward(self, ids: Tensor, columns: Tensor, total: int, cache: SlotCache, ends: Tensor | None = None) -> Tensor:
         """One model call for all rows.
 
         ids: (B, S) tokens fed.  columns: (B, S) their cache columns, equal to their positions.  total: T.
+        ends: (B,) see `masks.mutual`; None where all rows read causally.
         Returns (B, S, D): hidden states after the final norm.
         """
         output = self.model.base_model(
             input_ids=ids,
             position_ids=columns.clamp(max=self.window - 1),
-            attention_mask=self._attention_mask(columns, total),
+            attention_mask=self._attention_mask(columns, total, ends),
             past_key_values=cache,
             use_cache=True,
         )
@@ -87,7 +88,11 @@ class Backbone:
         logits: Tensor = self._head(hidden).float()
         return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
 
-    def _attention_mask(self, columns: Tensor, total: int) -> Tensor | dict[str, Tensor]:
+    def _attention_mask(self, columns: Tensor, total: int, ends: Tensor | None) -> Tensor | dict[str, Tensor]:
+        if ends is not None:
+            if self._sliding is not None:
+                raise ConfigError(f"{type(self.model).__name__} reads through a sliding window: it cannot fill blocks")
+            return self._additive(masks.mutual(columns, total, ends))
         full = self._additive(masks.causal(columns, total))
         if self._sliding is None or total <= self._sliding:
             near = full

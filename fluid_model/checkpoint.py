@@ -51,12 +51,15 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What can be said of a model without reading its weights. window: tokens.  tau: one per K-head."""
+    """What can be said of a model without reading its weights. window: tokens.  tau: one per K-head.  method: what it
+    was adapted to, None for a plain causal model.
+    """
 
     architecture: str
     window: int
     k_max: int | None
     tau: tuple[float | None, ...]
+    method: str | None = None
 
     @property
     def has_head(self) -> bool:
@@ -83,13 +86,14 @@ def describe(path: str) -> ModelInfo:
     config = _from_pretrained(AutoConfig, base)
     k_max: int | None = None
     tau: tuple[float | None, ...] = ()
+    method: str | None = None
     if manifest is not None:
         heads = _read_heads(Path(source), manifest, _hidden_size(config))
-        k_max, tau = heads[0].k_max if heads else None, manifest.tau
+        k_max, tau, method = heads[0].k_max if heads else None, manifest.tau, manifest.method
     elif (file := Path(source) / legacy.HEAD_FILE).is_file():
-        k_max, tau = legacy.read_head(file, _hidden_size(config)).k_max, (None,)
+        k_max, tau, method = legacy.read_head(file, _hidden_size(config)).k_max, (None,), "fluid"
     architecture = (getattr(config, "architectures", None) or [config.model_type])[0]
-    return ModelInfo(architecture, context_window(config), k_max, tau)
+    return ModelInfo(architecture, context_window(config), k_max, tau, method)
 
 
 def read_config(path: str) -> PretrainedConfig:

@@ -26,6 +26,16 @@ def causal(columns: Tensor, total: int) -> Tensor:
     return torch.arange(total, device=columns.device) <= columns[:, :, None]
 
 
+def mutual(columns: Tensor, total: int, ends: Tensor) -> Tensor:
+    """Causal reading, but a row's slots before its `ends` all read every column before it: both ways in what is fed.
+
+    columns: (B, S).  total: T.  ends: (B,), 0 for rows that stay causal.  Returns (B, S, T) bool.  (NBDiff,
+    context-causal mask; LLaDA where nothing is cached)
+    """
+    inside = columns[:, :, None] < ends[:, None, None]
+    return causal(columns, total) | (inside & (torch.arange(total, device=columns.device) < ends[:, None, None]))
+
+
 def sliding(columns: Tensor, total: int, window: int) -> Tensor:
     """Causal reading of the last `window` columns only, the slot's own included.  (B, S) -> (B, S, T) bool."""
     near = torch.arange(total, device=columns.device) > columns[:, :, None] - window

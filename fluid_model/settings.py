@@ -1,15 +1,20 @@
 """Decoder settings: what a user may choose about how a model writes. No torch here, so that errors come early.
 
 Naming (FLUID, arXiv 2605.27387): tau is the training-time bound that labels the K-head and belongs to a checkpoint;
-gamma is `confidence`, the inference-time acceptance probability. They are never the same knob.
+gamma is `confidence`, the inference-time acceptance probability. They are never the same knob. A decoder's `method` is
+what a checkpoint must have been adapted to for it; None takes any.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from .errors import ConfigError
+
+Rule = Literal["probability", "margin", "entropy"]
+"""How sure a decoder is of a token."""
 
 
 def check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
@@ -24,8 +29,7 @@ class ArSettings:
     """One token a forward: the yardstick every other decoder is measured against."""
 
     name: ClassVar[str] = "ar"
-    widest: ClassVar[int] = 1
-    needs_head: ClassVar[bool] = False
+    method: ClassVar[str | None] = None
 
     temperature: float = 0.0
     """0 is greedy; above it, sampling from softmax(logits / temperature)."""
@@ -42,7 +46,7 @@ class FluidSettings:
     """FLUID's public sampler (reference semantics): K-head stride, confidence fill, causal verification. Greedy."""
 
     name: ClassVar[str] = "fluid"
-    needs_head: ClassVar[bool] = True
+    method: ClassVar[str | None] = "fluid"
 
     confidence: float = 0.9
     """gamma: a drafted token is written ahead of the pointer when its probability exceeds this."""
@@ -66,8 +70,87 @@ class FluidSettings:
         return self.max_horizon
 
 
-DecoderSettings = ArSettings | FluidSettings
-DECODERS: dict[str, type[ArSettings] | type[FluidSettings]] = {"ar": ArSettings, "fluid": FluidSettings}
+@dataclass(frozen=True)
+class NbdiffSettings:
+    """NBDiff's public decoder: blocks filled in both directions, then read causally."""
+
+    name: ClassVar[str] = "nbdiff"
+    method: ClassVar[str | None] = "nbdiff"
+
+    block_length: int | None = None
+    """Tokens of a block; unset, what the checkpoint was trained for (32 where it does not say)."""
+    small_blocks: int = 8
+    """Parts of a block that are filled one after another."""
+    rule: Rule = "probability"
+    """How sure a token is: its probability, the margin over the second likeliest, or the entropy."""
+    confidence: float | None = 0.9
+    """Tokens surer than this are written at once, for rules probability and margin; unset, one a pass."""
+    max_entropy: float | None = None
+    """Nats below which a token is written at once, for rule entropy; unset, one a pass, as the public code does."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus, as for ar."""
+
+    def __post_init__(self) -> None:
+        if self.block_length is not None:
+            check_range("block_length", self.block_length, 1, 4096)
+        check_range("small_blocks", self.small_blocks, 1, 4096)
+        if self.confidence is not None:
+            check_range("confidence", self.confidence, 0.0, 1.0)
+        if self.max_entropy is not None and (self.rule != "entropy" or self.max_entropy < 0):
+            raise ConfigError(f"max_entropy={self.max_entropy}: at least 0, and only for rule=entropy")
+        check_range("temperature", self.temperature, 0.0, 100.0)
+        check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
+
+    @property
+    def least_sureness(self) -> float:
+        """What sureness must exceed to be written ahead of its turn."""
+        if self.rule == "entropy":
+            return math.inf if self.max_entropy is None else -self.max_entropy
+        return math.inf if self.confidence is None else self.confidence
+
+
+@dataclass(frozen=True)
+class LladaSettings:
+    """LLaDA's decoder: a whole canvas under full attention, filled block by block."""
+
+    name: ClassVar[str] = "llada"
+    method: ClassVar[str | None] = "llada"
+
+    steps: int | None = None
+    """Forwards for the whole canvas, shared evenly by its blocks; unset, one a token."""
+    gen_length: int | None = None
+    """Canvas in tokens; unset, the task's length limit, rounded up to whole blocks."""
+    block_length: int = 32
+    """Tokens of a block; blocks are filled from left to right."""
+    remasking: Literal["low_confidence", "random"] = "low_confidence"
+    """Which predictions of a step are kept: the surest, or any."""
+    guidance: float = 0.0
+    """Classifier-free guidance; above 0 every step takes a second forward, with the prompt masked."""
+    temperature: float = 0.0
+    """Of Gumbel noise on the logits; 0 is greedy."""
+    suppress_end: bool = False
+    """Write end tokens last."""
+    mc_num: int = 128
+    """Samples of a log-likelihood; a continuation of one token needs none."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "gen_length"):
+            if (value := getattr(self, name)) is not None:
+                check_range(name, value, 1, 10**6)
+        check_range("block_length", self.block_length, 1, 4096)
+        check_range("mc_num", self.mc_num, 1, 10**6)
+        if self.gen_length is not None and self.gen_length % self.block_length:
+            raise ConfigError(f"gen_length={self.gen_length} must be a multiple of block_length={self.block_length}")
+        check_range("guidance", self.guidance, 0.0, 100.0)
+        check_range("temperature", self.temperature, 0.0, 100.0)
+
+
+DecoderSettings = ArSettings | FluidSettings | NbdiffSettings | LladaSettings
+DECODERS: dict[str, type[DecoderSettings]] = {
+    kind.name: kind for kind in (ArSettings, FluidSettings, NbdiffSettings, LladaSettings)
+}
 
 
 def setting_names(decoder: str) -> list[str]:

@@ -1,25 +1,51 @@
-"""Small strategies, one file each: what to feed and what to keep."""
+"""How a model writes: one strategy a file. What to feed, what to keep."""
 
 from __future__ import annotations
 
+from ..canvas_scoring import CanvasScorer
 from ..checkpoint import Checkpoint
 from ..engine.loop import Engine
 from ..engine.strategy import Strategy
 from ..errors import ConfigError
-from ..settings import ArSettings, DecoderSettings
+from ..scoring import Scorer
+from ..settings import ArSettings, DecoderSettings, FluidSettings, LladaSettings, NbdiffSettings
 from .ar import ArStrategy
 from .fluid import FluidStrategy
+from .llada import LladaStrategy
+from .nbdiff import NbdiffStrategy
+
+PUBLISHED_BLOCK = 32
+"""NBDiff's block length where a checkpoint does not say its own."""
 
 
 def strategy_for(checkpoint: Checkpoint, settings: DecoderSettings) -> Strategy:
     """The strategy that carries out these settings. Raises ConfigError if the checkpoint cannot serve them."""
     if isinstance(settings, ArSettings):
         return ArStrategy(checkpoint.backbone, settings)
+    if isinstance(settings, FluidSettings):
+        return _fluid(checkpoint, settings)
+    if checkpoint.mask_id is None:
+        raise ConfigError(f"decoder={settings.name} needs a mask token, and this model has none; use --decoder ar")
+    if isinstance(settings, NbdiffSettings):
+        own = checkpoint.manifest.block_length if checkpoint.manifest else None
+        length = settings.block_length or own or PUBLISHED_BLOCK
+        return NbdiffStrategy(checkpoint.backbone, checkpoint.mask_id, length, settings)
+    return LladaStrategy(checkpoint.backbone, checkpoint.mask_id, checkpoint.end_ids, settings)
+
+
+def _fluid(checkpoint: Checkpoint, settings: FluidSettings) -> FluidStrategy:
     if checkpoint.head is None or checkpoint.mask_id is None:
         raise ConfigError(f"decoder={settings.name} needs a K-head, and this model has none; use --decoder ar")
     if settings.min_horizon > checkpoint.head.k_max:
         raise ConfigError(f"min_horizon={settings.min_horizon} exceeds the head's k_max={checkpoint.head.k_max}")
     return FluidStrategy(checkpoint.backbone, checkpoint.head, checkpoint.mask_id, settings)
+
+
+def scorer_for(checkpoint: Checkpoint, settings: DecoderSettings, slots: int = 16) -> Scorer | CanvasScorer:
+    """Log-likelihoods as this checkpoint defines them: exact where it reads causally, estimated where it does not."""
+    if isinstance(settings, LladaSettings) and checkpoint.mask_id is not None:
+        return CanvasScorer(checkpoint.backbone, checkpoint.mask_id, slots, settings.mc_num)
+    return Scorer(checkpoint.backbone, slots)
 
 
 def engine_for(checkpoint: Checkpoint, settings: DecoderSettings, slots: int = 16) -> Engine:

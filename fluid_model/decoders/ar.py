@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from ..backbone import Backbone
+from ..engine.records import Request
 from ..engine.strategy import Absorbed, Feed
 from ..settings import ArSettings
+from .sampling import sample
 
 
 class ArStrategy:
     """Greedy or nucleus sampling. The newest token is pending: committed to the answer, not yet in the cache."""
 
     widest = 1
+    reads_prompt = True
 
     def __init__(self, backbone: Backbone, settings: ArSettings) -> None:
         self.backbone = backbone
@@ -26,9 +29,10 @@ class ArStrategy:
         self._pending = torch.zeros(slots, dtype=torch.long, device=self.backbone.device)
         self._random: list[torch.Generator] = [torch.Generator() for _ in range(slots)]
 
-    def admit(self, start: int, hidden: Tensor, seeds: list[int], rooms: list[int]) -> Absorbed:
-        for slot, seed in enumerate(seeds, start):
-            self._random[slot] = torch.Generator().manual_seed(seed)
+    def admit(self, start: int, requests: list[Request], hidden: Tensor | None, rooms: list[int]) -> Absorbed:
+        assert hidden is not None
+        for slot, request in enumerate(requests, start):
+            self._random[slot] = torch.Generator().manual_seed(request.seed)
         return self._choose(start, hidden, keep=0)
 
     def plan(self, rows: int) -> Feed:
@@ -51,16 +55,3 @@ class ArStrategy:
             chosen = sample(logits, draws.to(logits.device), self.settings.temperature, self.settings.top_p)
         self._pending[start : start + rows] = chosen
         return Absorbed(tokens=[[token] for token in chosen.tolist()], keep=[keep] * rows)
-
-
-def sample(logits: Tensor, draws: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Nucleus sampling by inverse distribution function, so that one uniform number a row decides.
-
-    logits: (n, V).  draws: (n,) in [0, 1).  Returns (n,) ids.  (Holtzman et al. 2020, nucleus sampling)
-    """
-    probabilities, order = (logits / temperature).softmax(-1).sort(-1, descending=True)  # (n, V)
-    before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # the most likely token always stays
-    reached = probabilities.cumsum(-1)
-    rank = (reached <= draws[:, None] * reached[:, -1:]).sum(-1, keepdim=True)  # (n, 1)
-    return order.gather(-1, rank.clamp(max=logits.shape[-1] - 1))[:, 0]

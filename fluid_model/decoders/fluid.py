@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..backbone import Backbone
-from ..engine.records import Kind
+from ..engine.records import Kind, Request
 from ..engine.strategy import Absorbed, Feed
 from ..khead import KHead
 from ..settings import FluidSettings
@@ -29,6 +29,8 @@ KIND_OF_PHASE: tuple[Kind, ...] = ("denoise", "verify", "commit")
 
 class FluidStrategy:
     """Reference semantics: one canvas a round, at least one denoise forward and one commit each."""
+
+    reads_prompt = True
 
     def __init__(self, backbone: Backbone, head: KHead, mask_id: int, settings: FluidSettings) -> None:
         self.backbone = backbone
@@ -47,7 +49,8 @@ class FluidStrategy:
         self._phase = torch.zeros(slots, dtype=torch.long, device=device)
         self._host: list[tuple[int, int]] = [(DENOISE, 0)] * slots  # (phase, width), read back once a round
 
-    def admit(self, start: int, hidden: Tensor, seeds: list[int], rooms: list[int]) -> Absorbed:
+    def admit(self, start: int, requests: list[Request], hidden: Tensor | None, rooms: list[int]) -> Absorbed:
+        assert hidden is not None
         rows = torch.arange(start, start + len(hidden), device=hidden.device)
         self._open(rows, hidden, self.backbone.logits(hidden).argmax(-1), rooms)
         strides = self._width[rows].tolist()

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from ..backbone import Backbone
 from ..errors import ConfigError
@@ -99,10 +100,18 @@ class Engine:
 
     @torch.inference_mode()
     def _admit(self, waiting: deque[Request], free: int) -> None:
-        """Prefill the longest waiting prompts together, as many as the slots and one forward's budget take."""
+        """Let the longest waiting prompts in together, as many as the slots and one forward's budget take."""
         longest = len(waiting[0].prompt)
         rows = [_Row(waiting.popleft()) for _ in range(min(free, len(waiting), max(1, PREFILL_TOKENS // longest)))]
         start = len(self._rows)
+        hidden = self._read(rows, start) if self.strategy.reads_prompt else None
+        absorbed = self.strategy.admit(start, [row.request for row in rows], hidden, [self._room(row) for row in rows])
+        self._rows += rows
+        self._take(rows, absorbed)
+
+    def _read(self, rows: list[_Row], start: int) -> Tensor:
+        """Prefill prompts into slots start.. . Returns (R, D): hidden states at their last tokens."""
+        longest = max(len(row.request.prompt) for row in rows)
         prompts = [torch.tensor(row.request.prompt) for row in rows]
         ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(self.backbone.device)  # (R, L)
         columns, total = self._cache.aim(start, [0] * len(rows), longest, self.backbone.device)
@@ -112,14 +121,7 @@ class Engine:
         for row, prompt in zip(rows, prompts, strict=True):
             row.length = len(prompt)
             row.trace.count("prefill", len(prompt))
-        absorbed = self.strategy.admit(
-            start,
-            hidden[torch.arange(len(rows), device=hidden.device), last],
-            [row.request.seed for row in rows],
-            [self._room(row) for row in rows],
-        )
-        self._rows += rows
-        self._take(rows, absorbed)
+        return hidden[torch.arange(len(rows), device=hidden.device), last]
 
     @torch.inference_mode()
     def _round(self) -> None:
@@ -128,7 +130,13 @@ class Engine:
         feed = self.strategy.plan(len(rows))
         fed = feed.ids.shape[1]
         columns, total = self._cache.aim(0, [row.length for row in rows], fed, self.backbone.device)
-        hidden = self.backbone.forward(feed.ids, columns, total, self._cache)  # (n, S, D)
+        ends = None
+        if any(feed.mutual):
+            reach = zip(feed.mutual, rows, feed.widths, strict=True)
+            ends = torch.tensor(
+                [row.length + width if both else 0 for both, row, width in reach], device=columns.device
+            )
+        hidden = self.backbone.forward(feed.ids, columns, total, self._cache, ends)  # (n, S, D)
         self.calls += 1
         for row, width, kind in zip(rows, feed.widths, feed.kinds, strict=True):
             row.trace.count(kind, width)

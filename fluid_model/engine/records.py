@@ -78,7 +78,10 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Score:
-    """Log-likelihood (nats, summed over the continuation) and whether it is the greedy continuation, per pair."""
+    """Log-likelihood (nats, summed over the continuation) and whether it is the greedy continuation, per pair.
+
+    errors: standard errors of estimates, empty where the log-likelihoods are exact.
+    """
 
     key: str
     loglikelihoods: tuple[float, ...]
@@ -87,3 +90,4 @@ class Score:
     seconds: float
     prompt_tokens: int = 0
     truncated: int = 0
+    errors: tuple[float, ...] = ()

@@ -10,16 +10,19 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .records import Kind
+from .records import Kind, Request
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Slots to feed now. ids: (n, S), a row's slots first, padding after.  widths, kinds: per row."""
+    """Slots to feed now. ids: (n, S), a row's slots first, padding after.  widths, kinds: per row.
+    mutual: rows whose slots read one another in both directions (empty: none does).
+    """
 
     ids: Tensor
     widths: list[int]
     kinds: list[Kind]
+    mutual: list[bool] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,17 @@ class Strategy(Protocol):
     """A decoder: state over slots, vectorised over rows. Rows are slots 0..n-1 of the engine, always packed."""
 
     widest: int
-    """The most slots one row may feed in one forward."""
+    """The most slots one row may feed in one forward, prompts aside."""
+    reads_prompt: bool
+    """Whether prompts are read into the cache before `admit` (not if every forward feeds them again)."""
 
     def allocate(self, slots: int) -> None:
         """Make state for `slots` rows."""
 
-    def admit(self, start: int, hidden: Tensor, seeds: list[int], rooms: list[int]) -> Absorbed:
-        """Rows start.. have just read their prompts. hidden: (R, D) at the last prompt token.
+    def admit(self, start: int, requests: list[Request], hidden: Tensor | None, rooms: list[int]) -> Absorbed:
+        """Rows start.. have come in. hidden: (R, D) at the last prompt token, None if prompts were not read.
 
-        seeds: per row, for its own random numbers.  rooms: slots left before the window ends, per row.
+        rooms: slots left before the window ends, per row.  A request's seed is for its own random numbers.
         """
 
     def plan(self, rows: int) -> Feed:

@@ -1,0 +1,272 @@
+"""NBDiff and LLaDA decode and score as plain, slow versions of their public code do, alone or in batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fluid_model import ArSettings, ConfigError
+from fluid_model.canvas_scoring import CanvasScorer
+from fluid_model.checkpoint import Checkpoint
+from fluid_model.decoders import scorer_for, strategy_for
+from fluid_model.decoders.llada import schedule
+from fluid_model.engine.records import ScoreRequest
+from fluid_model.settings import LladaSettings, NbdiffSettings
+
+from .test_laws import CHECKPOINT, calls_of, requests, write
+from .tiny import fluid_checkpoint
+
+NEW = 13
+
+
+def forward(checkpoint: Checkpoint, ids: list[int], both_from: int) -> torch.Tensor:
+    """Logits of a row that reads causally, but in both directions from `both_from` on."""
+    size = len(ids)
+    may = torch.ones(size, size).tril().bool()
+    may[both_from:, both_from:] = True
+    bias = torch.zeros(1, 1, size, size).masked_fill(~may, torch.finfo(torch.float32).min)
+    with torch.inference_mode():
+        logits: torch.Tensor = checkpoint.model(input_ids=torch.tensor([ids]), attention_mask=bias).logits[0]
+    return logits
+
+
+def cut(checkpoint: Checkpoint, answer: list[int], new_tokens: int) -> tuple[int, ...]:
+    answer = answer[:new_tokens]
+    end = next((i for i, token in enumerate(answer) if token in checkpoint.end_ids), None)
+    return tuple(answer[:end])
+
+
+def plain_nbdiff(checkpoint: Checkpoint, prompt, decoder: NbdiffSettings, new_tokens: int):
+    """NBDiff's decoder for one row, without a cache: the answer and its forwards by kind."""
+    length, mask = decoder.block_length, checkpoint.mask_id
+    small = -(-length // min(decoder.small_blocks, length))
+    done, count = list(prompt), {"prefill": 0, "denoise": 0, "commit": 0}
+    kind = "prefill"
+    while True:
+        answer = done[len(prompt) :]
+        if len(answer) >= new_tokens or any(token in checkpoint.end_ids for token in answer):
+            return cut(checkpoint, answer, new_tokens), count
+        count[kind] += 1
+        kind = "commit"
+        block = [int(forward(checkpoint, done, len(done))[-1].argmax())] + [mask] * (length - 1)
+        open_ = list(range(1, length))
+        while open_:
+            count["denoise"] += 1
+            logits = forward(checkpoint, done + block, len(done))[len(done) :]
+            current = [j for j in open_ if j // small == open_[0] // small]
+            score = {}
+            for j in current:
+                probabilities = logits[j - 1].softmax(-1)
+                top = probabilities.topk(2).values
+                entropy = -float((probabilities * probabilities.log()).sum())
+                score[j] = {"probability": float(top[0]), "margin": float(top[0] - top[1]), "entropy": -entropy}[
+                    decoder.rule
+                ]
+            least = -decoder.max_entropy if decoder.max_entropy is not None else decoder.confidence
+            if decoder.rule == "entropy" and decoder.max_entropy is None:
+                least = None
+            best = max(current, key=lambda j: score[j])
+            for j in current:
+                if j == best or (least is not None and score[j] > least):
+                    block[j] = int(logits[j - 1].argmax())
+                    open_.remove(j)
+        done += block
+
+
+def plain_llada(checkpoint: Checkpoint, prompt, decoder: LladaSettings, new_tokens: int):
+    """LLaDA's decoder for one row, all blocks to the end."""
+    block, mask = decoder.block_length, checkpoint.mask_id
+    length = decoder.gen_length or -(-new_tokens // block) * block
+    row = [*prompt, *[mask] * length]
+    steps = min(block, max(1, (decoder.steps or length) // (length // block)))
+    forwards = 0
+    for low in range(len(prompt), len(row), block):
+        for count in schedule(block, steps):
+            logits = forward(checkpoint, row, 0)
+            if decoder.guidance:
+                unguided = forward(checkpoint, [mask] * len(prompt) + row[len(prompt) :], 0)
+                logits = unguided + (decoder.guidance + 1) * (logits - unguided)
+            forwards += 1 + (decoder.guidance > 0)
+            sure = {i: float(logits[i].softmax(-1).max()) for i in range(low, low + block) if row[i] == mask}
+            for i in sorted(sure, key=lambda i: -sure[i])[:count]:
+                row[i] = int(logits[i].argmax())
+    return cut(checkpoint, row[len(prompt) :], new_tokens), forwards
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    rule=st.sampled_from(["probability", "margin", "entropy"]),
+    threshold=st.sampled_from([None, 0.02, 0.2]),
+    length=st.integers(1, 8),
+    small=st.integers(1, 8),
+)
+def test_nbdiff_is_the_public_decoder(rule, threshold, length, small):
+    if rule == "entropy":
+        bounds = {"max_entropy": None if threshold is None else 4.5 + threshold}
+    else:
+        bounds = {"confidence": threshold}
+    decoder = NbdiffSettings(block_length=length, small_blocks=small, rule=rule, **bounds)
+    found = write(CHECKPOINT, decoder, requests(4, NEW), slots=3)
+    for request in requests(4, NEW):
+        ids, count = plain_nbdiff(CHECKPOINT, request.prompt, decoder, NEW)
+        assert found[request.key].ids == ids
+        used = {kind: n for kind, n in found[request.key].trace.forwards.items() if kind != "verify"}
+        assert used == count
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        LladaSettings(block_length=4),
+        LladaSettings(block_length=8, steps=4),
+        LladaSettings(gen_length=16, block_length=16, steps=6),
+        LladaSettings(block_length=4, guidance=0.5),
+    ],
+)
+def test_llada_is_the_public_decoder(decoder):
+    found = write(CHECKPOINT, decoder, requests(4, NEW), slots=3)
+    for request in requests(4, NEW):
+        ids, forwards = plain_llada(CHECKPOINT, request.prompt, decoder, NEW)
+        got = found[request.key]
+        assert got.ids == ids
+        if got.finish == "length" and not decoder.gen_length:
+            assert got.trace.forwards["denoise"] == forwards
+        assert got.trace.forwards["prefill"] == got.trace.forwards["commit"] == 0
+
+
+def test_blocks_of_one_are_ar():
+    ar = write(CHECKPOINT, ArSettings(), requests())
+    blocks = write(CHECKPOINT, NbdiffSettings(block_length=1, small_blocks=1), requests())
+    assert {key: g.ids for key, g in blocks.items()} == {key: g.ids for key, g in ar.items()}
+    assert {key: g.trace.forwards for key, g in blocks.items()} == {key: g.trace.forwards for key, g in ar.items()}
+
+
+def test_llada_fills_left_to_right_one_a_step_in_blocks_of_one():
+    decoder = LladaSettings(block_length=1)
+    (request,) = requests(1, 6)
+    row = list(request.prompt) + [CHECKPOINT.mask_id] * 6
+    for i in range(len(request.prompt), len(row)):
+        row[i] = int(forward(CHECKPOINT, row, 0)[i].argmax())
+    got = write(CHECKPOINT, decoder, [request])[request.key]
+    assert got.ids == cut(CHECKPOINT, row[len(request.prompt) :], 6)
+    assert got.trace.forwards["denoise"] == len(got.ids) + (got.finish == "eos")
+
+
+RANDOM = [
+    NbdiffSettings(block_length=8, small_blocks=2, temperature=1.0, top_p=0.8),
+    NbdiffSettings(block_length=8, confidence=0.05),
+    LladaSettings(block_length=8, steps=20, temperature=0.7),
+    LladaSettings(block_length=8, remasking="random", suppress_end=True, guidance=1.0),
+]
+
+
+@pytest.mark.parametrize("decoder", RANDOM)
+def test_a_row_of_a_batch_is_the_row_alone(decoder):
+    together = write(CHECKPOINT, decoder, requests(6, NEW), slots=4)
+    for request in requests(6, NEW):
+        alone = write(CHECKPOINT, decoder, [request], slots=1)[request.key]
+        assert together[request.key].ids == alone.ids
+        assert together[request.key].trace == alone.trace
+    other = write(CHECKPOINT, decoder, [replace(r, seed=r.seed + 99) for r in requests(6, NEW)])
+    drawn = decoder.temperature > 0 or getattr(decoder, "remasking", "") == "random"
+    assert (other["0"].ids != together["0"].ids or other["1"].ids != together["1"].ids) == drawn
+
+
+@pytest.mark.parametrize("decoder", RANDOM)
+def test_counted_forwards_are_the_calls_the_model_sees(decoder):
+    checkpoint = fluid_checkpoint()
+    seen = calls_of(checkpoint)
+    (got,) = write(checkpoint, decoder, requests(1, NEW), slots=1).values()
+    assert sum(got.trace.forwards.values()) == len(seen)
+    assert len(got.ids) <= NEW
+
+
+@pytest.mark.parametrize("suppress", [False, True])
+def test_end_tokens_are_written_last_where_asked(suppress):
+    """With every slot but the first sure of the end token, and the first less sure of another."""
+    checkpoint = fluid_checkpoint()
+    (request,) = requests(1, 8)
+
+    def pretend(_, __, logits):
+        logits = torch.zeros_like(logits)
+        logits[..., checkpoint.end_ids[0]] = 20.0
+        logits[0] = 0.0
+        logits[0, 77] = 10.0
+        return logits
+
+    checkpoint.model.get_output_embeddings().register_forward_hook(pretend)
+    decoder = LladaSettings(block_length=8, suppress_end=suppress)
+    strategy = strategy_for(checkpoint, decoder)
+    strategy.allocate(1)
+    strategy.admit(0, [request], None, [256])
+    feed = strategy.plan(1)
+    strategy.absorb(feed, torch.zeros(1, feed.ids.shape[1], 32), [256])
+    canvas = strategy.plan(1).ids[0, len(request.prompt) :].tolist()
+    first = [i for i, token in enumerate(canvas) if token != checkpoint.mask_id]
+    assert len(first) == 1
+    assert (first == [0]) == suppress
+
+
+def test_a_canvas_beyond_the_window_is_refused():
+    with pytest.raises(ConfigError, match="a canvas of 300 exceed the window, 256"):
+        write(CHECKPOINT, LladaSettings(gen_length=300, block_length=100), requests(1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (NbdiffSettings, {"confidence": 1.5}, "confidence=1.5 must lie in [0.0, 1.0]"),
+        (NbdiffSettings, {"max_entropy": 0.5}, "max_entropy=0.5: at least 0, and only for rule=entropy"),
+        (NbdiffSettings, {"small_blocks": 0}, "small_blocks=0 must lie in [1, 4096]"),
+        (LladaSettings, {"gen_length": 10, "block_length": 4}, "gen_length=10 must be a multiple of block_length=4"),
+        (LladaSettings, {"steps": 0}, "steps=0 must lie in [1, 1000000]"),
+    ],
+)
+def test_bad_settings_are_named(kind, values, message):
+    with pytest.raises(ConfigError) as caught:
+        kind(**values)
+    assert message in str(caught.value)
+
+
+def test_choices_of_one_token_share_one_exact_forward():
+    context = tuple(range(5, 25))
+    work = ScoreRequest("q", tuple((context, (token,)) for token in (30, 40, 50, 60)))
+    scorer = scorer_for(CHECKPOINT, LladaSettings())
+    assert isinstance(scorer, CanvasScorer)
+    (score,) = scorer.score([work])
+    expected = forward(CHECKPOINT, [*context, CHECKPOINT.mask_id], 0)[-1].log_softmax(-1)
+    assert score.loglikelihoods == pytest.approx([float(expected[token]) for token in (30, 40, 50, 60)], abs=1e-4)
+    assert (sum(score.trace.forwards.values()), score.errors) == (1, (0, 0, 0, 0))
+
+
+def test_longer_continuations_are_estimated_within_their_errors():
+    """Against the sum over all masks: every count of masked tokens alike, every set of that size alike."""
+    context, continuation = tuple(range(5, 25)), (30, 41, 52)
+    exact = 0.0
+    for count in (1, 2, 3):
+        sets = list(combinations(range(3), count))
+        for masked in sets:
+            ids = [*context, *(CHECKPOINT.mask_id if i in masked else t for i, t in enumerate(continuation))]
+            scores = forward(CHECKPOINT, ids, 0).log_softmax(-1)
+            found = sum(float(scores[len(context) + i, continuation[i]]) for i in masked)
+            exact += found * 3 / count / len(sets) / 3
+    work = [ScoreRequest(str(n), ((context, continuation),)) for n in range(3)]
+    scores = sorted(CanvasScorer(CHECKPOINT.backbone, CHECKPOINT.mask_id, 8, 200).score(work), key=lambda s: s.key)
+    for score in scores:
+        assert 0 < score.errors[0] < 2
+        assert score.loglikelihoods[0] == pytest.approx(exact, abs=4 * score.errors[0])
+    assert len({score.loglikelihoods for score in scores}) == 3, "each request draws its own"
+    (again,) = CanvasScorer(CHECKPOINT.backbone, CHECKPOINT.mask_id, 1, 200).score(work[:1])
+    assert again.loglikelihoods == pytest.approx(scores[0].loglikelihoods, abs=1e-3)
+
+
+def test_requests_that_cannot_be_scored_are_refused():
+    scorer = CanvasScorer(CHECKPOINT.backbone, CHECKPOINT.mask_id)
+    for pair in (((), (1,)), ((1,), ()), ((1,) * 256, (2,))):
+        with pytest.raises(ConfigError, match="request x: cannot score"):
+            list(scorer.score([ScoreRequest("x", (pair,))]))
