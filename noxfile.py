@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nox
 
-nox.options.sessions = ["lint", "types", "tests", "wheel"]
+nox.options.sessions = ["lint", "types", "tests", "chain", "wheel"]
 nox.options.default_venv_backend = "none"
 HERE = Path(__file__).resolve().parent
 
@@ -43,6 +43,18 @@ def tests(session: nox.Session) -> None:
 def reproduce_table(session: nox.Session) -> None:
     """Measure every claim of reports/claims.toml that this machine can, beside what was claimed."""
     python(session, "fluid_eval", "reproduce", *session.posargs)
+
+
+@nox.session
+def reproduce_checkpoint(session: nox.Session) -> None:
+    """Train a bundled checkpoint again from its recipe and compare: -- tiny-fluid [--short]."""
+    python(session, "bench.reproduce", *session.posargs)
+
+
+@nox.session
+def chain(session: nox.Session) -> None:
+    """The claim chain in small, from nothing: train AR, adapt, calibrate, decode."""
+    python(session, "bench.reproduce", "tiny-fluid", "--short", "--build", str(Path(session.create_tmp()).resolve()))
 
 
 @nox.session

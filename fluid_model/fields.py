@@ -93,6 +93,9 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     elif get_origin(hint) is tuple:
         if isinstance(value, (list, tuple)):
             return tuple(_coerce(item, get_args(hint)[0], name) for item in value)
+    elif get_origin(hint) is dict:
+        if isinstance(value, Mapping):
+            return dict(value)
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     elif hint is type(None):

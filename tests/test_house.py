@@ -52,7 +52,13 @@ def modules_of(names: set[str]) -> set[str]:
 
 
 def python_files() -> list[Path]:
-    return [*MODULES.values(), *(ROOT / "tests").glob("*.py"), *(ROOT / "tasks").rglob("*.py"), ROOT / "noxfile.py"]
+    return [
+        *MODULES.values(),
+        *(ROOT / "tests").glob("*.py"),
+        *(ROOT / "tasks").rglob("*.py"),
+        *(ROOT / "bench").glob("*.py"),
+        ROOT / "noxfile.py",
+    ]
 
 
 @pytest.mark.parametrize("file", python_files(), ids=lambda file: str(file.relative_to(ROOT)))

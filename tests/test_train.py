@@ -180,9 +180,20 @@ def test_a_kill_while_saving_leaves_the_last_good_checkpoint(tmp_path, monkeypat
     monkeypatch.setattr(StageTrainer, "_save_optimizer_and_scheduler", save)
     with pytest.raises(ConfigError, match="holds steps of another recipe"):
         train(recipe_for(tmp_path, "broken", "fluid-hybrid", parent, seed=2), resume=True)
-    train(broken, resume=True)
+    spent = float((tmp_path / "broken.training" / "checkpoint-3" / "seconds").read_text())
+    told = train(broken, resume=True)
+    assert told["seconds"] > spent > 0, "time before the break counts"
     a, b = (fluid_model.load(str(tmp_path / name)).model.state_dict() for name in ("whole", "broken"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_what_is_measured_last_is_what_is_saved(tmp_path):
+    """Weights saved in bfloat16 are rounded before the final figures are taken."""
+    parent = save_model(tmp_path / "parent")
+    told = train(recipe_for(tmp_path, "out", "ar", parent, save_dtype="bfloat16"))
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size < (parent / "model.safetensors").stat().st_size * 0.6
+    again = recipe_for(tmp_path, "x", "ar", tmp_path / "out", optim={"steps": 1, "learning_rate": 1e-12})
+    assert train(again)["final"]["loss"] == pytest.approx(told["final"]["loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +212,7 @@ def test_a_kill_while_saving_leaves_the_last_good_checkpoint(tmp_path, monkeypat
         ({"loss": {"diff": 1.0}}, "loss: stage ar has one term only"),
         ({"loss": {"per": "token"}}, "loss.per='token' is unknown; known: slot, row"),
         ({"fans": {"noise": 1.5}}, "fans.noise=1.5 must lie in [0.0, 1.0]"),
+        ({"trainer": 1}, "trainer=1 must be a table"),
         ({"colour": 1}, "colour is no setting; known: stage"),
     ],
 )
@@ -218,3 +230,26 @@ def test_a_bad_row_names_file_and_line(tmp_path, line):
         file.write(line + "\n")
     with pytest.raises(ConfigError, match=r"rows\.jsonl, line 41: not a training row"):
         train(recipe)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"max_steps": 3}, "trainer.max_steps is set by the recipe"),
+        ({"speed": 3}, "trainer.speed is no argument of transformers' Trainer"),
+        ({"optim": "sgd!"}, "trainer: sgd! is not a valid OptimizerNames"),
+    ],
+)
+def test_trainer_arguments_are_checked_before_any_data_is_read(tmp_path, trainer, message):
+    recipe = recipe_for(tmp_path, "x", "ar", trainer=trainer)
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(ConfigError) as caught:
+        train(recipe)
+    assert message in str(caught.value)
+
+
+def test_trainer_arguments_reach_the_trainer(tmp_path):
+    parent = save_model(tmp_path / "parent")
+    plain = train(recipe_for(tmp_path, "a", "ar", parent))
+    other = train(recipe_for(tmp_path, "b", "ar", parent, trainer={"optim": "sgd", "gradient_checkpointing": True}))
+    assert plain["final"]["loss"] != other["final"]["loss"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from ..errors import ConfigError
@@ -188,7 +188,11 @@ class OptimSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one checkpoint is made. tau: bounds of the K-heads to train, for stage fluid-horizon."""
+    """How one checkpoint is made. tau: bounds of the K-heads to train, for stage fluid-horizon.
+
+    trainer: further arguments of transformers' Trainer, e.g. deepspeed, fsdp, gradient_checkpointing, report_to.
+    save_dtype: number format of the weights in the result.
+    """
 
     stage: Stage
     out: str
@@ -201,6 +205,8 @@ class Recipe:
     loss: LossSpec = field(default_factory=LossSpec)
     lora: LoraSpec | None = None
     tau: tuple[float, ...] = ()
+    trainer: dict[str, Any] = field(default_factory=dict)
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -228,9 +234,22 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """12 hex digits that name everything the recipe says but where its result goes."""
-        text = json.dumps({**asdict(self), "out": None}, sort_keys=True)
+        """12 hex digits that name all the recipe says but where its result goes. What is as by default does not count,
+        so that settings added later leave it alone.
+        """
+        text = json.dumps({**_said(self), "out": None}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _said(spec: Any) -> Nested:
+    """The values of a specification that are not its defaults, nested."""
+    found: Nested = {}
+    for f in fields(spec):
+        value = getattr(spec, f.name)
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        if value != default:
+            found[f.name] = _said(value) if is_dataclass(value) else value
+    return found
 
 
 def build_recipe(values: Mapping[str, Any]) -> Recipe:

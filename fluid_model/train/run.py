@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.utils import logging
 
 from .. import checkpoint as checkpoints
 from ..backbone import Backbone
@@ -92,6 +93,24 @@ class StageTrainer(Trainer):
         super().log(logs, start_time)
 
 
+class Clock(TrainerCallback):
+    """Time spent on a training, that of broken-off attempts up to the step they are resumed from included."""
+
+    def __init__(self, work: Path, started: float, latest: Path | None) -> None:
+        self.work, self.started = work, started
+        file = latest / CLOCK_FILE if latest else None
+        self.before = float(file.read_text()) if file and file.is_file() else 0.0
+
+    def seconds(self) -> float:
+        """So far."""
+        return self.before + time.perf_counter() - self.started
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        folder = self.work / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            (folder / CLOCK_FILE).write_text(str(self.seconds()))
+
+
 def train_chain(recipes: Sequence[Recipe], *, resume: bool = False) -> dict[str, Any]:
     """Train stage after stage; what stands between the first parent and the last result is removed in the end.
 
@@ -102,7 +121,7 @@ def train_chain(recipes: Sequence[Recipe], *, resume: bool = False) -> dict[str,
         done = finished(recipe) if resume else None
         stages.append(done or train(recipe, resume=resume, before=stages))
     for recipe in recipes[:-1]:
-        shutil.rmtree(recipe.out)
+        shutil.rmtree(recipe.out, ignore_errors=True)
     return stages[-1]
 
 
@@ -122,12 +141,13 @@ def train(recipe: Recipe, *, resume: bool = False, before: Sequence[dict[str, An
     half-done training of another recipe; RunError if the disk fails, with what is saved kept.
     """
     set_seed(recipe.seed)
+    logging.disable_progress_bar()  # of loading and saving; the training's own stays
     started = time.perf_counter()
     work = _work_folder(recipe, resume)
+    arguments = _arguments(recipe, work)
     rows, held_out = load_rows(recipe.data)
     parts = prepare(recipe, [row.text for row in rows])
     packed, measured = (_packs(recipe, parts, part) for part in (rows, held_out[:MEASURED_ROWS]))
-    arguments = _arguments(recipe, work)
     flex = parts.checkpoint.model.config._attn_implementation == "flex_attention"
     multiple = FLEX_MULTIPLE if flex else 1
     optim, per_row = recipe.optim, recipe.loss.per == "row"
@@ -141,14 +161,18 @@ def train(recipe: Recipe, *, resume: bool = False, before: Sequence[dict[str, An
         eval_dataset=Rows(measured, _final(parts.lay), steps=1, batch=len(measured), seed=recipe.seed + 1),
     )  # fmt: skip
     latest = _latest(work) if resume else None
+    clock = Clock(work, started, latest)
+    trainer.add_callback(clock)
     with _told_disk(work):
         trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+    _round(parts.module, recipe)
     final = trainer.evaluate()
-    manifest = told(recipe, final, trainer.state.log_history, time.perf_counter() - started, before)
+    manifest = told(recipe, final, trainer.state.log_history, clock.seconds(), before)
     if trainer.is_world_process_zero():
         with _told_disk(work):
             _save(parts.checkpoint, recipe, manifest)
         shutil.rmtree(work, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     return manifest
 
 
@@ -261,20 +285,29 @@ def _arguments(recipe: Recipe, work: Path) -> TrainingArguments:
     rows, left = divmod(optim.batch_size, optim.accumulate * devices)
     if left or not rows:
         raise ConfigError(f"optim.batch_size={optim.batch_size} does not divide over {devices} devices")
-    return TrainingArguments(
-        output_dir=str(work), max_steps=optim.steps, per_device_train_batch_size=rows,
-        per_device_eval_batch_size=rows, gradient_accumulation_steps=optim.accumulate,
-        learning_rate=optim.learning_rate, lr_scheduler_type=optim.schedule,
-        warmup_steps=round(optim.warmup * optim.steps), weight_decay=optim.weight_decay, max_grad_norm=optim.clip,
-        bf16=optim.bf16, save_steps=optim.save_every, save_total_limit=2, logging_steps=optim.report_every,
-        eval_strategy="steps", eval_steps=optim.measure_every, train_sampling_strategy="sequential",
-        remove_unused_columns=False, report_to="none", seed=recipe.seed, dataloader_pin_memory=False,
-        prediction_loss_only=True, label_names=["labels"], use_cpu=not torch.cuda.is_available(),
-        disable_tqdm=not sys.stderr.isatty(),
-    )  # fmt: skip
+    ours: dict[str, Any] = {
+        "output_dir": str(work), "max_steps": optim.steps, "per_device_train_batch_size": rows,
+        "per_device_eval_batch_size": rows, "gradient_accumulation_steps": optim.accumulate,
+        "learning_rate": optim.learning_rate, "lr_scheduler_type": optim.schedule,
+        "warmup_steps": round(optim.warmup * optim.steps), "weight_decay": optim.weight_decay,
+        "max_grad_norm": optim.clip, "bf16": optim.bf16, "save_steps": optim.save_every, "save_total_limit": 2,
+        "logging_steps": optim.report_every, "eval_strategy": "steps", "eval_steps": optim.measure_every,
+        "train_sampling_strategy": "sequential", "remove_unused_columns": False, "report_to": "none",
+        "seed": recipe.seed, "dataloader_pin_memory": False, "prediction_loss_only": True, "label_names": ["labels"],
+        "use_cpu": not torch.cuda.is_available(), "disable_tqdm": not sys.stderr.isatty(),
+    }  # fmt: skip
+    known = {f.name for f in fields(TrainingArguments)} - (ours.keys() - {"report_to"})
+    if unknown := recipe.trainer.keys() - known:
+        name = min(unknown)
+        why = "is set by the recipe" if name in ours else "is no argument of transformers' Trainer"
+        raise ConfigError(f"trainer.{name} {why}")
+    try:
+        return TrainingArguments(**{**ours, **recipe.trainer})
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"trainer: {error}") from error
 
 
-RECIPE_FILE = "recipe_hash"
+RECIPE_FILE, CLOCK_FILE = "recipe_hash", "seconds"
 
 
 def _work_folder(recipe: Recipe, resume: bool) -> Path:
@@ -284,10 +317,11 @@ def _work_folder(recipe: Recipe, resume: bool) -> Path:
     mark = work / RECIPE_FILE
     if resume and mark.is_file() and mark.read_text() != recipe.hash:
         raise ConfigError(f"{work} holds steps of another recipe ({mark.read_text()}, this one is {recipe.hash})")
-    if not resume:
-        shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
-    mark.write_text(recipe.hash)
+    if int(os.environ.get("RANK", "0")) == 0:
+        if not resume:
+            shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True, exist_ok=True)
+        mark.write_text(recipe.hash)
     return work
 
 
@@ -316,8 +350,17 @@ def _latest(work: Path) -> Path | None:
     return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
 
 
+@torch.no_grad()
+def _round(module: nn.Module, recipe: Recipe) -> None:
+    """Give trained weights the precision they are saved with, so that what is measured last is what is saved."""
+    if recipe.save_dtype == "bfloat16" and not isinstance(module, Horizons):
+        for parameter in module.parameters():
+            parameter.copy_(parameter.bfloat16())
+
+
 def _save(checkpoint: Checkpoint, recipe: Recipe, manifest: dict[str, Any]) -> None:
     if recipe.stage in ADAPTS and checkpoint.adapter is not None:
         checkpoint.backbone.model = checkpoint.adapter.merge_and_unload()
         checkpoint.adapter = None
+    checkpoint.model.to(getattr(torch, recipe.save_dtype))
     checkpoints.save(checkpoint, recipe.out, {TRAINING_FILE: json.dumps(manifest, indent=2) + "\n"})

@@ -1,0 +1,208 @@
+"""The bundled family on the mini suite: `python -m bench.family` measures it and writes docs/tiny-family.md.
+
+python -m bench.family [--checkpoints DIR] [--limit N] [--runs DIR] [--out FILE] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fluid_eval import run as job
+from fluid_eval.paths import resource
+from fluid_eval.spec import build_spec
+from fluid_model.train.origin import TRAINING_FILE, cpu_name
+
+TASKS = ("mini_gsm8k", "mini_math", "mini_humaneval", "mini_mmlu")
+METRICS = {"mini_gsm8k": "exact_match,strict-match", "mini_math": "math_verify,none"}
+"""Metric and filter of a task; the others have one only."""
+SCORES_FILE = "family.json"
+
+
+@dataclass(frozen=True)
+class System:
+    """A line of the table: a checkpoint and how it writes."""
+
+    label: str
+    checkpoint: str
+    decoder: dict[str, Any]
+
+
+SYSTEMS = (
+    System("tiny-ar", "tiny-ar", {"name": "ar"}),
+    System("tiny-fluid, verified", "tiny-fluid", {"name": "fluid"}),
+    System("tiny-fluid, as AR", "tiny-fluid", {"name": "ar"}),
+    System("tiny-fluid, unverified, γ 0.9", "tiny-fluid", {"name": "fluid", "verify": False}),
+    System("tiny-fluid, unverified, γ 0.5", "tiny-fluid", {"name": "fluid", "verify": False, "confidence": 0.5}),
+    System("tiny-nbdiff, threshold 0.9", "tiny-nbdiff", {"name": "nbdiff", "small_blocks": 1}),
+    System("tiny-nbdiff, one a pass", "tiny-nbdiff", {"name": "nbdiff", "small_blocks": 1, "confidence": None}),
+    System("tiny-llada, one a step", "tiny-llada", {"name": "llada", "gen_length": 96, "block_length": 16}),
+    System(
+        "tiny-llada, two a step", "tiny-llada", {"name": "llada", "gen_length": 96, "block_length": 16, "steps": 48}
+    ),
+)
+
+
+def measure(system: System, checkpoints: Path, runs: Path, limit: int | None) -> dict[str, Any]:
+    """Scores and costs of one system, by task."""
+    values = {
+        "tasks": list(TASKS), "model": str(checkpoints / system.checkpoint), "decoder": system.decoder,
+        "allow_code": True,
+    }  # fmt: skip
+    spec = build_spec(values if limit is None else {**values, "limit": limit})
+    result = job.run(spec, runs / spec.id, resume=True)
+    return {
+        "wall_seconds": result["wall_seconds"],
+        "tasks": {line["task"]: line for line in result["lines"] if is_main(line)},
+        "levels": {line["task"]: line for line in result["parts"] if is_main(line)},
+        "accepted": stride(runs / spec.id),
+    }
+
+
+def is_main(line: dict[str, Any]) -> bool:
+    """Whether a line of a result is the metric a task is judged by."""
+    name = f"{line['metric']},{line['filter']}"
+    return next((wanted == name for task, wanted in METRICS.items() if line["task"].startswith(task)), True)
+
+
+def stride(folder: Path) -> float | None:
+    """Mean tokens kept a round, over all rounds of a run; None for decoders without strides."""
+    kept: list[int] = []
+    with (folder / "samples.jsonl").open(encoding="utf-8") as lines:
+        for line in lines:
+            kept += (json.loads(line).get("trace") or {}).get("accepted") or []
+    return sum(kept) / len(kept) if kept else None
+
+
+def training_seconds(checkpoint: Path) -> float:
+    """What all stages of a checkpoint took, its parent apart."""
+    told = json.loads((checkpoint / TRAINING_FILE).read_text(encoding="utf-8"))
+    return float(told["seconds"] + sum(stage["seconds"] for stage in told.get("before", ())))
+
+
+def mean_score(found: dict[str, Any]) -> float:
+    """Mean over the tasks, in percent."""
+    scores = [float(line["score"]) for line in found["tasks"].values()]
+    return 100 * sum(scores) / len(scores)
+
+
+def interval(line: dict[str, Any]) -> str:
+    """A score and its 95% interval, in percent."""
+    return f"{100 * line['score']:.1f} [{100 * line['low']:.1f}, {100 * line['high']:.1f}]"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def table(results: dict[str, dict[str, Any]], seconds: dict[str, float]) -> str:
+    """Systems by tasks: scores, costs, training time."""
+    head = ["", *TASKS, "mean", "tokens/forward", "stride", "wall, s", "trained in, min"]
+    rows = []
+    for system in (system for system in SYSTEMS if system.label in results):
+        found = results[system.label]
+        written = [line for line in found["tasks"].values() if line["tokens_per_forward"] is not None]
+        speed = sum(line["tokens"] for line in written) / sum(line["forwards"] for line in written)
+        rows.append(
+            [
+                system.label, *(interval(found["tasks"][task]) for task in TASKS), f"{mean_score(found):.1f}",
+                f"{speed:.2f}", "" if found["accepted"] is None else f"{found['accepted']:.2f}",
+                f"{found['wall_seconds']:.0f}", f"{seconds[system.checkpoint] / 60:.0f}",
+            ]
+        )  # fmt: skip
+    return markdown(head, rows)
+
+
+def level_table(results: dict[str, dict[str, Any]]) -> str:
+    """Systems by levels of each task."""
+    names = sorted(next(iter(results.values()))["levels"])
+    head = ["", *(name.removeprefix("mini_") for name in names)]
+    rows = [
+        [label, *(f"{100 * found['levels'][name]['score']:.1f}" for name in names)] for label, found in results.items()
+    ]
+    return markdown(head, rows)
+
+
+def bars(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the family is to reach."""
+    parent, child = results["tiny-ar"], results["tiny-fluid, verified"]
+    loose = results["tiny-fluid, unverified, γ 0.5"]
+    easiest, mean = 100 * parent["levels"]["mini_gsm8k_1"]["score"], mean_score(parent)
+    lost, traded, kept = mean - mean_score(child), mean_score(child) - mean_score(loose), child["accepted"]
+    found = (
+        ("tiny-ar on mini_gsm8k_1, %", easiest, "at least 95", easiest >= 95),
+        ("tiny-ar, mean of the suite, %", mean, "75 to 95", 75 <= mean <= 95),
+        ("tiny-fluid verified, points below its parent", lost, "at most 1", lost <= 1),
+        ("tiny-fluid, mean accepted stride", kept, "at least 4", kept >= 4),
+        ("points lost unverified at γ 0.5", traded, "above 0", traded > 0),
+    )
+    return [{"name": name, "measured": round(value, 2), "bar": bar, "ok": ok} for name, value, bar, ok in found]
+
+
+PAGE = """# The tiny family
+
+Written by `python -m bench.family --out docs/tiny-family.md`: the checkpoints of `checkpoints/` on the mini suite, 210
+questions a task, greedy. Score in % with its 95% interval; tokens/forward over the three tasks that write text, every
+forward counted; stride: tokens kept a round; wall: the whole run, on {hardware}; trained in: all stages of the
+checkpoint itself, its parent apart. The three children were adapted on the same rows for the same number of steps
+(`recipes/`). "As AR" is tiny-fluid read one token a forward: verified decoding writes its text.
+
+{table}
+
+## By level
+
+Level 1 is the easiest.
+
+{levels}
+
+## Bars
+
+{bars}
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, and write the page. Exit code 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.family", description=__doc__)
+    parser.add_argument("--checkpoints", type=Path, default=resource("checkpoints"))
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--runs", type=Path, help="run folders to go on with; default: a temporary one")
+    parser.add_argument("--out", type=Path, help="page to write, and family.json beside the checkpoints")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    runs = options.runs or Path(tempfile.mkdtemp(prefix="family-"))
+    known = [system for system in SYSTEMS if (options.checkpoints / system.checkpoint).is_dir()]
+    results = {}
+    for system in known:
+        print(system.label, file=sys.stderr)
+        results[system.label] = measure(system, options.checkpoints, runs, options.limit)
+    seconds = {system.checkpoint: training_seconds(options.checkpoints / system.checkpoint) for system in known}
+    whole = len(results) == len(SYSTEMS)
+    found = bars(results) if whole else []
+    told = markdown(["bar", "measured", "wanted", "met"], [[str(value) for value in bar.values()] for bar in found])
+    text = table(results, seconds)
+    print(json.dumps({"bars": found}, ensure_ascii=False) if options.json else f"{text}\n\n{told}")
+    if options.out:
+        page = PAGE.format(table=text, levels=level_table(results), bars=told, hardware=cpu_name())
+        options.out.write_text(page, encoding="utf-8")
+        kept = {label: scores(one) for label, one in results.items()}
+        (options.checkpoints / SCORES_FILE).write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    return 0 if all(bar["ok"] for bar in found) else 1
+
+
+def scores(found: dict[str, Any]) -> dict[str, list[float]]:
+    """Score and interval of each task, for a later training to be compared with."""
+    return {task: [round(line[name], 4) for name in ("score", "low", "high")] for task, line in found["tasks"].items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Trains a bundled checkpoint again and compares: `python -m bench.reproduce NAME [--short]`.
+
+Whole: the recipe as it stands, from the bundled parent; the held-out figures of training.json must come back within
+TOLERANCE, and the mini suite's scores within the intervals of checkpoints/family.json. Short (minutes): the same chain
+from nothing with a few steps; losses must fall, and a verified FLUID text must be its own AR text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from fluid_eval import run as job
+from fluid_eval.paths import resource
+from fluid_eval.spec import build_spec
+from fluid_eval.store import read_samples
+from fluid_model.fields import assign, read_toml
+from fluid_model.train.origin import TRAINING_FILE
+from fluid_model.train.recipe import build_chain
+
+from .family import SCORES_FILE, SYSTEMS, measure
+
+NAMES = ("tiny-ar", "tiny-fluid", "tiny-nbdiff", "tiny-llada")
+TOLERANCE = {"loss": 0.05, "l_ar": 0.05, "l_diff": 0.05, "accepted": 0.1, "drift": 0.25}
+"""Allowed difference of held-out figures, relative: threads and machines round differently."""
+SHORT_ROWS, ROWS, SEED = 4000, 400_000, 1
+SHORT = (
+    "optim.steps=60",
+    "optim.batch_size=4",
+    "optim.measure_every=30",
+    "optim.report_every=10",
+    "optim.save_every=30",
+)
+
+
+def rows(build: Path, count: int) -> Path:
+    """The mini suite's training rows."""
+    file = build / f"mini-train-{count}.jsonl"
+    if not file.is_file():
+        maker = resource("tasks") / "mini" / "suite.py"
+        options = ("--count", str(count), "--seed", str(SEED), "--out", str(file))
+        subprocess.run([sys.executable, str(maker), *options], check=True)
+    return file
+
+
+def train(name: str, out: Path, data: Path, settings: tuple[str, ...]) -> dict[str, Any]:
+    """Train a recipe into `out`, going on with what an interrupted attempt left."""
+    from fluid_model.train.run import train_chain
+
+    values = read_toml(resource("recipes") / f"{name}.toml")
+    for setting in (*settings, f"out={out}", f'data.files=["{data}"]'):
+        assign(values, setting)
+    return train_chain(build_chain(values), resume=True)
+
+
+def row(name: str, measured: float, wanted: str, ok: bool) -> dict[str, Any]:
+    """One comparison, as every bench tells it."""
+    return {"name": name, "measured": round(measured, 4), "bar": wanted, "ok": ok}
+
+
+def whole(name: str, build: Path) -> list[dict[str, Any]]:
+    """The recipe as it stands, compared with what the bundled checkpoint says of itself."""
+    bundled, out = resource("checkpoints"), build / name
+    parent = () if name == "tiny-ar" else (f"model.parent={bundled / 'tiny-ar'}",)
+    told = train(name, out, rows(build, ROWS), parent)
+    before = json.loads((bundled / name / TRAINING_FILE).read_text(encoding="utf-8"))
+    found = []
+    for new, old in zip([*told["before"], told], [*before["before"], before], strict=True):
+        for key, allowed in TOLERANCE.items():
+            if key in old["final"]:
+                was, now = old["final"][key], new["final"][key]
+                label = f"{new['recipe']['stage']}: {key}"
+                found.append(row(label, now, f"{was:.4f} ± {allowed:.0%}", abs(now - was) <= allowed * abs(was)))
+    scores = json.loads((bundled / SCORES_FILE).read_text(encoding="utf-8"))
+    system = next(system for system in SYSTEMS if system.checkpoint == name)
+    for task, line in measure(system, build, build / "runs", None)["tasks"].items():
+        score, low, high = scores[system.label][task]
+        found.append(row(task, line["score"], f"{score:.3f} in [{low:.3f}, {high:.3f}]", low <= line["score"] <= high))
+    return found
+
+
+def short(name: str, build: Path) -> list[dict[str, Any]]:
+    """The same chain with a few steps, from nothing."""
+    data, parent = rows(build, SHORT_ROWS), build / "short-tiny-ar"
+    told = [train("tiny-ar", parent, data, SHORT)]
+    if name != "tiny-ar":
+        fewer = ("next.optim.steps=20",) if name == "tiny-fluid" else ()
+        last = train(name, build / f"short-{name}", data, (*SHORT, f"model.parent={parent}", *fewer))
+        told += [*last["before"], last]
+    found = []
+    for stage in told:
+        losses = [entry["loss"] for entry in stage["history"] if "loss" in entry]
+        first, last_ = float(losses[0]), float(losses[-1])
+        found.append(
+            row(f"{stage['recipe']['stage']}: last loss", last_, f"below the first, {first:.3f}", last_ < first)
+        )
+    if name == "tiny-fluid":
+        texts = [answers(build / f"short-{name}", build / "runs", decoder) for decoder in ("ar", "fluid")]
+        same = sum(texts[0][key] == texts[1][key] for key in texts[0])
+        found.append(row("verified texts equal to AR's", same, f"all {len(texts[0])}", same == len(texts[0])))
+    return found
+
+
+def answers(model: Path, runs: Path, decoder: str) -> dict[int, str]:
+    """What a checkpoint writes to a few questions."""
+    values = {"tasks": ["mini_gsm8k_1"], "model": str(model), "decoder": decoder, "limit": 8, "max_new_tokens": 48}
+    spec = build_spec(values)
+    job.run(spec, runs / spec.id, resume=True)
+    return {record["doc_id"]: record["output"] for record in read_samples(runs / spec.id)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train, compare, print. Exit code 1 if something does not come back."""
+    parser = argparse.ArgumentParser(prog="python -m bench.reproduce", description=__doc__)
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--short", action="store_true", help="a few steps, from nothing: does the chain hold")
+    parser.add_argument("--build", type=Path, default=Path("build"), help="where data, trainings and runs go")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    options.build.mkdir(parents=True, exist_ok=True)
+    found = (short if options.short else whole)(options.name, options.build)
+    if options.json:
+        print(json.dumps({"bars": found}, ensure_ascii=False))
+    else:
+        width = max(len(bar["name"]) for bar in found)
+        for bar in found:
+            print(f"{bar['name']:{width}}  {bar['measured']:>10}  {bar['bar']}  {'ok' if bar['ok'] else 'NO'}")
+    return 0 if all(bar["ok"] for bar in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
