@@ -59,7 +59,7 @@ def chain(session: nox.Session) -> None:
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """Build the wheel, install it in a fresh environment, run HumanEval's main job from another folder."""
+    """Build the wheel, install it in a fresh environment, run HumanEval's main job and the bundled default."""
     work = Path(session.create_tmp()).resolve()
     python(session, "build", "--wheel", "--no-isolation", "--outdir", str(work / "dist"))
     session.run(sys.executable, "-m", "venv", "--clear", str(work / "venv"))
@@ -74,5 +74,6 @@ def wheel(session: nox.Session) -> None:
             external=True, silent=True,
         )  # fmt: skip
         session.run(str(bin_ / "fluid-eval"), "report", "run", external=True)
+        session.run(str(bin_ / "fluid-eval"), "run", "--limit", "1", "--out", "default", external=True)
     assert json.loads(str(output)[str(output).index("{") :])["lines"][0]["n"] == 2, "the wheel's main job ran"
     assert (work / "run" / "report.html").stat().st_size > 10_000

@@ -21,7 +21,9 @@ _HOME = {
     "FluidSettings": "settings",
     "Generation": "engine.records",
     "KHead": "khead",
+    "LladaSettings": "settings",
     "Manifest": "manifest",
+    "NbdiffSettings": "settings",
     "Request": "engine.records",
     "Score": "engine.records",
     "ScoreRequest": "engine.records",
@@ -32,6 +34,7 @@ _HOME = {
     "load": "checkpoint",
     "load_tokenizer": "checkpoint",
     "save": "checkpoint",
+    "scorer_for": "decoders",
 }
 __all__ = list(_HOME)
 

@@ -75,7 +75,8 @@ def _train(options: argparse.Namespace) -> int:
     told = train_chain(recipes, resume=options.resume)
     final = ", ".join(f"{name} {value:.4g}" for name, value in told["final"].items())
     seconds = told["seconds"] + sum(stage["seconds"] for stage in told["before"])
-    print(f"{recipes[-1].out}: {final} after {seconds:.0f} s")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{recipes[-1].out}: {final} after {seconds:.0f} s")
     return 0
 
 

@@ -1,0 +1,106 @@
+"""The bundled family is what its recipes say, small, and does what its page claims."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+
+import pytest
+
+import fluid_model
+from bench import family
+from fluid_eval.cli import main
+from fluid_eval.paths import resource
+from fluid_model.fields import read_toml
+from fluid_model.train.origin import weights_hash
+from fluid_model.train.recipe import build_chain, build_recipe
+
+from .test_mini import suite
+
+CHECKPOINTS = resource("checkpoints")
+NAMES = ("tiny-ar", "tiny-fluid", "tiny-nbdiff", "tiny-llada")
+DECODERS = {
+    "tiny-ar": fluid_model.ArSettings(),
+    "tiny-fluid": fluid_model.FluidSettings(),
+    "tiny-nbdiff": fluid_model.NbdiffSettings(),
+    "tiny-llada": fluid_model.LladaSettings(gen_length=64, block_length=16),
+}
+
+
+def told(name):
+    return json.loads((CHECKPOINTS / name / "training.json").read_text())
+
+
+def test_the_family_is_small():
+    files = [file for file in CHECKPOINTS.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 20e6
+    assert {file.relative_to(CHECKPOINTS).parts[0] for file in files} == {*NAMES, "family.json"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_is_what_its_recipe_says(name):
+    chain = build_chain(read_toml(resource("recipes") / f"{name}.toml"))
+    manifests = [*told(name)["before"], told(name)]
+    assert [m["recipe_hash"] for m in manifests] == [recipe.hash for recipe in chain]
+    assert [build_recipe(m["recipe"]).hash for m in manifests] == [recipe.hash for recipe in chain]
+    assert all(m["commit"] and m["data"] and m["versions"]["torch"] for m in manifests)
+    assert sum(m["seconds"] for m in manifests) <= 60 * 60, "each is trained within the hour"
+    if name != "tiny-ar":
+        assert manifests[0]["parent_hash"] == weights_hash(CHECKPOINTS / "tiny-ar")
+        assert fluid_model.load(str(CHECKPOINTS / name)).manifest.parent == "../tiny-ar"
+
+
+def test_the_children_had_one_budget():
+    first = {name: (told(name)["before"] or [told(name)])[0]["recipe"] for name in NAMES[1:]}
+    shared = [{key: recipe[key] for key in ("data", "optim", "seed")} for recipe in first.values()]
+    assert shared[0] == shared[1] == shared[2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_answers_easy_questions(name):
+    """Ten word problems of one step: most are right, whoever writes."""
+    checkpoint = fluid_model.load(str(CHECKPOINTS / name))
+    rows = list(islice(suite.test_rows("mini_gsm8k", 1), 10))
+    work = [
+        fluid_model.Request(str(n), tuple(checkpoint.tokenizer(row["prompt"])["input_ids"]), 64)
+        for n, row in enumerate(rows)
+    ]
+    found = {g.key: g.text for g in fluid_model.engine_for(checkpoint, DECODERS[name]).generate(work)}
+    right = sum(f"#### {row['answer'].split('#### ')[1]}" in found[str(n)] for n, row in enumerate(rows))
+    assert right >= (7 if name in ("tiny-ar", "tiny-fluid") else 4)
+
+
+def test_verified_text_is_ar_text_and_takes_fewer_forwards():
+    checkpoint = fluid_model.load(str(CHECKPOINTS / "tiny-fluid"))
+    assert set(checkpoint.manifest.tau) >= {0.5, 1.0, 2.0, 2.8, 4.0}
+    rows = [suite.test_rows(task, level)[0] for task in suite.TASKS if task != "mini_mmlu" for level in suite.LEVELS]
+    work = [
+        fluid_model.Request(str(n), tuple(checkpoint.tokenizer(row["prompt"])["input_ids"]), 96)
+        for n, row in enumerate(rows)
+    ]
+    ar, fluid = (
+        {g.key: g for g in fluid_model.engine_for(checkpoint, decoder).generate(work)}
+        for decoder in (fluid_model.ArSettings(), fluid_model.FluidSettings())
+    )
+    assert {key: g.ids for key, g in ar.items()} == {key: g.ids for key, g in fluid.items()}
+    ar_forwards, forwards = (sum(sum(g.trace.forwards.values()) for g in found.values()) for found in (ar, fluid))
+    assert forwards < 0.6 * ar_forwards
+
+
+def test_the_page_says_what_the_scores_say():
+    page = (resource("docs") / "tiny-family.md").read_text()
+    scores = json.loads((CHECKPOINTS / "family.json").read_text())
+    assert set(scores) == {system.label for system in family.SYSTEMS}
+    for label, tasks in scores.items():
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| {label} |") and "[" in line]
+        for score, _, _ in tasks.values():
+            assert f"| {100 * score:.1f} [" in line
+
+
+def test_a_run_without_a_model_takes_the_bundled_one(tmp_path, capsys):
+    assert main(["run", "--limit", "1", "--out", str(tmp_path / "run")]) == 0
+    out, err = capsys.readouterr()
+    assert "No model given: the bundled tiny-fluid" in err
+    assert "decoder fluid" in out
+    for task in ("mini_gsm8k", "mini_math", "mini_humaneval", "mini_mmlu"):
+        assert task in out or "mini " in out
