@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import logging
 
 from .. import checkpoint as checkpoints
@@ -31,6 +39,7 @@ from .data import Pack, Rows, encode, packs
 from .measure import HeldOut
 from .origin import TRAINING_FILE, told
 from .parent import start
+from .progress import Progress
 from .recipe import ADAPTS, Recipe
 from .rows import Row, load_rows
 from .stages import FLEX_MULTIPLE, Batch, Horizons, collate, row_loss
@@ -163,6 +172,9 @@ def train(recipe: Recipe, *, resume: bool = False, before: Sequence[dict[str, An
     latest = _latest(work) if resume else None
     clock = Clock(work, started, latest)
     trainer.add_callback(clock)
+    for shown in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(shown)
+    trainer.add_callback(Progress())
     with _told_disk(work):
         trainer.train(resume_from_checkpoint=str(latest) if latest else None)
     _round(parts.module, recipe)
@@ -294,7 +306,7 @@ def _arguments(recipe: Recipe, work: Path) -> TrainingArguments:
         "logging_steps": optim.report_every, "eval_strategy": "steps", "eval_steps": optim.measure_every,
         "train_sampling_strategy": "sequential", "remove_unused_columns": False, "report_to": "none",
         "seed": recipe.seed, "dataloader_pin_memory": False, "prediction_loss_only": True, "label_names": ["labels"],
-        "use_cpu": not torch.cuda.is_available(), "disable_tqdm": not sys.stderr.isatty(),
+        "use_cpu": not torch.cuda.is_available(),
     }  # fmt: skip
     known = {f.name for f in fields(TrainingArguments)} - (ours.keys() - {"report_to"})
     if unknown := recipe.trainer.keys() - known:
