@@ -16,6 +16,7 @@ Legend: N tokens of an example, L slots of a row, K widest fan.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -80,12 +81,12 @@ class Plain:
 @dataclass(frozen=True)
 class HybridFans:
     """FLUID's stage 1: a fan with probability `probability`, k ~ Uniform{1..k_max}; slots restored to their true token
-    at a ratio drawn per fan from U[0, 1], `noise` of those to a random token instead.
+    at a ratio drawn per fan from U[0, 1], `noise` of those to a random one of `random_ids` instead.
     """
 
     mask_id: int
     k_max: int
-    random_ids: range
+    random_ids: Sequence[int]
     probability: float = 0.5
     noise: float = 0.1
 

@@ -114,6 +114,18 @@ def test_noised_blocks_by_brute_force(example, seed, size, by_noise):
     assert row.targets == (len(places) if by_noise else len(masked))
 
 
+def test_noise_is_a_tenth_of_what_is_restored():
+    """Restored slots are half of all on average; a tenth of those hold another, non-special token."""
+    example = Example((7,) * 200, ((1, 200),))
+    fans = [expand(example, HybridFans(MASK, 16, [50, 60]), random.Random(seed)) for seed in range(20)]
+    ids = [token for row in fans for token in row.ids[200:]]
+    shares = {token: ids.count(token) / len(ids) for token in set(ids)}
+    assert set(shares) == {MASK, 7, 50, 60}
+    assert shares[MASK] == pytest.approx(0.5, abs=0.03)
+    assert shares[50] + shares[60] == pytest.approx(0.05, abs=0.01)
+    assert len(ids) / (20 * 198) == pytest.approx(4.25, abs=0.3), "half the positions, 8.5 slots each, less at the end"
+
+
 def test_blocks_grow_as_published():
     """b(s) = min(b_max, b0 * 2^floor(s / delta))  (NBDiff)."""
     rule = Blocks(MASK, END, length=32, first=1, every=100)

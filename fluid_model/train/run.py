@@ -215,8 +215,8 @@ def _adapt(checkpoint: Checkpoint, recipe: Recipe, parent: str) -> Parts:
     end = checkpoint.tokenizer.eos_token_id
     if recipe.stage != "fluid-hybrid" and end is None:
         raise ConfigError(f"model.parent={parent}: its tokenizer has no end-of-sequence token to fill blocks with")
-    special = [i for i in checkpoint.tokenizer.all_special_ids if i != mask]
-    lay = layouts(recipe, mask, end, range(max(special, default=-1) + 1, mask))
+    special = {*checkpoint.tokenizer.all_special_ids, mask}
+    lay = layouts(recipe, mask, end, [i for i in range(len(checkpoint.tokenizer)) if i not in special])
     full: Layout
     if isinstance(lay, HybridFans):
         full = MaskFans(mask, lay.k_max)
@@ -237,7 +237,7 @@ def _adapt(checkpoint: Checkpoint, recipe: Recipe, parent: str) -> Parts:
     return Parts(checkpoint, module, lay, full)
 
 
-def layouts(recipe: Recipe, mask: int, end: int, ids: range) -> Layout:
+def layouts(recipe: Recipe, mask: int, end: int, ids: Sequence[int]) -> Layout:
     """How the recipe's stage lays rows out. mask, end: token ids.  ids: what noise is drawn from."""
     fans, blocks = recipe.fans, recipe.blocks
     if recipe.stage == "fluid-hybrid":

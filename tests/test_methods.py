@@ -1,0 +1,97 @@
+"""Checkpoints adapted to NBDiff and LLaDA through the main job: every task, and errors that say which decoder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+import fluid_model
+from fluid_eval import store
+from fluid_eval.run import run
+from fluid_eval.spec import build_spec
+from fluid_model import ConfigError, Manifest
+
+from .tiny import MASK, fluid_checkpoint
+
+TASKS = ["mini_gsm8k_1", "mini_mmlu_1", "mini_humaneval_1"]
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """Folders of random checkpoints by method."""
+    folder = tmp_path_factory.mktemp("adapted")
+    for method in ("nbdiff", "llada"):
+        manifest = Manifest("random", MASK, method=method, block_length=8 if method == "nbdiff" else None)
+        checkpoint = replace(fluid_checkpoint(), manifest=manifest, heads=[], head=None)
+        checkpoint.model.config.max_position_embeddings = 512
+        fluid_model.save(checkpoint, folder / method)
+    return folder
+
+
+def spec_of(path, decoder, **changes):
+    values = {"tasks": TASKS, "model": str(path), "decoder": decoder, "limit": 2, "max_new_tokens": 10}
+    return build_spec({**values, "allow_code": True, **changes})
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        {"name": "nbdiff", "small_blocks": 2},
+        {"name": "nbdiff", "rule": "entropy", "max_entropy": 4.0},
+        {"name": "llada", "block_length": 5, "steps": 4},
+    ],
+)
+def test_the_main_job_runs(adapted, tmp_path, decoder):
+    result = run(spec_of(adapted / decoder["name"], decoder), tmp_path / "run")
+    assert [line["n"] for line in result["lines"]] == [2, 2, 2, 2]
+    records = {record["task"]: record for record in store.read_samples(tmp_path / "run")}
+    written = records["mini_gsm8k_1"]["trace"]["forwards"]
+    scored = records["mini_mmlu_1"]["trace"]["forwards"]
+    copies = 6  # of two-token choices that share their first: it masked, one for each; the second or both, one for all
+    assert sum(scored.values()) == (copies if decoder["name"] == "llada" else 1)
+    assert written["denoise"] > 0
+    assert (written["prefill"], scored["denoise"]) == ((0, copies) if decoder["name"] == "llada" else (1, 0))
+    assert len(records["mini_gsm8k_1"]["output_ids"]) <= 10
+
+
+@pytest.mark.parametrize(
+    ("method", "decoder", "message"),
+    [
+        ("nbdiff", "llada", "was adapted to nbdiff; use --decoder nbdiff"),
+        ("llada", "nbdiff", "was adapted to llada; use --decoder llada"),
+        ("llada", "ar", "reads in both directions; use --decoder llada"),
+        ("nbdiff", "fluid", "decoder=fluid needs a K-head"),
+    ],
+)
+def test_a_decoder_of_another_method_is_refused(adapted, tmp_path, method, decoder, message):
+    with pytest.raises(ConfigError) as caught:
+        run(spec_of(adapted / method, decoder), tmp_path / "run")
+    assert message in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plain_model_has_no_blocks(tiny_model, tmp_path):
+    with pytest.raises(ConfigError, match="is a plain causal model; use --decoder ar"):
+        run(spec_of(tiny_model, "nbdiff"), tmp_path / "run")
+
+
+def test_the_causal_path_of_nbdiff_is_ar(adapted, tmp_path):
+    """The same folder read one token a forward, and in blocks of one, writes the same."""
+    ar = run(spec_of(adapted / "nbdiff", "ar"), tmp_path / "ar")
+    ones = run(spec_of(adapted / "nbdiff", {"name": "nbdiff", "block_length": 1}), tmp_path / "ones")
+    assert [line["forwards"] for line in ar["lines"]] == [line["forwards"] for line in ones["lines"]]
+    texts = [{r["doc_id"]: r["output"] for r in store.read_samples(tmp_path / name)} for name in ("ar", "ones")]
+    assert texts[0] == texts[1]
+
+
+def test_a_bidirectional_backbone_needs_full_attention():
+    from transformers import MistralConfig
+
+    from .tiny import llama_config
+
+    config = MistralConfig(**{**llama_config().to_dict(), "model_type": "mistral", "sliding_window": 8})
+    checkpoint = fluid_checkpoint(config=config)
+    engine = fluid_model.engine_for(checkpoint, fluid_model.LladaSettings(block_length=4))
+    with pytest.raises(ConfigError, match="reads through a sliding window: it cannot fill blocks"):
+        list(engine.generate([fluid_model.Request("x", (5, 6, 7), 4)]))
