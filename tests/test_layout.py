@@ -27,7 +27,7 @@ from fluid_model.layout import (
     plain,
 )
 from fluid_model.train.losses import best_stride, horizon, horizon_target, weighted
-from fluid_model.train.stages import attention, collate, row_loss, slot_losses
+from fluid_model.train.stages import Horizons, attention, collate, row_loss, slot_losses
 
 from .tiny import fluid_checkpoint, llama_config
 
@@ -149,6 +149,28 @@ def test_a_canvas_by_brute_force(example, seed):
         assert row.labels[i] == IGNORE or i in response
     assert row.targets == len(response)
     assert bool(masks.slots(**batch_of(row)).all()), "all read all"
+
+
+def test_a_canvas_weighs_masked_tokens_by_their_rarity():
+    """1/t, so that a row's weights come to its number of response tokens on average.  (LLaDA)"""
+    example = Example(tuple(range(5, 45)), ((6, 40),))
+    row = Canvas(MASK, END, level=0.25).lay(example, random.Random(0), 0)
+    assert {weight for weight in row.diff if weight} == {4.0}
+    drawn = [Canvas(MASK, END).lay(example, random.Random(seed), 0) for seed in range(3000)]
+    shares = torch.tensor([sum(row.diff) / row.targets for row in drawn])
+    assert float(shares.mean()) == pytest.approx(1.0, abs=4 * float(shares.std()) / 3000**0.5)
+
+
+def test_horizons_are_measured_alike_in_packs():
+    """A packed fan's anchor is its own row's token: same hidden states, losses and strides as alone."""
+    checkpoint = fluid_checkpoint()
+    horizons = Horizons(checkpoint.model, 4, [1.0])
+    examples = [Example(tuple(range(5, 25)), ((6, 20),)), Example(tuple(range(40, 52)), ((1, 12),))]
+    laid = [expand(e, MaskFans(checkpoint.mask_id, 4), random.Random(3)) for e in examples]
+    apart = [horizons._measure(collate([pack([row])])) for row in laid]
+    together = horizons._measure(collate([pack(laid)]))
+    for found, parts in zip(together, zip(*apart, strict=True), strict=True):
+        assert torch.allclose(found.float(), torch.cat(parts).float(), atol=1e-4)
 
 
 @settings(max_examples=40, deadline=None)

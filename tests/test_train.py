@@ -130,18 +130,18 @@ def test_the_other_methods_train_and_load(tmp_path, stage, lora):
 
 
 def test_steps_may_be_taken_in_parts(tmp_path):
-    """Two half batches are one whole one where all rows are alike."""
+    """Two half batches are one whole one where all rows are alike; plain descent would show a wrong scale."""
     parent = save_model(tmp_path / "parent")
     file = tmp_path / "same.jsonl"
     file.write_text('{"prompt": "Q: 7+1? A:", "completion": " 8."}\n' * 20)
-    optim = {"steps": 3, "batch_size": 4, "learning_rate": 0.01}
+    optim = {"steps": 3, "batch_size": 4, "learning_rate": 0.01, "clip": 1e9}
     made = {}
     for parts in (1, 2):
         values = {
             "data": {"files": [str(file)], "held_out": 4, "max_length": 64},
             "optim": {**optim, "accumulate": parts},
         }
-        train(recipe_for(tmp_path, f"a{parts}", "ar", parent, **values, loss={"per": "row"}))
+        train(recipe_for(tmp_path, f"a{parts}", "ar", parent, **values, loss={"per": "row"}, trainer={"optim": "sgd"}))
         made[parts] = fluid_model.load(str(tmp_path / f"a{parts}")).model.state_dict()
     worst = max(float((made[1][name] - made[2][name]).abs().max()) for name in made[1])
     assert worst < 1e-4
