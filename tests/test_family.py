@@ -18,7 +18,7 @@ from fluid_model.train.recipe import build_chain, build_recipe
 from .test_mini import suite
 
 CHECKPOINTS = resource("checkpoints")
-NAMES = ("tiny-ar", "tiny-fluid", "tiny-nbdiff", "tiny-llada")
+NAMES = ("tiny-ar", "tiny-fluid")
 DECODERS = {
     "tiny-ar": fluid_model.ArSettings(),
     "tiny-fluid": fluid_model.FluidSettings(),
@@ -53,7 +53,7 @@ def test_a_checkpoint_is_what_its_recipe_says(name):
 def test_the_children_had_one_budget():
     first = {name: (told(name)["before"] or [told(name)])[0]["recipe"] for name in NAMES[1:]}
     shared = [{key: recipe[key] for key in ("data", "optim", "seed")} for recipe in first.values()]
-    assert shared[0] == shared[1] == shared[2]
+    assert all(budget == shared[0] for budget in shared)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,7 +90,7 @@ def test_verified_text_is_ar_text_and_takes_fewer_forwards():
 def test_the_page_says_what_the_scores_say():
     page = (resource("docs") / "tiny-family.md").read_text()
     scores = json.loads((CHECKPOINTS / "family.json").read_text())
-    assert set(scores) == {system.label for system in family.SYSTEMS}
+    assert set(scores) == {system.label for system in family.SYSTEMS if system.checkpoint in NAMES}
     for label, tasks in scores.items():
         (line,) = [line for line in page.splitlines() if line.startswith(f"| {label} |") and "[" in line]
         for score, _, _ in tasks.values():
