@@ -14,7 +14,6 @@ from fluid_model import ArSettings, ConfigError
 from fluid_model.canvas_scoring import CanvasScorer
 from fluid_model.checkpoint import Checkpoint
 from fluid_model.decoders import scorer_for, strategy_for
-from fluid_model.decoders.llada import schedule
 from fluid_model.engine.records import ScoreRequest
 from fluid_model.settings import LladaSettings, NbdiffSettings
 
@@ -86,7 +85,8 @@ def plain_llada(checkpoint: Checkpoint, prompt, decoder: LladaSettings, new_toke
     steps = min(block, max(1, (decoder.steps or length) // (length // block)))
     forwards = 0
     for low in range(len(prompt), len(row), block):
-        for count in schedule(block, steps):
+        for step in range(steps):
+            count = block // steps + (1 if step < block % steps else 0)  # the remainder to the first steps
             logits = forward(checkpoint, row, 0)
             if decoder.guidance:
                 unguided = forward(checkpoint, [mask] * len(prompt) + row[len(prompt) :], 0)
