@@ -43,7 +43,7 @@ def test_every_recipe_passes_a_dry_run(file, tmp_path, monkeypatch, capsys):
     told = capsys.readouterr().out
     for word in ("parameters", "tokens", "FLOPs", "memory", "time here", "8 x h100"):
         assert word in told
-    assert all(len(line) < 200 for line in told.splitlines())
+    assert all(len(line) <= 80 for line in told.splitlines())
 
 
 @pytest.mark.parametrize("name", ["fluid-7b", "nbdiff-7b"])

@@ -129,6 +129,16 @@ def test_the_other_methods_train_and_load(tmp_path, stage, lora):
         train(recipe_for(tmp_path, "x", "fluid-horizon", tmp_path / "out", tau=[1.0]))
 
 
+def test_a_recipes_hash_names_what_it_says_and_nothing_else():
+    """Defaults and the place of the result do not count, so that later settings leave old hashes alone."""
+    said = {"stage": "nbdiff", "model": {"parent": "p"}, "data": {"files": ["f"]}, "optim": {"steps": 5}, "seed": 3}
+    text = json.dumps({**said, "out": None}, sort_keys=True)
+    expected = hashlib.sha256(text.encode()).hexdigest()[:12]
+    assert build_recipe({**said, "out": "a"}).hash == build_recipe({**said, "out": "b"}).hash == expected
+    assert build_recipe({**said, "out": "a", "blocks": {"length": 32}}).hash == expected
+    assert build_recipe({**said, "out": "a", "blocks": {"length": 16}}).hash != expected
+
+
 def test_steps_may_be_taken_in_parts(tmp_path):
     """Two half batches are one whole one where all rows are alike; plain descent would show a wrong scale."""
     parent = save_model(tmp_path / "parent")

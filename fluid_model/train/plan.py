@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,8 +105,8 @@ def _tell(recipe: Recipe, found: Plan, gpu: str, here: float) -> str:
         f"{_gib(copied)} each copied, {_gib(sharded)} sharded, of {room:g} GiB",
     ]
     if found.assumed:
-        lines.append(f"assumed: {found.assumed}")
-    return "\n".join(lines)
+        lines.append(f"assumed     {found.assumed}")
+    return "\n".join(textwrap.fill(line, 80, subsequent_indent=" " * 12) for line in lines)
 
 
 def machine_flops(seconds: float = 0.5) -> float:
@@ -178,6 +179,7 @@ def _gib(size: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+    for size, name in ((86400 * 365, "years"), (86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {name}"
+    return f"{seconds:.0f} s"
