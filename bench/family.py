@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -177,8 +176,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="page to write, and family.json beside the checkpoints")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     runs = options.runs or Path(tempfile.mkdtemp(prefix="family-"))
     known = [system for system in SYSTEMS if (options.checkpoints / system.checkpoint).is_dir()]
     results = {}
@@ -187,7 +184,10 @@ def main(arguments: list[str] | None = None) -> int:
         results[system.label] = measure(system, options.checkpoints, runs, options.limit)
     seconds = {system.checkpoint: training_seconds(options.checkpoints / system.checkpoint) for system in known}
     found = bars(results) if {"tiny-ar", "tiny-fluid"} <= set(seconds) else []
-    told = markdown(["bar", "measured", "wanted", "met"], [[str(value) for value in bar.values()] for bar in found])
+    told = markdown(
+        ["bar", "measured", "wanted", "met"],
+        [[*map(str, list(bar.values())[:-1]), "yes" if bar["ok"] else "**no**"] for bar in found],
+    )
     text = table(results, seconds)
     print(json.dumps({"bars": found}, ensure_ascii=False) if options.json else f"{text}\n\n{told}")
     if options.out:

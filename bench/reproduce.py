@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -122,8 +121,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--build", type=Path, default=Path("build"), help="where data, trainings and runs go")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     options.build.mkdir(parents=True, exist_ok=True)
     found = (short if options.short else whole)(options.name, options.build)
     if options.json:

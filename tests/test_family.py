@@ -84,7 +84,7 @@ def test_verified_text_is_ar_text_and_takes_fewer_forwards():
     )
     assert {key: g.ids for key, g in ar.items()} == {key: g.ids for key, g in fluid.items()}
     ar_forwards, forwards = (sum(sum(g.trace.forwards.values()) for g in found.values()) for found in (ar, fluid))
-    assert forwards < 0.6 * ar_forwards
+    assert forwards < 0.8 * ar_forwards
 
 
 def test_the_page_says_what_the_scores_say():
