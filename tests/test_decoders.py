@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import combinations
 
@@ -14,6 +15,7 @@ from fluid_model import ArSettings, ConfigError
 from fluid_model.canvas_scoring import CanvasScorer
 from fluid_model.checkpoint import Checkpoint
 from fluid_model.decoders import scorer_for, strategy_for
+from fluid_model.decoders.sampling import choose
 from fluid_model.engine.records import ScoreRequest
 from fluid_model.settings import LladaSettings, NbdiffSettings
 
@@ -210,6 +212,17 @@ def test_end_tokens_are_written_last_where_asked(suppress):
     first = [i for i, token in enumerate(canvas) if token != checkpoint.mask_id]
     assert len(first) == 1
     assert (first == [0]) == suppress
+
+
+def test_three_ways_to_be_sure():
+    """The likelier token need not have the wider margin, nor the lower entropy."""
+    table = torch.tensor([[0.5, 0.45, 0.05, 0.0], [0.45, 0.2, 0.2, 0.15]]).clamp(min=1e-12)
+    found = {rule: choose(table.log(), torch.zeros(2), 0.0, 1.0, rule) for rule in ("probability", "margin", "entropy")}
+    assert all(token.tolist() == [0, 0] for token, _ in found.values())
+    assert found["probability"][1].tolist() == pytest.approx([0.5, 0.45], abs=1e-6)
+    assert found["margin"][1].tolist() == pytest.approx([0.05, 0.25], abs=1e-6)
+    entropy = [-sum(p * math.log(p) for p in row if p > 1e-9) for row in table.tolist()]
+    assert found["entropy"][1].tolist() == pytest.approx([-value for value in entropy], abs=1e-5)
 
 
 def test_a_canvas_beyond_the_window_is_refused():
