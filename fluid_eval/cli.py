@@ -14,6 +14,7 @@ from fluid_model.errors import ConfigError, RunError
 
 BUNDLED = "tiny-fluid"
 """The checkpoint a run takes if none is named."""
+BUNDLED_TASKS = "mini_gsm8k,mini_math,mini_humaneval,mini_mmlu"
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 _FLAGS = {
@@ -154,12 +155,12 @@ def _take_bundled(values: dict[str, Any], options: argparse.Namespace) -> None:
     values["model"] = {"path": str(resource("checkpoints") / BUNDLED)}
     values.setdefault("decoder", {"name": "fluid"})
     if options.tasks is None and "tasks" not in values:
-        values["tasks"] = "mini"
+        values["tasks"] = BUNDLED_TASKS
         values["allow_code"] = True  # weights that come with this package, in a process of its own
     print(
-        f"No model given: the bundled {BUNDLED}, 1.8M parameters trained on this suite's own\n"
-        "kind of questions. For a real one: fluid-eval run --tasks gsm8k,math500\n"
-        "--model FOLDER_OR_HUB_ID (for instance a 7B checkpoint's folder)\n",
+        f"No model given: the bundled {BUNDLED}, 1.8M parameters, trained on the mini suite's\n"
+        "kind of questions alone. For a real one, a 7B checkpoint for instance:\n"
+        "fluid-eval run --tasks gsm8k,math500 --model FOLDER_OR_HUB_ID\n",
         file=sys.stderr,
     )
 

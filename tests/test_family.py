@@ -51,9 +51,10 @@ def test_a_checkpoint_is_what_its_recipe_says(name):
 
 
 def test_the_children_had_one_budget():
-    first = {name: (told(name)["before"] or [told(name)])[0]["recipe"] for name in NAMES[1:]}
-    shared = [{key: recipe[key] for key in ("data", "optim", "seed")} for recipe in first.values()]
-    assert all(budget == shared[0] for budget in shared)
+    children = [f"tiny-{method}" for method in ("fluid", "nbdiff", "llada")]
+    first = [build_chain(read_toml(resource("recipes") / f"{name}.toml"))[0] for name in children]
+    budgets = [(recipe.model, recipe.data, recipe.optim, recipe.seed) for recipe in first]
+    assert budgets[0] == budgets[1] == budgets[2]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,4 +104,4 @@ def test_a_run_without_a_model_takes_the_bundled_one(tmp_path, capsys):
     assert "No model given: the bundled tiny-fluid" in err
     assert "decoder fluid" in out
     for task in ("mini_gsm8k", "mini_math", "mini_humaneval", "mini_mmlu"):
-        assert task in out or "mini " in out
+        assert f"\n{task} " in out

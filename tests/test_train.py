@@ -188,6 +188,8 @@ def test_a_kill_while_saving_leaves_the_last_good_checkpoint(tmp_path, monkeypat
         train(broken)
     assert not (tmp_path / "broken").exists()
     monkeypatch.setattr(StageTrainer, "_save_optimizer_and_scheduler", save)
+    with pytest.raises(ConfigError, match=r"holds saved steps \(checkpoint-3\): pass --resume"):
+        train(broken)
     with pytest.raises(ConfigError, match="holds steps of another recipe"):
         train(recipe_for(tmp_path, "broken", "fluid-hybrid", parent, seed=2), resume=True)
     clock = tmp_path / "broken.training" / "checkpoint-3" / "seconds"

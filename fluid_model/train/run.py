@@ -323,12 +323,14 @@ RECIPE_FILE, CLOCK_FILE = "recipe_hash", "seconds"
 
 
 def _work_folder(recipe: Recipe, resume: bool) -> Path:
-    """Where steps are saved: beside `out`. Resuming another recipe's steps is refused."""
+    """Where steps are saved: beside `out`. Another recipe's steps are not gone on with, saved ones not thrown away."""
     out = Path(recipe.out)
     work = out.with_name(f"{out.name}.training")
     mark = work / RECIPE_FILE
     if resume and mark.is_file() and mark.read_text() != recipe.hash:
         raise ConfigError(f"{work} holds steps of another recipe ({mark.read_text()}, this one is {recipe.hash})")
+    if not resume and (latest := _latest(work)) is not None:
+        raise ConfigError(f"{work} holds saved steps ({latest.name}): pass --resume to go on, or remove the folder")
     if int(os.environ.get("RANK", "0")) == 0:
         if not resume:
             shutil.rmtree(work, ignore_errors=True)
