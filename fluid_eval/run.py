@@ -48,7 +48,7 @@ def run(spec: RunSpec, folder: Path, *, resume: bool = False) -> Nested:
     from fluid_model.checkpoint import describe, load_tokenizer, pick_device
 
     pick_device(spec.model.device)
-    info = describe(spec.model.path)
+    info = describe(spec.model.path, spec.model.method)
     _check_decoder(spec, info)
     tasks = harness.load_tasks(spec)
     harness.check_settings(tasks, info.window)

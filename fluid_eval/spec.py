@@ -27,6 +27,10 @@ class ModelSpec:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tau: float | None = None
     mask_token: str | None = None
+    end_tokens: tuple[str, ...] | None = None
+    """Texts of the tokens that end an answer, instead of what the model's own files say."""
+    method: Literal["nbdiff", "llada"] | None = None
+    """What the model was adapted to, where its files do not tell."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,10 @@ class Worker:
     @cached_property
     def _checkpoint(self) -> Checkpoint:
         model = self._spec.model
-        return load(model.path, dtype=model.dtype, device=model.device, tau=model.tau, mask_token=model.mask_token)
+        return load(
+            model.path, dtype=model.dtype, device=model.device, tau=model.tau, mask_token=model.mask_token,
+            end_tokens=model.end_tokens, method=model.method,
+        )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
         """What this worker runs on: device, dtype, threads, parameters. Raises ConfigError if the model cannot load."""

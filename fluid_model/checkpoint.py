@@ -1,11 +1,15 @@
-"""Checkpoints: any Hugging Face causal LM, and this project's FLUID folders (see `manifest`). Strict in, atomic out."""
+"""Checkpoints: any Hugging Face causal LM, this project's folders (`manifest`), published layouts (`legacy`).
+
+Strict in, atomic out.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +18,14 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from . import legacy
 from .backbone import Backbone, context_window
 from .errors import ConfigError
 from .khead import KHead
-from .manifest import ADAPTER_FOLDER, HEAD_FILE, MANIFEST_FILE, MASK_FILE, Manifest, read_manifest, write_manifest
+from .manifest import ADAPTER_FOLDER, HEAD_FILE, MASK_FILE, Manifest, Method, write_manifest
+from .source import Source, find, from_pretrained
 from .tokens import Tokenizer, end_ids, single_id
 
 LEGACY_K_MAX = 16
@@ -33,6 +38,7 @@ class Checkpoint:
 
     heads: one K-head per entry of manifest.tau (none for a plain AR model).  head: the chosen one.
     model: the transformers model, with LoRA layers inside if the folder holds an adapter.
+    think_end: the token that closes a chain of thought, if the tokenizer knows one.
     """
 
     backbone: Backbone
@@ -43,6 +49,7 @@ class Checkpoint:
     heads: list[KHead] = field(default_factory=list)
     head: KHead | None = None
     adapter: PeftModel | None = None
+    think_end: str | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -66,51 +73,28 @@ class ModelInfo:
         return self.k_max is not None
 
 
-def resolve(path: str) -> str:
-    """A folder that exists, or a hub id. Raises ConfigError for a folder that cannot be a model."""
-    folder = Path(path).expanduser()
-    if path and folder.is_dir():
-        if not any((folder / name).is_file() for name in ("config.json", MANIFEST_FILE, legacy.ADAPTER_FILE)):
-            raise ConfigError(f"model={path}: the folder holds no config.json (nor fluid.json, nor an adapter)")
-        return str(folder)
-    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:
-        raise ConfigError(f"model={path!r}: no such folder (a hub id reads owner/name)")
-    return path
+def describe(path: str, method: Method | None = None) -> ModelInfo:
+    """Read configuration, manifest and heads, no weights.  method: see `load`.
 
-
-def describe(path: str) -> ModelInfo:
-    """Read configuration and manifest, no weights. Raises ConfigError if it is no causal LM or a bad checkpoint."""
-    source = resolve(path)
-    manifest = read_manifest(Path(source))
-    base = _base_of(source, manifest)
-    config = _from_pretrained(AutoConfig, base)
-    k_max: int | None = None
-    tau: tuple[float | None, ...] = ()
-    method: str | None = None
-    if manifest is not None:
-        heads = _read_heads(Path(source), manifest, _hidden_size(config))
-        k_max, tau, method = heads[0].k_max if heads else None, manifest.tau, manifest.method
-    elif (file := Path(source) / legacy.HEAD_FILE).is_file():
-        k_max, tau, method = legacy.read_head(file, _hidden_size(config)).k_max, (None,), "fluid"
+    Raises ConfigError if it is no causal LM or a bad checkpoint.
+    """
+    source = find(path, weights=False, method=method)
+    config = source.config
+    heads = _heads_of(source, _hidden_size(config))
+    tau: tuple[float | None, ...] = source.manifest.tau if source.manifest else (None,) * len(heads)
     architecture = (getattr(config, "architectures", None) or [config.model_type])[0]
-    return ModelInfo(architecture, context_window(config), k_max, tau, method)
+    k_max = heads[0].k_max if heads else None
+    return ModelInfo(architecture, context_window(config), k_max, tau, source.method)
 
 
 def read_config(path: str) -> PretrainedConfig:
     """The configuration of a folder or hub id (for an adapter: its parent's)."""
-    source = resolve(path)
-    return _from_pretrained(AutoConfig, _base_of(source, read_manifest(Path(source))))
+    return find(path, weights=False).config
 
 
 def load_tokenizer(path: str) -> Tokenizer:
     """The tokenizer of a folder or hub id (for an adapter: the folder's own, which knows the mask token)."""
-    source = resolve(path)
-    try:
-        return _from_pretrained(AutoTokenizer, source)
-    except ConfigError:
-        if legacy.adapter_parent(Path(source)) is None:
-            raise
-        return _from_pretrained(AutoTokenizer, _base_of(source, None))
+    return find(path, weights=False).tokenizer
 
 
 def load(
@@ -120,37 +104,31 @@ def load(
     device: str = "auto",
     tau: float | None = None,
     mask_token: str | None = None,
+    end_tokens: Sequence[str] | None = None,
+    method: Method | None = None,
 ) -> Checkpoint:
-    """Load a plain causal LM (folder or hub id), a FLUID folder, a folder with a published head (model_head.bin), or a
-    bare PEFT adapter, as LLaMA-Factory saves stage 1.
+    """Load a plain causal LM, a folder of this project, a published layout, or a bare PEFT adapter, as LLaMA-Factory
+    saves stage 1. path: a folder or a hub id.
 
     dtype: auto (float32 on CPU, the checkpoint's own elsewhere), float32, bfloat16.  device: auto, cpu, cuda.
     tau: which K-head to use, by its training-time bound.  mask_token: overrides the checkpoint's mask token text.
+    end_tokens: texts of the tokens that end an answer, instead of what configuration and tokenizer say.
+    method: what the model was adapted to, where its files do not tell.
     Raises ConfigError for missing or misshapen parts, unknown format versions and unsupported architectures.
     """
-    source = resolve(path)
-    folder = Path(source)
-    manifest = read_manifest(folder)
+    source = find(path, weights=True, method=method)
     target = pick_device(device)
-    base = _base_of(source, manifest)
-    tokenizer = load_tokenizer(source)
-    model = _load_weights(base, dtype, target)
-    hidden = _hidden_size(model.config)
-    heads: list[KHead] = []
+    tokenizer = source.tokenizer
+    model = _load_weights(source, dtype, target)
+    heads = _heads_of(source, _hidden_size(model.config))
+    manifest = source.manifest or _manifest_for(source, path, tokenizer, heads, mask_token)
     adapter = None
-    if manifest is not None:
-        heads = _read_heads(folder, manifest, hidden)
-        if manifest.weights == "adapter":
-            adapter = _load_adapter(model, tokenizer, folder, manifest)
-            model = adapter.get_base_model()
-    elif (file := folder / legacy.HEAD_FILE).is_file():
-        heads = [legacy.read_head(file, hidden)]
-        text = mask_token or legacy.mask_text(tokenizer)
-        manifest = Manifest(parent=path, mask_token=text, k_max=heads[0].k_max, tau=(None,))
-    elif base != source:
-        manifest = Manifest(base, mask_token or legacy.mask_text(tokenizer), LEGACY_K_MAX, weights="adapter")
-        _grow(model, single_id(tokenizer, manifest.mask_token))
-        adapter = _wrap(model, folder)
+    if manifest is not None and manifest.weights == "adapter":
+        if source.manifest is None:
+            _grow(model, single_id(tokenizer, manifest.mask_token))
+            adapter = _wrap(model, source.folder)
+        else:
+            adapter = _load_adapter(model, tokenizer, source.folder, manifest)
         model = adapter.get_base_model()
     chosen = manifest.choose(tau) if manifest and heads else None
     if chosen is None and tau is not None:
@@ -160,12 +138,13 @@ def load(
     return Checkpoint(
         backbone=backbone,
         tokenizer=tokenizer,
-        end_ids=end_ids(tokenizer, model.config, model.generation_config),
+        end_ids=_end_ids(tokenizer, model, manifest, end_tokens),
         manifest=manifest,
         mask_id=single_id(tokenizer, mask_token or manifest.mask_token) if manifest else None,
         heads=heads,
         head=heads[chosen].to(target) if chosen is not None else None,
         adapter=adapter,
+        think_end=legacy.think_end(tokenizer),
     )
 
 
@@ -220,37 +199,60 @@ def pick_device(device: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
-def _base_of(source: str, manifest: Manifest | None) -> str:
-    """Where the weights are: the folder itself, or the parent of an adapter (a relative path counts from it)."""
-    if manifest is not None and manifest.weights == "adapter":
-        parent = manifest.parent
-    elif manifest is None and (bare := legacy.adapter_parent(Path(source))) is not None:
-        parent = bare
-    else:
-        return source
-    beside = Path(source) / parent
-    return str(beside) if beside.is_dir() else resolve(parent)
+def _heads_of(source: Source, hidden_size: int) -> list[KHead]:
+    if source.manifest is not None:
+        return _read_heads(source.folder, source.manifest, hidden_size)
+    file = source.folder / legacy.HEAD_FILE
+    return [legacy.read_head(file, hidden_size)] if file.is_file() else []
 
 
-def _from_pretrained(auto: Any, source: str, **options: Any) -> Any:
-    """transformers' own loading, its errors told in one line. Code from a model repository is never run."""
-    try:
-        return auto.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"model={source}: {reason.strip()}") from error
+def _manifest_for(
+    source: Source, path: str, tokenizer: Tokenizer, heads: list[KHead], mask_token: str | None
+) -> Manifest | None:
+    """What a manifest would say of a checkpoint that has none; None for a plain causal model."""
+    if source.method is None:
+        return None
+    is_fluid = source.method == "fluid"
+    return Manifest(
+        parent=source.parent or path,
+        mask_token=mask_token or legacy.mask_text(tokenizer, source.published),
+        k_max=(heads[0].k_max if heads else LEGACY_K_MAX) if is_fluid else None,
+        tau=(None,) * len(heads),
+        weights="merged" if source.parent is None else "adapter",
+        method=source.method,
+        block_length=source.published.block_length,
+    )
 
 
-def _load_weights(source: str, dtype: str, device: torch.device) -> PreTrainedModel:
+def _end_ids(
+    tokenizer: Tokenizer, model: PreTrainedModel, manifest: Manifest | None, texts: Sequence[str] | None
+) -> tuple[int, ...]:
+    """Ids of the texts that end an answer, or all that configuration, tokenizer and the published method name."""
+    if texts is not None:
+        return tuple(sorted(single_id(tokenizer, text, "end token") for text in texts))
+    known = legacy.END_TEXTS.get(manifest.method, ()) if manifest else ()
+    vocabulary = tokenizer.get_vocab()
+    more = {vocabulary[text] for text in known if text in vocabulary}
+    return tuple(sorted(more.union(end_ids(tokenizer, model.config, model.generation_config))))
+
+
+def _load_weights(source: Source, dtype: str, device: torch.device) -> PreTrainedModel:
+    """The base's weights. A published layout must name exactly Llama's; elsewhere a surplus (other heads) is left."""
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"dtype={dtype!r}: known are auto, float32, bfloat16")
     number = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
         dtype, torch.float32 if device.type == "cpu" else "auto"
     )
-    model, info = _from_pretrained(AutoModelForCausalLM, source, dtype=number, output_loading_info=True)
-    missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
-    if missing:
-        raise ConfigError(f"model={source}: {len(missing)} weights are missing or misshapen, first {missing[0]}")
+    foreign = source.published.llama is not None
+    options = {"config": source.config, "key_mapping": dict(source.published.keys)} if foreign else {}
+    model, info = from_pretrained(AutoModelForCausalLM, source.base, dtype=number, output_loading_info=True, **options)
+    wrong = {"missing or misshapen": [*info["missing_keys"], *map(str, info["mismatched_keys"])]}
+    wrong |= {"unknown": [*info["unexpected_keys"]]} if foreign else {}
+    for what, keys in wrong.items():
+        if keys:
+            raise ConfigError(f"model={source.base}: {len(keys)} weights are {what}, first {min(keys)}")
+    if foreign:
+        model._weight_conversions = None  # else transformers would save under the published names, which fit no config
     return model.to(device)
 
 
@@ -330,11 +332,13 @@ def _load_adapter(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, ma
 
 
 def _wrap(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """The model with the folder's PEFT adapter."""
+    """The model with the folder's PEFT adapter. Raises ConfigError if some of the adapter's weights found no place."""
     try:
-        return PeftModel.from_pretrained(model, str(folder))
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder}: {str(error).splitlines()[0]}") from error
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            return PeftModel.from_pretrained(model, str(folder), key_mapping=legacy.ADAPTER_KEYS)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, UserWarning) as error:
+        raise ConfigError(f"{folder}: {str(error).splitlines()[0][:200]}") from error
 
 
 def _swap(draft: Path, target: Path) -> None:

@@ -1,6 +1,10 @@
-"""Reads layouts other projects published; nothing else in the package knows them.
+"""Reads layouts other projects published, without running their code; nothing else in the package knows them.
 
-FLUID (arXiv 2605.27387): beside an ordinary Hugging Face folder stands `model_head.bin`, a pickled state dict with
+openPangu-Embedded (config.json says "PanguEmbedded"): a Llama with biases on q, k, v and o.
+NBDiff (arXiv 2512.06776): openPangu's layout. Its config does not tell it from its parent, so the repository's name
+does, or a mask token or block length in the config, or the user (`model.method`). The mask is an unused token.
+LLaDA (arXiv 2502.09992; "llada"): Llama's mathematics under OLMo's names, read in both directions.
+FLUID (arXiv 2605.27387): beside a whole model or a PEFT adapter stands `model_head.bin`, a pickled state dict with
 `diffusion_k_head.{0,2}.{weight,bias}`; the mask token is one of the parent's unused tokens. Its stage 1 is trained with
 LLaMA-Factory, which leaves a bare PEFT adapter.
 """
@@ -9,19 +13,146 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .errors import ConfigError
 from .khead import KHead
+from .manifest import Method
 from .tokens import Tokenizer
 
 HEAD_FILE = "model_head.bin"
 ADAPTER_FILE = "adapter_config.json"
 HEAD_PREFIX = "diffusion_k_head."
-MASK_TEXTS = ("[unused32]", "<unused32>", "unused32")
-"""How the published FLUID checkpoints may spell their mask token."""
+MASK_TEXTS: dict[Method, tuple[str, ...]] = {
+    "fluid": ("[unused32]", "<unused32>", "unused32"),
+    "nbdiff": ("[unused0]", "<unused0>", "unused0"),
+    "llada": ("<|mdm_mask|>",),
+}
+"""How published checkpoints spell their mask token."""
+END_TEXTS: dict[Method, tuple[str, ...]] = {"llada": ("<|eot_id|>",)}
+"""What ends an answer beside the end of sequence: LLaDA-Instruct closes a turn first."""
+THINK_ENDS = ("</think>", "[unused17]")
+"""What closes a chain of thought; the second is openPangu's."""
+NBDIFF_NAMES = ("nbdiff-7b-base", "nbdiff-7b-instruct", "openpangu-7b-diffusion-base", "openpangu-r-7b-diffusion")
+"""Repositories whose config.json is their parent's."""
+ADAPTER_KEYS = {r"^model\.model\.": "model.", r"^model\.lm_head\.": "lm_head."}
+"""FLUID's trainer wraps the model once more before it adds LoRA."""
+
+_PANGU_NEEDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "rms_norm_eps", "rope_theta", "bias",
+)  # fmt: skip
+_LLADA_FIXED: dict[str, tuple[Any, ...]] = {
+    "block_type": ("llama",), "activation_type": ("silu",), "layer_norm_type": ("rms",), "rope": (True,),
+    "layer_norm_with_affine": (True,), "alibi": (False,), "input_emb_norm": (False,), "scale_logits": (False,),
+    "attention_layer_norm": (False,), "include_bias": (False,), "include_qkv_bias": (False, None),
+    "bias_for_layer_norm": (False, None), "multi_query_attention": (False, None), "block_group_size": (1,),
+}  # fmt: skip
+"""What a LLaDA config may say for its model to be Llama-shaped; what it leaves out is taken to agree."""
+_LLADA_BLOCK = {
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ff_norm": "post_attention_layernorm",
+}
+LLADA_KEYS = {
+    r"^model\.transformer\.wte\.": "model.embed_tokens.",
+    r"^model\.transformer\.ln_f\.": "model.norm.",
+    r"^model\.transformer\.ff_out\.": "lm_head.",
+    **{rf"^model\.transformer\.blocks\.(\d+)\.{a}\.": rf"model.layers.\1.{b}." for a, b in _LLADA_BLOCK.items()},
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a folder's files say in this package's terms.
+
+    llama: LlamaConfig's fields, where transformers does not know the architecture.  keys: that layout's parameter names
+    (patterns) and Llama's.  method: what the model was adapted to.  mask_id: as config.json states it.
+    """
+
+    llama: Mapping[str, Any] | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
+    method: Method | None = None
+    mask_id: int | None = None
+    block_length: int | None = None
+
+
+def read_published(folder: Path, name: str, method: Method | None = None) -> Published:
+    """Read config.json.  name: how the user calls the model.  method: what the user says it was adapted to.
+
+    Raises ConfigError, naming the file, if a field is missing or says that the model is not Llama-shaped.
+    """
+    raw = _read_json(folder / "config.json")
+    found = Published(mask_id=raw.get("mask_token_id"), block_length=raw.get("block_length"))
+    if raw.get("model_type") == "llada":
+        found = replace(found, llama=_llada(raw, folder / "config.json"), keys=LLADA_KEYS, method="llada")
+    elif raw.get("model_type") == "PanguEmbedded":
+        is_block = found.mask_id is not None or found.block_length is not None
+        is_block |= Path(name).name.lower() in NBDIFF_NAMES
+        found = replace(found, llama=_pangu(raw, folder / "config.json"), method="nbdiff" if is_block else None)
+    return replace(found, method=method or found.method)
+
+
+def _pangu(raw: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    _need(raw, _PANGU_NEEDS, file)
+    own = {"auto_map", "model_type", "bias", "transformers_version"}
+    return {**{k: v for k, v in raw.items() if k not in own}, "attention_bias": raw["bias"], "mlp_bias": False}
+
+
+def _llada(raw: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    _need(raw, ("d_model", "n_heads", "n_layers", "mlp_hidden_size", "rope_theta", "rms_norm_eps"), file)
+    for name, known in _LLADA_FIXED.items():
+        if (value := raw.get(name, known[0])) not in known:
+            raise ConfigError(f"{file}: {name}={value!r} is not supported; LLaDA-8B has {known[0]!r}")
+    vocabulary = raw.get("embedding_size") or raw.get("vocab_size")
+    _need({"vocab_size": vocabulary, **raw}, ("vocab_size", "max_sequence_length", "weight_tying"), file)
+    kept = ("architectures", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
+    return {
+        **{k: raw[k] for k in kept if k in raw},
+        "vocab_size": vocabulary,
+        "hidden_size": raw["d_model"],
+        "intermediate_size": raw["mlp_hidden_size"],
+        "num_hidden_layers": raw["n_layers"],
+        "num_attention_heads": raw["n_heads"],
+        "num_key_value_heads": raw.get("n_kv_heads") or raw["n_heads"],
+        "max_position_embeddings": raw["max_sequence_length"],
+        "rms_norm_eps": raw["rms_norm_eps"],
+        "rope_theta": raw["rope_theta"],
+        "tie_word_embeddings": raw["weight_tying"],
+    }
+
+
+def _need(raw: Mapping[str, Any], names: tuple[str, ...], file: Path) -> None:
+    missing = [name for name in names if raw.get(name) is None]
+    if missing:
+        raise ConfigError(f"{file}: {missing[0]} is missing; a {raw.get('model_type')} model cannot be read without it")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The file's object; empty where there is none. Raises ConfigError, naming the file."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: must hold a JSON object")
+    return values
+
+
+def has_own_tokenizer_code(folder: Path) -> bool:
+    """Whether the folder's tokenizer is a class of its repository, which is never run."""
+    return "auto_map" in _read_json(folder / "tokenizer_config.json")
 
 
 def read_head(file: Path, hidden_size: int) -> KHead:
@@ -55,13 +186,32 @@ def head_from_state(state: dict[str, torch.Tensor], hidden_size: int, source: Pa
     return head.eval()
 
 
-def mask_text(tokenizer: Tokenizer) -> str:
-    """The mask token of a published checkpoint, found by how it may be spelt. Raises ConfigError if none is known."""
+def mask_text(tokenizer: Tokenizer, found: Published) -> str:
+    """The mask token's text: by the config's id, the tokenizer's own, or how published checkpoints spell it.
+
+    Raises ConfigError if there is none.
+    """
     vocabulary = tokenizer.get_vocab()
-    for text in MASK_TEXTS:
+    if found.mask_id is not None:
+        text = next((text for text, token in vocabulary.items() if token == found.mask_id), None)
+        if text is None:
+            raise ConfigError(
+                f"config.json: mask_token_id={found.mask_id} is no token of this tokenizer; set model.mask_token"
+            )
+        return str(text)
+    if tokenizer.mask_token is not None:
+        return str(tokenizer.mask_token)
+    spellings = MASK_TEXTS[found.method] if found.method else ()
+    for text in spellings:
         if text in vocabulary:
             return text
-    raise ConfigError(f"no mask token: none of {', '.join(MASK_TEXTS)} is in the tokenizer; set model.mask_token")
+    raise ConfigError(f"no mask token: none of {', '.join(spellings)} is in the tokenizer; set model.mask_token")
+
+
+def think_end(tokenizer: Tokenizer) -> str | None:
+    """The token that closes a chain of thought, or None if this tokenizer has none."""
+    vocabulary = tokenizer.get_vocab()
+    return next((text for text in THINK_ENDS if text in vocabulary), None)
 
 
 def adapter_parent(folder: Path) -> str | None:
@@ -71,10 +221,7 @@ def adapter_parent(folder: Path) -> str | None:
     file = folder / ADAPTER_FILE
     if not file.is_file() or (folder / "config.json").is_file():
         return None
-    try:
-        parent = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{file}: not an adapter's configuration: {error}") from error
+    parent = _read_json(file).get("base_model_name_or_path")
     if not parent:
         raise ConfigError(f"{file}: base_model_name_or_path is missing; it names what the adapter changes")
     return str(parent)

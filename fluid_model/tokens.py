@@ -11,14 +11,14 @@ Tokenizer = Any
 """A Hugging Face tokenizer (transformers is imported elsewhere)."""
 
 
-def single_id(tokenizer: Tokenizer, text: str) -> int:
-    """The id of a token spelled exactly `text`.
+def single_id(tokenizer: Tokenizer, text: str, what: str = "mask token") -> int:
+    """The id of a token spelled exactly `text`.  what: how a message calls it.
 
     Raises ConfigError if the tokenizer would need several tokens for it, or does not know it.
     """
     found = tokenizer.get_vocab().get(text)
     if found is None:
-        raise ConfigError(f"mask token {text!r} is not one token of this tokenizer ({len(tokenizer)} tokens)")
+        raise ConfigError(f"{what} {text!r} is not one token of this tokenizer ({len(tokenizer)} tokens)")
     return int(found)
 
 
