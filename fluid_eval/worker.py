@@ -45,14 +45,14 @@ class Worker:
 
     def facts(self) -> dict[str, Any]:
         """What this worker runs on: device, dtype, threads, parameters. Raises ConfigError if the model cannot load."""
-        backbone = self._checkpoint.backbone
+        backbone, folder = self._checkpoint.backbone, self._checkpoint.folder
         device = torch.cuda.get_device_name(backbone.device) if backbone.device.type == "cuda" else "cpu"
         return {
             "device": device,
             "dtype": str(backbone.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in self._checkpoint.model.parameters()),
-            "weights": weights_name(self._spec.model.path, self._checkpoint.model.config),
+            "weights": weights_name(folder) if folder else None,
         }
 
     def run(self, work: Sequence[Work]) -> Iterator[Answer]:
@@ -78,14 +78,11 @@ class Worker:
         return max(1, min(AUTO_ROWS, int(KV_SHARE * free_memory(backbone.device)) // row))
 
 
-def weights_name(path: str, config: Any) -> str:
-    """What tells one model's weights from another's: the hub's commit, or a hash over a folder's files.
+def weights_name(folder: Path) -> str:
+    """What tells one model's weights from another's: a hash over a folder's files, wherever it came from.
 
     Of large files only the size and both ends are read, which a retrained or converted model changes.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        return str(getattr(config, "_commit_hash", None) or path)
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         if file.suffix in (".safetensors", ".bin", ".json"):

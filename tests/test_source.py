@@ -1,0 +1,182 @@
+"""Where files come from and what reads them: a hub id is a folder once fetched; SentencePiece without its library."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fluid_model
+from fluid_eval.worker import weights_name
+from fluid_model import ConfigError, FluidSettings, hub
+from fluid_model.spm import SPACE, load_sentencepiece
+
+from .published import UNUSED, piece_ids, pieces, random_weights, save_llada, save_pangu, save_pieces
+from .tiny import fluid_checkpoint, llama_config, save_model
+
+IDS = torch.arange(3, 40)[None]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of the hub's. The hub itself is out of reach (see conftest)."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def fill(cache, repository, folder):
+    """Put a folder where the hub's client looks for a repository."""
+    place = cache / f"models--{repository.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(folder, place / "snapshots" / COMMIT)
+
+
+def test_a_hub_id_is_its_folder(tmp_path, cache):
+    """Published layouts, a folder of this project, and an adapter whose parent is on the hub too."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    plain = random_weights(bias=False, tied=False)
+    folders = {
+        "GSAI-ML/LLaDA-8B-Base": save_llada(tmp_path / "a", plain, tied=False),
+        "yuchuantian/NBDiff-7B-Base": save_pangu(tmp_path / "NBDiff-7B-Base", plain),
+        "someone/fluid": tmp_path / "c",
+        "someone/parent": save_model(tmp_path / "parent", llama_config(vocab_size=259)),
+        "someone/adapter": tmp_path / "adapter",
+    }
+    fluid_model.save(fluid_checkpoint(), folders["someone/fluid"])
+    fill(cache, "someone/parent", folders["someone/parent"])
+    base = fluid_model.load("someone/parent")
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapter = get_peft_model(base.model, lora)
+    adapter.peft_config["default"].base_model_name_or_path = "someone/parent"
+    adapter.save_pretrained(folders["someone/adapter"])
+    for repository, folder in folders.items():
+        if repository != "someone/parent":
+            fill(cache, repository, folder)
+        mask = "a" if repository == "someone/adapter" else None
+        here, there = (fluid_model.load(str(path), mask_token=mask) for path in (folder, repository))
+        assert torch.equal(there.model(IDS).logits, here.model(IDS).logits)
+        assert (there.mask_id, there.end_ids, len(there.heads)) == (here.mask_id, here.end_ids, len(here.heads))
+        assert fluid_model.describe(repository) == fluid_model.describe(str(folder))
+        assert weights_name(there.folder) == weights_name(here.folder)
+    assert there.manifest.parent == "someone/parent"
+    fluid_model.engine_for(fluid_model.load("someone/fluid"), FluidSettings())
+
+
+def test_a_hub_that_is_not_there_is_one_line(cache):
+    for ask in (fluid_model.load, fluid_model.describe, fluid_model.load_tokenizer):
+        with pytest.raises(ConfigError, match=r"^model=owner/name: the hub gave \w+; connect to it, or pass a folder"):
+            ask("owner/name")
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    """A stand-in for the hub: what is asked of owner/name is copied from `remote` to `fetched`."""
+    source, target = tmp_path / "remote", tmp_path / "fetched"
+
+    def download(repository: str, *, allow_patterns: list[str]) -> str:
+        assert repository == "owner/name"
+        names = [str(f.relative_to(source)) for f in source.rglob("*") if f.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, target / name)
+        return str(target)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    return source
+
+
+def fetched(remote) -> set[str]:
+    target = remote.parent / "fetched"
+    return {str(f.relative_to(target)) for f in target.rglob("*") if f.is_file()}
+
+
+def test_no_weights_are_fetched_to_describe_a_model(remote):
+    fluid_model.save(fluid_checkpoint(), remote)
+    for name in ("original/model.safetensors", "onnx/model.onnx", "pytorch_model.bin", "model.gguf", "code.py"):
+        (remote / name).parent.mkdir(exist_ok=True)
+        (remote / name).write_bytes(b"large")
+    assert fluid_model.describe("owner/name").k_max == 8
+    fluid_model.load_tokenizer("owner/name")
+    described = fetched(remote)
+    assert described == {"config.json", "fluid.json", "generation_config.json", "khead.safetensors"} | {
+        f.name for f in remote.glob("*token*.json")
+    }
+    fluid_model.load("owner/name")
+    assert fetched(remote) - described == {"model.safetensors"}
+
+
+def test_pickled_weights_are_fetched_where_there_are_no_others(remote):
+    save_model(remote)
+    expected = fluid_model.load(str(remote)).model
+    (remote / "model.safetensors").unlink()
+    torch.save(expected.state_dict(), remote / "pytorch_model.bin")
+    assert torch.equal(fluid_model.load("owner/name").model(IDS).logits, expected(IDS).logits)
+
+
+def test_a_repository_without_a_model_is_refused(remote):
+    remote.mkdir()
+    (remote / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"model=owner/name: the folder holds no config\.json"):
+        fluid_model.describe("owner/name")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("spm")
+    save_pieces(folder)
+    return load_sentencepiece(folder)
+
+
+def by_scores(text: str) -> list[int]:
+    """SentencePiece's rule: write spaces out, one in front of each stretch; join the best-scored neighbours; bytes."""
+    scores = {piece: score for piece, score, kind in pieces() if kind == 1}
+    ids, found = piece_ids(), [1]
+    for part in filter(None, re.split(r"(\[unused\d+\])", text)):
+        symbols = [part] if part in UNUSED else list(SPACE + part.replace(" ", SPACE))
+        while pairs := [n for n in range(len(symbols) - 1) if symbols[n] + symbols[n + 1] in scores]:
+            best = max(pairs, key=lambda n: scores[symbols[n] + symbols[n + 1]])
+            symbols[best : best + 2] = [symbols[best] + symbols[best + 1]]
+        for symbol in symbols:
+            found += [ids[symbol]] if symbol in ids else [ids[f"<0x{byte:02X}>"] for byte in symbol.encode()]
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    words=st.lists(st.sampled_from(["hello", "hell", "wor", " ", "  ", "\n", "é", "👋", "lo", "[unused9]", "l", ":"]))
+)
+def test_sentencepiece(tokenizer, words):
+    text = "".join(words)
+    assert tokenizer.encode(text) == by_scores(text)
+    if "[" not in text:
+        assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
+
+
+def test_tokens_must_be_where_the_configuration_says(tmp_path):
+    added = {"7": {"content": "[unused1]", "special": True}}
+    save_pieces(tmp_path, added_tokens_decoder=added)
+    with pytest.raises(
+        ConfigError, match=rf"'\[unused1\]' is token 7 here, {piece_ids()['[unused1]']} in tokenizer\.m"
+    ):
+        load_sentencepiece(Path(tmp_path))
+
+
+def test_a_tokenizer_of_the_repositorys_code_with_a_file_of_its_own(tmp_path):
+    """tokenizer.json says all; the class that the configuration names is not needed."""
+    from .tiny import byte_tokenizer
+
+    torch.manual_seed(0)
+    folder = save_pangu(tmp_path / "m", random_weights(bias=True, tied=False))
+    (folder / "tokenizer.model").unlink()
+    byte_tokenizer().backend_tokenizer.save(str(folder / "tokenizer.json"))
+    assert fluid_model.load_tokenizer(str(folder)).encode("hi") == byte_tokenizer().encode("hi")
