@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import model_info, snapshot_download
 
 from .errors import ConfigError
 from .legacy import ADAPTER_FILE, HEAD_FILE
@@ -18,6 +18,8 @@ SMALL = ("*.json", "*.jinja", "*.txt", "*.model", HEAD_FILE, OWN_HEAD_FILE)
 WEIGHTS = ("model*.safetensors", "adapter_model*", f"{ADAPTER_FOLDER}/*", MASK_FILE)
 PICKLED = ("pytorch_model*.bin",)
 """Fetched only where there is no other."""
+TIMEOUT = 8.0
+"""Seconds to wait for the hub's first answer before using its cache alone."""
 
 
 def local(path: str, *, weights: bool) -> Path:
@@ -36,19 +38,26 @@ def local(path: str, *, weights: bool) -> Path:
 
 
 def _fetch(repository: str, weights: bool) -> Path:
-    folder = _snapshot(repository, SMALL)
+    try:
+        model_info(repository, timeout=TIMEOUT)  # a download itself would wait for a silent hub without end
+        silence = None
+    except Exception as error:  # the hub's clients raise many types; all mean the same here: what the cache holds
+        silence = error
+    folder = _snapshot(repository, SMALL, silence)
     if weights:
-        folder = _snapshot(repository, SMALL + WEIGHTS)
+        folder = _snapshot(repository, SMALL + WEIGHTS, silence)
         if not any(file.name != OWN_HEAD_FILE for file in folder.rglob("*.safetensors")):
-            folder = _snapshot(repository, SMALL + PICKLED)
+            folder = _snapshot(repository, SMALL + PICKLED, silence)
     return folder
 
 
-def _snapshot(repository: str, patterns: tuple[str, ...]) -> Path:
-    """The repository's files whose names match, in the hub's cache; without a hub, what the cache holds."""
+def _snapshot(repository: str, patterns: tuple[str, ...], silence: Exception | None) -> Path:
+    """The repository's files whose names match, in the hub's cache.  silence: why the hub cannot be asked."""
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
-    except Exception as error:  # the hub's clients raise many types; all mean the same here
+        files = snapshot_download(repository, allow_patterns=list(patterns), local_files_only=silence is not None)
+    except Exception as error:
         raise ConfigError(
-            f"model={repository}: the hub gave {type(error).__name__}; connect to it, or pass a folder with the files"
+            f"model={repository}: the hub gave {type(silence or error).__name__} and its cache holds no such model; "
+            "connect to it, or pass a folder"
         ) from error
+    return Path(files)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,8 +77,32 @@ def test_a_hub_id_is_its_folder(tmp_path, cache):
 
 def test_a_hub_that_is_not_there_is_one_line(cache):
     for ask in (fluid_model.load, fluid_model.describe, fluid_model.load_tokenizer):
-        with pytest.raises(ConfigError, match=r"^model=owner/name: the hub gave \w+; connect to it, or pass a folder"):
+        with pytest.raises(
+            ConfigError, match=r"^model=owner/name: the hub gave OfflineModeIsEnabled and its cache holds no"
+        ):
             ask("owner/name")
+
+
+def test_a_hub_that_never_answers_does_not_hold_up(tmp_path, cache, monkeypatch):
+    """A filled cache serves all the same."""
+    fill(cache, "owner/name", save_model(tmp_path / "m"))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        api = HfApi(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setattr(hub, "model_info", api.model_info)
+        monkeypatch.setattr(hub, "TIMEOUT", 0.2)
+        asked = []
+        fetch = hub.snapshot_download
+        monkeypatch.setattr(hub, "snapshot_download", lambda *_, **how: [asked.append(how), fetch(*_, **how)][1])
+        started = time.monotonic()
+        assert hub.local("owner/name", weights=True).name == COMMIT
+        with pytest.raises(
+            ConfigError, match=r"model=owner/other: the hub gave \w*Timeout and its cache holds no such"
+        ):
+            hub.local("owner/other", weights=False)
+        assert 0.4 < time.monotonic() - started < 5
+    assert all(how["local_files_only"] for how in asked), "a download would wait without end"
 
 
 @pytest.fixture
@@ -83,8 +110,8 @@ def remote(tmp_path, monkeypatch):
     """A stand-in for the hub: what is asked of owner/name is copied from `remote` to `fetched`."""
     source, target = tmp_path / "remote", tmp_path / "fetched"
 
-    def download(repository: str, *, allow_patterns: list[str]) -> str:
-        assert repository == "owner/name"
+    def download(repository: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+        assert (repository, local_files_only) == ("owner/name", False)
         names = [str(f.relative_to(source)) for f in source.rglob("*") if f.is_file()]
         for name in filter_repo_objects(names, allow_patterns=allow_patterns):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +119,7 @@ def remote(tmp_path, monkeypatch):
         return str(target)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(hub, "model_info", lambda repository, timeout: None)
     return source
 
 
@@ -179,4 +207,7 @@ def test_a_tokenizer_of_the_repositorys_code_with_a_file_of_its_own(tmp_path):
     folder = save_pangu(tmp_path / "m", random_weights(bias=True, tied=False))
     (folder / "tokenizer.model").unlink()
     byte_tokenizer().backend_tokenizer.save(str(folder / "tokenizer.json"))
-    assert fluid_model.load_tokenizer(str(folder)).encode("hi") == byte_tokenizer().encode("hi")
+    tokenizer = fluid_model.load_tokenizer(str(folder))
+    assert tokenizer.encode("hi") == byte_tokenizer().encode("hi")
+    tokenizer.save_pretrained(tmp_path / "t")
+    assert "auto_map" not in (tmp_path / "t" / "tokenizer_config.json").read_text()
