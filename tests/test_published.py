@@ -12,7 +12,19 @@ import fluid_model
 from fluid_model import ArSettings, ConfigError, FluidSettings, LladaSettings, NbdiffSettings, Request
 from fluid_model.engine.cache import SlotCache
 
-from .published import FFN, LAYERS, D, V, piece_ids, plain_forward, random_weights, save_llada, save_pangu, write_json
+from .published import (
+    FFN,
+    LAYERS,
+    D,
+    V,
+    piece_ids,
+    plain_forward,
+    random_weights,
+    save_llada,
+    save_pangu,
+    save_pieces,
+    write_json,
+)
 
 IDS = torch.arange(3, 250).view(13, 19)
 
@@ -188,7 +200,9 @@ def test_a_fluid_head_beside_an_adapter(tmp_path, weights, prefix, has_head):
     added = save_lora(tmp_path / "m", "../parent", prefix)
     if has_head:
         save_head(tmp_path / "m")
+        save_pieces(tmp_path / "m", eos_token="[unused11]")
     checkpoint = fluid_model.load(str(tmp_path / "m"))
+    assert checkpoint.tokenizer.eos_token == ("[unused11]" if has_head else "[unused10]"), "its own before its parent's"
     merged = {name: tensor + added.get(name, 0) for name, tensor in weights.items()}
     close(checkpoint.model(IDS).logits, plain_forward(merged, IDS, causal=True))
     assert checkpoint.mask_id == piece_ids()["[unused32]"]
@@ -202,6 +216,13 @@ def test_a_fluid_head_beside_an_adapter(tmp_path, weights, prefix, has_head):
         assert answer.ids == plain.ids
     fluid_model.save(checkpoint, tmp_path / "c")
     assert torch.equal(fluid_model.load(str(tmp_path / "c")).model(IDS).logits, checkpoint.model(IDS).logits)
+
+
+def test_an_adapter_over_nbdiff_stays_nbdiff(tmp_path, weights):
+    save_pangu(tmp_path / "nbdiff-7b-base", weights)
+    save_lora(tmp_path / "m", "../nbdiff-7b-base", "base_model.model.model")
+    assert fluid_model.describe(str(tmp_path / "m")).method == "nbdiff"
+    assert fluid_model.load(str(tmp_path / "m")).mask_id == piece_ids()["[unused0]"]
 
 
 def test_an_adapter_that_fits_nothing_is_refused(tmp_path, weights):
