@@ -65,17 +65,16 @@ class Backbone:
         self._layer_types = set(getattr(self.config, "layer_types", None) or ())
 
     @torch.inference_mode()
-    def forward(self, ids: Tensor, columns: Tensor, total: int, cache: SlotCache, ends: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, reading: masks.Reading, cache: SlotCache) -> Tensor:
         """One model call for all rows.
 
-        ids: (B, S) tokens fed.  columns: (B, S) their cache columns, equal to their positions.  total: T.
-        ends: (B,) see `masks.mutual`; None where all rows read causally.
+        ids: (B, S) tokens fed.  reading: where they stand and what they read, of a cache aimed at them.
         Returns (B, S, D): hidden states after the final norm.
         """
         output = self.model.base_model(
             input_ids=ids,
-            position_ids=columns.clamp(max=self.window - 1),
-            attention_mask=self._attention_mask(columns, total, ends),
+            position_ids=reading.positions.clamp(max=self.window - 1),
+            attention_mask=self._attention_mask(reading),
             past_key_values=cache,
             use_cache=True,
         )
@@ -88,16 +87,12 @@ class Backbone:
         logits: Tensor = self._head(hidden).float()
         return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
 
-    def _attention_mask(self, columns: Tensor, total: int, ends: Tensor | None) -> Tensor | dict[str, Tensor]:
-        if ends is not None:
-            if self._sliding is not None:
-                raise ConfigError(f"{type(self.model).__name__} reads through a sliding window: it cannot fill blocks")
-            return self._additive(masks.mutual(columns, total, ends))
-        full = self._additive(masks.causal(columns, total))
-        if self._sliding is None or total <= self._sliding:
-            near = full
-        else:
-            near = self._additive(masks.sliding(columns, total, self._sliding))
+    def _attention_mask(self, reading: masks.Reading) -> Tensor | dict[str, Tensor]:
+        full = near = self._additive(reading.allowed())
+        if self._sliding is not None and not reading.plain:
+            raise ConfigError(f"{type(self.model).__name__} reads through a sliding window: only causal decoders run")
+        if self._sliding is not None and reading.total > self._sliding:
+            near = self._additive(masks.sliding(reading.columns, reading.total, self._sliding))
         if not self._layer_types:
             return near
         if len(self._layer_types) == 1:
@@ -137,10 +132,9 @@ class Backbone:
     def _probe_cached(self, ids: Tensor) -> list[Tensor]:
         """Prompts of different length together, then more tokens after each. ids: (2, longest)."""
         cache = SlotCache(len(ids) + 1, 2 * ids.shape[1])
-        columns, total = cache.aim(1, [0] * len(ids), max(PROBE_LENGTHS), self.device)
-        prompts = self.forward(ids[:, : max(PROBE_LENGTHS)], columns, total, cache)
+        reading = cache.aim(1, [0] * len(ids), max(PROBE_LENGTHS), self.device)
+        prompts = self.forward(ids[:, : max(PROBE_LENGTHS)], reading, cache)
         more = torch.stack([row[n : n + PROBE_MORE] for row, n in zip(ids, PROBE_LENGTHS, strict=True)])
-        columns, total = cache.aim(1, list(PROBE_LENGTHS), PROBE_MORE, self.device)
-        tails = self.forward(more, columns, total, cache)
+        tails = self.forward(more, cache.aim(1, list(PROBE_LENGTHS), PROBE_MORE, self.device), cache)
         rows = zip(prompts, tails, PROBE_LENGTHS, strict=True)
         return [self.logits(torch.cat([prompt[:length], tail])) for prompt, tail, length in rows]

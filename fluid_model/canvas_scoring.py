@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -112,9 +112,9 @@ class CanvasScorer:
         longest = max(map(len, inputs))
         ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)  # (R, S)
         cache = SlotCache(len(batch), longest)
-        columns, total = cache.aim(0, [0] * len(batch), longest, device)
-        ends = torch.tensor([len(i) for i in inputs], device=device)
-        hidden = self.backbone.forward(ids, columns, total, cache, ends)  # (R, S, D)
+        reading = cache.aim(0, [0] * len(batch), longest, device)
+        both = replace(reading, ends=torch.tensor([len(i) for i in inputs], device=device))
+        hidden = self.backbone.forward(ids, both, cache)  # (R, S, D)
         self.calls += 1
         for row, states in zip(batch, hidden, strict=True):
             for pair, places, tokens, weight in row.wanted:

@@ -5,8 +5,46 @@ Legend: B rows, S slots fed this forward, T key columns of the cache.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One forward over the cache: where its slots stand and who reads whom.
+
+    columns: (B, S) cache column of each fed slot, a row's after its own cached tokens.  total: T, columns in use.
+    At most one of these; with neither, every slot reads what stands before it:
+    ends: (B,), see `mutual`.  fans: anchor and step of each slot, (B, S) each, see `fans`.
+    """
+
+    columns: Tensor
+    total: int
+    ends: Tensor | None = None
+    fans: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """(B, S) position ids: the columns, or where a fan's slots pretend to stand."""
+        if self.fans is None:
+            return self.columns
+        anchor, step = self.fans
+        return (self.columns[:, :1] + anchor + step).clamp(min=0)
+
+    @property
+    def plain(self) -> bool:
+        """Whether every slot reads just what stands before it."""
+        return self.ends is None and self.fans is None
+
+    def allowed(self) -> Tensor:
+        """(B, S, T) bool, [row, query, key], True = may read."""
+        if self.fans is not None:
+            return fans(self.columns, self.total, *self.fans)
+        if self.ends is not None:
+            return mutual(self.columns, self.total, self.ends)
+        return causal(self.columns, self.total)
 
 
 def slot_columns(lengths: Tensor, slots: int) -> Tensor:
@@ -40,6 +78,19 @@ def sliding(columns: Tensor, total: int, window: int) -> Tensor:
     """Causal reading of the last `window` columns only, the slot's own included.  (B, S) -> (B, S, T) bool."""
     near = torch.arange(total, device=columns.device) > columns[:, :, None] - window
     return causal(columns, total) & near
+
+
+def fans(columns: Tensor, total: int, anchor: Tensor, step: Tensor) -> Tensor:
+    """Reading where fans of masks are fed behind tokens: all read the cached columns, and one another as in training.
+
+    columns: (B, S), a row's from its own length on.  total: T.  anchor: (B, S) which fed token a slot hangs on, counted
+    from the first; a token hangs on itself; negative for padding.  step: (B, S) 0 for tokens, 1.. for slots of a fan.
+    Returns (B, S, T) bool.  (FLUID, strictly causal alignment)
+    """
+    cached = torch.arange(total, device=columns.device) < columns[:, :1, None]  # (B, 1, T)
+    readable = cached.expand(-1, columns.shape[1], -1).clone()
+    where = columns[:, None].expand(-1, columns.shape[1], -1)
+    return readable.scatter_(2, where, slots(torch.zeros_like(anchor), anchor, step))
 
 
 def may_read(query: tuple[Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor, Tensor]) -> Tensor:

@@ -115,8 +115,7 @@ class Scorer:
         longest = len(inputs[0])
         ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)  # (R, S)
         cache = SlotCache(len(batch), longest)
-        columns, total = cache.aim(0, [0] * len(batch), longest, device)
-        hidden = self.backbone.forward(ids, columns, total, cache)  # (R, S, D)
+        hidden = self.backbone.forward(ids, cache.aim(0, [0] * len(batch), longest, device), cache)  # (R, S, D)
         self.calls += 1
         reach = max(row.span for _, row in batch)
         ends = torch.tensor([len(i) for i in inputs], device=device)[:, None]

@@ -43,19 +43,29 @@ class ArSettings:
 
 @dataclass(frozen=True)
 class FluidSettings:
-    """FLUID's public sampler (reference semantics): K-head stride, confidence fill, causal verification. Greedy."""
+    """FLUID: K-head stride, drafts, causal verification."""
 
     name: ClassVar[str] = "fluid"
     method: ClassVar[str | None] = "fluid"
 
+    rounds: Literal["one", "reference"] = "one"
+    """one: a forward a round, which verifies drafts and makes the next; reference: the public sampler's several."""
     confidence: float = 0.9
-    """gamma: a drafted token is written ahead of the pointer when its probability exceeds this."""
+    """gamma: a drafted token is kept (unverified) or written ahead of the pointer (reference) when its probability
+    exceeds this. Verified rounds of one forward do not ask for it.
+    """
     min_horizon: int = 1
     """Floor of the stride. The public code's cached version uses 4, the uncached one 1."""
     max_horizon: int = 16
     """Ceiling of the stride (K_max); above what the K-head was trained for it changes nothing."""
     verify: bool = True
-    """Check drafts by the causal model before keeping them; the text is then that of greedy AR."""
+    """Check drafts by the causal model before keeping them; the text is then that of AR."""
+    fans: int = 3
+    """Fans of drafts a verified round of one forward opens at most, where the last ones likeliest end."""
+    temperature: float = 0.0
+    """0 is greedy; above it, rounds of one forward sample as ar does."""
+    top_p: float = 1.0
+    """Nucleus, as for ar."""
 
     def __post_init__(self) -> None:
         check_range("confidence", self.confidence, 0.0, 1.0)
@@ -63,11 +73,13 @@ class FluidSettings:
             raise ConfigError(f"max_horizon={self.max_horizon} must be at least 1")
         if not 1 <= self.min_horizon <= self.max_horizon:
             raise ConfigError(f"min_horizon={self.min_horizon} must lie in 1..max_horizon={self.max_horizon}")
-
-    @property
-    def widest(self) -> int:
-        """The most slots one row feeds in one forward."""
-        return self.max_horizon
+        if self.rounds not in ("one", "reference"):
+            raise ConfigError(f"rounds={self.rounds!r}: known are one, reference")
+        check_range("fans", self.fans, 1, 64)
+        check_range("temperature", self.temperature, 0.0, 100.0)
+        check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        if self.rounds == "reference" and self.temperature:
+            raise ConfigError(f"temperature={self.temperature}: rounds=reference is greedy; use rounds=one")
 
 
 @dataclass(frozen=True)

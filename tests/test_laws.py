@@ -93,8 +93,7 @@ def test_the_future_never_changes_the_past():
     found = []
     for row in (ids, changed):
         cache = SlotCache(2, 12)
-        columns, total = cache.aim(0, [0, 0], 12, backbone.device)
-        found.append(backbone.forward(row, columns, total, cache))
+        found.append(backbone.forward(row, cache.aim(0, [0, 0], 12, backbone.device), cache))
     assert torch.equal(found[0][:, :7], found[1][:, :7])
     assert not torch.allclose(found[0][:, 7:], found[1][:, 7:])
 
@@ -106,22 +105,32 @@ def test_cached_equals_uncached(cut: int, slot: int, junk: int):
     backbone = CHECKPOINT.backbone
     ids = torch.arange(12)[None] * 7 % 258
     whole = SlotCache(1, 12)
-    columns, total = whole.aim(0, [0], 12, backbone.device)
-    expected = backbone.forward(ids, columns, total, whole)
+    expected = backbone.forward(ids, whole.aim(0, [0], 12, backbone.device), whole)
     cache, pieces = SlotCache(3, 20), []
     for start, piece, keep in (
         (0, ids[:, :cut], True),
         (cut, torch.full((1, 5), junk), False),
         (cut, ids[:, cut:], True),
     ):
-        columns, total = cache.aim(slot, [start], piece.shape[1], backbone.device)
-        hidden = backbone.forward(piece, columns, total, cache)
+        hidden = backbone.forward(piece, cache.aim(slot, [start], piece.shape[1], backbone.device), cache)
         pieces += [hidden] if keep else []
     torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=1e-4, rtol=1e-4)
 
 
+REFERENCE = FluidSettings(rounds="reference")
+
+
 @pytest.mark.parametrize(
-    "decoder", [ArSettings(), ArSettings(temperature=0.8, top_p=0.9), FluidSettings(), FluidSettings(verify=False)]
+    "decoder",
+    [
+        ArSettings(),
+        ArSettings(temperature=0.8, top_p=0.9),
+        FluidSettings(),
+        FluidSettings(temperature=0.8, top_p=0.9),
+        FluidSettings(verify=False, confidence=0.1),
+        REFERENCE,
+        replace(REFERENCE, verify=False),
+    ],
 )
 def test_a_row_of_a_batch_is_the_row_alone(decoder):
     alone = {}
@@ -140,12 +149,19 @@ def test_a_row_of_a_batch_is_the_row_alone(decoder):
     extra=st.integers(0, 10),
     head_seed=st.integers(0, 99),
     slots=st.integers(1, 5),
+    fans=st.integers(1, 20),
+    rounds=st.sampled_from(["one", "reference"]),
+    warm=st.booleans(),
 )
-def test_verified_fluid_writes_what_greedy_ar_writes(confidence, floor, extra, head_seed, slots):
+def test_verified_fluid_writes_what_ar_writes(confidence, floor, extra, head_seed, slots, fans, rounds, warm):
+    """Sampled text too: every token comes from the causal logits and the random number AR would use there."""
     torch.manual_seed(head_seed)
     checkpoint = replace(CHECKPOINT, head=KHead(32, 8))
-    decoder = FluidSettings(confidence=confidence, min_horizon=floor, max_horizon=floor + extra)
-    expected = write(CHECKPOINT, ArSettings(), requests(5))
+    heat = {"temperature": 0.7, "top_p": 0.95} if warm and rounds == "one" else {}
+    decoder = FluidSettings(
+        rounds=rounds, confidence=confidence, min_horizon=floor, max_horizon=floor + extra, fans=fans, **heat
+    )
+    expected = write(CHECKPOINT, ArSettings(**heat), requests(5))
     found = write(checkpoint, decoder, requests(5), slots)
     assert {k: (g.ids, g.text, g.finish) for k, g in found.items()} == {
         k: (g.ids, g.text, g.finish) for k, g in expected.items()
@@ -156,19 +172,19 @@ def test_verified_fluid_writes_what_greedy_ar_writes(confidence, floor, extra, h
 @pytest.mark.parametrize(("confidence", "floor"), [(0.0, 1), (0.15, 8), (0.3, 6), (0.6, 1), (0.9, 3), (1.0, 1)])
 def test_fluid_is_the_published_sampler(verify: bool, confidence: float, floor: int):
     """Same texts and the same forwards, kind by kind."""
-    decoder = FluidSettings(confidence=confidence, min_horizon=floor, verify=verify)
+    decoder = replace(REFERENCE, confidence=confidence, min_horizon=floor, verify=verify)
     found = write(CHECKPOINT, decoder, requests())
     for request in requests():
         answer, forwards = reference_fluid(CHECKPOINT, request.prompt, decoder, NEW)
         assert list(found[request.key].ids) == answer
-        assert found[request.key].trace.forwards == forwards
+        assert found[request.key].trace.forwards == {**forwards, "round": 0}
 
 
 def test_the_published_sampler_trades_text_for_speed_only_without_verification():
     """The tests above would prove little if drafts were always or never right."""
     expected = write(CHECKPOINT, ArSettings(), requests())
-    verified = write(CHECKPOINT, FluidSettings(confidence=0.0), requests())
-    loose = write(CHECKPOINT, FluidSettings(confidence=0.0, verify=False), requests())
+    verified = write(CHECKPOINT, replace(REFERENCE, confidence=0.0), requests())
+    loose = write(CHECKPOINT, replace(REFERENCE, confidence=0.0, verify=False), requests())
     assert any(loose[k].ids != expected[k].ids for k in expected)
     traces = [g.trace for g in verified.values()]
     assert any(a < p for t in traces for p, a in zip(t.predicted, t.accepted, strict=False))
@@ -176,14 +192,20 @@ def test_the_published_sampler_trades_text_for_speed_only_without_verification()
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_a_horizon_of_one_is_ar(verify: bool):
+@pytest.mark.parametrize("rounds", ["one", "reference"])
+def test_a_horizon_of_one_is_ar(verify: bool, rounds):
     expected = write(CHECKPOINT, ArSettings(), requests())
-    found = write(CHECKPOINT, FluidSettings(max_horizon=1, verify=verify), requests())
+    found = write(CHECKPOINT, FluidSettings(rounds=rounds, max_horizon=1, verify=verify), requests())
     assert {k: g.ids for k, g in found.items()} == {k: g.ids for k, g in expected.items()}
     assert all(set(g.trace.predicted) == {1} for g in found.values())
+    if rounds == "one":
+        cost = {k: (sum(g.trace.forwards.values()), g.trace.slots) for k, g in expected.items()}
+        assert {k: (sum(g.trace.forwards.values()), g.trace.slots) for k, g in found.items()} == cost
 
 
-@pytest.mark.parametrize("decoder", [ArSettings(), FluidSettings(), FluidSettings(verify=False, confidence=0.5)])
+@pytest.mark.parametrize(
+    "decoder", [ArSettings(), FluidSettings(), REFERENCE, replace(REFERENCE, verify=False, confidence=0.5)]
+)
 def test_counted_forwards_are_the_calls_the_model_sees(decoder):
     checkpoint = fluid_checkpoint()
     seen = calls_of(checkpoint)
@@ -201,13 +223,13 @@ def test_sampling_follows_the_distribution():
     """20,000 draws of one token against softmax(logits / T) cut to the nucleus: chi-square within its 99.9% bound."""
     from scipy.stats import chisquare
 
-    from fluid_model.decoders.ar import sample
+    from fluid_model.decoders.sampling import choose
 
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 6, generator=generator)
     draws = torch.rand(20_000, generator=generator)
     for temperature, top_p in ((1.0, 1.0), (0.9, 0.9)):
-        found = sample(logits.expand(len(draws), -1), draws, temperature, top_p)
+        found, _ = choose(logits.expand(len(draws), -1), draws, temperature, top_p, "probability")
         expected = (logits[0] / temperature).softmax(-1)
         order = expected.argsort(descending=True)
         kept = order[: int((expected[order].cumsum(0) - expected[order] < top_p).sum())]

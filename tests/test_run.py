@@ -63,7 +63,7 @@ def test_a_sample_says_all_about_itself(four_tasks):
     first = records["gsm8k/0"]
     assert first["prompt"].startswith("Question: Janet")
     assert (len(first["output_ids"]), first["finish"]) == (24, "length")
-    assert first["trace"]["forwards"] == {"prefill": 1, "denoise": 0, "verify": 0, "commit": 23}
+    assert first["trace"]["forwards"] == {"prefill": 1, "denoise": 0, "verify": 0, "commit": 23, "round": 0}
     assert first["extracted"].keys() == {"strict-match", "flexible-extract"}
     assert first["target"].endswith("#### 18")
     assert records["humaneval/0"]["extracted"]["create_test"].startswith("from typing import List")
@@ -161,5 +161,5 @@ def test_fluid_writes_what_ar_writes_through_the_whole_path(tiny_fluid, data_dir
         results[decoder] = run(spec, tmp_path / decoder)
     ar, fluid = (fluid_eval.load_results(tmp_path / d) for d in ("ar", "fluid"))
     assert ar["output_ids"].tolist() == fluid["output_ids"].tolist()
-    assert (fluid["forwards:verify"] > 0).all()
+    assert (fluid["forwards:round"] > 0).all()
     assert all(len(p) in (len(a), len(a) + 1) for p, a in zip(fluid["predicted"], fluid["accepted"], strict=True))

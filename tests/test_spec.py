@@ -59,14 +59,23 @@ def test_the_id_is_what_decides_the_answers():
         ({**BASE, "decoder": "beam"}, "decoder='beam' is unknown; known: ar, fluid"),
         ({**BASE, "decoder": {"gamma": 1}}, "decoder.gamma is no setting of decoder 'ar'; known: decoder.temperature"),
         (
-            {**BASE, "decoder": {"name": "fluid", "temperature": 1}},
-            "decoder.temperature is no setting of decoder 'fluid'",
+            {**BASE, "decoder": {"name": "fluid", "guidance": 1}},
+            "decoder.guidance is no setting of decoder 'fluid'",
         ),
         ({**BASE, "decoder": {"name": "fluid", "confidence": 1.5}}, "confidence=1.5 must lie in"),
         (
             {**BASE, "decoder": {"name": "fluid", "min_horizon": 9, "max_horizon": 8}},
             "min_horizon=9 must lie in 1..max_horizon=8",
         ),
+        (
+            {**BASE, "decoder": {"name": "fluid", "rounds": "two"}},
+            "decoder.rounds='two' is unknown; known: one, reference",
+        ),
+        (
+            {**BASE, "decoder": {"name": "fluid", "rounds": "reference", "temperature": 1.0}},
+            "temperature=1.0: rounds=reference is greedy; use rounds=one",
+        ),
+        ({**BASE, "decoder": {"name": "fluid", "fans": 0}}, "fans=0 must lie in"),
         ({**BASE, "decoder": {"name": "fluid", "verify": 1}}, "decoder.verify=1 must be true or false"),
         ({**BASE, "model": {"path": "m", "dtype": "int4"}}, "model.dtype='int4' is unknown; known: auto, float32"),
         ({**BASE, "tasks": "gsm8k,gsm8k"}, "must name at least one task, each once"),

@@ -11,6 +11,7 @@ from ..scoring import Scorer
 from ..settings import ArSettings, DecoderSettings, FluidSettings, LladaSettings, NbdiffSettings
 from .ar import ArStrategy
 from .fluid import FluidStrategy
+from .fluid_reference import FluidReferenceStrategy
 from .llada import LladaStrategy
 from .nbdiff import NbdiffStrategy
 
@@ -33,12 +34,13 @@ def strategy_for(checkpoint: Checkpoint, settings: DecoderSettings) -> Strategy:
     return LladaStrategy(checkpoint.backbone, checkpoint.mask_id, checkpoint.end_ids, settings)
 
 
-def _fluid(checkpoint: Checkpoint, settings: FluidSettings) -> FluidStrategy:
+def _fluid(checkpoint: Checkpoint, settings: FluidSettings) -> Strategy:
     if checkpoint.head is None or checkpoint.mask_id is None:
         raise ConfigError(f"decoder={settings.name} needs a K-head, and this model has none; use --decoder ar")
     if settings.min_horizon > checkpoint.head.k_max:
         raise ConfigError(f"min_horizon={settings.min_horizon} exceeds the head's k_max={checkpoint.head.k_max}")
-    return FluidStrategy(checkpoint.backbone, checkpoint.head, checkpoint.mask_id, settings)
+    strategy = FluidStrategy if settings.rounds == "one" else FluidReferenceStrategy
+    return strategy(checkpoint.backbone, checkpoint.head, checkpoint.mask_id, settings)
 
 
 def scorer_for(checkpoint: Checkpoint, settings: DecoderSettings, slots: int = 16) -> Scorer | CanvasScorer:

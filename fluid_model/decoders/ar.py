@@ -12,7 +12,7 @@ from ..backbone import Backbone
 from ..engine.records import Request
 from ..engine.strategy import Absorbed, Feed
 from ..settings import ArSettings
-from .sampling import sample
+from .sampling import Draws, choose
 
 
 class ArStrategy:
@@ -27,12 +27,12 @@ class ArStrategy:
 
     def allocate(self, slots: int) -> None:
         self._pending = torch.zeros(slots, dtype=torch.long, device=self.backbone.device)
-        self._random: list[torch.Generator] = [torch.Generator() for _ in range(slots)]
+        self._draws = Draws(slots)
 
     def admit(self, start: int, requests: list[Request], hidden: Tensor | None, rooms: list[int]) -> Absorbed:
         assert hidden is not None
         for slot, request in enumerate(requests, start):
-            self._random[slot] = torch.Generator().manual_seed(request.seed)
+            self._draws.seed(slot, request.seed)
         return self._choose(start, hidden, keep=0)
 
     def plan(self, rows: int) -> Feed:
@@ -43,15 +43,17 @@ class ArStrategy:
 
     def move(self, source: int, target: int) -> None:
         self._pending[target] = self._pending[source]
-        self._random[target] = self._random[source]
+        self._draws.move(source, target)
 
     def _choose(self, start: int, hidden: Tensor, keep: int) -> Absorbed:
-        rows = len(hidden)
+        slots = range(start, start + len(hidden))
         logits = self.backbone.logits(hidden)  # (n, V)
         if self.settings.temperature == 0:
             chosen = logits.argmax(-1)
         else:
-            draws = torch.stack([torch.rand((), generator=g) for g in self._random[start : start + rows]])
-            chosen = sample(logits, draws.to(logits.device), self.settings.temperature, self.settings.top_p)
-        self._pending[start : start + rows] = chosen
-        return Absorbed(tokens=[[token] for token in chosen.tolist()], keep=[keep] * rows)
+            draws = self._draws.peek(slots, 1)[:, 0].to(logits.device)
+            chosen, _ = choose(logits, draws, self.settings.temperature, self.settings.top_p, "probability")
+            for slot in slots:
+                self._draws.take(slot, 1)
+        self._pending[start : slots.stop] = chosen
+        return Absorbed(tokens=[[token] for token in chosen.tolist()], keep=[keep] * len(slots))

@@ -11,15 +11,31 @@ from torch import Tensor
 from ..settings import Rule
 
 
-def sample(logits: Tensor, draws: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Nucleus sampling by inverse distribution function, so that one uniform number a row decides.
+class Draws:
+    """Uniform random numbers of each row, one a place of its text: the token there is drawn by it, whoever does."""
 
-    logits: (n, V).  draws: (n,) in [0, 1).  Returns (n,) ids.  (Holtzman et al. 2020, nucleus sampling)
-    """
-    probabilities, order = nucleus(logits / temperature, top_p)
-    reached = probabilities.cumsum(-1)
-    rank = (reached <= draws[:, None] * reached[:, -1:]).sum(-1, keepdim=True)  # (n, 1)
-    return order.gather(-1, rank.clamp(max=logits.shape[-1] - 1))[:, 0]
+    def __init__(self, slots: int) -> None:
+        self._random = [torch.Generator() for _ in range(slots)]
+        self._ahead: list[list[float]] = [[] for _ in range(slots)]
+
+    def seed(self, slot: int, seed: int) -> None:
+        """Begin a row."""
+        self._random[slot], self._ahead[slot] = torch.Generator().manual_seed(seed), []
+
+    def peek(self, slots: range, count: int) -> Tensor:
+        """Numbers of the next `count` places, (n, count)."""
+        for slot in slots:
+            ahead = self._ahead[slot]
+            while len(ahead) < count:
+                ahead.append(float(torch.rand((), generator=self._random[slot])))
+        return torch.tensor([self._ahead[slot][:count] for slot in slots])
+
+    def take(self, slot: int, count: int) -> None:
+        """A row has written `count` tokens."""
+        del self._ahead[slot][:count]
+
+    def move(self, source: int, target: int) -> None:
+        self._random[target], self._ahead[target] = self._random[source], self._ahead[source]
 
 
 def nucleus(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
@@ -32,8 +48,10 @@ def nucleus(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 def choose(logits: Tensor, draws: Tensor, temperature: float, top_p: float, rule: Rule) -> tuple[Tensor, Tensor]:
     """A token a row and how sure it is, the surer the larger.
 
-    logits: (n, V).  draws: (n,).  Sureness: the token's probability; the gap between the two likeliest; or minus the
-    entropy in nats, each after temperature and nucleus.  Returns (n,) ids and (n,) sureness.  (NBDiff, public decoder)
+    One uniform number a row decides, by the inverse distribution function.  logits: (n, V).  draws: (n,) in [0, 1),
+    unused at temperature 0.  Sureness: the token's probability; the gap between the two likeliest; or minus the
+    entropy in nats, each after temperature and nucleus.  Returns (n,) ids and (n,) sureness.  (Holtzman et al. 2020,
+    nucleus sampling; NBDiff, public decoder)
     """
     scaled = logits / temperature if temperature > 0 else logits
     probabilities, order = nucleus(scaled, top_p)

@@ -25,16 +25,16 @@ class SlotCache:
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
 
-    def aim(self, start: int, lengths: list[int], fed: int, device: torch.device) -> tuple[Tensor, int]:
+    def aim(self, start: int, lengths: list[int], fed: int, device: torch.device) -> masks.Reading:
         """Point the next forward at rows start.., feeding `fed` slots after each row's length.
 
         lengths: tokens already cached of each of these rows; all zero is a prefill, which reads only itself.
-        Returns the slots' columns (B, S), which are their positions too, and T, the columns in use.
+        Returns their reading, causal unless changed.
         """
         self._rows = slice(start, start + len(lengths))
         self._write_at = masks.slot_columns(torch.tensor(lengths, device=device), fed)
         self._total = max(lengths) + fed
-        return self._write_at, self._total
+        return masks.Reading(self._write_at, self._total)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
         """Store (B, H, S, Dh) keys and values of one layer; return the (B, H, T, Dh) columns to read."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -114,8 +114,8 @@ class Engine:
         longest = max(len(row.request.prompt) for row in rows)
         prompts = [torch.tensor(row.request.prompt) for row in rows]
         ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(self.backbone.device)  # (R, L)
-        columns, total = self._cache.aim(start, [0] * len(rows), longest, self.backbone.device)
-        hidden = self.backbone.forward(ids, columns, total, self._cache)  # (R, L, D)
+        reading = self._cache.aim(start, [0] * len(rows), longest, self.backbone.device)
+        hidden = self.backbone.forward(ids, reading, self._cache)  # (R, L, D)
         self.calls += 1
         last = torch.tensor([len(p) - 1 for p in prompts], device=hidden.device)
         for row, prompt in zip(rows, prompts, strict=True):
@@ -128,15 +128,12 @@ class Engine:
         """One forward for all active rows."""
         rows = self._rows
         feed = self.strategy.plan(len(rows))
-        fed = feed.ids.shape[1]
-        columns, total = self._cache.aim(0, [row.length for row in rows], fed, self.backbone.device)
-        ends = None
+        reading = self._cache.aim(0, [row.length for row in rows], feed.ids.shape[1], self.backbone.device)
         if any(feed.mutual):
             reach = zip(feed.mutual, rows, feed.widths, strict=True)
-            ends = torch.tensor(
-                [row.length + width if both else 0 for both, row, width in reach], device=columns.device
-            )
-        hidden = self.backbone.forward(feed.ids, columns, total, self._cache, ends)  # (n, S, D)
+            ends = [row.length + width if both else 0 for both, row, width in reach]
+            reading = replace(reading, ends=torch.tensor(ends, device=self.backbone.device))
+        hidden = self.backbone.forward(feed.ids, replace(reading, fans=feed.fans), self._cache)  # (n, S, D)
         self.calls += 1
         for row, width, kind in zip(rows, feed.widths, feed.kinds, strict=True):
             row.trace.count(kind, width)
@@ -150,12 +147,13 @@ class Engine:
 
     def _take(self, rows: list[_Row], absorbed: Absorbed) -> None:
         """Book committed tokens, strides and time; decide who is finished."""
+        for row, stride in zip(rows, absorbed.predicted, strict=False):
+            if stride is not None:
+                row.trace.predicted.append(stride)
         for row, tokens in zip(rows, absorbed.tokens, strict=True):
             if tokens:
+                row.trace.accepted += [len(tokens)] if absorbed.predicted else []
                 self._commit(row, tokens)
-        for row, stride in zip(rows, absorbed.predicted, strict=False):
-            if stride is not None and row.finish is None:
-                row.trace.predicted.append(stride)
         now = time.perf_counter()
         for row in rows:
             row.seconds += (now - self._clock) / len(rows)
@@ -164,8 +162,6 @@ class Engine:
     def _commit(self, row: _Row, tokens: list[int]) -> None:
         """Append tokens up to the answer's end: end-of-sequence, a stop string, or the length limit."""
         request, before = row.request, len(row.ids)
-        if row.trace.predicted:
-            row.trace.accepted.append(len(tokens))
         end = next((i for i, token in enumerate(tokens) if token in self.end_ids), None)
         fresh = tokens[:end][: request.max_new_tokens - before]
         row.ids += fresh

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["prefill", "denoise", "verify", "commit"]
-KINDS: tuple[Kind, ...] = ("prefill", "denoise", "verify", "commit")
-"""Why a row took part in a forward: read the prompt; refine a canvas; check it; store keys of kept tokens."""
+Kind = Literal["prefill", "denoise", "verify", "commit", "round"]
+KINDS: tuple[Kind, ...] = ("prefill", "denoise", "verify", "commit", "round")
+"""Why a row took part in a forward: read the prompt; refine a canvas; check it; store keys of kept tokens; check drafts
+and make the next ones at once.
+"""
 
 Finish = Literal["eos", "stop", "length"]
 

@@ -17,12 +17,14 @@ from .records import Kind, Request
 class Feed:
     """Slots to feed now. ids: (n, S), a row's slots first, padding after.  widths, kinds: per row.
     mutual: rows whose slots read one another in both directions (empty: none does).
+    fans: (n, S) anchor and step of each slot, see `masks.fans`, where fans of masks hang on the tokens fed.
     """
 
     ids: Tensor
     widths: list[int]
     kinds: list[Kind]
     mutual: list[bool] = field(default_factory=list)
+    fans: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Absorbed:
     """What a round brought, per row, on the host.
 
     tokens: ids newly committed to the answer.  keep: fed slots whose keys and values stay cached.
-    predicted: stride of a round that just opened (None if none did).
+    predicted: stride of a round that opened (before its tokens are there) or closed (with them); None if neither.
     """
 
     tokens: list[list[int]]

@@ -1,0 +1,122 @@
+"""FLUID in one forward a round does what a plain version without a cache does, round by round."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fluid_eval.paths import resource
+from fluid_model import ArSettings, FluidSettings, Request, load
+from fluid_model.checkpoint import Checkpoint
+from fluid_model.decoders.fluid import UNLIKELY
+
+from .test_laws import write
+
+NEW = 40
+TEXTS = (
+    "Question: Ann has 12 pens. Bob has 7 pens. How many pens do they have together?\nAnswer:",
+    "Problem: What is 34 + 58?\nSolution:",
+    "def add_one(x):\n",
+    "Ann has 3",
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    """Trained weights, whose drafts are sometimes right."""
+    return load(str(resource("checkpoints") / "tiny-fluid"))
+
+
+def requests(checkpoint: Checkpoint) -> list[Request]:
+    return [Request(text, tuple(checkpoint.tokenizer(text)["input_ids"]), NEW, seed=3) for text in TEXTS]
+
+
+def forward(checkpoint: Checkpoint, done: list[int], tokens: list[int], fans: list[int], width: int):
+    """One forward over the answer so far, the tokens fed and a fan of `width` masks behind each of tokens[fans]: what
+    each slot reads is written out. Returns logits and hidden states by (anchor, step).
+    """
+    real = done + tokens
+    base = len(done)
+    slots = [(i, 0) for i in range(len(real))] + [(base + a, s) for a in fans for s in range(1, width + 1)]
+    ids = real + [checkpoint.mask_id] * (len(slots) - len(real))
+    may = torch.zeros(len(slots), len(slots), dtype=torch.bool)
+    for q, (anchor, step) in enumerate(slots):
+        for k, (other, other_step) in enumerate(slots):
+            may[q, k] = (other <= anchor) if other_step == 0 else (other == anchor and other_step <= step)
+    bias = torch.zeros(may.shape).masked_fill(~may, torch.finfo(torch.float32).min)[None, None]
+    out = checkpoint.model(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([[anchor + step for anchor, step in slots]]),
+        attention_mask=bias,
+        output_hidden_states=True,
+    )
+    where = {(anchor - base, step): i for i, (anchor, step) in enumerate(slots)}
+    return {key: (out.logits[0, i], out.hidden_states[-1][0, i]) for key, i in where.items()}
+
+
+@torch.inference_mode()
+def plain_rounds(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tokens: int):
+    """The answer, its rounds, and the slots they fed."""
+    width = decoder.max_horizon - 1
+    done = list(prompt)
+    pending = int(forward(checkpoint, done[:-1], done[-1:], [], 0)[0, 0][0].argmax())
+    answer, drafts, fans, rounds, fed = [pending], [], [0] if width else [], 0, len(prompt)
+    while len(answer) < new_tokens and not any(token in checkpoint.end_ids for token in answer):
+        tokens = [pending, *drafts]
+        found = forward(checkpoint, done, tokens, fans, width)
+        rounds, fed = rounds + 1, fed + len(tokens) + len(fans) * width
+        last = 0
+        while last < len(drafts) and (not decoder.verify or drafts[last] == int(found[last, 0][0].argmax())):
+            last += 1
+        pending = int(found[last, 0][0].argmax())
+        said = [found[last, step][0].softmax(-1).max(-1) for step in range(1, width + 1)] if last in fans else []
+        stride = int(checkpoint.head.stride(found[last, 0][1][None]))
+        stride = min(max(stride, decoder.min_horizon), decoder.max_horizon)
+        done += tokens[: last + 1]
+        previous, drafts, right, reached = drafts, [], 1.0, [1.0]
+        for sure, token in said[: stride - 1]:
+            right *= float(sure)
+            if (right < UNLIKELY) if decoder.verify else (float(sure) <= decoder.confidence):
+                break
+            drafts.append(int(token))
+            reached.append(right)
+        ends = [a - b for a, b in zip(reached, [*reached[1:], 0.0], strict=True)]
+        likely = sorted(range(len(ends)), key=lambda i: -ends[i])[: decoder.fans]
+        fans = [i for i in likely if ends[i] >= UNLIKELY] if decoder.verify else [len(drafts)]
+        fans = fans if width else []
+        answer += [*previous[:last], pending] if decoder.verify else [pending, *drafts]
+    answer = answer[:new_tokens]
+    end = next((i for i, token in enumerate(answer) if token in checkpoint.end_ids), None)
+    return tuple(answer[:end]), rounds, fed
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        FluidSettings(),
+        FluidSettings(fans=1),
+        FluidSettings(fans=9, min_horizon=8),
+        FluidSettings(max_horizon=3),
+        FluidSettings(verify=False, confidence=0.3, min_horizon=8),
+        FluidSettings(verify=False, confidence=0.0),
+    ],
+)
+def test_one_forward_a_round(checkpoint, decoder):
+    """Same text, same number of rounds, same slots fed; in a batch as alone."""
+    found = write(checkpoint, decoder, requests(checkpoint), slots=3)
+    for request in requests(checkpoint):
+        ids, rounds, fed = plain_rounds(checkpoint, request.prompt, decoder, NEW)
+        trace = found[request.key].trace
+        assert (found[request.key].ids, trace.forwards["round"], trace.slots) == (ids, rounds, fed)
+
+
+@pytest.mark.parametrize("heat", [0.0, 0.5])
+def test_drafts_are_sometimes_right_and_sometimes_not(checkpoint, heat):
+    """The law above would prove little if they were always the one, nor that sampled text is AR's."""
+    decoder = FluidSettings(temperature=heat)
+    found = write(checkpoint, decoder, requests(checkpoint))
+    pairs = [pair for g in found.values() for pair in zip(g.trace.predicted, g.trace.accepted, strict=True)]
+    assert any(kept > 1 for _, kept in pairs)
+    assert any(kept < drafted for drafted, kept in pairs)
+    expected = write(checkpoint, ArSettings(temperature=heat), requests(checkpoint))
+    assert {key: g.text for key, g in found.items()} == {key: g.text for key, g in expected.items()}
