@@ -20,6 +20,7 @@ class ArStrategy:
 
     widest = 1
     reads_prompt = True
+    behind_prompt: tuple[int, ...] = ()
 
     def __init__(self, backbone: Backbone, settings: ArSettings) -> None:
         self.backbone = backbone
@@ -33,7 +34,7 @@ class ArStrategy:
         assert hidden is not None
         for slot, request in enumerate(requests, start):
             self._draws.seed(slot, request.seed)
-        return self._choose(start, hidden, keep=0)
+        return self._choose(start, hidden[:, 0], keep=0)
 
     def plan(self, rows: int) -> Feed:
         return Feed(self._pending[:rows, None], widths=[1] * rows, kinds=["commit"] * rows)

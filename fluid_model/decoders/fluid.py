@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..backbone import Backbone
 from ..engine.records import Request
@@ -40,35 +41,28 @@ class FluidStrategy:
         self.settings = settings
         self.masks = settings.max_horizon - 1  # M: a stride is the pending token and its drafts
         self.fans = settings.fans if settings.verify else 1
+        self.behind_prompt: tuple[int, ...] = (mask_id,) * self.masks
         self.widest = settings.max_horizon + self.fans * self.masks
 
     def allocate(self, slots: int) -> None:
         device, widest = self.backbone.device, self.settings.max_horizon
         self._tokens = torch.full((slots, widest), self.mask_id, device=device)  # pending, drafts
-        self._fan_at = torch.zeros(
-            slots, self.fans, dtype=torch.long, device=device
-        )  # index of the token each hangs on
+        self._hung = torch.zeros(slots, self.fans, dtype=torch.long, device=device)  # which token each fan hangs on
         self._shape = torch.ones(slots, 2, dtype=torch.long, device=device)  # tokens and fans of the next feed
         self._draws = Draws(slots)
         self._fed: list[list[int]] = [[] for _ in range(slots)]  # the tokens of the next feed, on the host
         self._opened = [0] * slots  # its fans
 
     def admit(self, start: int, requests: list[Request], hidden: Tensor | None, rooms: list[int]) -> Absorbed:
-        """The prompt's last hidden state gives the pending token; drafts come with the first round."""
+        """hidden: (R, 1 + M, D) at the prompt's last token and the fan behind it."""
         assert hidden is not None
         for slot, request in enumerate(requests, start):
             self._draws.seed(slot, request.seed)
-        rows = range(start, start + len(hidden))
-        pending, _ = self._choose(hidden[:, None], self._numbers(rows, 1))  # (R, 1)
-        opened = min(1, self.masks)
-        self._tokens[start : rows.stop, :1] = pending
-        self._fan_at[start : rows.stop] = 0
-        self._shape[start : rows.stop] = torch.tensor([1, opened], device=hidden.device)
-        tokens: list[list[int]] = pending.tolist()
-        for slot, fed in enumerate(tokens, start):
-            self._draws.take(slot, 1)
-            self._fed[slot], self._opened[slot] = fed, opened
-        return Absorbed(tokens, keep=[0] * len(tokens))
+        draws = self._numbers(range(start, start + len(hidden)), 1 + self.masks)
+        tokens, sure = self._choose(hidden, draws)
+        nothing = torch.full((len(hidden),), -1, device=hidden.device)
+        state = self._propose(start, hidden[:, 0], nothing, tokens, sure[:, 1:], rooms)
+        return self._report(start, state, closed=not self.settings.verify)
 
     def plan(self, rows: int) -> Feed:
         widths = [len(self._fed[row]) + self._opened[row] * self.masks for row in range(rows)]
@@ -76,30 +70,22 @@ class FluidStrategy:
         count, fans = self._shape[:rows, :1], self._shape[:rows, 1:]
         real, behind = slot < count, slot - count  # (n, S) each
         fan = behind.clamp(min=0) // max(1, self.masks)
-        hangs = self._fan_at[:rows].gather(1, fan.clamp(max=self.fans - 1))
-        used = ~real & (fan < fans)
-        anchor = torch.where(real, slot, torch.where(used, hangs, -1))
+        hung = self._hung[:rows].gather(1, fan.clamp(max=self.fans - 1))
+        anchor = torch.where(real, slot, torch.where(fan < fans, hung, -1))
         step = torch.where(real, 0, 1 + behind % max(1, self.masks))
         tokens = self._tokens[:rows].gather(1, slot.clamp(max=self._tokens.shape[1] - 1).expand(rows, -1))
-        return Feed(
-            ids=torch.where(real, tokens, self.mask_id),
-            widths=widths,
-            kinds=["round"] * rows,
-            fans=(anchor, step),
-        )
+        ids = torch.where(real, tokens, self.mask_id)
+        return Feed(ids, widths, kinds=["round"] * rows, fans=(anchor, step))
 
     def absorb(self, feed: Feed, hidden: Tensor, rooms: list[int]) -> Absorbed:
         rows, device = len(feed.ids), hidden.device
-        fed = self._fed[:rows]
-        widest = max(map(len, fed))
-        at = torch.arange(rows, device=device)
+        widest = max(map(len, self._fed[:rows]))
+        at, place = torch.arange(rows, device=device), torch.arange(widest, device=device)
         count = self._shape[:rows, 0]
         draws = self._numbers(range(rows), 2 * self.settings.max_horizon)
         if self.settings.verify:
             chosen, _ = self._choose(hidden[:, :widest], draws[:, :widest])  # (n, C): what the causal model writes next
-            right = (feed.ids[:, 1:widest] == chosen[:, :-1]) & (
-                torch.arange(1, widest, device=device) < count[:, None]
-            )
+            right = (feed.ids[:, 1:widest] == chosen[:, :-1]) & (place[1:] < count[:, None])
             last = right.cumprod(1).sum(1)  # (n,) the last token kept
             pending, written = chosen[at, last], last + 1
         else:
@@ -107,16 +93,11 @@ class FluidStrategy:
             pending = self._choose(hidden[at, last][:, None], draws[:, :1])[0][:, 0]
         ahead = written[:, None] + torch.arange(self.masks, device=device)
         drafts, sure = self._drafts(hidden, last, draws.gather(1, ahead))  # (n, M) each
-        room = torch.tensor(rooms, device=device) - last - 1
-        self._tokens[:rows, 0] = pending
-        self._tokens[:rows, 1:] = drafts
-        length = self._cut(sure, self.head.stride(hidden[at, last]).to(device), room)
-        self._open(sure, length)
-        state = torch.cat([last[:, None], self._shape[:rows], self._tokens[:rows]], 1)
-        return self._report(state.tolist())
+        tokens = torch.cat([pending[:, None], drafts], 1)
+        return self._report(0, self._propose(0, hidden[at, last], last, tokens, sure, rooms), closed=True)
 
     def move(self, source: int, target: int) -> None:
-        for state in (self._tokens, self._fan_at, self._shape):
+        for state in (self._tokens, self._hung, self._shape):
             state[target] = state[source]
         self._draws.move(source, target)
         self._fed[target], self._opened[target] = self._fed[source], self._opened[source]
@@ -129,14 +110,12 @@ class FluidStrategy:
 
     def _choose(self, hidden: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and their probabilities. hidden: (n, C, D).  draws: (n, C).  Returns (n, C) each."""
-        logits = self.backbone.logits(hidden)
-        if self.settings.temperature == 0:
+        logits, heat = self.backbone.logits(hidden), self.settings.temperature
+        if heat == 0:
             sure, tokens = logits.softmax(-1).max(-1)
             return tokens, sure
-        flat = choose(
-            logits.flatten(0, 1), draws.flatten(), self.settings.temperature, self.settings.top_p, "probability"
-        )
-        return flat[0].view(draws.shape), flat[1].view(draws.shape)
+        tokens, sure = choose(logits.flatten(0, 1), draws.flatten(), heat, self.settings.top_p, "probability")
+        return tokens.view(draws.shape), sure.view(draws.shape)
 
     def _drafts(self, hidden: Tensor, last: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """What the fan behind each row's last kept token says, and how surely: 0 where no fan was opened there.
@@ -146,12 +125,32 @@ class FluidStrategy:
         """
         rows, step = len(hidden), torch.arange(self.masks, device=hidden.device)
         count, fans = self._shape[:rows, :1], self._shape[:rows, 1:]
-        hit = (self._fan_at[:rows] == last[:, None]) & (torch.arange(self.fans, device=hidden.device) < fans)  # (n, F)
+        hit = (self._hung[:rows] == last[:, None]) & (torch.arange(self.fans, device=hidden.device) < fans)  # (n, F)
         slots = count + hit.long().argmax(1, keepdim=True) * self.masks + step  # (n, M)
         slots = slots.clamp(max=hidden.shape[1] - 1)
         states = hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1]))
         tokens, sure = self._choose(states, draws)
         return tokens, sure * hit.any(1, keepdim=True)
+
+    def _propose(
+        self, start: int, hidden: Tensor, last: Tensor, tokens: Tensor, sure: Tensor, rooms: list[int]
+    ) -> Tensor:
+        """Set what rows start.. feed next.
+
+        hidden: (n, D) at the last token kept.  last: (n,) its place in what was fed.  tokens: (n, K) pending, drafts.
+        sure: (n, M) probability of each draft.  rooms: slots left before the window ends, before that feed.
+        Returns (n, 3 + K) for `_report`: last; tokens and fans to feed; tokens.
+        """
+        rows = slice(start, start + len(hidden))
+        room = torch.tensor(rooms, device=hidden.device) - last - 1
+        length = self._cut(sure, self.head.stride(hidden).to(hidden.device), room)
+        self._tokens[rows] = tokens
+        self._shape[rows, 0] = length + 1
+        if self.masks:
+            self._hung[rows], self._shape[rows, 1] = self._places(sure, length)
+        else:
+            self._shape[rows, 1] = 0
+        return torch.cat([last[:, None], self._shape[rows], tokens], 1)
 
     def _cut(self, sure: Tensor, stride: Tensor, room: Tensor) -> Tensor:
         """Drafts to feed, (n,): within the K-head's stride and the window, and likely or sure enough.
@@ -163,38 +162,32 @@ class FluidStrategy:
         else:
             worth = (sure > self.settings.confidence).cumprod(1).bool()
         stride = stride.clamp(self.settings.min_horizon, self.settings.max_horizon)
-        most = torch.minimum(stride, room).clamp(min=1) - 1
-        return torch.minimum(worth.sum(1), most)
+        return torch.minimum(worth.sum(1), torch.minimum(stride, room).clamp(min=1) - 1)
 
-    def _open(self, sure: Tensor, length: Tensor) -> None:
-        """Choose where the next fans hang: behind the tokens after which the drafts likeliest end.
+    def _places(self, sure: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """Which tokens to hang fans on, (n, F), and how many of these are worth it, (n,).
 
-        sure: (n, M) probability of each draft.  length: (n,) drafts fed.
+        Unverified drafts are all kept, so the last one has the only fan.  sure: (n, M).  length: (n,) drafts.
         """
-        rows, masks = sure.shape
-        if masks == 0:
-            return
-        draft = torch.arange(masks + 1, device=sure.device)
-        sure = torch.cat([sure, torch.zeros_like(sure[:, :1])], 1).masked_fill(draft >= length[:, None], 0.0)
-        reached = torch.cat([torch.ones_like(sure[:, :1]), sure[:, :-1].cumprod(1)], 1)
-        ends = reached * (1 - sure)  # (n, M + 1): the last draft right is number i
+        draft = torch.arange(sure.shape[1] + 1, device=sure.device)
         if not self.settings.verify:
-            ends = (draft == length[:, None]).float()
-        likely, where = ends.topk(min(self.fans, masks + 1), dim=1)
-        self._fan_at[:rows, : where.shape[1]] = where
-        self._shape[:rows, 0] = length + 1
-        self._shape[:rows, 1] = (likely >= UNLIKELY).sum(1)
+            return length[:, None], torch.ones_like(length)
+        reached = torch.cat([torch.ones_like(sure[:, :1]), sure.cumprod(1)], 1)  # (n, M + 1) all right up to there
+        onward = torch.cat([sure, torch.zeros_like(sure[:, :1])], 1).masked_fill(draft >= length[:, None], 0.0)
+        ends = (reached * (1 - onward)).masked_fill(draft > length[:, None], 0.0)
+        likely, where = functional.pad(ends, (0, self.fans)).topk(self.fans, dim=1)
+        return where, (likely >= UNLIKELY).sum(1)
 
-    def _report(self, state: list[list[int]]) -> Absorbed:
-        """Book on the host what was kept and what comes next."""
+    def _report(self, start: int, state: Tensor, *, closed: bool) -> Absorbed:
+        """Book on the host what was kept and what comes next. closed: whether a round has ended with this."""
         tokens: list[list[int]] = []
         keep: list[int] = []
         predicted: list[int | None] = []
-        for row, (last, count, fans, *fresh) in enumerate(state):
+        for row, (last, count, fans, *fresh) in enumerate(state.tolist(), start):
             fed, new = self._fed[row], fresh[:count]
             tokens.append(fed[1 : last + 1] + new[:1] if self.settings.verify else new)
             keep.append(last + 1)
             predicted.append(len(fed) if self.settings.verify else count)
             self._draws.take(row, len(tokens[-1]))
             self._fed[row], self._opened[row] = new, fans
-        return Absorbed(tokens, keep, predicted)
+        return Absorbed(tokens, keep, predicted if closed else [])

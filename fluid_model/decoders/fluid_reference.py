@@ -31,6 +31,7 @@ class FluidReferenceStrategy:
     """Reference semantics: one canvas a round, at least one denoise forward and one commit each."""
 
     reads_prompt = True
+    behind_prompt: tuple[int, ...] = ()
 
     def __init__(self, backbone: Backbone, head: KHead, mask_id: int, settings: FluidSettings) -> None:
         self.backbone = backbone
@@ -52,7 +53,7 @@ class FluidReferenceStrategy:
     def admit(self, start: int, requests: list[Request], hidden: Tensor | None, rooms: list[int]) -> Absorbed:
         assert hidden is not None
         rows = torch.arange(start, start + len(hidden), device=hidden.device)
-        self._open(rows, hidden, self.backbone.logits(hidden).argmax(-1), rooms)
+        self._open(rows, hidden[:, 0], self.backbone.logits(hidden[:, 0]).argmax(-1), rooms)
         strides = self._width[rows].tolist()
         self._host[start : start + len(strides)] = [(DENOISE, stride) for stride in strides]
         return Absorbed(tokens=[[] for _ in strides], keep=[0] * len(strides), predicted=strides)

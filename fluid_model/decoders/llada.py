@@ -44,6 +44,7 @@ class LladaStrategy:
     """Every forward feeds a row whole."""
 
     reads_prompt = False
+    behind_prompt: tuple[int, ...] = ()
 
     def __init__(self, backbone: Backbone, mask_id: int, end_ids: tuple[int, ...], settings: LladaSettings) -> None:
         self.backbone, self.mask_id, self.end_ids, self.settings = backbone, mask_id, end_ids, settings

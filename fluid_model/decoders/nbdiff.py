@@ -24,6 +24,7 @@ class NbdiffStrategy:
     """A row is either filling its block (both ways) or committing it (causally)."""
 
     reads_prompt = True
+    behind_prompt: tuple[int, ...] = ()
 
     def __init__(self, backbone: Backbone, mask_id: int, block_length: int, settings: NbdiffSettings) -> None:
         self.backbone, self.mask_id, self.settings = backbone, mask_id, settings
@@ -43,7 +44,7 @@ class NbdiffStrategy:
         for slot, request in enumerate(requests, start):
             self._random[slot] = torch.Generator().manual_seed(request.seed)
         rows = torch.arange(start, start + len(requests), device=hidden.device)
-        self._open(rows, self.backbone.logits(hidden), rooms)
+        self._open(rows, self.backbone.logits(hidden[:, 0]), rooms)
         return self._report(start, len(requests), [0] * len(requests))
 
     def plan(self, rows: int) -> Feed:

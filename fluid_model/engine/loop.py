@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .. import masks
 from ..backbone import Backbone
 from ..errors import ConfigError
 from ..tokens import Tokenizer, cut_at_stops, has_stop
@@ -101,7 +102,7 @@ class Engine:
     @torch.inference_mode()
     def _admit(self, waiting: deque[Request], free: int) -> None:
         """Let the longest waiting prompts in together, as many as the slots and one forward's budget take."""
-        longest = len(waiting[0].prompt)
+        longest = len(waiting[0].prompt) + len(self.strategy.behind_prompt)
         rows = [_Row(waiting.popleft()) for _ in range(min(free, len(waiting), max(1, PREFILL_TOKENS // longest)))]
         start = len(self._rows)
         hidden = self._read(rows, start) if self.strategy.reads_prompt else None
@@ -110,18 +111,24 @@ class Engine:
         self._take(rows, absorbed)
 
     def _read(self, rows: list[_Row], start: int) -> Tensor:
-        """Prefill prompts into slots start.. . Returns (R, D): hidden states at their last tokens."""
-        longest = max(len(row.request.prompt) for row in rows)
-        prompts = [torch.tensor(row.request.prompt) for row in rows]
-        ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(self.backbone.device)  # (R, L)
-        reading = self._cache.aim(start, [0] * len(rows), longest, self.backbone.device)
-        hidden = self.backbone.forward(ids, reading, self._cache)  # (R, L, D)
+        """Prefill prompts, and M more ids behind each, into slots start.. .
+
+        Returns (R, 1 + M, D): hidden states from the prompts' last tokens on.
+        """
+        behind, device = self.strategy.behind_prompt, self.backbone.device
+        fed = [torch.tensor([*row.request.prompt, *behind]) for row in rows]
+        ids = torch.nn.utils.rnn.pad_sequence(fed, batch_first=True).to(device)  # (R, S)
+        last = torch.tensor([len(row.request.prompt) - 1 for row in rows], device=device)
+        reading = self._cache.aim(start, [0] * len(rows), ids.shape[1], device)
+        if behind:
+            reading = replace(reading, fans=masks.one_fan(last, len(behind), ids.shape[1]))
+        hidden = self.backbone.forward(ids, reading, self._cache)  # (R, S, D)
         self.calls += 1
-        last = torch.tensor([len(p) - 1 for p in prompts], device=hidden.device)
-        for row, prompt in zip(rows, prompts, strict=True):
-            row.length = len(prompt)
-            row.trace.count("prefill", len(prompt))
-        return hidden[torch.arange(len(rows), device=hidden.device), last]
+        for row in rows:
+            row.length = len(row.request.prompt)
+            row.trace.count("prefill", row.length + len(behind))
+        where = last[:, None] + torch.arange(1 + len(behind), device=device)
+        return hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
 
     @torch.inference_mode()
     def _round(self) -> None:

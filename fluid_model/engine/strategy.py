@@ -47,12 +47,15 @@ class Strategy(Protocol):
     """The most slots one row may feed in one forward, prompts aside."""
     reads_prompt: bool
     """Whether prompts are read into the cache before `admit` (not if every forward feeds them again)."""
+    behind_prompt: tuple[int, ...]
+    """Ids fed with each prompt, M of them, as a fan on its last token (see `masks.fans`); they are not kept."""
 
     def allocate(self, slots: int) -> None:
         """Make state for `slots` rows."""
 
     def admit(self, start: int, requests: list[Request], hidden: Tensor | None, rooms: list[int]) -> Absorbed:
-        """Rows start.. have come in. hidden: (R, D) at the last prompt token, None if prompts were not read.
+        """Rows start.. have come in. hidden: (R, 1 + M, D) at each prompt's last token and at what was fed behind it,
+        None if prompts were not read.
 
         rooms: slots left before the window ends, per row.  A request's seed is for its own random numbers.
         """
