@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands.add_parser("run", help="run tasks with a model: table, run folder, result"))
+    _add_trace(commands.add_parser("trace", help="how one answer comes about, forward by forward"))
     report = commands.add_parser("report", help="one self-contained HTML page from a run folder")
     report.add_argument("run", type=Path, help="run folder")
     report.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: report.html in the run folder")
@@ -86,6 +87,15 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     where.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
+def _add_trace(trace: argparse.ArgumentParser) -> None:
+    trace.add_argument("--model", metavar="PATH_OR_HUB_ID", help="default: the bundled tiny-fluid")
+    trace.add_argument("--decoder", metavar="ar|fluid|nbdiff|llada", help="default: ar (fluid for the bundled model)")
+    trace.add_argument("--prompt", required=True, metavar="TEXT", help="what the answer continues; \\n is a new line")
+    trace.add_argument("--set", action="append", default=[], metavar="A.B=C", help="e.g. decoder.confidence=0.9")
+    trace.add_argument("--max-new-tokens", type=_whole, default=64, metavar="N", help="default: 64")
+    trace.add_argument("--markdown", action="store_true", help="a plain table instead of colours")
+
+
 def _whole(text: str) -> int | str:
     """A whole number where it is one; the spec says what is wrong with anything else."""
     try:
@@ -102,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        return {"run": _run, "report": _report, "doctor": _doctor, "reproduce": _reproduce}[options.command](options)
+        return _COMMANDS[options.command](options)
     except ConfigError as error:
         print(f"fluid-eval: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_CONFIG
@@ -165,6 +175,29 @@ def _take_bundled(values: dict[str, Any], options: argparse.Namespace) -> None:
     )
 
 
+def _trace(options: argparse.Namespace) -> int:
+    from fluid_model.fields import assign, put
+
+    from .paths import resource
+    from .spec import build_spec
+
+    bundled = {"path": str(resource("checkpoints") / BUNDLED)}
+    values: dict[str, Any] = {"tasks": "mini", "model": {"path": options.model} if options.model else bundled}
+    put(values, "decoder.name", options.decoder or ("ar" if options.model else "fluid"))
+    put(values, "max_new_tokens", options.max_new_tokens)
+    for setting in options.set:
+        assign(values, setting)
+    spec = build_spec(values)
+    from .trace import markdown, show, watch
+
+    found, answer = watch(spec, options.prompt.replace("\\n", "\n"))
+    if options.markdown:
+        print(markdown(found))
+    else:
+        show(found, answer, spec.to_dict()["decoder"])
+    return EXIT_OK
+
+
 def _report(options: argparse.Namespace) -> int:
     from .report import write_report
 
@@ -187,6 +220,9 @@ def _reproduce(options: argparse.Namespace) -> int:
     models_dir = options.models_dir or os.environ.get("FLUID_MODELS_DIR")
     reproduce(options.out, data_dir=data_dir, models_dir=models_dir)
     return EXIT_OK
+
+
+_COMMANDS = {"run": _run, "trace": _trace, "report": _report, "doctor": _doctor, "reproduce": _reproduce}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,8 +18,8 @@ from ..backbone import Backbone
 from ..errors import ConfigError
 from ..tokens import Tokenizer, cut_at_stops, has_stop
 from .cache import SlotCache
-from .records import Finish, Generation, Request, Trace
-from .strategy import Absorbed, Strategy
+from .records import Finish, Generation, Request, Step, Trace
+from .strategy import Absorbed, Feed, Strategy
 
 PREFILL_TOKENS = 8192
 """Prompt tokens, padding included, that one prefill forward may take."""
@@ -41,8 +41,10 @@ class Engine:
     """Continues prompts with one strategy over one backbone, `slots` rows at a time.
 
     A finished row's slot is given to the next waiting request at once; active rows are kept packed at the front.
-    `calls` counts model forwards since construction.
+    `calls` counts model forwards since construction.  `watch`, if set, is told every forward of every row.
     """
+
+    watch: Callable[[Step], None] | None = None
 
     def __init__(
         self,
@@ -122,11 +124,9 @@ class Engine:
         reading = self._cache.aim(start, [0] * len(rows), ids.shape[1], device)
         if behind:
             reading = replace(reading, fans=masks.one_fan(last, len(behind), ids.shape[1]))
-        hidden = self.backbone.forward(ids, reading, self._cache)  # (R, S, D)
-        self.calls += 1
+        hidden = self._forward(rows, Feed(ids, list(map(len, fed)), ["prefill"] * len(rows)), reading)  # (R, S, D)
         for row in rows:
             row.length = len(row.request.prompt)
-            row.trace.count("prefill", row.length + len(behind))
         where = last[:, None] + torch.arange(1 + len(behind), device=device)
         return hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
 
@@ -140,14 +140,21 @@ class Engine:
             reach = zip(feed.mutual, rows, feed.widths, strict=True)
             ends = [row.length + width if both else 0 for both, row, width in reach]
             reading = replace(reading, ends=torch.tensor(ends, device=self.backbone.device))
-        hidden = self.backbone.forward(feed.ids, replace(reading, fans=feed.fans), self._cache)  # (n, S, D)
-        self.calls += 1
-        for row, width, kind in zip(rows, feed.widths, feed.kinds, strict=True):
-            row.trace.count(kind, width)
+        hidden = self._forward(rows, feed, replace(reading, fans=feed.fans))  # (n, S, D)
         absorbed = self.strategy.absorb(feed, hidden, [self._room(row) for row in rows])
         for row, keep in zip(rows, absorbed.keep, strict=True):
             row.length += keep
         self._take(rows, absorbed)
+
+    def _forward(self, rows: list[_Row], feed: Feed, reading: masks.Reading) -> Tensor:
+        """One counted call of the model."""
+        hidden = self.backbone.forward(feed.ids, reading, self._cache)
+        self.calls += 1
+        for row, width, kind in zip(rows, feed.widths, feed.kinds, strict=True):
+            row.trace.count(kind, width)
+        if self.watch is not None:
+            self._seen = _steps(rows, feed, reading)
+        return hidden
 
     def _room(self, row: _Row) -> int:
         return self.backbone.window - row.length
@@ -157,6 +164,9 @@ class Engine:
         for row, stride in zip(rows, absorbed.predicted, strict=False):
             if stride is not None:
                 row.trace.predicted.append(stride)
+        if self.watch is not None:
+            for step, tokens in zip(self._seen, absorbed.tokens, strict=True):
+                self.watch(replace(step, tokens=tuple(tokens)))
         for row, tokens in zip(rows, absorbed.tokens, strict=True):
             if tokens:
                 row.trace.accepted += [len(tokens)] if absorbed.predicted else []
@@ -232,3 +242,18 @@ class Engine:
             prompt_tokens=len(request.prompt),
             truncated=request.truncated,
         )
+
+
+def _steps(rows: list[_Row], feed: Feed, reading: masks.Reading) -> list[Step]:
+    """What each row fed in a forward."""
+    places, found = reading.positions.tolist(), []
+    hung = [[None] * feed.ids.shape[1]] * len(rows)
+    if reading.fans is not None:
+        first, (anchor, step) = reading.columns[:, :1], reading.fans
+        hung = torch.where(step > 0, first + anchor, -1).tolist()
+    for row, ids, width, kind, where, fan in zip(
+        rows, feed.ids.tolist(), feed.widths, feed.kinds, places, hung, strict=True
+    ):
+        fans = tuple(None if at is None or at < 0 else at for at in fan[:width])
+        found.append(Step(row.request.key, kind, tuple(ids[:width]), tuple(where[:width]), fans, ()))
+    return found

@@ -52,6 +52,22 @@ class Trace:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One forward as one row saw it, for whoever watches.
+
+    key: the row's request.  ids, places: slots fed and the positions they stood at, (S,) each.  hung: for slots of a
+    fan the position of the token it hangs on, None for others.  tokens: ids the answer grew by.
+    """
+
+    key: str
+    kind: Kind
+    ids: tuple[int, ...]
+    places: tuple[int, ...]
+    hung: tuple[int | None, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Generation:
     """One finished answer.
 

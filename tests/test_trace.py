@@ -1,0 +1,85 @@
+"""`fluid-eval trace` tells what the engine did, and docs/decoders.md shows what it tells."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+import torch
+
+import fluid_model
+from fluid_eval.cli import main
+from fluid_eval.paths import resource
+from fluid_eval.spec import build_spec
+from fluid_eval.trace import runs, watch
+
+PROMPT = (
+    "Question: There are 17 plates on the table of Omar. He gives Wendy 6. How many plates does Omar have?\nAnswer:"
+)
+DECODERS = (
+    {"name": "ar"},
+    {"name": "fluid"},
+    {"name": "fluid", "verify": False, "confidence": 0.5},
+    {"name": "fluid", "rounds": "reference"},
+)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_lines_are_the_forwards_and_make_up_the_answer(decoder):
+    model = str(resource("checkpoints") / "tiny-fluid")
+    spec = build_spec({"tasks": "mini", "model": model, "decoder": decoder, "max_new_tokens": 24})
+    found, answer = watch(spec, PROMPT)
+    count = {kind: sum(line.kind == kind for line in found) for kind in answer.trace.forwards}
+    assert count == answer.trace.forwards
+    assert sum(line.slots for line in found) == answer.trace.slots
+    places = [place for line in found for place in line.kept]
+    assert places == list(range(len(places)))
+    assert "".join(text for line in found for text in line.kept.values()).replace("⏎", "\n").startswith(answer.text)
+    drafted: dict[int, str] = {}
+    for line in found:
+        assert not set(line.drafted) & set(places[: sum(len(before.kept) for before in found[: found.index(line)])])
+        if decoder["name"] == "fluid" and line.kind != "prefill":
+            last = max(line.kept, default=-1)
+            assert all(text == drafted.get(place, text) for place, text in line.kept.items() if place != last)
+        drafted = line.drafted if line.kept else drafted | dict(line.drafted)
+
+
+def test_watching_changes_nothing():
+    checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"))
+    ids = tuple(checkpoint.tokenizer(PROMPT)["input_ids"])
+    work = [fluid_model.Request(str(i), ids[: len(ids) - i], 16) for i in range(3)]
+    engine, seen = fluid_model.engine_for(checkpoint, fluid_model.FluidSettings(), 2), []
+    expected = {g.key: g.ids for g in engine.generate(work)}
+    engine.watch = seen.append
+    assert {g.key: g.ids for g in engine.generate(work)} == expected
+    assert {step.key for step in seen} == {"0", "1", "2"}
+    assert all(len(step.ids) == len(step.places) == len(step.hung) for step in seen)
+
+
+def test_runs():
+    assert runs({}) == []
+    assert runs({4: "a", 3: "b", 7: "c"}) == [("3-4", "ba"), ("7", "c")]
+
+
+def test_colours_fit_the_terminal(capsys):
+    assert main(["trace", "--prompt", PROMPT, "--max-new-tokens", "12"]) == 0
+    out = capsys.readouterr().out
+    assert "prefill" in out
+    assert "12 tokens in" in out
+    assert all(len(line) <= 80 for line in out.splitlines())
+
+
+def test_bad_input_is_one_line(capsys):
+    assert main(["trace", "--prompt", "x", "--set", "decoder.fans=0"]) == 2
+    assert capsys.readouterr().err == "fluid-eval: fans=0 must lie in [1, 64]\n"
+
+
+def test_the_page_shows_what_the_command_prints(capsys):
+    page = (resource("docs") / "decoders.md").read_text(encoding="utf-8")
+    told = re.findall(r"<!-- (fluid-eval trace .*?) -->\n(.*?)\n<!-- end -->", page, re.DOTALL)
+    assert told
+    for command, table in told:
+        torch.manual_seed(0)
+        assert main(shlex.split(command)[1:]) == 0
+        assert capsys.readouterr().out.strip() == table.strip()
