@@ -105,15 +105,22 @@ class NbdiffSettings:
     """Nucleus, as for ar."""
 
     def __post_init__(self) -> None:
+        check_range("small_blocks", self.small_blocks, 1, 4096)
         if self.block_length is not None:
             check_range("block_length", self.block_length, 1, 4096)
-        check_range("small_blocks", self.small_blocks, 1, 4096)
+            self.part(self.block_length)
         if self.confidence is not None:
             check_range("confidence", self.confidence, 0.0, 1.0)
         if self.max_entropy is not None and (self.rule != "entropy" or self.max_entropy < 0):
             raise ConfigError(f"max_entropy={self.max_entropy}: at least 0, and only for rule=entropy")
         check_range("temperature", self.temperature, 0.0, 100.0)
         check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
+
+    def part(self, block_length: int) -> int:
+        """Tokens of a small block, one at least. Raises ConfigError if the small blocks do not fill the block."""
+        if block_length > self.small_blocks and block_length % self.small_blocks:
+            raise ConfigError(f"small_blocks={self.small_blocks} must divide block_length={block_length}")
+        return max(1, block_length // self.small_blocks)
 
     @property
     def least_sureness(self) -> float:
@@ -153,10 +160,26 @@ class LladaSettings:
                 check_range(name, value, 1, 10**6)
         check_range("block_length", self.block_length, 1, 4096)
         check_range("mc_num", self.mc_num, 1, 10**6)
-        if self.gen_length is not None and self.gen_length % self.block_length:
-            raise ConfigError(f"gen_length={self.gen_length} must be a multiple of block_length={self.block_length}")
+        if self.gen_length is not None:
+            self.canvas(self.gen_length)
         check_range("guidance", self.guidance, 0.0, 100.0)
         check_range("temperature", self.temperature, 0.0, 100.0)
+
+    def canvas(self, max_new_tokens: int) -> tuple[int, int]:
+        """Tokens of the canvas for an answer of that length, and forwards a block.
+
+        Raises ConfigError if the blocks do not fill the canvas or do not share the steps evenly.
+        """
+        length = self.gen_length or -(-max_new_tokens // self.block_length) * self.block_length
+        blocks, rest = divmod(length, self.block_length)
+        if rest:
+            raise ConfigError(f"gen_length={length} must be a multiple of block_length={self.block_length}")
+        steps = self.steps or length
+        if steps > length:
+            raise ConfigError(f"steps={steps} must not exceed the canvas of {length} tokens")
+        if steps % blocks:
+            raise ConfigError(f"steps={steps} must be a multiple of the canvas's {blocks} blocks")
+        return length, steps // blocks
 
 
 DecoderSettings = ArSettings | FluidSettings | NbdiffSettings | LladaSettings

@@ -104,10 +104,10 @@ def plain_llada(checkpoint: Checkpoint, prompt, decoder: LladaSettings, new_toke
 @given(
     rule=st.sampled_from(["probability", "margin", "entropy"]),
     threshold=st.sampled_from([None, 0.02, 0.2]),
-    length=st.integers(1, 8),
-    small=st.integers(1, 8),
+    parts=st.sampled_from([(1, 1), (1, 8), (3, 3), (4, 1), (6, 2), (7, 1), (8, 4), (8, 8)]),
 )
-def test_nbdiff_is_the_public_decoder(rule, threshold, length, small):
+def test_nbdiff_is_the_public_decoder(rule, threshold, parts):
+    length, small = parts
     if rule == "entropy":
         bounds = {"max_entropy": None if threshold is None else 4.5 + threshold}
     else:
@@ -163,7 +163,7 @@ def test_llada_fills_left_to_right_one_a_step_in_blocks_of_one():
 RANDOM = [
     NbdiffSettings(block_length=8, small_blocks=2, temperature=1.0, top_p=0.8),
     NbdiffSettings(block_length=8, confidence=0.05),
-    LladaSettings(block_length=8, steps=20, temperature=0.7),
+    LladaSettings(block_length=8, steps=8, temperature=0.7),
     LladaSettings(block_length=8, remasking="random", suppress_end=True, guidance=1.0),
 ]
 
@@ -238,7 +238,10 @@ def test_a_canvas_beyond_the_window_is_refused():
         (NbdiffSettings, {"max_entropy": 0.5}, "max_entropy=0.5: at least 0, and only for rule=entropy"),
         (NbdiffSettings, {"small_blocks": 0}, "small_blocks=0 must lie in [1, 4096]"),
         (LladaSettings, {"gen_length": 10, "block_length": 4}, "gen_length=10 must be a multiple of block_length=4"),
+        (NbdiffSettings, {"block_length": 12, "small_blocks": 8}, "small_blocks=8 must divide block_length=12"),
         (LladaSettings, {"steps": 0}, "steps=0 must lie in [1, 1000000]"),
+        (LladaSettings, {"gen_length": 64, "steps": 65}, "steps=65 must not exceed the canvas of 64 tokens"),
+        (LladaSettings, {"gen_length": 64, "steps": 33}, "steps=33 must be a multiple of the canvas's 2 blocks"),
     ],
 )
 def test_bad_settings_are_named(kind, values, message):

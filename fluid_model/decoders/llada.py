@@ -83,13 +83,11 @@ class LladaStrategy:
 
     def _open(self, request: Request, room: int) -> _Canvas:
         settings, prompt = self.settings, torch.tensor(request.prompt)
-        length = settings.gen_length or -(-request.max_new_tokens // settings.block_length) * settings.block_length
+        length, steps = settings.canvas(request.max_new_tokens)
         if len(prompt) + length > room:
             raise ConfigError(
                 f"request {request.key}: {len(prompt)} prompt tokens and a canvas of {length} exceed the window, {room}"
             )
-        blocks = -(-length // settings.block_length)
-        steps = min(max(1, (settings.steps or length) // blocks), settings.block_length)
         canvas = torch.full((length,), self.mask_id)
         random = torch.Generator().manual_seed(request.seed)
         return _Canvas(len(prompt), torch.cat([prompt, canvas]), schedule(settings.block_length, steps), random)

@@ -29,7 +29,7 @@ class NbdiffStrategy:
     def __init__(self, backbone: Backbone, mask_id: int, block_length: int, settings: NbdiffSettings) -> None:
         self.backbone, self.mask_id, self.settings = backbone, mask_id, settings
         self.widest = block_length
-        self.small = -(-block_length // min(settings.small_blocks, block_length))
+        self.small = settings.part(block_length)
 
     def allocate(self, slots: int) -> None:
         device = self.backbone.device

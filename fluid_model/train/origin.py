@@ -48,13 +48,17 @@ def told(
 
 
 def code_commit() -> str | None:
-    """The commit this code stands at ("+" if files differ from it), None outside a git checkout."""
+    """The commit this code stands at, "+" if files differ from it, None outside a git checkout.
+
+    Bundled weights may differ: a training replaces them.
+    """
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None
     try:
         commit = _git(here, "rev-parse", "HEAD")
-        return commit + ("+" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
+        changed = _git(here, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!checkpoints")
+        return commit + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
