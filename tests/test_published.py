@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,11 +43,10 @@ def close(found, expected):
 def bidirectional(checkpoint, ids):
     """Logits through the engine, every slot reading every other."""
     backbone = checkpoint.backbone
-    columns, total = SlotCache(len(ids), ids.shape[1]).aim(0, [0] * len(ids), ids.shape[1], backbone.device)
     cache = SlotCache(len(ids), ids.shape[1])
-    cache.aim(0, [0] * len(ids), ids.shape[1], backbone.device)
-    ends = torch.full((len(ids),), total)
-    return backbone.logits(backbone.forward(ids, columns, total, cache, ends))
+    reading = cache.aim(0, [0] * len(ids), ids.shape[1], backbone.device)
+    both = replace(reading, ends=torch.full((len(ids),), ids.shape[1]))
+    return backbone.logits(backbone.forward(ids, both, cache))
 
 
 @pytest.mark.parametrize("bias", [True, False])
