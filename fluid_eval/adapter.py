@@ -224,5 +224,6 @@ def _scored(answer: Score, args: list[tuple[str, str]]) -> Record:
         "finish": None,
         "choices": [continuation for _, continuation in args],
         "loglikelihoods": list(answer.loglikelihoods),
+        "standard_errors": list(answer.errors),
         "greedy": list(answer.greedy),
     }
