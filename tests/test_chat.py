@@ -13,6 +13,7 @@ from fluid_eval.chat import Chat, open_chat
 from fluid_eval.cli import main
 from fluid_eval.report import write_report
 from fluid_eval.run import run
+from fluid_eval.sandbox.passing import build_predictions_instruct
 from fluid_eval.spec import ChatSpec, build_spec
 from fluid_model import ConfigError, load_tokenizer
 
@@ -246,3 +247,9 @@ def test_every_setting_of_a_chat_names_another_run():
     assert specs[0].id == build_spec(base).id == build_spec({**base, "chat": False}).id
     assert specs[1] == build_spec({**base, "chat": True})
     assert "chat" not in specs[0].identity(), "runs without one keep their names"
+
+
+def test_an_instructed_function_ends_with_its_fence():
+    docs = [{"prompt": "def one():\n"}]
+    bodies = [["    return 1\n```\nIt returns 1, as ```python``` would.", "    return 1\n"]]
+    assert build_predictions_instruct(bodies, docs) == [["def one():\n    return 1\n"] * 2]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import fluid_model
 from fluid_model import ArSettings, ConfigError, FluidSettings, Request, engine_for
 
 from .tiny import fluid_checkpoint
@@ -85,7 +86,7 @@ def test_thinking_that_never_ends_is_no_answer(decoder):
 def test_the_end_of_thinking_may_be_a_special_token():
     """Then it is in no answer's text, and still ends the thinking."""
     tokenizer = copy.deepcopy(CHECKPOINT.tokenizer)
-    mark = PIECES[0]
+    mark = next(piece[0] for piece in PIECES if piece[1:2] == " ")  # white space follows it
     place = max(n for n, token in enumerate(FREE.ids) if tokenizer.decode([token]) == mark)
     tokenizer.add_special_tokens({"additional_special_tokens": [mark]})
     assert len(tokenizer) == len(CHECKPOINT.tokenizer), "the token is an old one"
@@ -132,3 +133,15 @@ def test_time_is_shared_out_and_waiting_callers_cost_nothing():
         slept += 0.05
     spent = sum(a.seconds for a in answers)
     assert 0 < spent <= time.perf_counter() - started - slept + 0.01
+
+
+def test_an_answer_may_begin_inside_a_token(stories):
+    """The end of thinking is a text: its last token may hold the answer's first letters or white space."""
+    checkpoint = fluid_model.load(str(stories))
+    engine = engine_for(checkpoint, ArSettings())
+    prompt = tuple(checkpoint.tokenizer("Once upon a time")["input_ids"])
+    (free,) = engine.generate([Request("x", prompt, 24)])
+    for start in range(0, 40):
+        mark = free.text[start : start + 3]
+        (answer,) = engine.generate([Request("x", prompt, 24, end_of_thinking=mark)])
+        assert answer.text == free.text.rpartition(mark)[2].lstrip()

@@ -195,14 +195,14 @@ class Engine:
     def _answer(self, row: _Row) -> str:
         """Text of a row's answer: all of it, or what follows its thinking, less white space at the front."""
         ids, mark = row.ids, row.request.end_of_thinking
+        text = self._decode(ids)
         if mark is None:
-            return self._decode(ids)
+            return text
         marks = self._decode(ids, special=True).count(mark)
-        if not marks:
-            return ""
-        thought = bisect_left(range(len(ids)), marks, key=lambda n: self._decode(ids[:n], special=True).count(mark))
-        rest = after_last(self._decode(ids[:thought], special=True), mark)  # the mark's last token may say more
-        return (rest + self._decode(ids[thought:])).lstrip()
+        if text.count(mark) < marks:  # it ends in a special token, which no text shows: cut the ids behind it
+            first = bisect_left(range(len(ids)), marks, key=lambda n: self._decode(ids[:n], special=True).count(mark))
+            return self._decode(ids[first:]).lstrip()
+        return after_last(text, mark).lstrip()
 
     def _decode(self, ids: list[int], *, special: bool = False) -> str:
         """Text of ids. Stop strings may be special tokens, which an answer's text leaves out (as in lm-eval)."""
