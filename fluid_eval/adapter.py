@@ -19,6 +19,7 @@ from fluid_model.engine.records import Generation, Request, Score, ScoreRequest
 from fluid_model.errors import ConfigError
 from fluid_model.tokens import Tokenizer
 
+from .chat import Chat
 from .pool import Pool
 from .progress import Bar
 from .store import Record, Run
@@ -30,11 +31,18 @@ ENCODE_AT_ONCE = 2048
 class FluidLM(TemplateLM):
     """Answers lm-eval's requests from the run folder or, where it has none, from the pool.
 
-    pool: called once, when the first answer is missing.  window: tokens the model can read.
+    pool: called once, when the first answer is missing.  window: tokens the model can read.  chat: None for plain
+    prompts.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, window: int, pool: Callable[[], Pool], run: Run, bar: Callable[[str, int], Bar]
+        self,
+        tokenizer: Tokenizer,
+        window: int,
+        pool: Callable[[], Pool],
+        run: Run,
+        bar: Callable[[str, int], Bar],
+        chat: Chat | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
@@ -42,6 +50,8 @@ class FluidLM(TemplateLM):
         self._pool = pool
         self._run = run
         self._bar = bar
+        self._chat = chat
+        self._end_of_thinking = chat.end_of_thinking if chat and chat.settings.thinking else None
         ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         self._bos = tokenizer.decode(self.prefix_token_id) if any(end is not None for end in ends) else ""
         self._eos = None if ends[1] is None else tokenizer.decode(ends[1])
@@ -56,6 +66,14 @@ class FluidLM(TemplateLM):
     def prefix_token_id(self) -> int:
         begin = self.tokenizer.bos_token_id
         return int(begin) if begin is not None else self.eot_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        assert self._chat is not None, "lm-eval asks only where the run is a chat"
+        return self._chat.render(chat_history, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         if add_special_tokens is None:
@@ -77,7 +95,7 @@ class FluidLM(TemplateLM):
             if not self._held(key, text):
                 work.append(self._request(key, prompts[text], dict(options)))
                 prompt_of[key] = text
-        self._work("writing", keys, work, lambda answer: _written(answer, prompt_of[answer.key]))
+        self._work("writing", keys, work, lambda answer: self._written(answer, prompt_of[answer.key]))
         return [self._run.samples[key]["output"] for key in keys]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -138,7 +156,20 @@ class FluidLM(TemplateLM):
             stops=tuple(stops),
             seed=_row_seed(self._run.spec.seed, key),
             truncated=max(0, len(prompt) - len(fed)),
+            end_of_thinking=self._end_of_thinking,
         )
+
+    def _written(self, answer: Generation, prompt: str) -> Record:
+        record = {
+            **_base(answer, prompt),
+            "output": answer.text,
+            "output_ids": list(answer.ids),
+            "finish": answer.finish,
+        }
+        if self._end_of_thinking is not None:
+            record["raw_output"] = self.tokenizer.decode(answer.ids)
+            record["thinking_ended"] = self._end_of_thinking in record["raw_output"]
+        return record
 
     def _work(self, title: str, keys: Sequence[str], work: Sequence[Any], record: Callable[[Any], Record]) -> None:
         """Send missing work to the pool and store answers as they come."""
@@ -150,7 +181,11 @@ class FluidLM(TemplateLM):
                     bar.advance()
 
     def _encode_all(self, texts: Iterable[str]) -> dict[str, Ids]:
-        """Token ids of distinct texts, special tokens as the tokenizer adds them unless the text has its own BOS."""
+        """Token ids of distinct texts. The tokenizer adds its special tokens unless the text has its own BOS or is a
+        conversation: there the template decides, as in transformers.
+
+        Raises ConfigError if a text starts with two BOS.
+        """
         distinct = list(dict.fromkeys(texts))
         encoded: dict[str, Ids] = {}
         for has_bos in (False, True):
@@ -158,8 +193,12 @@ class FluidLM(TemplateLM):
             group = group if self._bos else [] if has_bos else distinct
             for start in range(0, len(group), ENCODE_AT_ONCE):
                 part = group[start : start + ENCODE_AT_ONCE]
-                ids = self.tokenizer(part, add_special_tokens=not has_bos)["input_ids"]
+                ids = self.tokenizer(part, add_special_tokens=not has_bos and self._chat is None)["input_ids"]
                 encoded.update(zip(part, map(tuple, ids), strict=True))
+        begin = self.tokenizer.bos_token_id
+        if begin is not None and any(ids[:2] == (begin, begin) for ids in encoded.values()):
+            where = "the model's chat template" if self._chat else "the task's text"
+            raise ConfigError(f"a prompt starts with {self._bos} twice, as written by {where}; take one out there")
         return encoded
 
     def _encode_pairs(self, texts: list[tuple[str, str]]) -> dict[tuple[str, str], tuple[Ids, Ids]]:
@@ -206,15 +245,6 @@ def _base(answer: Generation | Score, prompt: str) -> Record:
     }
 
 
-def _written(answer: Generation, prompt: str) -> Record:
-    return {
-        **_base(answer, prompt),
-        "output": answer.text,
-        "output_ids": list(answer.ids),
-        "finish": answer.finish,
-    }
-
-
 def _scored(answer: Score, args: list[tuple[str, str]]) -> Record:
     best = max(range(len(args)), key=lambda i: answer.loglikelihoods[i])
     return {
@@ -224,5 +254,6 @@ def _scored(answer: Score, args: list[tuple[str, str]]) -> Record:
         "finish": None,
         "choices": [continuation for _, continuation in args],
         "loglikelihoods": list(answer.loglikelihoods),
+        "standard_errors": list(answer.errors),
         "greedy": list(answer.greedy),
     }

@@ -72,6 +72,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     what.add_argument("--limit", type=_whole, metavar="N", help="first N documents of each task")
     what.add_argument("--num-fewshot", type=_whole, metavar="N", help="default: the task's own")
     what.add_argument("--max-new-tokens", type=_whole, metavar="N", help="default: the task's own")
+    what.add_argument("--chat", action="store_true", help="prompts by the chat template; --set chat.system=TEXT, ...")
     what.add_argument("--seed", type=_whole, metavar="N", help="default: 1234")
     what.add_argument("--allow-code", action="store_const", const=True, help="agree to run code the model wrote")
     where = run.add_argument_group("where")
@@ -143,6 +144,8 @@ def _run(options: argparse.Namespace) -> int:
     for flag, name in _FLAGS.items():
         if (value := getattr(options, flag)) is not None:
             put(values, name, value)
+    if options.chat:
+        values.setdefault("chat", {})
     for setting in options.set:
         assign(values, setting)
     spec = build_spec(values)

@@ -57,8 +57,10 @@ def load_tasks(spec: RunSpec) -> Tasks:
     return loaded
 
 
-def check_settings(tasks: Tasks, window: int) -> None:
-    """Raise ConfigError if an answer leaves no room for its prompt, shots are too many, or a task wants to sample."""
+def check_settings(tasks: Tasks, window: int, *, thinking: bool = False) -> None:
+    """Raise ConfigError if an answer leaves no room for its prompt, shots are too many, a task wants to sample, or
+    has no place for `thinking`.
+    """
     for name, task in tasks["tasks"].items():
         shots, examples = task.get_config("num_fewshot") or 0, len(task.sampler.df)
         if shots > examples:
@@ -70,6 +72,12 @@ def check_settings(tasks: Tasks, window: int) -> None:
                 f"max_new_tokens={length} of task {name} leaves no room for a prompt in the model's window of "
                 f"{window}; pass a smaller --max-new-tokens"
             )
+        if thinking and task.get_config("output_type") != "generate_until":
+            raise ConfigError(
+                f"chat.thinking=true: task {name} writes nothing, it compares likelihoods; run it without"
+            )
+        if thinking and task.get_config("gen_prefix"):
+            raise ConfigError(f"chat.thinking=true: task {name} begins the answer itself; run it without thinking")
         if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
             raise ConfigError(f"task {name} asks for sampling; here the decoder decides: --set decoder.temperature=T")
 
@@ -88,6 +96,9 @@ def evaluate(spec: RunSpec, tasks: Tasks, lm: LM) -> dict[str, Any]:
         bootstrap_iters=0,
         log_samples=True,
         confirm_run_unsafe_code=spec.allow_code,
+        apply_chat_template=spec.chat is not None,
+        fewshot_as_multiturn=spec.chat is not None and spec.chat.multiturn,
+        system_instruction=spec.chat.system if spec.chat else None,
     )
     assert found is not None, "rank 0 always gets results"
     return dict(found)

@@ -16,7 +16,7 @@ class Cost:
     """What a set of answers cost. Every forward counts, prefill and commit too; only ids before the end count.
 
     tokens_per_second is per worker: tokens over the engine's time, summed over samples. None where nothing was
-    written (likelihood tasks).
+    written (likelihood tasks).  unended_thinking: answers of a thinking model that came to no answer.
     """
 
     tokens: int
@@ -26,6 +26,7 @@ class Cost:
     tokens_per_second: float | None
     truncated_prompts: int
     length_limit_hits: int
+    unended_thinking: int
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def cost(records: Sequence[Record]) -> Cost:
         tokens_per_second=tokens / seconds if wrote and seconds else None,
         truncated_prompts=sum(r["truncated"] > 0 for r in records),
         length_limit_hits=sum(r["finish"] == "length" for r in records),
+        unended_thinking=sum(not r.get("thinking_ended", True) for r in records),
     )
 
 

@@ -36,6 +36,7 @@ CLIPS = (6000, 3000, 1500, 750)
 """Characters kept of a text, the longest that fits PAGE_BYTES; what is left out is left out of its middle."""
 SHARED_LEAST = 200
 """A beginning that all prompts of a task share (few-shot examples) is stored once from this length on."""
+_THINKING = {True: "ended", False: "never ended", None: None}
 _UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 
 
@@ -115,6 +116,7 @@ def _render(spec: Nested, result: Nested, environment: Nested, records: list[Rec
         result=result,
         wall=_duration(result["wall_seconds"]),
         decoder={k: v for k, v in result["decoder"].items() if k != "name"},
+        chat={k: v for k, v in (result.get("chat") or {}).items() if v not in (None, "", {})},
         warnings=[m for m in result["data"] if m.startswith("WARNING")],
         figures=[Markup(svg) for svg in (score_speed(result["lines"]), tokens_per_forward(result["lines"])) if svg],
         environment=_environment(environment),
@@ -198,6 +200,8 @@ def _sample(record: Record, shared: Mapping[str, str], clip: int) -> Nested:
         "promptTokens": record.get("prompt_tokens"),
         "cut": record.get("truncated") or None,
         "output": _clip(record["output"], clip),
+        "raw": _clip(record["raw_output"], clip) if record.get("raw_output") else None,
+        "thinking": _THINKING[record.get("thinking_ended")],
         "tokens": len(record.get("output_ids") or []) or None,
         "finish": record.get("finish"),
         "extracted": {name: _clip(text, clip // 2) for name, text in (record.get("extracted") or {}).items()},
@@ -208,6 +212,7 @@ def _sample(record: Record, shared: Mapping[str, str], clip: int) -> Nested:
         "accepted": trace.get("accepted"),
         "choices": record.get("choices"),
         "loglikelihoods": [_finite(value) for value in record.get("loglikelihoods") or []],
+        "errors": [_finite(value) for value in record.get("standard_errors") or []],
         "seconds": _finite(record.get("seconds", math.nan)),
     }
     return {name: value for name, value in values.items() if value not in (None, [], {})}

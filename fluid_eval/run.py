@@ -11,7 +11,7 @@ from fluid_model.errors import ConfigError
 from fluid_model.fields import Nested
 from fluid_model.settings import FluidSettings
 
-from . import data, environment, harness, sandbox
+from . import chat, data, environment, harness, sandbox
 from .metrics import lines
 from .pool import Pool, open_pool
 from .progress import Bar
@@ -50,11 +50,13 @@ def run(spec: RunSpec, folder: Path, *, resume: bool = False) -> Nested:
     pick_device(spec.model.device)
     info = describe(spec.model.path, spec.model.method)
     _check_decoder(spec, info)
+    tokenizer = load_tokenizer(spec.model.path)
+    conversation = chat.open_chat(spec.chat, tokenizer, spec.model.path)
     tasks = harness.load_tasks(spec)
-    harness.check_settings(tasks, info.window)
-    job = _Job(spec, opened)
+    harness.check_settings(tasks, info.window, thinking=spec.chat is not None and spec.chat.thinking)
+    job = _Job(spec, opened, conversation)
     try:
-        return job.work(tasks, load_tokenizer(spec.model.path), info.window)
+        return job.work(tasks, tokenizer, info.window)
     finally:
         job.close()
 
@@ -79,9 +81,10 @@ def _check_decoder(spec: RunSpec, info: ModelInfo) -> None:
 class _Job:
     """One run under way."""
 
-    def __init__(self, spec: RunSpec, opened: Run) -> None:
+    def __init__(self, spec: RunSpec, opened: Run, conversation: chat.Chat | None) -> None:
         self.spec = spec
         self.opened = opened
+        self._chat = conversation
         self._pool: Pool | None = None
         self._started = datetime.now(UTC)
 
@@ -107,7 +110,7 @@ class _Job:
         from .adapter import FluidLM
 
         clock = time.perf_counter()
-        lm = FluidLM(tokenizer, window, self.pool, self.opened, Bar)
+        lm = FluidLM(tokenizer, window, self.pool, self.opened, Bar, self._chat)
         results = harness.evaluate(self.spec, tasks, lm)
         records = harness.scored_records(tasks, results, self.opened.samples)
         result = self._result(tasks, records)
@@ -127,13 +130,14 @@ class _Job:
             "spec_id": self.spec.id,
             "model": self.spec.model.path,
             "decoder": self.spec.to_dict()["decoder"],
+            "chat": self._chat.describe() if self._chat else None,
             "started": self._started.isoformat(timespec="seconds"),
             "lines": [line for name in self.spec.tasks for line in table(name)],
             "members": members,
             "parts": [line for name in parts if name not in self.spec.tasks for line in table(name)],
             "task_versions": harness.versions(tasks),
             "data": [f.message for f in data.fingerprints(self.spec.data_dir)],
-            "notices": self.opened.notices,
+            "notices": self.opened.notices + (self._chat.notices(records) if self._chat else []),
         }
 
     def close(self) -> None:

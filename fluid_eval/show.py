@@ -33,6 +33,8 @@ def print_result(result: Mapping[str, Any], folder: Path) -> None:
     console = Console(width=None if Console().is_terminal else 80, highlight=False, markup=False)
     decoder = ", ".join(f"{k}={v}" for k, v in result["decoder"].items() if k != "name")
     console.print(f"{result['model']}  decoder {result['decoder']['name']} ({decoder})")
+    if chat := result.get("chat"):
+        console.print(f"chat ({', '.join(f'{k}={v}' for k, v in chat.items() if v not in (None, '', {}))})")
     console.print()
     console.print(_table(result["lines"]))
     console.print()

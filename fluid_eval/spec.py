@@ -50,12 +50,44 @@ class EngineSpec:
 
 
 @dataclass(frozen=True)
+class ChatSpec:
+    """Prompts as conversations, by the tokenizer's chat template.
+
+    multiturn: few-shot examples as turns of their own (else all in the one user turn).  thinking: whether the model
+    is to think first, told to the template as `enable_thinking`; then only what follows the thinking is the answer.
+    end_of_thinking: the text that ends it (None: looked up).  suffix: put at the end of the question, such as
+    " /no_think".  variables: further ones for the template.
+    """
+
+    system: str | None = None
+    multiturn: bool = True
+    thinking: bool = False
+    end_of_thinking: str | None = None
+    suffix: str = ""
+    variables: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.end_of_thinking == "":
+            raise ConfigError("chat.end_of_thinking='' must be a text; leave it out to have it looked up")
+        for name, value in self.variables.items():
+            if name in _TEMPLATE_OWN:
+                raise ConfigError(f"chat.variables.{name}: the run sets it itself ({_TEMPLATE_OWN[name]})")
+            try:
+                json.dumps(value)
+            except TypeError:
+                raise ConfigError(
+                    f"chat.variables.{name}={value} is a {type(value).__name__}; quote it: '\"{value}\"'"
+                ) from None
+
+
+@dataclass(frozen=True)
 class RunSpec:
-    """One run: a model, a decoder, tasks."""
+    """One run: a model, a decoder, tasks. chat: None for plain prompts."""
 
     tasks: tuple[str, ...]
     model: ModelSpec
     decoder: DecoderSettings = field(default_factory=ArSettings)
+    chat: ChatSpec | None = None
     engine: EngineSpec = field(default_factory=EngineSpec)
     data_dir: str | None = None
     limit: int | None = None
@@ -86,6 +118,8 @@ class RunSpec:
         values = self.to_dict()
         for name in ("engine", "batch_size", "data_dir", "allow_code"):
             del values[name]
+        if self.chat is None:
+            del values["chat"]
         return values
 
     @property
@@ -96,11 +130,14 @@ class RunSpec:
 
 
 def tables(values: Mapping[str, Any]) -> Nested:
-    """Values with `model = "path"` and `decoder = "name"` written out as the tables they stand for."""
+    """Values with `model = "path"`, `decoder = "name"` and `chat = true` written out as the tables they stand for."""
     values = dict(values)
     for name, inner in (("model", "path"), ("decoder", "name")):
         if isinstance(values.get(name), str):
             values[name] = {inner: values[name]}
+    if isinstance(values.get("chat"), bool):
+        chat = values.pop("chat")
+        values |= {"chat": {}} if chat else {}
     return values
 
 
@@ -127,4 +164,14 @@ def _decoder(values: Any) -> DecoderSettings:
     return settings
 
 
+_TEMPLATE_OWN = {
+    "enable_thinking": "from chat.thinking",
+    "messages": "from the task",
+    "conversation": "from the task",
+    "add_generation_prompt": "from the task",
+    "continue_final_message": "from the task",
+    "chat_template": "from the tokenizer",
+    "tokenize": "to false",
+}
+"""Template variables, and arguments beside them, that are no user's to set, and where they come from."""
 _HOW_TO_GIVE = {"tasks": ": pass --tasks gsm8k,math500", "model": ": pass --model FOLDER_OR_HUB_ID"}

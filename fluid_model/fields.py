@@ -82,6 +82,8 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         if is_dataclass(value) and any(type(value) is option for option in get_args(hint)):
             return value
         for option in get_args(hint):
+            if is_dataclass(option) and isinstance(value, Mapping):
+                return _coerce(value, option, name)  # what is wrong inside is worth its own message
             try:
                 return _coerce(value, option, name)
             except ConfigError:

@@ -31,6 +31,11 @@ def end_ids(tokenizer: Tokenizer, *configs: Any) -> tuple[int, ...]:
     return tuple(sorted(int(i) for i in found))
 
 
+def after_last(text: str, mark: str | None) -> str:
+    """Text after the last `mark`: none where it is missing, all of it where there is no mark to look for."""
+    return text if not mark else text.rpartition(mark)[2] if mark in text else ""
+
+
 def cut_at_stops(text: str, stops: Iterable[str]) -> str:
     """Text before the first stop string, cutting by each in turn as lm-eval does."""
     for stop in stops:

@@ -48,7 +48,10 @@ def test_help_is_quick_and_needs_no_torch():
 
 
 BAD = {
-    "unknown task": (["--tasks", "gsm9k"], "task 'gsm9k' is unknown; known: gsm8k, humaneval, math500, mini, "),
+    "unknown task": (
+        ["--tasks", "gsm9k"],
+        "task 'gsm9k' is unknown; known: gsm8k, humaneval, humaneval_instruct, math500, mini, ",
+    ),
     "no such model": (["--model", "./nowhere"], "model='./nowhere': no such folder"),
     "model without config.json": (["--model", "{empty}"], "the folder holds no config.json"),
     "decoder without head": (["--decoder", "fluid"], "decoder=fluid needs a K-head"),

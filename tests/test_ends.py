@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import fluid_model
 from fluid_model import ArSettings, ConfigError, FluidSettings, Request, engine_for
 
 from .tiny import fluid_checkpoint
@@ -16,13 +18,17 @@ CHECKPOINT = fluid_checkpoint()
 PROMPT = tuple(b + 2 for b in b"Q: 1+1? A:")
 
 
-def write(decoder, new_tokens=40, stops=(), end_ids=None):
-    checkpoint = CHECKPOINT if end_ids is None else replace(CHECKPOINT, end_ids=end_ids)
-    (answer,) = engine_for(checkpoint, decoder).generate([Request("x", PROMPT, new_tokens, stops)])
+def write(decoder, new_tokens=40, stops=(), end_ids=None, mark=None, tokenizer=CHECKPOINT.tokenizer):
+    checkpoint = replace(CHECKPOINT, end_ids=end_ids or CHECKPOINT.end_ids, tokenizer=tokenizer)
+    request = Request("x", PROMPT, new_tokens, stops, end_of_thinking=mark)
+    (answer,) = engine_for(checkpoint, decoder).generate([request])
     return answer
 
 
 FREE = write(ArSettings())
+PIECES = [CHECKPOINT.tokenizer.decode(FREE.ids[n : n + size]) for size in (1, 2, 3) for n in range(30)]
+PIECES = [piece for piece in PIECES if piece.isascii() and not piece.isspace()]
+"""Parts of the free text that are whole characters."""
 REFERENCE = FluidSettings(rounds="reference")
 DECODERS = [ArSettings(), FluidSettings(), REFERENCE, replace(REFERENCE, confidence=0.2, min_horizon=5)]
 
@@ -53,11 +59,42 @@ def test_end_of_sequence_past_the_length_limit_does_not_count():
 def test_a_stop_string_cuts_ids_and_text_at_the_same_place(start, size, decoder):
     """Whatever piece of the free text is the stop string, the answer is the shortest prefix that holds it."""
     stop = CHECKPOINT.tokenizer.decode(FREE.ids[start : start + size])
-    assume(stop in CHECKPOINT.tokenizer.decode(FREE.ids))  # pieces of a character are not, alone
+    assume(stop in FREE.text)  # else it is part of a character, which no text holds
     answer = write(decoder, stops=("never written", stop))
     needed = next(n for n in range(1, 41) if stop in CHECKPOINT.tokenizer.decode(FREE.ids[:n]))
     assert (answer.ids, answer.finish) == (FREE.ids[:needed], "stop")
     assert answer.text == CHECKPOINT.tokenizer.decode(FREE.ids[:needed]).split(stop)[0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(end=st.sampled_from(PIECES), stop=st.sampled_from(PIECES), decoder=st.sampled_from(DECODERS))
+def test_stop_strings_count_only_after_the_thinking(end, stop, decoder):
+    """Whatever pieces of the free text end the thinking and stop the answer."""
+    decode = CHECKPOINT.tokenizer.decode
+    texts = [decode(FREE.ids[:n]) for n in range(41)]
+    needed = next((n for n in range(41) if end in texts[n] and stop in texts[n].rpartition(end)[2]), None)
+    answer = write(decoder, stops=(stop,), mark=end)
+    assert (answer.ids, answer.finish) == ((FREE.ids[:needed], "stop") if needed else (FREE.ids, "length"))
+    assert answer.text == texts[needed or 40].rpartition(end)[2].lstrip().split(stop)[0]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_thinking_that_never_ends_is_no_answer(decoder):
+    answer = write(decoder, stops=(CHECKPOINT.tokenizer.decode(FREE.ids[3:5]),), mark="never written")
+    assert (answer.ids, answer.finish, answer.text) == (FREE.ids, "length", "")
+
+
+def test_the_end_of_thinking_may_be_a_special_token():
+    """Then it is in no answer's text, and still ends the thinking."""
+    tokenizer = copy.deepcopy(CHECKPOINT.tokenizer)
+    mark = next(piece[0] for piece in PIECES if piece[1:2] == " ")  # white space follows it
+    place = max(n for n, token in enumerate(FREE.ids) if tokenizer.decode([token]) == mark)
+    tokenizer.add_special_tokens({"additional_special_tokens": [mark]})
+    assert len(tokenizer) == len(CHECKPOINT.tokenizer), "the token is an old one"
+    for decoder in DECODERS:
+        answer = write(decoder, mark=mark, tokenizer=tokenizer)
+        assert answer.ids == FREE.ids
+        assert answer.text == tokenizer.decode(FREE.ids[place + 1 :], skip_special_tokens=True).lstrip()
 
 
 def test_prompts_that_do_not_fit_are_refused():
@@ -97,3 +134,15 @@ def test_time_is_shared_out_and_waiting_callers_cost_nothing():
         slept += 0.05
     spent = sum(a.seconds for a in answers)
     assert 0 < spent <= time.perf_counter() - started - slept + 0.01
+
+
+def test_an_answer_may_begin_inside_a_token(stories):
+    """The end of thinking is a text: its last token may hold the answer's first letters or white space."""
+    checkpoint = fluid_model.load(str(stories))
+    engine = engine_for(checkpoint, ArSettings())
+    prompt = tuple(checkpoint.tokenizer("Once upon a time")["input_ids"])
+    (free,) = engine.generate([Request("x", prompt, 24)])
+    for start in range(0, 40):
+        mark = free.text[start : start + 3]
+        (answer,) = engine.generate([Request("x", prompt, 24, end_of_thinking=mark)])
+        assert answer.text == free.text.rpartition(mark)[2].lstrip()

@@ -6,13 +6,17 @@ from dataclasses import replace
 
 import pytest
 
+import fluid_eval
 import fluid_model
 from fluid_eval import store
+from fluid_eval.report import write_report
 from fluid_eval.run import run
 from fluid_eval.spec import build_spec
+from fluid_eval.worker import Worker
 from fluid_model import ConfigError, Manifest
+from fluid_model.engine.records import ScoreRequest
 
-from .tiny import MASK, fluid_checkpoint
+from .tiny import MASK, byte_tokenizer, fluid_checkpoint
 
 TASKS = ["mini_gsm8k_1", "mini_mmlu_1", "mini_humaneval_1"]
 
@@ -53,6 +57,24 @@ def test_the_main_job_runs(adapted, tmp_path, decoder):
     assert written["denoise"] > 0
     assert (written["prefill"], scored["denoise"]) == ((0, copies) if decoder["name"] == "llada" else (1, 0))
     assert len(records["mini_gsm8k_1"]["output_ids"]) <= 10
+
+
+def test_estimates_come_with_their_standard_errors(adapted, tmp_path):
+    """As the scorer gives them, in the samples, the loaded frame and the page; exact likelihoods have none."""
+    spec = spec_of(adapted / "llada", "llada", tasks=["mini_mmlu_1"])
+    run(spec, tmp_path / "llada")
+    record = next(store.read_samples(tmp_path / "llada"))
+    context = tuple(fluid_model.load_tokenizer(str(adapted / "llada"))(record["prompt"])["input_ids"])
+    pairs = tuple((context, tuple(byte_tokenizer()(choice)["input_ids"])) for choice in record["choices"])
+    (score,) = Worker(spec.to_dict()).run([ScoreRequest(record["key"], pairs)])
+    assert record["standard_errors"] == pytest.approx(score.errors)
+    assert min(record["standard_errors"]) > 0
+    frame = fluid_eval.load_results(tmp_path / "llada")
+    assert frame["standard_errors"][0] == record["standard_errors"]
+    write_report(tmp_path / "llada", tmp_path / "page.html")
+    assert f'"errors":[{round(record["standard_errors"][0], 5)},' in (tmp_path / "page.html").read_text()
+    run(spec_of(adapted / "nbdiff", "nbdiff", tasks=["mini_mmlu_1"]), tmp_path / "nbdiff")
+    assert all(record["standard_errors"] == [] for record in store.read_samples(tmp_path / "nbdiff"))
 
 
 @pytest.mark.parametrize(

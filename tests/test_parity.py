@@ -20,8 +20,8 @@ def hf(stories):
     return HFLM(pretrained=str(stories), device="cpu", dtype="float32", batch_size=1)
 
 
-def theirs(hf, tasks, data_dir, limit, new_tokens=None, num_fewshot=None):
-    """lm-eval's own loop with its own backend over the same task files."""
+def theirs(hf, tasks, data_dir, limit, new_tokens=None, num_fewshot=None, **chat):
+    """lm-eval's own loop with its own backend over the same task files. chat: its settings for chat templates."""
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
@@ -33,6 +33,7 @@ def theirs(hf, tasks, data_dir, limit, new_tokens=None, num_fewshot=None):
     return evaluator.simple_evaluate(
         model=hf, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0, num_fewshot=num_fewshot,
         gen_kwargs={"max_gen_toks": new_tokens} if new_tokens else None, confirm_run_unsafe_code=True,
+        **chat,
     )  # fmt: skip
 
 
@@ -158,10 +159,11 @@ def test_our_tasks_are_lm_evals_own():
     pairs = {
         "gsm8k/gsm8k.yaml": "gsm8k/gsm8k.yaml",
         "humaneval/humaneval.yaml": "humaneval/humaneval.yaml",
+        "humaneval/humaneval_instruct.yaml": "humaneval/humaneval_instruct.yaml",
         "math500/math500.yaml": "minerva_math/minerva_math500.yaml",
         **{f"mmlu/{f.name}": f"mmlu/default/{f.name}" for f in ours_dir.glob("mmlu/mmlu_*.yaml")},
     }
-    assert len(pairs) == 60
+    assert len(pairs) == 61
     chosen = {"custom_dataset", "task", "task_alias", "num_fewshot", "metadata", "dataset_kwargs", "dataset_name"}
     chosen |= {"tag", "repeats", "training_split"}
     for mine, other in pairs.items():

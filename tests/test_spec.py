@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluid_eval.spec import EngineSpec, ModelSpec, RunSpec, build_spec
+from fluid_eval.spec import ChatSpec, EngineSpec, ModelSpec, RunSpec, build_spec
 from fluid_model import ArSettings, ConfigError, FluidSettings
 from fluid_model.fields import assign, read_toml
 
@@ -20,6 +20,14 @@ SPECS = st.builds(
     ),
     decoder=st.builds(ArSettings, temperature=st.floats(0, 5), top_p=st.floats(0.1, 1))
     | st.builds(FluidSettings, confidence=st.floats(0, 1), verify=st.booleans()),
+    chat=st.none()
+    | st.builds(
+        ChatSpec,
+        system=st.none() | st.text(),
+        thinking=st.booleans(),
+        suffix=st.text(),
+        variables=st.dictionaries(st.text("abc", min_size=1), st.booleans() | st.text()),
+    ),
     engine=st.builds(EngineSpec, kind=st.just("ray"), workers=MAYBE),
     limit=MAYBE,
     num_fewshot=MAYBE,

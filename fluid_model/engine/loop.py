@@ -6,6 +6,7 @@ Legend: n active rows, R rows just admitted, S slots fed, L longest prompt, D hi
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from torch import Tensor
 from .. import masks
 from ..backbone import Backbone
 from ..errors import ConfigError
-from ..tokens import Tokenizer, cut_at_stops, has_stop
+from ..tokens import Tokenizer, after_last, cut_at_stops, has_stop
 from .cache import SlotCache
 from .records import Finish, Generation, Request, Step, Trace
 from .strategy import Absorbed, Feed, Strategy
@@ -192,17 +193,29 @@ class Engine:
             row.finish = "length"
 
     def _first_stop(self, row: _Row, before: int) -> int | None:
-        """Length of the shortest prefix of the answer that holds a stop string, if longer than `before` tokens."""
-        stops = row.request.stops
+        """Length of the shortest prefix that holds a stop string after its thinking, if longer than `before` tokens."""
+        stops, mark = row.request.stops, row.request.end_of_thinking
         if not stops:
             return None
         reach = max(len(stop.encode()) for stop in stops) + DECODE_MARGIN
         if not has_stop(self._decode(row.ids[max(0, before - reach) :], special=True), stops):
             return None
         for end in range(before + 1, len(row.ids) + 1):
-            if has_stop(self._decode(row.ids[:end], special=True), stops):
+            if has_stop(after_last(self._decode(row.ids[:end], special=True), mark), stops):
                 return end
         return None
+
+    def _answer(self, row: _Row) -> str:
+        """Text of a row's answer: all of it, or what follows its thinking, less white space at the front."""
+        ids, mark = row.ids, row.request.end_of_thinking
+        text = self._decode(ids)
+        if mark is None:
+            return text
+        marks = self._decode(ids, special=True).count(mark)
+        if text.count(mark) < marks:  # it ends in a special token, which no text shows: cut the ids behind it
+            first = bisect_left(range(len(ids)), marks, key=lambda n: self._decode(ids[:n], special=True).count(mark))
+            return self._decode(ids[first:]).lstrip()
+        return after_last(text, mark).lstrip()
 
     def _decode(self, ids: list[int], *, special: bool = False) -> str:
         """Text of ids. Stop strings may be special tokens, which an answer's text leaves out (as in lm-eval)."""
@@ -235,7 +248,7 @@ class Engine:
         return Generation(
             key=request.key,
             ids=tuple(row.ids),
-            text=cut_at_stops(self._decode(row.ids), request.stops),
+            text=cut_at_stops(self._answer(row), request.stops),
             finish=row.finish or "length",
             trace=row.trace,
             seconds=row.seconds,

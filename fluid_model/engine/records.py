@@ -20,6 +20,8 @@ class Request:
 
     prompt: token ids, already cut to the window.  max_new_tokens: ids to write at most.
     stops: strings that end the answer.  seed: of this row's own random numbers.
+    end_of_thinking: text that ends a row's thinking (None: it does not think). Only what follows counts as the
+    answer, and stop strings count only there.
     truncated: prompt tokens that were cut from the left to make room.
     """
 
@@ -29,6 +31,7 @@ class Request:
     stops: tuple[str, ...] = ()
     seed: int = 0
     truncated: int = 0
+    end_of_thinking: str | None = None
 
 
 @dataclass
@@ -72,7 +75,8 @@ class Generation:
     """One finished answer.
 
     ids: tokens written, up to (not including) the first end-of-sequence id, up to and including the token that
-    completes a stop string.  text: their text before the stop string.  prompt_tokens, truncated: as fed, as cut.
+    completes a stop string.  text: theirs after the thinking, before the stop string.  prompt_tokens, truncated: as
+    fed, as cut.
     seconds: this row's share of the engine's time, so that a sum over rows is time spent, whatever the batch was.
     """
 

@@ -1,0 +1,101 @@
+"""Conversations: prompts by the tokenizer's chat template, and which part of an answer is thinking.
+
+Prompts are those of lm-eval's apply_chat_template; only what it leaves to the backend is here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import jinja2
+
+from fluid_model.errors import ConfigError
+from fluid_model.fields import Nested
+from fluid_model.tokens import Tokenizer
+
+from .spec import ChatSpec
+from .store import Record
+
+ENDS_OF_THINKING = ("</think>", "[unused17]", "[/THINK]", "</seed:think>")
+"""Spellings looked for in a tokenizer: Qwen3's and DeepSeek's, openPangu's, Magistral's, Seed-OSS's."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A tokenizer's template under a run's settings. end_of_thinking: as set, or found in the vocabulary, or None."""
+
+    tokenizer: Tokenizer
+    settings: ChatSpec
+    template: str
+    end_of_thinking: str | None
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The prompt of a conversation; without a generation prompt the last turn, an answer's beginning, stays open.
+
+        Raises ConfigError where the template refuses the conversation or the variables.
+        """
+        turns = [dict(turn) for turn in messages]
+        question = next(turn for turn in reversed(turns) if turn["role"] == "user")
+        question["content"] += self.settings.suffix
+        try:
+            prompt = self.tokenizer.apply_chat_template(
+                turns,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+                **{"enable_thinking": self.settings.thinking, **self.settings.variables},
+            )
+        except (jinja2.TemplateError, ValueError, TypeError) as error:
+            roles = ", ".join(dict.fromkeys(turn["role"] for turn in turns))
+            raise ConfigError(f"chat: the model's template refuses a conversation of {roles} turns: {error}") from error
+        return str(prompt)
+
+    def describe(self) -> Nested:
+        """For the result: the settings, the end of thinking that was used, and which template (by its hash)."""
+        end = self.end_of_thinking if self.settings.thinking else None
+        template = hashlib.sha256(self.template.encode()).hexdigest()[:12]
+        return {**asdict(self.settings), "end_of_thinking": end, "template": template}
+
+    def notices(self, records: Iterable[Record]) -> list[str]:
+        """What a reader must know of answers that did not end their thinking, or thought unasked, by task."""
+        written = [record for record in records if record["finish"] is not None]
+        if self.settings.thinking:
+            found, of = _count(r for r in written if not r["thinking_ended"]), _count(written)
+            tell = "never ended their thinking and count as empty; a larger --max-new-tokens gives them room"
+        else:
+            end = self.end_of_thinking
+            found = _count(r for r in written if end and end in self.tokenizer.decode(r["output_ids"]))
+            of = _count(written)
+            tell = f"hold {end}: the model thinks all the same, and its thoughts are scored; --set chat.thinking=true"
+        return [f"{task}: {count} of {of[task]} answers {tell}" for task, count in found.items()]
+
+
+def open_chat(settings: ChatSpec | None, tokenizer: Tokenizer, model: str) -> Chat | None:
+    """The conversation a run asks for. Raises ConfigError where the tokenizer has no template, or no known end of
+    thinking although the model is to think.
+    """
+    if settings is None:
+        return None
+    try:
+        template = str(tokenizer.get_chat_template())
+    except ValueError:
+        raise ConfigError(
+            f"chat: {model} has no chat template; leave --chat out, as for any base model, or put its "
+            "chat_template.jinja into the folder"
+        ) from None
+    vocabulary = tokenizer.get_vocab()
+    known = next((text for text in ENDS_OF_THINKING if text in vocabulary), None)
+    end = settings.end_of_thinking or known
+    if settings.thinking and end is None:
+        raise ConfigError(
+            f"chat.thinking=true: {model} has no token known to end thinking ({', '.join(ENDS_OF_THINKING)}); "
+            "name the text that does: --set chat.end_of_thinking=TEXT"
+        )
+    return Chat(tokenizer, settings, template, end)
+
+
+def _count(records: Iterable[Record]) -> Counter[str]:
+    return Counter(record["task"] for record in records)
