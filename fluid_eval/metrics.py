@@ -15,13 +15,17 @@ Record = Mapping[str, Any]
 class Cost:
     """What a set of answers cost. Every forward counts, prefill and commit too; only ids before the end count.
 
-    tokens_per_second is per worker: tokens over the engine's time, summed over samples. None where nothing was
-    written (likelihood tasks).  unended_thinking: answers of a thinking model that came to no answer.
+    slots: fed in all forwards, prompts included.  tokens_per_second is per worker: tokens over the engine's time,
+    summed over samples. What is per token is None where nothing was written (likelihood tasks).
+    unended_thinking: answers of a thinking model that came to no answer.
     """
 
     tokens: int
     forwards: int
+    forwards_by_kind: Mapping[str, int]
+    slots: int
     seconds: float
+    slots_per_token: float | None
     tokens_per_forward: float | None
     tokens_per_second: float | None
     truncated_prompts: int
@@ -52,12 +56,17 @@ def cost(records: Sequence[Record]) -> Cost:
     """Sum what the samples cost."""
     wrote = [r for r in records if r["finish"] is not None]
     tokens = sum(len(r["output_ids"]) for r in wrote)
-    forwards = sum(sum(r["trace"]["forwards"].values()) for r in records)
+    kinds = dict.fromkeys(kind for r in records for kind in r["trace"]["forwards"])
+    by_kind = {kind: sum(r["trace"]["forwards"].get(kind, 0) for r in records) for kind in kinds}
+    forwards, slots = sum(by_kind.values()), sum(r["trace"]["slots"] for r in records)
     seconds = sum(r["seconds"] for r in records)
     return Cost(
         tokens=tokens,
         forwards=forwards,
+        forwards_by_kind=by_kind,
+        slots=slots,
         seconds=seconds,
+        slots_per_token=slots / tokens if tokens else None,
         tokens_per_forward=tokens / forwards if wrote and forwards else None,
         tokens_per_second=tokens / seconds if wrote and seconds else None,
         truncated_prompts=sum(r["truncated"] > 0 for r in records),

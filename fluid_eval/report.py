@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fluid_model.engine.records import KINDS
 from fluid_model.errors import ConfigError
 
 from .paths import resource
@@ -119,6 +120,7 @@ def _render(spec: Nested, result: Nested, environment: Nested, records: list[Rec
         chat={k: v for k, v in (result.get("chat") or {}).items() if v not in (None, "", {})},
         warnings=[m for m in result["data"] if m.startswith("WARNING")],
         figures=[Markup(svg) for svg in (score_speed(result["lines"]), tokens_per_forward(result["lines"])) if svg],
+        kinds=[kind for kind in KINDS if any(line.get("forwards_by_kind", {}).get(kind) for line in result["lines"])],
         environment=_environment(environment),
         versions=environment.get("versions", {}),
         of=len(records),

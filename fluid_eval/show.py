@@ -38,13 +38,33 @@ def print_result(result: Mapping[str, Any], folder: Path) -> None:
     console.print()
     console.print(_table(result["lines"]))
     console.print()
+    console.print(_costs(result["lines"]))
+    console.print()
     console.print("score: % and its 95% interval   cut: prompts cut from the left to fit the window")
     console.print("tok/s: per worker               limit: answers that hit the length limit")
+    console.print("tokens: of answers before their end; forwards by kind, summed over samples")
     for message in result["data"]:
         console.print(f"data: {message}")
     for message in result["notices"]:
         console.print(f"note: {message}")
     console.print(f"run folder: {folder}  (fluid-eval report {folder})", soft_wrap=True)
+
+
+def _costs(lines: Sequence[Line]) -> Table:
+    """What each task's answers cost: forwards by kind, slots fed."""
+    firsts = [line for i, line in enumerate(lines) if line["task"] not in {before["task"] for before in lines[:i]}]
+    kinds = [
+        kind for kind in lines[0]["forwards_by_kind"] if any(line["forwards_by_kind"].get(kind) for line in firsts)
+    ]
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("task", no_wrap=True)
+    for name in ("tokens", *kinds, "forwards", "slots/tok"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in firsts:
+        by_kind = line["forwards_by_kind"]
+        counts = (line["tokens"], *(by_kind.get(kind, 0) for kind in kinds), line["forwards"])
+        table.add_row(line["task"], *(f"{count:,}" for count in counts), number(line["slots_per_token"], 1))
+    return table
 
 
 def _table(lines: Sequence[Line]) -> Table:

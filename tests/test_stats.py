@@ -27,7 +27,7 @@ def test_other_values_get_the_normal_interval():
 
 def record(finish, ids, forwards, seconds, scores, truncated=0):
     return {
-        "finish": finish, "output_ids": ids, "trace": {"forwards": forwards}, "seconds": seconds,
+        "finish": finish, "output_ids": ids, "trace": {"forwards": forwards, "slots": 10}, "seconds": seconds,
         "truncated": truncated, "scores": scores,
     }  # fmt: skip
 
@@ -39,8 +39,10 @@ def test_costs():
     ]
     spent = cost(records)
     assert (spent.tokens, spent.forwards, spent.tokens_per_forward, spent.tokens_per_second) == (4, 4, 1.0, 4.0)
+    assert spent.forwards_by_kind == {"prefill": 2, "denoise": 1, "verify": 1, "commit": 0}
+    assert (spent.slots, spent.slots_per_token) == (20, 5.0)
     assert (spent.truncated_prompts, spent.length_limit_hits) == (1, 1)
     (line,) = lines("t", records)
     assert (line.metric, line.filter, line.score, line.n) == ("acc", "none", 0.5, 2)
     scored = cost([record(None, [], {"prefill": 1}, 0.1, {})])
-    assert (scored.tokens_per_forward, scored.tokens_per_second) == (None, None)
+    assert (scored.tokens_per_forward, scored.tokens_per_second, scored.slots_per_token) == (None, None, None)
