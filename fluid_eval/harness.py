@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fluid_model.errors import ConfigError
+from fluid_model.settings import LladaSettings
 
 from .paths import resource
 from .spec import RunSpec
@@ -57,22 +58,26 @@ def load_tasks(spec: RunSpec) -> Tasks:
     return loaded
 
 
-def check_settings(tasks: Tasks, window: int, *, thinking: bool = False) -> None:
-    """Raise ConfigError if an answer leaves no room for its prompt, shots are too many, a task wants to sample, or
-    has no place for `thinking`.
+def check_settings(spec: RunSpec, tasks: Tasks, window: int) -> None:
+    """Raise ConfigError if an answer leaves no room for its prompt or cannot be laid out by the decoder, shots are too
+    many, a task wants to sample, or has no place for thinking.
     """
+    thinking = spec.chat is not None and spec.chat.thinking
     for name, task in tasks["tasks"].items():
         shots, examples = task.get_config("num_fewshot") or 0, len(task.sampler.df)
         if shots > examples:
             raise ConfigError(f"num_fewshot={shots}: task {name} has {examples} examples to draw from")
         settings = task.get_config("generation_kwargs") or {}
         length = settings.get("max_gen_toks", DEFAULT_NEW_TOKENS)
-        if task.get_config("output_type") == "generate_until" and length >= window:
+        writes = task.get_config("output_type") == "generate_until"
+        if writes and isinstance(spec.decoder, LladaSettings):
+            length, _ = spec.decoder.canvas(length)
+        if writes and length >= window:
             raise ConfigError(
                 f"max_new_tokens={length} of task {name} leaves no room for a prompt in the model's window of "
                 f"{window}; pass a smaller --max-new-tokens"
             )
-        if thinking and task.get_config("output_type") != "generate_until":
+        if thinking and not writes:
             raise ConfigError(
                 f"chat.thinking=true: task {name} writes nothing, it compares likelihoods; run it without"
             )

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from fluid_model.errors import ConfigError
 from fluid_model.fields import Nested
-from fluid_model.settings import FluidSettings
+from fluid_model.settings import FluidSettings, NbdiffSettings
+from fluid_model.tokens import single_id
 
 from . import chat, data, environment, harness, sandbox
 from .metrics import lines
@@ -51,9 +52,11 @@ def run(spec: RunSpec, folder: Path, *, resume: bool = False) -> Nested:
     info = describe(spec.model.path, spec.model.method)
     _check_decoder(spec, info)
     tokenizer = load_tokenizer(spec.model.path)
+    if spec.model.mask_token is not None:
+        single_id(tokenizer, spec.model.mask_token)
     conversation = chat.open_chat(spec.chat, tokenizer, spec.model.path)
     tasks = harness.load_tasks(spec)
-    harness.check_settings(tasks, info.window, thinking=spec.chat is not None and spec.chat.thinking)
+    harness.check_settings(spec, tasks, info.window)
     job = _Job(spec, opened, conversation)
     try:
         return job.work(tasks, tokenizer, info.window)
@@ -70,6 +73,8 @@ def _check_decoder(spec: RunSpec, info: ModelInfo) -> None:
         raise ConfigError(f"decoder={name}: {spec.model.path} {was}; use --decoder {info.method or 'ar'}")
     if name == "ar" and info.method == "llada":
         raise ConfigError(f"decoder=ar: {spec.model.path} reads in both directions; use --decoder llada")
+    if isinstance(spec.decoder, NbdiffSettings):
+        spec.decoder.part(spec.decoder.length(info.block_length))
     floor = spec.decoder.min_horizon if isinstance(spec.decoder, FluidSettings) else 1
     if k_max is not None and floor > k_max:
         raise ConfigError(f"min_horizon={floor} exceeds what this model's K-head was trained for (k_max={k_max})")

@@ -60,7 +60,7 @@ class Checkpoint:
 @dataclass(frozen=True)
 class ModelInfo:
     """What can be said of a model without reading its weights. window: tokens.  tau: one per K-head.  method: what it
-    was adapted to, None for a plain causal model.
+    was adapted to, None for a plain causal model.  block_length: NBDiff's, in tokens, where the model says it.
     """
 
     architecture: str
@@ -68,6 +68,7 @@ class ModelInfo:
     k_max: int | None
     tau: tuple[float | None, ...]
     method: str | None = None
+    block_length: int | None = None
 
     @property
     def has_head(self) -> bool:
@@ -85,7 +86,8 @@ def describe(path: str, method: Method | None = None) -> ModelInfo:
     tau: tuple[float | None, ...] = source.manifest.tau if source.manifest else (None,) * len(heads)
     architecture = (getattr(config, "architectures", None) or [config.model_type])[0]
     k_max = heads[0].k_max if heads else None
-    return ModelInfo(architecture, context_window(config), k_max, tau, source.method)
+    block_length = source.manifest.block_length if source.manifest else source.published.block_length
+    return ModelInfo(architecture, context_window(config), k_max, tau, source.method, block_length)
 
 
 def read_config(path: str) -> PretrainedConfig:

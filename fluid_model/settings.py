@@ -17,6 +17,10 @@ Rule = Literal["probability", "margin", "entropy"]
 """How sure a decoder is of a token."""
 
 
+PUBLISHED_BLOCK = 32
+"""NBDiff's block length where a checkpoint does not say its own."""
+
+
 def check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
     """Raise ConfigError unless low <= value <= high (low < value if `open_low`)."""
     if not (low < value if open_low else low <= value) or value > high:
@@ -90,7 +94,7 @@ class NbdiffSettings:
     method: ClassVar[str | None] = "nbdiff"
 
     block_length: int | None = None
-    """Tokens of a block; unset, what the checkpoint was trained for (32 where it does not say)."""
+    """Tokens of a block; unset, what the checkpoint was trained for (PUBLISHED_BLOCK where it does not say)."""
     small_blocks: int = 8
     """Parts of a block that are filled one after another."""
     rule: Rule = "probability"
@@ -115,6 +119,10 @@ class NbdiffSettings:
             raise ConfigError(f"max_entropy={self.max_entropy}: at least 0, and only for rule=entropy")
         check_range("temperature", self.temperature, 0.0, 100.0)
         check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
+
+    def length(self, trained: int | None) -> int:
+        """Tokens of a block for a checkpoint trained with blocks of that length, if it says."""
+        return self.block_length or trained or PUBLISHED_BLOCK
 
     def part(self, block_length: int) -> int:
         """Tokens of a small block, one at least. Raises ConfigError if the small blocks do not fill the block."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -89,6 +90,31 @@ def test_estimates_come_with_their_standard_errors(adapted, tmp_path):
 def test_a_decoder_of_another_method_is_refused(adapted, tmp_path, method, decoder, message):
     with pytest.raises(ConfigError) as caught:
         run(spec_of(adapted / method, decoder), tmp_path / "run")
+    assert message in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("nbdiff", {"decoder": {"name": "nbdiff", "small_blocks": 3}}, "small_blocks=3 must divide block_length=8"),
+        ("llada", {"decoder": {"name": "llada", "steps": 20}}, "steps=20 must not exceed the canvas of 12 tokens"),
+        ("llada", {"decoder": {"name": "llada", "steps": 5}}, "steps=5 must be a multiple of the canvas's 3 blocks"),
+        ("llada", {"decoder": {"name": "llada"}, "max_new_tokens": 510}, "max_new_tokens=512"),
+        ("llada", {"model": {"mask_token": "two words"}}, "mask token 'two words' is not one token"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_weights_load(adapted, tmp_path, method, changes, message):
+    folder = tmp_path / "model"
+    shutil.copytree(adapted / method, folder)
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    decoder = {"block_length": 4, **changes.get("decoder", {"name": method})}
+    if method == "nbdiff":
+        del decoder["block_length"]
+    model = {"path": str(folder), **changes.get("model", {})}
+    length = changes.get("max_new_tokens", 10)
+    with pytest.raises(ConfigError) as caught:
+        run(spec_of("", decoder, model=model, max_new_tokens=length), tmp_path / "run")
     assert message in str(caught.value)
     assert not (tmp_path / "run").exists()
 

@@ -15,9 +15,6 @@ from .fluid_reference import FluidReferenceStrategy
 from .llada import LladaStrategy
 from .nbdiff import NbdiffStrategy
 
-PUBLISHED_BLOCK = 32
-"""NBDiff's block length where a checkpoint does not say its own."""
-
 
 def strategy_for(checkpoint: Checkpoint, settings: DecoderSettings) -> Strategy:
     """The strategy that carries out these settings. Raises ConfigError if the checkpoint cannot serve them."""
@@ -28,8 +25,7 @@ def strategy_for(checkpoint: Checkpoint, settings: DecoderSettings) -> Strategy:
     if checkpoint.mask_id is None:
         raise ConfigError(f"decoder={settings.name} needs a mask token, and this model has none; use --decoder ar")
     if isinstance(settings, NbdiffSettings):
-        own = checkpoint.manifest.block_length if checkpoint.manifest else None
-        length = settings.block_length or own or PUBLISHED_BLOCK
+        length = settings.length(checkpoint.manifest.block_length if checkpoint.manifest else None)
         return NbdiffStrategy(checkpoint.backbone, checkpoint.mask_id, length, settings)
     return LladaStrategy(checkpoint.backbone, checkpoint.mask_id, checkpoint.end_ids, settings)
 
