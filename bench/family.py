@@ -16,6 +16,7 @@ from typing import Any
 from fluid_eval import run as job
 from fluid_eval.paths import resource
 from fluid_eval.spec import build_spec
+from fluid_model.engine.records import KINDS
 from fluid_model.train.origin import TRAINING_FILE, cpu_name
 
 TASKS = ("mini_gsm8k", "mini_math", "mini_humaneval", "mini_mmlu")
@@ -40,8 +41,9 @@ SYSTEMS = (
     System("tiny-fluid, as AR", "tiny-fluid", {"name": "ar"}),
     System("tiny-fluid, unverified, γ 0.9", "tiny-fluid", {"name": "fluid", "verify": False}),
     System("tiny-fluid, unverified, γ 0.5", "tiny-fluid", {"name": "fluid", "verify": False, "confidence": 0.5}),
-    System("tiny-nbdiff, threshold 0.9", "tiny-nbdiff", {"name": "nbdiff", "small_blocks": 1}),
-    System("tiny-nbdiff, one a pass", "tiny-nbdiff", {"name": "nbdiff", "small_blocks": 1, "confidence": None}),
+    System("tiny-nbdiff, threshold 0.9", "tiny-nbdiff", {"name": "nbdiff", "small_blocks": 4}),
+    System("tiny-nbdiff, one a pass", "tiny-nbdiff", {"name": "nbdiff", "small_blocks": 4, "confidence": None}),
+    System("tiny-nbdiff, whole blocks", "tiny-nbdiff", {"name": "nbdiff", "small_blocks": 1}),
     System("tiny-llada, one a step", "tiny-llada", {"name": "llada", "gen_length": 96, "block_length": 16}),
     System(
         "tiny-llada, two a step", "tiny-llada", {"name": "llada", "gen_length": 96, "block_length": 16, "steps": 48}
@@ -120,6 +122,21 @@ def table(results: dict[str, dict[str, Any]], seconds: dict[str, float]) -> str:
     return markdown(head, rows)
 
 
+def cost_table(results: dict[str, dict[str, Any]]) -> str:
+    """Systems by what they spent on the tasks that write text."""
+    head = ["", "tokens", *KINDS, "forwards", "tokens/forward", "slots/token", "tokens/s"]
+    rows = []
+    for label, found in results.items():
+        written = [line for line in found["tasks"].values() if line["tokens_per_forward"] is not None]
+        tokens, forwards, slots, seconds = (
+            sum(line[name] for line in written) for name in ("tokens", "forwards", "slots", "seconds")
+        )
+        kinds = [sum(line["forwards_by_kind"].get(kind, 0) for line in written) for kind in KINDS]
+        counts = [f"{count:,}" if count else "" for count in (tokens, *kinds, forwards)]
+        rows.append([label, *counts, f"{tokens / forwards:.2f}", f"{slots / tokens:.1f}", f"{tokens / seconds:,.0f}"])
+    return markdown(head, rows)
+
+
 def level_table(results: dict[str, dict[str, Any]]) -> str:
     """Systems by levels of each task."""
     names = sorted(next(iter(results.values()))["levels"])
@@ -157,6 +174,13 @@ checkpoint itself, its parent apart. The three children were adapted on the same
 
 {table}
 {absent}
+## What it cost
+
+Over the three tasks that write text: tokens before the end of their answers, forwards by kind, slots fed (prompts
+included), tokens a second of the engine's time.
+
+{costs}
+
 ## By level
 
 Level 1 is the easiest.
@@ -195,7 +219,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out:
         absent = sorted({system.checkpoint for system in SYSTEMS} - set(seconds))
         note = f"\nNot trained yet: {', '.join(absent)}.\n" if absent else ""
-        page = PAGE.format(table=text, levels=level_table(results), bars=told, hardware=cpu_name(), absent=note)
+        page = PAGE.format(
+            table=text,
+            costs=cost_table(results),
+            levels=level_table(results),
+            bars=told,
+            hardware=cpu_name(),
+            absent=note,
+        )
         options.out.write_text(page, encoding="utf-8")
         kept = {label: scores(one) for label, one in results.items()}
         (options.checkpoints / SCORES_FILE).write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
