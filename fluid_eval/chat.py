@@ -14,13 +14,10 @@ import jinja2
 
 from fluid_model.errors import ConfigError
 from fluid_model.fields import Nested
-from fluid_model.tokens import Tokenizer
+from fluid_model.tokens import THINK_ENDS, Tokenizer, think_end
 
 from .spec import ChatSpec
 from .store import Record
-
-ENDS_OF_THINKING = ("</think>", "[unused17]", "[/THINK]", "</seed:think>")
-"""Spellings looked for in a tokenizer: Qwen3's and DeepSeek's, openPangu's, Magistral's, Seed-OSS's."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +83,10 @@ def open_chat(settings: ChatSpec | None, tokenizer: Tokenizer, model: str) -> Ch
             f"chat: {model} has no chat template; leave --chat out, as for any base model, or put its "
             "chat_template.jinja into the folder"
         ) from None
-    vocabulary = tokenizer.get_vocab()
-    known = next((text for text in ENDS_OF_THINKING if text in vocabulary), None)
-    end = settings.end_of_thinking or known
+    end = settings.end_of_thinking or think_end(tokenizer)
     if settings.thinking and end is None:
         raise ConfigError(
-            f"chat.thinking=true: {model} has no token known to end thinking ({', '.join(ENDS_OF_THINKING)}); "
+            f"chat.thinking=true: {model} has no token known to end thinking ({', '.join(THINK_ENDS)}); "
             "name the text that does: --set chat.end_of_thinking=TEXT"
         )
     return Chat(tokenizer, settings, template, end)

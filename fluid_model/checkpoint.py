@@ -38,7 +38,7 @@ class Checkpoint:
 
     heads: one K-head per entry of manifest.tau (none for a plain AR model).  head: the chosen one.
     model: the transformers model, with LoRA layers inside if the folder holds an adapter.
-    think_end: the token that closes a chain of thought, if the tokenizer knows one.  folder: where the files lie.
+    folder: where the files lie.
     """
 
     backbone: Backbone
@@ -49,7 +49,6 @@ class Checkpoint:
     heads: list[KHead] = field(default_factory=list)
     head: KHead | None = None
     adapter: PeftModel | None = None
-    think_end: str | None = None
     folder: Path | None = None
 
     @property
@@ -147,7 +146,6 @@ def load(
         heads=heads,
         head=heads[chosen].to(target) if chosen is not None else None,
         adapter=adapter,
-        think_end=legacy.think_end(tokenizer),
         folder=source.folder,
     )
 

@@ -36,8 +36,6 @@ MASK_TEXTS: dict[Method, tuple[str, ...]] = {
 """How published checkpoints spell their mask token."""
 END_TEXTS: dict[Method, tuple[str, ...]] = {"llada": ("<|eot_id|>",)}
 """What ends an answer beside the end of sequence: LLaDA-Instruct closes a turn first."""
-THINK_ENDS = ("</think>", "[unused17]")
-"""What closes a chain of thought; the second is openPangu's."""
 NBDIFF_NAMES = ("nbdiff-7b-base", "nbdiff-7b-instruct", "openpangu-7b-diffusion-base", "openpangu-r-7b-diffusion")
 """Repositories whose config.json is their parent's."""
 ADAPTER_KEYS = {r"^model\.model\.": "model.", r"^model\.lm_head\.": "lm_head."}
@@ -206,12 +204,6 @@ def mask_text(tokenizer: Tokenizer, found: Published) -> str:
         if text in vocabulary:
             return text
     raise ConfigError(f"no mask token: none of {', '.join(spellings)} is in the tokenizer; set model.mask_token")
-
-
-def think_end(tokenizer: Tokenizer) -> str | None:
-    """The token that closes a chain of thought, or None if this tokenizer has none."""
-    vocabulary = tokenizer.get_vocab()
-    return next((text for text in THINK_ENDS if text in vocabulary), None)
 
 
 def adapter_parent(folder: Path) -> str | None:

@@ -9,6 +9,8 @@ from .errors import ConfigError
 
 Tokenizer = Any
 """A Hugging Face tokenizer (transformers is imported elsewhere)."""
+THINK_ENDS = ("</think>", "[unused17]", "[/THINK]", "</seed:think>")
+"""What closes a chain of thought: Qwen3's and DeepSeek's, openPangu's, Magistral's, Seed-OSS's spelling."""
 
 
 def single_id(tokenizer: Tokenizer, text: str, what: str = "mask token") -> int:
@@ -20,6 +22,12 @@ def single_id(tokenizer: Tokenizer, text: str, what: str = "mask token") -> int:
     if found is None:
         raise ConfigError(f"{what} {text!r} is not one token of this tokenizer ({len(tokenizer)} tokens)")
     return int(found)
+
+
+def think_end(tokenizer: Tokenizer) -> str | None:
+    """The token that closes a chain of thought, or None if this tokenizer has none of those known."""
+    vocabulary = tokenizer.get_vocab()
+    return next((text for text in THINK_ENDS if text in vocabulary), None)
 
 
 def end_ids(tokenizer: Tokenizer, *configs: Any) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import fluid_model
 from fluid_model import ArSettings, ConfigError, FluidSettings, LladaSettings, NbdiffSettings, Request
 from fluid_model.engine.cache import SlotCache
+from fluid_model.tokens import think_end
 
 from .published import (
     FFN,
@@ -58,7 +59,7 @@ def test_openpangu(tmp_path, bias):
     close(checkpoint.model(IDS).logits, plain_forward(weights, IDS, causal=True))
     ids = piece_ids()
     assert checkpoint.end_ids == (ids["[unused10]"],)
-    assert (checkpoint.think_end, checkpoint.manifest, checkpoint.mask_id) == ("[unused17]", None, None)
+    assert (think_end(checkpoint.tokenizer), checkpoint.manifest, checkpoint.mask_id) == ("[unused17]", None, None)
     assert checkpoint.tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello"
     info = fluid_model.describe(str(folder))
     assert (info.architecture, info.window, info.method) == ("PanguEmbeddedForCausalLM", 128, None)
@@ -96,7 +97,8 @@ def test_saved_again_it_is_an_ordinary_folder(tmp_path, weights, layout):
     fluid_model.save(first, tmp_path / "c")
     again = fluid_model.load(str(tmp_path / "c"))
     assert again.manifest == first.manifest
-    assert (again.mask_id, again.end_ids, again.think_end) == (first.mask_id, first.end_ids, first.think_end)
+    assert (again.mask_id, again.end_ids) == (first.mask_id, first.end_ids)
+    assert think_end(again.tokenizer) == think_end(first.tokenizer)
     for text in ("hello world", "[unused9] hello:[unused10] w"):
         assert again.tokenizer.encode(text) == first.tokenizer.encode(text)
     assert torch.equal(again.model(IDS).logits, first.model(IDS).logits)
@@ -289,4 +291,4 @@ def test_without_a_known_mask_token_the_way_out_is_told(tmp_path, weights):
     with pytest.raises(ConfigError, match=r"none of \[unused0\].* is in the tokenizer; set model\.mask_token"):
         fluid_model.load(str(folder), method="nbdiff")
     assert fluid_model.load(str(folder), method="nbdiff", mask_token="a").mask_id == byte_tokenizer().encode("a")[0]
-    assert fluid_model.load(str(folder)).think_end is None
+    assert think_end(fluid_model.load(str(folder)).tokenizer) is None
