@@ -19,7 +19,7 @@ BLOCK = re.compile(r"<!-- (fluid-eval trace .*?) -->\n.*?<!-- end -->", re.DOTAL
 def printed(command: str) -> str:
     """What a command prints. Raises RuntimeError if it fails."""
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
+    with contextlib.chdir(PAGE.parent.parent), contextlib.redirect_stdout(out):
         code = command_line(shlex.split(command)[1:])
     if code:
         raise RuntimeError(f"{command} ended with {code}")

@@ -18,11 +18,11 @@ from fluid_model.train.recipe import build_chain, build_recipe
 from .test_mini import suite
 
 CHECKPOINTS = resource("checkpoints")
-NAMES = ("tiny-ar", "tiny-fluid")
+NAMES = ("tiny-ar", "tiny-fluid", "tiny-nbdiff", "tiny-llada")
 DECODERS = {
     "tiny-ar": fluid_model.ArSettings(),
     "tiny-fluid": fluid_model.FluidSettings(),
-    "tiny-nbdiff": fluid_model.NbdiffSettings(),
+    "tiny-nbdiff": fluid_model.NbdiffSettings(small_blocks=4),
     "tiny-llada": fluid_model.LladaSettings(gen_length=64, block_length=16),
 }
 

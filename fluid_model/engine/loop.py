@@ -64,6 +64,7 @@ class Engine:
         self.slots = slots
         self.calls = 0
         self._rows: list[_Row] = []
+        self._seen: list[Step] = []
         self._clock = 0.0
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
@@ -166,8 +167,9 @@ class Engine:
             if stride is not None:
                 row.trace.predicted.append(stride)
         if self.watch is not None:
-            for step, tokens in zip(self._seen, absorbed.tokens, strict=True):
+            for step, tokens in zip(self._seen, absorbed.tokens, strict=False):  # none where prompts are not read
                 self.watch(replace(step, tokens=tuple(tokens)))
+            self._seen = []
         for row, tokens in zip(rows, absorbed.tokens, strict=True):
             if tokens:
                 row.trace.accepted += [len(tokens)] if absorbed.predicted else []
