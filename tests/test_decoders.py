@@ -142,6 +142,13 @@ def test_llada_is_the_public_decoder(decoder):
         assert got.trace.forwards["prefill"] == got.trace.forwards["commit"] == 0
 
 
+def test_an_answer_ends_with_its_canvas():
+    """Shorter than the answer may be, and never ended by the model."""
+    decoder = LladaSettings(gen_length=8, block_length=4)
+    found = write(replace(CHECKPOINT, end_ids=()), decoder, requests(3, 40), slots=2)
+    assert {(len(g.ids), g.finish, g.trace.forwards["denoise"]) for g in found.values()} == {(8, "length", 8)}
+
+
 def test_blocks_of_one_are_ar():
     ar = write(CHECKPOINT, ArSettings(), requests())
     blocks = write(CHECKPOINT, NbdiffSettings(block_length=1, small_blocks=1), requests())

@@ -71,7 +71,9 @@ class LladaStrategy:
             row = self._row(slot)
             logits = self.backbone.logits(hidden[slot, row.prompt : width])  # (G, V)
             tokens.append(self._step(row, logits))
-        return Absorbed(tokens, keep=[0] * len(tokens))
+        rows = [self._row(slot) for slot in range(len(tokens))]
+        full = [row.block * self.settings.block_length >= len(row.ids) - row.prompt for row in rows]
+        return Absorbed(tokens, keep=[0] * len(tokens), full=full)
 
     def move(self, source: int, target: int) -> None:
         self._rows[target] = self._rows[source]

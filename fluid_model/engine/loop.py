@@ -174,6 +174,9 @@ class Engine:
             if tokens:
                 row.trace.accepted += [len(tokens)] if absorbed.predicted else []
                 self._commit(row, tokens)
+        for row, full in zip(rows, absorbed.full, strict=False):
+            if full and row.finish is None:
+                row.finish = "length"
         now = time.perf_counter()
         for row in rows:
             row.seconds += (now - self._clock) / len(rows)

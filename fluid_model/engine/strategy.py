@@ -33,11 +33,13 @@ class Absorbed:
 
     tokens: ids newly committed to the answer.  keep: fed slots whose keys and values stay cached.
     predicted: stride of a round that opened (before its tokens are there) or closed (with them); None if neither.
+    full: whether the decoder has no place left for more tokens (empty: it always has).
     """
 
     tokens: list[list[int]]
     keep: list[int]
     predicted: list[int | None] = field(default_factory=list)
+    full: list[bool] = field(default_factory=list)
 
 
 class Strategy(Protocol):
