@@ -50,10 +50,12 @@ def run(spec: RunSpec, folder: Path, *, resume: bool = False) -> Nested:
 
     pick_device(spec.model.device)
     info = describe(spec.model.path, spec.model.method)
-    _check_decoder(spec, info)
+    check_decoder(spec, info)
     tokenizer = load_tokenizer(spec.model.path)
     if spec.model.mask_token is not None:
         single_id(tokenizer, spec.model.mask_token)
+    for text in spec.model.end_tokens or ():
+        single_id(tokenizer, text, "end token")
     conversation = chat.open_chat(spec.chat, tokenizer, spec.model.path)
     tasks = harness.load_tasks(spec)
     harness.check_settings(spec, tasks, info.window)
@@ -64,7 +66,8 @@ def run(spec: RunSpec, folder: Path, *, resume: bool = False) -> Nested:
         job.close()
 
 
-def _check_decoder(spec: RunSpec, info: ModelInfo) -> None:
+def check_decoder(spec: RunSpec, info: ModelInfo) -> None:
+    """Raise ConfigError if the decoder cannot serve this model."""
     name, k_max, tau = spec.decoder.name, info.k_max, info.tau
     if name == "fluid" and k_max is None:
         raise ConfigError(f"decoder=fluid needs a K-head, and {spec.model.path} has none; use --decoder ar")

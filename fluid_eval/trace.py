@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fluid_model.checkpoint import Checkpoint, load
+from fluid_model.checkpoint import Checkpoint, describe
 from fluid_model.decoders import engine_for
 from fluid_model.engine.records import Generation, Request, Step
 
+from .run import check_decoder
 from .spec import RunSpec
+from .worker import load_model
 
 NEW_LINE = "⏎"
 
@@ -35,8 +37,8 @@ class Line:
 
 def watch(spec: RunSpec, prompt: str) -> tuple[list[Line], Generation]:
     """Write one answer and keep what happened. Raises ConfigError as a run would."""
-    model = spec.model
-    checkpoint = load(model.path, dtype=model.dtype, device=model.device, tau=model.tau, mask_token=model.mask_token)
+    check_decoder(spec, describe(spec.model.path, spec.model.method))
+    checkpoint = load_model(spec.model)
     engine = engine_for(checkpoint, spec.decoder, slots=1)
     steps: list[Step] = []
     engine.watch = steps.append

@@ -14,7 +14,7 @@ from fluid_model.checkpoint import Checkpoint, load
 from fluid_model.decoders import engine_for, scorer_for
 from fluid_model.engine.records import Generation, Request, Score, ScoreRequest
 
-from .spec import build_spec
+from .spec import ModelSpec, build_spec
 
 Work = Request | ScoreRequest
 Answer = Generation | Score
@@ -37,11 +37,7 @@ class Worker:
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:
-        model = self._spec.model
-        return load(
-            model.path, dtype=model.dtype, device=model.device, tau=model.tau, mask_token=model.mask_token,
-            end_tokens=model.end_tokens, method=model.method,
-        )  # fmt: skip
+        return load_model(self._spec.model)
 
     def facts(self) -> dict[str, Any]:
         """What this worker runs on: device, dtype, threads, parameters. Raises ConfigError if the model cannot load."""
@@ -76,6 +72,14 @@ class Worker:
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         row: int = 2 * config.num_hidden_layers * heads * size * tokens * torch.finfo(backbone.dtype).bits // 8
         return max(1, min(AUTO_ROWS, int(KV_SHARE * free_memory(backbone.device)) // row))
+
+
+def load_model(model: ModelSpec) -> Checkpoint:
+    """The checkpoint a spec names. Raises ConfigError if it cannot load."""
+    return load(
+        model.path, dtype=model.dtype, device=model.device, tau=model.tau, mask_token=model.mask_token,
+        end_tokens=model.end_tokens, method=model.method,
+    )  # fmt: skip
 
 
 def weights_name(folder: Path) -> str:

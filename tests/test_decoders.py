@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluid_model import ArSettings, ConfigError
+from fluid_model import ArSettings, ConfigError, Request
 from fluid_model.canvas_scoring import CanvasScorer
 from fluid_model.checkpoint import Checkpoint
 from fluid_model.decoders import scorer_for, strategy_for
@@ -147,6 +147,27 @@ def test_an_answer_ends_with_its_canvas():
     decoder = LladaSettings(gen_length=8, block_length=4)
     found = write(replace(CHECKPOINT, end_ids=()), decoder, requests(3, 40), slots=2)
     assert {(len(g.ids), g.finish, g.trace.forwards["denoise"]) for g in found.values()} == {(8, "length", 8)}
+
+
+def test_a_canvas_may_be_longer_than_the_answer():
+    decoder = LladaSettings(gen_length=24, block_length=4)
+    found = write(CHECKPOINT, decoder, requests(2, 6), slots=2)
+    assert all(len(g.ids) <= 6 for g in found.values())
+
+
+def test_a_block_the_window_narrows_is_drawn_as_alone():
+    """Its mates may fill wider blocks."""
+    decoder = NbdiffSettings(block_length=8, small_blocks=1, confidence=None, temperature=1.0)
+    long = Request("long", tuple(range(3, 244)), 15, seed=5)
+    (alone,) = write(CHECKPOINT, decoder, [long]).values()
+    assert write(CHECKPOINT, decoder, [long, *requests(2, 15)])["long"].ids == alone.ids
+
+
+def test_nothing_outside_the_nucleus_is_drawn_where_sums_round_down():
+    logits = torch.zeros(1, 50_000)
+    logits[0, :3] = 20.0
+    token, _ = choose(logits, torch.tensor([1 - 2**-25]), 1.0, 0.5, "probability")
+    assert token.item() < 3
 
 
 def test_blocks_of_one_are_ar():

@@ -112,6 +112,11 @@ def test_one_forward_a_round(checkpoint, decoder):
         assert (found[request.key].ids, sum(trace.forwards.values()), trace.slots) == (ids, rounds, fed)
 
 
+def test_a_horizon_beyond_the_heads_costs_nothing(checkpoint):
+    found = [write(checkpoint, FluidSettings(max_horizon=k), requests(checkpoint)) for k in (16, 64)]
+    assert {k: (g.ids, g.trace) for k, g in found[0].items()} == {k: (g.ids, g.trace) for k, g in found[1].items()}
+
+
 @pytest.mark.parametrize("heat", [0.0, 0.5])
 def test_drafts_are_sometimes_right_and_sometimes_not(checkpoint, heat):
     """The law above would prove little if they were always the one, nor that sampled text is AR's."""

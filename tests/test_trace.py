@@ -75,6 +75,11 @@ def test_colours_fit_the_terminal(capsys):
 def test_bad_input_is_one_line(capsys):
     assert main(["trace", "--prompt", "x", "--set", "decoder.fans=0"]) == 2
     assert capsys.readouterr().err == "fluid-eval: fans=0 must lie in [1, 64]\n"
+    llada = str(resource("checkpoints") / "tiny-llada")
+    assert main(["trace", "--prompt", "x", "--model", llada]) == 2
+    assert "reads in both directions; use --decoder llada" in capsys.readouterr().err
+    assert main(["trace", "--prompt", "x", "--set", 'model.end_tokens=["no such"]']) == 2
+    assert "end token 'no such' is not one token" in capsys.readouterr().err
 
 
 def test_the_page_shows_what_the_command_prints(capsys, monkeypatch):

@@ -39,13 +39,14 @@ class FluidStrategy:
         self.head = head
         self.mask_id = mask_id
         self.settings = settings
-        self.masks = settings.max_horizon - 1  # M: a stride is the pending token and its drafts
+        self.horizon = min(settings.max_horizon, head.k_max)  # K
+        self.masks = self.horizon - 1  # M: a stride is the pending token and its drafts
         self.fans = settings.fans if settings.verify else 1
         self.behind_prompt: tuple[int, ...] = (mask_id,) * self.masks
-        self.widest = settings.max_horizon + self.fans * self.masks
+        self.widest = self.horizon + self.fans * self.masks
 
     def allocate(self, slots: int) -> None:
-        device, widest = self.backbone.device, self.settings.max_horizon
+        device, widest = self.backbone.device, self.horizon
         self._tokens = torch.full((slots, widest), self.mask_id, device=device)  # pending, drafts
         self._hung = torch.zeros(slots, self.fans, dtype=torch.long, device=device)  # which token each fan hangs on
         self._shape = torch.ones(slots, 2, dtype=torch.long, device=device)  # tokens and fans of the next feed
@@ -82,7 +83,7 @@ class FluidStrategy:
         widest = max(map(len, self._fed[:rows]))
         at, place = torch.arange(rows, device=device), torch.arange(widest, device=device)
         count = self._shape[:rows, 0]
-        draws = self._numbers(range(rows), 2 * self.settings.max_horizon)
+        draws = self._numbers(range(rows), 2 * self.horizon)
         if self.settings.verify:
             chosen, _ = self._choose(hidden[:, :widest], draws[:, :widest])  # (n, C): what the causal model writes next
             right = (feed.ids[:, 1:widest] == chosen[:, :-1]) & (place[1:] < count[:, None])
@@ -161,7 +162,7 @@ class FluidStrategy:
             worth = sure.cumprod(1) >= UNLIKELY
         else:
             worth = (sure > self.settings.confidence).cumprod(1).bool()
-        stride = stride.clamp(self.settings.min_horizon, self.settings.max_horizon)
+        stride = stride.clamp(self.settings.min_horizon, self.horizon)
         return torch.minimum(worth.sum(1), torch.minimum(stride, room).clamp(min=1) - 1)
 
     def _places(self, sure: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:

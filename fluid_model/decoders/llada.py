@@ -48,7 +48,7 @@ class LladaStrategy:
 
     def __init__(self, backbone: Backbone, mask_id: int, end_ids: tuple[int, ...], settings: LladaSettings) -> None:
         self.backbone, self.mask_id, self.end_ids, self.settings = backbone, mask_id, end_ids, settings
-        self.widest = settings.block_length
+        self.widest = max(settings.block_length, settings.gen_length or 0)
 
     def allocate(self, slots: int) -> None:
         self._rows: list[_Canvas | None] = [None] * slots

@@ -109,7 +109,8 @@ class NbdiffStrategy:
         settings, (n, slots, vocabulary) = self.settings, logits.shape
         draws = torch.zeros(n, slots)
         if settings.temperature > 0:
-            draws = torch.stack([torch.rand(slots, generator=self._random[row]) for row in rows.tolist()])
+            wide = [torch.rand(self.widest, generator=self._random[row]) for row in rows.tolist()]  # whoever is beside
+            draws = torch.stack(wide)[:, :slots]
         flat, how = draws.reshape(-1).to(logits.device), (settings.temperature, settings.top_p, settings.rule)
         token, sureness = choose(logits.reshape(-1, vocabulary), flat, *how)
         return token.reshape(n, slots), sureness.reshape(n, slots)

@@ -40,7 +40,7 @@ class Draws:
 
 def nucleus(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """Probabilities in falling order, those outside the nucleus 0, and the ids they belong to: (n, V) each."""
-    probabilities, order = logits.softmax(-1).sort(-1, descending=True)
+    probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities
     return probabilities.masked_fill(before >= top_p, 0.0), order  # the most likely token always stays
 
@@ -57,7 +57,8 @@ def choose(logits: Tensor, draws: Tensor, temperature: float, top_p: float, rule
     probabilities, order = nucleus(scaled, top_p)
     probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     if temperature > 0:
-        rank = (probabilities.cumsum(-1) <= draws[:, None]).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+        rank = (probabilities.cumsum(-1) <= draws[:, None]).sum(-1, keepdim=True)
+        rank = torch.minimum(rank, (probabilities > 0).sum(-1, keepdim=True) - 1)  # a sum may round to below the draw
     else:
         rank = torch.zeros_like(order[:, :1])
     token = order.gather(-1, rank)[:, 0]
