@@ -17,6 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from fluid_model.engine.records import Generation, Request, Score, ScoreRequest
 from fluid_model.errors import ConfigError
+from fluid_model.settings import answer_slots
 from fluid_model.tokens import Tokenizer
 
 from .chat import Chat
@@ -105,7 +106,11 @@ class FluidLM(TemplateLM):
             questions.setdefault(f"{instance.task_name}/{instance.doc_id}", []).append(instance)
         missing = {k: group for k, group in questions.items() if not self._held(k, group[0].args[0])}
         pairs = self._encode_pairs([i.args for group in missing.values() for i in group])
-        work = [ScoreRequest(key, tuple(pairs[i.args] for i in group)) for key, group in missing.items()]
+        seed = self._run.spec.seed
+        work = [
+            ScoreRequest(key, tuple(pairs[i.args] for i in group), _row_seed(seed, key))
+            for key, group in missing.items()
+        ]
         self._work("scoring", list(questions), work, lambda a: _scored(a, [i.args for i in missing[a.key]]))
         found: dict[int, tuple[float, bool]] = {}
         for key, group in questions.items():
@@ -147,7 +152,7 @@ class FluidLM(TemplateLM):
         """Cut a prompt from the left so that its answer fits the window; say how much was cut."""
         settings = normalize_gen_kwargs(options)
         stops = handle_stop_sequences(settings["until"], eos=self._eos)
-        room = self._window - settings["max_gen_toks"]
+        room = self._window - answer_slots(self._run.spec.decoder, settings["max_gen_toks"])
         fed = (prompt or (self.prefix_token_id,))[-room:]
         return Request(
             key=key,

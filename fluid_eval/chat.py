@@ -29,6 +29,11 @@ class Chat:
     template: str
     end_of_thinking: str | None
 
+    @property
+    def system_turn(self) -> list[dict[str, str]]:
+        """What a conversation begins with: the system prompt, where the run sets one."""
+        return [] if self.settings.system is None else [{"role": "system", "content": self.settings.system}]
+
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The prompt of a conversation; without a generation prompt the last turn, an answer's beginning, stays open.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fluid_model.errors import ConfigError
-from fluid_model.settings import LladaSettings
+from fluid_model.settings import answer_slots
 
 from .paths import resource
 from .spec import RunSpec
@@ -70,12 +70,11 @@ def check_settings(spec: RunSpec, tasks: Tasks, window: int) -> None:
         settings = task.get_config("generation_kwargs") or {}
         length = settings.get("max_gen_toks", DEFAULT_NEW_TOKENS)
         writes = task.get_config("output_type") == "generate_until"
-        if writes and isinstance(spec.decoder, LladaSettings):
-            length, _ = spec.decoder.canvas(length)
-        if writes and length >= window:
+        if writes and (needed := answer_slots(spec.decoder, length)) >= window:
+            canvas = f", written on a canvas of {needed}," if needed > length else ""
             raise ConfigError(
-                f"max_new_tokens={length} of task {name} leaves no room for a prompt in the model's window of "
-                f"{window}; pass a smaller --max-new-tokens"
+                f"max_new_tokens={length} of task {name}{canvas} leaves no room for a prompt in the model's window of "
+                f"{window}; pass a smaller --max-new-tokens{' or --set decoder.gen_length' if canvas else ''}"
             )
         if thinking and not writes:
             raise ConfigError(

@@ -16,7 +16,8 @@ class Cost:
     """What a set of answers cost. Every forward counts, prefill and commit too; only ids before the end count.
 
     slots: fed in all forwards, prompts included.  tokens_per_second is per worker: tokens over the engine's time,
-    summed over samples. What is per token is None where nothing was written (likelihood tasks).
+    summed over samples. What is per token is over the written answers alone: likelihood tasks of a group do not dilute
+    it, and it is None where nothing was written.
     unended_thinking: answers of a thinking model that came to no answer.
     """
 
@@ -58,17 +59,17 @@ def cost(records: Sequence[Record]) -> Cost:
     tokens = sum(len(r["output_ids"]) for r in wrote)
     kinds = dict.fromkeys(kind for r in records for kind in r["trace"]["forwards"])
     by_kind = {kind: sum(r["trace"]["forwards"].get(kind, 0) for r in records) for kind in kinds}
-    forwards, slots = sum(by_kind.values()), sum(r["trace"]["slots"] for r in records)
-    seconds = sum(r["seconds"] for r in records)
+    writing = sum(sum(r["trace"]["forwards"].values()) for r in wrote)
+    writing_slots, writing_seconds = sum(r["trace"]["slots"] for r in wrote), sum(r["seconds"] for r in wrote)
     return Cost(
         tokens=tokens,
-        forwards=forwards,
+        forwards=sum(by_kind.values()),
         forwards_by_kind=by_kind,
-        slots=slots,
-        seconds=seconds,
-        slots_per_token=slots / tokens if tokens else None,
-        tokens_per_forward=tokens / forwards if wrote and forwards else None,
-        tokens_per_second=tokens / seconds if wrote and seconds else None,
+        slots=sum(r["trace"]["slots"] for r in records),
+        seconds=sum(r["seconds"] for r in records),
+        slots_per_token=writing_slots / tokens if tokens else None,
+        tokens_per_forward=tokens / writing if writing else None,
+        tokens_per_second=tokens / writing_seconds if writing_seconds else None,
         truncated_prompts=sum(r["truncated"] > 0 for r in records),
         length_limit_hits=sum(r["finish"] == "length" for r in records),
         unended_thinking=sum(not r.get("thinking_ended", True) for r in records),

@@ -214,7 +214,7 @@ def _sample(record: Record, shared: Mapping[str, str], clip: int) -> Nested:
         "accepted": trace.get("accepted"),
         "choices": record.get("choices"),
         "loglikelihoods": [_finite(value) for value in record.get("loglikelihoods") or []],
-        "errors": [_finite(value) for value in record.get("standard_errors") or []],
+        "errors": [value if value is None else _finite(value) for value in record.get("standard_errors") or []],
         "seconds": _finite(record.get("seconds", math.nan)),
     }
     return {name: value for name, value in values.items() if value not in (None, [], {})}

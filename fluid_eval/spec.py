@@ -32,6 +32,10 @@ class ModelSpec:
     method: Literal["nbdiff", "llada"] | None = None
     """What the model was adapted to, where its files do not tell."""
 
+    def __post_init__(self) -> None:
+        if self.end_tokens == ():
+            raise ConfigError("model.end_tokens=[] leaves nothing that ends an answer; leave it out or name one text")
+
 
 @dataclass(frozen=True)
 class EngineSpec:

@@ -15,6 +15,7 @@ from fluid_model.checkpoint import Checkpoint, describe
 from fluid_model.decoders import engine_for
 from fluid_model.engine.records import Generation, Request, Step
 
+from .chat import open_chat
 from .run import check_decoder
 from .spec import RunSpec
 from .worker import load_model
@@ -42,7 +43,10 @@ def watch(spec: RunSpec, prompt: str) -> tuple[list[Line], Generation]:
     engine = engine_for(checkpoint, spec.decoder, slots=1)
     steps: list[Step] = []
     engine.watch = steps.append
-    ids = tuple(checkpoint.tokenizer(prompt)["input_ids"])
+    chat = open_chat(spec.chat, checkpoint.tokenizer, spec.model.path)
+    if chat is not None:
+        prompt = chat.render([*chat.system_turn, {"role": "user", "content": prompt}])
+    ids = tuple(checkpoint.tokenizer(prompt, add_special_tokens=chat is None)["input_ids"])
     room = max(1, checkpoint.backbone.window - len(ids))
     (answer,) = engine.generate([Request("trace", ids, min(spec.max_new_tokens or room, room), seed=spec.seed)])
     return lines(steps, checkpoint, len(ids)), answer

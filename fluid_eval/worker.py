@@ -89,7 +89,7 @@ def weights_name(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
-        if file.suffix in (".safetensors", ".bin", ".json"):
+        if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model"):
             with file.open("rb") as handle:
                 head = handle.read(WEIGHTS_END)
                 handle.seek(max(len(head), file.stat().st_size - WEIGHTS_END))

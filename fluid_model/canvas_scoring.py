@@ -8,7 +8,7 @@ Legend: R rows, S slots, L tokens of a continuation, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
+import statistics
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -25,11 +25,14 @@ from .scoring import FORWARD_TOKENS
 
 @dataclass
 class _Document:
-    """A request under way. samples: estimates found so far, per pair.  greedy: argmax agrees with all masked."""
+    """A request under way. samples: estimates found so far, per pair.  greedy: argmax agrees with all masked.
+    truncated: tokens the longest pair lost.
+    """
 
     request: ScoreRequest
     samples: list[list[float]]
     greedy: list[bool]
+    truncated: int = 0
     left: int = 0
     trace: Trace = field(default_factory=Trace)
     seconds: float = 0.0
@@ -54,7 +57,8 @@ class CanvasScorer:
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[Score]:
         """Yield each request's estimates as soon as all its rows are done (not in request order).
 
-        Raises ConfigError for an empty context or continuation, and for one longer than the window.
+        Inputs longer than the window lose tokens on the left, and say how many.
+        Raises ConfigError for an empty context or continuation, and for a continuation longer than the window.
         """
         queue = sorted((row for request in requests for row in self._rows(request)), key=lambda row: -len(row.ids))
         done = 0
@@ -77,17 +81,19 @@ class CanvasScorer:
         count = len(request.pairs)
         document = _Document(request, [[] for _ in range(count)], [False] * count)
         rows: dict[tuple[int, ...], _Row] = {}
-        seed = int.from_bytes(hashlib.sha256(request.key.encode()).digest()[:8]) >> 1
-        random = torch.Generator().manual_seed(seed)
+        random, window = torch.Generator().manual_seed(request.seed), self.backbone.window
         for pair, (context, continuation) in enumerate(request.pairs):
-            if not context or not continuation or len(context) + len(continuation) > self.backbone.window:
+            if not context or not continuation or len(continuation) > window:
                 raise ConfigError(
                     f"request {request.key}: cannot score {len(continuation)} tokens after {len(context)} "
-                    f"in a window of {self.backbone.window}"
+                    f"in a window of {window}"
                 )
+            whole = (context + continuation)[-window:]
+            start = len(whole) - len(continuation)
+            document.truncated = max(document.truncated, len(context) - start)
             for masked in self._masks(len(continuation), random):
-                ids = list(context + continuation)
-                places = [len(context) + i for i in masked]
+                ids = list(whole)
+                places = [start + i for i in masked]
                 for place in places:
                     ids[place] = self.mask_id
                 row = rows.setdefault(tuple(ids), _Row(document, tuple(ids), []))
@@ -130,16 +136,20 @@ class CanvasScorer:
 
 def _finish(document: _Document) -> Score:
     means = [sum(values) / len(values) for values in document.samples]
-    errors = [
-        (sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1) / len(values)) ** 0.5
-        for values, mean in zip(document.samples, means, strict=True)
-    ]
+    lengths = [len(continuation) for _, continuation in document.request.pairs]
+    errors = [0.0 if length == 1 else _error(values) for values, length in zip(document.samples, lengths, strict=True)]
     return Score(
         key=document.request.key,
         loglikelihoods=tuple(means),
         greedy=tuple(document.greedy),
         trace=document.trace,
         seconds=document.seconds,
-        prompt_tokens=max(len(context) + len(continuation) for context, continuation in document.request.pairs),
+        prompt_tokens=max(len(context) + len(tail) for context, tail in document.request.pairs) - document.truncated,
+        truncated=document.truncated,
         errors=tuple(errors),
     )
+
+
+def _error(samples: list[float]) -> float | None:
+    """Standard error of their mean; None of a single one, which does not show its own."""
+    return None if len(samples) < 2 else statistics.stdev(samples) / len(samples) ** 0.5

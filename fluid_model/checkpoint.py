@@ -118,12 +118,14 @@ def load(
     method: what the model was adapted to, where its files do not tell.
     Raises ConfigError for missing or misshapen parts, unknown format versions and unsupported architectures.
     """
+    if end_tokens is not None and not end_tokens:
+        raise ConfigError("end_tokens=[] leaves nothing that ends an answer; name one text at least")
     source = find(path, weights=True, method=method)
     target = pick_device(device)
     tokenizer = source.tokenizer
-    model = _load_weights(source, dtype, target)
-    heads = _heads_of(source, _hidden_size(model.config))
+    heads = _heads_of(source, _hidden_size(source.config))
     manifest = source.manifest or _manifest_for(source, path, tokenizer, heads, mask_token)
+    model = _load_weights(source, dtype, target)
     adapter = None
     if manifest is not None and manifest.weights == "adapter":
         if source.manifest is None:

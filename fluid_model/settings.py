@@ -196,6 +196,15 @@ DECODERS: dict[str, type[DecoderSettings]] = {
 }
 
 
+def answer_slots(settings: DecoderSettings, max_new_tokens: int) -> int:
+    """Places of the window an answer of that length needs: as many, or the canvas it is written on if that is longer.
+
+    Raises ConfigError if the decoder cannot lay such a canvas out.
+    """
+    canvas = settings.canvas(max_new_tokens)[0] if isinstance(settings, LladaSettings) else 0
+    return max(max_new_tokens, canvas)
+
+
 def setting_names(decoder: str) -> list[str]:
     """Names a user may set on a decoder, in declaration order."""
     return [f.name for f in fields(DECODERS[decoder])]

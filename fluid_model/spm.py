@@ -21,8 +21,8 @@ from .tokens import Tokenizer
 MODEL_FILE = "tokenizer.model"
 SPACE = "\u2581"
 """How SentencePiece writes a space."""
-NORMAL, BPE = 1, 2
-"""Of sentencepiece_model.proto: a piece that text is made of; the kind of model read here."""
+NORMAL, OWN, BPE = 1, 4, 2
+"""Of sentencepiece_model.proto: a piece that text is made of; one that is never split; the kind of model read here."""
 TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
 OPTIONS = ("add_bos_token", "add_eos_token", "model_max_length", "clean_up_tokenization_spaces", "chat_template")
 
@@ -30,6 +30,8 @@ OPTIONS = ("add_bos_token", "add_eos_token", "model_max_length", "clean_up_token
 def load_sentencepiece(folder: Path) -> Tokenizer:
     """The tokenizer of tokenizer.model and tokenizer_config.json.
 
+    What follows a piece that is never split begins with a space of its own, as repositories' classes have it; where
+    the configuration does not repeat such a piece, SentencePiece itself would leave that space out.
     Raises ConfigError, naming the file, if it is no BPE model or gives a token another id than the configuration does.
     """
     proto = _read(folder / MODEL_FILE)
@@ -81,6 +83,7 @@ def _convert(proto: Any) -> Fast:
     if rules.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE))
     fast.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    fast.add_tokens([AddedToken(p.piece, normalized=False, special=False) for p in proto.pieces if p.type == OWN])
     back: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     fast.decoder = decoders.Sequence([*back, decoders.Strip(" ", 1, 0)] if rules.add_dummy_prefix else back)
     return fast

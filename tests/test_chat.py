@@ -159,10 +159,13 @@ def test_a_model_that_thinks_unasked_is_noticed():
     assert notice.startswith("t: 2 of 3 answers hold [unused17]: the model thinks all the same")
 
 
-@pytest.mark.parametrize("decoder", ["ar", "fluid"])
+@pytest.mark.parametrize("decoder", ["ar", "fluid", "nbdiff", "llada"])
 def test_thinking_through_the_main_job(tiny_fluid, tmp_path, capsys, decoder):
     """Only what follows the last end of thinking counts, and every decoder's answers are cut alike."""
     model = with_template(tiny_fluid, tmp_path / "m", "{{ messages[-1].content }}")
+    if decoder in ("nbdiff", "llada"):
+        manifest = json.loads((model / "fluid.json").read_text())
+        (model / "fluid.json").write_text(json.dumps({**manifest, "method": decoder, "k_max": None, "tau": []}))
 
     def go(name, end):
         words = ["--tasks", "mini_gsm8k_1", "--model", model, "--decoder", decoder, "--limit", 6, "--chat"]

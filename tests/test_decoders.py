@@ -300,18 +300,33 @@ def test_longer_continuations_are_estimated_within_their_errors():
             scores = forward(CHECKPOINT, ids, 0).log_softmax(-1)
             found = sum(float(scores[len(context) + i, continuation[i]]) for i in masked)
             exact += found * 3 / count / len(sets) / 3
-    work = [ScoreRequest(str(n), ((context, continuation),)) for n in range(3)]
+    work = [ScoreRequest(str(n), ((context, continuation),), seed=n) for n in range(3)]
     scores = sorted(CanvasScorer(CHECKPOINT.backbone, CHECKPOINT.mask_id, 8, 200).score(work), key=lambda s: s.key)
     for score in scores:
         assert 0 < score.errors[0] < 2
         assert score.loglikelihoods[0] == pytest.approx(exact, abs=4 * score.errors[0])
-    assert len({score.loglikelihoods for score in scores}) == 3, "each request draws its own"
+    assert len({score.loglikelihoods for score in scores}) == 3, "each seed draws its own"
     (again,) = CanvasScorer(CHECKPOINT.backbone, CHECKPOINT.mask_id, 1, 200).score(work[:1])
     assert again.loglikelihoods == pytest.approx(scores[0].loglikelihoods, abs=1e-3)
 
 
+def test_a_single_sample_does_not_show_its_error():
+    work = ScoreRequest("x", ((tuple(range(5, 25)), (30, 41, 52)), (tuple(range(5, 25)), (30,))))
+    (score,) = CanvasScorer(CHECKPOINT.backbone, CHECKPOINT.mask_id, 8, samples=1).score([work])
+    assert score.errors == (None, 0.0), "one token is exact"
+
+
+def test_what_exceeds_the_window_is_cut_from_the_left():
+    context = tuple(n % 250 for n in range(300))
+    scorer = CanvasScorer(CHECKPOINT.backbone, CHECKPOINT.mask_id, 8, samples=4)
+    cut, whole = (next(iter(scorer.score([ScoreRequest("x", ((c, (30, 41)),))]))) for c in (context, context[-254:]))
+    assert cut.loglikelihoods == pytest.approx(whole.loglikelihoods)
+    assert (cut.truncated, cut.prompt_tokens) == (46, 256)
+    assert (whole.truncated, whole.prompt_tokens) == (0, 256)
+
+
 def test_requests_that_cannot_be_scored_are_refused():
     scorer = CanvasScorer(CHECKPOINT.backbone, CHECKPOINT.mask_id)
-    for pair in (((), (1,)), ((1,), ()), ((1,) * 256, (2,))):
+    for pair in (((), (1,)), ((1,), ()), ((1,), (2,) * 257)):
         with pytest.raises(ConfigError, match="request x: cannot score"):
             list(scorer.score([ScoreRequest("x", (pair,))]))

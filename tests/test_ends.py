@@ -123,6 +123,21 @@ def test_a_prompt_may_fill_the_window():
             left -= accepted
 
 
+@pytest.mark.parametrize("decoder", [d for d in DECODERS if isinstance(d, FluidSettings)])
+@pytest.mark.parametrize("end", ["length", "eos", "stop"])
+def test_strides_make_up_the_answer(end, decoder):
+    """Tokens past the answer's end were accepted by nobody."""
+    free = write(decoder)
+    last = {"length": {}, "eos": {"end_ids": {free.ids[21]}}, "stop": {"stops": (free.text[18:20],)}}[end]
+    answer = write(decoder, **last)
+    assert answer.finish == end
+    first = 1 if decoder.rounds == "one" and decoder.verify else 0  # which the prompt's own forward wrote
+    if decoder.rounds == "one" and not decoder.verify:
+        assert sum(answer.trace.accepted) <= len(answer.ids)
+    else:
+        assert first + sum(answer.trace.accepted) == len(answer.ids)
+
+
 def test_time_is_shared_out_and_waiting_callers_cost_nothing():
     import time
 

@@ -10,6 +10,7 @@ import pytest
 import fluid_eval
 import fluid_model
 from fluid_eval import store
+from fluid_eval.adapter import _row_seed
 from fluid_eval.report import write_report
 from fluid_eval.run import run
 from fluid_eval.spec import build_spec
@@ -67,7 +68,7 @@ def test_estimates_come_with_their_standard_errors(adapted, tmp_path):
     record = next(store.read_samples(tmp_path / "llada"))
     context = tuple(fluid_model.load_tokenizer(str(adapted / "llada"))(record["prompt"])["input_ids"])
     pairs = tuple((context, tuple(byte_tokenizer()(choice)["input_ids"])) for choice in record["choices"])
-    (score,) = Worker(spec.to_dict()).run([ScoreRequest(record["key"], pairs)])
+    (score,) = Worker(spec.to_dict()).run([ScoreRequest(record["key"], pairs, _row_seed(spec.seed, record["key"]))])
     assert record["standard_errors"] == pytest.approx(score.errors)
     assert min(record["standard_errors"]) > 0
     frame = fluid_eval.load_results(tmp_path / "llada")
@@ -76,6 +77,27 @@ def test_estimates_come_with_their_standard_errors(adapted, tmp_path):
     assert f'"errors":[{round(record["standard_errors"][0], 5)},' in (tmp_path / "page.html").read_text()
     run(spec_of(adapted / "nbdiff", "nbdiff", tasks=["mini_mmlu_1"]), tmp_path / "nbdiff")
     assert all(record["standard_errors"] == [] for record in store.read_samples(tmp_path / "nbdiff"))
+
+
+def test_a_canvas_longer_than_the_answer_is_what_prompts_are_cut_for(adapted, tmp_path):
+    decoder = {"name": "llada", "gen_length": 480, "block_length": 480, "steps": 1}
+    run(spec_of(adapted / "llada", decoder, tasks=["mini_gsm8k_1"]), tmp_path / "r")
+    records = list(store.read_samples(tmp_path / "r"))
+    assert [record["prompt_tokens"] for record in records] == [32, 32]
+    assert all(record["truncated"] > 0 and len(record["output_ids"]) <= 10 for record in records)
+    decoder |= {"gen_length": 512, "block_length": 512}
+    with pytest.raises(
+        ConfigError, match=r"max_new_tokens=10 .* a canvas of 512, leaves no room .*decoder\.gen_length"
+    ):
+        run(spec_of(adapted / "llada", decoder, tasks=["mini_gsm8k_1"]), tmp_path / "none")
+
+
+def test_estimates_follow_the_seed(adapted, tmp_path):
+    found = []
+    for n, seed in enumerate((1, 1, 2)):
+        run(spec_of(adapted / "llada", "llada", tasks=["mini_mmlu_1"], limit=1, seed=seed), tmp_path / str(n))
+        found.append(next(store.read_samples(tmp_path / str(n)))["loglikelihoods"])
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +122,7 @@ def test_a_decoder_of_another_method_is_refused(adapted, tmp_path, method, decod
         ("nbdiff", {"decoder": {"name": "nbdiff", "small_blocks": 3}}, "small_blocks=3 must divide block_length=8"),
         ("llada", {"decoder": {"name": "llada", "steps": 20}}, "steps=20 must not exceed the canvas of 12 tokens"),
         ("llada", {"decoder": {"name": "llada", "steps": 5}}, "steps=5 must be a multiple of the canvas's 3 blocks"),
-        ("llada", {"decoder": {"name": "llada"}, "max_new_tokens": 510}, "max_new_tokens=512"),
+        ("llada", {"decoder": {"name": "llada"}, "max_new_tokens": 510}, "written on a canvas of 512, leaves no room"),
         ("llada", {"model": {"mask_token": "two words"}}, "mask token 'two words' is not one token"),
     ],
 )

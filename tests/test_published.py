@@ -137,6 +137,8 @@ def test_what_files_say_can_be_overridden(tmp_path, weights):
     assert checkpoint.end_ids == tuple(sorted((ids["</s>"], ids["[unused2]"])))
     with pytest.raises(ConfigError, match="end token 'nope' is not one token"):
         fluid_model.load(str(folder), end_tokens=("nope",))
+    with pytest.raises(ConfigError, match=r"end_tokens=\[\] leaves nothing that ends an answer"):
+        fluid_model.load(str(folder), end_tokens=())
     fluid_model.save(checkpoint, tmp_path / "c")
     with pytest.raises(ConfigError, match=r"model\.method=llada: .*fluid\.json says nbdiff"):
         fluid_model.load(str(tmp_path / "c"), method="llada")
@@ -159,6 +161,21 @@ def test_overrides_reach_the_model_through_a_spec(tmp_path, weights):
         run(build_spec({**values, "model": {**model, "mask_token": "x"}}), tmp_path / "r3")
     with pytest.raises(ConfigError, match="end token 'y' is not one token"):
         run(build_spec({**values, "model": {**model, "end_tokens": ["y"]}}), tmp_path / "r4")
+    with pytest.raises(ConfigError, match=r"model\.end_tokens=\[\] leaves nothing"):
+        build_spec({**values, "model": {**model, "end_tokens": []}})
+
+
+def test_a_missing_mask_token_is_told_before_weights_are_read(tmp_path, weights):
+    folder = save_pangu(tmp_path / "nbdiff-7b-base", weights)
+    save_pieces(folder, mask_token=None)
+    proto = folder / "tokenizer.model"
+    proto.write_bytes(proto.read_bytes().replace(b"[unused0]", b"[unusee0]"))
+    config = folder / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("[unused0]", "[unusee0]"))
+    for file in folder.glob("*.safetensors"):
+        file.write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"no mask token: none of .* is in the tokenizer"):
+        fluid_model.load(str(folder))
 
 
 def save_head(folder):

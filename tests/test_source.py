@@ -190,6 +190,15 @@ def test_sentencepiece(tokenizer, words):
         assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
 
 
+def test_pieces_the_model_says_are_whole_stay_whole(tmp_path):
+    """User-defined pieces, whether or not the configuration repeats them."""
+    save_pieces(tmp_path, added_tokens_decoder={})
+    tokenizer = load_sentencepiece(Path(tmp_path))
+    for text in ("hello[unused9] wor", "[unused9][unused33]hell"):
+        assert tokenizer.encode(text) == by_scores(text)
+    assert tokenizer.decode(tokenizer.encode("l[unused9]"), skip_special_tokens=True) == "l[unused9]"
+
+
 def test_tokens_must_be_where_the_configuration_says(tmp_path):
     added = {"7": {"content": "[unused1]", "special": True}}
     save_pieces(tmp_path, added_tokens_decoder=added)

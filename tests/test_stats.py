@@ -44,5 +44,9 @@ def test_costs():
     assert (spent.truncated_prompts, spent.length_limit_hits) == (1, 1)
     (line,) = lines("t", records)
     assert (line.metric, line.filter, line.score, line.n) == ("acc", "none", 0.5, 2)
+    mixed = cost([*records, record(None, [], {"prefill": 7}, 3.0, {"acc,none": 1.0})])
+    assert (mixed.forwards, mixed.slots, mixed.seconds) == (11, 30, 4.0)
+    ratios = [(c.tokens_per_forward, c.tokens_per_second, c.slots_per_token) for c in (spent, mixed)]
+    assert ratios[0] == ratios[1], "likelihood tasks write nothing"
     scored = cost([record(None, [], {"prefill": 1}, 0.1, {})])
     assert (scored.tokens_per_forward, scored.tokens_per_second, scored.slots_per_token) == (None, None, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 
 import pytest
 
@@ -70,6 +71,17 @@ def test_colours_fit_the_terminal(capsys):
     assert "prefill" in out
     assert "12 tokens in" in out
     assert all(len(line) <= 80 for line in out.splitlines())
+
+
+def test_a_conversation_is_traced_as_a_run_asks_it(tmp_path):
+    """With the template's prompt, system turn included, and its special tokens alone."""
+    folder = tmp_path / "chatty"
+    shutil.copytree(resource("checkpoints") / "tiny-fluid", folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    values = {"tasks": "mini", "model": str(folder), "decoder": "fluid", "max_new_tokens": 24}
+    plain, _ = watch(build_spec(values), f"system: Omar\nuser: {PROMPT}\n")
+    assert watch(build_spec({**values, "chat": {"system": "Omar"}}), PROMPT)[0] == plain
+    assert watch(build_spec(values), PROMPT)[0] != plain
 
 
 def test_bad_input_is_one_line(capsys):

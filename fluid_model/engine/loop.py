@@ -172,8 +172,9 @@ class Engine:
             self._seen = []
         for row, tokens in zip(rows, absorbed.tokens, strict=True):
             if tokens:
-                row.trace.accepted += [len(tokens)] if absorbed.predicted else []
+                before = len(row.ids)
                 self._commit(row, tokens)
+                row.trace.accepted += [len(row.ids) - before] if absorbed.predicted else []
         for row, full in zip(rows, absorbed.full, strict=False):
             if full and row.finish is None:
                 row.finish = "length"

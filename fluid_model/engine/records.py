@@ -39,8 +39,8 @@ class Trace:
     """What it took to write one answer.
 
     forwards: forwards this row took part in, by kind.  slots: slots fed for it over all of them, prompt included.
-    predicted / accepted: stride drafted and tokens kept, one entry a round, before the answer is trimmed to its end
-    (empty for decoders without strides; the last round may lack its `accepted` where the answer ended first).
+    predicted / accepted: stride drafted and tokens the answer grew by, one entry a round (empty for decoders without
+    strides; the last round may lack its `accepted` where the answer ended first).
     """
 
     forwards: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
@@ -92,17 +92,22 @@ class Generation:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Continuations to score: pairs of (context ids, continuation ids), usually one context with several choices."""
+    """Continuations to score: pairs of (context ids, continuation ids), usually one context with several choices.
+
+    seed: of this request's own random numbers, where log-likelihoods are estimated.
+    """
 
     key: str
     pairs: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class Score:
     """Log-likelihood (nats, summed over the continuation) and whether it is the greedy continuation, per pair.
 
-    errors: standard errors of estimates, empty where the log-likelihoods are exact.
+    Of an estimate, greedy means all tokens at once, and is False where no sample masked them all.
+    errors: standard errors of estimates, None of a single sample, empty where the log-likelihoods are exact.
     """
 
     key: str
@@ -112,4 +117,4 @@ class Score:
     seconds: float
     prompt_tokens: int = 0
     truncated: int = 0
-    errors: tuple[float, ...] = ()
+    errors: tuple[float | None, ...] = ()
