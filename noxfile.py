@@ -53,8 +53,9 @@ def reproduce_checkpoint(session: nox.Session) -> None:
 
 @nox.session
 def chain(session: nox.Session) -> None:
-    """The claim chain in small, from nothing: train AR, adapt, calibrate, decode."""
+    """The claim chain in small, from nothing: train AR, adapt, calibrate, decode. Then a parent from elsewhere."""
     python(session, "bench.reproduce", "tiny-fluid", "--short", "--build", str(Path(session.create_tmp()).resolve()))
+    python(session, "pytest", "-m", "chain")
 
 
 @nox.session

@@ -82,6 +82,8 @@ class Plain:
 class HybridFans:
     """FLUID's stage 1: a fan with probability `probability`, k ~ Uniform{1..k_max}; slots restored to their true token
     at a ratio drawn per fan from U[0, 1], `noise` of those to a random one of `random_ids` instead.
+
+    restore: share of fans this is done to (published: all); the others are masks, as rounds of one forward feed them.
     """
 
     mask_id: int
@@ -89,6 +91,7 @@ class HybridFans:
     random_ids: Sequence[int]
     probability: float = 0.5
     noise: float = 0.1
+    restore: float = 1.0
 
     def lay(self, example: Example, rng: random.Random, step: int) -> Expanded:
         return expand(example, self, rng)
@@ -97,7 +100,7 @@ class HybridFans:
         return rng.randint(1, self.k_max) if rng.random() < self.probability else 0
 
     def fill(self, truth: tuple[int, ...], rng: random.Random) -> list[int]:
-        ratio = rng.random()
+        ratio = rng.random() if self.restore == 1 or rng.random() < self.restore else 0.0
         return [self._slot(token, ratio, rng) for token in truth]
 
     def _slot(self, token: int, ratio: float, rng: random.Random) -> int:

@@ -93,11 +93,12 @@ def fans(columns: Tensor, total: int, anchor: Tensor, step: Tensor) -> Tensor:
     return readable.scatter_(2, where, slots(torch.zeros_like(anchor), anchor, step))
 
 
-def one_fan(last: Tensor, width: int, slots: int) -> tuple[Tensor, Tensor]:
-    """Anchor and step, (B, slots) each, of rows fed from their start with one fan of `width` behind token `last`."""
+def one_fan(last: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Anchor and step, (B, slots) each, of rows fed from their start with a fan behind token `last`; padding goes on
+    with the fan, whose slots read nothing after them.
+    """
     slot = torch.arange(slots, device=last.device).expand(len(last), -1)
-    step = (slot - last[:, None]).clamp(min=0)
-    return torch.minimum(slot, last[:, None]).masked_fill(step > width, -1), step
+    return torch.minimum(slot, last[:, None]), (slot - last[:, None]).clamp(min=0)
 
 
 def may_read(query: tuple[Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor, Tensor]) -> Tensor:

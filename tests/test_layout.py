@@ -126,6 +126,15 @@ def test_noise_is_a_tenth_of_what_is_restored():
     assert len(ids) / (20 * 198) == pytest.approx(4.25, abs=0.3), "half the positions, 8.5 slots each, less at the end"
 
 
+@pytest.mark.parametrize("restore", [0.0, 0.4])
+def test_some_fans_may_stay_masks(restore):
+    """Of fans of 16, all but one in 17 hold a restored slot where the published rule restores."""
+    rule = HybridFans(MASK, 16, [50, 60], restore=restore)
+    rng = random.Random(0)
+    masks = [set(rule.fill((7,) * 16, rng)) == {MASK} for _ in range(2000)]
+    assert sum(masks) / 2000 == pytest.approx(1 - restore * 16 / 17, abs=0.04)
+
+
 def test_blocks_grow_as_published():
     """b(s) = min(b_max, b0 * 2^floor(s / delta))  (NBDiff)."""
     rule = Blocks(MASK, END, length=32, first=1, every=100)

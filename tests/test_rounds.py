@@ -9,10 +9,11 @@ from fluid_eval.paths import resource
 from fluid_model import ArSettings, FluidSettings, Request, load
 from fluid_model.checkpoint import Checkpoint
 from fluid_model.decoders.fluid import UNLIKELY
+from fluid_model.decoders.sampling import choose
 
 from .test_laws import write
 
-NEW = 40
+NEW, SEED = 40, 3
 TEXTS = (
     "Question: Ann has 12 pens. Bob has 7 pens. How many pens do they have together?\nAnswer:",
     "Problem: What is 34 + 58?\nSolution:",
@@ -28,7 +29,7 @@ def checkpoint() -> Checkpoint:
 
 
 def requests(checkpoint: Checkpoint) -> list[Request]:
-    return [Request(text, tuple(checkpoint.tokenizer(text)["input_ids"]), NEW, seed=3) for text in TEXTS]
+    return [Request(text, tuple(checkpoint.tokenizer(text)["input_ids"]), NEW, seed=SEED) for text in TEXTS]
 
 
 def forward(checkpoint: Checkpoint, done: list[int], tokens: list[int], fans: list[int], width: int):
@@ -57,30 +58,40 @@ def forward(checkpoint: Checkpoint, done: list[int], tokens: list[int], fans: li
 @torch.inference_mode()
 def plain_rounds(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tokens: int):
     """The answer, its rounds, and the slots they fed."""
-    width = decoder.max_horizon - 1
+    width, random = decoder.max_horizon - 1, torch.Generator().manual_seed(SEED)
+    draws = torch.tensor([float(torch.rand((), generator=random)) for _ in range(new_tokens + 2 * decoder.max_horizon)])
+
+    def pick(logits, place):
+        """The token of a place of the answer, and its probability."""
+        token, sure = choose(logits[None], draws[place : place + 1], decoder.temperature, decoder.top_p, "probability")
+        return int(token), float(sure)
+
     done, tokens, fans, answer = [], list(prompt), [len(prompt) - 1] if width else [], []
     rounds, fed, last = 0, 0, len(prompt) - 1  # a prompt is a round whose tokens are all right
     while len(answer) < new_tokens and not any(token in checkpoint.end_ids for token in answer):
         found = forward(checkpoint, done, tokens, fans, width)
         rounds, fed = rounds + 1, fed + len(tokens) + len(fans) * width
-        if answer:
+        place = len(answer)  # of what the last token kept is followed by
+        if answer and decoder.verify:
             last = 0
-            while last < len(tokens) - 1 and (
-                not decoder.verify or tokens[last + 1] == int(found[last, 0][0].argmax())
-            ):
+            while last < len(tokens) - 1 and tokens[last + 1] == pick(found[last, 0][0], place + last)[0]:
                 last += 1
-        pending = int(found[last, 0][0].argmax())
-        said = [found[last, step][0].softmax(-1).max(-1) for step in range(1, width + 1)] if last in fans else []
+            place += last
+        elif answer:
+            last = len(tokens) - 1
+        pending, _ = pick(found[last, 0][0], place)
+        steps = range(1, width + 1) if last in fans else ()
+        said = [pick(found[last, step][0], place + step) for step in steps]
         stride = int(checkpoint.head.stride(found[last, 0][1][None]))
         stride = min(max(stride, decoder.min_horizon), decoder.max_horizon)
         done += tokens[: last + 1]
         verified = tokens[1 : last + 1] if answer and decoder.verify else []
         tokens, right, reached = [pending], 1.0, [1.0]
-        for sure, token in said[: stride - 1]:
-            right *= float(sure)
-            if (right < UNLIKELY) if decoder.verify else (float(sure) <= decoder.confidence):
+        for token, sure in said[: stride - 1]:
+            right *= sure
+            if (right < UNLIKELY) if decoder.verify else (sure <= decoder.confidence):
                 break
-            tokens.append(int(token))
+            tokens.append(token)
             reached.append(right)
         ends = [a - b for a, b in zip(reached, [*reached[1:], 0.0], strict=True)]
         likely = sorted(range(len(ends)), key=lambda i: -ends[i])[: decoder.fans]
@@ -101,6 +112,9 @@ def plain_rounds(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tok
         FluidSettings(max_horizon=3),
         FluidSettings(verify=False, confidence=0.3, min_horizon=8),
         FluidSettings(verify=False, confidence=0.0),
+        FluidSettings(temperature=1.0),
+        FluidSettings(temperature=1.5, top_p=0.8, min_horizon=6),
+        FluidSettings(verify=False, confidence=0.3, min_horizon=8, temperature=1.0),
     ],
 )
 def test_one_forward_a_round(checkpoint, decoder):

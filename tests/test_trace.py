@@ -7,6 +7,7 @@ import shlex
 import shutil
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 import fluid_model
 from fluid_eval.cli import main
@@ -74,14 +75,20 @@ def test_colours_fit_the_terminal(capsys):
 
 
 def test_a_conversation_is_traced_as_a_run_asks_it(tmp_path):
-    """With the template's prompt, system turn included, and its special tokens alone."""
+    """With the template's prompt, system turn included, and no special tokens but its own."""
     folder = tmp_path / "chatty"
     shutil.copytree(resource("checkpoints") / "tiny-fluid", folder)
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     values = {"tasks": "mini", "model": str(folder), "decoder": "fluid", "max_new_tokens": 24}
     plain, _ = watch(build_spec(values), f"system: Omar\nuser: {PROMPT}\n")
-    assert watch(build_spec({**values, "chat": {"system": "Omar"}}), PROMPT)[0] == plain
-    assert watch(build_spec(values), PROMPT)[0] != plain
+    tokenizer = fluid_model.load_tokenizer(str(folder))
+    begins = TemplateProcessing("#### $A", special_tokens=[("####", tokenizer.convert_tokens_to_ids("####"))])
+    tokenizer.backend_tokenizer.post_processor = begins
+    tokenizer.save_pretrained(folder)
+    assert len(fluid_model.load_tokenizer(str(folder)).encode("")) == 1
+    chat = build_spec({**values, "chat": {"system": "Omar"}})
+    assert watch(chat, PROMPT)[0] == plain
+    assert watch(build_spec(values), f"system: Omar\nuser: {PROMPT}\n")[0] != plain
 
 
 def test_bad_input_is_one_line(capsys):

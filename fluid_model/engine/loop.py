@@ -125,7 +125,7 @@ class Engine:
         last = torch.tensor([len(row.request.prompt) - 1 for row in rows], device=device)
         reading = self._cache.aim(start, [0] * len(rows), ids.shape[1], device)
         if behind:
-            reading = replace(reading, fans=masks.one_fan(last, len(behind), ids.shape[1]))
+            reading = replace(reading, fans=masks.one_fan(last, ids.shape[1]))
         hidden = self._forward(rows, Feed(ids, list(map(len, fed)), ["prefill"] * len(rows)), reading)  # (R, S, D)
         for row in rows:
             row.length = len(row.request.prompt)

@@ -105,16 +105,20 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class FanSpec:
-    """Fans of mask slots. k_max, probability, noise: as FLUID's stage 1 (16, 0.5, 10%)."""
+    """Fans of mask slots. k_max, probability, noise, restore: as FLUID's stage 1 (16, 0.5, 10%, all); see
+    `layout.HybridFans`.
+    """
 
     k_max: int = 16
     probability: float = 0.5
     noise: float = 0.1
+    restore: float = 1.0
 
     def __post_init__(self) -> None:
         at_least("fans.k_max", self.k_max, 1)
         check_range("fans.probability", self.probability, 0.0, 1.0, open_low=True)
         check_range("fans.noise", self.noise, 0.0, 1.0)
+        check_range("fans.restore", self.restore, 0.0, 1.0)
 
 
 @dataclass(frozen=True)

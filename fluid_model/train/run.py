@@ -241,7 +241,7 @@ def layouts(recipe: Recipe, mask: int, end: int, ids: Sequence[int]) -> Layout:
     """How the recipe's stage lays rows out. mask, end: token ids.  ids: what noise is drawn from."""
     fans, blocks = recipe.fans, recipe.blocks
     if recipe.stage == "fluid-hybrid":
-        return HybridFans(mask, fans.k_max, ids, fans.probability, fans.noise)
+        return HybridFans(mask, fans.k_max, ids, fans.probability, fans.noise, fans.restore)
     if recipe.stage == "fluid-horizon":
         return MaskFans(mask, fans.k_max, fans.probability)
     if recipe.stage == "nbdiff":
