@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 import fluid_model
 from fluid_eval.paths import resource
 from fluid_model import ArSettings, FluidSettings, Request
-from fluid_model.fields import assign, read_toml
-from fluid_model.train.recipe import build_chain
-from fluid_model.train.run import train_chain
+from fluid_model.train.origin import TRAINING_FILE
 
 
 def tokens_per_forward(answers) -> float:
@@ -23,15 +24,17 @@ def tokens_per_forward(answers) -> float:
 @pytest.mark.chain
 def test_stories260k_comes_to_draft_its_own_text(stories, data_dir, tmp_path):
     """More than 1.5 tokens a forward on stories it has not seen, the text that of AR with the same weights."""
-    values = read_toml(resource("recipes") / "stories-fluid.toml")
     with gzip.open(data_dir / "tinystories" / "train_sample.jsonl.gz", "rt", encoding="utf-8") as lines:
         every = lines.readlines()
     known, unseen = every[:-24], every[-24:]
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(known), encoding="utf-8")
+    words = [sys.executable, "-m", "fluid_model.train.cli", str(resource("recipes") / "stories-fluid.toml")]
     for setting in (f"model.parent={stories}", f'data.files=["{rows}"]', f"out={tmp_path / 'stories'}"):
-        assign(values, setting)
-    told = train_chain(build_chain(values))
+        words += ["--set", setting]
+    threads = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    subprocess.run(words, cwd=resource("recipes").parent, env=threads, check=True)
+    told = json.loads((tmp_path / "stories" / TRAINING_FILE).read_text(encoding="utf-8"))
     losses = [entry["l_diff"] for entry in told["before"][0]["history"] if "l_diff" in entry]
     assert losses[-1] < losses[0]
     checkpoint = fluid_model.load(str(tmp_path / "stories"))
