@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import data, environment, sandbox
+from . import budgets, data, environment, sandbox
 
 
 def examine(data_dir: str | None) -> bool:
@@ -19,6 +19,8 @@ def examine(data_dir: str | None) -> bool:
     for name, version in facts["versions"].items():
         console.print(f"  {name:<14}{version or 'MISSING'}")
     console.print(f"device      {_device()}")
+    for name, slots in budgets.known().items():
+        console.print(f"slot budget {slots}: {name}")
     reachable = data.hub_reachable()
     console.print(f"hub         {'reachable' if reachable else 'not reachable (models from folders only)'}")
     ready = _data(console, data_dir, reachable)

@@ -18,7 +18,7 @@ from fluid_model.engine.records import Generation, Request, Step
 from .chat import open_chat
 from .run import check_decoder
 from .spec import RunSpec
-from .worker import load_model
+from .worker import load_for
 
 NEW_LINE = "⏎"
 
@@ -39,7 +39,7 @@ class Line:
 def watch(spec: RunSpec, prompt: str) -> tuple[list[Line], Generation]:
     """Write one answer and keep what happened. Raises ConfigError as a run would."""
     check_decoder(spec, describe(spec.model.path, spec.model.method))
-    checkpoint = load_model(spec.model)
+    checkpoint = load_for(spec)
     engine = engine_for(checkpoint, spec.decoder, slots=1)
     steps: list[Step] = []
     engine.watch = steps.append

@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 
+from fluid_model.backbone import Backbone
 from fluid_model.checkpoint import Checkpoint, load
 from fluid_model.decoders import engine_for, scorer_for
 from fluid_model.engine.records import Generation, Request, Score, ScoreRequest
+from fluid_model.settings import DecoderSettings, FluidSettings
 
-from .spec import ModelSpec, build_spec
+from . import budgets
+from .spec import RunSpec, build_spec
 
 Work = Request | ScoreRequest
 Answer = Generation | Score
@@ -37,18 +40,16 @@ class Worker:
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:
-        return load_model(self._spec.model)
+        return load_for(self._spec)
 
     def facts(self) -> dict[str, Any]:
         """What this worker runs on: device, dtype, threads, parameters. Raises ConfigError if the model cannot load."""
         backbone, folder = self._checkpoint.backbone, self._checkpoint.folder
-        device = torch.cuda.get_device_name(backbone.device) if backbone.device.type == "cuda" else "cpu"
         return {
-            "device": device,
-            "dtype": str(backbone.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
+            **device_facts(backbone),
             "parameters": sum(p.numel() for p in self._checkpoint.model.parameters()),
             "weights": weights_name(folder) if folder else None,
+            "slot_budget": backbone.slot_budget if prices_slots(self._spec.decoder) else None,
         }
 
     def run(self, work: Sequence[Work]) -> Iterator[Answer]:
@@ -74,12 +75,40 @@ class Worker:
         return max(1, min(AUTO_ROWS, int(KV_SHARE * free_memory(backbone.device)) // row))
 
 
-def load_model(model: ModelSpec) -> Checkpoint:
-    """The checkpoint a spec names. Raises ConfigError if it cannot load."""
-    return load(
+def load_for(spec: RunSpec) -> Checkpoint:
+    """The checkpoint a run names, and its slot budget where the decoder asks for one. Raises ConfigError if it cannot
+    load.
+    """
+    model = spec.model
+    checkpoint = load(
         model.path, dtype=model.dtype, device=model.device, tau=model.tau, mask_token=model.mask_token,
         end_tokens=model.end_tokens, method=model.method,
     )  # fmt: skip
+    if prices_slots(spec.decoder) and checkpoint.folder is not None:
+        device = ", ".join(str(fact) for fact in device_facts(checkpoint.backbone).values())
+        name = f"{Path(model.path).name} {weights_name(checkpoint.folder)}"
+        checkpoint.backbone.slot_budget = budgets.recall(checkpoint.backbone, device, name)
+    return checkpoint
+
+
+def prices_slots(decoder: DecoderSettings) -> bool:
+    """Whether a decoder needs to know what a slot costs on this device."""
+    return (
+        isinstance(decoder, FluidSettings)
+        and decoder.rounds == "one"
+        and decoder.verify
+        and decoder.slot_budget is None
+    )
+
+
+def device_facts(backbone: Backbone) -> dict[str, Any]:
+    """What makes a model fast or slow here: device, dtype, threads."""
+    cuda = backbone.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(backbone.device) if cuda else "cpu",
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def weights_name(folder: Path) -> str:

@@ -5,13 +5,15 @@ Legend: B rows, S slots fed, T key columns, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import time
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from . import masks
+from . import budget, llama, masks
 from .engine.cache import SlotCache
 from .errors import ConfigError
 
@@ -21,6 +23,8 @@ PROBE_MORE = 3
 PROBE_TOLERANCE = {torch.float32: 1e-3}
 """Largest allowed difference from the model's own logits, relative to their largest magnitude."""
 PROBE_TOLERANCE_HALF = 5e-2
+TIMED_CONTEXT, TIMED_SLOTS, TIMED_RUNS = 128, 4096, 9
+"""Of forwards that are timed: tokens read, slots fed at most, and how often each."""
 
 
 def context_window(config: PretrainedConfig) -> int:
@@ -63,6 +67,8 @@ class Backbone:
         self._cap = getattr(self.config, "final_logit_softcapping", None)
         self._sliding = getattr(self.config, "sliding_window", None)
         self._layer_types = set(getattr(self.config, "layer_types", None) or ())
+        self.short = llama.Forward(model, self.window) if llama.fits(model) else None
+        """The forward written out, where it fits."""
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, reading: masks.Reading, cache: SlotCache) -> Tensor:
@@ -71,9 +77,12 @@ class Backbone:
         ids: (B, S) tokens fed.  reading: where they stand and what they read, of a cache aimed at them.
         Returns (B, S, D): hidden states after the final norm.
         """
+        places = reading.positions.clamp(max=self.window - 1)
+        if self.short is not None:
+            return self.short(ids, places, self._additive(reading.allowed()), cache)
         output = self.model.base_model(
             input_ids=ids,
-            position_ids=reading.positions.clamp(max=self.window - 1),
+            position_ids=places,
             attention_mask=self._attention_mask(reading),
             past_key_values=cache,
             use_cache=True,
@@ -86,6 +95,26 @@ class Backbone:
         """(..., D) hidden states -> (..., V) float32 logits."""
         logits: Tensor = self._head(hidden).float()
         return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
+
+    @cached_property
+    def slot_budget(self) -> int:
+        """Slots at which a forward takes twice the time of one with a single slot, measured here and now."""
+        context = min(TIMED_CONTEXT, self.window // 2)
+        return budget.measure(lambda slots: self._seconds(context, slots), min(TIMED_SLOTS, self.window - context))
+
+    def _seconds(self, context: int, slots: int) -> float:
+        """Time of a forward of one row that feeds `slots` slots behind `context` cached tokens: the fastest of some,
+        since whatever else the machine does only adds.
+        """
+        cache, found = SlotCache(1, context + slots), []
+        ids = torch.zeros(1, max(context, slots), dtype=torch.long, device=self.device)
+        self.forward(ids[:, :context], cache.aim(0, [0], context, self.device), cache)
+        for _ in range(TIMED_RUNS):
+            started = time.perf_counter()
+            hidden = self.forward(ids[:, :slots], cache.aim(0, [context], slots, self.device), cache)
+            float(hidden[0, -1, 0])  # waits for the device
+            found.append(time.perf_counter() - started)
+        return min(found)
 
     def _attention_mask(self, reading: masks.Reading) -> Tensor | dict[str, Tensor]:
         full = near = self._additive(reading.allowed())

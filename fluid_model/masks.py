@@ -90,7 +90,7 @@ def fans(columns: Tensor, total: int, anchor: Tensor, step: Tensor) -> Tensor:
     cached = torch.arange(total, device=columns.device) < columns[:, :1, None]  # (B, 1, T)
     readable = cached.expand(-1, columns.shape[1], -1).clone()
     where = columns[:, None].expand(-1, columns.shape[1], -1)
-    return readable.scatter_(2, where, slots(torch.zeros_like(anchor), anchor, step))
+    return readable.scatter_(2, where, slots(anchor.clamp(max=0), anchor, step))
 
 
 def one_fan(last: Tensor, slots: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # small models: threads only wait for one another
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TQDM_DISABLE="1", TRANSFORMERS_VERBOSITY="error")
 os.environ.pop("FLUID_DATA_DIR", None)
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # slot budgets measured here are nobody else's
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

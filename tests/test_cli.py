@@ -150,7 +150,7 @@ def test_a_spec_file_and_flags_that_override_it(capsys, tmp_path, tiny_model, ti
     assert {line["n"] for line in result["lines"]} == {2}
     assert result["decoder"] == {
         "name": "fluid", "rounds": "one", "confidence": 0.5, "min_horizon": 1, "max_horizon": 4, "verify": True,
-        "fans": 3, "temperature": 0.0, "top_p": 1.0,
+        "slot_budget": None, "temperature": 0.0, "top_p": 1.0,
     }  # fmt: skip
     code, out, _ = run(capsys, file, "--decoder", "ar", "--model", tiny_model, "--out", tmp_path / "b")
     assert code == 0

@@ -33,7 +33,7 @@ def write(checkpoint: Checkpoint, decoder, work, slots: int = 4) -> dict[str, fl
 def calls_of(checkpoint: Checkpoint) -> list[int]:
     """Appends 1 at every call of the backbone's own model, until the process ends."""
     seen: list[int] = []
-    checkpoint.model.base_model.register_forward_hook(lambda *_: seen.append(1))
+    checkpoint.model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(1))
     return seen
 
 
@@ -139,7 +139,10 @@ def test_a_row_of_a_batch_is_the_row_alone(decoder):
     for slots in (2, 3, 7):
         together = write(CHECKPOINT, decoder, requests(), slots)
         for key, expected in alone.items():
-            assert (together[key].ids, together[key].trace) == (expected.ids, expected.trace)
+            assert together[key].ids == expected.ids
+            if not (isinstance(decoder, FluidSettings) and decoder.rounds == "one" and decoder.verify):
+                # there rows that share a forward feed less each
+                assert together[key].trace == expected.trace
 
 
 @settings(max_examples=25, deadline=None)
@@ -149,17 +152,17 @@ def test_a_row_of_a_batch_is_the_row_alone(decoder):
     extra=st.integers(0, 10),
     head_seed=st.integers(0, 99),
     slots=st.integers(1, 5),
-    fans=st.integers(1, 20),
+    budget=st.integers(1, 1000),
     rounds=st.sampled_from(["one", "reference"]),
     warm=st.booleans(),
 )
-def test_verified_fluid_writes_what_ar_writes(confidence, floor, extra, head_seed, slots, fans, rounds, warm):
+def test_verified_fluid_writes_what_ar_writes(confidence, floor, extra, head_seed, slots, budget, rounds, warm):
     """Sampled text too: every token comes from the causal logits and the random number AR would use there."""
     torch.manual_seed(head_seed)
     checkpoint = replace(CHECKPOINT, head=KHead(32, 8))
     heat = {"temperature": 0.7, "top_p": 0.95} if warm and rounds == "one" else {}
     decoder = FluidSettings(
-        rounds=rounds, confidence=confidence, min_horizon=floor, max_horizon=floor + extra, fans=fans, **heat
+        rounds=rounds, confidence=confidence, min_horizon=floor, max_horizon=floor + extra, slot_budget=budget, **heat
     )
     expected = write(CHECKPOINT, ArSettings(**heat), requests(5))
     found = write(checkpoint, decoder, requests(5), slots)
@@ -210,6 +213,7 @@ def test_counted_forwards_are_the_calls_the_model_sees(decoder):
     checkpoint = fluid_checkpoint()
     seen = calls_of(checkpoint)
     engine = fluid_model.engine_for(checkpoint, decoder, slots=3)
+    seen.clear()  # what slots cost was measured
     list(engine.generate(requests()))
     assert engine.calls == len(seen)
     seen.clear()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from fluid_eval.paths import resource
 from fluid_model import ArSettings, FluidSettings, Request, load
 from fluid_model.checkpoint import Checkpoint
-from fluid_model.decoders.fluid import UNLIKELY
 from fluid_model.decoders.sampling import choose
 
 from .test_laws import write
@@ -32,13 +33,15 @@ def requests(checkpoint: Checkpoint) -> list[Request]:
     return [Request(text, tuple(checkpoint.tokenizer(text)["input_ids"]), NEW, seed=SEED) for text in TEXTS]
 
 
-def forward(checkpoint: Checkpoint, done: list[int], tokens: list[int], fans: list[int], width: int):
-    """One forward over the answer so far, the tokens fed and a fan of `width` masks behind each of tokens[fans]: what
-    each slot reads is written out. Returns logits and hidden states by (anchor, step).
+def forward(checkpoint: Checkpoint, done: list[int], tokens: list[int], fans: dict[int, int]):
+    """One forward over the answer so far, the tokens fed and fans of masks, their widths by the place of the token
+    they hang on: what each slot reads is written out. Returns logits and hidden states by (anchor, step).
     """
     real = done + tokens
     base = len(done)
-    slots = [(i, 0) for i in range(len(real))] + [(base + a, s) for a in fans for s in range(1, width + 1)]
+    slots = [(i, 0) for i in range(len(real))] + [
+        (base + a, s) for a, masks in fans.items() for s in range(1, masks + 1)
+    ]
     ids = real + [checkpoint.mask_id] * (len(slots) - len(real))
     may = torch.zeros(len(slots), len(slots), dtype=torch.bool)
     for q, (anchor, step) in enumerate(slots):
@@ -55,10 +58,35 @@ def forward(checkpoint: Checkpoint, done: list[int], tokens: list[int], fans: li
     return {key: (out.logits[0, i], out.hidden_states[-1][0, i]) for key, i in where.items()}
 
 
+@dataclass
+class Tally:
+    """How a row's rounds went so far; what it begins with counts as four rounds."""
+
+    together: int
+    decoder: FluidSettings
+    rounds: float = 4.0
+    written: float = 10.0
+    slots: float = 48.0
+
+    @property
+    def price(self) -> float:
+        """Tokens that would be written in the time of a slot."""
+        budget = self.decoder.slot_budget or 1
+        each = self.together * (self.written / self.rounds) / (budget + self.together * self.slots / self.rounds)
+        return min(max(each, 0.01), 0.9)
+
+    def width(self, hit: float) -> int:
+        """The most masks of which the last is likelier to be used than it is dear."""
+        masks, true = 0, (self.written - self.rounds) / self.written
+        while masks < self.decoder.max_horizon - 1 and hit * true ** (masks + 1) >= self.price:
+            masks += 1
+        return masks
+
+
 @torch.inference_mode()
-def plain_rounds(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tokens: int):
-    """The answer, its rounds, and the slots they fed."""
-    width, random = decoder.max_horizon - 1, torch.Generator().manual_seed(SEED)
+def plain_rounds(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tokens: int, rows: int):
+    """The answer, its rounds, and the slots they fed, where `rows` share a forward."""
+    random = torch.Generator().manual_seed(SEED)
     draws = torch.tensor([float(torch.rand((), generator=random)) for _ in range(new_tokens + 2 * decoder.max_horizon)])
 
     def pick(logits, place):
@@ -66,12 +94,17 @@ def plain_rounds(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tok
         token, sure = choose(logits[None], draws[place : place + 1], decoder.temperature, decoder.top_p, "probability")
         return int(token), float(sure)
 
-    done, tokens, fans, answer = [], list(prompt), [len(prompt) - 1] if width else [], []
+    tally = Tally(rows, decoder)
+    first = tally.width(1.0) if decoder.verify else decoder.max_horizon - 1
+    fans = {len(prompt) - 1: first}
+    done, tokens, answer = [], list(prompt), []
     rounds, fed, last = 0, 0, len(prompt) - 1  # a prompt is a round whose tokens are all right
     while len(answer) < new_tokens and not any(token in checkpoint.end_ids for token in answer):
-        found = forward(checkpoint, done, tokens, fans, width)
-        rounds, fed = rounds + 1, fed + len(tokens) + len(fans) * width
+        found = forward(checkpoint, done, tokens, fans)
+        rounds, fed = rounds + 1, fed + len(tokens) + sum(fans.values())
         place = len(answer)  # of what the last token kept is followed by
+        if answer:
+            tally.rounds, tally.slots = tally.rounds + 1, tally.slots + len(tokens) + sum(fans.values())
         if answer and decoder.verify:
             last = 0
             while last < len(tokens) - 1 and tokens[last + 1] == pick(found[last, 0][0], place + last)[0]:
@@ -80,23 +113,22 @@ def plain_rounds(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tok
         elif answer:
             last = len(tokens) - 1
         pending, _ = pick(found[last, 0][0], place)
-        steps = range(1, width + 1) if last in fans else ()
-        said = [pick(found[last, step][0], place + step) for step in steps]
+        said = [pick(found[last, step][0], place + step) for step in range(1, fans.get(last, 0) + 1)]
         stride = int(checkpoint.head.stride(found[last, 0][1][None]))
         stride = min(max(stride, decoder.min_horizon), decoder.max_horizon)
         done += tokens[: last + 1]
         verified = tokens[1 : last + 1] if answer and decoder.verify else []
-        tokens, right, reached = [pending], 1.0, [1.0]
+        tokens, right, reached, price = [pending], 1.0, [1.0], tally.price
         for token, sure in said[: stride - 1]:
             right *= sure
-            if (right < UNLIKELY) if decoder.verify else (sure <= decoder.confidence):
+            if (right < price) if decoder.verify else (sure <= decoder.confidence):
                 break
             tokens.append(token)
             reached.append(right)
         ends = [a - b for a, b in zip(reached, [*reached[1:], 0.0], strict=True)]
-        likely = sorted(range(len(ends)), key=lambda i: -ends[i])[: decoder.fans]
-        fans = [i for i in likely if ends[i] >= UNLIKELY] if decoder.verify else [len(tokens) - 1]
-        fans = fans if width else []
+        fans = {i: tally.width(hit) for i, hit in enumerate(ends)}
+        fans = fans if decoder.verify else {len(tokens) - 1: decoder.max_horizon - 1}
+        tally.written += (len(verified) + 1 if decoder.verify else len(tokens)) if answer else 0
         answer += [*verified, pending] if decoder.verify else tokens
     answer = answer[:new_tokens]
     end = next((i for i, token in enumerate(answer) if token in checkpoint.end_ids), None)
@@ -106,28 +138,44 @@ def plain_rounds(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tok
 @pytest.mark.parametrize(
     "decoder",
     [
-        FluidSettings(),
-        FluidSettings(fans=1),
-        FluidSettings(fans=9, min_horizon=8),
-        FluidSettings(max_horizon=3),
+        FluidSettings(slot_budget=1000),
+        FluidSettings(slot_budget=100_000, min_horizon=8),
+        FluidSettings(slot_budget=64, min_horizon=4),
+        FluidSettings(slot_budget=8),
+        FluidSettings(slot_budget=200, max_horizon=3),
         FluidSettings(verify=False, confidence=0.3, min_horizon=8),
         FluidSettings(verify=False, confidence=0.0),
-        FluidSettings(temperature=1.0),
-        FluidSettings(temperature=1.5, top_p=0.8, min_horizon=6),
+        FluidSettings(slot_budget=500, temperature=1.0),
+        FluidSettings(slot_budget=500, temperature=1.5, top_p=0.8, min_horizon=6),
         FluidSettings(verify=False, confidence=0.3, min_horizon=8, temperature=1.0),
     ],
 )
-def test_one_forward_a_round(checkpoint, decoder):
-    """Same text, same number of rounds, same slots fed; in a batch as alone."""
-    found = write(checkpoint, decoder, requests(checkpoint), slots=3)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_forward_a_round(checkpoint, decoder, rows):
+    """Same text, same number of rounds, same slots fed."""
+    found = write(checkpoint, decoder, requests(checkpoint), slots=rows)
     for request in requests(checkpoint):
-        ids, rounds, fed = plain_rounds(checkpoint, request.prompt, decoder, NEW)
+        ids, rounds, fed = plain_rounds(checkpoint, request.prompt, decoder, NEW, rows)
         trace = found[request.key].trace
         assert (found[request.key].ids, sum(trace.forwards.values()), trace.slots) == (ids, rounds, fed)
 
 
+def test_slots_are_fed_where_they_are_cheap(checkpoint):
+    """The dearer they are, the fewer a forward has and the more forwards it takes."""
+    fed, forwards = [], []
+    for budget in (2, 30, 500, 100_000):
+        traces = [
+            g.trace for g in write(checkpoint, FluidSettings(slot_budget=budget), requests(checkpoint), 1).values()
+        ]
+        forwards.append(sum(sum(trace.forwards.values()) for trace in traces))
+        fed.append(sum(trace.slots for trace in traces) / forwards[-1])
+    assert fed == sorted(fed)
+    assert forwards == sorted(forwards, reverse=True)
+    assert fed[-1] > 1.5 * fed[0]
+
+
 def test_a_horizon_beyond_the_heads_costs_nothing(checkpoint):
-    found = [write(checkpoint, FluidSettings(max_horizon=k), requests(checkpoint)) for k in (16, 64)]
+    found = [write(checkpoint, FluidSettings(max_horizon=k, slot_budget=64), requests(checkpoint)) for k in (16, 64)]
     assert {k: (g.ids, g.trace) for k, g in found[0].items()} == {k: (g.ids, g.trace) for k, g in found[1].items()}
 
 

@@ -42,7 +42,7 @@ def test_greedy_means_every_token_is_the_likeliest():
 
 def test_one_forward_for_all_choices_of_one_token():
     calls = []
-    hook = CHECKPOINT.model.base_model.register_forward_hook(lambda *_: calls.append(1))
+    hook = CHECKPOINT.model.get_input_embeddings().register_forward_hook(lambda *_: calls.append(1))
     context = tuple(range(3, 30))
     scorer = Scorer(CHECKPOINT.backbone)
     (score,) = scorer.score([ScoreRequest("x", tuple((context, (t,)) for t in (67, 68, 69, 70)))])

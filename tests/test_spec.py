@@ -83,7 +83,7 @@ def test_the_id_is_what_decides_the_answers():
             {**BASE, "decoder": {"name": "fluid", "rounds": "reference", "temperature": 1.0}},
             "temperature=1.0: rounds=reference is greedy; use rounds=one",
         ),
-        ({**BASE, "decoder": {"name": "fluid", "fans": 0}}, "fans=0 must lie in"),
+        ({**BASE, "decoder": {"name": "fluid", "slot_budget": 0}}, "slot_budget=0 must lie in"),
         ({**BASE, "decoder": {"name": "fluid", "verify": 1}}, "decoder.verify=1 must be true or false"),
         ({**BASE, "model": {"path": "m", "dtype": "int4"}}, "model.dtype='int4' is unknown; known: auto, float32"),
         ({**BASE, "tasks": "gsm8k,gsm8k"}, "must name at least one task, each once"),

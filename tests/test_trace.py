@@ -79,7 +79,8 @@ def test_a_conversation_is_traced_as_a_run_asks_it(tmp_path):
     folder = tmp_path / "chatty"
     shutil.copytree(resource("checkpoints") / "tiny-fluid", folder)
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
-    values = {"tasks": "mini", "model": str(folder), "decoder": "fluid", "max_new_tokens": 24}
+    values = {"tasks": "mini", "model": str(folder), "max_new_tokens": 24}
+    values |= {"decoder": {"name": "fluid", "slot_budget": 64}}
     plain, _ = watch(build_spec(values), f"system: Omar\nuser: {PROMPT}\n")
     tokenizer = fluid_model.load_tokenizer(str(folder))
     begins = TemplateProcessing("#### $A", special_tokens=[("####", tokenizer.convert_tokens_to_ids("####"))])
@@ -92,8 +93,8 @@ def test_a_conversation_is_traced_as_a_run_asks_it(tmp_path):
 
 
 def test_bad_input_is_one_line(capsys):
-    assert main(["trace", "--prompt", "x", "--set", "decoder.fans=0"]) == 2
-    assert capsys.readouterr().err == "fluid-eval: fans=0 must lie in [1, 64]\n"
+    assert main(["trace", "--prompt", "x", "--set", "decoder.slot_budget=0"]) == 2
+    assert capsys.readouterr().err == "fluid-eval: slot_budget=0 must lie in [1, 1000000]\n"
     llada = str(resource("checkpoints") / "tiny-llada")
     assert main(["trace", "--prompt", "x", "--model", llada]) == 2
     assert "reads in both directions; use --decoder llada" in capsys.readouterr().err

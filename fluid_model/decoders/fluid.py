@@ -1,20 +1,25 @@
 """FLUID, one forward a round: what was drafted is verified and the next draft is made in the same call.
 
 A round feeds the pending token (written, not cached yet), the drafts after it, and fans of masks behind the tokens
-where the drafts are likeliest to end. The causal model's own choice at each token says how many drafts were right and
-what comes next; the fan behind the last right one holds the next drafts. FLUID is trained in this very layout (see
-`layout`), and what was kept is cached already: attention is causal. Verified text is that of AR under the same weights,
-sampled text included, since every token is chosen from the causal logits by the random number AR would use.
+where the drafts may end. The causal model's own choice at each token says how many drafts were right and what comes
+next; the fan behind the last right one holds the next drafts. FLUID is trained in this very layout (see `layout`), and
+what was kept is cached already: attention is causal. Verified text is that of AR under the same weights, sampled text
+included, since every token is chosen from the causal logits by the random number AR would use.
 
-Legend: n active rows, S slots fed, C tokens fed (pending and drafts), F fans, M masks of a fan, K widest stride,
-D hidden, V vocabulary.
+Where drafts are verified, a slot is fed if it is likelier to be used than it is dear. What it costs follows from the
+device's slot budget and from what a forward brings (`_Row.price`); that a draft is used, from the probabilities of the
+drafts up to it; that a fan's slot is used, from where the drafts may end and from how many came true so far.
+
+Legend: n active rows, S slots fed, M masks of a fan, K widest stride, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..backbone import Backbone
 from ..engine.records import Request
@@ -23,10 +28,49 @@ from ..khead import KHead
 from ..settings import FluidSettings
 from .sampling import Draws, choose
 
-UNLIKELY = 0.05
-"""Drafts are cut where they are right up to there with less probability than this; a fan is not opened where the drafts
-end with less.
-"""
+CHEAPEST, DEAREST = 0.01, 0.9
+"""Bounds of a slot's price in tokens."""
+MOST_MASKS = 96
+"""Masks a row feeds at most in one forward."""
+BEFORE = 4
+"""Rounds' worth of experience a row begins with: of ROUND_TOKENS written and ROUND_SLOTS fed, the last draft wrong."""
+ROUND_TOKENS, ROUND_SLOTS = 2.5, 12.0
+
+
+@dataclass
+class _Row:
+    """What a row feeds next, and how its rounds went so far.
+
+    tokens: the pending one and drafts.  masks: of the fan behind each of these.
+    rounds, written, fed: counts of rounds, tokens and slots, with what a row begins with.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    masks: list[int] = field(default_factory=list)
+    rounds: float = BEFORE
+    written: float = BEFORE * ROUND_TOKENS
+    fed: float = BEFORE * ROUND_SLOTS
+
+    @property
+    def slots(self) -> int:
+        return len(self.tokens) + sum(self.masks)
+
+    def price(self, budget: float, rows: int) -> float:
+        """What one more slot costs, in tokens, where n rows like this one share a forward.
+
+        A forward of s slots takes 1 + s / budget as long as an empty one: a slot more takes 1 / budget, in which
+        n g / (1 + n S / budget) tokens would have been written, g and S being the row's own averages.
+        """
+        tokens, slots = self.written / self.rounds, self.fed / self.rounds
+        return min(max(rows * tokens / (budget + rows * slots), CHEAPEST), DEAREST)
+
+    def worth(self, hit: float, price: float, most: int) -> int:
+        """Masks of a fan that is behind the last right token with probability `hit`, `most` at most.
+
+        Its j-th one is used if j drafts come true, each as often as they did so far.
+        """
+        true = 1 - self.rounds / self.written
+        return 0 if hit <= price or true <= 0 else min(most, int(math.log(price / hit) / math.log(true)))
 
 
 class FluidStrategy:
@@ -40,155 +84,129 @@ class FluidStrategy:
         self.mask_id = mask_id
         self.settings = settings
         self.horizon = min(settings.max_horizon, head.k_max)  # K
-        self.masks = self.horizon - 1  # M: a stride is the pending token and its drafts
-        self.fans = settings.fans if settings.verify else 1
-        self.behind_prompt: tuple[int, ...] = (mask_id,) * self.masks
-        self.widest = self.horizon + self.fans * self.masks
+        self.widest = self.horizon + max(MOST_MASKS, self.horizon - 1)
+        self._budget = settings.slot_budget or (backbone.slot_budget if settings.verify else 1)
 
     def allocate(self, slots: int) -> None:
-        device, widest = self.backbone.device, self.horizon
-        self._tokens = torch.full((slots, widest), self.mask_id, device=device)  # pending, drafts
-        self._hung = torch.zeros(slots, self.fans, dtype=torch.long, device=device)  # which token each fan hangs on
-        self._shape = torch.ones(slots, 2, dtype=torch.long, device=device)  # tokens and fans of the next feed
+        self._slots = slots
+        self._rows = [_Row() for _ in range(slots)]
         self._draws = Draws(slots)
-        self._fed: list[list[int]] = [[] for _ in range(slots)]  # the tokens of the next feed, on the host
-        self._opened = [0] * slots  # its fans
+        fresh, most = _Row(), self.horizon - 1
+        masks = fresh.worth(1.0, fresh.price(self._budget, slots), most) if self.settings.verify else most
+        self.behind_prompt = (self.mask_id,) * masks
 
     def admit(self, start: int, requests: list[Request], hidden: Tensor | None, rooms: list[int]) -> Absorbed:
         """hidden: (R, 1 + M, D) at the prompt's last token and the fan behind it."""
         assert hidden is not None
         for slot, request in enumerate(requests, start):
+            self._rows[slot] = _Row()
             self._draws.seed(slot, request.seed)
-        draws = self._numbers(range(start, start + len(hidden)), 1 + self.masks)
-        tokens, sure = self._choose(hidden, draws)
-        nothing = torch.full((len(hidden),), -1, device=hidden.device)
-        state = self._propose(start, hidden[:, 0], nothing, tokens, sure[:, 1:], rooms)
-        return self._report(start, state, closed=not self.settings.verify)
+        places = [list(range(hidden.shape[1]))] * len(requests)
+        tokens = []
+        for slot, (said, room) in enumerate(zip(self._say(start, hidden, places), rooms, strict=True), start):
+            self._prepare(self._rows[slot], said, 0, range(1, hidden.shape[1]), room)
+            tokens.append(self._rows[slot].tokens[: 1 if self.settings.verify else None])
+            self._draws.take(slot, len(tokens[-1]))
+        predicted = [] if self.settings.verify else [len(fresh) for fresh in tokens]
+        return Absorbed(tokens, [0] * len(requests), [*predicted])
 
     def plan(self, rows: int) -> Feed:
-        widths = [len(self._fed[row]) + self._opened[row] * self.masks for row in range(rows)]
-        slot = torch.arange(max(widths), device=self._tokens.device)  # (S,)
-        count, fans = self._shape[:rows, :1], self._shape[:rows, 1:]
-        real, behind = slot < count, slot - count  # (n, S) each
-        fan = behind.clamp(min=0) // max(1, self.masks)
-        hung = self._hung[:rows].gather(1, fan.clamp(max=self.fans - 1))
-        anchor = torch.where(real, slot, torch.where(fan < fans, hung, -1))
-        step = torch.where(real, 0, 1 + behind % max(1, self.masks))
-        tokens = self._tokens[:rows].gather(1, slot.clamp(max=self._tokens.shape[1] - 1).expand(rows, -1))
-        ids = torch.where(real, tokens, self.mask_id)
-        return Feed(ids, widths, kinds=["round"] * rows, fans=(anchor, step))
+        """Tokens first, then the fans in the order of what they hang on."""
+        active = self._rows[:rows]
+        widths = [row.slots for row in active]
+        found = []
+        for row, width in zip(active, widths, strict=True):
+            padding, count = max(widths) - width, len(row.tokens)
+            ids = row.tokens + [self.mask_id] * (width - count + padding)
+            anchors = [*range(count), *(at for at, masks in enumerate(row.masks) for _ in range(masks))]
+            steps = [0] * count + [step for masks in row.masks for step in range(1, masks + 1)]
+            found.append((ids, anchors + [-1] * padding, steps + [0] * padding))
+        tokens, anchor, step = torch.tensor(found, device=self.backbone.device).unbind(1)  # (n, S) each
+        return Feed(tokens, widths, kinds=["round"] * rows, fans=(anchor, step))
 
     def absorb(self, feed: Feed, hidden: Tensor, rooms: list[int]) -> Absorbed:
-        rows, device = len(feed.ids), hidden.device
-        widest = max(map(len, self._fed[:rows]))
-        at, place = torch.arange(rows, device=device), torch.arange(widest, device=device)
-        count = self._shape[:rows, 0]
-        draws = self._numbers(range(rows), 2 * self.horizon)
-        if self.settings.verify:
-            chosen, _ = self._choose(hidden[:, :widest], draws[:, :widest])  # (n, C): what the causal model writes next
-            right = (feed.ids[:, 1:widest] == chosen[:, :-1]) & (place[1:] < count[:, None])
-            last = right.cumprod(1).sum(1)  # (n,) the last token kept
-            pending, written = chosen[at, last], last + 1
-        else:
-            last, written = count - 1, torch.ones_like(count)  # what is fed was kept when it was drafted
-            pending = self._choose(hidden[at, last][:, None], draws[:, :1])[0][:, 0]
-        ahead = written[:, None] + torch.arange(self.masks, device=device)
-        drafts, sure = self._drafts(hidden, last, draws.gather(1, ahead))  # (n, M) each
-        tokens = torch.cat([pending[:, None], drafts], 1)
-        return self._report(0, self._propose(0, hidden[at, last], last, tokens, sure, rooms), closed=True)
+        tokens, keep = [], []
+        predicted: list[int | None] = []
+        active = self._rows[: len(rooms)]
+        answers = self._say(0, hidden, [self._places(row) for row in active])
+        for slot, (row, said, room) in enumerate(zip(active, answers, rooms, strict=True)):
+            last, fed = self._last(row, said), row.tokens
+            behind = len(fed) + sum(row.masks[:last])
+            row.rounds, row.fed = row.rounds + 1, row.fed + row.slots
+            self._prepare(row, said, last, range(behind, behind + row.masks[last]), room - last - 1)
+            fresh = [*fed[1 : last + 1], row.tokens[0]] if self.settings.verify else row.tokens
+            row.written += len(fresh)
+            self._draws.take(slot, len(fresh))
+            tokens.append([*fresh])
+            keep.append(last + 1)
+            predicted.append(len(fed if self.settings.verify else row.tokens))
+        return Absorbed(tokens, keep, predicted)
 
     def move(self, source: int, target: int) -> None:
-        for state in (self._tokens, self._hung, self._shape):
-            state[target] = state[source]
+        self._rows[target] = self._rows[source]
         self._draws.move(source, target)
-        self._fed[target], self._opened[target] = self._fed[source], self._opened[source]
 
-    def _numbers(self, rows: range, count: int) -> Tensor:
-        """(n, count) random numbers for the next places, which greedy choice does without."""
-        if self.settings.temperature == 0:
-            return torch.zeros(len(rows), count, device=self.backbone.device)
-        return self._draws.peek(rows, count).to(self.backbone.device)
+    def _places(self, row: _Row) -> list[int]:
+        """For each slot of a row the place of what it says, counted from the first one not written yet."""
+        first = 0 if self.settings.verify else 1 - len(row.tokens)  # unverified drafts are written already
+        places = [max(0, first + i) for i in range(len(row.tokens))]
+        return places + [first + i + step for i, masks in enumerate(row.masks) for step in range(1, masks + 1)]
 
-    def _choose(self, hidden: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and their probabilities. hidden: (n, C, D).  draws: (n, C).  Returns (n, C) each."""
-        logits, heat = self.backbone.logits(hidden), self.settings.temperature
+    def _say(self, start: int, hidden: Tensor, places: list[list[int]]) -> list[_Said]:
+        """What slots say: one transfer to the host.
+
+        hidden: (n, S, D).  places: of each slot's token; a row's random number of that place draws it.
+        """
+        logits, heat = self.backbone.logits(hidden), self.settings.temperature  # (n, S, V)
         if heat == 0:
             sure, tokens = logits.softmax(-1).max(-1)
-            return tokens, sure
-        tokens, sure = choose(logits.flatten(0, 1), draws.flatten(), heat, self.settings.top_p, "probability")
-        return tokens.view(draws.shape), sure.view(draws.shape)
-
-    def _drafts(self, hidden: Tensor, last: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """What the fan behind each row's last kept token says, and how surely: 0 where no fan was opened there.
-
-        Drawn with the numbers that will verify them, so that drafts from the right distribution are right.
-        hidden: (n, S, D).  last: (n,).  draws: (n, M).
-        """
-        rows, step = len(hidden), torch.arange(self.masks, device=hidden.device)
-        count, fans = self._shape[:rows, :1], self._shape[:rows, 1:]
-        hit = (self._hung[:rows] == last[:, None]) & (torch.arange(self.fans, device=hidden.device) < fans)  # (n, F)
-        slots = count + hit.long().argmax(1, keepdim=True) * self.masks + step  # (n, M)
-        slots = slots.clamp(max=hidden.shape[1] - 1)
-        states = hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1]))
-        tokens, sure = self._choose(states, draws)
-        return tokens, sure * hit.any(1, keepdim=True)
-
-    def _propose(
-        self, start: int, hidden: Tensor, last: Tensor, tokens: Tensor, sure: Tensor, rooms: list[int]
-    ) -> Tensor:
-        """Set what rows start.. feed next.
-
-        hidden: (n, D) at the last token kept.  last: (n,) its place in what was fed.  tokens: (n, K) pending, drafts.
-        sure: (n, M) probability of each draft.  rooms: slots left before the window ends, before that feed.
-        Returns (n, 3 + K) for `_report`: last; tokens and fans to feed; tokens.
-        """
-        rows = slice(start, start + len(hidden))
-        room = torch.tensor(rooms, device=hidden.device) - last - 1
-        length = self._cut(sure, self.head.stride(hidden).to(hidden.device), room)
-        self._tokens[rows] = tokens
-        self._shape[rows, 0] = length + 1
-        if self.masks:
-            self._hung[rows], self._shape[rows, 1] = self._places(sure, length)
         else:
-            self._shape[rows, 1] = 0
-        return torch.cat([last[:, None], self._shape[rows], tokens], 1)
+            draws = self._numbers(start, places, hidden.shape[1]).to(logits.device)
+            flat = choose(logits.flatten(0, 1), draws.flatten(), heat, self.settings.top_p, "probability")
+            tokens, sure = (found.view(draws.shape) for found in flat)
+        found = torch.stack([tokens.double(), sure.double(), self.head.stride(hidden).to(tokens.device).double()], 1)
+        return [_Said(*row) for row in found.tolist()]
 
-    def _cut(self, sure: Tensor, stride: Tensor, room: Tensor) -> Tensor:
-        """Drafts to feed, (n,): within the K-head's stride and the window, and likely or sure enough.
+    def _numbers(self, start: int, places: list[list[int]], slots: int) -> Tensor:
+        """(n, slots) the random numbers of these places; padding takes the first."""
+        ahead = self._draws.peek(range(start, start + len(places)), 2 * self.horizon)
+        where = torch.tensor([[*row, *[0] * (slots - len(row))] for row in places])
+        return ahead.gather(1, where)
 
-        sure: (n, M).  stride, room: (n,) tokens, the pending one included.
-        """
-        if self.settings.verify:
-            worth = sure.cumprod(1) >= UNLIKELY
-        else:
-            worth = (sure > self.settings.confidence).cumprod(1).bool()
-        stride = stride.clamp(self.settings.min_horizon, self.horizon)
-        return torch.minimum(worth.sum(1), torch.minimum(stride, room).clamp(min=1) - 1)
-
-    def _places(self, sure: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        """Which tokens to hang fans on, (n, F), and how many of these are worth it, (n,).
-
-        Unverified drafts are all kept, so the last one has the only fan.  sure: (n, M).  length: (n,) drafts.
-        """
-        draft = torch.arange(sure.shape[1] + 1, device=sure.device)
+    def _last(self, row: _Row, said: _Said) -> int:
+        """The last token that is kept: the last right one, or just the last where nothing is verified."""
         if not self.settings.verify:
-            return length[:, None], torch.ones_like(length)
-        reached = torch.cat([torch.ones_like(sure[:, :1]), sure.cumprod(1)], 1)  # (n, M + 1) all right up to there
-        onward = torch.cat([sure, torch.zeros_like(sure[:, :1])], 1).masked_fill(draft >= length[:, None], 0.0)
-        ends = (reached * (1 - onward)).masked_fill(draft > length[:, None], 0.0)
-        likely, where = functional.pad(ends, (0, self.fans)).topk(self.fans, dim=1)
-        return where, (likely >= UNLIKELY).sum(1)
+            return len(row.tokens) - 1
+        wrong = (i for i, draft in enumerate(row.tokens[1:]) if draft != said.tokens[i])
+        return next(wrong, len(row.tokens) - 1)
 
-    def _report(self, start: int, state: Tensor, *, closed: bool) -> Absorbed:
-        """Book on the host what was kept and what comes next. closed: whether a round has ended with this."""
-        tokens: list[list[int]] = []
-        keep: list[int] = []
-        predicted: list[int | None] = []
-        for row, (last, count, fans, *fresh) in enumerate(state.tolist(), start):
-            fed, new = self._fed[row], fresh[:count]
-            tokens.append(fed[1 : last + 1] + new[:1] if self.settings.verify else new)
-            keep.append(last + 1)
-            predicted.append(len(fed) if self.settings.verify else count)
-            self._draws.take(row, len(tokens[-1]))
-            self._fed[row], self._opened[row] = new, fans
-        return Absorbed(tokens, keep, predicted if closed else [])
+    def _prepare(self, row: _Row, said: _Said, last: int, fan: range, room: int) -> None:
+        """Set what a row feeds next: the token said at slot `last`, what the fan behind it drafted, and new fans.
+
+        Drafts stay within the K-head's stride and the window.  fan: its slots.  room: slots before the window ends.
+        """
+        price, reached = row.price(self._budget, self._slots), [1.0]
+        stride = min(max(int(said.strides[last]), self.settings.min_horizon), self.horizon, max(room, 1))
+        row.tokens = [int(said.tokens[last])]
+        for slot in fan[: stride - 1]:
+            right = reached[-1] * said.sure[slot]
+            if right < price if self.settings.verify else said.sure[slot] <= self.settings.confidence:
+                break
+            row.tokens.append(int(said.tokens[slot]))
+            reached.append(right)
+        if not self.settings.verify:  # what is drafted is kept, so slots decide over text: all, whatever they cost
+            row.masks = [0] * (len(reached) - 1) + [self.horizon - 1]
+            return
+        row.masks, left = [], MOST_MASKS
+        for here, onward in zip(reached, [*reached[1:], 0.0], strict=True):
+            row.masks.append(row.worth(here - onward, price, min(left, self.horizon - 1)))
+            left -= row.masks[-1]
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What the slots of a row say: the token each would write next, how sure it is, the K-head's stride from there."""
+
+    tokens: list[float]
+    sure: list[float]
+    strides: list[float]

@@ -1,0 +1,57 @@
+"""What a slot costs is measured once a device and model, kept, and told."""
+
+from __future__ import annotations
+
+import pytest
+
+from fluid_eval import budgets
+from fluid_eval.cli import main
+from fluid_eval.spec import build_spec
+from fluid_eval.worker import load_for
+from fluid_model import budget
+
+from .tiny import fluid_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("cost", "expected"),
+    [
+        (lambda slots: 1 + slots / 20, 22),  # 2 (1 + 1/20) = 1 + s / 20
+        (lambda slots: max(1.0, slots / 64), 128),
+        (lambda slots: float(slots), 2),
+        (lambda slots: 1.0, 128),  # where there is no room for more
+    ],
+)
+def test_where_a_forward_takes_twice_the_time(cost, expected):
+    assert budget.measure(cost, most=200) == expected
+
+
+def test_a_real_one_is_measured():
+    assert 1 <= fluid_checkpoint().backbone.slot_budget <= 128
+
+
+def test_it_is_kept_and_told(tiny_fluid, tmp_path, monkeypatch, capsys, data_dir):
+    spec = build_spec({"tasks": "mini", "model": str(tiny_fluid), "decoder": "fluid"})
+    first = load_for(spec).backbone.slot_budget
+    monkeypatch.setattr(budget, "measure", lambda *_: pytest.fail("it is known already"))
+    assert load_for(spec).backbone.slot_budget == first
+    assert main(["doctor", "--data-dir", str(data_dir)]) == 0
+    assert f"slot budget {first}: {tiny_fluid.name}" in capsys.readouterr().out
+    budgets.file().write_text("not json")
+    monkeypatch.setattr(budget, "measure", lambda *_: 77)
+    assert load_for(spec).backbone.slot_budget == 77
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert load_for(spec).backbone.slot_budget == 77, "a cache that cannot be written is done without"
+
+
+@pytest.mark.parametrize(
+    "decoder", [{"name": "ar"}, {"name": "fluid", "slot_budget": 5}, {"name": "fluid", "verify": False}]
+)
+def test_nobody_measures_what_nobody_asks(tiny_fluid, monkeypatch, decoder):
+    monkeypatch.setattr(budget, "measure", lambda *_: pytest.fail("not asked"))
+    load_for(build_spec({"tasks": "mini", "model": str(tiny_fluid), "decoder": decoder}))

@@ -1,0 +1,79 @@
+"""The written-out forward of Llama-shaped models is transformers' own, and stands back where it would not be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+
+from fluid_model import llama
+from fluid_model.backbone import Backbone
+from fluid_model.engine.cache import SlotCache
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "biases everywhere, as openPangu and more": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "one key head a query head, tied": LlamaConfig(**{**SIZES, "num_key_value_heads": 4}, tie_word_embeddings=True),
+    "wide heads": LlamaConfig(**SIZES, head_dim=16),
+    "scaled positions": LlamaConfig(**SIZES, rope_parameters=LLAMA3),
+    "qwen2": Qwen2Config(**SIZES),
+    "mistral": MistralConfig(**SIZES, sliding_window=None),
+}
+
+
+def model_of(config) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_says_what_transformers_says(name):
+    """Prompts of different length, then more slots after each, in ragged rows."""
+    model = model_of(CONFIGS[name])
+    backbone = Backbone(model)
+    assert backbone.short is not None
+    ids, lengths = torch.randint(0, 97, (3, 14)), [9, 4, 7]
+    cache = SlotCache(3, 20)
+    prompts = backbone.forward(ids[:, :9], cache.aim(0, [0] * 3, 9, ids.device), cache)
+    more = torch.stack([row[n : n + 5] for row, n in zip(ids, lengths, strict=True)])
+    tails = backbone.forward(more, cache.aim(0, lengths, 5, ids.device), cache)
+    for row, n in enumerate(lengths):
+        found = backbone.logits(torch.cat([prompts[row, :n], tails[row]]))
+        expected = model(input_ids=ids[row : row + 1, : n + 5]).logits[0]
+        assert torch.allclose(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_it_follows_weights_that_change():
+    model = model_of(CONFIGS["llama"])
+    backbone, ids = Backbone(model), torch.arange(6)[None]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.1)
+    cache = SlotCache(1, 6)
+    found = backbone.logits(backbone.forward(ids, cache.aim(0, [0], 6, ids.device), cache))
+    assert torch.allclose(found, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_act": "gelu"}, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}]
+)
+def test_it_stands_back_where_the_configuration_says_otherwise(change):
+    model = model_of(LlamaConfig(**SIZES, **change))
+    assert not llama.fits(model)
+    Backbone(model).probe()
+
+
+def test_it_stands_back_from_sliding_windows_and_lora():
+    assert not llama.fits(model_of(MistralConfig(**SIZES, sliding_window=8)))
+    adapted = get_peft_model(model_of(CONFIGS["llama"]), LoraConfig(target_modules=["v_proj"]))
+    assert not llama.fits(adapted.get_base_model())
+    Backbone(adapted.get_base_model()).probe()
