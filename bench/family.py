@@ -171,9 +171,10 @@ Written by `python -m bench.family --out docs/tiny-family.md`: the checkpoints o
 questions a task, greedy. Score in % with its 95% interval; tokens/forward over the three tasks that write text, every
 forward counted; stride: tokens kept a round; wall: the whole run, on {hardware}; trained in: all stages of the
 checkpoint itself, its parent apart. "Verified" has a slot budget of 1,000, as on a device where slots cost little;
-"slots priced here" has the one measured on this machine, where they do not. The three children were adapted on the same rows for the same number of steps
-(`recipes/`). "As AR" is tiny-fluid read one token a forward: verified decoding writes its text. tiny-llada, which
-gives up causal reading and the next-token shift, was still learning fast when the budget ended (its `training.json`).
+"slots priced here" has the one measured on this machine, where they do not. The three children were adapted on the same
+rows for the same number of steps (`recipes/`). "As AR" is tiny-fluid read one token a forward: verified decoding writes
+its text. tiny-llada, which gives up causal reading and the next-token shift, was still learning fast when the budget
+ended (its `training.json`).
 
 {table}
 {absent}

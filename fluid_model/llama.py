@@ -77,10 +77,10 @@ class Forward:
             queries, keys = (_turn(each, cos, sin).transpose(1, 2) for each in (queries, keys))  # (B, heads, S, E)
             keys, values = cache.update(keys, values.transpose(1, 2), number)  # (B, G, T, E)
             read = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
-            hidden = hidden + functional.linear(read.transpose(1, 2).flatten(2), *out)
+            hidden += functional.linear(read.transpose(1, 2).flatten(2), *out)
             fresh = functional.rms_norm(hidden, hidden.shape[-1:], layer.after, self._eps)
-            opened = functional.silu(functional.linear(fresh, *gate)) * functional.linear(fresh, *up)
-            hidden = hidden + functional.linear(opened, *down)
+            opened = functional.silu(functional.linear(fresh, *gate), inplace=True).mul_(functional.linear(fresh, *up))
+            hidden += functional.linear(opened, *down)
         return functional.rms_norm(hidden, hidden.shape[-1:], self._norm, self._eps)
 
 

@@ -1,6 +1,7 @@
-"""Log-likelihood of continuations under a causal model: exact, one forward for all choices that share a context.
+"""Log-likelihood of continuations under a causal model: exact, one forward for all choices that share a context, and
+what contexts begin with in common (few-shot examples) read once.
 
-Legend: R rows, S slots (prompt length), C continuation slots, D hidden, V vocabulary.
+Legend: R rows, S slots fed, C continuation slots, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .backbone import Backbone
+from .engine import prefixes
 from .engine.cache import SlotCache
 from .engine.records import Score, ScoreRequest, Trace
 from .errors import ConfigError
@@ -67,15 +69,22 @@ class Scorer:
         Inputs longer than the window lose tokens on the left, as in lm-eval, and say how many.
         Raises ConfigError for an empty context or continuation.
         """
-        documents = [self._rows(request) for request in requests]
-        queue = sorted(((d, r) for d in documents for r in d.rows), key=lambda item: -len(item[1].ids))
-        done = 0
+        pairs = [(document, row) for document in map(self._rows, requests) for row in document.rows]
+        groups = prefixes.group([row.ids for _, row in pairs], own=[row.span for _, row in pairs])
+        for each in groups:
+            yield from self._score_group([pairs[place] for place in each.members], each.length)
+
+    def _score_group(self, queue: list[tuple[_Document, _Row]], shared: int) -> Iterator[Score]:
+        """Rows that begin with the same `shared` tokens, the longest first."""
+        cache, done = SlotCache(min(self.slots, len(queue)), len(queue[0][1].ids)), 0
         while done < len(queue):
-            take = max(1, min(self.slots, FORWARD_TOKENS // len(queue[done][1].ids)))
-            batch = queue[done : done + take]
+            take = max(1, min(self.slots, FORWARD_TOKENS // (len(queue[done][1].ids) - shared)))
+            batch, begins = queue[done : done + take], done == 0
             done += take
             started = time.perf_counter()
-            self._forward(batch)
+            if begins and shared:
+                self._begin(batch[0][1].ids[:shared], cache)
+            self._forward(batch, shared, cache)
             share = (time.perf_counter() - started) / len(batch)
             for document, row in batch:
                 document.trace.count("prefill", len(row.ids))
@@ -109,13 +118,20 @@ class Scorer:
         return _Document(request, rows, truncated)
 
     @torch.inference_mode()
-    def _forward(self, batch: list[tuple[_Document, _Row]]) -> None:
+    def _begin(self, ids: tuple[int, ...], cache: SlotCache) -> None:
+        """Read what all rows begin with, once, and give it to every slot of the cache."""
         device = self.backbone.device
-        inputs = [torch.tensor(row.ids) for _, row in batch]
-        longest = len(inputs[0])
+        self.backbone.forward(torch.tensor([ids], device=device), cache.aim(0, [0], len(ids), device), cache)
+        self.calls += 1
+        cache.spread(0, 1, cache.slots - 1, len(ids))
+
+    @torch.inference_mode()
+    def _forward(self, batch: list[tuple[_Document, _Row]], shared: int, cache: SlotCache) -> None:
+        device = self.backbone.device
+        inputs = [torch.tensor(row.ids[shared:]) for _, row in batch]
         ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)  # (R, S)
-        cache = SlotCache(len(batch), longest)
-        hidden = self.backbone.forward(ids, cache.aim(0, [0] * len(batch), longest, device), cache)  # (R, S, D)
+        reading = cache.aim(0, [shared] * len(batch), ids.shape[1], device)
+        hidden = self.backbone.forward(ids, reading, cache)  # (R, S, D)
         self.calls += 1
         reach = max(row.span for _, row in batch)
         ends = torch.tensor([len(i) for i in inputs], device=device)[:, None]

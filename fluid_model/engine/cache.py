@@ -25,6 +25,11 @@ class SlotCache:
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(slab.nbytes for store in (self._keys, self._values) for slab in store.values())
+
     def aim(self, start: int, lengths: list[int], fed: int, device: torch.device) -> masks.Reading:
         """Point the next forward at rows start.., feeding `fed` slots after each row's length.
 
@@ -48,6 +53,12 @@ class SlotCache:
         where = self._write_at[:, None, :, None].expand(-1, heads, -1, size)
         rows.scatter_(2, where, fresh)
         return rows[:, :, : self._total]
+
+    def spread(self, source: int, start: int, count: int, columns: int) -> None:
+        """Copy one slot's first columns to `count` slots from `start` on: what their prompts begin with."""
+        for store in (self._keys, self._values):
+            for slab in store.values():
+                slab[start : start + count, :, :columns] = slab[source, :, :columns]
 
     def move(self, source: int, target: int) -> None:
         """Copy one slot's columns over another's, to keep the active rows together."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,24 +18,34 @@ from .. import masks
 from ..backbone import Backbone
 from ..errors import ConfigError
 from ..tokens import Tokenizer, after_last, cut_at_stops, has_stop
+from . import prefixes
 from .cache import SlotCache
 from .records import Finish, Generation, Request, Step, Trace
 from .strategy import Absorbed, Feed, Strategy
 
-PREFILL_TOKENS = 8192
-"""Prompt tokens, padding included, that one prefill forward may take."""
+PREFILL_TOKENS = 2048
+"""Prompt tokens, padding included, that one prefill forward may take: enough to keep a device busy, and its activations
+small beside keys and values.
+"""
 DECODE_MARGIN = 8
 """Tokens decoded before a possible stop string, so that split words and bytes come out whole."""
 
 
 @dataclass
 class _Row:
+    """shared: tokens its prompt begins with in common with others.  length: tokens cached."""
+
     request: Request
+    shared: int = 0
     length: int = 0
     ids: list[int] = field(default_factory=list)
     trace: Trace = field(default_factory=Trace)
     seconds: float = 0.0
     finish: Finish | None = None
+
+    @property
+    def beginning(self) -> tuple[int, ...]:
+        return self.request.prompt[: self.shared]
 
 
 class Engine:
@@ -65,23 +75,26 @@ class Engine:
         self.calls = 0
         self._rows: list[_Row] = []
         self._seen: list[Step] = []
+        self._held: tuple[int, ...] = ()
         self._clock = 0.0
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
-        """Yield each answer as soon as it is finished (not in request order).
+        """Yield each answer as soon as it is finished (not in request order). What prompts begin with in common is read
+        once.
 
         Raises ConfigError if a prompt is empty or leaves no room for its answer.
         """
-        waiting = deque(sorted(requests, key=lambda r: -len(r.prompt)))
-        if not waiting:
+        asked = list(requests)
+        if not asked:
             return
-        for request in waiting:
+        for request in asked:
             self._check(request)
+        waiting = self._queue(asked)
         slots = min(self.slots, len(waiting))
-        columns = max(len(r.prompt) + r.max_new_tokens for r in waiting) + self.strategy.widest
-        self._cache = SlotCache(slots, columns)
+        columns = max(len(r.prompt) + r.max_new_tokens for r in asked) + self.strategy.widest
+        self._cache = SlotCache(slots + any(row.shared for row in waiting), columns)  # one for what is shared
         self.strategy.allocate(slots)
-        self._rows = []
+        self._rows, self._held = [], ()
         self._clock = time.perf_counter()
         while waiting or self._rows:
             while waiting and len(self._rows) < slots:
@@ -90,6 +103,11 @@ class Engine:
             if self._rows:
                 self._round()
                 yield from self._retire()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values of the latest call."""
+        return self._cache.nbytes
 
     def _check(self, request: Request) -> None:
         need = len(request.prompt) + request.max_new_tokens
@@ -103,11 +121,21 @@ class Engine:
                 f"the model's window of {self.backbone.window}"
             )
 
+    def _queue(self, requests: list[Request]) -> deque[_Row]:
+        """Rows in the order they are let in: prompts that begin alike together, the longest first."""
+        if not self.strategy.reads_prompt:
+            return deque(_Row(request) for request in sorted(requests, key=lambda r: -len(r.prompt)))
+        groups = prefixes.group([r.prompt for r in requests], own=[1] * len(requests))
+        return deque(_Row(requests[place], each.length) for each in groups for place in each.members)
+
     @torch.inference_mode()
-    def _admit(self, waiting: deque[Request], free: int) -> None:
-        """Let the longest waiting prompts in together, as many as the slots and one forward's budget take."""
-        longest = len(waiting[0].prompt) + len(self.strategy.behind_prompt)
-        rows = [_Row(waiting.popleft()) for _ in range(min(free, len(waiting), max(1, PREFILL_TOKENS // longest)))]
+    def _admit(self, waiting: deque[_Row], free: int) -> None:
+        """Let waiting prompts in together, as many as begin alike and the slots and one forward's budget take."""
+        first, rows = waiting[0], list[_Row]()
+        fed = len(first.request.prompt) - first.shared + len(self.strategy.behind_prompt)
+        most = min(free, max(1, PREFILL_TOKENS // fed))
+        while waiting and len(rows) < most and waiting[0].beginning == first.beginning:
+            rows.append(waiting.popleft())
         start = len(self._rows)
         hidden = self._read(rows, start) if self.strategy.reads_prompt else None
         absorbed = self.strategy.admit(start, [row.request for row in rows], hidden, [self._room(row) for row in rows])
@@ -119,18 +147,32 @@ class Engine:
 
         Returns (R, 1 + M, D): hidden states from the prompts' last tokens on.
         """
-        behind, device = self.strategy.behind_prompt, self.backbone.device
-        fed = [torch.tensor([*row.request.prompt, *behind]) for row in rows]
+        behind, device, shared = self.strategy.behind_prompt, self.backbone.device, rows[0].shared
+        if shared:
+            self._read_shared(rows[0])
+            self._cache.spread(self._cache.slots - 1, start, len(rows), shared)
+        fed = [torch.tensor([*row.request.prompt[shared:], *behind]) for row in rows]
         ids = torch.nn.utils.rnn.pad_sequence(fed, batch_first=True).to(device)  # (R, S)
-        last = torch.tensor([len(row.request.prompt) - 1 for row in rows], device=device)
-        reading = self._cache.aim(start, [0] * len(rows), ids.shape[1], device)
+        last = torch.tensor([len(row.request.prompt) - shared - 1 for row in rows], device=device)
+        reading = self._cache.aim(start, [shared] * len(rows), ids.shape[1], device)
         if behind:
             reading = replace(reading, fans=masks.one_fan(last, ids.shape[1]))
         hidden = self._forward(rows, Feed(ids, list(map(len, fed)), ["prefill"] * len(rows)), reading)  # (R, S, D)
         for row in rows:
             row.length = len(row.request.prompt)
+            row.trace.slots += shared
         where = last[:, None] + torch.arange(1 + len(behind), device=device)
         return hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def _read_shared(self, row: _Row) -> None:
+        """Read what a row's prompt shares with others into the spare slot, unless it is there."""
+        if row.beginning == self._held:
+            return
+        ids = torch.tensor([row.beginning], device=self.backbone.device)
+        reading = self._cache.aim(self._cache.slots - 1, [0], row.shared, self.backbone.device)
+        self.backbone.forward(ids, reading, self._cache)
+        self.calls += 1
+        self._held = row.beginning
 
     @torch.inference_mode()
     def _round(self) -> None:
@@ -166,10 +208,7 @@ class Engine:
         for row, stride in zip(rows, absorbed.predicted, strict=False):
             if stride is not None:
                 row.trace.predicted.append(stride)
-        if self.watch is not None:
-            for step, tokens in zip(self._seen, absorbed.tokens, strict=False):  # none where prompts are not read
-                self.watch(replace(step, tokens=tuple(tokens)))
-            self._seen = []
+        self._tell(absorbed.tokens)
         for row, tokens in zip(rows, absorbed.tokens, strict=True):
             if tokens:
                 before = len(row.ids)
@@ -182,6 +221,13 @@ class Engine:
         for row in rows:
             row.seconds += (now - self._clock) / len(rows)
         self._clock = now
+
+    def _tell(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Tell the watcher, if any, the latest forward and what each row's answer grew by."""
+        if self.watch is not None:
+            for step, fresh in zip(self._seen, tokens, strict=False):  # none where prompts are not read
+                self.watch(replace(step, tokens=tuple(fresh)))
+        self._seen = []
 
     def _commit(self, row: _Row, tokens: list[int]) -> None:
         """Append tokens up to the answer's end: end-of-sequence, a stop string, or the length limit."""

@@ -38,7 +38,8 @@ class Request:
 class Trace:
     """What it took to write one answer.
 
-    forwards: forwards this row took part in, by kind.  slots: slots fed for it over all of them, prompt included.
+    forwards: forwards this row took part in, by kind.  slots: slots fed for it over all of them, its whole prompt
+    included, also where its beginning was read once for several rows.
     predicted / accepted: stride drafted and tokens the answer grew by, one entry a round (empty for decoders without
     strides; the last round may lack its `accepted` where the answer ended first).
     """

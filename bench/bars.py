@@ -1,0 +1,41 @@
+"""What every bench tells: bars with what was measured, as a table or as one JSON object."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One claim. measured: None where this machine cannot say.  ok: whether the bar is met, None without a bar."""
+
+    name: str
+    measured: float | None
+    bar: str
+    ok: bool | None
+
+
+def at_least(name: str, measured: float, bound: float) -> Bar:
+    """A bar that is met from `bound` on."""
+    return Bar(name, round(measured, 3), f"at least {bound:g}", measured >= bound)
+
+
+def at_most(name: str, measured: float, bound: float) -> Bar:
+    """A bar that is met up to `bound`."""
+    return Bar(name, round(measured, 3), f"at most {bound:g}", measured <= bound)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; numbers to the right."""
+    marks = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (head, marks, *rows))
+
+
+def told(bars: Sequence[Bar], *, as_json: bool) -> str:
+    """All bars, in one of the two forms."""
+    if as_json:
+        return json.dumps({"bars": [asdict(bar) for bar in bars]}, ensure_ascii=False)
+    words = {True: "yes", False: "**no**", None: ""}
+    return table(["bar", "measured", "wanted", "met"], [(b.name, b.measured, b.bar, words[b.ok]) for b in bars])

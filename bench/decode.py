@@ -1,0 +1,288 @@
+"""Decoding speed, side by side in one process: `python -m bench.decode [--json] [--quick]`.
+
+Systems take turns on the same prompts and the median of their runs counts, so that a machine with other work slows all
+of them alike. tiny-fluid throughout, greedy, fp32, prompts of the mini suite that were not trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import fluid_model
+from fluid_eval.paths import resource
+from fluid_model import ArSettings, Checkpoint, FluidSettings, Generation, Request
+from fluid_model.settings import DecoderSettings
+
+from . import bars
+from .bars import Bar
+from .prompts import mini, real
+
+REFERENCE = FluidSettings(rounds="reference")
+CHEAP = FluidSettings(slot_budget=100_000, min_horizon=4)
+"""Ours where slots cost nothing: the fewest forwards."""
+NEW = 160
+BATCHES = (1, 4, 8, 32, 64)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured. alone: prompts at batch 1.  many: prompts at the best batch.  runs: of which the median."""
+
+    alone: int = 24
+    many: int = 200
+    real: int = 50
+    runs: int = 5
+
+
+def requests(checkpoint: Checkpoint, prompts: Sequence[str], new_tokens: int = NEW) -> list[Request]:
+    """One request a prompt, named by its place."""
+    ids = [tuple(checkpoint.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    return [Request(str(n), prompt, new_tokens) for n, prompt in enumerate(ids)]
+
+
+def write(
+    checkpoint: Checkpoint, decoder: DecoderSettings, work: Sequence[Request], batch: int
+) -> dict[str, Generation]:
+    """Answers by key."""
+    return {g.key: g for g in fluid_model.engine_for(checkpoint, decoder, batch).generate(work)}
+
+
+def tokens(answers: Mapping[str, Generation]) -> int:
+    """Tokens of all answers, before their ends."""
+    return sum(len(answer.ids) for answer in answers.values())
+
+
+def forwards(answers: Mapping[str, Generation]) -> int:
+    """Forwards a row took part in, summed over rows."""
+    return sum(sum(answer.trace.forwards.values()) for answer in answers.values())
+
+
+def writer(checkpoint: Checkpoint, decoder: DecoderSettings, work: Sequence[Request], batch: int) -> Callable[[], int]:
+    """A call that writes all answers and returns their tokens."""
+    return lambda: tokens(write(checkpoint, decoder, work, batch))
+
+
+def side_by_side(systems: Mapping[str, Callable[[], int]], runs: int) -> dict[str, float]:
+    """Tokens a second of each system: medians over runs in which all take turns."""
+    speeds: dict[str, list[float]] = {name: [] for name in systems}
+    for system in systems.values():
+        system()  # warm
+    for _ in range(runs):
+        for name, system in systems.items():
+            started = time.perf_counter()
+            count = system()
+            speeds[name].append(count / (time.perf_counter() - started))
+    return {name: statistics.median(found) for name, found in speeds.items()}
+
+
+def generate(checkpoint: Checkpoint, work: Sequence[Request]) -> int:
+    """transformers' own greedy decoding, a prompt at a time. Returns tokens written."""
+    written = 0
+    for request in work:
+        ids = torch.tensor([request.prompt])
+        out = checkpoint.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=request.max_new_tokens, do_sample=False,
+            eos_token_id=list(checkpoint.end_ids), pad_token_id=checkpoint.end_ids[0],
+        )  # fmt: skip
+        fresh = out[0, len(request.prompt) :].tolist()
+        written += next((i for i, token in enumerate(fresh) if token in checkpoint.end_ids), len(fresh))
+    return written
+
+
+def lm_eval_backend(prompts: Sequence[str], batch: int) -> Callable[[], int]:
+    """lm-eval's `hf` backend on the same prompts. The call returns tokens written, counted in its texts."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model = HFLM(
+        pretrained=str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype="float32", batch_size=batch
+    )
+    options = {"until": [], "max_gen_toks": NEW, "do_sample": False}
+    work = [Instance("generate_until", {}, (prompt, dict(options)), n) for n, prompt in enumerate(prompts)]
+
+    def call() -> int:
+        texts = model.generate_until(work, disable_tqdm=True)
+        return sum(len(model.tok_encode(text, add_special_tokens=False)) for text in texts)
+
+    return call
+
+
+def alone(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
+    """A prompt at a time."""
+    work = requests(checkpoint, mini(plan.alone))
+    decoders = {"AR": ArSettings(), "reference": REFERENCE, "ours": FluidSettings()}
+    systems = {name: writer(checkpoint, decoder, work, 1) for name, decoder in decoders.items()}
+    systems["generate"] = lambda: generate(checkpoint, work)
+    speed = side_by_side(systems, plan.runs)
+    print("Batch 1, tokens/s: " + ", ".join(f"{name} {value:,.0f}" for name, value in speed.items()), file=sys.stderr)
+    return [
+        bars.at_least("tokens/s at batch 1: ours / generate", speed["ours"] / speed["generate"], 5),
+        bars.at_least("tokens/s at batch 1: ours / reference decoder", speed["ours"] / speed["reference"], 3),
+        Bar("tokens/s at batch 1: ours / AR in this engine", round(speed["ours"] / speed["AR"], 3), "", None),
+    ]
+
+
+def fewer(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
+    """Forwards, and how few they could be."""
+    work = requests(checkpoint, mini(plan.many))
+    systems = {"reference": (REFERENCE, 8), "ours": (CHEAP, 1), "ours here": (FluidSettings(), 1)}
+    systems["AR"] = (ArSettings(), 32)
+    found = {name: write(checkpoint, decoder, work, batch) for name, (decoder, batch) in systems.items()}
+    assert checkpoint.head is not None
+    stride = checkpoint.head.k_max
+    oracle = sum(1 + -(-len(answer.ids) // stride) for answer in found["AR"].values())  # a prompt, then whole strides
+    rows = [
+        (name, f"{forwards(answers):,}", f"{tokens(answers) / forwards(answers):.2f}")
+        for name, answers in found.items()
+    ]
+    rows.append(("oracle: every draft right", f"{oracle:,}", f"{tokens(found['AR']) / oracle:.2f}"))
+    print(bars.table(["", "forwards", "tokens/forward"], rows), file=sys.stderr)
+    ratio = forwards(found["reference"]) / forwards(found["ours"])
+    here = forwards(found["reference"]) / forwards(found["ours here"])
+    return [
+        bars.at_least("forwards: reference decoder / ours, slots free", ratio, 2.5),
+        Bar("forwards: reference decoder / ours, slots priced here", round(here, 3), "", None),
+    ]
+
+
+def together(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
+    """Many prompts, each system at its best batch."""
+    prompts = mini(plan.many)
+    work = requests(checkpoint, prompts)
+    systems: dict[tuple[str, int], Callable[[], int]] = {}
+    for batch in BATCHES:
+        for name, decoder in (("AR", ArSettings()), ("ours", FluidSettings())):
+            systems[name, batch] = writer(checkpoint, decoder, work, batch)
+        if batch >= 8:
+            systems["hf", batch] = lm_eval_backend(prompts, batch)
+    speed = side_by_side({f"{name} {batch}": call for (name, batch), call in systems.items()}, max(1, plan.runs // 2))
+    rows = [
+        (name, *(f"{speed[f'{name} {batch}']:,.0f}" if (name, batch) in systems else "" for batch in BATCHES))
+        for name in ("AR", "ours", "hf")
+    ]
+    print(bars.table(["tokens/s at batch", *map(str, BATCHES)], rows), file=sys.stderr)
+    best = {name: max(speed[f"{n} {b}"] for n, b in systems if n == name) for name in ("AR", "ours", "hf")}
+    return [
+        bars.at_least(
+            f"tokens/s, {plan.many} problems, best batch: ours / AR in this engine", best["ours"] / best["AR"], 2
+        ),
+        bars.at_least("AR in this engine / lm-eval hf backend, best batch each", best["AR"] / best["hf"], 2),
+    ]
+
+
+def overhead(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
+    """Time of rounds that is not inside the model's forward."""
+    work, found = requests(checkpoint, mini(plan.alone * 2)), []
+    for batch in (1, 32):
+        engine = fluid_model.engine_for(checkpoint, FluidSettings(), batch)
+        shares = []
+        for _ in range(plan.runs):
+            spent, forward = [0.0], engine.backbone.forward
+
+            def timed(*words: Any, spent: list[float] = spent, forward: Any = forward) -> Any:
+                started = time.perf_counter()
+                hidden = forward(*words)
+                spent[0] += time.perf_counter() - started
+                return hidden
+
+            engine.backbone.forward = timed
+            started = time.perf_counter()
+            list(engine.generate(work))
+            shares.append(1 - spent[0] / (time.perf_counter() - started))
+            del engine.backbone.forward
+        found.append(bars.at_most(f"engine overhead, batch {batch}", statistics.median(shares), 0.10))
+    return found
+
+
+def memory(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
+    """Peak of live tensors over weights and cache, by torch's own account."""
+    from torch.profiler import ProfilerActivity, profile
+
+    work = requests(checkpoint, mini(32))
+    engine = fluid_model.engine_for(checkpoint, FluidSettings(), 32)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        list(engine.generate(work))
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    weights = sum(p.numel() * p.element_size() for p in checkpoint.model.parameters())
+    cache = engine.cache_bytes
+    return [bars.at_most("peak memory over weights + KV, batch 32", (weights + peak) / (weights + cache), 1.3)]
+
+
+def identical(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
+    """Greedy text is AR's; where it is not, by what margin AR chose its token."""
+    prompts = [*mini(plan.many), *real(plan.real)]
+    work = requests(checkpoint, prompts)
+    expected = write(checkpoint, ArSettings(), work, 32)
+    found = []
+    for batch in (1, 32):
+        answers = write(checkpoint, FluidSettings(), work, batch)
+        other = [key for key in expected if answers[key].ids != expected[key].ids]
+        for key in other:
+            print(f"batch {batch}, prompt {key}: {_margin(checkpoint, work[int(key)], expected[key], answers[key])}")
+        name = f"greedy text identical to AR, {len(work)} prompts, batch {batch}, %"
+        found.append(bars.at_least(name, 100 * (1 - len(other) / len(work)), 100))
+    return found
+
+
+@torch.inference_mode()
+def _margin(checkpoint: Checkpoint, request: Request, expected: Generation, other: Generation) -> str:
+    """The first place where two answers part, and how much likelier AR's token is there."""
+    at = next(i for i, pair in enumerate(zip(expected.ids, other.ids, strict=False)) if pair[0] != pair[1])
+    ids = torch.tensor([[*request.prompt, *expected.ids[:at]]])
+    logits = checkpoint.model(input_ids=ids).logits[0, -1]
+    return f"parts at token {at}, by {float(logits[expected.ids[at]] - logits[other.ids[at]]):.2g} nats"
+
+
+def ten_times(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
+    """Milliseconds a token where the work grows tenfold."""
+    short = mini(20)
+    long = [prompt * 10 for prompt in short]
+    cases = {
+        "20 problems, batch 4": (short, 4), "200 problems, batch 4": (mini(200), 4),
+        "prompts ten times as long, batch 4": (long, 4), "200 problems, batch 40": (mini(200), 40),
+    }  # fmt: skip
+    speed = side_by_side(
+        {
+            name: writer(checkpoint, FluidSettings(), requests(checkpoint, prompts, 64), batch)
+            for name, (prompts, batch) in cases.items()
+        },
+        max(1, plan.runs // 2),
+    )
+    return [Bar(f"ms/token, {name}", round(1000 / value, 3), "", None) for name, value in speed.items()]
+
+
+PARTS = {
+    "forwards": fewer, "alone": alone, "together": together, "overhead": overhead, "memory": memory,
+    "identical": identical, "growth": ten_times,
+}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print. Exit code 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="a few prompts, one run: whether it works")
+    parser.add_argument("--only", choices=PARTS, action="append", help="parts to measure; default: all")
+    options = parser.parse_args(arguments)
+    plan = Plan(alone=2, many=4, real=2, runs=1) if options.quick else Plan()
+    checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype="float32")
+    print(f"slot budget {checkpoint.backbone.slot_budget}, {torch.get_num_threads()} threads", file=sys.stderr)
+    found = [bar for name in options.only or PARTS for bar in PARTS[name](checkpoint, plan)]
+    print(bars.told(found, as_json=options.json))
+    return 0 if all(bar.ok is not False for bar in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""Prompts that benches share: the mini suite's test questions, and real GSM8K where the folder is there."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+from itertools import chain, islice
+from pathlib import Path
+from types import ModuleType
+
+from fluid_eval.paths import resource
+
+LEVELS = (1, 2, 3)
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
+
+
+def mini(count: int) -> list[str]:
+    """Word problems of the mini suite's test set, the levels taking turns."""
+    suite = _suite()
+    rows = chain.from_iterable(zip(*(suite.test_rows("mini_gsm8k", level) for level in LEVELS), strict=True))
+    return [row["prompt"] for row in islice(rows, count)]
+
+
+def real(count: int) -> list[str]:
+    """GSM8K test questions; none where there is no data beside the checkout."""
+    for file in sorted(REAL.glob("test.jsonl*")):
+        opened = gzip.open if file.suffix == ".gz" else open
+        with opened(file, "rt", encoding="utf-8") as lines:
+            return [f"Question: {json.loads(line)['question']}\nAnswer:" for line in islice(lines, count)]
+    return []
+
+
+def _suite() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("mini_suite", resource("tasks") / "mini" / "suite.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
