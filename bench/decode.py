@@ -179,27 +179,35 @@ def together(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
 
 
 def overhead(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
-    """Time of rounds that is not inside the model's forward."""
+    """Time that is not spent inside the model: its layers, the vocabulary projection, the K-head."""
     work, found = requests(checkpoint, mini(plan.alone * 2)), []
+    assert checkpoint.head is not None
     for batch in (1, 32):
-        engine = fluid_model.engine_for(checkpoint, FluidSettings(), batch)
         shares = []
         for _ in range(plan.runs):
-            spent, forward = [0.0], engine.backbone.forward
-
-            def timed(*words: Any, spent: list[float] = spent, forward: Any = forward) -> Any:
-                started = time.perf_counter()
-                hidden = forward(*words)
-                spent[0] += time.perf_counter() - started
-                return hidden
-
-            engine.backbone.forward = timed
+            inside: list[float] = []
+            parts = ((checkpoint.backbone, "forward"), (checkpoint.backbone, "logits"), (checkpoint.head, "stride"))
+            for owner, name in parts:
+                setattr(owner, name, clocked(getattr(owner, name), inside))
             started = time.perf_counter()
-            list(engine.generate(work))
-            shares.append(1 - spent[0] / (time.perf_counter() - started))
-            del engine.backbone.forward
+            write(checkpoint, FluidSettings(), work, batch)
+            shares.append(1 - sum(inside) / (time.perf_counter() - started))
+            for owner, name in parts:
+                delattr(owner, name)
         found.append(bars.at_most(f"engine overhead, batch {batch}", statistics.median(shares), 0.10))
     return found
+
+
+def clocked(call: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    """The same call, which appends how long it took."""
+
+    def timed(*words: Any) -> Any:
+        started = time.perf_counter()
+        result = call(*words)
+        seconds.append(time.perf_counter() - started)
+        return result
+
+    return timed
 
 
 def memory(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:

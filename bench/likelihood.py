@@ -1,0 +1,118 @@
+"""MMLU by likelihood, 5 shots, side by side with lm-eval's `hf` backend: `python -m bench.likelihood [--json]`.
+
+The same prompts, model and machine; every question is four choices after one context. Needs MMLU in a folder named
+shared beside the checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fluid_model
+from fluid_eval.paths import resource
+from fluid_model import Checkpoint, Scorer, ScoreRequest
+
+from . import bars
+from .bars import Bar
+from .decode import side_by_side
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "mmlu"
+SUBJECTS = ("abstract_algebra", "anatomy", "management", "philosophy", "world_religions")
+"""Whose five shots and questions fit tiny-fluid's window."""
+LETTERS = (" A", " B", " C", " D")
+BATCH = 16
+
+
+def questions(each: int) -> list[str]:
+    """Contexts: a subject's five dev rows with their answers, then one of its first test questions."""
+    shots, asked = _rows("dev"), _rows("test")
+    found = []
+    for subject in SUBJECTS:
+        head = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
+        examples = [_ask(row) + LETTERS[int(row["answer"])] for row in shots if row["subject"] == subject]
+        rows = [row for row in asked if row["subject"] == subject][:each]
+        found += ["\n\n".join([head.rstrip("\n"), *examples, _ask(row)]) for row in rows]
+    return found
+
+
+def _ask(row: dict[str, Any]) -> str:
+    choices = "\n".join(f"{letter.strip()}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=True))
+    return f"{row['question'].strip()}\n{choices}\nAnswer:"
+
+
+def _rows(split: str) -> list[dict[str, Any]]:
+    file = next(DATA.glob(f"{split}.jsonl*"))
+    opened = gzip.open if file.suffix == ".gz" else open
+    with opened(file, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def ours(checkpoint: Checkpoint, contexts: list[str], scores: list[list[float]]) -> Callable[[], int]:
+    """A call that scores all choices, keeps log-likelihoods in `scores` and returns how many questions there are."""
+
+    def call() -> int:
+        tokenizer = checkpoint.tokenizer
+        whole = tokenizer([context + letter for context in contexts for letter in LETTERS])["input_ids"]
+        heads = tokenizer(contexts)["input_ids"]
+        asked = []
+        for n, head in enumerate(heads):
+            tails = [tuple(ids[len(head) :]) for ids in whole[4 * n : 4 * n + 4]]
+            asked.append(ScoreRequest(str(n), tuple((tuple(head), tail) for tail in tails)))
+        found = {score.key: score for score in Scorer(checkpoint.backbone, BATCH).score(asked)}
+        scores[:] = [list(found[str(n)].loglikelihoods) for n in range(len(asked))]
+        return len(asked)
+
+    return call
+
+
+def theirs(folder: Path, contexts: list[str], scores: list[list[float]]) -> Callable[[], int]:
+    """The same by lm-eval's backend."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=BATCH)
+    work = [
+        Instance("loglikelihood", {}, (context, letter), 4 * n + i)
+        for n, context in enumerate(contexts)
+        for i, letter in enumerate(LETTERS)
+    ]
+
+    def call() -> int:
+        flat = [value for value, _ in model.loglikelihood(work, disable_tqdm=True)]
+        scores[:] = [flat[start : start + 4] for start in range(0, len(flat), 4)]
+        return len(contexts)
+
+    return call
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print. Exit code 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.likelihood", description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="a few questions, one run: whether it works")
+    options = parser.parse_args(arguments)
+    folder = resource("checkpoints") / "tiny-fluid"
+    contexts = questions(2 if options.quick else 20)
+    checkpoint = fluid_model.load(str(folder), device="cpu", dtype="float32")
+    mine: list[list[float]] = []
+    other: list[list[float]] = []
+    systems = {"ours": ours(checkpoint, contexts, mine), "hf": theirs(folder, contexts, other)}
+    speed = side_by_side(systems, 1 if options.quick else 5)
+    print(f"questions/s: ours {speed['ours']:.1f}, lm-eval's hf backend {speed['hf']:.1f}", file=sys.stderr)
+    apart = max(abs(a - b) for one, two in zip(mine, other, strict=True) for a, b in zip(one, two, strict=True))
+    found: list[Bar] = [
+        bars.at_least(f"MMLU, 5 shots, {len(contexts)} questions: ours / lm-eval hf", speed["ours"] / speed["hf"], 3),
+        Bar("largest difference of a log-likelihood, nats", round(apart, 6), "at most 0.0001", apart <= 1e-4),
+    ]
+    print(bars.told(found, as_json=options.json))
+    return 0 if all(bar.ok for bar in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Benches run, and tell their bars in the form all of them share."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import bars, decode, likelihood
+from bench.prompts import mini
+
+
+def test_bars_are_told_in_two_forms():
+    found = [bars.at_least("speed", 2.4999, 2.5), bars.at_most("waste", 0.1, 0.1), bars.Bar("shown", 3.0, "", None)]
+    told = json.loads(bars.told(found, as_json=True))["bars"]
+    assert told[0] == {"name": "speed", "measured": 2.5, "bar": "at least 2.5", "ok": False}
+    assert [bar["ok"] for bar in told] == [False, True, None]
+    assert "| speed | 2.5 | at least 2.5 | **no** |" in bars.told(found, as_json=False)
+
+
+def test_prompts_are_the_test_sets_levels_in_turn():
+    prompts = mini(6)
+    assert len(set(prompts)) == 6
+    assert all(prompt.startswith("Question: ") and prompt.endswith("Answer:") for prompt in prompts)
+
+
+def test_decoding_is_measured(capsys):
+    """Texts must be AR's; what is fast enough is not for a test of one run to say."""
+    decode.main(["--quick", "--json", "--only", "identical", "--only", "forwards", "--only", "overhead"])
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])["bars"]
+    texts = [bar for bar in told if bar["name"].startswith("greedy text identical")]
+    assert len(texts) == 2
+    assert all(bar["ok"] for bar in texts)
+    assert next(bar["measured"] for bar in told if bar["name"].endswith("slots free")) > 1.5
+    assert all(0 < bar["measured"] < 1 for bar in told if bar["name"].startswith("engine overhead"))
+
+
+def test_likelihoods_are_measured(capsys, data_dir):
+    likelihood.main(["--quick", "--json"])
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])["bars"]
+    assert told[0]["measured"] > 0
+    assert told[1]["ok"], "log-likelihoods are those of lm-eval's backend"
+
+
+def test_an_unknown_part_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        decode.main(["--only", "everything"])
+    assert "invalid choice: 'everything'" in capsys.readouterr().err
