@@ -114,7 +114,7 @@ def test_a_prompt_may_fill_the_window():
     prompt = (PROMPT * 25)[:240]
     (expected,) = engine_for(CHECKPOINT, ArSettings()).generate([Request("x", prompt, 16)])
     assert len(expected.ids) == 16
-    for decoder in (FluidSettings(), FluidSettings(min_horizon=8)):
+    for decoder in (FluidSettings(), FluidSettings(min_horizon=8, slot_budget=100_000)):
         (answer,) = engine_for(CHECKPOINT, decoder).generate([Request("x", prompt, 16)])
         assert answer.ids == expected.ids
         left = 16

@@ -160,6 +160,20 @@ def test_one_forward_a_round(checkpoint, decoder, rows):
         assert (found[request.key].ids, sum(trace.forwards.values()), trace.slots) == (ids, rounds, fed)
 
 
+def test_drafts_end_where_the_window_does(checkpoint):
+    """Text that repeats itself is drafted far ahead."""
+    ids = tuple(checkpoint.tokenizer(TEXTS[0] + " Ann has 12 pens. Bob has 7 pens." * 300)["input_ids"])
+    room = 12
+    request = Request("x", ids[: checkpoint.backbone.window - room], room)
+    decoder = FluidSettings(slot_budget=100_000, min_horizon=16)
+    (answer,) = write(checkpoint, decoder, [request]).values()
+    left = room - 1  # the prompt's own forward wrote one
+    assert max(answer.trace.accepted) > 1
+    for predicted, accepted in zip(answer.trace.predicted, answer.trace.accepted, strict=True):
+        assert predicted <= left + 1
+        left -= accepted
+
+
 def test_slots_are_fed_where_they_are_cheap(checkpoint):
     """The dearer they are, the fewer a forward has and the more forwards it takes."""
     fed, forwards = [], []
