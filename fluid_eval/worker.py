@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,6 +14,7 @@ from fluid_model.backbone import Backbone
 from fluid_model.checkpoint import Checkpoint, load
 from fluid_model.decoders import engine_for, scorer_for
 from fluid_model.engine.records import Generation, Request, Score, ScoreRequest
+from fluid_model.errors import RunError
 from fluid_model.settings import DecoderSettings, FluidSettings
 
 from . import budgets
@@ -21,6 +22,7 @@ from .spec import RunSpec, build_spec
 
 Work = Request | ScoreRequest
 Answer = Generation | Score
+Item = TypeVar("Item", Request, ScoreRequest)
 WEIGHTS_END = 1 << 22
 """Bytes read at each end of a weights file to name it."""
 AUTO_ROWS = 32
@@ -35,6 +37,7 @@ class Worker:
     def __init__(self, spec: dict[str, Any], threads: int | None = None) -> None:
         """spec: as RunSpec.to_dict gives it.  threads: CPU threads to use (torch's own choice if None)."""
         self._spec = build_spec(spec)
+        self._most = AUTO_ROWS if self._spec.batch_size == "auto" else int(self._spec.batch_size)
         if threads is not None:
             torch.set_num_threads(threads)
 
@@ -57,11 +60,44 @@ class Worker:
         generate = [item for item in work if isinstance(item, Request)]
         score = [item for item in work if isinstance(item, ScoreRequest)]
         if generate:
-            slots = self.rows_for(max(len(r.prompt) + r.max_new_tokens for r in generate))
-            yield from engine_for(self._checkpoint, self._spec.decoder, slots).generate(generate)
+            longest = max(len(r.prompt) + r.max_new_tokens for r in generate)
+            yield from self._all(generate, longest, self._write)
         if score:
             longest = max(len(context) + len(continuation) for r in score for context, continuation in r.pairs)
-            yield from scorer_for(self._checkpoint, self._spec.decoder, self.rows_for(longest)).score(score)
+            yield from self._all(score, longest, self._score)
+
+    def _write(self, requests: list[Request], rows: int) -> Iterator[Answer]:
+        return engine_for(self._checkpoint, self._spec.decoder, rows).generate(requests)
+
+    def _score(self, requests: list[ScoreRequest], rows: int) -> Iterator[Answer]:
+        return scorer_for(self._checkpoint, self._spec.decoder, rows).score(requests)
+
+    def _all(
+        self, work: list[Item], longest: int, answers: Callable[[list[Item], int], Iterator[Answer]]
+    ) -> Iterator[Answer]:
+        """Answers to all work. Where memory runs out, what is not answered yet goes on with half as many rows at once,
+        from then on, unless the user set how many.
+
+        longest: tokens of a row.  answers: to the work that is left, that many rows at a time.
+        Raises RunError where memory does not take one row, or not as many as asked.
+        """
+        left: dict[str, Item] = {item.key: item for item in work}
+        while left:
+            rows = min(self._most, self.rows_for(longest))
+            try:
+                for answer in answers(list(left.values()), rows):
+                    del left[answer.key]
+                    yield answer
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if rows == 1 or self._spec.batch_size != "auto":
+                    raise RunError(
+                        f"batch_size={rows}: out of memory with rows of {longest} tokens; "
+                        + ("nothing smaller is left" if rows == 1 else "pass a smaller --batch-size, or auto")
+                    ) from error
+                self._most = rows // 2
+            torch.cuda.empty_cache()
 
     def rows_for(self, tokens: int) -> int:
         """Rows of `tokens` tokens to keep at once: as asked, or as many as free memory takes, up to AUTO_ROWS."""
@@ -124,6 +160,11 @@ def weights_name(folder: Path) -> str:
                 handle.seek(max(len(head), file.stat().st_size - WEIGHTS_END))
                 digest.update(f"{file.relative_to(folder)} {file.stat().st_size}".encode() + head + handle.read())
     return digest.hexdigest()[:16]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch found no memory, on whatever device."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def free_memory(device: torch.device) -> int:

@@ -1,0 +1,91 @@
+"""A worker whose device runs out of memory goes on with fewer rows at a time and loses nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fluid_eval import worker
+from fluid_eval.run import run
+from fluid_eval.spec import build_spec
+from fluid_model import Request, ScoreRequest
+from fluid_model.engine.loop import Engine
+from fluid_model.errors import RunError
+from fluid_model.scoring import Scorer
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """Forwards of more than `most` rows fail, as torch tells it on each kind of device."""
+    tried: list[int] = []
+
+    def limit(most: int, error: Exception) -> list[int]:
+        def limited(kind, name):
+            real = getattr(kind, name)
+
+            def call(self, *words):
+                tried.append(self.slots)
+                for n, answer in enumerate(real(self, *words)):
+                    if n == 1 and self.slots > most:
+                        raise error
+                    yield answer
+
+            monkeypatch.setattr(kind, name, call)
+
+        limited(Engine, "generate")
+        limited(Scorer, "score")
+        return tried
+
+    return limit
+
+
+def work(kind):
+    if kind == "write":
+        return [Request(str(n), (5, 6, 7 + n), 6) for n in range(12)]
+    return [ScoreRequest(str(n), (((5, 6, 7 + n), (8,)),)) for n in range(12)]
+
+
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to")
+
+
+@pytest.mark.parametrize("kind", ["write", "score"])
+@pytest.mark.parametrize("error", [CUDA, CPU])
+def test_it_goes_on_with_half_the_rows(tiny_model, little_memory, kind, error):
+    spec = build_spec({"tasks": "mini", "model": str(tiny_model)}).to_dict()
+    expected = {answer.key: answer for answer in worker.Worker(spec).run(work(kind))}
+    tried = little_memory(4, error)
+    one = worker.Worker(spec)
+    answers = list(one.run(work(kind)))
+    assert tried == [32, 16, 8, 4]
+    assert sorted(answer.key for answer in answers) == sorted(expected), "each once"
+    name = "ids" if kind == "write" else "loglikelihoods"
+    for answer in answers:
+        assert getattr(answer, name) == pytest.approx(getattr(expected[answer.key], name), abs=1e-5)
+    list(one.run(work(kind)))
+    assert tried[4:] == [4], "what was learnt is kept"
+
+
+def test_it_gives_up_where_the_user_or_the_device_leaves_nothing(tiny_model, little_memory):
+    values = {"tasks": "mini", "model": str(tiny_model)}
+    little_memory(0, CUDA)
+    with pytest.raises(
+        RunError, match="batch_size=6: out of memory with rows of 9 tokens; pass a smaller --batch-size"
+    ):
+        list(worker.Worker(build_spec({**values, "batch_size": 6}).to_dict()).run(work("write")))
+    with pytest.raises(RunError, match=r"batch_size=1: out of memory .*; nothing smaller is left"):
+        list(worker.Worker(build_spec(values).to_dict()).run(work("write")))
+
+
+def test_other_errors_are_nobodys_business(tiny_model, little_memory):
+    little_memory(0, RuntimeError("shapes do not fit"))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        list(worker.Worker(build_spec({"tasks": "mini", "model": str(tiny_model)}).to_dict()).run(work("write")))
+
+
+def test_a_run_loses_no_sample(tiny_model, little_memory, tmp_path):
+    little_memory(2, CUDA)
+    spec = build_spec(
+        {"tasks": ["mini_gsm8k_1", "mini_mmlu_1"], "model": str(tiny_model), "limit": 9, "max_new_tokens": 4}
+    )
+    assert {line["n"] for line in run(spec, tmp_path / "r")["lines"]} == {9}
