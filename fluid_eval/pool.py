@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fluid_model.engine import prefixes
+from fluid_model.engine.records import Request
 from fluid_model.errors import ConfigError, RunError
 
 from .spec import RunSpec
@@ -110,7 +112,7 @@ class RayPool:
         try:
             return self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, ConfigError) else error) from None
+            raise (error.cause if isinstance(error.cause, (ConfigError, RunError)) else error) from None
         except self._ray.exceptions.RayActorError as error:
             reason = str(error).splitlines()[0]
             raise RunError(f"a Ray worker died ({reason}); what is finished is stored, --resume goes on") from None
@@ -119,10 +121,8 @@ class RayPool:
         return self._facts
 
     def run(self, work: Sequence[Work]) -> Iterator[Answer]:
-        """Longest first, in small chunks; each worker has the next one waiting."""
-        ordered = sorted(work, key=_length, reverse=True)
-        size = max(1, min(CHUNK_ROWS, -(-len(ordered) // (2 * self.size))))
-        chunks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        """In small chunks, the longest first; each worker has the next one waiting."""
+        chunks = chunks_of(work, max(1, min(CHUNK_ROWS, -(-len(work) // (2 * self.size)))))
         chunks.reverse()
         busy: dict[Any, Any] = {}
 
@@ -151,6 +151,12 @@ def cores() -> int:
     return int(asked) if asked.isdigit() and int(asked) else len(os.sched_getaffinity(0))
 
 
-def _length(item: Work) -> int:
-    prompt = getattr(item, "prompt", None)
-    return len(prompt) if prompt is not None else max(len(c) for c, _ in item.pairs)  # type: ignore[union-attr]
+def chunks_of(work: Sequence[Work], size: int) -> list[list[Work]]:
+    """Work in chunks of at most `size`, what begins alike together, since a worker reads that once a chunk."""
+    prompts = [item.prompt if isinstance(item, Request) else item.pairs[0][0] for item in work]
+    groups = prefixes.group(prompts, own=[1] * len(work))
+    return [
+        [work[place] for place in each.members[start : start + size]]
+        for each in groups
+        for start in range(0, len(each.members), size)
+    ]

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fluid_eval.pool import chunks_of
 from fluid_model import ArSettings, FluidSettings, Request, Scorer, ScoreRequest, engine_for
 from fluid_model.engine.prefixes import SHORTEST, common, group
 
@@ -129,3 +130,12 @@ def test_a_context_asked_twice_shares_all_but_what_is_looked_at():
     (alone,) = Scorer(checkpoint.backbone).score([ScoreRequest("x", pairs)])
     twice = list(Scorer(checkpoint.backbone).score([ScoreRequest(key, pairs) for key in "ab"]))
     assert all(score.loglikelihoods == pytest.approx(alone.loglikelihoods, abs=1e-4) for score in twice)
+
+
+def test_workers_get_what_begins_alike_together():
+    asked = [*work(), ScoreRequest("s", (((*SHOTS, 99), (1,)),))]
+    chunks = chunks_of(asked, 4)
+    assert sorted(item.key for chunk in chunks for item in chunk) == sorted(item.key for item in asked)
+    assert max(map(len, chunks)) == 4
+    sets = [{"s" if item.key == "s" else int(item.key) // 6 if item.key != "9" else "9" for item in c} for c in chunks]
+    assert sets == [{0}, {0, "s"}, {1}, {"9"}]

@@ -41,4 +41,8 @@ def group(prompts: Sequence[tuple[int, ...]], own: Sequence[int]) -> list[Group]
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
     """Tokens two prompts begin with in common."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # slices are compared at once, so that long prompts cost little
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
