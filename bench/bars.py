@@ -28,9 +28,8 @@ def at_most(name: str, measured: float, bound: float) -> Bar:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; numbers to the right."""
-    marks = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (head, marks, *rows))
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
 def told(bars: Sequence[Bar], *, as_json: bool) -> str:

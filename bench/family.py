@@ -19,6 +19,9 @@ from fluid_eval.spec import build_spec
 from fluid_model.engine.records import KINDS
 from fluid_model.train.origin import TRAINING_FILE, cpu_name
 
+from . import bars
+from .bars import Bar
+
 TASKS = ("mini_gsm8k", "mini_math", "mini_humaneval", "mini_mmlu")
 METRICS = {"mini_gsm8k": "exact_match,strict-match", "mini_math": "math_verify,none"}
 """Metric and filter of a task; the others have one only."""
@@ -100,11 +103,6 @@ def interval(line: dict[str, Any]) -> str:
     return f"{100 * line['score']:.1f} [{100 * line['low']:.1f}, {100 * line['high']:.1f}]"
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
-
-
 def table(results: dict[str, dict[str, Any]], seconds: dict[str, float]) -> str:
     """Systems by tasks: scores, costs, training time."""
     head = ["", *TASKS, "mean", "tokens/forward", "stride", "wall, s", "trained in, min"]
@@ -120,7 +118,7 @@ def table(results: dict[str, dict[str, Any]], seconds: dict[str, float]) -> str:
                 f"{found['wall_seconds']:.0f}", f"{seconds[system.checkpoint] / 60:.0f}",
             ]
         )  # fmt: skip
-    return markdown(head, rows)
+    return bars.table(head, rows)
 
 
 def cost_table(results: dict[str, dict[str, Any]]) -> str:
@@ -135,7 +133,7 @@ def cost_table(results: dict[str, dict[str, Any]]) -> str:
         kinds = [sum(line["forwards_by_kind"].get(kind, 0) for line in written) for kind in KINDS]
         counts = [f"{count:,}" if count else "" for count in (tokens, *kinds, forwards)]
         rows.append([label, *counts, f"{tokens / forwards:.2f}", f"{slots / tokens:.1f}", f"{tokens / seconds:,.0f}"])
-    return markdown(head, rows)
+    return bars.table(head, rows)
 
 
 def level_table(results: dict[str, dict[str, Any]]) -> str:
@@ -145,10 +143,10 @@ def level_table(results: dict[str, dict[str, Any]]) -> str:
     rows = [
         [label, *(f"{100 * found['levels'][name]['score']:.1f}" for name in names)] for label, found in results.items()
     ]
-    return markdown(head, rows)
+    return bars.table(head, rows)
 
 
-def bars(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def wanted(results: dict[str, dict[str, Any]]) -> list[Bar]:
     """What the family is to reach."""
     parent, child = results["tiny-ar"], results["tiny-fluid, verified"]
     loose = results["tiny-fluid, unverified, γ 0.5"]
@@ -162,7 +160,7 @@ def bars(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         ("tiny-fluid, mean accepted stride, published sampler", kept, "at least 4", kept >= 4),
         ("points lost unverified at γ 0.5", traded, "above 0", traded > 0),
     )
-    return [{"name": name, "measured": round(value, 2), "bar": bar, "ok": ok} for name, value, bar, ok in found]
+    return [Bar(name, round(value, 2), bar, ok) for name, value, bar, ok in found]
 
 
 PAGE = """# The tiny family
@@ -213,13 +211,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(system.label, file=sys.stderr)
         results[system.label] = measure(system, options.checkpoints, runs, options.limit)
     seconds = {system.checkpoint: training_seconds(options.checkpoints / system.checkpoint) for system in known}
-    found = bars(results) if {"tiny-ar", "tiny-fluid"} <= set(seconds) else []
-    told = markdown(
-        ["bar", "measured", "wanted", "met"],
-        [[*map(str, list(bar.values())[:-1]), "yes" if bar["ok"] else "**no**"] for bar in found],
-    )
+    found = wanted(results) if {"tiny-ar", "tiny-fluid"} <= set(seconds) else []
+    told = bars.told(found, as_json=False)
     text = table(results, seconds)
-    print(json.dumps({"bars": found}, ensure_ascii=False) if options.json else f"{text}\n\n{told}")
+    print(bars.told(found, as_json=True) if options.json else f"{text}\n\n{told}")
     if options.out:
         absent = sorted({system.checkpoint for system in SYSTEMS} - set(seconds))
         note = f"\nNot trained yet: {', '.join(absent)}.\n" if absent else ""
@@ -234,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.out.write_text(page, encoding="utf-8")
         kept = {label: scores(one) for label, one in results.items()}
         (options.checkpoints / SCORES_FILE).write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
-    return 0 if all(bar["ok"] for bar in found) else 1
+    return 0 if all(bar.ok for bar in found) else 1
 
 
 def scores(found: dict[str, Any]) -> dict[str, list[float]]:

@@ -22,6 +22,7 @@ from fluid_model.fields import assign, read_toml
 from fluid_model.train.origin import TRAINING_FILE
 from fluid_model.train.recipe import build_chain
 
+from .bars import Bar, told
 from .family import SCORES_FILE, SYSTEMS, measure
 
 NAMES = ("tiny-ar", "tiny-fluid", "tiny-nbdiff", "tiny-llada")
@@ -57,50 +58,45 @@ def train(name: str, out: Path, data: Path, settings: tuple[str, ...]) -> dict[s
     return train_chain(build_chain(values), resume=True)
 
 
-def row(name: str, measured: float, wanted: str, ok: bool) -> dict[str, Any]:
-    """One comparison, as every bench tells it."""
-    return {"name": name, "measured": round(measured, 4), "bar": wanted, "ok": ok}
-
-
-def whole(name: str, build: Path) -> list[dict[str, Any]]:
+def whole(name: str, build: Path) -> list[Bar]:
     """The recipe as it stands, compared with what the bundled checkpoint says of itself."""
     bundled, out = resource("checkpoints"), build / name
     parent = () if name == "tiny-ar" else (f"model.parent={bundled / 'tiny-ar'}",)
-    told = train(name, out, rows(build, ROWS), parent)
+    trained = train(name, out, rows(build, ROWS), parent)
     before = json.loads((bundled / name / TRAINING_FILE).read_text(encoding="utf-8"))
     found = []
-    for new, old in zip([*told["before"], told], [*before["before"], before], strict=True):
+    for new, old in zip([*trained["before"], trained], [*before["before"], before], strict=True):
         for key, allowed in TOLERANCE.items():
             if key in old["final"]:
                 was, now = old["final"][key], new["final"][key]
                 label = f"{new['recipe']['stage']}: {key}"
-                found.append(row(label, now, f"{was:.4f} ± {allowed:.0%}", abs(now - was) <= allowed * abs(was)))
+                found.append(Bar(label, now, f"{was:.4f} ± {allowed:.0%}", abs(now - was) <= allowed * abs(was)))
     scores = json.loads((bundled / SCORES_FILE).read_text(encoding="utf-8"))
     system = next(system for system in SYSTEMS if system.checkpoint == name)
     for task, line in measure(system, build, build / "runs", None)["tasks"].items():
         score, low, high = scores[system.label][task]
-        found.append(row(task, line["score"], f"{score:.3f} in [{low:.3f}, {high:.3f}]", low <= line["score"] <= high))
+        found.append(Bar(task, line["score"], f"{score:.3f} in [{low:.3f}, {high:.3f}]", low <= line["score"] <= high))
     return found
 
 
-def short(name: str, build: Path) -> list[dict[str, Any]]:
+def short(name: str, build: Path) -> list[Bar]:
     """The same chain with a few steps, from nothing."""
     data, parent = rows(build, SHORT_ROWS), build / "short-tiny-ar"
     first = train("tiny-ar", parent, data, (*SHORT, "next.optim.steps=20"))
-    told = [*first["before"], first]
+    stages = [*first["before"], first]
     if name != "tiny-ar":
         fewer = ("next.optim.steps=20",) if name == "tiny-fluid" else ()
         last = train(name, build / f"short-{name}", data, (*SHORT, f"model.parent={parent}", *fewer))
-        told += [*last["before"], last]
+        stages += [*last["before"], last]
     found = []
-    for stage in told:
+    for stage in stages:
         losses = [entry["loss"] for entry in stage["history"] if "loss" in entry]
         start, end = float(losses[0]), float(losses[-1])
-        found.append(row(f"{stage['recipe']['stage']}: last loss", end, f"below the first, {start:.3f}", end < start))
+        found.append(Bar(f"{stage['recipe']['stage']}: last loss", end, f"below the first, {start:.3f}", end < start))
     if name == "tiny-fluid":
         texts = [answers(build / f"short-{name}", build / "runs", decoder) for decoder in ("ar", "fluid")]
         same = sum(texts[0][key] == texts[1][key] for key in texts[0])
-        found.append(row("verified texts equal to AR's", same, f"all {len(texts[0])}", same == len(texts[0])))
+        found.append(Bar("verified texts equal to AR's", same, f"all {len(texts[0])}", same == len(texts[0])))
     return found
 
 
@@ -123,12 +119,12 @@ def main(arguments: list[str] | None = None) -> int:
     options.build.mkdir(parents=True, exist_ok=True)
     found = (short if options.short else whole)(options.name, options.build)
     if options.json:
-        print(json.dumps({"bars": found}, ensure_ascii=False))
+        print(told(found, as_json=True))
     else:
-        width = max(len(bar["name"]) for bar in found)
+        width = max(len(bar.name) for bar in found)
         for bar in found:
-            print(f"{bar['name']:{width}}  {bar['measured']:>10}  {bar['bar']}  {'ok' if bar['ok'] else 'NO'}")
-    return 0 if all(bar["ok"] for bar in found) else 1
+            print(f"{bar.name:{width}}  {bar.measured:>10.4g}  {bar.bar}  {'ok' if bar.ok else 'NO'}")
+    return 0 if all(bar.ok for bar in found) else 1
 
 
 if __name__ == "__main__":

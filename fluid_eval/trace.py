@@ -71,8 +71,8 @@ def lines(steps: Sequence[Step], checkpoint: Checkpoint, prompt: int) -> list[Li
 
 def _written(step: Step, mask_id: int | None, prompt: int) -> dict[int, int]:
     """Tokens of an answer that a feed holds, by place."""
-    slots = zip(step.ids, step.places, step.hung, strict=True)
-    return {at - prompt: token for token, at, fan in slots if at >= prompt and fan is None and token != mask_id}
+    slots = zip(step.ids, step.places, strict=True)
+    return {at - prompt: token for token, at in slots if at >= prompt and token != mask_id}
 
 
 def _show(checkpoint: Checkpoint, token: int) -> str:

@@ -67,7 +67,7 @@ class Backbone:
         self._cap = getattr(self.config, "final_logit_softcapping", None)
         self._sliding = getattr(self.config, "sliding_window", None)
         self._layer_types = set(getattr(self.config, "layer_types", None) or ())
-        self.short = llama.Forward(model, self.window) if llama.fits(model) else None
+        self.written_out = llama.Forward(model, self.window) if llama.fits(model) else None
         """The forward written out, where it fits."""
 
     @torch.inference_mode()
@@ -78,8 +78,8 @@ class Backbone:
         Returns (B, S, D): hidden states after the final norm.
         """
         places = reading.positions.clamp(max=self.window - 1)
-        if self.short is not None:
-            return self.short(ids, places, self._additive(reading.allowed()), cache)
+        if self.written_out is not None:
+            return self.written_out(ids, places, self._additive(reading.allowed()), cache)
         output = self.model.base_model(
             input_ids=ids,
             position_ids=places,

@@ -44,7 +44,7 @@ def test_it_says_what_transformers_says(name):
     """Prompts of different length, then more slots after each, in ragged rows."""
     model = model_of(CONFIGS[name])
     backbone = Backbone(model)
-    assert backbone.short is not None
+    assert backbone.written_out is not None
     ids, lengths = torch.randint(0, 97, (3, 14)), [9, 4, 7]
     cache = SlotCache(3, 20)
     prompts = backbone.forward(ids[:, :9], cache.aim(0, [0] * 3, 9, ids.device), cache)
