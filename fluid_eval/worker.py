@@ -59,12 +59,22 @@ class Worker:
         """Answers as they are finished, in any order."""
         generate = [item for item in work if isinstance(item, Request)]
         score = [item for item in work if isinstance(item, ScoreRequest)]
-        if generate:
-            longest = max(len(r.prompt) + r.max_new_tokens for r in generate)
-            yield from self._all(generate, longest, self._write)
-        if score:
-            longest = max(len(context) + len(continuation) for r in score for context, continuation in r.pairs)
-            yield from self._all(score, longest, self._score)
+        for longest, requests in self._bands(generate, lambda r: len(r.prompt) + r.max_new_tokens):
+            yield from self._all(requests, longest, self._write)
+        for longest, questions in self._bands(score, lambda r: max(len(a) + len(b) for a, b in r.pairs)):
+            yield from self._all(questions, longest, self._score)
+
+    def _bands(self, work: list[Item], tokens: Callable[[Item], int]) -> Iterator[tuple[int, list[Item]]]:
+        """All work at once where memory takes as many rows as wanted of the longest; else what is at least half as long
+        as the longest first, so that long rows do not keep short ones from being many. With the longest's tokens.
+        """
+        left = sorted(work, key=tokens, reverse=True)
+        while left:
+            longest = tokens(left[0])
+            fits = self.rows_for(longest) >= min(self._most, len(left))
+            count = len(left) if fits else sum(2 * tokens(item) >= longest for item in left)
+            yield longest, left[:count]
+            left = left[count:]
 
     def _write(self, requests: list[Request], rows: int) -> Iterator[Answer]:
         return engine_for(self._checkpoint, self._spec.decoder, rows).generate(requests)

@@ -6,6 +6,8 @@ Legend: B rows, S slots fed, T key columns, D hidden, V vocabulary.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from . import budget, llama, masks
+from . import budget, linear, llama, masks
 from .engine.cache import SlotCache
 from .errors import ConfigError
 
@@ -23,6 +25,8 @@ PROBE_MORE = 3
 PROBE_TOLERANCE = {torch.float32: 1e-3}
 """Largest allowed difference from the model's own logits, relative to their largest magnitude."""
 PROBE_TOLERANCE_HALF = 5e-2
+SHORT = 2e8
+"""Multiplications and additions up to which a forward runs on one thread."""
 TIMED_CONTEXT, TIMED_SLOTS, TIMED_RUNS = 128, 4096, 9
 """Of forwards that are timed: tokens read, slots fed at most, and how often each."""
 
@@ -64,6 +68,8 @@ class Backbone:
             raise ConfigError(
                 f"{type(model).__name__} has no output embeddings: only causal language models can decode"
             )
+        self._once = 2 * sum(weight.numel() for weight in model.parameters())
+        self._project = linear.Linear.of(self._head)
         self._cap = getattr(self.config, "final_logit_softcapping", None)
         self._sliding = getattr(self.config, "sliding_window", None)
         self._layer_types = set(getattr(self.config, "layer_types", None) or ())
@@ -77,9 +83,13 @@ class Backbone:
         ids: (B, S) tokens fed.  reading: where they stand and what they read, of a cache aimed at them.
         Returns (B, S, D): hidden states after the final norm.
         """
+        with self._threads(ids.numel()):
+            return self._forward(ids, reading, cache)
+
+    def _forward(self, ids: Tensor, reading: masks.Reading, cache: SlotCache) -> Tensor:
         places = reading.positions.clamp(max=self.window - 1)
         if self.written_out is not None:
-            return self.written_out(ids, places, self._additive(reading.allowed()), cache)
+            return self.written_out(ids, places, self._additive(reading.allowed()), cache, reading.widths)
         output = self.model.base_model(
             input_ids=ids,
             position_ids=places,
@@ -93,12 +103,27 @@ class Backbone:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) hidden states -> (..., V) float32 logits."""
-        logits: Tensor = self._head(hidden).float()
+        flat = hidden.flatten(0, -2)
+        with self._threads(len(flat)):
+            logits = self._project(flat).float().view(*hidden.shape[:-1], -1)
         return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
+
+    @contextmanager
+    def _threads(self, slots: int) -> Iterator[None]:
+        """One thread where a forward of that many slots is too short for more: waking them takes longer."""
+        threads = torch.get_num_threads()
+        if threads == 1 or self._once * slots > SHORT:
+            yield
+            return
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     @cached_property
     def slot_budget(self) -> int:
-        """Slots at which a forward takes twice the time of one with a single slot, measured here and now."""
+        """Slots that cost as much as all else a forward does, measured here and now."""
         context = min(TIMED_CONTEXT, self.window // 2)
         return budget.measure(lambda slots: self._seconds(context, slots), min(TIMED_SLOTS, self.window - context))
 
@@ -130,8 +155,7 @@ class Backbone:
 
     def _additive(self, readable: Tensor) -> Tensor:
         """(B, S, T) bool -> (B, 1, S, T), 0 where readable and the dtype's lowest number elsewhere."""
-        mask = torch.zeros(readable.shape, dtype=self.dtype, device=readable.device)
-        return mask.masked_fill_(~readable, torch.finfo(self.dtype).min)[:, None]
+        return torch.where(readable[:, None], 0.0, torch.finfo(self.dtype).min).to(self.dtype)
 
     @torch.inference_mode()
     def probe(self) -> None:

@@ -10,18 +10,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FAN, NOBODY = 2**16, 2**62
+"""More than the slots of a fan, and than any slot's place in that order."""
+
 
 @dataclass(frozen=True)
 class Reading:
     """One forward over the cache: where its slots stand and who reads whom.
 
     columns: (B, S) cache column of each fed slot, a row's after its own cached tokens.  total: T, columns in use.
+    widths: slots of each row that count, the rest being padding (None: all).
     At most one of these; with neither, every slot reads what stands before it:
     ends: (B,), see `mutual`.  fans: anchor and step of each slot, (B, S) each, see `fans`.
     """
 
     columns: Tensor
     total: int
+    widths: list[int] | None = None
     ends: Tensor | None = None
     fans: tuple[Tensor, Tensor] | None = None
 
@@ -87,10 +92,13 @@ def fans(columns: Tensor, total: int, anchor: Tensor, step: Tensor) -> Tensor:
     from the first; a token hangs on itself; negative for padding.  step: (B, S) 0 for tokens, 1.. for slots of a fan.
     Returns (B, S, T) bool.  (FLUID, strictly causal alignment)
     """
-    cached = torch.arange(total, device=columns.device) < columns[:, :1, None]  # (B, 1, T)
-    readable = cached.expand(-1, columns.shape[1], -1).clone()
-    where = columns[:, None].expand(-1, columns.shape[1], -1)
-    return readable.scatter_(2, where, slots(anchor.clamp(max=0), anchor, step))
+    query = anchor * FAN + step  # slots in the order anchor, step; a key is read by those from `low` to below `high`
+    low = torch.where(anchor < 0, NOBODY, query)
+    high = torch.where(step > 0, (anchor + 1) * FAN, NOBODY)
+    cached = torch.arange(total, device=columns.device) < columns[:, :1]  # (B, T)
+    since = torch.where(cached, -FAN, NOBODY).scatter_(1, columns, low)
+    until = torch.full_like(since, NOBODY).scatter_(1, columns, high)
+    return (query[:, :, None] >= since[:, None]) & (query[:, :, None] < until[:, None])
 
 
 def one_fan(last: Tensor, slots: int) -> tuple[Tensor, Tensor]:

@@ -65,8 +65,8 @@ class FluidSettings:
     verify: bool = True
     """Check drafts by the causal model before keeping them; the text is then that of AR."""
     slot_budget: int | None = None
-    """Slots at which a forward takes twice the time of one with a single slot: the more there are, the more a verified
-    round of one forward feeds for the same gain. Unset, measured. It changes speed, never text.
+    """Slots that cost as much as all else a forward does: the more there are, the more a verified round of one forward
+    feeds for the same gain. Unset, measured. It changes speed, never text.
     """
     temperature: float = 0.0
     """0 is greedy; above it, rounds of one forward sample as ar does."""

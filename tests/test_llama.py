@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -54,6 +56,20 @@ def test_it_says_what_transformers_says(name):
         found = backbone.logits(torch.cat([prompts[row, :n], tails[row]]))
         expected = model(input_ids=ids[row : row + 1, : n + 5]).logits[0]
         assert torch.allclose(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("widths", [[5, 1, 2], [1, 1, 5], [1, 0, 5], [3, 3, 3], [1, 1, 1]])
+def test_padding_changes_nothing(widths):
+    """Maps run for the slots that count alone."""
+    backbone, ids, lengths = Backbone(model_of(CONFIGS["llama"])), torch.randint(0, 97, (3, 14)), [9, 4, 7]
+    found = []
+    for said in (None, widths):
+        cache = SlotCache(3, 20)
+        backbone.forward(ids[:, :9], cache.aim(0, [0] * 3, 9, ids.device), cache)
+        reading = replace(cache.aim(0, lengths, 5, ids.device), widths=said)
+        found.append(backbone.forward(ids[:, 9:], reading, cache))
+    for row, width in enumerate(widths):
+        assert torch.allclose(found[0][row, :width], found[1][row, :width], atol=1e-5)
 
 
 def test_it_follows_weights_that_change():

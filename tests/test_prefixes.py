@@ -83,10 +83,16 @@ def drafts(decoder) -> bool:
 
 
 @pytest.mark.parametrize("slots", [1, 4, 10])
-def test_shots_are_read_once(slots):
+def test_shots_are_read_once(slots, monkeypatch):
     checkpoint = fluid_checkpoint()
     fed: list[int] = []
-    checkpoint.model.get_input_embeddings().register_forward_hook(lambda _, ids, __: fed.append(ids[0].shape[1]))
+    real = checkpoint.backbone.forward
+
+    def watched(ids, *rest):
+        fed.append(ids.shape[1])
+        return real(ids, *rest)
+
+    monkeypatch.setattr(checkpoint.backbone, "forward", watched)
     list(engine_for(checkpoint, ArSettings(), slots).generate(work()))
     assert sorted(fed)[-2:] == [len(OTHER), len(SHOTS)]
     assert sorted(fed)[-3] < SHORTEST

@@ -89,3 +89,23 @@ def test_a_run_loses_no_sample(tiny_model, little_memory, tmp_path):
         {"tasks": ["mini_gsm8k_1", "mini_mmlu_1"], "model": str(tiny_model), "limit": 9, "max_new_tokens": 4}
     )
     assert {line["n"] for line in run(spec, tmp_path / "r")["lines"]} == {9}
+
+
+def test_long_rows_do_not_keep_short_ones_from_being_many(tiny_model, monkeypatch):
+    spec = build_spec({"tasks": "mini", "model": str(tiny_model)}).to_dict()
+    work = [Request(f"long {n}", (5,) * 150 + (n,), 2) for n in range(2)]
+    work += [Request(f"short {n}", (5, n), 2) for n in range(30)]
+    expected = {answer.key: answer.ids for answer in worker.Worker(spec).run(work)}
+    real, seen = Engine.generate, []
+
+    def watch(self, requests):
+        requests = list(requests)
+        seen.append((self.slots, {request.key.split()[0] for request in requests}))
+        return real(self, requests)
+
+    monkeypatch.setattr(Engine, "generate", watch)
+    monkeypatch.setattr(worker, "free_memory", lambda _: int(2 * 8 * 153 * 4 * 2 * 2 * 2 * 4 / 4))
+    found = {answer.key: answer.ids for answer in worker.Worker(spec).run(work)}
+    assert found == expected
+    assert [kinds for _, kinds in seen] == [{"long"}, {"short"}]
+    assert seen[0][0] < len(expected) <= seen[1][0]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -157,21 +158,27 @@ class FluidStrategy:
 
         hidden: (n, S, D).  places: of each slot's token; a row's random number of that place draws it.
         """
-        logits, heat = self.backbone.logits(hidden), self.settings.temperature  # (n, S, V)
+        slots, heat = hidden.shape[1], self.settings.temperature
+        fed = [row * slots + slot for row, where in enumerate(places) for slot in range(len(where))]  # less padding
+        hidden = hidden.flatten(0, 1)
+        hidden = hidden if len(fed) == len(hidden) else hidden[torch.tensor(fed, device=hidden.device)]  # (fed, D)
+        logits = self.backbone.logits(hidden)  # (fed, V)
         if heat == 0:
             sure, tokens = logits.softmax(-1).max(-1)
         else:
-            draws = self._numbers(start, places, hidden.shape[1]).to(logits.device)
-            flat = choose(logits.flatten(0, 1), draws.flatten(), heat, self.settings.top_p, "probability")
-            tokens, sure = (found.view(draws.shape) for found in flat)
-        found = torch.stack([tokens.double(), sure.double(), self.head.stride(hidden).to(tokens.device).double()], 1)
-        return [_Said(*row) for row in found.tolist()]
+            tokens, sure = choose(logits, self._numbers(start, places), heat, self.settings.top_p, "probability")
+        strides = self.head.stride(hidden).to(tokens.device)
+        said = torch.stack([tokens.double(), sure.double(), strides.double()]).tolist()
+        ends = list(accumulate(map(len, places)))
+        return [
+            _Said(*(each[end - len(where) : end] for each in said)) for where, end in zip(places, ends, strict=True)
+        ]
 
-    def _numbers(self, start: int, places: list[list[int]], slots: int) -> Tensor:
-        """(n, slots) the random numbers of these places; padding takes the first."""
+    def _numbers(self, start: int, places: list[list[int]]) -> Tensor:
+        """The random numbers of these places, row after row."""
         ahead = self._draws.peek(range(start, start + len(places)), 2 * self.horizon)
-        where = torch.tensor([[*row, *[0] * (slots - len(row))] for row in places])
-        return ahead.gather(1, where)
+        found = [each[torch.tensor(where)] for each, where in zip(ahead, places, strict=True)]
+        return torch.cat(found).to(self.backbone.device)
 
     def _last(self, row: _Row, said: _Said) -> int:
         """The last token that is kept: the last right one, or just the last where nothing is verified."""

@@ -22,13 +22,12 @@ class SlotCache:
     def __init__(self, slots: int, columns: int) -> None:
         self.slots = slots
         self.columns = columns
-        self._keys: dict[int, Tensor] = {}
-        self._values: dict[int, Tensor] = {}
+        self._slabs: dict[int, Tensor] = {}  # of each layer: (slots, key heads then value heads, columns, Dh)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
-        return sum(slab.nbytes for store in (self._keys, self._values) for slab in store.values())
+        return sum(slab.nbytes for slab in self._slabs.values())
 
     def aim(self, start: int, lengths: list[int], fed: int, device: torch.device) -> masks.Reading:
         """Point the next forward at rows start.., feeding `fed` slots after each row's length.
@@ -39,29 +38,30 @@ class SlotCache:
         self._rows = slice(start, start + len(lengths))
         self._write_at = masks.slot_columns(torch.tensor(lengths, device=device), fed)
         self._total = max(lengths) + fed
+        self._where: Tensor | None = None
         return masks.Reading(self._write_at, self._total)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
         """Store (B, H, S, Dh) keys and values of one layer; return the (B, H, T, Dh) columns to read."""
-        return self._put(self._keys, keys, layer), self._put(self._values, values, layer)
+        return self.put(torch.cat((keys, values), 1), layer)
 
-    def _put(self, store: dict[int, Tensor], fresh: Tensor, layer: int) -> Tensor:
-        _, heads, _, size = fresh.shape
-        if layer not in store:
-            store[layer] = fresh.new_zeros(self.slots, heads, self.columns, size)
-        rows = store[layer][self._rows]
-        where = self._write_at[:, None, :, None].expand(-1, heads, -1, size)
-        rows.scatter_(2, where, fresh)
-        return rows[:, :, : self._total]
+    def put(self, fresh: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """`update` of keys and values in one: fresh is (B, 2 H, S, Dh), key heads first."""
+        if layer not in self._slabs:
+            self._slabs[layer] = fresh.new_zeros(self.slots, fresh.shape[1], self.columns, fresh.shape[-1])
+        if self._where is None or self._where.shape != fresh.shape:
+            self._where = self._write_at[:, None, :, None].expand_as(fresh)
+        rows = self._slabs[layer][self._rows]
+        rows.scatter_(2, self._where, fresh)
+        keys, values = rows.narrow(2, 0, self._total).chunk(2, 1)
+        return keys, values
 
     def spread(self, source: int, start: int, count: int, columns: int) -> None:
         """Copy one slot's first columns to `count` slots from `start` on: what their prompts begin with."""
-        for store in (self._keys, self._values):
-            for slab in store.values():
-                slab[start : start + count, :, :columns] = slab[source, :, :columns]
+        for slab in self._slabs.values():
+            slab[start : start + count, :, :columns] = slab[source, :, :columns]
 
     def move(self, source: int, target: int) -> None:
         """Copy one slot's columns over another's, to keep the active rows together."""
-        for store in (self._keys, self._values):
-            for slab in store.values():
-                slab[target].copy_(slab[source])
+        for slab in self._slabs.values():
+            slab[target].copy_(slab[source])

@@ -23,7 +23,7 @@ from .cache import SlotCache
 from .records import Finish, Generation, Request, Step, Trace
 from .strategy import Absorbed, Feed, Strategy
 
-PREFILL_TOKENS = 2048
+PREFILL_TOKENS, PREFILL_TOKENS_CPU = 4096, 512
 """Prompt tokens, padding included, that one prefill forward may take: enough to keep a device busy, and its activations
 small beside keys and values.
 """
@@ -73,6 +73,7 @@ class Engine:
         self.strategy = strategy
         self.slots = slots
         self.calls = 0
+        self._prefill = PREFILL_TOKENS_CPU if backbone.device.type == "cpu" else PREFILL_TOKENS
         self._rows: list[_Row] = []
         self._seen: list[Step] = []
         self._held: tuple[int, ...] = ()
@@ -133,7 +134,7 @@ class Engine:
         """Let waiting prompts in together, as many as begin alike and the slots and one forward's budget take."""
         first, rows = waiting[0], list[_Row]()
         fed = len(first.request.prompt) - first.shared + len(self.strategy.behind_prompt)
-        most = min(free, max(1, PREFILL_TOKENS // fed))
+        most = min(free, max(1, self._prefill // fed))
         while waiting and len(rows) < most and waiting[0].beginning == first.beginning:
             rows.append(waiting.popleft())
         start = len(self._rows)
@@ -192,7 +193,7 @@ class Engine:
 
     def _forward(self, rows: list[_Row], feed: Feed, reading: masks.Reading) -> Tensor:
         """One counted call of the model."""
-        hidden = self.backbone.forward(feed.ids, reading, self._cache)
+        hidden = self.backbone.forward(feed.ids, replace(reading, widths=feed.widths), self._cache)
         self.calls += 1
         for row, width, kind in zip(rows, feed.widths, feed.kinds, strict=True):
             row.trace.count(kind, width)
