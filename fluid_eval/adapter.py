@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from fluid_model.engine.records import Generation, Request, Score, ScoreRequest
+from fluid_model.engine.records import Generation, Request, Score, ScoreRequest, Trace
 from fluid_model.errors import ConfigError
 from fluid_model.settings import answer_slots
 from fluid_model.tokens import Tokenizer
 
 from .chat import Chat
-from .pool import Pool
+from .pool import Lost, Pool, chunks_of
 from .progress import Bar
 from .store import Record, Run
+
+if TYPE_CHECKING:
+    from .worker import Answer, Work
 
 Ids = tuple[int, ...]
 ENCODE_AT_ONCE = 2048
@@ -52,6 +55,7 @@ class FluidLM(TemplateLM):
         self._run = run
         self._bar = bar
         self._chat = chat
+        self._asked: dict[str, str | list[tuple[str, str]]] = {}
         self._end_of_thinking = chat.end_of_thinking if chat and chat.settings.thinking else None
         ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         self._bos = tokenizer.decode(self.prefix_token_id) if any(end is not None for end in ends) else ""
@@ -81,10 +85,32 @@ class FluidLM(TemplateLM):
             return list(self._encode_all([string])[string])
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
+    def missing(self, requests: Sequence[Instance]) -> list[Work]:
+        """What of these requests the run does not hold yet; `keep` takes the answers."""
+        writes = [instance for instance in requests if instance.request_type == "generate_until"]
+        scores = [instance for instance in requests if instance.request_type == "loglikelihood"]
+        return [*self._to_write(writes)[1], *self._to_score(scores)[1]]
+
+    def keep(self, answer: Answer | Lost) -> None:
+        """Store an answer to what `missing` asked for."""
+        asked = self._asked.pop(answer.key)
+        if isinstance(answer, Lost):
+            self._run.append(_lost(answer, asked))
+        elif isinstance(answer, Generation):
+            self._run.append(self._written(answer, str(asked)))
+        else:
+            self._run.append(_scored(answer, list(asked)))  # type: ignore[arg-type]  # pairs, where likelihoods are asked
+
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts before their stop strings, in request order."""
+        keys, work = self._to_write(requests)
+        self._work("writing", keys, work)
+        return [self._run.samples[key]["output"] for key in keys]
+
+    def _to_write(self, requests: Sequence[Instance]) -> tuple[list[str], list[Request]]:
+        """Keys of all, and what is missing."""
         prompts = self._encode_all(instance.args[0] for instance in requests)
-        keys, work, prompt_of = [], [], {}
+        keys, work = [], []
         seen: Counter[str] = Counter()
         for instance in requests:
             text, options = instance.args
@@ -95,29 +121,33 @@ class FluidLM(TemplateLM):
             keys.append(key)
             if not self._held(key, text):
                 work.append(self._request(key, prompts[text], dict(options)))
-                prompt_of[key] = text
-        self._work("writing", keys, work, lambda answer: self._written(answer, prompt_of[answer.key]))
-        return [self._run.samples[key]["output"] for key in keys]
+                self._asked[key] = text
+        return keys, work
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood, is greedy) of each continuation; the choices of one question go together."""
-        questions: dict[str, list[Instance]] = {}
-        for instance in requests:
-            questions.setdefault(f"{instance.task_name}/{instance.doc_id}", []).append(instance)
-        missing = {k: group for k, group in questions.items() if not self._held(k, group[0].args[0])}
-        pairs = self._encode_pairs([i.args for group in missing.values() for i in group])
-        seed = self._run.spec.seed
-        work = [
-            ScoreRequest(key, tuple(pairs[i.args] for i in group), _row_seed(seed, key))
-            for key, group in missing.items()
-        ]
-        self._work("scoring", list(questions), work, lambda a: _scored(a, [i.args for i in missing[a.key]]))
+        questions, work = self._to_score(requests)
+        self._work("scoring", list(questions), work)
         found: dict[int, tuple[float, bool]] = {}
         for key, group in questions.items():
             record = self._run.samples[key]
             for instance, value, greedy in zip(group, record["loglikelihoods"], record["greedy"], strict=True):
                 found[id(instance)] = value, greedy
         return [found[id(instance)] for instance in requests]
+
+    def _to_score(self, requests: Sequence[Instance]) -> tuple[dict[str, list[Instance]], list[ScoreRequest]]:
+        """Requests of each question by key, and the questions that are missing."""
+        questions: dict[str, list[Instance]] = {}
+        for instance in requests:
+            questions.setdefault(f"{instance.task_name}/{instance.doc_id}", []).append(instance)
+        missing = {k: group for k, group in questions.items() if not self._held(k, group[0].args[0])}
+        pairs = self._encode_pairs([i.args for group in missing.values() for i in group])
+        seed = self._run.spec.seed
+        self._asked |= {key: [i.args for i in group] for key, group in missing.items()}
+        return questions, [
+            ScoreRequest(key, tuple(pairs[i.args] for i in group), _row_seed(seed, key))
+            for key, group in missing.items()
+        ]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows as wide as the model's, each token predicted once."""
@@ -138,15 +168,15 @@ class FluidLM(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         work = [ScoreRequest(str(n), ((tuple(c), tuple(t)),)) for n, (_texts, c, t) in enumerate(requests)]
-        found = {answer.key: answer for answer in self._pool().run(work) if isinstance(answer, Score)}
+        found = {answer.key: answer for answer in self._answers(work) if isinstance(answer, Score)}
         return [(found[item.key].loglikelihoods[0], found[item.key].greedy[0]) for item in work]
 
     def _held(self, key: str, prompt: str) -> bool:
         """Whether the run holds this sample. Raises ConfigError if its prompt has changed since."""
-        record = self._run.samples.get(key)
-        if record is not None and record["prompt_hash"] != prompt_hash(prompt):
+        held = self._run.samples.prompt_hash(key)
+        if held is not None and held != prompt_hash(prompt):
             raise ConfigError(f"{self._run.folder}: the prompt of {key} is not the one stored; start another run")
-        return record is not None
+        return held is not None
 
     def _request(self, key: str, prompt: Ids, options: dict[str, Any]) -> Request:
         """Cut a prompt from the left so that its answer fits the window; say how much was cut."""
@@ -176,14 +206,19 @@ class FluidLM(TemplateLM):
             record["thinking_ended"] = self._end_of_thinking in record["raw_output"]
         return record
 
-    def _work(self, title: str, keys: Sequence[str], work: Sequence[Any], record: Callable[[Any], Record]) -> None:
+    def _work(self, title: str, keys: Sequence[str], work: Sequence[Work]) -> None:
         """Send missing work to the pool and store answers as they come."""
         with self._bar(title, len(keys)) as bar:
             bar.skip(len(keys) - len(work))
             if work:
-                for answer in self._pool().run(work):
-                    self._run.append(record(answer))
+                for answer in self._answers(work):
+                    self.keep(answer)
                     bar.advance()
+
+    def _answers(self, work: Sequence[Work]) -> Iterator[Answer | Lost]:
+        pool = self._pool()
+        for _, answer in pool.run(chunks_of(pool, "", self._run.spec, work)):
+            yield answer
 
     def _encode_all(self, texts: Iterable[str]) -> dict[str, Ids]:
         """Token ids of distinct texts. The tokenizer adds its special tokens unless the text has its own BOS or is a
@@ -248,6 +283,14 @@ def _base(answer: Generation | Score, prompt: str) -> Record:
         "trace": vars(answer.trace),
         "seconds": answer.seconds,
     }
+
+
+def _lost(answer: Lost, asked: str | list[tuple[str, str]]) -> Record:
+    """A sample that was given up: it has no answer and counts nowhere."""
+    nothing = Score(answer.key, (0.0,) * len(asked), (False,) * len(asked), Trace(), 0.0)
+    if isinstance(asked, str):
+        return {**_base(nothing, asked), "output": "", "output_ids": [], "finish": "lost", "lost": answer.reason}
+    return {**_scored(nothing, asked), "output": "", "lost": answer.reason}
 
 
 def _scored(answer: Score, args: list[tuple[str, str]]) -> Record:

@@ -158,7 +158,7 @@ def _run(options: argparse.Namespace) -> int:
         print(json.dumps(result, indent=2))
     else:
         print_result(result, folder)
-    return EXIT_OK
+    return EXIT_FAILED if result.get("lost") else EXIT_OK
 
 
 def _take_bundled(values: dict[str, Any], options: argparse.Namespace) -> None:

@@ -77,7 +77,8 @@ def cost(records: Sequence[Record]) -> Cost:
 
 
 def lines(task: str, records: Sequence[Record]) -> list[Line]:
-    """One line per metric and filter of a task or group, over all its samples."""
+    """One line per metric and filter of a task or group, over all its samples but those that were given up."""
+    records = [record for record in records if "lost" not in record]
     spent = cost(records)
     found = []
     for name in dict.fromkeys(name for r in records for name in r["scores"]):

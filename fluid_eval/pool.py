@@ -1,72 +1,173 @@
-"""Who works: one worker in this process, or long-lived Ray actors. The only file that knows Ray."""
+"""Who works: one worker in this process, or long-lived Ray actors. The only file that knows Ray.
+
+Work comes in chunks, each with the spec it belongs to; answers leave as they come. A Ray worker that dies is replaced
+and its chunk tried again in halves, until a sample that kills every worker it meets stands alone and is given up.
+"""
 
 from __future__ import annotations
 
 import os
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fluid_model.engine import prefixes
 from fluid_model.engine.records import Request
 from fluid_model.errors import ConfigError, RunError
+from fluid_model.fields import Nested
 
 from .spec import RunSpec
 
 if TYPE_CHECKING:
     from .worker import Answer, Work
 
-CHUNK_ROWS = 32
-"""Requests a Ray worker gets at a time: small enough to lose little, large enough to fill a batch."""
+CHUNK_ROWS = 128
+"""Requests a Ray worker gets at a time at most: a worker's rows run empty at the end of each chunk."""
 IN_FLIGHT = 2
 """Chunks a Ray worker holds, so that it never waits for the driver."""
+PARCEL, PARCEL_SECONDS = 64, 0.5
+"""Answers a Ray worker sends at once, and how long one may wait for others."""
+UNSENT = 8
+"""Parcels a Ray worker keeps ready before it waits for the driver to fetch them."""
+TRIES = 3
+"""Times a sample may kill a worker, alone, before it is given up."""
+MOST_LOST, MOST_DEATHS = 10, 12
+"""Samples given up, and workers dead in a row without an answer, from which on the fault is not the samples'."""
+START_SECONDS = 600.0
+"""How long no worker at all may be ready."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Requests that a worker gets together.
+
+    point: whose they are, told back with each answer.  spec: as RunSpec.to_dict gives it.  tries: workers a chunk of
+    one request has killed.
+    """
+
+    point: str
+    spec: Nested
+    work: tuple[Work, ...]
+    tries: int = 0
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A request that was given up. reason: what became of the workers that tried."""
+
+    key: str
+    reason: str
 
 
 class Pool(Protocol):
-    """Works through requests; `size` workers."""
+    """Works through requests; `size` workers.
+
+    chunk_rows: requests of a chunk at most (None: as many as there are).
+    """
 
     size: int
+    chunk_rows: int | None
 
-    def facts(self) -> dict[str, Any]:
-        """What the workers run on."""
+    def facts(self, spec: RunSpec) -> dict[str, Any]:
+        """What the workers run a spec on. Raises ConfigError if its model cannot load."""
 
-    def run(self, work: Sequence[Work]) -> Iterator[Answer]:
-        """Answers as they come, in any order."""
+    def run(self, chunks: Sequence[Chunk]) -> Iterator[tuple[str, Answer | Lost]]:
+        """Points and answers as they come, in any order. Chunks are begun in the order given."""
 
     def close(self) -> None:
         """Let go of what the pool started."""
 
 
 def open_pool(spec: RunSpec) -> Pool:
-    """The pool a spec asks for, its models loaded."""
-    return InlinePool(spec) if spec.engine.kind == "inline" else RayPool(spec)
+    """The pool a spec asks for."""
+    return InlinePool() if spec.engine.kind == "inline" else RayPool(spec)
 
 
 class InlinePool:
     """One worker, in this process."""
 
-    size = 1
+    size: int = 1
+    chunk_rows: int | None = None
 
-    def __init__(self, spec: RunSpec) -> None:
+    def __init__(self) -> None:
         from .worker import Worker
 
-        self._worker = Worker(spec.to_dict())
-        self._facts = self._worker.facts()
+        self._worker = Worker()
 
-    def facts(self) -> dict[str, Any]:
-        return self._facts
+    def facts(self, spec: RunSpec) -> dict[str, Any]:
+        return self._worker.facts(spec.to_dict())
 
-    def run(self, work: Sequence[Work]) -> Iterator[Answer]:
-        return self._worker.run(work)
+    def run(self, chunks: Sequence[Chunk]) -> Iterator[tuple[str, Answer | Lost]]:
+        for chunk in chunks:
+            for answer in self._worker.run(chunk.spec, chunk.work):
+                yield chunk.point, answer
 
     def close(self) -> None:
         pass
 
 
+class Actor:
+    """A worker as Ray holds it: answers leave in parcels, since each one sent costs the driver a fraction of a
+    millisecond.
+    """
+
+    def __init__(self, threads: int | None) -> None:
+        self._worker = self.make(threads)
+
+    @staticmethod
+    def make(threads: int | None) -> Any:
+        """The worker; another kind in tests."""
+        from .worker import Worker
+
+        return Worker(threads)
+
+    def ready(self) -> int:
+        """Its process."""
+        return os.getpid()
+
+    def facts(self, spec: Nested) -> dict[str, Any]:
+        found: dict[str, Any] = self._worker.facts(spec)
+        return found
+
+    def run(self, spec: Nested, work: Sequence[Work]) -> Iterator[list[Answer]]:
+        parcel, since = [], time.monotonic()
+        for answer in self._worker.run(spec, work):
+            parcel.append(answer)
+            if len(parcel) == PARCEL or time.monotonic() - since > PARCEL_SECONDS:
+                yield parcel
+                parcel, since = [], time.monotonic()
+        if parcel:
+            yield parcel
+
+
+@dataclass
+class _Given:
+    """A chunk a worker has. left: requests not answered yet, by key."""
+
+    chunk: Chunk
+    left: dict[str, Work]
+
+
+@dataclass
+class _Hand:
+    """A Ray actor. starting: resolves when it is up (None: it is).  given: its chunks by the stream of their answers,
+    the oldest first.
+    """
+
+    actor: Any
+    starting: Any
+    given: dict[Any, _Given] = field(default_factory=dict)
+
+
 class RayPool:
     """Ray actors, one per GPU or as many as asked. A local cluster is private to the run and ends with it."""
 
-    def __init__(self, spec: RunSpec) -> None:
+    chunk_rows: int | None = CHUNK_ROWS
+
+    def __init__(self, spec: RunSpec, kind: type[Actor] = Actor) -> None:
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         import ray
 
@@ -81,68 +182,131 @@ class RayPool:
         except (ConnectionError, RuntimeError, ValueError) as error:
             hint = "; a cluster that Ray guards by a token wants RAY_AUTH_MODE=token" if address != "local" else ""
             raise ConfigError(f"ray address {address!r}: {str(error).splitlines()[0]}{hint}") from error
+        self._errors = ray.exceptions
         try:
-            self._start(spec, workers)
+            self._start(spec, workers, kind)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, spec: RunSpec, workers: int | None) -> None:
-        from .worker import Worker
-
+    def _start(self, spec: RunSpec, workers: int | None, kind: type[Actor]) -> None:
         have = self._ray.cluster_resources()
         gpus = 0 if spec.model.device == "cpu" else int(have.get("GPU", 0))
         self.size = workers or gpus or 1
-        kind, share = ("GPU", {"num_gpus": 1}) if gpus else ("CPU", {"num_cpus": 1})
-        if self.size > int(have.get(kind, 0)):
+        resource, share = ("GPU", {"num_gpus": 1}) if gpus else ("CPU", {"num_cpus": 1})
+        if self.size > int(have.get(resource, 0)):
             raise ConfigError(
-                f"engine.workers={self.size}: the cluster has {have.get(kind, 0):.0f} {kind}s, one a worker"
+                f"engine.workers={self.size}: the cluster has {have.get(resource, 0):.0f} {resource}s, one a worker"
             )
-        threads = None if gpus else max(1, cores() // self.size)
-        values = spec.to_dict()
-        if (model := Path(spec.model.path).expanduser()).is_dir():
-            values["model"]["path"] = str(model.resolve())  # workers of a running cluster start in another folder
-        actor = self._ray.remote(Worker).options(**share)
-        self._actors = [actor.remote(values, threads) for _ in range(self.size)]
-        facts = [actor.facts.remote() for actor in self._actors]  # all load at once
-        self._facts: dict[str, Any] = [self._get(reference) for reference in facts].pop()
+        self._threads = None if gpus else max(1, cores() // self.size)
+        self._actor = self._ray.remote(kind).options(**share)
+        self._hands = [self._hire() for _ in range(self.size)]
+        self._deaths = self._lost = 0
 
-    def _get(self, reference: Any) -> Any:
-        """A remote result; what a worker raised is raised here as itself."""
+    def _hire(self) -> _Hand:
+        actor = self._actor.remote(self._threads)
+        return _Hand(actor, actor.ready.remote())
+
+    def facts(self, spec: RunSpec) -> dict[str, Any]:
+        """Of one worker; the others load the model meanwhile."""
+        values = self._values(spec.to_dict())
+        found = [hand.actor.facts.remote(values) for hand in self._hands]
         try:
-            return self._ray.get(reference)
-        except self._ray.exceptions.RayTaskError as error:
+            facts: dict[str, Any] = self._ray.get(found[0])
+        except self._errors.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, (ConfigError, RunError)) else error) from None
-        except self._ray.exceptions.RayActorError as error:
-            reason = str(error).splitlines()[0]
-            raise RunError(f"a Ray worker died ({reason}); what is finished is stored, --resume goes on") from None
+        except self._errors.RayActorError as error:
+            raise RunError(f"a Ray worker died as it loaded the model ({_first_line(error)})") from None
+        return facts
 
-    def facts(self) -> dict[str, Any]:
-        return self._facts
+    def _values(self, spec: Nested) -> Nested:
+        """A spec for workers, which may have started in another folder."""
+        model = Path(spec["model"]["path"]).expanduser()
+        return {**spec, "model": {**spec["model"], "path": str(model.resolve())}} if model.is_dir() else spec
 
-    def run(self, work: Sequence[Work]) -> Iterator[Answer]:
-        """In small chunks, the longest first; each worker has the next one waiting."""
-        chunks = chunks_of(work, max(1, min(CHUNK_ROWS, -(-len(work) // (2 * self.size)))))
-        chunks.reverse()
-        busy: dict[Any, Any] = {}
+    def run(self, chunks: Sequence[Chunk]) -> Iterator[tuple[str, Answer | Lost]]:
+        """Each worker has the next chunk waiting."""
+        queue = deque(replace(chunk, spec=self._values(chunk.spec)) for chunk in chunks)
+        waiting_since = time.monotonic()
+        while queue or any(hand.given for hand in self._hands):
+            for hand in self._hands:
+                while queue and hand.starting is None and len(hand.given) < IN_FLIGHT:
+                    self._give(hand, queue.popleft())
+            if any(hand.starting is None for hand in self._hands):
+                waiting_since = time.monotonic()
+            elif time.monotonic() - waiting_since > START_SECONDS:
+                raise RunError(f"no Ray worker has come up in {START_SECONDS:.0f} s; --resume goes on")
+            owners = {stream: hand for hand in self._hands for stream in hand.given}
+            owners |= {hand.starting: hand for hand in self._hands if hand.starting is not None}
+            ready, _ = self._ray.wait(list(owners), num_returns=1, timeout=5.0)
+            for each in ready:
+                yield from self._hear(owners[each], each, queue)
 
-        def feed(actor: Any) -> None:
-            if chunks:
-                stream = actor.run.options(num_returns="streaming").remote(chunks.pop())
-                busy[stream] = actor
+    def _give(self, hand: _Hand, chunk: Chunk) -> None:
+        options = {"num_returns": "streaming", "_generator_backpressure_num_objects": UNSENT}
+        stream = hand.actor.run.options(**options).remote(chunk.spec, chunk.work)
+        hand.given[stream] = _Given(chunk, {item.key: item for item in chunk.work})
 
-        for _ in range(IN_FLIGHT):
-            for actor in self._actors:
-                feed(actor)
-        while busy:
-            (ready, *_), _ = self._ray.wait(list(busy), num_returns=1)
+    def _hear(self, hand: _Hand, ready: Any, queue: deque[Chunk]) -> Iterator[tuple[str, Answer | Lost]]:
+        """What a worker has to say: it is up, answers, an end, or that it is dead."""
+        try:
+            if ready is hand.starting:
+                self._ray.get(ready)
+                hand.starting = None
+                return
+            given = hand.given[ready]
             try:
-                yield self._get(next(ready))
+                parcel = self._ray.get(next(ready))
             except StopIteration:
-                feed(busy.pop(ready))
+                del hand.given[ready]
+                return
+        except self._errors.RayTaskError as error:
+            if isinstance(error.cause, (ConfigError, RunError)):
+                raise error.cause from None
+            yield from self._failed(hand.given.pop(ready), queue, str(error.cause or error).strip().splitlines()[-1])
+            return
+        except self._errors.RayError as error:
+            yield from self._died(hand, queue, _first_line(error))
+            return
+        self._deaths = 0
+        for answer in parcel:
+            del given.left[answer.key]
+            yield given.chunk.point, answer
+
+    def _died(self, hand: _Hand, queue: deque[Chunk], reason: str) -> Iterator[tuple[str, Answer | Lost]]:
+        """Replace a worker. What it was at is suspect; what it had not begun is not."""
+        self._deaths += 1
+        if self._deaths >= MOST_DEATHS:
+            raise RunError(f"{self._deaths} Ray workers died in a row ({reason}); what is finished is stored")
+        self._ray.kill(hand.actor)  # where Ray merely lost sight of it
+        self._hands[self._hands.index(hand)] = self._hire()
+        for number, given in enumerate(hand.given.values()):
+            if number == 0:
+                yield from self._failed(given, queue, f"its worker died: {reason}")
+            else:
+                queue.appendleft(given.chunk)
+
+    def _failed(self, given: _Given, queue: deque[Chunk], reason: str) -> Iterator[tuple[str, Answer | Lost]]:
+        """Try a chunk's unanswered requests again: in halves, or, of one that stands alone, TRIES times in all."""
+        left = list(given.left.values())
+        if len(left) == 1 and len(given.chunk.work) == 1 and given.chunk.tries + 1 >= TRIES:
+            self._lost += 1
+            if self._lost > MOST_LOST:
+                raise RunError(f"more than {MOST_LOST} samples fail ({left[0].key}: {reason}): look for another cause")
+            yield given.chunk.point, Lost(left[0].key, reason)
+            return
+        tries = given.chunk.tries + 1 if len(given.chunk.work) == 1 else 0
+        half = -(-len(left) // 2)
+        for part in (left[:half], left[half:]):
+            if part:
+                queue.append(replace(given.chunk, work=tuple(part), tries=tries))
 
     def close(self) -> None:
         self._ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def cores() -> int:
@@ -151,8 +315,21 @@ def cores() -> int:
     return int(asked) if asked.isdigit() and int(asked) else len(os.sched_getaffinity(0))
 
 
-def chunks_of(work: Sequence[Work], size: int) -> list[list[Work]]:
-    """Work in chunks of at most `size`, what begins alike together, since a worker reads that once a chunk."""
+def chunks_of(pool: Pool, point: str, spec: RunSpec, work: Sequence[Work]) -> list[Chunk]:
+    """Work in chunks a pool likes: no more than it may take at once, small enough to keep all workers busy to the end,
+    and what begins alike together, since a worker reads that once a chunk. The longest first.
+    """
+    if not work:
+        return []
+    values = spec.to_dict()
+    if pool.chunk_rows is None:
+        return [Chunk(point, values, tuple(work))]
+    size = max(1, min(pool.chunk_rows, -(-len(work) // (4 * pool.size))))
+    return [Chunk(point, values, tuple(part)) for part in parts_of(work, size)]
+
+
+def parts_of(work: Sequence[Work], size: int) -> list[list[Work]]:
+    """Work in parts of at most `size`, what begins alike together."""
     prompts = [item.prompt if isinstance(item, Request) else item.pairs[0][0] for item in work]
     groups = prefixes.group(prompts, own=[1] * len(work))
     return [

@@ -100,13 +100,12 @@ class _Job:
         """The workers, started when the first answer is missing."""
         if self._pool is None:
             self._pool = open_pool(self.spec)
-            self._begin()
+            self._begin(self._pool.facts(self.spec))
         return self._pool
 
-    def _begin(self) -> None:
+    def _begin(self, facts: dict[str, Any]) -> None:
         """Write the run folder's head: only now is the model known to load."""
         where = {**environment.describe(), "started": self._started.isoformat(timespec="seconds")}
-        facts = self._pool.facts() if self._pool else {}
         where["engine"] = {**facts, "workers": self._pool.size if self._pool else 0}
         where["same"] = {name: facts.get(name) for name in ("weights", "device", "dtype")}
         where["same"] |= {name: where["versions"][name] for name in ("torch", "transformers", "lm-eval")}
@@ -146,6 +145,7 @@ class _Job:
             "task_versions": harness.versions(tasks),
             "data": [f.message for f in data.fingerprints(self.spec.data_dir)],
             "notices": self.opened.notices + (self._chat.notices(records) if self._chat else []),
+            "lost": {record["key"]: record["lost"] for record in records if "lost" in record},
         }
 
     def close(self) -> None:

@@ -47,6 +47,8 @@ def print_result(result: Mapping[str, Any], folder: Path) -> None:
         console.print(f"data: {message}")
     for message in result["notices"]:
         console.print(f"note: {message}")
+    for key, reason in result.get("lost", {}).items():
+        console.print(f"given up, and in no score: {key} ({reason})")
     console.print(f"run folder: {folder}  (fluid-eval report {folder})", soft_wrap=True)
 
 

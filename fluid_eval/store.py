@@ -2,19 +2,23 @@
 
 spec.json         the spec and its id
 environment.json  versions, commit, hardware, data fingerprints
-samples.jsonl     one line a sample, appended as answers come; scores are filled in when the run ends
+samples.jsonl     one line a sample with its checksum, appended as answers come; scores are filled in when the run ends
 result.json       the table; a run without it is not finished
+
+One process writes a folder at a time.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any
 
-from fluid_model.errors import ConfigError
+from fluid_model.errors import ConfigError, RunError
 from fluid_model.fields import Nested
 
 from .spec import RunSpec, build_spec
@@ -26,6 +30,43 @@ Record = dict[str, Any]
 REQUIRED = {"key", "task", "doc_id", "prompt", "prompt_hash", "output", "output_ids", "finish", "trace", "seconds"}
 """Fields every sample has."""
 SPEC, ENVIRONMENT, SAMPLES, RESULT = "spec.json", "environment.json", "samples.jsonl", "result.json"
+CHECKSUM = b', "crc32": "'
+"""Begins a line's last field: of the line without it."""
+
+
+class Samples(Mapping[str, Record]):
+    """Samples of a file by key, read where they stand: what memory holds of one is its key, place and prompt's hash."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._open: IO[bytes] | None = None
+        self._places: dict[str, tuple[int, int, str]] = {}
+
+    def note(self, record: Record, start: int, size: int) -> None:
+        """A sample stands at these bytes of the file."""
+        self._places[record["key"]] = start, size, record["prompt_hash"]
+
+    def prompt_hash(self, key: str) -> str | None:
+        """Of the prompt a sample answers, None without one."""
+        return self._places[key][2] if key in self._places else None
+
+    def __getitem__(self, key: str) -> Record:
+        start, size, _ = self._places[key]
+        if self._open is None:
+            self._open = self._file.open("rb")
+        self._open.seek(start)
+        return parse(self._open.read(size))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
 
 
 class Run:
@@ -38,10 +79,10 @@ class Run:
         """
         self.folder = folder
         self.spec = spec
-        self.samples: dict[str, Record] = {}
+        self.samples = Samples(folder / SAMPLES)
         self.notices: list[str] = []
-        self._file: TextIO | None = None
-        self._torn = 0
+        self._file: IO[bytes] | None = None
+        self._torn = self._end = 0
         held = _held_spec(folder)
         if held is None:
             _check_writable(folder)
@@ -52,7 +93,10 @@ class Run:
             raise ConfigError(f"{folder} holds {state} of this spec; pass --resume to go on, or another --out")
         else:
             self._torn = torn_bytes(folder / SAMPLES)
-            self.samples = {record["key"]: record for record in read_samples(folder, torn=self._torn)}
+            for record, start, size in _read(folder / SAMPLES, self._torn):
+                self._end = start + size
+                if "lost" not in record:  # what was given up is tried again
+                    self.samples.note(record, start, size)
             if self.samples:
                 self.notices.append(
                     f"{len(self.samples)} samples are from an earlier session; wall time is the last session's"
@@ -61,34 +105,46 @@ class Run:
     def begin(self, environment: Nested) -> None:
         """Create the folder and open the samples for appending. A last line that a crash cut short is dropped.
 
-        Raises ConfigError if the run was begun where its answers may differ: other weights, device, dtype, versions.
+        Raises ConfigError if the run was begun where its answers may differ: other weights, device, dtype, versions; or
+        if another process writes the folder.
         """
         self._check_same(environment)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._mend_last_line()
-        write_json(self.folder / SPEC, {"id": self.spec.id, **self.spec.to_dict()})
-        write_json(self.folder / ENVIRONMENT, environment)
-        self._file = (self.folder / SAMPLES).open("a", encoding="utf-8")
+        with _enough_room(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self.folder / SAMPLES).open("ab", buffering=0)
+            lock(self._file, self.folder)
+            if self._file.tell() != self._end + self._torn:
+                raise ConfigError(f"{self.folder}: another process wrote here just now; try again with --resume")
+            self._mend_last_line()
+            write_json(self.folder / SPEC, {"id": self.spec.id, **self.spec.to_dict()})
+            write_json(self.folder / ENVIRONMENT, environment)
 
     def append(self, record: Record) -> None:
-        """Keep one sample: it is with the operating system before this returns."""
+        """Keep one sample: it is with the operating system before this returns.
+
+        Raises RunError where the disk is full.
+        """
         assert self._file is not None, "begin comes first"
-        self._file.write(_line(record))
-        self._file.flush()
-        self.samples[record["key"]] = record
+        line = encode(record)
+        with _enough_room(self.folder / SAMPLES):
+            if (written := self._file.write(line)) < len(line):
+                self._file.write(line[written:])  # says why
+        self.samples.note(record, self._end, len(line))
+        self._end += len(line)
 
     def finish(self, records: Iterable[Record], result: Nested) -> None:
         """Replace the samples by their scored form, then write the result."""
-        if self._file is not None:
-            self._file.close()
         draft = self.folder / f".{SAMPLES}.tmp"
-        with draft.open("w", encoding="utf-8") as file:
-            file.writelines(_line(record) for record in records)
-        os.replace(draft, self.folder / SAMPLES)
-        write_json(self.folder / RESULT, result)
+        with _enough_room(draft):
+            with draft.open("wb") as file:
+                file.writelines(encode(record) for record in records)
+            os.replace(draft, self.folder / SAMPLES)
+            write_json(self.folder / RESULT, result)
+        self.close()
 
     def close(self) -> None:
         """Close the samples file; a run left like this can be resumed."""
+        self.samples.close()
         if self._file is not None:
             self._file.close()
 
@@ -123,23 +179,60 @@ def read_samples(folder: Path, *, torn: int = 0) -> Iterator[Record]:
 
     Raises ConfigError naming file and line of one that is no sample.
     """
-    file = folder / SAMPLES
+    for record, _, _ in _read(folder / SAMPLES, torn):
+        yield record
+
+
+def _read(file: Path, torn: int) -> Iterator[tuple[Record, int, int]]:
+    """Samples with the place and size of their lines."""
     if not file.exists():
         return
-    left = file.stat().st_size - torn
+    end, start = file.stat().st_size - torn, 0
     with file.open("rb") as handle:
         for number, line in enumerate(handle, 1):
-            if left <= 0:
+            if start >= end:
                 return
-            left -= len(line)
             try:
-                record = json.loads(line)
+                record = parse(line)
                 missing = REQUIRED - record.keys()
             except (ValueError, AttributeError) as error:
-                raise ConfigError(f"{file}, line {number}: not a sample ({error})") from error
+                raise ConfigError(
+                    f"{file}, line {number}: not a sample ({error}); without that line, --resume writes it again"
+                ) from error
             if missing:
                 raise ConfigError(f"{file}, line {number}: not a sample (no {', '.join(sorted(missing))})")
-            yield record
+            yield record, start, len(line)
+            start += len(line)
+
+
+def parse(line: bytes) -> Record:
+    """A line's record. Raises ValueError where it is none, or not what was written."""
+    body, sign, check = line.rstrip(b"\n").rpartition(CHECKSUM)
+    if not sign:
+        raise ValueError("no checksum")
+    if check != f'{zlib.crc32(body):08x}"}}'.encode():
+        raise ValueError("its checksum is another")
+    record = json.loads(body + b"}")
+    return dict(record)
+
+
+def lock(file: IO[bytes], folder: Path) -> None:
+    """Hold a folder's file until it is closed or the process ends. Raises ConfigError if another process does."""
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"{folder}: another process writes here; wait for it, or choose another --out") from None
+
+
+@contextmanager
+def _enough_room(path: Path) -> Iterator[None]:
+    """Disk errors as RunError: what is stored stays, and a line cut short is dropped by --resume."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}; what is finished is stored, --resume goes on") from error
 
 
 def read_json(file: Path) -> Nested:
@@ -188,8 +281,10 @@ def _encodable(value: Any) -> Any:
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
-def _line(record: Record) -> str:
-    return json.dumps(record, ensure_ascii=True) + "\n"
+def encode(record: Record) -> bytes:
+    """A record's line, which `parse` reads."""
+    body = json.dumps(record, ensure_ascii=True)[:-1].encode()
+    return body + CHECKSUM + f'{zlib.crc32(body):08x}"}}\n'.encode()
 
 
 def _held_spec(folder: Path) -> RunSpec | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,10 +15,11 @@ from fluid_model.checkpoint import Checkpoint, load
 from fluid_model.decoders import engine_for, scorer_for
 from fluid_model.engine.records import Generation, Request, Score, ScoreRequest
 from fluid_model.errors import RunError
+from fluid_model.fields import Nested
 from fluid_model.settings import DecoderSettings, FluidSettings
 
 from . import budgets
-from .spec import RunSpec, build_spec
+from .spec import ModelSpec, RunSpec, build_spec
 
 Work = Request | ScoreRequest
 Answer = Generation | Score
@@ -27,36 +28,59 @@ WEIGHTS_END = 1 << 22
 """Bytes read at each end of a weights file to name it."""
 AUTO_ROWS = 32
 """Rows at a time where the user leaves it to us, if memory allows."""
+KEEP_SHARE = 0.25
+"""Share of free memory that checkpoints held may take when another one is to be loaded; else they are dropped."""
 KV_SHARE = 0.5
 """Share of free memory that keys and values may take with an automatic batch size."""
 
 
 class Worker:
-    """A checkpoint and a decoder for many batches of requests. The checkpoint is loaded once, when first needed."""
+    """Holds checkpoints for many batches of requests of many specs. A checkpoint is loaded once, when first needed."""
 
-    def __init__(self, spec: dict[str, Any], threads: int | None = None) -> None:
-        """spec: as RunSpec.to_dict gives it.  threads: CPU threads to use (torch's own choice if None)."""
-        self._spec = build_spec(spec)
-        self._most = AUTO_ROWS if self._spec.batch_size == "auto" else int(self._spec.batch_size)
+    def __init__(self, threads: int | None = None) -> None:
+        """threads: CPU threads to use (torch's own choice if None)."""
+        self._held: dict[ModelSpec, Checkpoint] = {}
+        self._names: dict[Path, str] = {}
+        self._fit: dict[ModelSpec, int] = {}  # rows that memory took, where it did not take all
         if threads is not None:
             torch.set_num_threads(threads)
 
-    @cached_property
-    def _checkpoint(self) -> Checkpoint:
-        return load_for(self._spec)
+    def facts(self, spec: Nested) -> dict[str, Any]:
+        """What a spec runs on here: device, dtype, threads, parameters. Raises ConfigError if its model cannot load.
 
-    def facts(self) -> dict[str, Any]:
-        """What this worker runs on: device, dtype, threads, parameters. Raises ConfigError if the model cannot load."""
+        spec: as RunSpec.to_dict gives it.
+        """
+        self._take(spec)
         backbone, folder = self._checkpoint.backbone, self._checkpoint.folder
+        if folder is not None and folder not in self._names:
+            self._names[folder] = weights_name(folder)
         return {
             **device_facts(backbone),
             "parameters": sum(p.numel() for p in self._checkpoint.model.parameters()),
-            "weights": weights_name(folder) if folder else None,
+            "weights": self._names[folder] if folder else None,
             "slot_budget": backbone.slot_budget if prices_slots(self._spec.decoder) else None,
         }
 
-    def run(self, work: Sequence[Work]) -> Iterator[Answer]:
-        """Answers as they are finished, in any order."""
+    def _take(self, spec: Nested) -> None:
+        """Turn to a spec: its checkpoint, loaded unless it is held, and its K-head."""
+        self._spec = build_spec(spec)
+        key = self._key = replace(self._spec.model, tau=None)
+        if key not in self._held:
+            held = sum(weights_bytes(checkpoint.model) for checkpoint in self._held.values())
+            if self._held and held > KEEP_SHARE * free_memory(next(iter(self._held.values())).backbone.device):
+                self._held.clear()
+            self._held[key] = load(
+                key.path, dtype=key.dtype, device=key.device, mask_token=key.mask_token,
+                end_tokens=key.end_tokens, method=key.method,
+            )  # fmt: skip
+        self._checkpoint = self._held[key].with_tau(self._spec.model.tau)
+        price_slots(self._checkpoint, self._spec)
+
+    def run(self, spec: Nested, work: Sequence[Work]) -> Iterator[Answer]:
+        """Answers to a spec's requests as they are finished, in any order."""
+        self._take(spec)
+        asked = self._spec.batch_size
+        self._most = self._fit.get(self._key, AUTO_ROWS) if asked == "auto" else int(asked)
         generate = [item for item in work if isinstance(item, Request)]
         score = [item for item in work if isinstance(item, ScoreRequest)]
         for longest, requests in self._bands(generate, lambda r: len(r.prompt) + r.max_new_tokens):
@@ -106,7 +130,7 @@ class Worker:
                         f"batch_size={rows}: out of memory with rows of {longest} tokens; "
                         + ("nothing smaller is left" if rows == 1 else "pass a smaller --batch-size, or auto")
                     ) from error
-                self._most = rows // 2
+                self._most = self._fit[self._key] = rows // 2
             torch.cuda.empty_cache()
 
     def rows_for(self, tokens: int) -> int:
@@ -130,11 +154,17 @@ def load_for(spec: RunSpec) -> Checkpoint:
         model.path, dtype=model.dtype, device=model.device, tau=model.tau, mask_token=model.mask_token,
         end_tokens=model.end_tokens, method=model.method,
     )  # fmt: skip
-    if prices_slots(spec.decoder) and checkpoint.folder is not None:
-        device = ", ".join(str(fact) for fact in device_facts(checkpoint.backbone).values())
-        name = f"{Path(model.path).name} {weights_name(checkpoint.folder)}"
-        checkpoint.backbone.slot_budget = budgets.recall(checkpoint.backbone, device, name)
+    price_slots(checkpoint, spec)
     return checkpoint
+
+
+def price_slots(checkpoint: Checkpoint, spec: RunSpec) -> None:
+    """See to a checkpoint's slot budget, where the decoder asks for one: from the user's cache, or measured now."""
+    backbone = checkpoint.backbone
+    if prices_slots(spec.decoder) and checkpoint.folder is not None and "slot_budget" not in vars(backbone):
+        device = ", ".join(str(fact) for fact in device_facts(backbone).values())
+        name = f"{Path(spec.model.path).name} {weights_name(checkpoint.folder)}"
+        backbone.slot_budget = budgets.recall(backbone, device, name)
 
 
 def prices_slots(decoder: DecoderSettings) -> bool:
@@ -155,6 +185,11 @@ def device_facts(backbone: Backbone) -> dict[str, Any]:
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
+
+
+def weights_bytes(model: torch.nn.Module) -> int:
+    """Bytes of a model's parameters."""
+    return sum(weight.nbytes for weight in model.parameters())
 
 
 def weights_name(folder: Path) -> str:

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,17 @@ class Checkpoint:
     @property
     def model(self) -> PreTrainedModel:
         return self.backbone.model
+
+    def with_tau(self, tau: float | None) -> Checkpoint:
+        """The same weights with the K-head of one training-time bound (None: its own choice).
+
+        Raises ConfigError if there is none for it.
+        """
+        chosen = self.manifest.choose(tau) if self.manifest and self.heads else None
+        if chosen is None and tau is not None:
+            raise ConfigError(f"model.tau={tau}: {self.folder} has no K-head")
+        head = self.heads[chosen].to(self.backbone.device) if chosen is not None else None
+        return replace(self, head=head)
 
 
 @dataclass(frozen=True)
@@ -134,9 +145,6 @@ def load(
         else:
             adapter = _load_adapter(model, tokenizer, source.folder, manifest)
         model = adapter.get_base_model()
-    chosen = manifest.choose(tau) if manifest and heads else None
-    if chosen is None and tau is not None:
-        raise ConfigError(f"model.tau={tau}: {path} has no K-head")
     backbone = Backbone(model)
     backbone.probe()
     return Checkpoint(
@@ -146,10 +154,9 @@ def load(
         manifest=manifest,
         mask_id=single_id(tokenizer, mask_token or manifest.mask_token) if manifest else None,
         heads=heads,
-        head=heads[chosen].to(target) if chosen is not None else None,
         adapter=adapter,
         folder=source.folder,
-    )
+    ).with_tau(tau)
 
 
 def save(checkpoint: Checkpoint, path: str | os.PathLike[str], beside: Mapping[str, str] | None = None) -> None:

@@ -21,7 +21,7 @@ from fluid_eval.metrics import lines
 from fluid_eval.plots import score_speed, tokens_per_forward
 from fluid_eval.report import write_report
 from fluid_eval.spec import build_spec
-from fluid_eval.store import write_json
+from fluid_eval.store import encode, write_json
 from fluid_model.errors import ConfigError
 
 HOSTILE = "</script><script>document.title='pwned'</script><img src=x onerror=alert(1)><!-- <script> \u2028 &lt;"
@@ -71,7 +71,7 @@ def folder(tmp_path: Path) -> Path:
     other = [scored(n, rng) for n in range(SCORED)]
     write_json(run / "spec.json", {"id": spec.id, **spec.to_dict()})
     write_json(run / "environment.json", {"versions": {"torch": "2.13.0"}, "git": {"commit": "abc", "dirty": True}})
-    (run / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*one, *other]))
+    (run / "samples.jsonl").write_bytes(b"".join(map(encode, [*one, *other])))
     result = {
         "spec_id": spec.id, "model": spec.model.path, "decoder": spec.to_dict()["decoder"],
         "started": "2026-11-21T03:40:03+00:00", "wall_seconds": 75.2,

@@ -8,7 +8,7 @@ import pytest
 
 import fluid_eval
 from fluid_eval.spec import build_spec
-from fluid_eval.store import Run, read_json
+from fluid_eval.store import Run, parse, read_json
 from fluid_model import ConfigError
 
 SPEC = build_spec({"tasks": ["gsm8k"], "model": {"path": "m"}})
@@ -64,7 +64,7 @@ def test_a_sample_is_on_disk_before_append_returns(tmp_path):
     run = Run(tmp_path / "r", SPEC)
     run.begin({})
     run.append(sample(0))
-    assert json.loads((tmp_path / "r" / "samples.jsonl").read_text()) == sample(0)
+    assert parse((tmp_path / "r" / "samples.jsonl").read_bytes()) == sample(0)
     run.close()
 
 

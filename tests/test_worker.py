@@ -53,16 +53,16 @@ CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: c
 @pytest.mark.parametrize("error", [CUDA, CPU])
 def test_it_goes_on_with_half_the_rows(tiny_model, little_memory, kind, error):
     spec = build_spec({"tasks": "mini", "model": str(tiny_model)}).to_dict()
-    expected = {answer.key: answer for answer in worker.Worker(spec).run(work(kind))}
+    expected = {answer.key: answer for answer in worker.Worker().run(spec, work(kind))}
     tried = little_memory(4, error)
-    one = worker.Worker(spec)
-    answers = list(one.run(work(kind)))
+    one = worker.Worker()
+    answers = list(one.run(spec, work(kind)))
     assert tried == [32, 16, 8, 4]
     assert sorted(answer.key for answer in answers) == sorted(expected), "each once"
     name = "ids" if kind == "write" else "loglikelihoods"
     for answer in answers:
         assert getattr(answer, name) == pytest.approx(getattr(expected[answer.key], name), abs=1e-5)
-    list(one.run(work(kind)))
+    list(one.run(spec, work(kind)))
     assert tried[4:] == [4], "what was learnt is kept"
 
 
@@ -72,15 +72,15 @@ def test_it_gives_up_where_the_user_or_the_device_leaves_nothing(tiny_model, lit
     with pytest.raises(
         RunError, match="batch_size=6: out of memory with rows of 9 tokens; pass a smaller --batch-size"
     ):
-        list(worker.Worker(build_spec({**values, "batch_size": 6}).to_dict()).run(work("write")))
+        list(worker.Worker().run(build_spec({**values, "batch_size": 6}).to_dict(), work("write")))
     with pytest.raises(RunError, match=r"batch_size=1: out of memory .*; nothing smaller is left"):
-        list(worker.Worker(build_spec(values).to_dict()).run(work("write")))
+        list(worker.Worker().run(build_spec(values).to_dict(), work("write")))
 
 
 def test_other_errors_are_nobodys_business(tiny_model, little_memory):
     little_memory(0, RuntimeError("shapes do not fit"))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        list(worker.Worker(build_spec({"tasks": "mini", "model": str(tiny_model)}).to_dict()).run(work("write")))
+        list(worker.Worker().run(build_spec({"tasks": "mini", "model": str(tiny_model)}).to_dict(), work("write")))
 
 
 def test_a_run_loses_no_sample(tiny_model, little_memory, tmp_path):
@@ -95,7 +95,7 @@ def test_long_rows_do_not_keep_short_ones_from_being_many(tiny_model, monkeypatc
     spec = build_spec({"tasks": "mini", "model": str(tiny_model)}).to_dict()
     work = [Request(f"long {n}", (5,) * 150 + (n,), 2) for n in range(2)]
     work += [Request(f"short {n}", (5, n), 2) for n in range(30)]
-    expected = {answer.key: answer.ids for answer in worker.Worker(spec).run(work)}
+    expected = {answer.key: answer.ids for answer in worker.Worker().run(spec, work)}
     real, seen = Engine.generate, []
 
     def watch(self, requests):
@@ -105,7 +105,7 @@ def test_long_rows_do_not_keep_short_ones_from_being_many(tiny_model, monkeypatc
 
     monkeypatch.setattr(Engine, "generate", watch)
     monkeypatch.setattr(worker, "free_memory", lambda _: int(2 * 8 * 153 * 4 * 2 * 2 * 2 * 4 / 4))
-    found = {answer.key: answer.ids for answer in worker.Worker(spec).run(work)}
+    found = {answer.key: answer.ids for answer in worker.Worker().run(spec, work)}
     assert found == expected
     assert [kinds for _, kinds in seen] == [{"long"}, {"short"}]
     assert seen[0][0] < len(expected) <= seen[1][0]
