@@ -196,7 +196,7 @@ class FluidLM(TemplateLM):
 
     def _written(self, answer: Generation, prompt: str) -> Record:
         record = {
-            **_base(answer, prompt),
+            **base_record(answer, prompt),
             "output": answer.text,
             "output_ids": list(answer.ids),
             "finish": answer.finish,
@@ -270,7 +270,8 @@ def _row_seed(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7])
 
 
-def _base(answer: Generation | Score, prompt: str) -> Record:
+def base_record(answer: Generation | Score, prompt: str) -> Record:
+    """What the record of any answer has."""
     task, doc_id = answer.key.split("/")[:2]
     return {
         "key": answer.key,
@@ -289,14 +290,14 @@ def _lost(answer: Lost, asked: str | list[tuple[str, str]]) -> Record:
     """A sample that was given up: it has no answer and counts nowhere."""
     nothing = Score(answer.key, (0.0,) * len(asked), (False,) * len(asked), Trace(), 0.0)
     if isinstance(asked, str):
-        return {**_base(nothing, asked), "output": "", "output_ids": [], "finish": "lost", "lost": answer.reason}
+        return {**base_record(nothing, asked), "output": "", "output_ids": [], "finish": "lost", "lost": answer.reason}
     return {**_scored(nothing, asked), "output": "", "lost": answer.reason}
 
 
 def _scored(answer: Score, args: list[tuple[str, str]]) -> Record:
     best = max(range(len(args)), key=lambda i: answer.loglikelihoods[i])
     return {
-        **_base(answer, args[0][0]),
+        **base_record(answer, args[0][0]),
         "output": args[best][1].strip(),
         "output_ids": [],
         "finish": None,

@@ -35,6 +35,7 @@ _FLAGS = {
     "allow_code": "allow_code",
 }
 """Flag -> setting of the spec."""
+_SPEEDS = ("tokens_per_second", "tokens_per_forward", "forwards_per_answer")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands.add_parser("run", help="run tasks with a model: table, run folder, result"))
+    _add_sweep(commands.add_parser("sweep", help="many runs over settings: frontier of score against speed"))
     _add_trace(commands.add_parser("trace", help="how one answer comes about, forward by forward"))
     report = commands.add_parser("report", help="one self-contained HTML page from a run folder")
     report.add_argument("run", type=Path, help="run folder")
@@ -59,6 +61,30 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_run(run: argparse.ArgumentParser) -> None:
+    where = _add_settings(run)
+    where.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/TASKS-MODEL-DECODER-ID")
+    where.add_argument("--resume", action="store_true", help="go on with a run folder")
+    where.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _add_sweep(sweep: argparse.ArgumentParser) -> None:
+    where = _add_settings(sweep)
+    where.add_argument("--out", type=Path, metavar="DIR", help="folder; default: sweeps/TASKS-MODEL-ID")
+    where.add_argument("--resume", action="store_true", help="go on with a sweep's folder")
+    where.add_argument("--json", action="store_true", help="print the result as JSON")
+    points = sweep.add_argument_group("which points")
+    points.add_argument(
+        "--sweep", action="append", default=[], metavar="A.B=C,D",
+        help="e.g. decoder.confidence=0.5,0.9; several make a grid",
+    )  # fmt: skip
+    points.add_argument("--sample", type=_whole, metavar="N", help="that many points of the grid, at random")
+    points.add_argument("--dry-run", action="store_true", help="say what it would take, from a few samples, and end")
+    points.add_argument("--stop-dominated", action="store_true", help="end points that others surely beat")
+    points.add_argument("--by", default="tokens_per_second", choices=_SPEEDS, help="default: tokens_per_second")
+
+
+def _add_settings(run: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """What a run is, and where; returns the group of the latter."""
     run.add_argument("spec", nargs="?", type=Path, metavar="SPEC.toml", help="the settings below from a file")
     what = run.add_argument_group("what to run")
     what.add_argument("--tasks", metavar="A,B", help="gsm8k, math500, humaneval, mmlu, mmlu_SUBJECT, mini")
@@ -83,9 +109,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     where.add_argument("--engine", metavar="inline|ray", help="in this process (default), or Ray workers")
     where.add_argument("--workers", type=_whole, metavar="N", help="Ray workers; default: one a GPU")
     where.add_argument("--ray-address", metavar="HOST:PORT", help="default: RAY_ADDRESS, else a private cluster")
-    where.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/TASKS-MODEL-DECODER-ID")
-    where.add_argument("--resume", action="store_true", help="go on with a run folder")
-    where.add_argument("--json", action="store_true", help="print the result as JSON")
+    return where
 
 
 def _add_trace(trace: argparse.ArgumentParser) -> None:
@@ -128,10 +152,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
-def _run(options: argparse.Namespace) -> int:
+def _values(options: argparse.Namespace) -> dict[str, Any]:
+    """A spec's values: from its file, then flags, then --set."""
     from fluid_model.fields import assign, put, read_toml
 
-    from .spec import build_spec, tables
+    from .spec import tables
 
     values = read_toml(options.spec) if options.spec else {}
     if data_dir := os.environ.get("FLUID_DATA_DIR"):
@@ -148,7 +173,13 @@ def _run(options: argparse.Namespace) -> int:
         values.setdefault("chat", {})
     for setting in options.set:
         assign(values, setting)
-    spec = build_spec(values)
+    return values
+
+
+def _run(options: argparse.Namespace) -> int:
+    from .spec import build_spec
+
+    spec = build_spec(_values(options))
     from . import run as job
     from .show import print_result
 
@@ -159,6 +190,35 @@ def _run(options: argparse.Namespace) -> int:
     else:
         print_result(result, folder)
     return EXIT_FAILED if result.get("lost") else EXIT_OK
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from .grid import plan, read_axis
+
+    values = _values(options)
+    sweep = values.setdefault("sweep", {})
+    for text in options.sweep:
+        name, axis = read_axis(text)
+        sweep.setdefault("grid", {})[name] = axis
+    if options.sample is not None:
+        sweep["sample"] = options.sample
+    planned = plan(values)
+    from .run import default_folder
+    from .show import print_plan, print_sweep
+    from .sweep import Sweep
+
+    first = default_folder(planned.points[0].spec).name.rsplit("-", 2)[0]
+    folder = options.out or Path("sweeps") / f"{first}-{planned.id[:8]}"
+    job = Sweep(planned, folder, resume=options.resume)
+    if options.dry_run:
+        print_plan(planned, job.estimate(), folder)
+        return EXIT_OK
+    result = job.work(stop_dominated=options.stop_dominated, by=options.by)
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_sweep(result, folder)
+    return EXIT_FAILED if result["lost"] else EXIT_OK
 
 
 def _take_bundled(values: dict[str, Any], options: argparse.Namespace) -> None:
@@ -225,7 +285,14 @@ def _reproduce(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-_COMMANDS = {"run": _run, "trace": _trace, "report": _report, "doctor": _doctor, "reproduce": _reproduce}
+_COMMANDS = {
+    "run": _run,
+    "sweep": _sweep,
+    "trace": _trace,
+    "report": _report,
+    "doctor": _doctor,
+    "reproduce": _reproduce,
+}
 
 
 if __name__ == "__main__":

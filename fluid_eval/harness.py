@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 Tasks = dict[str, Any]
 """What lm-eval's TaskManager.load gives: tasks, groups, group_map."""
+Asked = list[Any]
+"""What lm-eval asks: its Instances."""
 DEFAULT_NEW_TOKENS = 256
 """lm-eval's own answer length for a task that sets none."""
 
@@ -54,7 +57,6 @@ def load_tasks(spec: RunSpec) -> Tasks:
             task.set_config(key="num_fewshot", value=spec.num_fewshot)
         if spec.max_new_tokens is not None and task.get_config("output_type") == "generate_until":
             task.set_config(key="generation_kwargs", value={"max_gen_toks": spec.max_new_tokens}, update=True)
-        task.set_fewshot_seed(seed=spec.seed)
     return loaded
 
 
@@ -86,17 +88,46 @@ def check_settings(spec: RunSpec, tasks: Tasks, window: int) -> None:
             raise ConfigError(f"task {name} asks for sampling; here the decoder decides: --set decoder.temperature=T")
 
 
-def evaluate(spec: RunSpec, tasks: Tasks, lm: LM) -> dict[str, Any]:
-    """lm-eval's own loop: build requests, have them answered by `lm`, filter and score. Returns its results."""
+def limit_for(spec: RunSpec, share: float) -> float | None:
+    """lm-eval's limit for that share of a run's documents: a number of them, or a share where the run takes all."""
+    if share >= 1:
+        return spec.limit
+    return share if spec.limit is None else math.ceil(share * spec.limit)
+
+
+def requests(spec: RunSpec, tasks: Tasks, lm: LM) -> Asked:
+    """All that lm-eval's loop will ask."""
+    asked: Asked = []
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(seed=spec.seed)  # tasks built before draw on
+        task.build_all_requests(
+            limit=spec.limit,
+            system_instruction=spec.chat.system if spec.chat else None,
+            apply_chat_template=spec.chat is not None,
+            fewshot_as_multiturn=spec.chat is not None and spec.chat.multiturn,
+            chat_template=lm.apply_chat_template if spec.chat else None,
+            tokenizer_name=lm.tokenizer_name if spec.chat else "",
+        )
+        asked += task.instances
+    return asked
+
+
+def evaluate(spec: RunSpec, tasks: Tasks, lm: LM, share: float = 1.0) -> dict[str, Any]:
+    """lm-eval's own loop: build requests, have them answered by `lm`, filter and score. Returns its results.
+
+    share: of each task's documents, the first ones.
+    """
     import numpy as np
     from lm_eval import evaluator
 
     random.seed(spec.seed)
     np.random.seed(spec.seed)
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(seed=spec.seed)  # tasks evaluated before draw on
     found = evaluator.evaluate(
         lm=lm,
         task_dict=tasks,
-        limit=spec.limit,
+        limit=limit_for(spec, share),
         bootstrap_iters=0,
         log_samples=True,
         confirm_run_unsafe_code=spec.allow_code,

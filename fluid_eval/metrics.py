@@ -76,6 +76,11 @@ def cost(records: Sequence[Record]) -> Cost:
     )
 
 
+def first_scores(records: Sequence[Record]) -> dict[str, float]:
+    """Each sample's score by its task's first metric, by key; none for samples that were given up."""
+    return {r["key"]: float(next(iter(r["scores"].values()))) for r in records if "lost" not in r}
+
+
 def lines(task: str, records: Sequence[Record]) -> list[Line]:
     """One line per metric and filter of a task or group, over all its samples but those that were given up."""
     records = [record for record in records if "lost" not in record]

@@ -6,6 +6,7 @@ and its chunk tried again in halves, until a sample that kills every worker it m
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
@@ -183,6 +184,7 @@ class RayPool:
             hint = "; a cluster that Ray guards by a token wants RAY_AUTH_MODE=token" if address != "local" else ""
             raise ConfigError(f"ray address {address!r}: {str(error).splitlines()[0]}{hint}") from error
         self._errors = ray.exceptions
+        _quiet(ray)
         try:
             self._start(spec, workers, kind)
         except BaseException:
@@ -210,14 +212,23 @@ class RayPool:
     def facts(self, spec: RunSpec) -> dict[str, Any]:
         """Of one worker; the others load the model meanwhile."""
         values = self._values(spec.to_dict())
-        found = [hand.actor.facts.remote(values) for hand in self._hands]
-        try:
-            facts: dict[str, Any] = self._ray.get(found[0])
-        except self._errors.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, (ConfigError, RunError)) else error) from None
-        except self._errors.RayActorError as error:
-            raise RunError(f"a Ray worker died as it loaded the model ({_first_line(error)})") from None
-        return facts
+        for _ in range(TRIES):
+            found = [hand.actor.facts.remote(values) for hand in self._hands]
+            for hand, facts in zip(list(self._hands), found, strict=True):
+                try:
+                    told: dict[str, Any] = self._ray.get(facts)
+                    return told
+                except self._errors.RayTaskError as error:
+                    raise (error.cause if isinstance(error.cause, (ConfigError, RunError)) else error) from None
+                except self._errors.RayError as error:
+                    reason = _first_line(error)
+                    self._replace(hand, reason)
+        raise RunError(f"every Ray worker died as it loaded the model, {TRIES} times ({reason})")
+
+    def _replace(self, hand: _Hand, reason: str) -> None:
+        logging.getLogger(__name__).warning("a Ray worker died (%s); its samples are tried again", reason)
+        self._ray.kill(hand.actor)  # where Ray merely lost sight of it
+        self._hands[self._hands.index(hand)] = self._hire()
 
     def _values(self, spec: Nested) -> Nested:
         """A spec for workers, which may have started in another folder."""
@@ -278,8 +289,7 @@ class RayPool:
         self._deaths += 1
         if self._deaths >= MOST_DEATHS:
             raise RunError(f"{self._deaths} Ray workers died in a row ({reason}); what is finished is stored")
-        self._ray.kill(hand.actor)  # where Ray merely lost sight of it
-        self._hands[self._hands.index(hand)] = self._hire()
+        self._replace(hand, reason)
         for number, given in enumerate(hand.given.values()):
             if number == 0:
                 yield from self._failed(given, queue, f"its worker died: {reason}")
@@ -303,6 +313,12 @@ class RayPool:
 
     def close(self) -> None:
         self._ray.shutdown()
+
+
+def _quiet(ray: Any) -> None:
+    """Ray writes what befalls its workers to standard output, where results go; the pool tells it itself."""
+    if hasattr(ray._private.worker, "print_to_stdstream"):
+        ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
 
 def _first_line(error: Exception) -> str:

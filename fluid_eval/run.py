@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,17 +37,46 @@ def run(spec: RunSpec, folder: Path, *, resume: bool = False) -> Nested:
 
     Raises ConfigError, with nothing written, if the spec cannot be run here.
     """
+    check_tasks(spec)
+    opened = Run(folder, spec, resume=resume)
+    if (folder / RESULT).exists():
+        return read_json(folder / RESULT)
+    go_offline_unless_needed(spec)
+    job = Job(spec, opened, prepare(spec, harness.load_tasks(spec)))
+    try:
+        return job.work()
+    finally:
+        job.close()
+
+
+def check_tasks(spec: RunSpec) -> None:
+    """Raise ConfigError if a task is unknown, or would run code that may not or cannot be run."""
     harness.check_names(spec.tasks)
     unsafe = harness.unsafe_names(spec.tasks)
     if unsafe and not spec.allow_code:
         raise ConfigError(f"task {unsafe[0]} runs code written by the model; pass --allow-code to agree to that")
     if unsafe and sandbox.isolation() is None:
         raise ConfigError(f"task {unsafe[0]} cannot run code on this system: a POSIX system is needed")
-    opened = Run(folder, spec, resume=resume)
-    if (folder / RESULT).exists():
-        return read_json(folder / RESULT)
+
+
+def go_offline_unless_needed(spec: RunSpec) -> None:
+    """Have nobody wait for a hub that is not there."""
     if not (spec.data_dir and Path(spec.model.path).expanduser().is_dir()) and not data.hub_reachable():
         data.go_offline()
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a run needs beside weights. window: tokens the model reads."""
+
+    tasks: harness.Tasks
+    tokenizer: Any
+    window: int
+    conversation: chat.Chat | None
+
+
+def prepare(spec: RunSpec, tasks: harness.Tasks) -> Ready:
+    """All that can be known before weights are read. Raises ConfigError if the spec cannot be run here."""
     from fluid_model.checkpoint import describe, load_tokenizer, pick_device
 
     pick_device(spec.model.device)
@@ -57,13 +88,8 @@ def run(spec: RunSpec, folder: Path, *, resume: bool = False) -> Nested:
     for text in spec.model.end_tokens or ():
         single_id(tokenizer, text, "end token")
     conversation = chat.open_chat(spec.chat, tokenizer, spec.model.path)
-    tasks = harness.load_tasks(spec)
     harness.check_settings(spec, tasks, info.window)
-    job = _Job(spec, opened, conversation)
-    try:
-        return job.work(tasks, tokenizer, info.window)
-    finally:
-        job.close()
+    return Ready(tasks, tokenizer, info.window, conversation)
 
 
 def check_decoder(spec: RunSpec, info: ModelInfo) -> None:
@@ -86,46 +112,54 @@ def check_decoder(spec: RunSpec, info: ModelInfo) -> None:
         raise ConfigError(f"model.tau={spec.model.tau}: {spec.model.path} has K-heads for tau = {known}")
 
 
-class _Job:
+class Job:
     """One run under way."""
 
-    def __init__(self, spec: RunSpec, opened: Run, conversation: chat.Chat | None) -> None:
+    def __init__(self, spec: RunSpec, opened: Run, ready: Ready, bar: Callable[[str, int], Bar] = Bar) -> None:
+        from .adapter import FluidLM
+
         self.spec = spec
         self.opened = opened
-        self._chat = conversation
+        self.ready = ready
+        self._chat = ready.conversation
         self._pool: Pool | None = None
         self._started = datetime.now(UTC)
+        self.lm = FluidLM(ready.tokenizer, ready.window, self.pool, opened, bar, ready.conversation)
 
     def pool(self) -> Pool:
         """The workers, started when the first answer is missing."""
         if self._pool is None:
             self._pool = open_pool(self.spec)
-            self._begin(self._pool.facts(self.spec))
+            self.begin(self._pool)
         return self._pool
 
-    def _begin(self, facts: dict[str, Any]) -> None:
+    def begin(self, pool: Pool) -> None:
         """Write the run folder's head: only now is the model known to load."""
+        facts = pool.facts(self.spec)
         where = {**environment.describe(), "started": self._started.isoformat(timespec="seconds")}
-        where["engine"] = {**facts, "workers": self._pool.size if self._pool else 0}
+        where["engine"] = {**facts, "workers": pool.size}
         where["same"] = {name: facts.get(name) for name in ("weights", "device", "dtype")}
         where["same"] |= {name: where["versions"][name] for name in ("torch", "transformers", "lm-eval")}
         where["data"] = [vars(f) for f in data.fingerprints(self.spec.data_dir)]
         where["isolation"] = sandbox.isolation()
         self.opened.begin(where)
 
-    def work(self, tasks: harness.Tasks, tokenizer: Any, window: int) -> Nested:
-        from .adapter import FluidLM
-
+    def work(self) -> Nested:
+        """Have everything answered and scored; write and return the result."""
         clock = time.perf_counter()
-        lm = FluidLM(tokenizer, window, self.pool, self.opened, Bar, self._chat)
-        results = harness.evaluate(self.spec, tasks, lm)
-        records = harness.scored_records(tasks, results, self.opened.samples)
-        result = self._result(tasks, records)
+        records = self.score()
+        result = self._result(records)
         result["wall_seconds"] = round(time.perf_counter() - clock, 3)
         self.opened.finish(records, result)
         return result
 
-    def _result(self, tasks: harness.Tasks, records: list[Record]) -> Nested:
+    def score(self, share: float = 1.0) -> list[Record]:
+        """Samples with their scores, of the first documents of each task: that share of them."""
+        results = harness.evaluate(self.spec, self.ready.tasks, self.lm, share)
+        return harness.scored_records(self.ready.tasks, results, self.opened.samples)
+
+    def _result(self, records: list[Record]) -> Nested:
+        tasks = self.ready.tasks
         members = {name: harness.members(tasks, name) for name in self.spec.tasks}
 
         def table(name: str) -> list[dict[str, Any]]:

@@ -31,8 +31,8 @@ DOORS = {
     "peft": {"fluid_model.checkpoint", "fluid_model.train.run"},
     "lm_eval": {"fluid_eval.adapter", "fluid_eval.harness"},
     "ray": {"fluid_eval.pool"},
-    "matplotlib": {"fluid_eval.plots"},
-    "pandas": {"fluid_eval.store"},
+    "matplotlib": {"fluid_eval.plots", "fluid_eval.frontier"},
+    "pandas": {"fluid_eval.store", "fluid_eval.frontier"},
 }
 
 

@@ -1,0 +1,51 @@
+"""Time on a device: how long calls take there, how fast it copies."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+WARM = 3
+"""Calls before those that count."""
+COPIED = {"cuda": 2**31, "cpu": 2**26}
+"""Bytes of a copy: far more than caches hold."""
+
+
+def took(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds until the device has done a call, and what it returned."""
+    _wait(device)
+    started = time.perf_counter()
+    result = call()
+    _wait(device)
+    return time.perf_counter() - started, result
+
+
+def median(call: Callable[[], Any], device: torch.device, runs: int) -> float:
+    """Median seconds of a call."""
+    return statistics.median([took(call, device)[0] for _ in range(WARM + runs)][WARM:])
+
+
+def copy_bandwidth(device: torch.device, runs: int) -> float:
+    """Bytes a second that a copy within the device reads and writes."""
+    source = torch.zeros(COPIED[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    if device.type != "cuda":
+        return 2 * source.nbytes / median(lambda: target.copy_(source), device, runs)
+    found = []
+    for _ in range(WARM + runs):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        found.append(float(start.elapsed_time(end)) / 1000)
+    return 2 * source.nbytes / statistics.median(found[WARM:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

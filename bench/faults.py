@@ -1,0 +1,368 @@
+"""What a sweep survives: `python -m bench.faults [--json] [--quick]`.
+
+Each fault is made for real: processes are killed, a node is taken away, a file may grow no further. After each, no
+sample may be lost or doubled and the sweep's table must equal that of an unbroken one, clocks aside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fluid_eval.grid import plan
+from fluid_eval.paths import resource as bundled
+from fluid_eval.pool import Actor, Pool, RayPool, open_pool
+from fluid_eval.spec import RunSpec
+from fluid_eval.store import read_samples
+from fluid_eval.sweep import Sweep
+from fluid_eval.worker import Worker
+
+from . import bars
+from .bars import Bar
+
+POISON = "mini_gsm8k_1/3"
+"""The sample that kills whoever works on it."""
+FULL = 0.6
+"""Share of the largest file at which the disk is said to be full."""
+PADDING = 2_000_000
+"""Characters added to each answer where the object store is small."""
+STORE_BYTES = 80 * 2**20
+"""The least object store that Ray starts."""
+
+
+def values(limit: int, batch_size: int | str = 8, **engine: Any) -> dict[str, Any]:
+    """A sweep of three points."""
+    return {
+        "tasks": ["mini_gsm8k_1", "mini_math_1", "mini_mmlu_1"], "limit": limit, "max_new_tokens": 48,
+        "model": str(bundled("checkpoints") / "tiny-fluid"), "decoder": "fluid", "batch_size": batch_size,
+        "engine": {"kind": "ray", "workers": 2, **engine} if engine else {"kind": "inline"},
+        "sweep": {"grid": {"decoder.verify": [True, False]}, "point": [{"decoder.name": "ar"}]},
+    }  # fmt: skip
+
+
+def told(result: dict[str, Any]) -> list[Any]:
+    """A sweep's table without what clocks decide, and without what the machine's slot budget does."""
+    return [(p["name"], p["n"], p["score"]) for p in result["points"]]
+
+
+def texts(folder: Path) -> dict[str, list[int]]:
+    """What every point wrote, by point and sample. Fails where a sample is there twice."""
+    found: dict[str, list[int]] = {}
+    for point in json.loads((folder / "sweep.json").read_text())["points"]:
+        for record in read_samples(folder / point["folder"]):
+            key = f"{point['name']}: {record['key']}"
+            if key in found:
+                raise SystemExit(f"{key} is there twice")
+            found[key] = record["output_ids"] or record["output"]
+    return found
+
+
+class Stage:
+    """A folder for all sweeps, and what an unbroken one gives. seconds: what it took."""
+
+    def __init__(self, folder: Path, limit: int, kills: int) -> None:
+        self.folder, self.limit, self.kills = folder, limit, kills
+        self.random = random.Random(0)
+        started = time.monotonic()
+        self.expected = told(self.sweep("whole").work())
+        self.seconds = time.monotonic() - started
+        self.texts = texts(folder / "whole")
+
+    def sweep(self, name: str, kind: type[Actor] = Actor, batch_size: int | str = 8, **engine: Any) -> Sweep:
+        """A sweep whose Ray workers are of this kind, if it has Ray workers."""
+        pool: Callable[[RunSpec], Pool] = (lambda spec: RayPool(spec, kind)) if engine else open_pool
+        planned = plan(values(self.limit, batch_size, **engine))
+        return Sweep(planned, self.folder / name, resume=True, open_pool=pool)
+
+    def same(self, name: str, result: dict[str, Any] | None = None) -> bool:
+        """Whether a sweep ended as the unbroken one did."""
+        file = self.folder / name / "result.json"
+        found = result or (json.loads(file.read_text()) if file.exists() else None)
+        return (
+            found is not None
+            and json.loads(json.dumps(told(found))) == json.loads(json.dumps(self.expected))
+            and (texts(self.folder / name) == self.texts)
+        )
+
+    def command(self, name: str, **engine: Any) -> list[str]:
+        """The same sweep as a process of its own."""
+        file = self.folder / f"{name}.toml"
+        asked = values(self.limit, **engine)
+        points = asked.pop("sweep")
+        tables = {key: asked.pop(key) for key in ("engine",)}
+        lines = [f"{key} = {json.dumps(value)}" for key, value in asked.items()]
+        lines += ["[engine]", *(f"{key} = {json.dumps(value)}" for key, value in tables["engine"].items())]
+        lines += ["[sweep.grid]", *(f'"{key}" = {json.dumps(axis)}' for key, axis in points["grid"].items())]
+        for point in points["point"]:
+            lines += ["[[sweep.point]]", *(f'"{key}" = {json.dumps(value)}' for key, value in point.items())]
+        file.write_text("\n".join(lines) + "\n")
+        return [sys.executable, "-m", "fluid_eval", "sweep", str(file), "--out", str(self.folder / name), "--resume"]
+
+
+def drivers(stage: Stage, name: str = "driver", **engine: Any) -> str | None:
+    """The driver dies at a random moment, again and again, and is started anew."""
+    for _ in range(stage.kills):
+        process = _begin(stage.command(name, **engine))
+        time.sleep(stage.random.uniform(1, 1.3 * stage.seconds + 4))
+        process.kill()
+        process.wait()
+        if left := _clusters_gone(process.pid):
+            return f"{left} left running"
+    done = subprocess.run(stage.command(name, **engine), capture_output=True, text=True, check=False)
+    return (
+        None if done.returncode == 0 and stage.same(name) else f"another table, exit {done.returncode}: {done.stderr}"
+    )
+
+
+def ray_drivers(stage: Stage) -> str | None:
+    """The driver of a private Ray cluster dies: the cluster goes with it."""
+    few = Stage.__new__(Stage)
+    vars(few).update({**vars(stage), "kills": max(1, stage.kills // 10), "seconds": stage.seconds + 12})
+    return drivers(few, "ray driver", ray_address=None)
+
+
+def interrupts(stage: Stage) -> str | None:
+    """Ctrl-C keeps what is finished and says so."""
+    process = _begin(stage.command("interrupt"))
+    _wait_for(lambda: any((stage.folder / "interrupt").rglob("samples.jsonl")))
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    if process.returncode != 130 or "--resume goes on" not in said:
+        return f"exit {process.returncode}: {said[-300:]}"
+    stage.sweep("interrupt").work()
+    return None if stage.same("interrupt") else "another table"
+
+
+def quota(stage: Stage) -> str | None:
+    """A file may grow no further, as on a full disk."""
+
+    most = int(FULL * max(file.stat().st_size for file in (stage.folder / "whole").rglob("samples.jsonl")))
+
+    def small() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+    process = _begin(stage.command("quota"), preexec_fn=small)
+    _, said = process.communicate()
+    if process.returncode != 1 or "what is finished is stored" not in said or "Traceback" in said:
+        return f"exit {process.returncode}: {said[-300:]}"
+    stage.sweep("quota").work()
+    return None if stage.same("quota") else "another table"
+
+
+def workers(stage: Stage) -> str | None:
+    """Workers die at random moments."""
+    killed, rounds = 0, 0
+    while killed < stage.kills:
+        rounds += 1
+        ended = threading.Event()
+
+        def reap(ended: threading.Event = ended) -> None:
+            nonlocal killed
+            while not ended.wait(stage.random.uniform(0.5, 4)) and killed < stage.kills:
+                if victims := _workers():
+                    stage.random.choice(victims).kill()
+                    killed += 1
+
+        reaper = threading.Thread(target=reap)
+        reaper.start()
+        try:
+            with _cluster() as address:
+                stage.sweep(f"workers {rounds}", ray_address=address).work()
+        finally:
+            ended.set()
+            reaper.join()
+        if not stage.same(f"workers {rounds}"):
+            return f"another table after {killed} kills"
+    return None
+
+
+class _Poisoned(Worker):
+    def run(self, spec: Any, work: Sequence[Any]) -> Iterator[Any]:
+        if any(item.key == POISON for item in work):
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield from super().run(spec, work)
+
+
+class _Small(Worker):
+    """Whose memory takes three rows."""
+
+    def _write(self, requests: Any, rows: int) -> Iterator[Any]:
+        for number, answer in enumerate(super()._write(requests, rows)):
+            if number and rows > 3:
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
+            yield answer
+
+
+class _Wordy(Worker):
+    """Whose answers are larger than what they say."""
+
+    def run(self, spec: Any, work: Sequence[Any]) -> Iterator[Any]:
+        for answer in super().run(spec, work):
+            object.__setattr__(answer, "padding", "x" * PADDING)
+            yield answer
+
+
+class PoisonedActor(Actor):
+    """Dies of one sample."""
+
+    make = staticmethod(_Poisoned)
+
+
+class SmallActor(Actor):
+    """Has little memory."""
+
+    make = staticmethod(_Small)
+
+
+class WordyActor(Actor):
+    """Sends much."""
+
+    make = staticmethod(_Wordy)
+
+
+def poison(stage: Stage) -> str | None:
+    """A sample kills every worker that meets it: it is given up and named, the rest is finished."""
+    with _cluster() as address:
+        result = stage.sweep("poison", PoisonedActor, ray_address=address).work()
+    given_up = {f"{p['name']}: {POISON}" for p in result["points"]}
+    if set(result["lost"]) != given_up:
+        return f"given up: {result['lost']}"
+    rest = {key: text for key, text in stage.texts.items() if key not in given_up}
+    found = {key: text for key, text in texts(stage.folder / "poison").items() if key not in given_up}
+    return None if found == rest else "the rest is not what it was"
+
+
+def memory(stage: Stage) -> str | None:
+    """Workers run out of memory: they go on with fewer rows."""
+    with _cluster() as address:
+        stage.sweep("memory", SmallActor, "auto", ray_address=address).work()
+    return None if stage.same("memory") else "another table"
+
+
+def store(stage: Stage) -> str | None:
+    """Answers are larger than the object store."""
+    with _cluster(object_store_memory=STORE_BYTES) as address:
+        stage.sweep("store", WordyActor, ray_address=address).work()
+    return None if stage.same("store") else "another table"
+
+
+def node(stage: Stage) -> str | None:
+    """One of two nodes is lost on the way."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = cluster.add_node(num_cpus=1)
+    seen: list[int] = []
+
+    def lose() -> None:
+        _wait_for(lambda: any((stage.folder / "node").rglob("samples.jsonl")), 120)
+        time.sleep(1)
+        seen.append(len(_workers()))
+        cluster.remove_node(second, allow_graceful=False)
+
+    thief = threading.Thread(target=lose)
+    try:
+        job = stage.sweep("node", ray_address=cluster.address)
+        thief.start()
+        job.work()
+        thief.join()
+    finally:
+        cluster.shutdown()
+    if seen != [2]:
+        return f"{seen} workers before the loss"
+    return None if stage.same("node") else "another table"
+
+
+FAULTS: dict[str, Callable[[Stage], str | None]] = {
+    "driver killed": drivers, "driver of a private cluster killed": ray_drivers, "interrupted": interrupts,
+    "disk full": quota, "workers killed": workers, "a sample kills its worker": poison,
+    "a worker's memory runs out": memory, "object store too small": store, "a node lost": node,
+}  # fmt: skip
+QUICK = ("driver killed", "disk full", "workers killed")
+
+
+def _begin(command: list[str], **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def _wait_for(there: Callable[[], bool], seconds: float = 60) -> None:
+    ends = time.monotonic() + seconds
+    while not there() and time.monotonic() < ends:
+        time.sleep(0.05)
+
+
+def _clusters_gone(driver: int) -> int:
+    """Processes of Ray that outlive their driver by more than some seconds."""
+
+    def left() -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter(["name", "cmdline"]):
+            name, words = process.info["name"] or "", " ".join(process.info["cmdline"] or ())
+            if name in ("raylet", "gcs_server") or words.startswith("ray::"):
+                found.append(process)
+        return found
+
+    _wait_for(lambda: not left(), 20)
+    return len(left())
+
+
+def _workers() -> list[psutil.Process]:
+    """Ray's processes that hold a worker."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "Actor" in " ".join(process.info["cmdline"] or ()) and "ray::" in " ".join(process.info["cmdline"] or ())
+    ]
+
+
+@contextmanager
+def _cluster(**options: Any) -> Iterator[str]:
+    """A Ray cluster of one node with two CPUs; gives its address."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **options})
+    try:
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make the faults and tell what became of the sweeps. Exit code 1 if one did not end as it should."""
+    parser = argparse.ArgumentParser(prog="python -m bench.faults", description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="three faults, few kills, under a minute")
+    parser.add_argument("--only", choices=FAULTS, action="append", help="faults to make; default: all")
+    options = parser.parse_args(arguments)
+    chosen = options.only or (QUICK if options.quick else FAULTS)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        stage = Stage(Path(folder), limit=10 if options.quick else 60, kills=1 if options.quick else 20)
+        for name in chosen:
+            started = time.monotonic()
+            wrong = FAULTS[name](stage)
+            print(f"{name}: {wrong or 'ends as it should'} ({time.monotonic() - started:.0f} s)", file=sys.stderr)
+            times = f", {stage.kills} times" if "killed" in name and "cluster" not in name else ""
+            found.append(Bar(name + times, float(wrong is None), "at least 1", wrong is None))
+    print(bars.told(found, as_json=options.json))
+    return 0 if all(bar.ok for bar in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

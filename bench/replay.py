@@ -1,0 +1,194 @@
+"""FLUID's rounds on a model whose drafts never come true: what tiny-fluid's were worth is recorded, and said again.
+
+Recorded is what decides a round whatever the device and the batch: how sure each draft behind each token of an answer
+was, and whether it came true. How much to feed is then up to the strategy, as for any model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
+from pathlib import Path
+from string import ascii_uppercase
+
+import torch
+from torch import Tensor
+
+import fluid_model
+from fluid_model import ArSettings, Checkpoint, ConfigError, FluidSettings, Request
+from fluid_model.decoders.fluid import CHEAPEST, FluidStrategy, _Row, _Said
+from fluid_model.engine.cache import SlotCache
+from fluid_model.engine.strategy import Absorbed
+
+FILE = Path(__file__).with_name("accepted.json")
+ROOT = Path(__file__).resolve().parents[1]
+ALPHABET = ascii_uppercase
+NEW = 160
+"""Tokens of a recorded answer at most."""
+
+Fan = tuple[float, ...]
+"""How sure the drafts behind one token are, one after another, negative where they do not come true; as many as the
+K-head allows and as could be worth a slot.
+"""
+
+
+@dataclass(frozen=True)
+class Tape:
+    """Answers end to end, the last followed by the first. fans: one a token, each prompt's last token included.
+    starts: places of those.
+    """
+
+    fans: tuple[Fan, ...]
+    starts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, answers: Sequence[Sequence[Fan]], most: int) -> Tape:
+        """As many whole answers as there are places."""
+        ends = [0, *accumulate(map(len, answers))]
+        whole = sum(end <= most for end in ends) - 1
+        if whole < 1:
+            raise ConfigError(f"no recorded answer fits on {most} places")
+        return cls(tuple(fan for answer in answers[:whole] for fan in answer), tuple(ends[:whole]))
+
+    @property
+    def wrong(self) -> int:
+        """The id of every draft that does not come true; others are their places."""
+        return len(self.fans)
+
+    def after(self, token: int, ahead: int = 1) -> int:
+        """The token that many places on."""
+        return self.wrong if token == self.wrong else (token + ahead) % self.wrong
+
+    @cached_property
+    def drafts(self) -> list[tuple[list[int], list[float]]]:
+        """Of each token the drafts behind it and how sure they are; a wrong one's come last and are none."""
+        found: list[tuple[list[int], list[float]]] = []
+        for token, fan in enumerate((*self.fans, ())):
+            ids = [self.after(token, ahead) if sure > 0 else self.wrong for ahead, sure in enumerate(fan, 2)]
+            found.append((ids, [abs(sure) for sure in fan]))
+        return found
+
+
+class Replay(FluidStrategy):
+    """All that a round costs is done; then the slots say what the tape says.
+
+    A token's id is its place on the tape; a request's seed is the number of the answer it begins with.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, settings: FluidSettings, tape: Tape) -> None:
+        assert checkpoint.head is not None
+        assert checkpoint.mask_id is not None
+        super().__init__(checkpoint.backbone, checkpoint.head, checkpoint.mask_id, settings)
+        if not settings.verify or settings.temperature:
+            raise ConfigError("only greedy rounds whose drafts are verified can be replayed")
+        self._tape = tape
+        self._begin: dict[int, int] = {}
+
+    def admit(self, start: int, requests: list[Request], hidden: Tensor | None, rooms: list[int]) -> Absorbed:
+        for slot, request in enumerate(requests, start):
+            self._begin[slot] = self._tape.starts[request.seed % len(self._tape.starts)]
+        return super().admit(start, requests, hidden, rooms)
+
+    def _say(self, start: int, hidden: Tensor, places: list[list[int]]) -> list[_Said]:
+        super()._say(start, hidden, places)
+        found = []
+        for slot, where in enumerate(places, start):
+            row, wrong = self._rows[slot], self._tape.wrong
+            is_fresh = not row.tokens  # it says what follows its prompt
+            tokens = [self._begin[slot]] if is_fresh else [int(token) for token in row.tokens]
+            ids: list[float] = [self._tape.after(token) for token in tokens]
+            sure = [0.0] * len(tokens)
+            for token, count in zip(tokens, [len(where) - 1] if is_fresh else row.masks, strict=True):
+                drafts, likely = self._tape.drafts[token]
+                more = [0.0] * (count - len(drafts))
+                ids += [*drafts[:count], *(wrong for _ in more)]
+                sure += [*likely[:count], *more]
+            found.append(_Said(ids, sure, [float(self.horizon)] * len(ids)))
+        return found
+
+
+def record(checkpoint: Checkpoint, work: Sequence[Request]) -> list[list[Fan]]:
+    """What the drafts behind every token of the model's greedy answers are worth, prompt by prompt."""
+    engine = fluid_model.engine_for(checkpoint, ArSettings(), 16)
+    answers = {answer.key: answer.ids for answer in engine.generate(work)}
+    return [_fans(checkpoint, request, answers[request.key]) for request in work]
+
+
+@torch.inference_mode()
+def _fans(checkpoint: Checkpoint, request: Request, answer: tuple[int, ...]) -> list[Fan]:
+    """All fans of one answer, each as wide as can be, in one forward."""
+    backbone, head, count = checkpoint.backbone, checkpoint.head, 1 + len(answer)
+    assert head is not None
+    assert checkpoint.mask_id is not None
+    strategy = FluidStrategy(backbone, head, checkpoint.mask_id, FluidSettings(slot_budget=1))
+    strategy.allocate(1)
+    masks = strategy.horizon - 1
+    row = strategy._rows[0] = _Row(tokens=[request.prompt[-1], *answer], masks=[masks] * count)
+    before, feed = torch.tensor([request.prompt[:-1]]), strategy.plan(1)
+    cache = SlotCache(1, before.shape[1] + row.slots)
+    if before.numel():
+        backbone.forward(before, cache.aim(0, [0], before.shape[1], backbone.device), cache)
+    reading = cache.aim(0, [before.shape[1]], row.slots, backbone.device)
+    hidden = backbone.forward(feed.ids, replace(reading, fans=feed.fans), cache)
+    (said,) = strategy._say(0, hidden, [strategy._places(row)])
+    return [_fan(said, place, count, masks) for place in range(count)]
+
+
+def _fan(said: _Said, place: int, count: int, masks: int) -> Fan:
+    """The fan behind one of `count` tokens: what it drafts came true where the text goes on so."""
+    first, right, found = count + place * masks, 1.0, []
+    for step in range(min(masks, int(said.strides[place]) - 1)):
+        sure, after = said.sure[first + step], place + 1 + step
+        right *= sure
+        if right < CHEAPEST:
+            break
+        is_true = after < count and said.tokens[first + step] == said.tokens[after]
+        found.append(sure if is_true else -sure)
+    return tuple(found)
+
+
+def write(file: Path = FILE, prompts: int = 100) -> int:
+    """Record tiny-fluid on the mini suite's prompts. Returns the file's size."""
+    from .prompts import mini  # the one part that needs more than fluid_model
+
+    checkpoint = fluid_model.load(str(ROOT / "checkpoints" / "tiny-fluid"), device="cpu", dtype="float32")
+    asked = [tuple(checkpoint.tokenizer(prompt)["input_ids"]) for prompt in mini(prompts)]
+    answers = record(checkpoint, [Request(str(n), ids, NEW) for n, ids in enumerate(asked)])
+    told = {
+        "model": "tiny-fluid",
+        "prompts": f"mini_gsm8k, test, {prompts}",
+        "answers": [".".join(map(letters, answer)) for answer in answers],
+    }
+    return file.write_text(json.dumps(told, indent=0) + "\n", "utf-8")
+
+
+def read(most: int, file: Path = FILE) -> Tape:
+    """The recorded answers that fit on `most` places. Raises ConfigError where the file is not what `write` writes."""
+    try:
+        answers = json.loads(file.read_text("utf-8"))["answers"]
+        return Tape.of([[sureness(text) for text in answer.split(".")] for answer in answers], most)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{file}: not a recording: {error}; python -m bench.gpu --record writes one") from error
+
+
+def letters(fan: Fan) -> str:
+    """A fan in a file. A letter is how likely all drafts up to it come true: A surely, Z by CHEAPEST, evenly in the
+    logarithm; it is small where that draft did not.
+    """
+    reach = accumulate(map(abs, fan), operator.mul)
+    found = [ALPHABET[round(math.log(likely) / math.log(CHEAPEST) * (len(ALPHABET) - 1))] for likely in reach]
+    return "".join(one if sure > 0 else one.lower() for one, sure in zip(found, fan, strict=True))
+
+
+def sureness(text: str) -> Fan:
+    """The fan that these letters stand for. Raises ValueError if they stand for none."""
+    steps = [ALPHABET.index(letter.upper()) for letter in text]
+    if steps != sorted(steps):
+        raise ValueError(f"{text!r} grows likelier from draft to draft")
+    sure = [CHEAPEST ** ((b - a) / (len(ALPHABET) - 1)) for a, b in pairwise([0, *steps])]
+    return tuple(each if letter.isupper() else -each for each, letter in zip(sure, text, strict=True))

@@ -1,0 +1,173 @@
+"""What a sweep costs beside its models: `python -m bench.scale [--json] [--quick]`.
+
+The driver, the store and Ray with workers that answer at once, over many samples; then one worker beside two on real
+work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import fluid_model
+from fluid_eval.adapter import base_record
+from fluid_eval.paths import resource
+from fluid_eval.pool import Actor, Chunk, Pool, RayPool, chunks_of
+from fluid_eval.spec import RunSpec, build_spec
+from fluid_eval.store import Run
+from fluid_eval.worker import Answer, Work
+from fluid_model import Generation, Request
+from fluid_model.engine.records import Trace
+
+from . import bars
+from .bars import Bar
+from .decode import requests, side_by_side
+from .prompts import mini
+
+MILLION = 2**20
+PROMPT, ANSWER = 200, 100
+"""Tokens of a dummy sample."""
+WORKERS = 8
+"""Dummy workers."""
+_MODEL = {"tasks": "mini", "model": str(resource("checkpoints") / "tiny-fluid"), "decoder": "fluid"}
+
+
+class _Dummy:
+    """Answers at once."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads = threads
+
+    def facts(self, spec: Any) -> dict[str, Any]:
+        return {"weights": "none", "device": "none", "dtype": "none"}
+
+    def run(self, spec: Any, work: Sequence[Work]) -> Iterator[Answer]:
+        ids = tuple(range(ANSWER))
+        for item in work:
+            trace = Trace(predicted=[4] * 25, accepted=[4] * 25, slots=PROMPT + ANSWER)
+            yield Generation(item.key, ids, "word " * ANSWER, "eos", trace, 0.01, PROMPT)
+
+
+class DummyActor(Actor):
+    """Answers at once."""
+
+    make = staticmethod(_Dummy)
+
+
+class InProcess:
+    """Dummy workers in this process, which take turns: what is left is the driver's and the store's own."""
+
+    size = WORKERS
+    chunk_rows: int | None = 128
+
+    def facts(self, spec: RunSpec) -> dict[str, Any]:
+        """Nothing to tell."""
+        return _Dummy().facts(spec)
+
+    def run(self, chunks: Sequence[Chunk]) -> Iterator[tuple[str, Answer]]:
+        """Answers of all workers in turn."""
+        workers = [_Dummy() for _ in range(self.size)]
+        for place, chunk in enumerate(chunks):
+            for answer in workers[place % self.size].run(chunk.spec, chunk.work):
+                yield chunk.point, answer
+
+    def close(self) -> None:
+        """Nothing to let go."""
+
+
+def dummy(samples: int, workers: int) -> tuple[RunSpec, list[Request]]:
+    """A spec of so many Ray workers, and requests."""
+    engine = {"kind": "ray", "workers": workers}
+    spec = build_spec({"tasks": "mini", "model": "none", "engine": engine, "batch_size": 32})
+    return spec, [Request(f"dummy/{n}", (n % 997, *range(PROMPT - 1)), ANSWER) for n in range(samples)]
+
+
+def kept(pool: Pool, spec: RunSpec, work: Sequence[Request], folder: Path) -> tuple[float, float]:
+    """Seconds a sample from requests to lines on disk, and by how many MiB the driver grew over the latter half."""
+    run = Run(folder, spec)
+    run.begin({})
+    prompt = "word " * PROMPT
+    half, memory, process = len(work) // 2, 0, psutil.Process()
+    started = time.perf_counter()
+    for number, (_, answer) in enumerate(pool.run(chunks_of(pool, "", spec, work))):
+        assert isinstance(answer, Generation)
+        base = base_record(answer, prompt)
+        run.append({**base, "output": answer.text, "output_ids": list(answer.ids), "finish": answer.finish})
+        if number == half:
+            memory = process.memory_info().rss
+    seconds = time.perf_counter() - started
+    run.close()
+    assert len(run.samples) == len(work)
+    return seconds / len(work), (process.memory_info().rss - memory) / MILLION
+
+
+def overhead(samples: int, folder: Path) -> list[Bar]:
+    """Milliseconds a sample, and memory."""
+    spec, work = dummy(samples, 2)
+    before = psutil.Process().memory_info().rss
+    seconds, _ = kept(InProcess(), spec, work, folder / "inline")
+    grown = (psutil.Process().memory_info().rss - before) / MILLION
+    pool = RayPool(spec, DummyActor)
+    try:
+        through_ray, later = kept(pool, spec, work, folder / "ray")
+    finally:
+        pool.close()
+    name = f"{samples:,} dummy samples"
+    return [
+        bars.at_most(f"driver and store, {name}, {WORKERS} workers in this process, ms a sample", 1000 * seconds, 1),
+        bars.at_most(f"driver, store and Ray, {name}, 2 actors, ms a sample", 1000 * through_ray, 1),
+        bars.at_most(f"growth of the driver over {name}, MiB", grown, 300),
+        bars.at_most(f"growth of the driver over the latter half of {name} through Ray, MiB", later, 300),
+    ]
+
+
+def workers(prompts: int, runs: int) -> list[Bar]:
+    """Samples a second of two CPU workers, a thread each, beside one of them; and beside one with all threads."""
+    checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype="float32")
+    work = requests(checkpoint, mini(prompts))
+    spec = build_spec({**_MODEL, "engine": {"kind": "ray", "workers": 2}})
+    cores = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    pool = RayPool(spec)
+    try:
+        pool.facts(spec)
+        both, one = pool._hands, pool._hands[:1]
+
+        def take(hands: list[Any]) -> int:
+            pool._hands = hands
+            return sum(1 for _ in pool.run(chunks_of(pool, "", spec, work)))
+
+        speed = side_by_side({"one": lambda: take(one), "two": lambda: take(both)}, runs)
+    finally:
+        pool.close()
+        if cores is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = cores
+    print(f"samples/s: {speed['one']:.1f} by one worker, {speed['two']:.1f} by two", file=sys.stderr)
+    return [bars.at_least("samples/s, two workers of a thread each / one", speed["two"] / speed["one"], 1.7)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print. Exit code 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.scale", description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="few samples: whether it works")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        found = overhead(2_000 if options.quick else 100_000, Path(folder))
+    found += workers(64 if options.quick else 400, 1 if options.quick else 5)
+    print(bars.told(found, as_json=options.json))
+    return 0 if all(bar.ok is not False for bar in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,330 @@
+"""A sweep: many runs of the same questions, answered in turns, ending in a frontier.
+
+Each point is a run folder of its own below points/, and whatever reads a run reads it. Points take turns, a share of
+the documents each, so that an early stop still compares; workers hold what they load and serve every point.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from fluid_model.errors import ConfigError, RunError
+from fluid_model.fields import Nested
+
+from . import harness, pareto
+from .grid import Plan, PlannedPoint
+from .metrics import first_scores
+from .pool import Chunk, Lost, Pool, chunks_of, open_pool
+from .progress import Bar, Board
+from .run import Job, check_tasks, go_offline_unless_needed, prepare
+from .spec import RunSpec
+from .store import RESULT, Record, Run, lock, read_json, read_samples, write_json
+
+if TYPE_CHECKING:
+    from .worker import Work
+
+TURNS, TURN = 8, 64
+"""Shares of the documents that points take in turns, at most, and samples of a turn at least: few fill no batch."""
+PILOT = 16
+"""Samples of a point that a pilot takes to reckon what a sweep costs."""
+PILOT_POINTS = 6
+"""Points that a pilot tries, spread over the sweep."""
+POINTS, SWEEP = "points", "sweep.json"
+
+
+@dataclass
+class _Under:
+    """A point under way. work: what it has not answered, by turn.  stopped: why it was ended early."""
+
+    planned: PlannedPoint
+    job: Job
+    work: dict[int, list[Work]]
+    stopped: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.planned.name
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a sweep will take. samples: still missing.  forwards, seconds: reckoned from `tried` samples."""
+
+    points: int
+    samples: int
+    forwards: float
+    seconds: float
+    tried: int
+
+
+class Sweep:
+    """All points of a plan, prepared; nothing is written before `work`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        *,
+        resume: bool = False,
+        open_pool: Callable[[RunSpec], Pool] = open_pool,
+    ) -> None:
+        """Raises ConfigError if a point cannot be run here, or the folder holds something else, or holds this sweep and
+        `resume` is false.
+        """
+        self.plan = plan
+        self.folder = folder
+        self._open_pool = open_pool
+        self._check_folder(resume)
+        first = plan.points[0].spec
+        check_tasks(first)
+        go_offline_unless_needed(first)
+        built: dict[str, harness.Tasks] = {}
+        self._under: list[_Under] = []
+        self._turns = 2
+        for point in plan.points:
+            key = repr((point.spec.tasks, point.spec.num_fewshot, point.spec.max_new_tokens, point.spec.data_dir))
+            if key not in built:
+                built[key] = harness.load_tasks(point.spec)
+            run = Run(folder / POINTS / point.spec.id, point.spec, resume=True)
+            job = Job(point.spec, run, prepare(point.spec, built[key]), bar=partial(Bar, shown=False))
+            asked = harness.requests(point.spec, job.ready.tasks, job.lm)
+            self._turns = max(2, min(TURNS, len({(i.task_name, i.doc_id) for i in asked}) // TURN))
+            self._under.append(_Under(point, job, _by_turn(point, job, asked, self._turns)))
+
+    def _check_folder(self, resume: bool) -> None:
+        file = self.folder / SWEEP
+        if file.exists() and file.stat().st_size:
+            held = read_json(file)
+            if held.get("id") != self.plan.id:
+                raise ConfigError(f"{self.folder} holds another sweep; choose another --out")
+            if not resume:
+                raise ConfigError(f"{self.folder} holds this sweep; pass --resume to go on, or another --out")
+        elif self.folder.is_dir() and {entry.name for entry in self.folder.iterdir()} - {SWEEP}:
+            raise ConfigError(f"{self.folder} is not empty and holds no sweep; choose another --out")
+
+    @property
+    def _baseline(self) -> str | None:
+        """The first point that writes token by token."""
+        return next((each.name for each in self._under if each.planned.spec.decoder.name == "ar"), None)
+
+    @property
+    def missing(self) -> int:
+        """Samples that are not answered yet."""
+        return sum(len(work) for under in self._under for work in under.work.values())
+
+    @contextmanager
+    def _pool(self) -> Iterator[Pool]:
+        """Workers for all points, let go whatever happens."""
+        pool = self._open_pool(self.plan.points[0].spec)
+        try:
+            yield pool
+        finally:
+            pool.close()
+
+    def estimate(self) -> Estimate:
+        """What the sweep will take, from a few samples of a few points. Writes nothing."""
+        tried, forwards, seconds = 0, 0.0, 0.0
+        with self._pool() as pool:
+            every = max(1, len(self._under) // PILOT_POINTS)
+            for under in self._under[::every][:PILOT_POINTS]:
+                some = [item for turn in sorted(under.work) for item in under.work[turn]]
+                some = some[:: max(1, len(some) // PILOT)][:PILOT]
+                for _, answer in pool.run(chunks_of(pool, under.name, under.planned.spec, some)):
+                    if not isinstance(answer, Lost):
+                        tried += 1
+                        forwards += sum(answer.trace.forwards.values())
+                        seconds += answer.seconds
+            size = pool.size
+        share = self.missing / max(1, tried)
+        return Estimate(len(self._under), self.missing, forwards * share, seconds * share / size, tried)
+
+    def work(self, *, stop_dominated: bool = False, by: pareto.Speed = "tokens_per_second") -> Nested:
+        """Answer, score, place; returns the sweep's result, as stored in result.json.
+
+        stop_dominated: end points that another one beats at score and speed, as far as both have come.
+        """
+        if (self.folder / RESULT).exists() and (stop_dominated or not self.missing):
+            return read_json(self.folder / RESULT)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / SWEEP).open("ab") as head:
+            lock(head, self.folder)
+            self._write_head(head)
+            started, before = time.perf_counter(), self.missing
+            try:
+                if before:
+                    with self._pool() as pool, Board([u.name for u in self._under], self._counts()) as board:
+                        self._begin(pool)
+                        self._answer(pool, board, stop_dominated, by)
+                return self._finish(by, before, time.perf_counter() - started)
+            finally:
+                for under in self._under:
+                    under.job.close()
+
+    def _write_head(self, head: IO[bytes]) -> None:
+        """Into the file that is held, which must stay the same one."""
+        points = [
+            {"name": p.name, "settings": dict(p.settings), "folder": f"{POINTS}/{p.spec.id}"} for p in self.plan.points
+        ]
+        if head.tell() == 0:
+            head.write(json.dumps({"id": self.plan.id, "points": points}, indent=2, ensure_ascii=False).encode())
+            head.flush()
+
+    def _counts(self) -> list[tuple[int, int]]:
+        """Samples held and samples in all, of each point."""
+        found = []
+        for under in self._under:
+            held = len(under.job.opened.samples)
+            found.append((held, held + sum(map(len, under.work.values()))))
+        return found
+
+    def _begin(self, pool: Pool) -> None:
+        for under in self._under:
+            if under.work:
+                under.job.begin(pool)
+
+    def _answer(self, pool: Pool, board: Board, stop_dominated: bool, by: pareto.Speed) -> None:
+        under = {each.name: each for each in self._under}
+        turns: list[list[Chunk]] = [self._chunks(pool, turn) for turn in range(self._turns)]
+        if not stop_dominated:
+            turns = [[chunk for turn in turns for chunk in turn]]
+        for turn, chunks in enumerate(turns):
+            left = [chunk for chunk in chunks if under[chunk.point].stopped is None]
+            for name, answer in pool.run(left):
+                under[name].job.lm.keep(answer)
+                board.advance(name, failed=isinstance(answer, Lost))
+            if stop_dominated and turn + 1 < self._turns:
+                self._stop_dominated((turn + 1) / self._turns, by, board)
+
+    def _chunks(self, pool: Pool, turn: int) -> list[Chunk]:
+        """A turn's work, models one after the other, since loading one costs more than a chunk."""
+        models = {each.planned.spec.model.path: None for each in self._under}
+        order = sorted(self._under, key=lambda each: list(models).index(each.planned.spec.model.path))
+        return [
+            chunk for each in order for chunk in chunks_of(pool, each.name, each.planned.spec, each.work.get(turn, []))
+        ]
+
+    def _stop_dominated(self, share: float, by: pareto.Speed, board: Board) -> None:
+        """End points that another one surely beats at both so far."""
+        going = [each for each in self._under if each.stopped is None]
+        points = {each.name: _point(each, each.job.score(share)) for each in going}
+        for each in going:
+            if each.name == self._baseline:
+                continue  # all others are held against it
+            others = (other.name for other in going if other is not each and other.stopped is None)
+            better = next((name for name in others if pareto.below(points[each.name], points[name], by=by)), None)
+            if better is not None:
+                each.stopped = f"below {better} after {share:.0%} of the documents"
+                board.stop(each.name)
+
+    def _finish(self, by: pareto.Speed, answered: int, seconds: float) -> Nested:
+        """Score every point, place them all, write tables, figure and result."""
+        from . import frontier
+
+        points, lost = [], dict[str, str]()
+        for under in self._under:
+            folder = under.job.opened.folder
+            if under.stopped is not None:
+                records = under.job.score(_held_share(under, self._turns))
+            else:
+                if not (folder / RESULT).exists():
+                    under.job.work()
+                records = list(read_samples(folder))
+            lost |= {f"{under.name}: {r['key']}": r["lost"] for r in records if "lost" in r}
+            points.append(_point(under, records))
+            if not points[-1].samples:
+                raise RunError(f"{under.name}: every sample was given up ({next(iter(lost.values()), '')})")
+        placed = pareto.measure(points, by=by)
+        baseline = self._baseline
+        frontier.write_tables(placed, self.folder)
+        drawn = frontier.draw(placed, self.folder, by=by, baseline=baseline)
+        best = pareto.best(placed, baseline=baseline, within=1.0, by=by)
+        result = {
+            "id": self.plan.id,
+            "by": by,
+            "baseline": baseline,
+            "points": [_row(place, under) for place, under in zip(placed, self._under, strict=True)],
+            "frontier": pareto.frontier(placed, by),
+            "best_within_1": best.name if best else None,
+            "aup": _areas(placed, self._under),
+            "lost": lost,
+            "figure": drawn,
+            "answered_now": answered,
+            "wall_seconds": round(seconds, 3),
+        }
+        write_json(self.folder / RESULT, result)
+        return result
+
+
+def _held_share(under: _Under, turns: int) -> float:
+    """The share of the documents a stopped point has answered."""
+    done = [turn for turn in range(turns) if not _left(under, turn)]
+    return len(done) / turns
+
+
+def _left(under: _Under, turn: int) -> bool:
+    """Whether a turn's work is not all answered."""
+    held = under.job.opened.samples
+    return any(item.key not in held for item in under.work.get(turn, []))
+
+
+def _by_turn(point: PlannedPoint, job: Job, asked: harness.Asked, turns: int) -> dict[int, list[Work]]:
+    """What a point has not answered, by the turn its document is in."""
+    tasks = job.ready.tasks["tasks"]
+    ends = {
+        name: [_count(point, len(task.eval_docs), (turn + 1) / turns) for turn in range(turns)]
+        for name, task in tasks.items()
+    }
+    found: dict[int, list[Work]] = defaultdict(list)
+    for item in job.lm.missing(asked):
+        task, doc = item.key.split("/")[:2]
+        found[next(turn for turn, end in enumerate(ends[task]) if int(doc) < end)].append(item)
+    return dict(found)
+
+
+def _count(point: PlannedPoint, documents: int, share: float) -> int:
+    """Documents of a task that lie in that share of a run."""
+    limit = harness.limit_for(point.spec, share)
+    if limit is None:
+        return documents
+    return min(documents, math.ceil(documents * limit) if limit < 1 else int(limit))
+
+
+def _point(under: _Under, records: list[Record]) -> pareto.Point:
+    """Samples of a point as the frontier wants them: a document's score is that of its task's first metric."""
+    scores = first_scores(records)
+    samples = [
+        pareto.Sample(
+            task=record["task"], doc=record["doc_id"], score=scores[record["key"]],
+            tokens=len(record["output_ids"]), forwards=sum(record["trace"]["forwards"].values()),
+            seconds=record["seconds"],
+        )
+        for record in records
+        if record["key"] in scores and record["key"].count("/") == 1  # a document's first answer, where it has several
+    ]  # fmt: skip
+    return pareto.Point(under.name, dict(under.planned.settings), samples, under.stopped)
+
+
+def _areas(placed: list[pareto.Placed], under: list[_Under]) -> dict[str, float]:
+    """Area under the accuracy-parallelism curve of each decoder's points (see `pareto.aup`)."""
+    pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for place, each in zip(placed, under, strict=True):
+        if place.tokens_per_forward is not None and place.stopped is None:
+            pairs[each.planned.spec.decoder.name].append(
+                (place.tokens_per_forward.mean, min(100.0, 100 * place.score.mean))
+            )
+    return {decoder: pareto.aup(found) for decoder, found in pairs.items() if len(found) > 1}
+
+
+def _row(place: pareto.Placed, under: _Under) -> Mapping[str, Any]:
+    """A point of the result."""
+    values = asdict(place)
+    return {**values, "settings": dict(place.settings), "folder": f"{POINTS}/{under.planned.spec.id}"}

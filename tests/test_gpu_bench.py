@@ -1,0 +1,176 @@
+"""The device bench runs where there is no device, needs no more than it says, and replays what was recorded."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from itertools import takewhile
+
+import pytest
+import torch
+
+import fluid_model
+from bench import gpu, replay
+from bench.prompts import mini
+from fluid_model import ConfigError, Engine, FluidSettings, Request
+
+QUICK = ["--quick", "--device", "cpu", "--concurrency", "1,2", "--context", "40"]
+WITHOUT = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, *words):
+        hidden = name.split(".")[0] in {"fluid_eval", "lm_eval", "ray", "pandas"}
+        return None if hidden else self.finder.find_spec(name, *words)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+from bench import gpu, replay
+replay.read(10_000)
+try:
+    import pandas
+except ImportError:
+    gpu.main(["--help"])
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return fluid_model.load(str(replay.ROOT / "checkpoints" / "tiny-fluid"), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def work(checkpoint):
+    ids = [tuple(checkpoint.tokenizer(prompt)["input_ids"]) for prompt in mini(6)]
+    return [Request(str(n), prompt, replay.NEW, seed=n) for n, prompt in enumerate(ids)]
+
+
+@pytest.fixture(scope="module")
+def recorded(checkpoint, work):
+    return replay.record(checkpoint, work)
+
+
+def test_all_of_it_runs_and_is_told_as_json(capsys):
+    assert gpu.main([*QUICK, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["bars"]
+    told = {bar["name"]: bar["measured"] for bar in found}
+    assert len(told) == len(found)
+    assert all(set(bar) == {"name", "measured", "bar", "ok"} and bar["ok"] is None for bar in found), "no bars for CPUs"
+    assert all(name.endswith(", cpu") for name in told)
+    for what in ("AR forward / floor", "FLUID forward / AR forward, 64 slots a row", "tokens a row and round, ours"):
+        for rows in (1, 2):
+            assert told[f"{what}, batch {rows}, cpu"] > 0
+    assert told["peak memory, ours / weights + KV, batch 1, cpu"] is None, "nobody counts a CPU's memory here"
+
+
+def test_the_table_is_one(capsys):
+    found = gpu.Found(gpu.Plan(torch.device("cpu"), (1, 8)))
+    found.put("slot budget", 0, 96)
+    found.put("AR forward / floor", 8, 1.23456)
+    found.put("peak memory, ours / weights + KV", 1, None)
+    assert found.table().splitlines() == [
+        "| cpu | batch 1 | batch 8 |",
+        "| --- | --- | --- |",
+        "| slot budget | 96 |  |",
+        "| AR forward / floor |  | 1.235 |",
+        "| peak memory, ours / weights + KV | not measured |  |",
+    ]
+
+
+def test_bars_are_for_the_whole_model_on_a_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A device")
+    found = gpu.Found(gpu.Plan(torch.device("cuda"), (1, 64)))
+    found.put("tokens/s, ours / AR", 1, 2.2)
+    found.put("tokens/s, ours / AR", 64, 1.34)
+    found.put("AR forward, ms", 1, 4.0)
+    assert [bar.ok for bar in found.bars] == [False, True, None]
+    assert "| 2.2 (at least 2.3: **no**) | 1.34 (at least 1.34: yes) |" in found.table()
+    small = gpu.Found(gpu.Plan(torch.device("cuda"), (1,), layers=2))
+    small.put("tokens/s, ours / AR", 1, 2.2)
+    assert small.bars[0].ok is None
+
+
+@pytest.mark.parametrize(("budget", "slots"), [(256, 1), (30, 1), (256, 4)])
+def test_replayed_rounds_are_those_of_the_recorded_model(checkpoint, work, recorded, budget, slots):
+    settings = FluidSettings(slot_budget=budget)
+    real = {g.key: g for g in fluid_model.engine_for(checkpoint, settings, slots).generate(work)}
+    tape = replay.Tape.of(recorded, 1000)
+    assert len(tape.starts) == len(work)
+    asked = [Request(r.key, r.prompt, len(real[r.key].ids) + 1, seed=r.seed) for r in work]  # and an end
+    again = Engine(checkpoint.backbone, checkpoint.tokenizer, (), replay.Replay(checkpoint, settings, tape), slots)
+    for found in again.generate(asked):
+        trace, begin = real[found.key].trace, tape.starts[int(found.key)]
+        assert found.ids == tuple((begin + 1 + n) % len(tape.fans) for n in range(len(found.ids))), "tokens in order"
+        assert found.trace.predicted == trace.predicted
+        assert found.trace.accepted[:-1] == trace.accepted[:-1]
+        assert found.trace.slots == trace.slots
+
+
+def test_the_file_is_tiny_fluids_and_small(recorded):
+    told = json.loads(replay.FILE.read_text())
+    assert replay.FILE.stat().st_size < 60_000
+    assert set(told) == {"model", "prompts", "answers"}
+    assert len(told["answers"]) == 100
+    tape = replay.read(10**6)
+    assert len(tape.starts) == 100
+    for begin, fans in zip(tape.starts, recorded, strict=False):
+        kept = tape.fans[begin : begin + len(fans)]
+        assert [_true(fan) for fan in kept] == [_true(fan) for fan in fans], "record it anew: bench.gpu --record"
+
+
+def _true(fan):
+    return len(list(takewhile(lambda sure: sure > 0, fan)))
+
+
+def test_letters_keep_how_likely_drafts_are(recorded):
+    for fan in recorded[0]:
+        again = replay.sureness(replay.letters(fan))
+        assert [sure > 0 for sure in again] == [sure > 0 for sure in fan]
+        for n in range(len(fan)):
+            reach, kept = (abs(math.prod(each[: n + 1])) for each in (fan, again))
+            assert kept == pytest.approx(reach, rel=0.1)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"answers": ["BA"]}', '{"answers": ["A?"]}', '{"answers": []}'])
+def test_a_file_that_is_no_recording_is_refused(tmp_path, text):
+    (tmp_path / "accepted.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"not a recording|no recorded answer"):
+        replay.read(1000, tmp_path / "accepted.json")
+
+
+def test_a_tape_holds_whole_answers_and_goes_round():
+    tape = replay.Tape.of([[(0.5,), ()], [(-0.4,), (), ()], [()]], most=5)
+    assert (tape.starts, tape.wrong) == ((0, 2), 5)
+    assert tape.drafts[0] == ([2], [0.5])
+    assert tape.drafts[2] == ([5], [0.4])
+    assert (tape.after(4), tape.after(5)) == (0, 5)
+    assert len(tape.drafts) == 6
+
+
+def test_what_cannot_be_replayed_or_measured_is_refused(checkpoint, recorded, capsys):
+    with pytest.raises(ConfigError, match="greedy"):
+        replay.Replay(checkpoint, FluidSettings(verify=False), replay.Tape.of(recorded, 1000))
+    for words in (["--hidden", "100"], ["--tokens", "1"], ["--concurrency", "0"], ["--device", "nowhere"]):
+        with pytest.raises(SystemExit):
+            gpu.main(words)
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_no_more_than_the_model_package_is_needed():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT], cwd=replay.ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage: python -m bench.gpu" in done.stdout
+
+
+@pytest.mark.gpu
+def test_all_of_it_runs_on_a_device(capsys):
+    assert gpu.main(["--quick", "--device", "cuda", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["bars"]
+    assert next(bar["measured"] for bar in found if bar["name"].startswith("peak memory")) >= 1

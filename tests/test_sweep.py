@@ -1,0 +1,149 @@
+"""A sweep: points in turns, one frontier, whatever happened on the way."""
+
+from __future__ import annotations
+
+import json
+
+import pandas
+import pytest
+
+import fluid_eval
+from fluid_eval import pareto
+from fluid_eval import sweep as module
+from fluid_eval.cli import main
+from fluid_eval.grid import plan
+from fluid_eval.pool import InlinePool
+from fluid_eval.run import run
+from fluid_eval.store import Run, read_samples
+from fluid_eval.sweep import Sweep
+from fluid_model import ConfigError
+
+
+@pytest.fixture
+def values(tiny_fluid):
+    return {
+        "tasks": ["mini_gsm8k_1", "mini_mmlu_1"], "model": str(tiny_fluid), "decoder": "fluid", "limit": 12,
+        "max_new_tokens": 6,
+        "sweep": {"grid": {"decoder.verify": [True, False]}, "point": [{"decoder.name": "ar"}]},
+    }  # fmt: skip
+
+
+def told(result) -> list:
+    """What does not depend on the clock."""
+    return [
+        (p["name"], p["n"], p["score"], p["tokens_per_forward"], p["forwards_per_answer"]) for p in result["points"]
+    ]
+
+
+def test_a_sweep_is_its_runs_and_their_frontier(values, tmp_path):
+    result = Sweep(plan(values), tmp_path / "s").work()
+    assert [p["name"] for p in result["points"]] == ["verify", "no verify", "ar"]
+    for point, planned in zip(result["points"], plan(values).points, strict=True):
+        alone = run(planned.spec, tmp_path / planned.spec.id)
+        found = {r["key"]: r for r in read_samples(tmp_path / "s" / point["folder"])}
+        expected = {r["key"]: r for r in read_samples(tmp_path / planned.spec.id)}
+        assert found.keys() == expected.keys()
+        for key, record in found.items():
+            assert record["output_ids"] == expected[key]["output_ids"], (point["name"], key)
+            assert record["scores"] == expected[key]["scores"]
+        assert point["n"] == len(found) == 24
+        assert sum(line["n"] for line in alone["lines"]) >= 24
+        assert fluid_eval.load_results(tmp_path / "s" / point["folder"]).shape[0] == point["n"]
+    assert result["points"][0]["score"] == result["points"][2]["score"], "verified text is AR's"
+    assert result["baseline"] == "ar"
+    table = pandas.read_parquet(tmp_path / "s" / "frontier.parquet")
+    assert table["name"].tolist() == ["verify", "no verify", "ar"]
+    assert (tmp_path / "s" / "frontier.svg").stat().st_size > 1000
+
+
+def test_points_take_turns(values, tmp_path, monkeypatch):
+    """So that an early stop still compares."""
+    monkeypatch.setattr(module, "TURN", 3)
+    seen: list[tuple[str, int]] = []
+    real = InlinePool.run
+
+    def watch(self, chunks):
+        seen.extend((chunk.point, len(chunk.work)) for chunk in chunks)
+        return real(self, chunks)
+
+    monkeypatch.setattr(InlinePool, "run", watch)
+    result = Sweep(plan(values), tmp_path / "s").work()
+    assert [name for name, _ in seen] == ["verify", "no verify", "ar"] * 8
+    assert sum(count for _, count in seen) == sum(p["n"] for p in result["points"]) == 3 * 24
+
+
+def test_a_broken_sweep_goes_on_and_ends_as_an_unbroken_one(values, tmp_path, monkeypatch):
+    unbroken = Sweep(plan(values), tmp_path / "whole").work()
+    keep, kept = Run.append, []
+
+    def interrupted(self, record):
+        keep(self, record)
+        kept.append(record["key"])
+        if len(kept) == 31:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Sweep(plan(values), tmp_path / "s").work()
+    monkeypatch.setattr(Run, "append", keep)
+    assert not (tmp_path / "s" / "result.json").exists()
+    with pytest.raises(ConfigError, match="holds this sweep; pass --resume"):
+        Sweep(plan(values), tmp_path / "s")
+    again = Sweep(plan(values), tmp_path / "s", resume=True)
+    assert again.missing == 3 * 24 - 31
+    result = again.work()
+    assert told(result) == told(unbroken)
+    assert result["answered_now"] == 3 * 24 - 31
+    assert Sweep(plan(values), tmp_path / "s", resume=True).work() == result, "nothing is left to do"
+
+
+def test_two_at_once_are_refused(values, tmp_path):
+    first = Sweep(plan(values), tmp_path / "s")
+    real = first._begin
+
+    def second(pool):
+        with pytest.raises(ConfigError, match="another process writes here"):
+            Sweep(plan(values), tmp_path / "s", resume=True).work()
+        real(pool)
+
+    first._begin = second  # type: ignore[method-assign]
+    first.work()
+
+
+def test_other_folders_are_refused(values, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match="not empty and holds no sweep"):
+        Sweep(plan(values), tmp_path)
+    Sweep(plan(values), tmp_path / "s").work()
+    values["limit"] = 11
+    with pytest.raises(ConfigError, match="holds another sweep"):
+        Sweep(plan(values), tmp_path / "s", resume=True)
+
+
+def test_points_surely_beaten_are_ended(values, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "TURN", 6)
+    monkeypatch.setattr(pareto, "below", lambda a, b, **_: a.name == "no verify" and b.name == "ar")
+    result = Sweep(plan(values), tmp_path / "s").work(stop_dominated=True)
+    ended = {p["name"]: (p["stopped"], p["n"]) for p in result["points"]}
+    assert ended == {"verify": (None, 24), "no verify": ("below ar after 25% of the documents", 6), "ar": (None, 24)}
+    assert not (tmp_path / "s" / result["points"][1]["folder"] / "result.json").exists(), "it is not whole"
+    assert Sweep(plan(values), tmp_path / "s", resume=True).work(stop_dominated=True) == result
+    finished = Sweep(plan(values), tmp_path / "s", resume=True).work()
+    assert [p["n"] for p in finished["points"]] == [24] * 3
+    assert not any(p["stopped"] for p in finished["points"])
+
+
+def test_the_command(tiny_fluid, tmp_path, capsys):
+    words = ["sweep", "--tasks", "mini_gsm8k_1", "--model", str(tiny_fluid), "--decoder", "fluid", "--limit", "4"]
+    words += ["--max-new-tokens", "4", "--sweep", "decoder.confidence=0.3,0.9", "--out", str(tmp_path / "s")]
+    assert main([*words, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "2 points, 8 samples to answer" in " ".join(out.split())
+    assert not (tmp_path / "s").exists(), "nothing is written"
+    assert main([*words, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["points"]) == 2
+    assert main(words) == 2
+    assert main([*words, "--resume"]) == 0
+    out = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in out.splitlines() if "folder:" not in line)
+    assert "γ=0.3" in out
