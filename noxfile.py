@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nox
 
-nox.options.sessions = ["lint", "types", "tests", "chain", "wheel"]
+nox.options.sessions = ["lint", "types", "tests", "chain", "sweep_smoke", "wheel"]
 nox.options.default_venv_backend = "none"
 HERE = Path(__file__).resolve().parent
 
@@ -56,6 +56,17 @@ def chain(session: nox.Session) -> None:
     """The claim chain in small, from nothing: train AR, adapt, calibrate, decode. Then a parent from elsewhere."""
     python(session, "bench.reproduce", "tiny-fluid", "--short", "--build", str(Path(session.create_tmp()).resolve()))
     python(session, "pytest", "-m", "chain")
+
+
+@nox.session
+def sweep_smoke(session: nox.Session) -> None:
+    """Some points of the documented sweep on few questions, on Ray workers; then it is resumed; then kills."""
+    out = Path(session.create_tmp()).resolve() / "sweep"
+    words = ["sweep", "bench/tiny-sweep.toml", "--limit", "2", "--sample", "6", "--engine", "ray", "--workers", "2"]
+    python(session, "fluid_eval", *words, "--out", str(out), "--resume")
+    python(session, "fluid_eval", *words, "--out", str(out), "--resume", "--json")
+    assert (out / "frontier.png").stat().st_size > 10_000
+    python(session, "bench.faults", "--quick")
 
 
 @nox.session

@@ -36,7 +36,7 @@ class FluidLM(TemplateLM):
     """Answers lm-eval's requests from the run folder or, where it has none, from the pool.
 
     pool: called once, when the first answer is missing.  window: tokens the model can read.  chat: None for plain
-    prompts.
+    prompts.  encoded: ids by text, shared by those that have the same tokenizer and ask the same.
     """
 
     def __init__(
@@ -47,8 +47,10 @@ class FluidLM(TemplateLM):
         run: Run,
         bar: Callable[[str, int], Bar],
         chat: Chat | None = None,
+        encoded: dict[str, Ids] | None = None,
     ) -> None:
         super().__init__()
+        self._encoded = {} if encoded is None else encoded
         self.tokenizer = tokenizer
         self._window = window
         self._pool = pool
@@ -226,7 +228,8 @@ class FluidLM(TemplateLM):
 
         Raises ConfigError if a text starts with two BOS.
         """
-        distinct = list(dict.fromkeys(texts))
+        texts = dict.fromkeys(texts)
+        distinct = [text for text in texts if text not in self._encoded]
         encoded: dict[str, Ids] = {}
         for has_bos in (False, True):
             group = [t for t in distinct if bool(self._bos) and has_bos_prefix(t, self._bos) == has_bos]
@@ -239,7 +242,8 @@ class FluidLM(TemplateLM):
         if begin is not None and any(ids[:2] == (begin, begin) for ids in encoded.values()):
             where = "the model's chat template" if self._chat else "the task's text"
             raise ConfigError(f"a prompt starts with {self._bos} twice, as written by {where}; take one out there")
-        return encoded
+        self._encoded |= encoded
+        return {text: self._encoded[text] for text in texts}
 
     def _encode_pairs(self, texts: list[tuple[str, str]]) -> dict[tuple[str, str], tuple[Ids, Ids]]:
         """Context and continuation ids as lm-eval splits them: encode the whole, cut at the context's length."""

@@ -46,13 +46,15 @@ class Chunk:
     """Requests that a worker gets together.
 
     point: whose they are, told back with each answer.  spec: as RunSpec.to_dict gives it.  tries: workers a chunk of
-    one request has killed.
+    one request has killed.  suspect: whether a worker died of it, or of what it is a part of: then it is given to a
+    worker that has nothing else, so that nothing else can be to blame.
     """
 
     point: str
     spec: Nested
     work: tuple[Work, ...]
     tries: int = 0
+    suspect: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,11 @@ class Actor:
 
         return Worker(threads)
 
-    def ready(self) -> int:
-        """Its process."""
-        return os.getpid()
+    def ready(self) -> str:
+        """The node it is on."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
 
     def facts(self, spec: Nested) -> dict[str, Any]:
         found: dict[str, Any] = self._worker.facts(spec)
@@ -154,13 +158,21 @@ class _Given:
 
 @dataclass
 class _Hand:
-    """A Ray actor. starting: resolves when it is up (None: it is).  given: its chunks by the stream of their answers,
-    the oldest first.
+    """A Ray actor. starting: resolves when it is up (None: it is).  node: where it is then.  given: its chunks by the
+    stream of their answers, the oldest first.
     """
 
     actor: Any
     starting: Any
+    node: str | None = None
     given: dict[Any, _Given] = field(default_factory=dict)
+
+    def takes(self, chunk: Chunk) -> bool:
+        """Whether it can have this one now."""
+        if self.starting is not None or len(self.given) >= IN_FLIGHT:
+            return False
+        alone = chunk.suspect or any(given.chunk.suspect for given in self.given.values())
+        return not (alone and self.given)
 
 
 class RayPool:
@@ -205,6 +217,11 @@ class RayPool:
         self._hands = [self._hire() for _ in range(self.size)]
         self._deaths = self._lost = 0
 
+    @property
+    def nodes(self) -> set[str]:
+        """Ray's names of the machines whose workers are up."""
+        return {hand.node for hand in self._hands if hand.node is not None}
+
     def _hire(self) -> _Hand:
         actor = self._actor.remote(self._threads)
         return _Hand(actor, actor.ready.remote())
@@ -241,7 +258,7 @@ class RayPool:
         waiting_since = time.monotonic()
         while queue or any(hand.given for hand in self._hands):
             for hand in self._hands:
-                while queue and hand.starting is None and len(hand.given) < IN_FLIGHT:
+                while queue and hand.takes(queue[0]):
                     self._give(hand, queue.popleft())
             if any(hand.starting is None for hand in self._hands):
                 waiting_since = time.monotonic()
@@ -262,7 +279,7 @@ class RayPool:
         """What a worker has to say: it is up, answers, an end, or that it is dead."""
         try:
             if ready is hand.starting:
-                self._ray.get(ready)
+                hand.node = self._ray.get(ready)
                 hand.starting = None
                 return
             given = hand.given[ready]
@@ -291,9 +308,10 @@ class RayPool:
             raise RunError(f"{self._deaths} Ray workers died in a row ({reason}); what is finished is stored")
         self._replace(hand, reason)
         for number, given in enumerate(hand.given.values()):
-            if number == 0:
+            begun = number == 0 or len(given.left) < len(given.chunk.work)
+            if begun and given.left:
                 yield from self._failed(given, queue, f"its worker died: {reason}")
-            else:
+            elif not begun:
                 queue.appendleft(given.chunk)
 
     def _failed(self, given: _Given, queue: deque[Chunk], reason: str) -> Iterator[tuple[str, Answer | Lost]]:
@@ -309,7 +327,7 @@ class RayPool:
         half = -(-len(left) // 2)
         for part in (left[:half], left[half:]):
             if part:
-                queue.append(replace(given.chunk, work=tuple(part), tries=tries))
+                queue.append(replace(given.chunk, work=tuple(part), tries=tries, suspect=True))
 
     def close(self) -> None:
         self._ray.shutdown()

@@ -115,7 +115,15 @@ def check_decoder(spec: RunSpec, info: ModelInfo) -> None:
 class Job:
     """One run under way."""
 
-    def __init__(self, spec: RunSpec, opened: Run, ready: Ready, bar: Callable[[str, int], Bar] = Bar) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        opened: Run,
+        ready: Ready,
+        bar: Callable[[str, int], Bar] = Bar,
+        encoded: dict[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        """encoded: ids by text, shared by jobs with the same tokenizer."""
         from .adapter import FluidLM
 
         self.spec = spec
@@ -124,7 +132,7 @@ class Job:
         self._chat = ready.conversation
         self._pool: Pool | None = None
         self._started = datetime.now(UTC)
-        self.lm = FluidLM(ready.tokenizer, ready.window, self.pool, opened, bar, ready.conversation)
+        self.lm = FluidLM(ready.tokenizer, ready.window, self.pool, opened, bar, ready.conversation, encoded)
 
     def pool(self) -> Pool:
         """The workers, started when the first answer is missing."""

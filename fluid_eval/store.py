@@ -112,9 +112,13 @@ class Run:
         with _enough_room(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = (self.folder / SAMPLES).open("ab", buffering=0)
-            lock(self._file, self.folder)
-            if self._file.tell() != self._end + self._torn:
-                raise ConfigError(f"{self.folder}: another process wrote here just now; try again with --resume")
+            try:
+                lock(self._file, self.folder)
+                if self._file.tell() != self._end + self._torn:
+                    raise ConfigError(f"{self.folder}: another process wrote here just now; try again with --resume")
+            except ConfigError:
+                self._file.close()
+                raise
             self._mend_last_line()
             write_json(self.folder / SPEC, {"id": self.spec.id, **self.spec.to_dict()})
             write_json(self.folder / ENVIRONMENT, environment)
@@ -127,8 +131,9 @@ class Run:
         assert self._file is not None, "begin comes first"
         line = encode(record)
         with _enough_room(self.folder / SAMPLES):
-            if (written := self._file.write(line)) < len(line):
-                self._file.write(line[written:])  # says why
+            left = line
+            while left:  # where little room is left, only some of it is written, and the next try says why
+                left = left[self._file.write(left) :]
         self.samples.note(record, self._end, len(line))
         self._end += len(line)
 

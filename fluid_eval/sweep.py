@@ -56,6 +56,33 @@ class _Under:
 
 
 @dataclass(frozen=True)
+class _Shared:
+    """What points have in common, so that many of them take no more time and memory to prepare than one: tasks and what
+    they ask, by the settings that decide it; ids of texts, by tokenizer.
+    """
+
+    tasks: dict[str, harness.Tasks]
+    requests: dict[str, harness.Asked]
+    encoded: dict[str, dict[str, tuple[int, ...]]]
+
+    def job(self, point: PlannedPoint, run: Run) -> Job:
+        spec = point.spec
+        key = repr((spec.tasks, spec.num_fewshot, spec.max_new_tokens, spec.data_dir))
+        if key not in self.tasks:
+            self.tasks[key] = harness.load_tasks(spec)
+        ready = prepare(spec, self.tasks[key])
+        return Job(spec, run, ready, partial(Bar, shown=False), self.encoded[repr((spec.model.path, spec.chat))])
+
+    def asked(self, point: PlannedPoint, job: Job) -> harness.Asked:
+        spec = point.spec
+        words = (spec.model.path, spec.chat) if spec.chat else ()
+        key = repr((spec.tasks, spec.num_fewshot, spec.max_new_tokens, spec.data_dir, words))
+        if key not in self.requests:
+            self.requests[key] = harness.requests(spec, job.ready.tasks, job.lm)
+        return self.requests[key]
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a sweep will take. samples: still missing.  forwards, seconds: reckoned from `tried` samples."""
 
@@ -87,16 +114,13 @@ class Sweep:
         first = plan.points[0].spec
         check_tasks(first)
         go_offline_unless_needed(first)
-        built: dict[str, harness.Tasks] = {}
         self._under: list[_Under] = []
         self._turns = 2
+        shared = _Shared({}, {}, defaultdict(dict))
         for point in plan.points:
-            key = repr((point.spec.tasks, point.spec.num_fewshot, point.spec.max_new_tokens, point.spec.data_dir))
-            if key not in built:
-                built[key] = harness.load_tasks(point.spec)
             run = Run(folder / POINTS / point.spec.id, point.spec, resume=True)
-            job = Job(point.spec, run, prepare(point.spec, built[key]), bar=partial(Bar, shown=False))
-            asked = harness.requests(point.spec, job.ready.tasks, job.lm)
+            job = shared.job(point, run)
+            asked = shared.asked(point, job)
             self._turns = max(2, min(TURNS, len({(i.task_name, i.doc_id) for i in asked}) // TURN))
             self._under.append(_Under(point, job, _by_turn(point, job, asked, self._turns)))
 

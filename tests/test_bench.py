@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from bench import bars, decode, likelihood
+import fluid_eval
+from bench import bars, decode, likelihood, scale
 from bench.prompts import mini
 
 
@@ -46,3 +47,11 @@ def test_an_unknown_part_is_refused(capsys):
     with pytest.raises(SystemExit):
         decode.main(["--only", "everything"])
     assert "invalid choice: 'everything'" in capsys.readouterr().err
+
+
+def test_dummy_samples_cost_little(tmp_path):
+    """The driver and the store alone; what Ray adds is for the bench."""
+    spec, work = scale.dummy(500, 2)
+    seconds, _ = scale.kept(scale.InProcess(), spec, work, tmp_path / "r")
+    assert seconds < 1e-3
+    assert len(fluid_eval.load_results(tmp_path / "r")) == 500

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fluid_eval
+from fluid_eval.metrics import lines
 from fluid_eval.spec import build_spec
-from fluid_eval.store import Run, parse, read_json
+from fluid_eval.store import Run, encode, parse, read_json, read_samples
 from fluid_model import ConfigError
+from fluid_model.errors import RunError
 
 SPEC = build_spec({"tasks": ["gsm8k"], "model": {"path": "m"}})
 OTHER = build_spec({"tasks": ["gsm8k"], "model": {"path": "m"}, "limit": 3})
@@ -134,3 +140,89 @@ def test_a_broken_spec_is_named(tmp_path):
         Run(tmp_path / "r", SPEC, resume=True)
     with pytest.raises(ConfigError, match="no run here"):
         fluid_eval.load_results(tmp_path)
+
+
+def test_a_changed_line_is_found(tmp_path):
+    """A sample says what it said when it was written, or is no sample."""
+    file = fill(tmp_path / "r") / "samples.jsonl"
+    whole = file.read_bytes()
+    at = whole.index(b'"output_ids": [1, 2]') + len('"output_ids": [')
+    file.write_bytes(whole[:at] + b"7" + whole[at + 1 :])
+    with pytest.raises(
+        ConfigError, match=r"line 1: not a sample \(its checksum is another\); without that line, --resume"
+    ):
+        Run(tmp_path / "r", SPEC, resume=True)
+
+
+@given(st.binary(min_size=1, max_size=3), st.integers(0, 10_000))
+def test_no_damage_passes(piece, place):
+    line = encode(sample(1))
+    place %= len(line) - 1
+    damaged = line[:place] + piece + line[place + len(piece) :]
+    if damaged.rstrip(b"\n") != line.rstrip(b"\n"):
+        with pytest.raises(ValueError, match=r"."):
+            parse(damaged)
+
+
+def test_one_process_writes_at_a_time(tmp_path):
+    first = Run(tmp_path / "r", SPEC)
+    first.begin({})
+    first.append(sample(0))
+    with pytest.raises(ConfigError, match="another process writes here"):
+        Run(tmp_path / "r", SPEC, resume=True).begin({})
+    late = Run(tmp_path / "r", SPEC, resume=True)
+    first.append(sample(1))
+    first.close()
+    with pytest.raises(ConfigError, match="another process wrote here just now"):
+        late.begin({})
+    again = Run(tmp_path / "r", SPEC, resume=True)
+    again.begin({})
+    again.append(sample(2))
+    assert [again.samples[key]["doc_id"] for key in again.samples] == [0, 1, 2]
+    again.close()
+
+
+def test_a_full_disk_is_told_and_loses_nothing(tmp_path, monkeypatch):
+    run = Run(tmp_path / "r", SPEC)
+    run.begin({})
+    run.append(sample(0))
+
+    class Full:
+        """Takes half a line, then nothing."""
+
+        def __init__(self, file):
+            self.file, self.room = file, 50
+
+        def write(self, line):
+            if not self.room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written, self.room = self.file.write(line[: self.room]), 0
+            return written
+
+        def close(self):
+            self.file.close()
+
+    monkeypatch.setattr(run, "_file", Full(run._file))
+    with pytest.raises(RunError, match=r"samples.jsonl: No space left on device; what is finished is stored"):
+        run.append(sample(1))
+    run.close()
+    again = Run(tmp_path / "r", SPEC, resume=True)
+    assert list(again.samples) == ["gsm8k/0"]
+    again.begin({})
+    again.append(sample(1))
+    again.close()
+    assert [record["doc_id"] for record in read_samples(tmp_path / "r")] == [0, 1]
+
+
+def test_what_was_given_up_counts_nowhere_and_is_tried_again(tmp_path):
+    lost = {**sample(1), "lost": "its worker died", "scores": {}}
+    run = Run(tmp_path / "r", SPEC)
+    run.begin({})
+    run.append(sample(0))
+    run.append(lost)
+    assert run.samples["gsm8k/1"]["lost"], "here it is known"
+    run.close()
+    (line,) = lines("gsm8k", [{**record, "truncated": 0} for record in read_samples(tmp_path / "r")])
+    assert (line.n, line.score) == (1, 0.0)
+    again = Run(tmp_path / "r", SPEC, resume=True)
+    assert list(again.samples) == ["gsm8k/0"]
