@@ -106,7 +106,10 @@ class Stage:
         points = asked.pop("sweep")
         tables = {key: asked.pop(key) for key in ("engine",)}
         lines = [f"{key} = {json.dumps(value)}" for key, value in asked.items()]
-        lines += ["[engine]", *(f"{key} = {json.dumps(value)}" for key, value in tables["engine"].items())]
+        lines += [
+            "[engine]",
+            *(f"{key} = {json.dumps(value)}" for key, value in tables["engine"].items() if value is not None),
+        ]
         lines += ["[sweep.grid]", *(f'"{key}" = {json.dumps(axis)}' for key, axis in points["grid"].items())]
         for point in points["point"]:
             lines += ["[[sweep.point]]", *(f'"{key}" = {json.dumps(value)}' for key, value in point.items())]
@@ -174,7 +177,7 @@ def workers(stage: Stage) -> str | None:
 
         def reap(ended: threading.Event = ended) -> None:
             nonlocal killed
-            while not ended.wait(stage.random.uniform(0.5, 4)) and killed < stage.kills:
+            while not ended.wait(stage.random.uniform(2, 12)) and killed < stage.kills:
                 if victims := _workers():
                     stage.random.choice(victims).kill()
                     killed += 1

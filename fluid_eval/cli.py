@@ -80,6 +80,10 @@ def _add_sweep(sweep: argparse.ArgumentParser) -> None:
     points.add_argument("--sample", type=_whole, metavar="N", help="that many points of the grid, at random")
     points.add_argument("--dry-run", action="store_true", help="say what it would take, from a few samples, and end")
     points.add_argument("--stop-dominated", action="store_true", help="end points that others surely beat")
+    points.add_argument(
+        "--within", type=float, default=1.0, metavar="POINTS",
+        help="name the fastest point at most that many below AR; default: 1",
+    )  # fmt: skip
     points.add_argument("--by", default="tokens_per_second", choices=_SPEEDS, help="default: tokens_per_second")
 
 
@@ -213,7 +217,7 @@ def _sweep(options: argparse.Namespace) -> int:
     if options.dry_run:
         print_plan(planned, job.estimate(), folder)
         return EXIT_OK
-    result = job.work(stop_dominated=options.stop_dominated, by=options.by)
+    result = job.work(stop_dominated=options.stop_dominated, by=options.by, within=options.within)
     if options.json:
         print(json.dumps(result, indent=2))
     else:

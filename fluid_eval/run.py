@@ -39,8 +39,8 @@ def run(spec: RunSpec, folder: Path, *, resume: bool = False) -> Nested:
     """
     check_tasks(spec)
     opened = Run(folder, spec, resume=resume)
-    if (folder / RESULT).exists():
-        return read_json(folder / RESULT)
+    if (folder / RESULT).exists() and not (held := read_json(folder / RESULT)).get("lost"):
+        return held
     go_offline_unless_needed(spec)
     job = Job(spec, opened, prepare(spec, harness.load_tasks(spec)))
     try:

@@ -146,9 +146,9 @@ def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
     if notes:
         console.print("x: ended early")
     console.print("score: mean over tasks, %, with its 95% bootstrap interval   tok/s: per worker")
-    if result["best_within_1"] is not None:
+    if result["best"] is not None:
         against = f"{result['baseline']}'s" if result["baseline"] else "the best"
-        console.print(f"fastest at most 1 point below {against}: {result['best_within_1']}")
+        console.print(f"fastest of at most {result['within']:g} points below {against}: {result['best']}")
     for decoder, area in result["aup"].items():
         console.print(f"area under the accuracy-parallelism curve, {decoder}: {area:.1f}")
     for note in notes:

@@ -120,6 +120,7 @@ class Run:
                 self._file.close()
                 raise
             self._mend_last_line()
+            (self.folder / RESULT).unlink(missing_ok=True)  # it is not of all samples
             write_json(self.folder / SPEC, {"id": self.spec.id, **self.spec.to_dict()})
             write_json(self.folder / ENVIRONMENT, environment)
 

@@ -171,13 +171,17 @@ class Sweep:
         share = self.missing / max(1, tried)
         return Estimate(len(self._under), self.missing, forwards * share, seconds * share / size, tried)
 
-    def work(self, *, stop_dominated: bool = False, by: pareto.Speed = "tokens_per_second") -> Nested:
+    def work(
+        self, *, stop_dominated: bool = False, by: pareto.Speed = "tokens_per_second", within: float = 1.0
+    ) -> Nested:
         """Answer, score, place; returns the sweep's result, as stored in result.json.
 
-        stop_dominated: end points that another one beats at score and speed, as far as both have come.
+        stop_dominated: end points that another one beats at score and speed, as far as both have come.  within: points
+        of score that the best point may lie below AR, or where there is no AR below the best score.
         """
-        if (self.folder / RESULT).exists() and (stop_dominated or not self.missing):
-            return read_json(self.folder / RESULT)
+        held = read_json(self.folder / RESULT) if (self.folder / RESULT).exists() else {}
+        if (held.get("by"), held.get("within")) == (by, within) and (stop_dominated or not self.missing):
+            return held
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / SWEEP).open("ab") as head:
             lock(head, self.folder)
@@ -188,7 +192,7 @@ class Sweep:
                     with self._pool() as pool, Board([u.name for u in self._under], self._counts()) as board:
                         self._begin(pool)
                         self._answer(pool, board, stop_dominated, by)
-                return self._finish(by, before, time.perf_counter() - started)
+                return self._finish(by, within, before, time.perf_counter() - started)
             finally:
                 for under in self._under:
                     under.job.close()
@@ -249,7 +253,7 @@ class Sweep:
                 each.stopped = f"below {better} after {share:.0%} of the documents"
                 board.stop(each.name)
 
-    def _finish(self, by: pareto.Speed, answered: int, seconds: float) -> Nested:
+    def _finish(self, by: pareto.Speed, within: float, answered: int, seconds: float) -> Nested:
         """Score every point, place them all, write tables, figure and result."""
         from . import frontier
 
@@ -259,7 +263,7 @@ class Sweep:
             if under.stopped is not None:
                 records = under.job.score(_held_share(under, self._turns))
             else:
-                if not (folder / RESULT).exists():
+                if under.work or not (folder / RESULT).exists():
                     under.job.work()
                 records = list(read_samples(folder))
             lost |= {f"{under.name}: {r['key']}": r["lost"] for r in records if "lost" in r}
@@ -270,14 +274,15 @@ class Sweep:
         baseline = self._baseline
         frontier.write_tables(placed, self.folder)
         drawn = frontier.draw(placed, self.folder, by=by, baseline=baseline)
-        best = pareto.best(placed, baseline=baseline, within=1.0, by=by)
+        best = pareto.best(placed, baseline=baseline, within=within, by=by)
         result = {
             "id": self.plan.id,
             "by": by,
             "baseline": baseline,
             "points": [_row(place, under) for place, under in zip(placed, self._under, strict=True)],
             "frontier": pareto.frontier(placed, by),
-            "best_within_1": best.name if best else None,
+            "within": within,
+            "best": best.name if best else None,
             "aup": _areas(placed, self._under),
             "lost": lost,
             "figure": drawn,

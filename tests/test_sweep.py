@@ -12,7 +12,7 @@ from fluid_eval import pareto
 from fluid_eval import sweep as module
 from fluid_eval.cli import main
 from fluid_eval.grid import plan
-from fluid_eval.pool import InlinePool
+from fluid_eval.pool import InlinePool, Lost
 from fluid_eval.run import run
 from fluid_eval.store import Run, read_samples
 from fluid_eval.sweep import Sweep
@@ -147,3 +147,23 @@ def test_the_command(tiny_fluid, tmp_path, capsys):
     out = capsys.readouterr().out
     assert all(len(line) <= 80 for line in out.splitlines() if "folder:" not in line)
     assert "γ=0.3" in out
+
+
+def test_what_was_given_up_is_tried_again(values, tmp_path, monkeypatch):
+    """A sample that one day's workers could not answer is no part of that day's scores, and answered the next."""
+    whole = Sweep(plan(values), tmp_path / "whole").work()
+    real, bad = InlinePool.run, "mini_gsm8k_1/3"
+
+    def lossy(self, chunks):
+        for point, answer in real(self, chunks):
+            yield point, Lost(bad, "its worker died") if answer.key == bad else answer
+
+    monkeypatch.setattr(InlinePool, "run", lossy)
+    result = Sweep(plan(values), tmp_path / "s").work()
+    assert result["lost"] == {f"{p['name']}: {bad}": "its worker died" for p in result["points"]}
+    assert [p["n"] for p in result["points"]] == [23] * 3
+    assert main(["report", str(tmp_path / "s" / result["points"][0]["folder"])]) == 0
+    monkeypatch.setattr(InlinePool, "run", real)
+    again = Sweep(plan(values), tmp_path / "s", resume=True)
+    assert again.missing == 3
+    assert told(again.work()) == told(whole)
