@@ -57,7 +57,8 @@ def values(limit: int, batch_size: int | str = 8, **engine: Any) -> dict[str, An
 
 def told(result: dict[str, Any]) -> list[Any]:
     """A sweep's table without what clocks decide, and without what the machine's slot budget does."""
-    return [(p["name"], p["n"], p["score"]) for p in result["points"]]
+    rows = [(p["name"], p["n"], p["score"]) for p in result["points"]]
+    return list(json.loads(json.dumps(rows)))  # as a file holds it
 
 
 def texts(folder: Path) -> dict[str, list[int]]:
@@ -89,26 +90,23 @@ class Stage:
         planned = plan(values(self.limit, batch_size, **engine))
         return Sweep(planned, self.folder / name, resume=True, open_pool=pool)
 
-    def same(self, name: str, result: dict[str, Any] | None = None) -> bool:
+    def same(self, name: str) -> bool:
         """Whether a sweep ended as the unbroken one did."""
         file = self.folder / name / "result.json"
-        found = result or (json.loads(file.read_text()) if file.exists() else None)
-        return (
-            found is not None
-            and json.loads(json.dumps(told(found))) == json.loads(json.dumps(self.expected))
-            and (texts(self.folder / name) == self.texts)
-        )
+        if not file.exists():
+            return False
+        return told(json.loads(file.read_text())) == self.expected and texts(self.folder / name) == self.texts
 
     def command(self, name: str, **engine: Any) -> list[str]:
         """The same sweep as a process of its own."""
         file = self.folder / f"{name}.toml"
         asked = values(self.limit, **engine)
         points = asked.pop("sweep")
-        tables = {key: asked.pop(key) for key in ("engine",)}
+        engine = asked.pop("engine")
         lines = [f"{key} = {json.dumps(value)}" for key, value in asked.items()]
         lines += [
             "[engine]",
-            *(f"{key} = {json.dumps(value)}" for key, value in tables["engine"].items() if value is not None),
+            *(f"{key} = {json.dumps(value)}" for key, value in engine.items() if value is not None),
         ]
         lines += ["[sweep.grid]", *(f'"{key}" = {json.dumps(axis)}' for key, axis in points["grid"].items())]
         for point in points["point"]:
@@ -117,14 +115,24 @@ class Stage:
         return [sys.executable, "-m", "fluid_eval", "sweep", str(file), "--out", str(self.folder / name), "--resume"]
 
 
-def drivers(stage: Stage, name: str = "driver", **engine: Any) -> str | None:
+def drivers(stage: Stage) -> str | None:
     """The driver dies at a random moment, again and again, and is started anew."""
-    for _ in range(stage.kills):
+    return _driver_dies(stage, "driver", stage.kills, 1.3 * stage.seconds + 4)
+
+
+def ray_drivers(stage: Stage) -> str | None:
+    """The driver of a private Ray cluster dies: the cluster goes with it."""
+    return _driver_dies(stage, "ray driver", max(1, stage.kills // 10), stage.seconds + 12, ray_address=None)
+
+
+def _driver_dies(stage: Stage, name: str, kills: int, within: float, **engine: Any) -> str | None:
+    """Kill a driver so many times, each within some seconds of its start; then let it end."""
+    for _ in range(kills):
         process = _begin(stage.command(name, **engine))
-        time.sleep(stage.random.uniform(1, 1.3 * stage.seconds + 4))
+        time.sleep(stage.random.uniform(1, within))
         process.kill()
         process.wait()
-        if left := _clusters_gone(process.pid):
+        if left := _clusters_gone():
             return f"{left} left running"
     done = subprocess.run(stage.command(name, **engine), capture_output=True, text=True, check=False)
     return (
@@ -132,20 +140,14 @@ def drivers(stage: Stage, name: str = "driver", **engine: Any) -> str | None:
     )
 
 
-def ray_drivers(stage: Stage) -> str | None:
-    """The driver of a private Ray cluster dies: the cluster goes with it."""
-    few = Stage.__new__(Stage)
-    vars(few).update({**vars(stage), "kills": max(1, stage.kills // 10), "seconds": stage.seconds + 12})
-    return drivers(few, "ray driver", ray_address=None)
-
-
 def interrupts(stage: Stage) -> str | None:
-    """Ctrl-C keeps what is finished and says so."""
-    process = _begin(stage.command("interrupt"))
-    _wait_for(lambda: any((stage.folder / "interrupt").rglob("samples.jsonl")))
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    """Ctrl-C, which reaches every process of a terminal, keeps what is finished and ends the private cluster."""
+    process = _begin(stage.command("interrupt", ray_address=None), start_new_session=True)
+    _wait_for(lambda: any(file.stat().st_size for file in (stage.folder / "interrupt").rglob("samples.jsonl")))
+    os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
+    if left := _clusters_gone():
+        return f"{left} left running"
     if process.returncode != 130 or "--resume goes on" not in said:
         return f"exit {process.returncode}: {said[-300:]}"
     stage.sweep("interrupt").work()
@@ -310,8 +312,8 @@ def _wait_for(there: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def _clusters_gone(driver: int) -> int:
-    """Processes of Ray that outlive their driver by more than some seconds."""
+def _clusters_gone() -> int:
+    """Processes of Ray that outlive a driver by more than some seconds."""
 
     def left() -> list[psutil.Process]:
         found = []

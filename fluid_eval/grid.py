@@ -125,12 +125,12 @@ def _grid(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _at(axes: Mapping[str, list[Any]], place: int) -> dict[str, Any]:
-    """The point at a place of the grid, the last axis running fastest."""
+    """The point at a place of the grid, the first axis running fastest."""
     point = {}
-    for name in reversed(list(axes)):
-        place, index = divmod(place, len(axes[name]))
-        point[name] = axes[name][index]
-    return {name: point[name] for name in axes}
+    for name, axis in axes.items():
+        place, index = divmod(place, len(axis))
+        point[name] = axis[index]
+    return point
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

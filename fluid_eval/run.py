@@ -148,6 +148,7 @@ class Job:
         where["engine"] = {**facts, "workers": pool.size}
         where["same"] = {name: facts.get(name) for name in ("weights", "device", "dtype")}
         where["same"] |= {name: where["versions"][name] for name in ("torch", "transformers", "lm-eval")}
+        where["same"]["task versions"] = harness.versions(self.ready.tasks)
         where["data"] = [vars(f) for f in data.fingerprints(self.spec.data_dir)]
         where["isolation"] = sandbox.isolation()
         self.opened.begin(where)

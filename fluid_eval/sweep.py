@@ -62,7 +62,7 @@ class _Shared:
     """
 
     tasks: dict[str, harness.Tasks]
-    requests: dict[str, harness.Asked]
+    requests: dict[str, tuple[harness.Asked, dict[str, int]]]
     encoded: dict[str, dict[str, tuple[int, ...]]]
 
     def job(self, point: PlannedPoint, run: Run) -> Job:
@@ -73,12 +73,14 @@ class _Shared:
         ready = prepare(spec, self.tasks[key])
         return Job(spec, run, ready, partial(Bar, shown=False), self.encoded[repr((spec.model.path, spec.chat))])
 
-    def asked(self, point: PlannedPoint, job: Job) -> harness.Asked:
+    def asked(self, point: PlannedPoint, job: Job) -> tuple[harness.Asked, dict[str, int]]:
+        """What a point is asked, and how many documents each task has."""
         spec = point.spec
         words = (spec.model.path, spec.chat) if spec.chat else ()
         key = repr((spec.tasks, spec.num_fewshot, spec.max_new_tokens, spec.data_dir, words))
         if key not in self.requests:
-            self.requests[key] = harness.requests(spec, job.ready.tasks, job.lm)
+            documents = {name: len(task.eval_docs) for name, task in job.ready.tasks["tasks"].items()}
+            self.requests[key] = harness.requests(spec, job.ready.tasks, job.lm), documents
         return self.requests[key]
 
 
@@ -120,9 +122,9 @@ class Sweep:
         for point in plan.points:
             run = Run(folder / POINTS / point.spec.id, point.spec, resume=True)
             job = shared.job(point, run)
-            asked = shared.asked(point, job)
+            asked, documents = shared.asked(point, job)
             self._turns = max(2, min(TURNS, len({(i.task_name, i.doc_id) for i in asked}) // TURN))
-            self._under.append(_Under(point, job, _by_turn(point, job, asked, self._turns)))
+            self._under.append(_Under(point, job, _by_turn(point, job, asked, documents, self._turns)))
 
     def _check_folder(self, resume: bool) -> None:
         file = self.folder / SWEEP
@@ -263,7 +265,7 @@ class Sweep:
             if under.stopped is not None:
                 records = under.job.score(_held_share(under, self._turns))
             else:
-                if under.work or not (folder / RESULT).exists():
+                if not (folder / RESULT).exists():
                     under.job.work()
                 records = list(read_samples(folder))
             lost |= {f"{under.name}: {r['key']}": r["lost"] for r in records if "lost" in r}
@@ -305,12 +307,12 @@ def _left(under: _Under, turn: int) -> bool:
     return any(item.key not in held for item in under.work.get(turn, []))
 
 
-def _by_turn(point: PlannedPoint, job: Job, asked: harness.Asked, turns: int) -> dict[int, list[Work]]:
-    """What a point has not answered, by the turn its document is in."""
-    tasks = job.ready.tasks["tasks"]
+def _by_turn(
+    point: PlannedPoint, job: Job, asked: harness.Asked, documents: Mapping[str, int], turns: int
+) -> dict[int, list[Work]]:
+    """What a point has not answered, by the turn its document is in. documents: how many each task has."""
     ends = {
-        name: [_count(point, len(task.eval_docs), (turn + 1) / turns) for turn in range(turns)]
-        for name, task in tasks.items()
+        name: [_count(point, count, (turn + 1) / turns) for turn in range(turns)] for name, count in documents.items()
     }
     found: dict[int, list[Work]] = defaultdict(list)
     for item in job.lm.missing(asked):

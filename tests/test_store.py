@@ -223,6 +223,6 @@ def test_what_was_given_up_counts_nowhere_and_is_tried_again(tmp_path):
     assert run.samples["gsm8k/1"]["lost"], "here it is known"
     run.close()
     (line,) = lines("gsm8k", [{**record, "truncated": 0} for record in read_samples(tmp_path / "r")])
-    assert (line.n, line.score) == (1, 0.0)
+    assert (line.n, line.score, line.cost.forwards) == (1, 0.0, 4)
     again = Run(tmp_path / "r", SPEC, resume=True)
     assert list(again.samples) == ["gsm8k/0"]

@@ -167,3 +167,18 @@ def test_what_was_given_up_is_tried_again(values, tmp_path, monkeypatch):
     again = Sweep(plan(values), tmp_path / "s", resume=True)
     assert again.missing == 3
     assert told(again.work()) == told(whole)
+
+
+def test_drawn_examples_are_those_of_a_run(tiny_fluid, data_dir, tmp_path):
+    """Few-shot examples are drawn at random, and tasks are asked more than once."""
+    values = {
+        "tasks": "gsm8k", "model": str(tiny_fluid), "decoder": "fluid", "data_dir": str(data_dir), "limit": 3,
+        "num_fewshot": 2, "max_new_tokens": 4, "sweep": {"grid": {"decoder.verify": [True, False]}},
+    }  # fmt: skip
+    planned = plan(values)
+    result = Sweep(planned, tmp_path / "s").work()
+    run(planned.points[0].spec, tmp_path / "r")
+    expected = [record["prompt"] for record in read_samples(tmp_path / "r")]
+    assert expected[0].count("Question:") == 3
+    for point in result["points"]:
+        assert [r["prompt"] for r in read_samples(tmp_path / "s" / point["folder"])] == expected
