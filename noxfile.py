@@ -60,12 +60,13 @@ def chain(session: nox.Session) -> None:
 
 @nox.session
 def sweep_smoke(session: nox.Session) -> None:
-    """Some points of the documented sweep on few questions, on Ray workers; then it is resumed; then kills."""
+    """Some points of the documented sweep on few questions, on Ray workers, resumed; two nodes; kills."""
     out = Path(session.create_tmp()).resolve() / "sweep"
     words = ["sweep", "bench/tiny-sweep.toml", "--limit", "2", "--sample", "6", "--engine", "ray", "--workers", "2"]
     python(session, "fluid_eval", *words, "--out", str(out), "--resume")
     python(session, "fluid_eval", *words, "--out", str(out), "--resume", "--json")
     assert (out / "frontier.png").stat().st_size > 10_000
+    python(session, "pytest", "-m", "cluster")
     python(session, "bench.faults", "--quick")
 
 

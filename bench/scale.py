@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from fluid_eval.adapter import base_record
 from fluid_eval.paths import resource
 from fluid_eval.pool import Actor, Chunk, Pool, RayPool, chunks_of
 from fluid_eval.spec import RunSpec, build_spec
-from fluid_eval.store import Run
+from fluid_eval.store import Run, Samples
 from fluid_eval.worker import Answer, Work
 from fluid_model import Generation, Request
 from fluid_model.engine.records import Trace
@@ -129,6 +130,24 @@ def overhead(samples: int, folder: Path) -> list[Bar]:
     ]
 
 
+def held(count: int, folder: Path) -> list[Bar]:
+    """Bytes of memory a sample takes: stored, and waiting with its prompt shared."""
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    prompt = tuple(range(PROMPT))
+    waiting = [Request(f"dummy/{n}", prompt, ANSWER, ("Question:",), n) for n in range(10**9, 10**9 + count)]
+    there = tracemalloc.get_traced_memory()[0]
+    samples = Samples(folder / "none")
+    for n, request in enumerate(waiting):
+        samples.note({"key": request.key, "prompt_hash": f"{n:016x}"}, 3000 * n, 3000)
+    after = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    return [
+        Bar("bytes a waiting request, its prompt shared", round((there - before) / count), "", None),
+        Bar("bytes a stored sample", round((after - there) / count), "", None),
+    ]
+
+
 def workers(prompts: int, runs: int) -> list[Bar]:
     """Samples a second of two CPU workers, a thread each, beside one of them; and beside one with all threads."""
     checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype="float32")
@@ -164,6 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         found = overhead(2_000 if options.quick else 100_000, Path(folder))
+        found += held(10_000, Path(folder))
     found += workers(64 if options.quick else 400, 1 if options.quick else 5)
     print(bars.told(found, as_json=options.json))
     return 0 if all(bar.ok is not False for bar in found) else 1

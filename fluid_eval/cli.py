@@ -79,6 +79,7 @@ def _add_sweep(sweep: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     points.add_argument("--sample", type=_whole, metavar="N", help="that many points of the grid, at random")
     points.add_argument("--dry-run", action="store_true", help="say what it would take, from a few samples, and end")
+    points.add_argument("--so-far", action="store_true", help="place points by what is answered, and end")
     points.add_argument("--stop-dominated", action="store_true", help="end points that others surely beat")
     points.add_argument(
         "--within", type=float, default=1.0, metavar="POINTS",
@@ -213,9 +214,12 @@ def _sweep(options: argparse.Namespace) -> int:
 
     first = default_folder(planned.points[0].spec).name.rsplit("-", 2)[0]
     folder = options.out or Path("sweeps") / f"{first}-{planned.id[:8]}"
-    job = Sweep(planned, folder, resume=options.resume)
+    job = Sweep(planned, folder, resume=options.resume or options.so_far)
     if options.dry_run:
         print_plan(planned, job.estimate(), folder)
+        return EXIT_OK
+    if options.so_far:
+        print_sweep(job.so_far(by=options.by, within=options.within), folder)
         return EXIT_OK
     result = job.work(stop_dominated=options.stop_dominated, by=options.by, within=options.within)
     if options.json:

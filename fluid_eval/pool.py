@@ -11,8 +11,10 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from queue import Queue
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fluid_model.engine import prefixes
@@ -29,8 +31,8 @@ CHUNK_ROWS = 128
 """Requests a Ray worker gets at a time at most: a worker's rows run empty at the end of each chunk."""
 IN_FLIGHT = 2
 """Chunks a Ray worker holds, so that it never waits for the driver."""
-PARCEL, PARCEL_SECONDS = 64, 0.5
-"""Answers a Ray worker sends at once, and how long one may wait for others."""
+PARCEL = 64
+"""Answers a Ray worker sends at once at most."""
 UNSENT = 8
 """Parcels a Ray worker keeps ready before it waits for the driver to fetch them."""
 TRIES = 3
@@ -113,12 +115,14 @@ class InlinePool:
 
 
 class Actor:
-    """A worker as Ray holds it: answers leave in parcels, since each one sent costs the driver a fraction of a
-    millisecond.
+    """A worker as Ray holds it, in a thread of its own: what it has answered while the driver was fetched something
+    leaves in one parcel, at once, since each sending costs a fraction of a millisecond and no answer may wait for
+    another.
     """
 
     def __init__(self, threads: int | None) -> None:
-        self._worker = self.make(threads)
+        self._thread = ThreadPoolExecutor(1)  # torch counts threads by who asks
+        self._worker = self._thread.submit(self.make, threads).result()
 
     @staticmethod
     def make(threads: int | None) -> Any:
@@ -134,18 +138,29 @@ class Actor:
         return str(ray.get_runtime_context().get_node_id())
 
     def facts(self, spec: Nested) -> dict[str, Any]:
-        found: dict[str, Any] = self._worker.facts(spec)
+        found: dict[str, Any] = self._thread.submit(self._worker.facts, spec).result()
         return found
 
     def run(self, spec: Nested, work: Sequence[Work]) -> Iterator[list[Answer]]:
-        parcel, since = [], time.monotonic()
-        for answer in self._worker.run(spec, work):
-            parcel.append(answer)
-            if len(parcel) == PARCEL or time.monotonic() - since > PARCEL_SECONDS:
-                yield parcel
-                parcel, since = [], time.monotonic()
-        if parcel:
-            yield parcel
+        answers: Queue[Answer | None] = Queue(maxsize=PARCEL)  # None ends them
+
+        def answer() -> None:
+            try:
+                for each in self._worker.run(spec, work):
+                    answers.put(each)
+            finally:
+                answers.put(None)
+
+        done = self._thread.submit(answer)
+        going = True
+        while going:
+            parcel = [answers.get()]
+            while len(parcel) < PARCEL and not answers.empty():
+                parcel.append(answers.get())
+            going = parcel[-1] is not None
+            if found := [each for each in parcel if each is not None]:
+                yield found
+        done.result()  # raises what the worker raised
 
 
 @dataclass
@@ -212,7 +227,7 @@ class RayPool:
             raise ConfigError(
                 f"engine.workers={self.size}: the cluster has {have.get(resource, 0):.0f} {resource}s, one a worker"
             )
-        self._threads = None if gpus else max(1, cores() // self.size)
+        self._threads = None if gpus else max(1, int(have["CPU"]) // self.size)
         self._actor = self._ray.remote(kind).options(**share)
         self._hands = [self._hire() for _ in range(self.size)]
         self._deaths = self._lost = 0

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -18,13 +19,30 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:.1f}/s" if speed else "", style="progress.data.speed")
 
 
-class Bar:
+class _Shown:
+    """Bars while it is entered, where standard error is a terminal."""
+
+    def __init__(self, *, shown: bool = True) -> None:
+        console = Console(stderr=True)
+        self._shown = shown and console.is_terminal
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console, disable=not self._shown)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+
+class Bar(_Shown):
     """One piece of work of `total` samples."""
 
     def __init__(self, title: str, total: int, *, shown: bool = True) -> None:
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, disable=not (shown and console.is_terminal))
+        super().__init__(shown=shown)
         self._task = self._progress.add_task(title, total=total)
 
     def skip(self, count: int) -> None:
@@ -35,15 +53,6 @@ class Bar:
         """One more sample is done."""
         self._progress.advance(self._task)
 
-    def __enter__(self) -> Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
 
 EVERY = 30.0
 """Seconds between two lines where there is no terminal."""
@@ -51,17 +60,14 @@ MOST_BARS = 16
 """Points a terminal shows at once: those that are furthest from done."""
 
 
-class Board:
+class Board(_Shown):
     """Many pieces of work at once: one bar over all, one each. counts: samples held and in all, of each.
 
     Without a terminal it writes a line every EVERY seconds.
     """
 
     def __init__(self, names: Sequence[str], counts: Sequence[tuple[int, int]]) -> None:
-        console = Console(stderr=True)
-        self._shown = console.is_terminal
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, disable=not self._shown, refresh_per_second=4)
+        super().__init__()
         done, total = (sum(column) for column in zip(*counts, strict=True))
         self._all = self._progress.add_task("all points", total=total, completed=done)
         width = max(map(len, names))
@@ -108,12 +114,3 @@ class Board:
             f"{left // 60}:{left % 60:02} left",
             file=sys.stderr,
         )
-
-    def __enter__(self) -> Board:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()

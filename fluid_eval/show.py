@@ -142,13 +142,15 @@ def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
             notes.append(f"{point['name']}: ended early, {point['stopped']}")
     console.print(table)
     console.print()
+    if "so_far" in result:
+        console.print(f"so far: the first {result['so_far']:.0%} of each task's documents")
     console.print("*: on the frontier   -: surely beaten: another is no worse, and faster")
     if notes:
         console.print("x: ended early")
     console.print("score: mean over tasks, %, with its 95% bootstrap interval   tok/s: per worker")
     if result["best"] is not None:
-        against = f"{result['baseline']}'s" if result["baseline"] else "the best"
-        console.print(f"fastest of at most {result['within']:g} points below {against}: {result['best']}")
+        against = result["baseline"] or "the best score"
+        console.print(f"fastest that scores at most {result['within']:g} (%) less than {against}: {result['best']}")
     for decoder, area in result["aup"].items():
         console.print(f"area under the accuracy-parallelism curve, {decoder}: {area:.1f}")
     for note in notes:

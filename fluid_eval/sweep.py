@@ -38,6 +38,8 @@ PILOT = 16
 """Samples of a point that a pilot takes to reckon what a sweep costs."""
 PILOT_POINTS = 6
 """Points that a pilot tries, spread over the sweep."""
+OTHER_FILES = 500
+"""Files that a process has open beside the points' own: libraries, Ray."""
 POINTS, SWEEP = "points", "sweep.json"
 
 
@@ -184,6 +186,7 @@ class Sweep:
         held = read_json(self.folder / RESULT) if (self.folder / RESULT).exists() else {}
         if (held.get("by"), held.get("within")) == (by, within) and (stop_dominated or not self.missing):
             return held
+        _open_enough(len(self._under))
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / SWEEP).open("ab") as head:
             lock(head, self.folder)
@@ -255,11 +258,22 @@ class Sweep:
                 each.stopped = f"below {better} after {share:.0%} of the documents"
                 board.stop(each.name)
 
+    def so_far(self, *, by: pareto.Speed = "tokens_per_second", within: float = 1.0) -> Nested:
+        """Place the points by the turns that all have answered; answers and stores nothing but tables and figure.
+
+        Raises ConfigError if there is none yet.
+        """
+        turns = next(
+            (turn for turn in range(self._turns) if any(each.work.get(turn) for each in self._under)), self._turns
+        )
+        if not turns:
+            raise ConfigError(f"{self.folder}: not all points have answered their first {1 / self._turns:.0%} yet")
+        scored = [(each, each.job.score(turns / self._turns)) for each in self._under]
+        return {**self._place(scored, by, within), "so_far": turns / self._turns}
+
     def _finish(self, by: pareto.Speed, within: float, answered: int, seconds: float) -> Nested:
         """Score every point, place them all, write tables, figure and result."""
-        from . import frontier
-
-        points, lost = [], dict[str, str]()
+        scored = []
         for under in self._under:
             folder = under.job.opened.folder
             if under.stopped is not None:
@@ -268,16 +282,26 @@ class Sweep:
                 if not (folder / RESULT).exists():
                     under.job.work()
                 records = list(read_samples(folder))
-            lost |= {f"{under.name}: {r['key']}": r["lost"] for r in records if "lost" in r}
-            points.append(_point(under, records))
-            if not points[-1].samples:
-                raise RunError(f"{under.name}: every sample was given up ({next(iter(lost.values()), '')})")
-        placed = pareto.measure(points, by=by)
-        baseline = self._baseline
+            scored.append((under, records))
+        result = self._place(scored, by, within)
+        result |= {"answered_now": answered, "wall_seconds": round(seconds, 3)}
+        write_json(self.folder / RESULT, result)
+        return result
+
+    def _place(self, scored: list[tuple[_Under, list[Record]]], by: pareto.Speed, within: float) -> Nested:
+        """Points by score and speed; writes tables and figure."""
+        from . import frontier
+
+        lost = {f"{under.name}: {r['key']}": r["lost"] for under, records in scored for r in records if "lost" in r}
+        points = [_point(under, records) for under, records in scored]
+        for point in points:
+            if not point.samples:
+                raise RunError(f"{point.name}: every sample was given up ({next(iter(lost.values()), '')})")
+        placed, baseline = pareto.measure(points, by=by), self._baseline
         frontier.write_tables(placed, self.folder)
         drawn = frontier.draw(placed, self.folder, by=by, baseline=baseline)
         best = pareto.best(placed, baseline=baseline, within=within, by=by)
-        result = {
+        return {
             "id": self.plan.id,
             "by": by,
             "baseline": baseline,
@@ -288,11 +312,22 @@ class Sweep:
             "aup": _areas(placed, self._under),
             "lost": lost,
             "figure": drawn,
-            "answered_now": answered,
-            "wall_seconds": round(seconds, 3),
         }
-        write_json(self.folder / RESULT, result)
-        return result
+
+
+def _open_enough(points: int) -> None:
+    """See that a file to write and one to read may be open for each point. Raises ConfigError where they may not."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = 2 * points + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < need:
+        if hard != resource.RLIM_INFINITY and hard < need:
+            raise ConfigError(
+                f"a sweep of {points} points needs {need} open files, and {hard} are allowed: raise ulimit -n, or take "
+                "fewer points at a time"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
 
 
 def _held_share(under: _Under, turns: int) -> float:
@@ -352,7 +387,7 @@ def _areas(placed: list[pareto.Placed], under: list[_Under]) -> dict[str, float]
             pairs[each.planned.spec.decoder.name].append(
                 (place.tokens_per_forward.mean, min(100.0, 100 * place.score.mean))
             )
-    return {decoder: pareto.aup(found) for decoder, found in pairs.items() if len(found) > 1}
+    return {decoder: pareto.aup(found) for decoder, found in pairs.items() if len(dict(found)) > 1}
 
 
 def _row(place: pareto.Placed, under: _Under) -> Mapping[str, Any]:

@@ -69,6 +69,8 @@ class Worker:
             held = sum(weights_bytes(checkpoint.model) for checkpoint in self._held.values())
             if self._held and held > KEEP_SHARE * free_memory(next(iter(self._held.values())).backbone.device):
                 self._held.clear()
+                vars(self).pop("_checkpoint", None)
+                torch.cuda.empty_cache()
             self._held[key] = load(
                 key.path, dtype=key.dtype, device=key.device, mask_token=key.mask_token,
                 end_tokens=key.end_tokens, method=key.method,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluid_eval import pool as module
-from fluid_eval.pool import Chunk, Lost, RayPool
+from fluid_eval.pool import Actor, Chunk, Lost, RayPool
 from fluid_eval.spec import build_spec
 from fluid_eval.sweep import Sweep
 from fluid_model import ConfigError, Generation, Request
@@ -175,6 +176,47 @@ def test_work_not_begun_is_not_suspect():
     assert sorted(seen) == [5, 5, 10, 10, 10]
 
 
+class Slow:
+    """A worker that answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.go, self.threads = threading.Event(), set()
+
+    def facts(self, spec):
+        self.threads.add(threading.get_ident())
+        return {}
+
+    def run(self, spec, work):
+        self.threads.add(threading.get_ident())
+        yield work[0]
+        yield work[1]
+        assert self.go.wait(10)
+        yield from work[2:]
+        raise ValueError("no more")
+
+
+def test_no_answer_waits_for_another():
+    """What a worker has answered leaves it, whatever the next answer takes; then comes what it raised."""
+
+    class Own(Actor):
+        make = staticmethod(lambda _: Slow())
+
+    actor = Own(1)
+    sent = actor.run({}, list(range(200)))
+    first = list(next(sent))
+    while len(first) < 2:
+        first += next(sent)
+    assert first == [0, 1], "while the third is not there yet"
+    actor._worker.go.set()
+    rest: list[int] = []
+    with pytest.raises(ValueError, match="no more"):
+        rest.extend(item for parcel in sent for item in parcel)
+    assert actor.facts({}) == {}
+    assert len(actor._worker.threads) == 1, "torch's number of threads is a thread's own"
+    assert threading.get_ident() not in actor._worker.threads
+
+
+@pytest.mark.cluster
 def test_two_nodes_share_a_sweep(tiny_fluid, tmp_path, monkeypatch):
     """Two of Ray's nodes on this machine, one CPU each; the table is that of one process."""
     from ray.cluster_utils import Cluster

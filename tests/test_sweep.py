@@ -182,3 +182,46 @@ def test_drawn_examples_are_those_of_a_run(tiny_fluid, data_dir, tmp_path):
     assert expected[0].count("Question:") == 3
     for point in result["points"]:
         assert [r["prompt"] for r in read_samples(tmp_path / "s" / point["folder"])] == expected
+
+
+def test_what_is_answered_so_far_compares(values, tmp_path, monkeypatch):
+    """By the turns that all points have answered; nothing is answered for it, and no result is written."""
+    monkeypatch.setattr(module, "TURN", 3)
+    whole = Sweep(plan(values), tmp_path / "whole").work()
+    keep, kept = Run.append, []
+
+    def interrupted(self, record):
+        keep(self, record)
+        kept.append(record["key"])
+        if len(kept) == 31:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Sweep(plan(values), tmp_path / "s").work()
+    monkeypatch.setattr(Run, "append", keep)
+    monkeypatch.setattr(InlinePool, "run", lambda *_: pytest.fail("nothing is to be answered"))
+    job = Sweep(plan(values), tmp_path / "s", resume=True)
+    found = job.so_far()
+    assert [p["n"] for p in found["points"]] == [2 * -(-12 * round(8 * found["so_far"]) // 8)] * 3
+    assert 0 < found["so_far"] < 31 / 72
+    assert found["points"][0]["score"] == found["points"][2]["score"]
+    assert job.missing == 3 * 24 - 31
+    assert not (tmp_path / "s" / "result.json").exists()
+    assert Sweep(plan(values), tmp_path / "whole", resume=True).so_far()["points"] == whole["points"]
+    with pytest.raises(ConfigError, match="not all points have answered their first 12%"):
+        Sweep(plan(values), tmp_path / "none").so_far()
+
+
+def test_files_enough_are_open(monkeypatch):
+    import resource
+
+    limits = {"now": (600, 5000)}
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits["now"])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.update(now=pair))
+    module._open_enough(50)
+    assert limits["now"] == (600, 5000)
+    module._open_enough(1000)
+    assert limits["now"] == (2500, 5000)
+    with pytest.raises(ConfigError, match="3000 points needs 6500 open files, and 5000 are allowed"):
+        module._open_enough(3000)

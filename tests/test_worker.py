@@ -109,3 +109,48 @@ def test_long_rows_do_not_keep_short_ones_from_being_many(tiny_model, monkeypatc
     assert found == expected
     assert [kinds for _, kinds in seen] == [{"long"}, {"short"}]
     assert seen[0][0] < len(expected) <= seen[1][0]
+
+
+def test_a_checkpoint_is_loaded_once_for_all_its_specs(tiny_fluid, tiny_model, monkeypatch):
+    """Decoders and batch sizes share weights; several models are held while memory is ample, and none but the last
+    while it is not.
+    """
+    loaded: list[str] = []
+    real = worker.load
+
+    def load(path, **options):
+        loaded.append(path)
+        return real(path, **options)
+
+    monkeypatch.setattr(worker, "load", load)
+    fluid, plain = str(tiny_fluid), str(tiny_model)
+    specs = [
+        {"model": fluid, "decoder": "fluid"}, {"model": fluid}, {"model": plain}, {"model": fluid, "batch_size": 2},
+        {"model": {"path": plain}},
+    ]  # fmt: skip
+    specs = [build_spec({"tasks": "mini", **values}).to_dict() for values in specs]
+    one = worker.Worker()
+    for spec in specs:
+        assert len(list(one.run(spec, work("write")))) == 12
+    assert loaded == [fluid, plain]
+    monkeypatch.setattr(worker, "free_memory", lambda _: 10**6)
+    monkeypatch.setattr(worker, "weights_bytes", lambda _: 10**6)
+    loaded.clear()
+    one = worker.Worker()
+    for spec in specs:
+        one.facts(spec)
+    assert loaded == [fluid, plain, fluid, plain]
+
+
+def test_a_spec_gets_the_k_head_of_its_tau(tmp_path):
+    from fluid_model import save
+
+    from .tiny import fluid_checkpoint
+
+    save(fluid_checkpoint(tau=(2.8, 1.0)), tmp_path / "two")
+    one = worker.Worker()
+    for tau, head in ((None, 0), (1.0, 1), (2.8, 0)):
+        values = {"tasks": "mini", "model": {"path": str(tmp_path / "two"), "tau": tau}, "decoder": "fluid"}
+        one.facts(build_spec(values).to_dict())
+        assert one._checkpoint.head is one._checkpoint.heads[head]
+    assert len(one._held) == 1
