@@ -219,6 +219,7 @@ def test_no_answer_waits_for_another():
 @pytest.mark.cluster
 def test_two_nodes_share_a_sweep(tiny_fluid, tmp_path, monkeypatch):
     """Two of Ray's nodes on this machine, one CPU each; the table is that of one process."""
+    import ray
     from ray.cluster_utils import Cluster
 
     from fluid_eval.grid import plan
@@ -237,6 +238,7 @@ def test_two_nodes_share_a_sweep(tiny_fluid, tmp_path, monkeypatch):
 
         def opened(spec):
             pools.append(RayPool(spec))
+            ray.get([hand.starting for hand in pools[0]._hands])  # or the first one up may answer all
             return pools[0]
 
         result = Sweep(plan({**values, "engine": engine}), tmp_path / "ray", open_pool=opened).work()

@@ -1,0 +1,34 @@
+"""`fluid-eval run`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from .settings import add_settings, values_of
+
+HELP = "run tasks with a model: table, run folder, result"
+
+
+def add(run: argparse.ArgumentParser) -> None:
+    where = add_settings(run)
+    where.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/TASKS-MODEL-DECODER-ID")
+    where.add_argument("--resume", action="store_true", help="go on with a run folder")
+    where.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def main(options: argparse.Namespace) -> int:
+    from ..spec import build_spec
+
+    spec = build_spec(values_of(options))
+    from .. import run as job
+    from ..show import print_result
+
+    folder = options.out or job.default_folder(spec)
+    result = job.run(spec, folder, resume=options.resume)
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_result(result, folder)
+    return 1 if result.get("lost") else 0

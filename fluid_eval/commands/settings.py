@@ -1,0 +1,110 @@
+"""What commands that run a model have in common: its settings as flags, files and `--set`, later ones winning."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+BUNDLED = "tiny-fluid"
+"""The checkpoint a run takes if none is named."""
+BUNDLED_TASKS = "mini_gsm8k,mini_math,mini_humaneval,mini_mmlu"
+
+_FLAGS = {
+    "tasks": "tasks",
+    "model": "model.path",
+    "decoder": "decoder.name",
+    "dtype": "model.dtype",
+    "device": "model.device",
+    "data_dir": "data_dir",
+    "limit": "limit",
+    "num_fewshot": "num_fewshot",
+    "max_new_tokens": "max_new_tokens",
+    "batch_size": "batch_size",
+    "engine": "engine.kind",
+    "workers": "engine.workers",
+    "ray_address": "engine.ray_address",
+    "seed": "seed",
+    "allow_code": "allow_code",
+}
+"""Flag -> setting of the spec."""
+
+
+def add_settings(run: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """What a run is, and where; returns the group of the latter."""
+    run.add_argument("spec", nargs="?", type=Path, metavar="SPEC.toml", help="the settings below from a file")
+    what = run.add_argument_group("what to run")
+    what.add_argument("--tasks", metavar="A,B", help="gsm8k, math500, humaneval, mmlu, mmlu_SUBJECT, mini")
+    what.add_argument(
+        "--model",
+        metavar="PATH_OR_HUB_ID",
+        help="any Hugging Face causal LM, or a FLUID folder; default: the bundled tiny-fluid",
+    )
+    what.add_argument("--decoder", metavar="ar|fluid|nbdiff|llada", help="default: ar (fluid for the bundled model)")
+    what.add_argument("--set", action="append", default=[], metavar="A.B=C", help="e.g. decoder.confidence=0.9")
+    what.add_argument("--limit", type=whole, metavar="N", help="first N documents of each task")
+    what.add_argument("--num-fewshot", type=whole, metavar="N", help="default: the task's own")
+    what.add_argument("--max-new-tokens", type=whole, metavar="N", help="default: the task's own")
+    what.add_argument("--chat", action="store_true", help="prompts by the chat template; --set chat.system=TEXT, ...")
+    what.add_argument("--seed", type=whole, metavar="N", help="default: 1234")
+    what.add_argument("--allow-code", action="store_const", const=True, help="agree to run code the model wrote")
+    where = run.add_argument_group("where")
+    where.add_argument("--data-dir", metavar="DIR", help="benchmark data; default: FLUID_DATA_DIR, else the hub")
+    where.add_argument("--batch-size", type=whole, metavar="N|auto", help="rows at a time")
+    where.add_argument("--dtype", metavar="auto|float32|bfloat16")
+    where.add_argument("--device", metavar="auto|cpu|cuda")
+    where.add_argument("--engine", metavar="inline|ray", help="in this process (default), or Ray workers")
+    where.add_argument("--workers", type=whole, metavar="N", help="Ray workers; default: one a GPU")
+    where.add_argument("--ray-address", metavar="HOST:PORT", help="default: RAY_ADDRESS, else a private cluster")
+    return where
+
+
+def whole(text: str) -> int | str:
+    """A whole number where it is one; the spec says what is wrong with anything else."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def values_of(options: argparse.Namespace) -> dict[str, Any]:
+    """A spec's values: from its file, then flags, then --set."""
+    from fluid_model.fields import assign, put, read_toml
+
+    from ..spec import tables
+
+    values = read_toml(options.spec) if options.spec else {}
+    if data_dir := os.environ.get("FLUID_DATA_DIR"):
+        values.setdefault("data_dir", data_dir)
+    values = tables(values)
+    if options.model is None and "model" not in values:
+        _take_bundled(values, options)
+    if options.decoder and values.get("decoder", {}).get("name", options.decoder) != options.decoder:
+        values["decoder"] = {}  # another decoder's settings mean nothing to this one
+    for flag, name in _FLAGS.items():
+        if (value := getattr(options, flag)) is not None:
+            put(values, name, value)
+    if options.chat:
+        values.setdefault("chat", {})
+    for setting in options.set:
+        assign(values, setting)
+    return values
+
+
+def _take_bundled(values: dict[str, Any], options: argparse.Namespace) -> None:
+    """No model given: the bundled tiny-fluid, on the mini suite unless tasks are given. Says so."""
+    from ..paths import resource
+
+    values["model"] = {"path": str(resource("checkpoints") / BUNDLED)}
+    values.setdefault("decoder", {"name": "fluid"})
+    if options.tasks is None and "tasks" not in values:
+        values["tasks"] = BUNDLED_TASKS
+        values["allow_code"] = True  # weights that come with this package, in a process of its own
+    print(
+        f"No model given: the bundled {BUNDLED}, 1.8M parameters, trained on the mini suite's\n"
+        "kind of questions alone. For a real one, a 7B checkpoint for instance:\n"
+        "fluid-eval run --tasks gsm8k,math500 --model FOLDER_OR_HUB_ID\n",
+        file=sys.stderr,
+    )
