@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from fluid_model.engine.records import Generation, Request, Score, ScoreRequest, Trace
 from fluid_model.errors import ConfigError
 from fluid_model.settings import answer_slots
-from fluid_model.tokens import Tokenizer
+from fluid_model.tokens import Tokenizer, encodable
 
 from .chat import Chat
 from .pool import Lost, Pool, chunks_of
@@ -236,7 +236,8 @@ class FluidLM(TemplateLM):
             group = group if self._bos else [] if has_bos else distinct
             for start in range(0, len(group), ENCODE_AT_ONCE):
                 part = group[start : start + ENCODE_AT_ONCE]
-                ids = self.tokenizer(part, add_special_tokens=not has_bos and self._chat is None)["input_ids"]
+                clean = [encodable(text) for text in part]
+                ids = self.tokenizer(clean, add_special_tokens=not has_bos and self._chat is None)["input_ids"]
                 encoded.update(zip(part, map(tuple, ids), strict=True))
         begin = self.tokenizer.bos_token_id
         if begin is not None and any(ids[:2] == (begin, begin) for ids in encoded.values()):

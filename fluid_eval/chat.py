@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import jinja2
 
 from fluid_model.errors import ConfigError
-from fluid_model.fields import Nested
+from fluid_model.files import Nested
 from fluid_model.tokens import THINK_ENDS, Tokenizer, think_end
 
 from .spec import ChatSpec

@@ -6,19 +6,19 @@ The loaders named in tasks/*.yaml as `custom_dataset` are here; lm-eval calls th
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import os
 import threading
 import urllib.error
 import urllib.request
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fluid_model.errors import ConfigError
+from fluid_model.files import parse_json, read_lines
+from fluid_model.tokens import encodable
 
 Row = dict[str, Any]
 HUB_TIMEOUT = 6.0
@@ -144,15 +144,9 @@ def _find(name: str, split: str, data_dir: str | None) -> tuple[str, list[Row]]:
 def _read_jsonl(name: str, file: Path) -> list[Row]:
     rows: list[Row] = []
     wanted = SOURCES[name].fields
-    try:
-        text = (gzip.open if file.suffix == ".gz" else open)(file, "rb").read().decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from error
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line:
-            continue
+    for number, line in read_lines(file):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             rows.append({field: _checked(field, row[field]) for field in wanted})
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{file}, line {number}: not a row with {', '.join(wanted)} ({error})") from error
@@ -162,7 +156,7 @@ def _read_jsonl(name: str, file: Path) -> list[Row]:
 
 
 def _checked(field: str, value: Any) -> Any:
-    """A field's value, or ValueError if it cannot be what the field means."""
+    """A field's value as tables can hold it, or ValueError if it cannot be what the field means."""
     if field == "level":
         right = isinstance(value, int)
     elif field == "choices":
@@ -172,8 +166,8 @@ def _checked(field: str, value: Any) -> Any:
     else:
         right = isinstance(value, str)
     if not right:
-        raise ValueError(f"{field}={value!r} cannot be one")
-    return value
+        raise ValueError(f"{field}={value!r:.80} cannot be one")
+    return encodable(value) if isinstance(value, str) else value
 
 
 def _from_hub(name: str, split: str) -> list[Row]:

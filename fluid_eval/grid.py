@@ -25,7 +25,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from fluid_model.errors import ConfigError
-from fluid_model.fields import at_least, put
+from fluid_model.fields import at_least, put, read_value
 from fluid_model.settings import DECODERS
 
 from .spec import RunSpec, build_spec, tables
@@ -63,18 +63,10 @@ class Plan:
 
 def read_axis(text: str) -> tuple[str, list[Any]]:
     """`name=a,b,c` as --sweep takes it: values are TOML where they are, plain text otherwise."""
-    import tomllib
-
     name, sign, values = text.partition("=")
     if not sign or not name.strip() or not values:
         raise ConfigError(f"--sweep {text}: must read name=value,value")
-    found = []
-    for value in values.split(","):
-        try:
-            found.append(tomllib.loads(f"value = {value}")["value"])
-        except tomllib.TOMLDecodeError:
-            found.append(value.strip())
-    return name.strip(), found
+    return name.strip(), [read_value(value.strip()) for value in values.split(",")]
 
 
 def plan(values: Mapping[str, Any]) -> Plan:

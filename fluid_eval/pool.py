@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fluid_model.engine import prefixes
 from fluid_model.engine.records import Request
 from fluid_model.errors import ConfigError, RunError
-from fluid_model.fields import Nested
+from fluid_model.files import Nested
 
 from .spec import RunSpec
 

@@ -21,11 +21,12 @@ from typing import Any
 
 from fluid_model.engine.records import KINDS
 from fluid_model.errors import ConfigError
+from fluid_model.files import read_json
 
 from .paths import resource
 from .plots import score_speed, tokens_per_forward
 from .show import number, score
-from .store import ENVIRONMENT, RESULT, SAMPLES, SPEC, Record, read_json, read_samples
+from .store import ENVIRONMENT, RESULT, SAMPLES, SPEC, Record, read_samples
 
 Nested = dict[str, Any]
 TEMPLATE = "report.html.j2"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluid_model.errors import ConfigError
-from fluid_model.fields import Nested
+from fluid_model.files import Nested, read_json
 from fluid_model.settings import FluidSettings, NbdiffSettings
 from fluid_model.tokens import single_id
 
@@ -19,7 +19,7 @@ from .metrics import lines
 from .pool import Pool, open_pool
 from .progress import Bar
 from .spec import RunSpec
-from .store import RESULT, Record, Run, read_json
+from .store import RESULT, Record, Run
 
 if TYPE_CHECKING:
     from fluid_model.checkpoint import ModelInfo

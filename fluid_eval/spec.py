@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from fluid_model.errors import ConfigError
-from fluid_model.fields import Nested, at_least, build
+from fluid_model.fields import at_least, build
+from fluid_model.files import Nested
 from fluid_model.settings import DECODERS, ArSettings, DecoderSettings, FluidSettings, check_range
 
 

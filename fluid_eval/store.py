@@ -16,10 +16,12 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import IO, TYPE_CHECKING, Any
 
 from fluid_model.errors import ConfigError, RunError
-from fluid_model.fields import Nested
+from fluid_model.files import Nested, bounded, parse_json, read_json
+from fluid_model.tokens import encodable
 
 from .spec import RunSpec, build_spec
 
@@ -27,9 +29,18 @@ if TYPE_CHECKING:
     import pandas
 
 Record = dict[str, Any]
-REQUIRED = {"key", "task", "doc_id", "prompt", "prompt_hash", "output", "output_ids", "finish", "trace", "seconds"}
-"""Fields every sample has."""
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "key": str, "task": str, "doc_id": int, "prompt": str, "prompt_hash": str, "output": str, "output_ids": list,
+    "finish": (str, NoneType), "trace": dict, "seconds": (int, float),
+}  # fmt: skip
+"""Fields every sample has, and what they hold."""
+COUNTS: dict[str, type] = {"forwards": dict, "slots": int, "predicted": list, "accepted": list}
+"""Fields of every trace."""
+MAYBE: dict[str, type | tuple[type, ...]] = {"scores": dict, "extracted": dict, "lost": str, "truncated": int}
+"""Fields that some samples have."""
 SPEC, ENVIRONMENT, SAMPLES, RESULT = "spec.json", "environment.json", "samples.jsonl", "result.json"
+_STEP = 1 << 20
+"""Bytes read at a time, from a file's end."""
 CHECKSUM = b', "crc32": "'
 """Begins a line's last field: of the line without it."""
 
@@ -176,8 +187,16 @@ class Run:
 
 def torn_bytes(file: Path) -> int:
     """Bytes after the last newline: what a crash left of a line."""
-    content = file.read_bytes() if file.exists() else b""
-    return len(content) - (content.rfind(b"\n") + 1)
+    if not file.exists():
+        return 0
+    with file.open("rb") as handle:
+        size = start = handle.seek(0, os.SEEK_END)
+        while start > 0:
+            start = max(0, start - _STEP)
+            handle.seek(start)
+            if (last := handle.read(_STEP).rfind(b"\n")) >= 0:
+                return size - (start + last + 1)
+        return size
 
 
 def read_samples(folder: Path, *, torn: int = 0) -> Iterator[Record]:
@@ -195,20 +214,31 @@ def _read(file: Path, torn: int) -> Iterator[tuple[Record, int, int]]:
         return
     end, start = file.stat().st_size - torn, 0
     with file.open("rb") as handle:
-        for number, line in enumerate(handle, 1):
+        for number, line in bounded(handle, file):
             if start >= end:
                 return
             try:
                 record = parse(line)
-                missing = REQUIRED - record.keys()
-            except (ValueError, AttributeError) as error:
+                _check_record(record)
+            except ValueError as error:
                 raise ConfigError(
                     f"{file}, line {number}: not a sample ({error}); without that line, --resume writes it again"
                 ) from error
-            if missing:
-                raise ConfigError(f"{file}, line {number}: not a sample (no {', '.join(sorted(missing))})")
             yield record, start, len(line)
             start += len(line)
+
+
+def _check_record(record: Record) -> None:
+    """Raise ValueError unless a record has what every sample has."""
+    if missing := FIELDS.keys() - record.keys():
+        raise ValueError(f"no {', '.join(sorted(missing))}")
+    trace = record["trace"] if isinstance(record["trace"], dict) else {}
+    for name, kind in (FIELDS | MAYBE).items():
+        if name in record and not isinstance(record[name], kind):
+            raise ValueError(f"{name} is {record[name]!r:.40}")
+    for name, kind in COUNTS.items():
+        if not isinstance(trace.get(name), kind):
+            raise ValueError(f"its trace's {name} is {trace.get(name)!r:.40}")
 
 
 def parse(line: bytes) -> Record:
@@ -218,8 +248,10 @@ def parse(line: bytes) -> Record:
         raise ValueError("no checksum")
     if check != f'{zlib.crc32(body):08x}"}}'.encode():
         raise ValueError("its checksum is another")
-    record = json.loads(body + b"}")
-    return dict(record)
+    record = parse_json(body + b"}")
+    if not isinstance(record, dict):
+        raise ValueError("no object")
+    return record
 
 
 def lock(file: IO[bytes], folder: Path) -> None:
@@ -239,17 +271,6 @@ def _enough_room(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"{path}: {error.strerror}; what is finished is stored, --resume goes on") from error
-
-
-def read_json(file: Path) -> Nested:
-    """A JSON object. Raises ConfigError naming the file."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        return dict(values)
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from error
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{file}: not a JSON object ({error})") from error
 
 
 def write_json(file: Path, values: Nested) -> None:
@@ -273,18 +294,14 @@ def load_results(path: str | os.PathLike[str]) -> pandas.DataFrame:
         raise ConfigError(f"{folder}: no run here (no {SPEC})")
     rows = []
     for record in read_samples(folder):
-        row = {k: _encodable(v) for k, v in record.items() if k not in ("scores", "trace")}
+        texts = {k: encodable(v) for k, v in record.items() if isinstance(v, str)}  # as Arrow wants it
+        row = {k: v for k, v in (record | texts).items() if k not in ("scores", "trace")}
         row |= {f"score:{name}": value for name, value in (record.get("scores") or {}).items()}
         trace = record.get("trace") or {}
         row |= {f"forwards:{kind}": count for kind, count in trace.get("forwards", {}).items()}
         row |= {name: trace.get(name) for name in ("slots", "predicted", "accepted")}
         rows.append(row)
     return pandas.DataFrame(rows)
-
-
-def _encodable(value: Any) -> Any:
-    """Text without lone surrogates, which a model may write and Arrow's strings cannot hold."""
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def encode(record: Record) -> bytes:

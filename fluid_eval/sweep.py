@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from fluid_model.errors import ConfigError, RunError
-from fluid_model.fields import Nested
+from fluid_model.files import Nested, read_json
 
 from . import harness, pareto
 from .grid import Plan, PlannedPoint
@@ -27,7 +27,7 @@ from .pool import Chunk, Lost, Pool, chunks_of, open_pool
 from .progress import Bar, Board
 from .run import Job, check_tasks, go_offline_unless_needed, prepare
 from .spec import RunSpec
-from .store import RESULT, Record, Run, lock, read_json, read_samples, write_json
+from .store import RESULT, Record, Run, lock, read_samples, write_json
 
 if TYPE_CHECKING:
     from .worker import Work

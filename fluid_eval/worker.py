@@ -15,7 +15,7 @@ from fluid_model.checkpoint import Checkpoint, load
 from fluid_model.decoders import engine_for, scorer_for
 from fluid_model.engine.records import Generation, Request, Score, ScoreRequest
 from fluid_model.errors import RunError
-from fluid_model.fields import Nested
+from fluid_model.files import Nested
 from fluid_model.settings import DecoderSettings, FluidSettings
 
 from . import budgets

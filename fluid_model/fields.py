@@ -1,18 +1,14 @@
-"""Settings from plain values: TOML files, `a.b=c` assignments, and dataclasses checked name by name. No torch here."""
+"""Settings from plain values: `a.b=c` assignments, and dataclasses checked name by name. No torch here."""
 
 from __future__ import annotations
 
-import tomllib
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
-
-Nested = dict[str, Any]
-"""Settings as a file holds them: nested tables of plain values."""
+from .files import Nested, parse_toml
 
 
 def at_least(name: str, value: float | None, low: float) -> None:
@@ -21,26 +17,20 @@ def at_least(name: str, value: float | None, low: float) -> None:
         raise ConfigError(f"{name}={value} must be at least {low}")
 
 
-def read_toml(file: Path) -> Nested:
-    """A spec file's tables. Raises ConfigError naming the file."""
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not TOML: {error}") from error
-
-
 def assign(values: Nested, setting: str) -> None:
     """Apply one `a.b=c` to nested values. c is read as TOML where it is, as plain text otherwise."""
     name, sign, text = setting.partition("=")
     if not sign or not name:
         raise ConfigError(f"--set {setting}: must read name=value")
+    put(values, name.strip(), read_value(text))
+
+
+def read_value(text: str) -> Any:
+    """Read as TOML where it is some, as plain text otherwise."""
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    put(values, name.strip(), value)
+        return parse_toml(f"value = {text}")["value"]
+    except ValueError:
+        return text
 
 
 def put(values: Nested, name: str, value: Any) -> None:

@@ -18,6 +18,8 @@ SMALL = ("*.json", "*.jinja", "*.txt", "*.model", HEAD_FILE, OWN_HEAD_FILE)
 WEIGHTS = ("model*.safetensors", "adapter_model*", f"{ADAPTER_FOLDER}/*", MASK_FILE)
 PICKLED = ("pytorch_model*.bin",)
 """Fetched only where there is no other."""
+MOST_NAME = 1024
+"""Characters of a folder's name or a hub id."""
 TIMEOUT = 8.0
 """Seconds to wait for the hub's first answer before using its cache alone."""
 
@@ -27,6 +29,8 @@ def local(path: str, *, weights: bool) -> Path:
 
     path: a folder, or a hub id (owner/name). Raises ConfigError if it cannot be a model or the hub does not give it.
     """
+    if len(path) > MOST_NAME or "\0" in path:
+        raise ConfigError(f"model={path[:MOST_NAME]!r}: no name of a folder or of a hub's model")
     folder = Path(path).expanduser()
     if not (path and folder.is_dir()):
         if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:

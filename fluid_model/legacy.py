@@ -11,7 +11,6 @@ LLaMA-Factory, which leaves a bare PEFT adapter.
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from .errors import ConfigError
+from .files import read_json
 from .khead import KHead
 from .manifest import Method
 from .tokens import Tokenizer
@@ -139,13 +139,7 @@ def _need(raw: Mapping[str, Any], names: tuple[str, ...], file: Path) -> None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     """The file's object; empty where there is none. Raises ConfigError, naming the file."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: must hold a JSON object")
-    return values
+    return read_json(file) if file.is_file() else {}
 
 
 def has_own_tokenizer_code(folder: Path) -> bool:

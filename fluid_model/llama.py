@@ -54,7 +54,7 @@ def fits(model: Any) -> bool:
     if rope.get("rope_type", "default") not in FIXED_ROPES:
         return False
     layers = model.base_model.layers
-    return all(type(layer.get_submodule(name)) is nn.Linear for layer in layers for name in LINEAR)
+    return len(layers) > 0 and all(type(layer.get_submodule(name)) is nn.Linear for layer in layers for name in LINEAR)
 
 
 class Forward:

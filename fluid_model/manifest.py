@@ -10,9 +10,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from .errors import ConfigError
+from .fields import build
+from .files import read_json
+from .settings import check_range
 
 FORMAT_VERSION = 1
 Method = Literal["fluid", "nbdiff", "llada"]
@@ -40,6 +43,14 @@ class Manifest:
     block_length: int | None = None
     format_version: int = FORMAT_VERSION
 
+    def __post_init__(self) -> None:
+        for name in ("k_max", "block_length"):
+            if (value := getattr(self, name)) is not None:
+                check_range(name, value, 1, 4096)
+        for bound in self.tau:
+            if bound is not None:
+                check_range("tau", bound, 0, 100, open_low=True)
+
     def choose(self, tau: float | None) -> int:
         """Index of the head trained for `tau` (the first if None). Raises ConfigError naming the known ones."""
         if tau is None:
@@ -55,20 +66,14 @@ def read_manifest(folder: Path) -> Manifest | None:
     file = folder / MANIFEST_FILE
     if not file.is_file():
         return None
+    values = read_json(file)
+    version = values.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise ConfigError(f"{file}: format_version {version!r} is unknown; this package reads {FORMAT_VERSION}")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        version = values.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            raise ConfigError(f"{file}: format_version {version!r} is unknown; this package reads {FORMAT_VERSION}")
-        manifest = Manifest(**{**values, "tau": tuple(values["tau"])})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{file}: not a FLUID manifest: {type(error).__name__}: {error}") from error
-    if manifest.weights not in ("merged", "adapter"):
-        raise ConfigError(f"{file}: weights must be merged or adapter, not {manifest.weights!r}")
-    if manifest.method not in get_args(Method):
-        raise ConfigError(f"{file}: method {manifest.method!r} is unknown; known: {', '.join(get_args(Method))}")
+        manifest: Manifest = build(Manifest, values)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: not a FLUID manifest: {error}") from error
     if (manifest.k_max is None) != (manifest.method != "fluid"):
         raise ConfigError(f"{file}: method {manifest.method} and k_max={manifest.k_max} do not fit")
     return manifest

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from . import hub, legacy, spm
@@ -100,6 +99,7 @@ def from_pretrained(auto: Any, source: Path, **options: Any) -> Any:
     """transformers' own loading, its errors told in one line. Code from a model repository is never run."""
     try:
         return auto.from_pretrained(str(source), trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # broken files raise whatever the libraries below happen to trip over
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"model={source}: {reason.strip()}") from error
+        what = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        raise ConfigError(f"model={source}: {what}{reason.strip()}") from error

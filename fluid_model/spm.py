@@ -4,7 +4,6 @@ it (openPangu and its children). What the file itself says decides: scores rank 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from transformers.convert_slow_tokenizer import import_protobuf
 from transformers.tokenization_utils_base import generate_merges
 
 from .errors import ConfigError
+from .files import read_json, read_text
 from .tokens import Tokenizer
 
 MODEL_FILE = "tokenizer.model"
@@ -36,10 +36,10 @@ def load_sentencepiece(folder: Path) -> Tokenizer:
     """
     proto = _read(folder / MODEL_FILE)
     file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = read_json(file) if file.is_file() else {}
     template = folder / "chat_template.jinja"
     if template.is_file():
-        config["chat_template"] = template.read_text(encoding="utf-8")
+        config["chat_template"] = read_text(template)
     stated = {int(i): _token(t) for i, t in config.get("added_tokens_decoder", {}).items()}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_convert(proto),

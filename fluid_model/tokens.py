@@ -31,12 +31,22 @@ def think_end(tokenizer: Tokenizer) -> str | None:
 
 
 def end_ids(tokenizer: Tokenizer, *configs: Any) -> tuple[int, ...]:
-    """Every id that ends an answer: from the tokenizer and from model and generation configs, sorted."""
-    found: set[int] = set()
+    """Every id that ends an answer: from the tokenizer and from model and generation configs, sorted.
+
+    Raises ConfigError if one of them is no id.
+    """
+    found: list[Any] = []
     for holder in (tokenizer, *configs):
         value = getattr(holder, "eos_token_id", None)
-        found.update(value if isinstance(value, Iterable) else [] if value is None else [value])
-    return tuple(sorted(int(i) for i in found))
+        found += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    if wrong := [value for value in found if not isinstance(value, int)]:
+        raise ConfigError(f"eos_token_id={wrong[0]!r} is no token id; name the end with model.end_tokens")
+    return tuple(sorted(set(found)))
+
+
+def encodable(text: str) -> str:
+    """Text without lone surrogates, which no encoding and no tokenizer takes: replacement characters instead."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def after_last(text: str, mark: str | None) -> str:

@@ -14,7 +14,7 @@ from bench import family
 from fluid_eval.cli import main
 from fluid_eval.paths import resource
 from fluid_model.engine.cache import SlotCache
-from fluid_model.fields import read_toml
+from fluid_model.files import read_toml
 from fluid_model.train.origin import weights_hash
 from fluid_model.train.recipe import build_chain, build_recipe
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import fluid_model
 from fluid_eval.paths import resource
 from fluid_model import ConfigError
-from fluid_model.fields import Nested, assign, read_toml
+from fluid_model.fields import assign
+from fluid_model.files import Nested, read_toml
 from fluid_model.train.cli import main
 from fluid_model.train.parent import llama_config, outline
 from fluid_model.train.plan import plan, tell

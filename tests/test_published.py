@@ -272,7 +272,7 @@ def put_weight(folder, name, tensor):
         (lambda f: change(f, num_hidden_layers=3), "missing or misshapen, first model.layers.2"),
         (lambda f: change(f, rope_theta=None), r"config\.json: rope_theta is missing"),
         (lambda f: change(f, hidden_size="wide"), r"config\.json: not a Llama-shaped model: .*hidden_size"),
-        (lambda f: (f / "config.json").write_text("{"), r"config\.json: not JSON"),
+        (lambda f: (f / "config.json").write_text("{"), r"config\.json: not a JSON object"),
         (lambda f: change(f, mask_token_id=V - 1), f"mask_token_id={V - 1} is no token of this tokenizer"),
         (
             lambda f: (f / "tokenizer.model").unlink(),

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from fluid_eval.spec import ChatSpec, EngineSpec, ModelSpec, RunSpec, build_spec
 from fluid_model import ArSettings, ConfigError, FluidSettings
-from fluid_model.fields import assign, read_toml
+from fluid_model.fields import assign
+from fluid_model.files import read_toml
 
 BASE = {"tasks": ["gsm8k"], "model": {"path": "m"}}
 MAYBE = st.none() | st.integers(1, 10**6)

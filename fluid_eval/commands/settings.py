@@ -71,7 +71,8 @@ def whole(text: str) -> int | str:
 
 def values_of(options: argparse.Namespace) -> dict[str, Any]:
     """A spec's values: from its file, then flags, then --set."""
-    from fluid_model.fields import assign, put, read_toml
+    from fluid_model.fields import assign, put
+    from fluid_model.files import read_toml
 
     from ..spec import tables
 

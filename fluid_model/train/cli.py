@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ConfigError, RunError
-from ..fields import assign, read_toml
+from ..fields import assign
+from ..files import read_toml
 from .recipe import build_chain
 
 IMPORT = "import-llamafactory"

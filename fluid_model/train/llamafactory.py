@@ -10,7 +10,8 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from ..errors import ConfigError
-from ..fields import Nested, put
+from ..fields import put
+from ..files import Nested, read_text
 from .recipe import build_recipe
 
 PLACES = {
@@ -47,8 +48,8 @@ READ_ELSEWHERE = frozenset(
 def read_yaml(file: Path) -> Nested:
     """A training file's keys. Raises ConfigError naming the file."""
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = yaml.safe_load(read_text(file))
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{file}: not a training file: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: not a training file: a mapping of settings is wanted")

@@ -9,7 +9,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from ..errors import ConfigError
-from ..fields import Nested, at_least, build
+from ..fields import at_least, build
+from ..files import Nested
 from ..settings import check_range
 
 Stage = Literal["ar", "fluid-hybrid", "fluid-horizon", "nbdiff", "llada"]

@@ -5,18 +5,20 @@ A bad row names its file and its line (or its place in a JSON array).
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigError
 from ..fields import build
+from ..files import parse_json, read_json, read_lines, read_text
 from .recipe import DataSpec
 
+MOST_BYTES = 1 << 32
+"""Of an array of rows."""
 Role = Literal["system", "user", "assistant"]
 
 
@@ -92,11 +94,8 @@ def sources(data: DataSpec) -> list[Source]:
 
 def _registered(info: Path, name: str) -> Source:
     """An entry of LLaMA-Factory's dataset_info.json; its file_name counts from the file's own folder."""
-    try:
-        entries = json.loads(info.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data.dataset_info={info}: cannot be read: {error}") from error
-    if not isinstance(entries, dict) or name not in entries:
+    entries = read_json(info)
+    if name not in entries:
         raise ConfigError(f"data.datasets: {name!r} is not in {info}; known: {', '.join(entries)}")
     entry = entries[name]
     if "file_name" not in entry:
@@ -126,30 +125,32 @@ def read_rows(source: Source) -> Iterator[Row]:
 def _values(file: Path) -> Iterator[tuple[str, Any]]:
     """Each row's place in words and its value."""
     kind = (file.suffixes or [""])[-2 if file.suffix == ".gz" and len(file.suffixes) > 1 else -1]
-    try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as text:
-            if kind == ".txt":
-                for number, part in enumerate(text.read().split("\n\n"), 1):
-                    if part.strip():
-                        yield f"paragraph {number}", {"text": part.strip()}
-            elif kind == ".json":
-                rows = json.load(text)
-                if not isinstance(rows, list):
-                    raise ConfigError(f"{file}: a .json file must hold an array of rows; one row a line is .jsonl")
-                yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-            else:
-                for number, line in enumerate(text, 1):
-                    if line.strip():
-                        yield f"line {number}", _json(line, file, number)
-    except (OSError, UnicodeDecodeError, EOFError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from error
+    if kind == ".txt":
+        yield from _paragraphs(file)
+    elif kind == ".json":
+        rows = _json(read_text(file, MOST_BYTES), str(file))
+        if not isinstance(rows, list):
+            raise ConfigError(f"{file}: a .json file must hold an array of rows; one row a line is .jsonl")
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+    else:
+        for number, line in read_lines(file):
+            yield f"line {number}", _json(line, f"{file}, line {number}")
 
 
-def _json(line: str, file: Path, number: int) -> Any:
+def _paragraphs(file: Path) -> Iterator[tuple[str, Any]]:
+    """Lines without a blank one between them."""
+    lines = list(read_lines(file))
+    starts = [0, *(i for i in range(1, len(lines)) if lines[i][0] > lines[i - 1][0] + 1), len(lines)]
+    for number, (start, end) in enumerate(pairwise(starts), 1):
+        if text := "".join(line for _, line in lines[start:end]).strip():
+            yield f"paragraph {number}", {"text": text}
+
+
+def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(text)
     except ValueError as error:
-        raise ConfigError(f"{file}, line {number}: not a training row: {error}") from error
+        raise ConfigError(f"{where}: not a training row: {error}") from error
 
 
 def _row(value: Mapping[str, Any], source: Source) -> Row:

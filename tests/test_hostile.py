@@ -1,0 +1,205 @@
+"""Input that nobody vouches for: whatever it is, it is read or refused in one line, and never hurts."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import fluid_eval
+from fluid_eval import data, store
+from fluid_eval.grid import plan, read_axis
+from fluid_eval.spec import build_spec
+from fluid_eval.store import Run, encode, read_samples
+from fluid_model import ConfigError, files
+from fluid_model.fields import assign
+from fluid_model.hub import local
+from fluid_model.manifest import read_manifest
+from fluid_model.train.llamafactory import read_yaml
+from fluid_model.train.recipe import build_chain
+from fluid_model.train.rows import Source, read_rows
+
+DEEP = "[" * 100_000
+TRACE = {"forwards": {"prefill": 1}, "slots": 1, "predicted": [], "accepted": []}
+RECORD = {
+    "key": "gsm8k/0", "task": "gsm8k", "doc_id": 0, "prompt": "p", "prompt_hash": "0" * 16, "output": "o",
+    "output_ids": [1], "finish": "eos", "trace": TRACE, "seconds": 0.1, "scores": {"exact_match,none": 1.0},
+}  # fmt: skip
+FUZZ = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def refused_or_read(read, *arguments):
+    """What a reader makes of it; None where it refuses in words. Any other error is the test's."""
+    try:
+        return read(*arguments)
+    except ConfigError:
+        return None
+
+
+READERS = {
+    "toml": files.read_toml,
+    "json": files.read_json,
+    "yaml": read_yaml,
+    "lines": lambda file: list(files.read_lines(file)),
+    "samples": lambda file: list(read_samples(file.parent)),
+    "rows": lambda file: list(read_rows(Source(file))),
+    "manifest": lambda file: read_manifest(file.parent),
+    "data": lambda file: data._read_jsonl("gsm8k", file),
+}
+NAMES = {"samples": "samples.jsonl", "manifest": "fluid.json", "rows": "rows.jsonl", "data": "test.jsonl"}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@FUZZ
+@given(content=st.binary(max_size=200) | plain.map(lambda value: json.dumps(value).encode()))
+@example(content=DEEP.encode())
+@example(content=b'{"a":' + DEEP.encode())
+@example(content=b"a = " + DEEP.encode())
+@example(content=b"\xef\xbb\xbf{}")
+@example(content=b'{"question": "\\ud800", "answer": "#### 1"}')
+def test_any_bytes_are_read_or_refused(tmp_path, reader, content):
+    file = tmp_path / NAMES.get(reader, "file")
+    file.write_bytes(content)
+    refused_or_read(READERS[reader], file)
+
+
+@FUZZ
+@given(values=st.dictionaries(st.sampled_from(["tasks", "model", "decoder", "chat", "engine", "sweep"]), plain))
+def test_any_settings_are_a_spec_or_refused(values):
+    refused_or_read(build_spec, values)
+    refused_or_read(plan, values)
+    refused_or_read(build_chain, values)
+
+
+@FUZZ
+@given(text=st.text(max_size=30))
+@example(text="a=" + DEEP)
+@example(text="a=1,[[,2")
+def test_any_text_of_a_flag_is_taken_or_refused(text):
+    refused_or_read(assign, {}, text)
+    refused_or_read(read_axis, text)
+
+
+@FUZZ
+@given(name=st.sampled_from([*RECORD, *TRACE]), value=plain)
+@example(name="trace", value=[])
+@example(name="scores", value=[1])
+def test_a_foreign_sample_is_read_or_refused(tmp_path, name, value):
+    """Its checksum is right, its fields are somebody's."""
+    record = {**RECORD, "trace": {**TRACE, name: value}} if name in TRACE else {**RECORD, name: value}
+    (tmp_path / "spec.json").write_text("{}")
+    (tmp_path / "samples.jsonl").write_bytes(encode(record))
+    refused_or_read(fluid_eval.load_results, tmp_path)
+
+
+def test_a_line_without_end_is_refused_before_it_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MOST_LINE", 1000)
+    file = tmp_path / "samples.jsonl"
+    file.write_bytes(encode(RECORD) + b"x" * 5000 + b"\n" + encode({**RECORD, "key": "gsm8k/1"}))
+    with pytest.raises(ConfigError, match=r"samples\.jsonl, line 2: longer than"):
+        list(read_samples(tmp_path))
+    zipped = tmp_path / "test.jsonl.gz"
+    zipped.write_bytes(gzip.compress(b'{"question": "q", "answer": "a"}\n' + b" " * 10**6))
+    with pytest.raises(ConfigError, match=r"test\.jsonl\.gz, line 2: longer than"):
+        data._read_jsonl("gsm8k", zipped)
+    with pytest.raises(ConfigError, match="longer than"):
+        files.read_text(zipped, most=10_000)
+
+
+def test_what_a_crash_left_of_a_long_line_is_found_from_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_STEP", 7)
+    file = tmp_path / "samples.jsonl"
+    for whole, torn in ((b"", b""), (b"a\n", b""), (b"", b"x" * 20), (b"abc\ndef\n", b"y" * 20), (b"\n" * 8, b"z")):
+        file.write_bytes(whole + torn)
+        assert store.torn_bytes(file) == len(torn)
+    assert store.torn_bytes(tmp_path / "none") == 0
+
+
+@pytest.mark.parametrize("model", ["a\0b", "a" * 5000, "../" * 50, "owner/name/more", "", "http://x/y"])
+def test_a_name_that_is_no_model_is_refused(model):
+    with pytest.raises(ConfigError, match="model="):
+        local(model, weights=False)
+
+
+@pytest.mark.parametrize("task", ["../../etc/passwd", "gsm8k/../mmlu", "", "mini\0", "a" * 5000])
+def test_a_task_is_a_name_and_no_path(task):
+    from fluid_eval import harness
+
+    with pytest.raises(ConfigError, match="is unknown"):
+        harness.check_names((task,))
+
+
+def test_any_text_is_stored_as_it_is(tmp_path):
+    """Lone surrogates, right-to-left marks, emoji, zero bytes, separators that JavaScript reads as line ends."""
+    texts = ["\ud800", "\u202eabc\u202c", "\U0001f9d1\u200d\U0001f4bb", "a\0b", "\u2028\u2029", "\r\n", ""]
+    run = Run(tmp_path / "r", build_spec({"tasks": "gsm8k", "model": "m"}))
+    run.begin({})
+    for i, text in enumerate(texts):
+        run.append({**RECORD, "key": f"gsm8k/{i}", "doc_id": i, "prompt": text, "output": text})
+    run.close()
+    found = list(read_samples(tmp_path / "r"))
+    assert [r["output"] for r in found] == [r["prompt"] for r in found] == texts
+    assert len(fluid_eval.load_results(tmp_path / "r")) == len(texts)
+
+
+def test_nothing_in_yaml_is_run(tmp_path):
+    mark = tmp_path / "mark"
+    file = tmp_path / "train.yaml"
+    file.write_text(f'a: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ["{mark}"]]')
+    with pytest.raises(ConfigError, match="not a training file"):
+        read_yaml(file)
+    assert not mark.exists()
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path, tiny_model):
+    import pickle
+    import shutil
+
+    from fluid_model import load
+
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "mark",)
+
+    shutil.copytree(tiny_model, tmp_path / "m")
+    (tmp_path / "m" / "model_head.bin").write_bytes(pickle.dumps({"diffusion_k_head.0.weight": Bomb()}))
+    with pytest.raises(ConfigError, match=r"model_head\.bin"):
+        load(str(tmp_path / "m"))
+    for name in (tmp_path / "m").glob("*.safetensors"):
+        name.unlink()
+    (tmp_path / "m" / "model_head.bin").unlink()
+    (tmp_path / "m" / "pytorch_model.bin").write_bytes(pickle.dumps({"lm_head.weight": Bomb()}))
+    with pytest.raises(ConfigError):
+        load(str(tmp_path / "m"))
+    assert not (tmp_path / "mark").exists()
+
+
+def test_any_text_is_a_prompt(tiny_model, data_dir, tmp_path):
+    """Lone surrogates, empty texts, zero bytes: asked, answered, stored as they were."""
+    from fluid_eval.run import run
+
+    texts = ["\ud800", "\u202e\U0001f9d1\u200d\U0001f4bb", "a\0b", "", "\u2028"]
+    rows = [{"question": text, "answer": f"{text} #### 1"} for text in texts]
+    (tmp_path / "d" / "gsm8k").mkdir(parents=True)
+    for split in ("train", "test"):
+        (tmp_path / "d" / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "tasks": "gsm8k", "model": str(tiny_model), "data_dir": str(tmp_path / "d"), "num_fewshot": 1,
+        "max_new_tokens": 2,
+    }  # fmt: skip
+    result = run(build_spec(values), tmp_path / "r")
+    assert result["lines"][0]["n"] == len(texts)
+    prompts = [record["prompt"] for record in read_samples(tmp_path / "r")]
+    for text, prompt in zip(["\ufffd", *texts[1:]], prompts, strict=True):
+        assert f"Question: {text}\nAnswer:" in prompt
