@@ -84,7 +84,7 @@ def wheel(session: nox.Session) -> None:
         output = session.run(
             str(bin_ / "fluid-eval"), "run", "--tasks", "humaneval", "--model", "model", "--limit", "2",
             "--max-new-tokens", "8", "--allow-code", "--out", "run", "--resume", "--json",
-            external=True, silent=True,
+            external=True, silent=True, success_codes=[0, 3],  # random weights fill every answer's 8 tokens
         )  # fmt: skip
         session.run(str(bin_ / "fluid-eval"), "report", "run", external=True)
         session.run(str(bin_ / "fluid-eval"), "run", "--limit", "1", "--out", "default", external=True)

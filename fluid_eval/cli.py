@@ -10,9 +10,8 @@ from types import ModuleType
 
 from fluid_model.errors import ConfigError, RunError
 
-from .commands import doctor, report, reproduce, run, sweep, trace
+from .commands import EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED, doctor, report, reproduce, run, sweep, trace
 
-EXIT_OK, EXIT_FAILED, EXIT_CONFIG, EXIT_INTERRUPTED = 0, 1, 2, 130
 COMMANDS: dict[str, ModuleType] = {
     "run": run,
     "sweep": sweep,
@@ -36,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0 done, 1 failed, 2 bad input (one line says which), 130 interrupted."""
+    """Run a command. Returns the exit code (see commands): of bad input and failures one line says which."""
     options = parser().parse_args(arguments)
     os.environ.setdefault("TQDM_DISABLE", "1")  # our own bars are enough
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # on a shared machine threads must not spin for one another

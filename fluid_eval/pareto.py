@@ -20,7 +20,7 @@ from fluid_model.errors import ConfigError
 from fluid_model.fields import at_least
 from fluid_model.settings import check_range
 
-from .stats import Interval
+from .stats import Interval, drawn, percentiles
 
 if TYPE_CHECKING:
     from numpy import bool_, float64, int64
@@ -269,21 +269,6 @@ def _lay_out(points: Sequence[Point]) -> _Board:
     return _Board(np.array([number[task] for task, _ in keys]), held, values)
 
 
-def _weights(sizes: NDArray[int64], draws: int, seed: int) -> Floats:
-    """How often each document is drawn: (1 + R, D). Row 0 is the documents as they are.
-
-    sizes: documents of each task. Nothing else decides the draws, so points with the same documents share them.
-    """
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
-    found = []
-    for size in sizes.tolist():
-        picks = rng.integers(size, size=(draws, size)) + size * np.arange(draws)[:, None]
-        found.append(np.bincount(picks.ravel(), minlength=draws * size).reshape(draws, size))
-    return np.vstack([np.ones((1, int(sizes.sum()))), np.hstack(found)])
-
-
 def _replicas(board: _Board, who: Sequence[int], docs: NDArray[bool_], draws: int, seed: int) -> dict[str, Floats]:
     """Score and speeds of points over the same drawn documents: (1 + R, P) each, row 0 undrawn, NaN for no speed."""
     import numpy as np
@@ -291,7 +276,7 @@ def _replicas(board: _Board, who: Sequence[int], docs: NDArray[bool_], draws: in
     _, sizes = np.unique(board.task[docs], return_counts=True)
     values = board.values[np.ix_(np.asarray(who), np.flatnonzero(docs))]  # (P, D, 5)
     values[:, :, 0] /= np.repeat(sizes * len(sizes), sizes)  # so that the scores' sum is the mean of the tasks' means
-    sums = np.tensordot(_weights(sizes, draws, seed), values, axes=(1, 1))  # (1 + R, P, 5)
+    sums = np.tensordot(drawn(sizes.tolist(), draws, seed), values, axes=(1, 1))  # (1 + R, P, 5)
     score, tokens, seconds, forwards, answers = np.moveaxis(sums, -1, 0)
 
     def ratio(over: Floats, under: Floats) -> Floats:
@@ -307,21 +292,11 @@ def _replicas(board: _Board, who: Sequence[int], docs: NDArray[bool_], draws: in
 
 def _place(point: Point, board: _Board, row: int, found: Mapping[str, Floats]) -> Placed:
     answers = int(board.values[row, :, 4].sum())
-    score = _interval(found["score"], len(point.samples))
+    score = percentiles(found["score"], len(point.samples))
     assert score is not None
-    second, forward, answer = (_interval(found[name], answers) for name in SPEEDS)
+    second, forward, answer = (percentiles(found[name], answers) for name in SPEEDS)
     n = len(point.samples)
     return Placed(point.name, point.settings, n, score, second, forward, answer, stopped=point.stopped)
-
-
-def _interval(values: Floats, n: int) -> Interval | None:
-    """The first value, between the percentiles of the others."""
-    import numpy as np
-
-    if math.isnan(values[0]):
-        return None
-    low, high = np.nanpercentile(values[1:], (2.5, 97.5)) if not np.isnan(values[1:]).all() else (values[0],) * 2
-    return Interval(float(values[0]), float(low), float(high), n)
 
 
 def _dominators(board: _Board, points: Sequence[Point], by: Speed, draws: int, seed: int) -> list[list[int]]:

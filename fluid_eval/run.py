@@ -14,7 +14,7 @@ from fluid_model.files import Nested, read_json
 from fluid_model.settings import FluidSettings, NbdiffSettings
 from fluid_model.tokens import single_id
 
-from . import chat, data, environment, harness, sandbox
+from . import chat, data, environment, harness, health, sandbox
 from .metrics import lines
 from .pool import Pool, open_pool
 from .progress import Bar
@@ -40,7 +40,7 @@ def run(spec: RunSpec, folder: Path, *, resume: bool = False) -> Nested:
     check_tasks(spec)
     opened = Run(folder, spec, resume=resume)
     if (folder / RESULT).exists() and not (held := read_json(folder / RESULT)).get("lost"):
-        return held
+        return {**held, "health": health.judge_again(held.get("health", []), spec.health)}
     go_offline_unless_needed(spec)
     job = Job(spec, opened, prepare(spec, harness.load_tasks(spec)))
     try:
@@ -167,9 +167,16 @@ class Job:
         results = harness.evaluate(self.spec, self.ready.tasks, self.lm, share)
         return harness.scored_records(self.ready.tasks, results, self.opened.samples)
 
+    def _members(self) -> dict[str, list[str]]:
+        return {name: harness.members(self.ready.tasks, name) for name in self.spec.tasks}
+
+    def health(self, records: list[Record]) -> list[dict[str, Any]]:
+        """What the health gates count in scored samples."""
+        return [gate.to_dict() for gate in health.gates(records, self._members(), self.spec.health)]
+
     def _result(self, records: list[Record]) -> Nested:
         tasks = self.ready.tasks
-        members = {name: harness.members(tasks, name) for name in self.spec.tasks}
+        members = self._members()
 
         def table(name: str) -> list[dict[str, Any]]:
             leaves = set(members.get(name) or harness.members(tasks, name))
@@ -187,6 +194,7 @@ class Job:
             "parts": [line for name in parts if name not in self.spec.tasks for line in table(name)],
             "task_versions": harness.versions(tasks),
             "data": [f.message for f in data.fingerprints(self.spec.data_dir)],
+            "health": self.health(records),
             "notices": self.opened.notices + (self._chat.notices(records) if self._chat else []),
             "lost": {record["key"]: record["lost"] for record in records if "lost" in record},
         }

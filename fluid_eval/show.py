@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from .health import RULES
 from .pareto import SPEEDS as PACES
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def print_result(result: Mapping[str, Any], folder: Path) -> None:
     console.print("score: % and its 95% interval   cut: prompts cut from the left to fit the window")
     console.print("tok/s: per worker               limit: answers that hit the length limit")
     console.print("tokens: of answers before their end; forwards by kind, summed over samples")
+    print_health(console, result.get("health", []))
     for message in result["data"]:
         console.print(f"data: {message}")
     for message in result["notices"]:
@@ -56,6 +58,26 @@ def print_result(result: Mapping[str, Any], folder: Path) -> None:
     for key, reason in result.get("lost", {}).items():
         console.print(f"given up, and in no score: {key} ({reason})")
     console.print(f"run folder: {folder}  (fluid-eval report {folder})", soft_wrap=True)
+
+
+def print_health(console: Console, health: Sequence[Mapping[str, Any]]) -> None:
+    """What the gates counted, where that is anything, and what to do about those over their thresholds."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("", "health", "task"):
+        table.add_column(name, no_wrap=True)
+    for name in ("count", "share", "allowed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("first of them", overflow="fold")
+    for gate in (gate for gate in health if gate["count"]):
+        keys = gate["keys"][0] + (", …" if gate["count"] > 1 else "")
+        counts = f"{gate['count']}/{gate['n']}", f"{gate['share']:.1%}", f"{gate['threshold']:.0%}"
+        table.add_row("" if gate["ok"] else "!", gate["gate"], gate["task"], *counts, keys)
+    if table.row_count:
+        console.print()
+        console.print(table)
+        console.print()
+    if over := next((RULES[gate["gate"]].setting for gate in health if not gate["ok"]), None):
+        console.print(f"!: over what is allowed: exit code 3; --set health.{over}=1 turns that gate off")
 
 
 def _costs(lines: Sequence[Line]) -> Table:
@@ -130,13 +152,14 @@ def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
     for name in ("score", "tok/s", "tok/fwd", "fwd/ans"):
         table.add_column(name, justify="right", no_wrap=True)
     by, notes = result["by"], list[str]()
+    unhealthy = {gate["point"] for gate in result.get("health", []) if not gate["ok"]}
     speed = {p["name"]: (p[by] or {"mean": 0.0})["mean"] for p in result["points"]}
     sign = 1 if by == "forwards_per_answer" else -1
     for point in sorted(result["points"], key=lambda p: sign * speed[p["name"]]):
         place = score({"score": point["score"]["mean"], **point["score"]})
         means = [(point[name] or {"mean": None})["mean"] for name in PACES]
         mark = "*" if point["name"] in result["frontier"] else "-" if point["dominated_by"] else ""
-        mark = "x" if point["stopped"] else mark
+        mark = ("x" if point["stopped"] else mark) + ("!" if point["name"] in unhealthy else "")
         table.add_row(mark, point["name"], place, number(means[0]), number(means[1], 2), number(means[2], 1))
         if point["stopped"]:
             notes.append(f"{point['name']}: ended early, {point['stopped']}")
@@ -147,6 +170,8 @@ def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
     console.print("*: on the frontier   -: surely beaten: another is no worse, and faster")
     if notes:
         console.print("x: ended early")
+    if unhealthy:
+        console.print("!: a health gate is over its threshold; result.json tells which")
     console.print("score: mean over tasks, %, with its 95% bootstrap interval   tok/s: per worker")
     if result["best"] is not None:
         against = result["baseline"] or "the best score"

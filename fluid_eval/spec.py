@@ -1,7 +1,8 @@
 """What a run is: a frozen spec, checked as a whole before anything else happens. No torch here.
 
 A spec comes from a TOML file, `--set a.b=c` and flags, later ones winning. Its id is the hash of what decides the
-answers; where and how fast they are computed (workers, batch size, folder) is not part of it.
+answers; where and how fast they are computed (workers, batch size, folder) and when they are called unhealthy is not
+part of it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from fluid_model.errors import ConfigError
@@ -86,14 +87,35 @@ class ChatSpec:
 
 
 @dataclass(frozen=True)
+class HealthSpec:
+    """What share of a task's samples each health gate may count before the run is called unhealthy; 1 turns it off.
+
+    A sample that a gate counts may have cost its score. What a set-up alone is to blame for may explain one point, what
+    weak models do too five or ten.
+    """
+
+    length_limit: float = 0.1
+    empty_answer: float = 0.05
+    no_answer: float = 0.1
+    prompt_truncated: float = 0.01
+    sandbox_timeout: float = 0.05
+    thinking_never_ended: float = 0.1
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            check_range(f"health.{f.name}", getattr(self, f.name), 0, 1)
+
+
+@dataclass(frozen=True)
 class RunSpec:
-    """One run: a model, a decoder, tasks. chat: None for plain prompts."""
+    """One run: a model, a decoder, tasks. chat: None for plain prompts.  health: judges answers, changes none."""
 
     tasks: tuple[str, ...]
     model: ModelSpec
     decoder: DecoderSettings = field(default_factory=ArSettings)
     chat: ChatSpec | None = None
     engine: EngineSpec = field(default_factory=EngineSpec)
+    health: HealthSpec = field(default_factory=HealthSpec)
     data_dir: str | None = None
     limit: int | None = None
     num_fewshot: int | None = None
@@ -121,7 +143,7 @@ class RunSpec:
     def identity(self) -> Nested:
         """What decides the answers."""
         values = self.to_dict()
-        for name in ("engine", "batch_size", "data_dir", "allow_code"):
+        for name in ("engine", "health", "batch_size", "data_dir", "allow_code"):
             del values[name]
         if self.chat is None:
             del values["chat"]

@@ -1,12 +1,31 @@
-"""Intervals. Counts get Wilson's; anything else the normal interval of its mean."""
+"""Intervals and paired tests. Counts get Wilson's interval; other means the normal one; differences, ratios and means
+over tasks the percentile bootstrap's, over documents drawn again with replacement, as many of each task as there are
+(Efron and Tibshirani 1993, chapter 13).
+
+Legend: D documents sorted by task, R draws.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fluid_model.errors import ConfigError
+from fluid_model.fields import at_least
+from fluid_model.settings import check_range
+
+if TYPE_CHECKING:
+    from numpy import float64
+    from numpy.typing import NDArray
+
+    Floats = NDArray[float64]
 
 Z95 = 1.959963984540054
+Z80 = 0.8416212335729143
+"""Normal quantiles of a two-sided 5% test and of 80% power."""
+DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -33,3 +52,105 @@ def interval(values: Sequence[float]) -> Interval:
     spread = math.fsum((value - mean) ** 2 for value in values) / max(1, n - 1)
     half = Z95 * math.sqrt(spread / n)
     return Interval(mean, mean - half, mean + half, n)
+
+
+def drawn(sizes: Sequence[int], draws: int, seed: int) -> Floats:
+    """How often each document is drawn: (1 + R, D). Row 0 is the documents as they are.
+
+    sizes: documents of each task. Nothing else decides the draws, so whatever has the same documents shares them.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    found = []
+    for size in sizes:
+        picks = rng.integers(size, size=(draws, size)) + size * np.arange(draws)[:, None]
+        found.append(np.bincount(picks.ravel(), minlength=draws * size).reshape(draws, size))
+    return np.vstack([np.ones((1, sum(sizes))), np.hstack(found)])
+
+
+def percentiles(values: Floats, n: int) -> Interval | None:
+    """The first of (1 + R,) values between the 2.5% and 97.5% percentiles of the others; None where it is NaN."""
+    import numpy as np
+
+    if math.isnan(values[0]):
+        return None
+    low, high = np.nanpercentile(values[1:], (2.5, 97.5)) if not np.isnan(values[1:]).all() else (values[0],) * 2
+    return Interval(float(values[0]), float(low), float(high), n)
+
+
+def mean_over_tasks(tasks: Sequence[Sequence[float]], *, draws: int = DRAWS, seed: int = 0) -> Interval:
+    """Mean of the tasks' means, with its 95% bootstrap interval. tasks: each task's values, of one or more documents.
+
+    Of the differences between two runs on the same documents, it is that of the paired difference.
+    Raises ConfigError if there is no task, or one without values.
+    """
+    import numpy as np
+
+    _check_tasks([len(task) for task in tasks], draws)
+    sizes = [len(task) for task in tasks]
+    shares = np.concatenate([np.asarray(task, dtype=float) / (len(task) * len(tasks)) for task in tasks])
+    found = percentiles(drawn(sizes, draws, seed) @ shares, sum(sizes))
+    assert found is not None, "no value is NaN"
+    return found
+
+
+def ratio_of_sums(
+    over: Sequence[Sequence[float]],
+    under: Sequence[Sequence[float]],
+    sizes: Sequence[int],
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Interval | None:
+    """Sum over sum, with its 95% bootstrap interval; None where nothing stands below. sizes: documents of each task.
+
+    over, under: columns of D numbers. Of several columns their sums are multiplied: the ratio of two runs' speeds on
+    the same documents is `ratio_of_sums([tokens, base_seconds], [seconds, base_tokens], sizes)`.
+    Raises ConfigError if there is no document or a column has another length.
+    """
+    import numpy as np
+
+    _check_tasks(sizes, draws)
+    if wrong := [len(column) for column in (*over, *under) if len(column) != sum(sizes)]:
+        raise ConfigError(f"a column of {wrong[0]} numbers: there are {sum(sizes)} documents")
+    counts = drawn(sizes, draws, seed)
+    above, below = ((counts @ np.asarray(columns, dtype=float).T).prod(axis=1) for columns in (over, under))
+    return percentiles(np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0), sum(sizes))
+
+
+def mcnemar(b: int, c: int) -> float:
+    """Exact two-sided p of McNemar's test: whether of the documents that only one of two runs got right each had the
+    same chance of them. b, c: documents that only the one, only the other, got right. 1 where there are none.
+
+    (McNemar 1947; exact: a sign test, Agresti, Categorical Data Analysis, section 10.1.4)
+    """
+    from scipy.stats import binomtest
+
+    at_least("b", b, 0)
+    at_least("c", c, 0)
+    return float(binomtest(b, b + c).pvalue) if b + c else 1.0
+
+
+def minimum_detectable(n: int, discordant: float) -> float:
+    """The smallest true difference of two paired shares that McNemar's test at 5% finds with a power of 80%; 1 where
+    n documents can show none.
+
+    discordant: share of the documents that only one of both gets right (of other scores: the mean squared difference).
+    It cannot be less than the difference itself, so where few or none were seen, all are taken to be to one side.
+    (Connor 1987, Biometrics 43:207: n d^2 = (z_a sqrt(s) + z_b sqrt(s - d^2))^2 with the discordant share s, solved for
+    d: with x = d / sqrt(s), x sqrt(n) = z_a + z_b sqrt(1 - x^2), which n alone decides.)
+    """
+    at_least("n", n, 0)
+    check_range("discordant", discordant, 0, 1)
+    inside = n - Z95**2 + Z80**2
+    if inside < 0:
+        return 1.0
+    x = (Z95 * math.sqrt(n) + Z80 * math.sqrt(inside)) / (n + Z80**2)
+    return min(1.0, x * max(x, math.sqrt(discordant)))
+
+
+def _check_tasks(sizes: Sequence[int], draws: int) -> None:
+    at_least("draws", draws, 1)
+    if not sizes or min(sizes) < 1:
+        raise ConfigError(f"tasks of {list(sizes)} documents: there must be a task, and each needs a document")

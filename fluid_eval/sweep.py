@@ -311,6 +311,7 @@ class Sweep:
             "best": best.name if best else None,
             "aup": _areas(placed, self._under),
             "lost": lost,
+            "health": [{"point": u.name, **gate} for u, records in scored for gate in u.job.health(records)],
             "figure": drawn,
         }
 

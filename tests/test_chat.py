@@ -11,6 +11,7 @@ import fluid_eval
 from fluid_eval import store
 from fluid_eval.chat import Chat, open_chat
 from fluid_eval.cli import main
+from fluid_eval.commands import EXIT_UNHEALTHY
 from fluid_eval.report import write_report
 from fluid_eval.run import run
 from fluid_eval.sandbox.passing import build_predictions_instruct
@@ -171,13 +172,14 @@ def test_thinking_through_the_main_job(tiny_fluid, tmp_path, capsys, decoder):
         words = ["--tasks", "mini_gsm8k_1", "--model", model, "--decoder", decoder, "--limit", 6, "--chat"]
         words += ["--max-new-tokens", 24, "--out", tmp_path / name]
         words += ["--set", "chat.thinking=true", "--set", f"chat.end_of_thinking={json.dumps(end)}"]
-        assert main(["run", *map(str, words)]) == 0
+        assert main(["run", *map(str, words)]) == EXIT_UNHEALTHY, "every answer hits the limit"
         return fluid_eval.load_results(tmp_path / name), capsys.readouterr().out
 
     never, out = go("never", "never written")
     assert never["output"].tolist() == [""] * 6
     assert not never["thinking_ended"].any()
     assert "6 of 6 answers never ended their thinking" in " ".join(out.split())
+    assert "! thinking never ended mini_gsm8k_1 6/6 100.0%" in " ".join(out.split())
     assert "chat (multiturn=True, thinking=True, end_of_thinking=never written, template=" in " ".join(out.split())
     letters = map(chr, range(33, 127))
     end = next(letter for letter in letters if 0 < sum(letter in text for text in never["raw_output"]) < 6)

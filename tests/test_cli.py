@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fluid_eval.cli import main
+from fluid_eval.commands import EXIT_UNHEALTHY
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -146,13 +147,14 @@ def test_a_spec_file_and_flags_that_override_it(capsys, tmp_path, tiny_model, ti
     )
     code, out, _ = run(capsys, file, "--limit", 2, "--set", "decoder.max_horizon=4", "--out", tmp_path / "a", "--json")
     result = json.loads(out)
-    assert code == 0
+    assert code == EXIT_UNHEALTHY, "all hit the limit"
     assert {line["n"] for line in result["lines"]} == {2}
     assert result["decoder"] == {
         "name": "fluid", "rounds": "one", "confidence": 0.5, "min_horizon": 1, "max_horizon": 4, "verify": True,
         "slot_budget": None, "temperature": 0.0, "top_p": 1.0,
     }  # fmt: skip
-    code, out, _ = run(capsys, file, "--decoder", "ar", "--model", tiny_model, "--out", tmp_path / "b")
+    off = [word for gate in ("length_limit", "no_answer") for word in ("--set", f"health.{gate}=1")]
+    code, out, _ = run(capsys, file, "--decoder", "ar", "--model", tiny_model, "--out", tmp_path / "b", *off)
     assert code == 0
     assert "decoder ar" in out
     assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith(("run folder", str(tiny_model))))
@@ -187,5 +189,5 @@ def test_an_interrupt_keeps_what_is_finished(capsys, tmp_path, tiny_model, littl
     code, _, err = run(capsys, *words)
     assert code == 2
     assert "not finished of this spec; pass --resume" in err
-    assert run(capsys, *words, "--resume")[0] == 0
+    assert run(capsys, *words, "--resume")[0] == EXIT_UNHEALTHY, "whole: each answer at the limit of 8"
     assert len((tmp_path / "r" / "samples.jsonl").read_text().splitlines()) == 6

@@ -11,6 +11,7 @@ import fluid_eval
 from fluid_eval import pareto
 from fluid_eval import sweep as module
 from fluid_eval.cli import main
+from fluid_eval.commands import EXIT_UNHEALTHY
 from fluid_eval.grid import plan
 from fluid_eval.pool import InlinePool, Lost
 from fluid_eval.run import run
@@ -140,13 +141,14 @@ def test_the_command(tiny_fluid, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "2 points, 8 samples to answer" in " ".join(out.split())
     assert not (tmp_path / "s").exists(), "nothing is written"
-    assert main([*words, "--json"]) == 0
+    assert main([*words, "--json"]) == EXIT_UNHEALTHY, "the best point's answers all hit the limit"
     assert len(json.loads(capsys.readouterr().out)["points"]) == 2
     assert main(words) == 2
-    assert main([*words, "--resume"]) == 0
+    assert main([*words, "--resume"]) == EXIT_UNHEALTHY
     out = capsys.readouterr().out
     assert all(len(line) <= 80 for line in out.splitlines() if "folder:" not in line)
     assert "γ=0.3" in out
+    assert "!: a health gate is over its threshold" in out
 
 
 def test_what_was_given_up_is_tried_again(values, tmp_path, monkeypatch):

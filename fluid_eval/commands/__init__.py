@@ -2,3 +2,6 @@
 
 They import what they need when they run, so that `--help` costs nothing.
 """
+
+EXIT_OK, EXIT_FAILED, EXIT_CONFIG, EXIT_UNHEALTHY, EXIT_WORSE, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
+"""Done; failed, or samples given up; bad input; a health gate over its threshold; worse than allowed; interrupted."""

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .settings import add_settings, values_of
+from .settings import add_settings, exit_code, values_of
 
 HELP = "run tasks with a model: table, run folder, result"
 
@@ -31,4 +31,4 @@ def main(options: argparse.Namespace) -> int:
         print(json.dumps(result, indent=2))
     else:
         print_result(result, folder)
-    return 1 if result.get("lost") else 0
+    return exit_code(result["lost"], result["health"])

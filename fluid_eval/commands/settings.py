@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from . import EXIT_FAILED, EXIT_OK, EXIT_UNHEALTHY
 
 BUNDLED = "tiny-fluid"
 """The checkpoint a run takes if none is named."""
@@ -59,6 +62,12 @@ def add_settings(run: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     where.add_argument("--workers", type=whole, metavar="N", help="Ray workers; default: one a GPU")
     where.add_argument("--ray-address", metavar="HOST:PORT", help="default: RAY_ADDRESS, else a private cluster")
     return where
+
+
+def exit_code(lost: Mapping[str, str], health: Sequence[Mapping[str, Any]]) -> int:
+    """Of a run that ended: samples given up are worse than gates over their thresholds."""
+    unhealthy = any(not gate["ok"] for gate in health)
+    return EXIT_FAILED if lost else EXIT_UNHEALTHY if unhealthy else EXIT_OK
 
 
 def whole(text: str) -> int | str:

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .settings import add_settings, values_of, whole
+from .settings import add_settings, exit_code, values_of, whole
 
 HELP = "many runs over settings: frontier of score against speed"
 SPEEDS = ("tokens_per_second", "tokens_per_forward", "forwards_per_answer")
@@ -62,4 +62,5 @@ def main(options: argparse.Namespace) -> int:
         print(json.dumps(result, indent=2))
     else:
         print_sweep(result, folder)
-    return 1 if result["lost"] else 0
+    rests_on = (result["baseline"], result["best"])
+    return exit_code(result["lost"], [gate for gate in result.get("health", []) if gate["point"] in rests_on])
