@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from fluid_model.engine.records import Generation, Request, Score, ScoreRequest, Trace
 from fluid_model.errors import ConfigError
 from fluid_model.settings import answer_slots
-from fluid_model.tokens import Tokenizer, encodable
+from fluid_model.tokens import Tokenizer, encodable, spell
 
 from .chat import Chat
 from .pool import Lost, Pool, chunks_of
@@ -197,10 +197,14 @@ class FluidLM(TemplateLM):
         )
 
     def _written(self, answer: Generation, prompt: str) -> Record:
+        drafts = [(place, ids) for _, place, ids in answer.trace.rejected]
+        pieces, rejected = spell(self.tokenizer, answer.ids, drafts)
         record = {
             **base_record(answer, prompt),
             "output": answer.text,
             "output_ids": list(answer.ids),
+            "pieces": pieces,
+            "rejected": rejected,
             "finish": answer.finish,
         }
         if self._end_of_thinking is not None:

@@ -103,13 +103,14 @@ class FluidStrategy:
             self._rows[slot] = _Row()
             self._draws.seed(slot, request.seed)
         places = [list(range(hidden.shape[1]))] * len(requests)
-        tokens = []
+        tokens, rejected = [], []
         for slot, (said, room) in enumerate(zip(self._say(start, hidden, places), rooms, strict=True), start):
-            self._prepare(self._rows[slot], said, 0, range(1, hidden.shape[1]), room)
+            unsure = self._prepare(self._rows[slot], said, 0, range(1, hidden.shape[1]), room)
             tokens.append(self._rows[slot].tokens[: 1 if self.settings.verify else None])
+            rejected.append((len(tokens[-1]), unsure))
             self._draws.take(slot, len(tokens[-1]))
         predicted = [] if self.settings.verify else [len(fresh) for fresh in tokens]
-        return Absorbed(tokens, [0] * len(requests), [*predicted])
+        return Absorbed(tokens, [0] * len(requests), [*predicted], rejected=rejected)
 
     def plan(self, rows: int) -> Feed:
         """Tokens first, then the fans in the order of what they hang on."""
@@ -126,7 +127,7 @@ class FluidStrategy:
         return Feed(tokens, widths, kinds=["round"] * rows, fans=(anchor, step))
 
     def absorb(self, feed: Feed, hidden: Tensor, rooms: list[int]) -> Absorbed:
-        tokens, keep = [], []
+        tokens, keep, rejected = [], [], []
         predicted: list[int | None] = []
         active = self._rows[: len(rooms)]
         answers = self._say(0, hidden, [self._places(row) for row in active])
@@ -134,14 +135,15 @@ class FluidStrategy:
             last, fed = self._last(row, said), row.tokens
             behind = len(fed) + sum(row.masks[:last])
             row.rounds, row.fed = row.rounds + 1, row.fed + row.slots
-            self._prepare(row, said, last, range(behind, behind + row.masks[last]), room - last - 1)
+            unsure = self._prepare(row, said, last, range(behind, behind + row.masks[last]), room - last - 1)
             fresh = [*fed[1 : last + 1], row.tokens[0]] if self.settings.verify else row.tokens
+            rejected.append((last, fed[last + 1 :]) if self.settings.verify else (len(fresh), unsure))
             row.written += len(fresh)
             self._draws.take(slot, len(fresh))
             tokens.append([*fresh])
             keep.append(last + 1)
             predicted.append(len(fed if self.settings.verify else row.tokens))
-        return Absorbed(tokens, keep, predicted)
+        return Absorbed(tokens, keep, predicted, rejected=rejected)
 
     def move(self, source: int, target: int) -> None:
         self._rows[target] = self._rows[source]
@@ -187,10 +189,11 @@ class FluidStrategy:
         wrong = (i for i, draft in enumerate(row.tokens[1:]) if draft != said.tokens[i])
         return next(wrong, len(row.tokens) - 1)
 
-    def _prepare(self, row: _Row, said: _Said, last: int, fan: range, room: int) -> None:
+    def _prepare(self, row: _Row, said: _Said, last: int, fan: range, room: int) -> list[int]:
         """Set what a row feeds next: the token said at slot `last`, what the fan behind it drafted, and new fans.
 
         Drafts stay within the K-head's stride and the window.  fan: its slots.  room: slots before the window ends.
+        Returns drafts within the stride that the confidence threshold dropped, where nothing is verified.
         """
         price, reached = row.price(self._budget, self._slots), [1.0]
         stride = min(max(int(said.strides[last]), self.settings.min_horizon), self.horizon, max(room, 1))
@@ -203,11 +206,12 @@ class FluidStrategy:
             reached.append(right)
         if not self.settings.verify:  # what is drafted is kept, so slots decide over text: all, whatever they cost
             row.masks = [0] * (len(reached) - 1) + [self.horizon - 1]
-            return
+            return [int(said.tokens[slot]) for slot in fan[len(row.tokens) - 1 : stride - 1]]
         row.masks, left = [], MOST_MASKS
         for here, onward in zip(reached, [*reached[1:], 0.0], strict=True):
             row.masks.append(row.worth(here - onward, price, min(left, self.horizon - 1)))
             left -= row.masks[-1]
+        return []
 
 
 @dataclass(frozen=True)

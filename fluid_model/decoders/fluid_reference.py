@@ -74,14 +74,14 @@ class FluidReferenceStrategy:
         predicted = torch.cat([self._first[:rows, None], guess[:, :-1]], dim=1)  # (n, S), for slot j
         phase = self._phase[:rows].clone()
         self._denoise(phase == DENOISE, surest, predicted)
-        self._verify(phase == VERIFY, predicted)
+        wrong = self._verify(phase == VERIFY, predicted)
         committed = [row for row, (was, _) in enumerate(before) if was == COMMIT]
         if committed:
             at = torch.tensor(committed, device=hidden.device)
             last = self._width[at] - 1
             left = [rooms[row] - before[row][1] for row in committed]
             self._open(at, hidden[at, last], guess[at, last], left)
-        state = torch.cat([self._phase[:rows, None], self._width[:rows, None], self._canvas[:rows, :fed]], 1)
+        state = torch.cat([self._phase[:rows, None], self._width[:rows, None], wrong, self._canvas[:rows, :fed]], 1)
         return self._report(before, state.tolist())
 
     def move(self, source: int, target: int) -> None:
@@ -118,26 +118,33 @@ class FluidReferenceStrategy:
         full = (self._written[:rows, :fed] | (slot >= width)).all(1) & active
         self._phase[:rows][full] = VERIFY if self.settings.verify else COMMIT
 
-    def _verify(self, active: Tensor, predicted: Tensor) -> None:
-        """Keep the canvas up to the first token that differs from the causal argmax, which takes its place."""
+    def _verify(self, active: Tensor, predicted: Tensor) -> Tensor:
+        """Keep the canvas up to the first token that differs from the causal argmax, which takes its place.
+
+        Returns (n, 1) the draft it replaces, -1 where it replaces none.
+        """
         rows, fed = predicted.shape
         slot = torch.arange(fed, device=predicted.device)
         canvas, width = self._canvas[:rows, :fed], self._width[:rows]
         agreed = ((canvas == predicted) & (slot < width[:, None])).cumprod(1).sum(1)  # (n,)
         fix = (slot == agreed[:, None]) & (slot < width[:, None]) & active[:, None]
+        wrong = torch.where(fix, canvas, -1).amax(1, keepdim=True)
         self._canvas[:rows, :fed] = torch.where(fix, predicted, canvas)
         self._width[:rows] = torch.where(active, torch.minimum(agreed + 1, width), width)
         self._phase[:rows][active] = COMMIT
+        return wrong
 
     def _report(self, before: list[tuple[int, int]], state: list[list[int]]) -> Absorbed:
         """Compare each row's phase with the one before this forward, on the host."""
         tokens: list[list[int]] = []
         keep: list[int] = []
         predicted: list[int | None] = []
-        for row, ((was, had), (phase, width, *canvas)) in enumerate(zip(before, state, strict=True)):
+        rejected = []
+        for row, ((was, had), (phase, width, wrong, *canvas)) in enumerate(zip(before, state, strict=True)):
             decided = phase == COMMIT and was != COMMIT
             tokens.append(canvas[:width] if decided else [])
+            rejected.append((width - 1, [wrong, *canvas[width:had]] if wrong >= 0 else []))
             keep.append(had if was == COMMIT else 0)
             predicted.append(width if was == COMMIT else None)
             self._host[row] = (phase, width)
-        return Absorbed(tokens, keep, predicted)
+        return Absorbed(tokens, keep, predicted, rejected=rejected)

@@ -23,12 +23,17 @@ from ..settings import LladaSettings
 
 @dataclass
 class _Canvas:
-    """One row: its prompt's length, the ids of prompt and canvas, and how many slots each step of a block writes."""
+    """One row: its prompt's length, the ids of prompt and canvas, and how many slots each step of a block writes.
+
+    passes: forwards so far.  when: for each canvas slot the pass that wrote it.
+    """
 
     prompt: int
     ids: Tensor
     schedule: list[int]
     random: torch.Generator
+    when: Tensor
+    passes: int = 0
     block: int = 0
     step: int = 0
     unguided: Tensor | None = None
@@ -66,14 +71,16 @@ class LladaStrategy:
         return Feed(padded, widths, ["denoise"] * rows, [True] * rows)
 
     def absorb(self, feed: Feed, hidden: Tensor, rooms: list[int]) -> Absorbed:
-        tokens = []
+        done = []
         for slot, width in enumerate(feed.widths):
             row = self._row(slot)
             logits = self.backbone.logits(hidden[slot, row.prompt : width])  # (G, V)
-            tokens.append(self._step(row, logits))
-        rows = [self._row(slot) for slot in range(len(tokens))]
+            done.append(self._step(row, logits))
+        rows = [self._row(slot) for slot in range(len(done))]
         full = [row.block * self.settings.block_length >= len(row.ids) - row.prompt for row in rows]
-        return Absorbed(tokens, keep=[0] * len(tokens), full=full)
+        tokens = [row.ids[row.prompt :][block].tolist() for row, block in zip(rows, done, strict=True)]
+        ago = [(row.passes - row.when[block]).tolist() for row, block in zip(rows, done, strict=True)]
+        return Absorbed(tokens, keep=[0] * len(done), full=full, ago=ago)
 
     def move(self, source: int, target: int) -> None:
         self._rows[target] = self._rows[source]
@@ -92,7 +99,8 @@ class LladaStrategy:
             )
         canvas = torch.full((length,), self.mask_id)
         random = torch.Generator().manual_seed(request.seed)
-        return _Canvas(len(prompt), torch.cat([prompt, canvas]), schedule(settings.block_length, steps), random)
+        writes = schedule(settings.block_length, steps)
+        return _Canvas(len(prompt), torch.cat([prompt, canvas]), writes, random, torch.zeros_like(canvas))
 
     def _asks_unguided(self, row: _Canvas) -> bool:
         return self.settings.guidance > 0 and row.unguided is None
@@ -103,12 +111,13 @@ class LladaStrategy:
         ids[: row.prompt] = self.mask_id
         return ids
 
-    def _step(self, row: _Canvas, logits: Tensor) -> list[int]:
-        """Write this step's slots; returns a block's tokens when it is full. logits: (G, V)."""
-        settings = self.settings
+    def _step(self, row: _Canvas, logits: Tensor) -> slice:
+        """Write this step's slots; returns where in the canvas a block has become full. logits: (G, V)."""
+        settings, nowhere = self.settings, slice(0)
+        row.passes += 1
         if self._asks_unguided(row):
             row.unguided = logits
-            return []
+            return nowhere
         if row.unguided is not None:
             logits = row.unguided + (settings.guidance + 1) * (logits - row.unguided)
             row.unguided = None
@@ -118,13 +127,12 @@ class LladaStrategy:
         token, sureness = self._predict(row, logits[low:high])
         open_ = canvas[low:high] == self.mask_id
         write = sureness.masked_fill(~open_, -torch.inf).topk(min(row.schedule[row.step], int(open_.sum()))).indices
-        canvas[low + write] = token[write]
+        canvas[low + write], row.when[low + write] = token[write], row.passes
         row.step += 1
         if row.step < len(row.schedule):
-            return []
+            return nowhere
         row.block, row.step = row.block + 1, 0
-        done: list[int] = canvas[low:high].tolist()
-        return done
+        return slice(low, high)
 
     def _predict(self, row: _Canvas, logits: Tensor) -> tuple[Tensor, Tensor]:
         """A token for every slot of the block and how sure it is. logits: (slots, V).  On the host."""

@@ -35,6 +35,7 @@ class NbdiffStrategy:
         device = self.backbone.device
         self._block = torch.full((slots, self.widest), self.mask_id, device=device)
         self._written = torch.zeros(slots, self.widest, dtype=torch.bool, device=device)
+        self._ago = torch.zeros_like(self._block)  # passes since a slot was written
         self._width = torch.zeros(slots, dtype=torch.long, device=device)
         self._host: list[tuple[bool, int]] = [(False, 0)] * slots  # (full, width), read back once a round
         self._random = [torch.Generator() for _ in range(slots)]
@@ -71,7 +72,7 @@ class NbdiffStrategy:
         return self._report(0, rows, [width if full else 0 for full, width in before])
 
     def move(self, source: int, target: int) -> None:
-        for state in (self._block, self._written, self._width):
+        for state in (self._block, self._written, self._ago, self._width):
             state[target] = state[source]
         self._host[target], self._random[target] = self._host[source], self._random[source]
 
@@ -81,6 +82,7 @@ class NbdiffStrategy:
         self._width[rows] = torch.tensor(rooms, device=rows.device).clamp(max=self.widest)
         self._block[rows] = self.mask_id
         self._written[rows] = False
+        self._ago[rows] = 0
         self._block[rows, 0] = first[:, 0]
         self._written[rows, 0] = True
 
@@ -103,6 +105,7 @@ class NbdiffStrategy:
         said = torch.cat([self._block[rows, :1], token], 1)
         self._block[rows, :reach] = torch.where(write, said, self._block[rows, :reach])
         self._written[rows, :reach] |= write
+        self._ago[rows, :reach] = (self._ago[rows, :reach] + 1).masked_fill(write, 0)
 
     def _choose(self, rows: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and sureness for slots. logits: (n, S, V).  Returns (n, S) each."""
@@ -120,9 +123,10 @@ class NbdiffStrategy:
         slot = torch.arange(self.widest, device=self._block.device)
         at = slice(start, start + count)
         full = (self._written[at] | (slot >= self._width[at, None])).all(1)
-        state = torch.cat([full[:, None].long(), self._width[at, None], self._block[at]], 1).tolist()
-        tokens = []
-        for row, (done, width, *block) in enumerate(state, start):
-            tokens.append(block[:width] if done else [])
+        state = torch.cat([full[:, None].long(), self._width[at, None], self._block[at], self._ago[at]], 1).tolist()
+        tokens, ago = [], []
+        for row, (done, width, *slots) in enumerate(state, start):
+            tokens.append(slots[:width] if done else [])
+            ago.append(slots[self.widest :][:width] if done else [])
             self._host[row] = (bool(done), width)
-        return Absorbed(tokens, keep)
+        return Absorbed(tokens, keep, ago=ago)

@@ -210,11 +210,16 @@ class Engine:
             if stride is not None:
                 row.trace.predicted.append(stride)
         self._tell(absorbed.tokens)
-        for row, tokens in zip(rows, absorbed.tokens, strict=True):
+        ago = absorbed.ago or [[0] * len(tokens) for tokens in absorbed.tokens]
+        rejected = absorbed.rejected or [(0, [])] * len(rows)
+        for row, tokens, since, (kept, drafts) in zip(rows, absorbed.tokens, ago, rejected, strict=True):
+            before = len(row.ids)
             if tokens:
-                before = len(row.ids)
                 self._commit(row, tokens)
                 row.trace.accepted += [len(row.ids) - before] if absorbed.predicted else []
+                row.trace.write(since[: len(row.ids) - before])
+            if drafts:
+                self._reject(row, before + kept, drafts)
         for row, full in zip(rows, absorbed.full, strict=False):
             if full and row.finish is None:
                 row.finish = "length"
@@ -244,6 +249,12 @@ class Engine:
             row.finish = "eos"
         elif len(row.ids) >= request.max_new_tokens:
             row.finish = "length"
+
+    def _reject(self, row: _Row, place: int, drafts: list[int]) -> None:
+        """Book drafts that the answer could have had: none behind its end."""
+        drafts = drafts[: row.request.max_new_tokens - place]
+        if drafts and place < len(row.ids) + (row.finish in (None, "eos")):
+            row.trace.reject(place, drafts)
 
     def _first_stop(self, row: _Row, before: int) -> int | None:
         """Length of the shortest prefix that holds a stop string after its thinking, if longer than `before` tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -42,17 +43,32 @@ class Trace:
     included, also where its beginning was read once for several rows.
     predicted / accepted: stride drafted and tokens the answer grew by, one entry a round (empty for decoders without
     strides; the last round may lack its `accepted` where the answer ended first).
+    written: for each token of the answer the forward that wrote it, counted from 1 over `forwards` of all kinds; where
+    slots of a canvas are written one by one, the pass that wrote this one.
+    rejected: drafts that verification or the confidence threshold threw out: (forward, place of the first in the
+    answer, ids).
     """
 
     forwards: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     slots: int = 0
     predicted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    written: list[int] = field(default_factory=list)
+    rejected: list[tuple[int, int, list[int]]] = field(default_factory=list)
 
     def count(self, kind: Kind, slots: int) -> None:
         """Book one forward in which this row fed `slots` slots."""
         self.forwards[kind] += 1
         self.slots += slots
+
+    def write(self, ago: Sequence[int]) -> None:
+        """Book tokens of the answer, each written so many forwards ago."""
+        latest = sum(self.forwards.values())
+        self.written += [latest - each for each in ago]
+
+    def reject(self, place: int, ids: list[int]) -> None:
+        """Book drafts that the latest forward threw out."""
+        self.rejected.append((sum(self.forwards.values()), place, ids))
 
 
 @dataclass(frozen=True)

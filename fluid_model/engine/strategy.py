@@ -34,12 +34,16 @@ class Absorbed:
     tokens: ids newly committed to the answer.  keep: fed slots whose keys and values stay cached.
     predicted: stride of a round that opened (before its tokens are there) or closed (with them); None if neither.
     full: whether the decoder has no place left for more tokens (empty: it always has).
+    ago: how many forwards ago each of `tokens` was written (empty: just now, all of them).
+    rejected: drafts thrown out now, and how many of `tokens` stand before the first (empty: no row has any).
     """
 
     tokens: list[list[int]]
     keep: list[int]
     predicted: list[int | None] = field(default_factory=list)
     full: list[bool] = field(default_factory=list)
+    ago: list[list[int]] = field(default_factory=list)
+    rejected: list[tuple[int, list[int]]] = field(default_factory=list)
 
 
 class Strategy(Protocol):
