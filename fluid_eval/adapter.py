@@ -6,6 +6,7 @@ Towards lm-eval this is rank 0 of 1; parallelism lives below, in the pool.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -282,6 +283,10 @@ def _row_seed(seed: int, key: str) -> int:
 def base_record(answer: Generation | Score, prompt: str) -> Record:
     """What the record of any answer has."""
     task, doc_id = answer.key.split("/")[:2]
+    if isinstance(answer, Generation):
+        broken = answer.finish == "broken"
+    else:
+        broken = any(map(math.isnan, answer.loglikelihoods))
     return {
         "key": answer.key,
         "task": task,
@@ -292,6 +297,7 @@ def base_record(answer: Generation | Score, prompt: str) -> Record:
         "truncated": answer.truncated,
         "trace": vars(answer.trace),
         "seconds": answer.seconds,
+        **({"broken": True} if broken else {}),
     }
 
 

@@ -151,7 +151,8 @@ def scored_records(tasks: Tasks, results: Mapping[str, Any], samples: Mapping[st
             record["target"] = _target(tasks["tasks"][name], example)
             record["extracted"][example["filter"]] = _extracted(example, record, extract)
             for metric in example["metrics"]:
-                record["scores"][f"{metric},{example['filter']}"] = float(example[metric])
+                score = 0.0 if record.get("broken") else float(example[metric])  # else nobody's answer may be right
+                record["scores"][f"{metric},{example['filter']}"] = score
         records += [merged[doc_id] for doc_id in sorted(merged)]
     return records
 

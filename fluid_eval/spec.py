@@ -100,6 +100,7 @@ class HealthSpec:
     prompt_truncated: float = 0.01
     sandbox_timeout: float = 0.05
     thinking_never_ended: float = 0.1
+    broken: float = 0.0
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -36,7 +36,13 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 """Fields every sample has, and what they hold."""
 COUNTS: dict[str, type] = {"forwards": dict, "slots": int, "predicted": list, "accepted": list}
 """Fields of every trace."""
-MAYBE: dict[str, type | tuple[type, ...]] = {"scores": dict, "extracted": dict, "lost": str, "truncated": int}
+MAYBE: dict[str, type | tuple[type, ...]] = {
+    "scores": dict,
+    "extracted": dict,
+    "lost": str,
+    "truncated": int,
+    "broken": bool,
+}
 """Fields that some samples have."""
 SPEC, ENVIRONMENT, SAMPLES, RESULT = "spec.json", "environment.json", "samples.jsonl", "result.json"
 _STEP = 1 << 20

@@ -6,7 +6,7 @@ Legend: B rows, S slots fed, T key columns, D hidden, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -68,6 +68,7 @@ class Backbone:
             raise ConfigError(
                 f"{type(model).__name__} has no output embeddings: only causal language models can decode"
             )
+        self.vocabulary: int = model.get_input_embeddings().num_embeddings
         self._once = 2 * sum(weight.numel() for weight in model.parameters())
         self._project = linear.Linear.of(self._head)
         self._cap = getattr(self.config, "final_logit_softcapping", None)
@@ -99,6 +100,14 @@ class Backbone:
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def check_ids(self, key: str, ids: Sequence[int]) -> None:
+        """Raise ConfigError, naming the request, if this model has no embedding for one of its tokens."""
+        if not 0 <= min(ids) <= max(ids) < self.vocabulary:
+            wrong = next(i for i in ids if not 0 <= i < self.vocabulary)
+            raise ConfigError(
+                f"request {key}: token {wrong} is none of the model's {self.vocabulary}: is the tokenizer another's?"
+            )
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -166,9 +175,8 @@ class Backbone:
         """
         name = type(self.model).__name__
         generator = torch.Generator().manual_seed(0)
-        vocabulary = self.model.get_input_embeddings().num_embeddings
         longest = max(PROBE_LENGTHS) + PROBE_MORE
-        ids = torch.randint(0, vocabulary, (len(PROBE_LENGTHS), longest), generator=generator).to(self.device)
+        ids = torch.randint(0, self.vocabulary, (len(PROBE_LENGTHS), longest), generator=generator).to(self.device)
         try:
             ours = self._probe_cached(ids)
             worst = 0.0
@@ -179,6 +187,8 @@ class Backbone:
                 worst = max(worst, float(error)) if not error.isnan() else float("nan")
         except (TypeError, AttributeError, RuntimeError, ValueError, KeyError, IndexError) as error:
             raise ConfigError(f"{name} does not run in this engine: {type(error).__name__}: {error}") from error
+        if worst != worst:
+            raise ConfigError(f"{name}: its logits are not finite; its weights may be damaged, or dtype too narrow")
         if not worst < PROBE_TOLERANCE.get(self.dtype, PROBE_TOLERANCE_HALF):
             raise ConfigError(f"{name} does not run in this engine: logits differ from the model's own by {worst:.2g}")
 

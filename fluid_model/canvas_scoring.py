@@ -88,6 +88,7 @@ class CanvasScorer:
                     f"request {request.key}: cannot score {len(continuation)} tokens after {len(context)} "
                     f"in a window of {window}"
                 )
+            self.backbone.check_ids(request.key, context + continuation)
             whole = (context + continuation)[-window:]
             start = len(whole) - len(continuation)
             document.truncated = max(document.truncated, len(context) - start)

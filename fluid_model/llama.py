@@ -111,9 +111,10 @@ class Forward:
             return None, None
         widths = widths or [slots] * rows
         there = [row * slots + slot for row, width in enumerate(widths) for slot in range(width)]
-        back = [0] * (rows * slots)
-        for place, slot in enumerate(there):
-            back[slot] = place
+        back, start = [], 0
+        for width in widths:  # padding repeats its own row's first slot: what is broken in a row stays in it
+            back += [*range(start, start + width), *[start] * (slots - width)]
+            start += width
         there += [0] * (filled - count)
         return torch.tensor(there, device=device), torch.tensor(back, device=device)
 

@@ -42,6 +42,7 @@ class _Row:
     trace: Trace = field(default_factory=Trace)
     seconds: float = 0.0
     finish: Finish | None = None
+    broken: bool = False
 
     @property
     def beginning(self) -> tuple[int, ...]:
@@ -114,6 +115,7 @@ class Engine:
         need = len(request.prompt) + request.max_new_tokens
         if not request.prompt:
             raise ConfigError(f"request {request.key}: the prompt has no tokens")
+        self.backbone.check_ids(request.key, request.prompt)
         if request.max_new_tokens < 1:
             raise ConfigError(f"request {request.key}: max_new_tokens={request.max_new_tokens} must be at least 1")
         if need > self.backbone.window:
@@ -192,8 +194,13 @@ class Engine:
         self._take(rows, absorbed)
 
     def _forward(self, rows: list[_Row], feed: Feed, reading: masks.Reading) -> Tensor:
-        """One counted call of the model."""
+        """One counted call of the model. A row whose numbers are not finite is broken; strategies see zeros there."""
         hidden = self.backbone.forward(feed.ids, replace(reading, widths=feed.widths), self._cache)
+        sound = hidden.isfinite().flatten(1).all(1)  # (n,)
+        if not sound.all():
+            hidden = hidden.masked_fill(~sound[:, None, None], 0.0)
+            for row, good in zip(rows, sound.tolist(), strict=True):
+                row.broken |= not good
         self.calls += 1
         for row, width, kind in zip(rows, feed.widths, feed.kinds, strict=True):
             row.trace.count(kind, width)
@@ -223,6 +230,10 @@ class Engine:
         for row, full in zip(rows, absorbed.full, strict=False):
             if full and row.finish is None:
                 row.finish = "length"
+        for row in rows:
+            if row.broken:
+                row.finish, row.ids = "broken", []
+                row.trace.forget()
         now = time.perf_counter()
         for row in rows:
             row.seconds += (now - self._clock) / len(rows)
@@ -301,6 +312,8 @@ class Engine:
     def _free(self, slot: int) -> None:
         """Move the last active row into a finished one's slot."""
         last = len(self._rows) - 1
+        if self._rows[slot].broken:
+            self._cache.clear(slot)
         if slot != last:
             self._cache.move(last, slot)
             self.strategy.move(last, slot)

@@ -12,7 +12,8 @@ KINDS: tuple[Kind, ...] = ("prefill", "denoise", "verify", "commit", "round")
 and make the next ones at once.
 """
 
-Finish = Literal["eos", "stop", "length"]
+Finish = Literal["eos", "stop", "length", "broken"]
+"""Why an answer ends. broken: the model's numbers were no longer finite (NaN or infinite), and there is no answer."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class Trace:
     def reject(self, place: int, ids: list[int]) -> None:
         """Book drafts that the latest forward threw out."""
         self.rejected.append((sum(self.forwards.values()), place, ids))
+
+    def forget(self) -> None:
+        """There is no answer: only what was spent stays."""
+        for each in (self.predicted, self.accepted, self.written, self.rejected):
+            each.clear()
 
 
 @dataclass(frozen=True)

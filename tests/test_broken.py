@@ -1,0 +1,108 @@
+"""Numbers that are not finite: their row is given up and counted, and no other row is another for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from fluid_eval.run import run
+from fluid_eval.spec import build_spec
+from fluid_eval.store import read_samples
+from fluid_model import ConfigError, Request, ScoreRequest, load, save
+from fluid_model.decoders import engine_for, scorer_for
+from fluid_model.settings import ArSettings, FluidSettings, LladaSettings, NbdiffSettings
+
+from .tiny import byte_tokenizer, fluid_checkpoint
+
+BAD = byte_tokenizer()("^")["input_ids"][0]
+PROMPTS = ["^bc", "say it", "abc^", "a longer one than others", "x", "^", "what is it that is ^ here", "one more"]
+DECODERS = {
+    "ar": ArSettings(),
+    "ar, sampled": ArSettings(temperature=1.0),
+    "fluid": FluidSettings(),
+    "fluid, sampled": FluidSettings(temperature=1.0),
+    "fluid, unverified": FluidSettings(verify=False, confidence=0.0),
+    "fluid, reference": FluidSettings(rounds="reference"),
+    "nbdiff": NbdiffSettings(block_length=4, small_blocks=2),
+    "llada": LladaSettings(block_length=4),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints():
+    """The same weights, whole, and with one token's embedding lost. No answer holds that token."""
+    whole, harmed = fluid_checkpoint(seed=1), fluid_checkpoint(seed=1)
+    for checkpoint in (whole, harmed):
+        checkpoint.backbone.model.get_output_embeddings().weight.data[BAD] = 0.0
+    harmed.backbone.model.get_input_embeddings().weight.data[BAD] = float("nan")
+    return whole, harmed
+
+
+def requests():
+    tokenizer = byte_tokenizer()
+    return [Request(str(i), tuple(tokenizer(text)["input_ids"]), 8, seed=i) for i, text in enumerate(PROMPTS)]
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_broken_row_is_given_up_alone(checkpoints, name, slots):
+    whole, harmed = checkpoints
+    expected = {a.key: a.ids for a in engine_for(whole, DECODERS[name], slots).generate(requests())}
+    found = {a.key: a for a in engine_for(harmed, DECODERS[name], slots).generate(requests())}
+    assert found.keys() == expected.keys()
+    for key, answer in found.items():
+        if "^" in PROMPTS[int(key)]:
+            assert (answer.finish, answer.ids, answer.text, answer.trace.written) == ("broken", (), "", [])
+            assert sum(answer.trace.forwards.values()) == 1, "not fed any further"
+        else:
+            assert BAD not in expected[key], "else this row breaks too"
+            assert answer.ids == expected[key]
+            assert answer.finish != "broken"
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_broken_question_is_nan_and_no_other_one(checkpoints, slots):
+    whole, harmed = checkpoints
+    questions = [ScoreRequest(r.key, tuple((r.prompt, (3 + choice,)) for choice in range(3))) for r in requests()]
+    expected = {s.key: s.loglikelihoods for s in scorer_for(whole, ArSettings(), slots).score(questions)}
+    for score in scorer_for(harmed, ArSettings(), slots).score(questions):
+        if "^" in PROMPTS[int(score.key)]:
+            assert all(value != value for value in score.loglikelihoods)
+        else:
+            assert score.loglikelihoods == pytest.approx(expected[score.key], abs=1e-5)
+
+
+def test_a_run_goes_on_and_says_so(checkpoints, tmp_path):
+    """One question breaks: it counts as wrong, a gate names it, and the rest is answered."""
+    save(checkpoints[1], tmp_path / "m")
+    (tmp_path / "d" / "gsm8k").mkdir(parents=True)
+    rows = [f'{{"question": "{text}", "answer": "#### 1"}}' for text in ("two", "^", "four")]
+    for split in ("train", "test"):
+        (tmp_path / "d" / "gsm8k" / f"{split}.jsonl").write_text("\n".join(rows))
+    values = {
+        "tasks": "gsm8k", "model": str(tmp_path / "m"), "decoder": "fluid", "data_dir": str(tmp_path / "d"),
+        "num_fewshot": 0, "max_new_tokens": 4,
+    }  # fmt: skip
+    result = run(build_spec(values), tmp_path / "r")
+    found = {r["doc_id"]: r for r in read_samples(tmp_path / "r")}
+    assert [found[i].get("broken", False) for i in range(3)] == [False, True, False]
+    assert set(found[1]["scores"].values()) == {0.0}
+    (gate,) = [gate for gate in result["health"] if gate["gate"] == "numbers not finite"]
+    assert (gate["count"], gate["keys"], gate["ok"]) == (1, ["gsm8k/1"], False)
+
+
+def test_a_checkpoint_of_no_numbers_is_refused(tmp_path):
+    broken = fluid_checkpoint(seed=1)
+    broken.backbone.model.get_output_embeddings().weight.data[3] = float("inf")
+    save(broken, tmp_path / "m")
+    with pytest.raises(ConfigError, match="its logits are not finite"):
+        load(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_a_token_without_embedding_is_refused(checkpoints, token):
+    whole, _ = checkpoints
+    with pytest.raises(ConfigError, match=f"request k: token {token} is none of the model's"):
+        list(engine_for(whole, ArSettings(), 1).generate([Request("k", (5, token), 4)]))
+    for settings in (ArSettings(), LladaSettings()):
+        with pytest.raises(ConfigError, match=f"request k: token {token} is none of the model's"):
+            list(scorer_for(whole, settings, 1).score([ScoreRequest("k", (((5, token), (6,)),))]))
