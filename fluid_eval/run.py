@@ -67,12 +67,13 @@ def go_offline_unless_needed(spec: RunSpec) -> None:
 
 @dataclass(frozen=True)
 class Ready:
-    """What a run needs beside weights. window: tokens the model reads."""
+    """What a run needs beside weights. window: tokens the model reads.  remote_code: classes of its repository."""
 
     tasks: harness.Tasks
     tokenizer: Any
     window: int
     conversation: chat.Chat | None
+    remote_code: tuple[str, ...]
 
 
 def prepare(spec: RunSpec, tasks: harness.Tasks) -> Ready:
@@ -80,16 +81,17 @@ def prepare(spec: RunSpec, tasks: harness.Tasks) -> Ready:
     from fluid_model.checkpoint import describe, load_tokenizer, pick_device
 
     pick_device(spec.model.device)
-    info = describe(spec.model.path, spec.model.method)
+    trust = spec.model.trust_remote_code
+    info = describe(spec.model.path, spec.model.method, trust_remote_code=trust)
     check_decoder(spec, info)
-    tokenizer = load_tokenizer(spec.model.path)
+    tokenizer = load_tokenizer(spec.model.path, trust_remote_code=trust)
     if spec.model.mask_token is not None:
         single_id(tokenizer, spec.model.mask_token)
     for text in spec.model.end_tokens or ():
         single_id(tokenizer, text, "end token")
     conversation = chat.open_chat(spec.chat, tokenizer, spec.model.path)
     harness.check_settings(spec, tasks, info.window)
-    return Ready(tasks, tokenizer, info.window, conversation)
+    return Ready(tasks, tokenizer, info.window, conversation, info.remote_code)
 
 
 def check_decoder(spec: RunSpec, info: ModelInfo) -> None:
@@ -195,6 +197,7 @@ class Job:
             "task_versions": harness.versions(tasks),
             "data": [f.message for f in data.fingerprints(self.spec.data_dir)],
             "health": self.health(records),
+            "remote_code": list(self.ready.remote_code),
             "notices": self.opened.notices + (self._chat.notices(records) if self._chat else []),
             "lost": {record["key"]: record["lost"] for record in records if "lost" in record},
         }

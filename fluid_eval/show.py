@@ -55,6 +55,8 @@ def print_result(result: Mapping[str, Any], folder: Path) -> None:
         console.print(f"data: {message}")
     for message in result["notices"]:
         console.print(f"note: {message}")
+    if ran := result.get("remote_code"):
+        console.print(f"code of the model's repository ran: {', '.join(ran)}")
     for key, reason in result.get("lost", {}).items():
         console.print(f"given up, and in no score: {key} ({reason})")
     console.print(f"run folder: {folder}  (fluid-eval report {folder})", soft_wrap=True)

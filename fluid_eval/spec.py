@@ -33,6 +33,8 @@ class ModelSpec:
     """Texts of the tokens that end an answer, instead of what the model's own files say."""
     method: Literal["nbdiff", "llada"] | None = None
     """What the model was adapted to, where its files do not tell."""
+    trust_remote_code: bool = False
+    """Whether code of the model's repository may run, with all the rights of the user."""
 
     def __post_init__(self) -> None:
         if self.end_tokens == ():
@@ -148,6 +150,8 @@ class RunSpec:
             del values[name]
         if self.chat is None:
             del values["chat"]
+        if not self.model.trust_remote_code:
+            del values["model"]["trust_remote_code"]
         return values
 
     @property

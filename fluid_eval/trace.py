@@ -38,7 +38,7 @@ class Line:
 
 def watch(spec: RunSpec, prompt: str) -> tuple[list[Line], Generation]:
     """Write one answer and keep what happened. Raises ConfigError as a run would."""
-    check_decoder(spec, describe(spec.model.path, spec.model.method))
+    check_decoder(spec, describe(spec.model.path, spec.model.method, trust_remote_code=spec.model.trust_remote_code))
     checkpoint = load_for(spec)
     engine = engine_for(checkpoint, spec.decoder, slots=1)
     steps: list[Step] = []

@@ -79,25 +79,28 @@ class ModelInfo:
     tau: tuple[float | None, ...]
     method: str | None = None
     block_length: int | None = None
+    remote_code: tuple[str, ...] = ()
+    """Classes of the repository's own code that run."""
 
     @property
     def has_head(self) -> bool:
         return self.k_max is not None
 
 
-def describe(path: str, method: Method | None = None) -> ModelInfo:
-    """Read configuration, manifest and heads, no weights.  method: see `load`.
+def describe(path: str, method: Method | None = None, *, trust_remote_code: bool = False) -> ModelInfo:
+    """Read configuration, manifest and heads, no weights.  method, trust_remote_code: see `load`.
 
     Raises ConfigError if it is no causal LM or a bad checkpoint.
     """
-    source = find(path, weights=False, method=method)
+    source = find(path, weights=False, method=method, trust=trust_remote_code)
     config = source.config
     heads = _heads_of(source, _hidden_size(config))
     tau: tuple[float | None, ...] = source.manifest.tau if source.manifest else (None,) * len(heads)
     architecture = (getattr(config, "architectures", None) or [config.model_type])[0]
     k_max = heads[0].k_max if heads else None
     block_length = source.manifest.block_length if source.manifest else source.published.block_length
-    return ModelInfo(architecture, context_window(config), k_max, tau, source.method, block_length)
+    code = tuple(source.remote_code)
+    return ModelInfo(architecture, context_window(config), k_max, tau, source.method, block_length, code)
 
 
 def read_config(path: str) -> PretrainedConfig:
@@ -105,9 +108,9 @@ def read_config(path: str) -> PretrainedConfig:
     return find(path, weights=False).config
 
 
-def load_tokenizer(path: str) -> Tokenizer:
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer of a folder or hub id (for an adapter: the folder's own, which knows the mask token)."""
-    return find(path, weights=False).tokenizer
+    return find(path, weights=False, trust=trust_remote_code).tokenizer
 
 
 def load(
@@ -119,6 +122,7 @@ def load(
     mask_token: str | None = None,
     end_tokens: Sequence[str] | None = None,
     method: Method | None = None,
+    trust_remote_code: bool = False,
 ) -> Checkpoint:
     """Load a plain causal LM, a folder of this project, a published layout, or a bare PEFT adapter, as LLaMA-Factory
     saves stage 1. path: a folder or a hub id.
@@ -126,12 +130,13 @@ def load(
     dtype: auto (float32 on CPU, the checkpoint's own elsewhere), float32, bfloat16.  device: auto, cpu, cuda.
     tau: which K-head to use, by its training-time bound.  mask_token: overrides the checkpoint's mask token text.
     end_tokens: texts of the tokens that end an answer, instead of what configuration and tokenizer say.
-    method: what the model was adapted to, where its files do not tell.
+    method: what the model was adapted to, where its files do not tell.  trust_remote_code: whether code of the model's
+    repository may run, with all the rights of this process, where no layout known here is its own.
     Raises ConfigError for missing or misshapen parts, unknown format versions and unsupported architectures.
     """
     if end_tokens is not None and not end_tokens:
         raise ConfigError("end_tokens=[] leaves nothing that ends an answer; name one text at least")
-    source = find(path, weights=True, method=method)
+    source = find(path, weights=True, method=method, trust=trust_remote_code)
     target = pick_device(device)
     tokenizer = source.tokenizer
     heads = _heads_of(source, _hidden_size(source.config))
@@ -256,7 +261,9 @@ def _load_weights(source: Source, dtype: str, device: torch.device) -> PreTraine
     )
     foreign = source.published.llama is not None
     options = {"config": source.config, "key_mapping": dict(source.published.keys)} if foreign else {}
-    model, info = from_pretrained(AutoModelForCausalLM, source.base, dtype=number, output_loading_info=True, **options)
+    model, info = from_pretrained(
+        AutoModelForCausalLM, source.base, source.trust, dtype=number, output_loading_info=True, **options
+    )
     wrong = {"missing or misshapen": [*info["missing_keys"], *map(str, info["mismatched_keys"])]}
     wrong |= {"unknown": [*info["unexpected_keys"]]} if foreign else {}
     for what, keys in wrong.items():

@@ -15,6 +15,7 @@ MARKS = ("config.json", MANIFEST_FILE, ADAPTER_FILE)
 """A folder without any of these is no model."""
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", HEAD_FILE, OWN_HEAD_FILE)
 """Files that describe a model."""
+CODE = ("*.py",)
 WEIGHTS = ("model*.safetensors", "adapter_model*", f"{ADAPTER_FOLDER}/*", MASK_FILE)
 PICKLED = ("pytorch_model*.bin",)
 """Fetched only where there is no other."""
@@ -24,8 +25,9 @@ TIMEOUT = 8.0
 """Seconds to wait for the hub's first answer before using its cache alone."""
 
 
-def local(path: str, *, weights: bool) -> Path:
-    """The folder with a model's files.  weights: whether they are wanted too, or only what describes them.
+def local(path: str, *, weights: bool, code: bool = False) -> Path:
+    """The folder with a model's files.  weights: whether they are wanted too, or only what describes them.  code:
+    likewise the repository's own.
 
     path: a folder, or a hub id (owner/name). Raises ConfigError if it cannot be a model or the hub does not give it.
     """
@@ -35,23 +37,23 @@ def local(path: str, *, weights: bool) -> Path:
     if not (path and folder.is_dir()):
         if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:
             raise ConfigError(f"model={path!r}: no such folder (a hub id reads owner/name)")
-        folder = _fetch(path, weights)
+        folder = _fetch(path, weights, SMALL + CODE if code else SMALL)
     if not any((folder / name).is_file() for name in MARKS):
         raise ConfigError(f"model={path}: the folder holds no config.json (nor fluid.json, nor an adapter)")
     return folder
 
 
-def _fetch(repository: str, weights: bool) -> Path:
+def _fetch(repository: str, weights: bool, small: tuple[str, ...]) -> Path:
     try:
         model_info(repository, timeout=TIMEOUT)  # a download itself would wait for a silent hub without end
         silence = None
     except Exception as error:  # the hub's clients raise many types; all mean the same here: what the cache holds
         silence = error
-    folder = _snapshot(repository, SMALL, silence)
+    folder = _snapshot(repository, small, silence)
     if weights:
-        folder = _snapshot(repository, SMALL + WEIGHTS, silence)
+        folder = _snapshot(repository, small + WEIGHTS, silence)
         if not any(file.name != OWN_HEAD_FILE for file in folder.rglob("*.safetensors")):
-            folder = _snapshot(repository, SMALL + PICKLED, silence)
+            folder = _snapshot(repository, small + PICKLED, silence)
     return folder
 
 

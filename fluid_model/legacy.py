@@ -142,9 +142,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
-def has_own_tokenizer_code(folder: Path) -> bool:
-    """Whether the folder's tokenizer is a class of its repository, which is never run."""
-    return "auto_map" in _read_json(folder / "tokenizer_config.json")
+def own_classes(folder: Path, file: str) -> list[str]:
+    """Classes of the repository's own code that a file of it names."""
+    named = _read_json(folder / file).get("auto_map") or {}
+    found = [each for value in named.values() for each in (value if isinstance(value, list) else [value])]
+    return [str(each) for each in found if each]
 
 
 def read_head(file: Path, hidden_size: int) -> KHead:

@@ -133,9 +133,6 @@ class Scorer:
         ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)  # (R, S)
         reading = cache.aim(0, [shared] * len(batch), ids.shape[1], device)
         hidden = self.backbone.forward(ids, reading, cache)  # (R, S, D)
-        for slot, sound in enumerate(hidden.isfinite().flatten(1).all(1).tolist()):
-            if not sound:
-                cache.clear(slot, shared)  # for the row after it
         self.calls += 1
         reach = max(row.span for _, row in batch)
         ends = torch.tensor([len(i) for i in inputs], device=device)[:, None]

@@ -19,7 +19,8 @@ from .tokens import Tokenizer
 @dataclass(frozen=True)
 class Source:
     """folder: what the user named.  base: where the weights are; another for an adapter.
-    parent: what an adapter's folder calls its base.  method: what all of it was adapted to.
+    parent: what an adapter's folder calls its base.  method: what all of it was adapted to.  trust: whether code of the
+    repository may run where nothing here reads its layout.
     """
 
     folder: Path
@@ -27,6 +28,7 @@ class Source:
     parent: str | None
     manifest: Manifest | None
     published: Published
+    trust: bool = False
 
     @property
     def method(self) -> Method | None:
@@ -36,7 +38,7 @@ class Source:
     def config(self) -> PretrainedConfig:
         """transformers' configuration of the base. Raises ConfigError if it is no language model known here."""
         if self.published.llama is None:
-            return from_pretrained(AutoConfig, self.base)
+            return from_pretrained(AutoConfig, self.base, self.trust)
         try:
             return LlamaConfig(**self.published.llama)
         except Exception as error:  # transformers' validation errors share no type
@@ -47,20 +49,28 @@ class Source:
     def tokenizer(self) -> Tokenizer:
         """The folder's tokenizer, or its base's if it is a bare adapter without one."""
         try:
-            return _read_tokenizer(self.folder)
+            return _read_tokenizer(self.folder, self.trust)
         except ConfigError:
             if self.manifest is not None or self.base == self.folder:
                 raise
-            return _read_tokenizer(self.base)
+            return _read_tokenizer(self.base, self.trust)
+
+    @property
+    def remote_code(self) -> list[str]:
+        """Classes of the repository that run: none unless it is trusted."""
+        named = legacy.own_classes(self.base, "config.json") if self.published.llama is None else []
+        named += legacy.own_classes(self.folder, "tokenizer_config.json")
+        return sorted(set(named)) if self.trust else []
 
 
-def find(path: str, *, weights: bool, method: Method | None = None) -> Source:
+def find(path: str, *, weights: bool, method: Method | None = None, trust: bool = False) -> Source:
     """Look at a model's files. An adapter's parent is a hub id or a folder, relative to the adapter's.
 
     path: a folder or a hub id.  weights: whether weights are wanted too.  method: what the user says it was adapted to.
+    trust: whether code of the repository may run.
     Raises ConfigError for a path that is no model and for files that say nothing clear.
     """
-    folder = hub.local(path, weights=weights)
+    folder = hub.local(path, weights=weights, code=trust)
     manifest = read_manifest(folder)
     if manifest is None:
         parent = legacy.adapter_parent(folder)
@@ -71,18 +81,18 @@ def find(path: str, *, weights: bool, method: Method | None = None) -> Source:
     base = folder
     if parent is not None:
         beside = folder / parent
-        base = beside if beside.is_dir() else hub.local(parent, weights=weights)
+        base = beside if beside.is_dir() else hub.local(parent, weights=weights, code=trust)
         parent = str(base) if beside.is_dir() else parent
     published = legacy.read_published(base, parent or path, method)
     bare = base != folder and published.method is None
     if method is None and (bare or (folder / legacy.HEAD_FILE).is_file()):
         published = replace(published, method="fluid")
-    return Source(folder, base, parent, manifest, published)
+    return Source(folder, base, parent, manifest, published, trust)
 
 
-def _read_tokenizer(folder: Path) -> Tokenizer:
-    if not legacy.has_own_tokenizer_code(folder):
-        return from_pretrained(AutoTokenizer, folder)
+def _read_tokenizer(folder: Path, trust: bool) -> Tokenizer:
+    if trust or not legacy.own_classes(folder, "tokenizer_config.json"):
+        return from_pretrained(AutoTokenizer, folder, trust)
     if (folder / "tokenizer.json").is_file():
         tokenizer = from_pretrained(PreTrainedTokenizerFast, folder)
         tokenizer.init_kwargs.pop("auto_map", None)  # else it would be saved with a name for code that is not there
@@ -91,14 +101,14 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
         return spm.load_sentencepiece(folder)
     raise ConfigError(
         f"model={folder}: no tokenizer.json and no {spm.MODEL_FILE}; its tokenizer is code of the repository, "
-        "which is not run"
+        "which runs with --trust-remote-code alone"
     )
 
 
-def from_pretrained(auto: Any, source: Path, **options: Any) -> Any:
-    """transformers' own loading, its errors told in one line. Code from a model repository is never run."""
+def from_pretrained(auto: Any, source: Path, trust: bool = False, **options: Any) -> Any:
+    """transformers' own loading, its errors told in one line.  trust: whether code of the repository may run."""
     try:
-        return auto.from_pretrained(str(source), trust_remote_code=False, **options)
+        return auto.from_pretrained(str(source), trust_remote_code=trust, **options)
     except Exception as error:  # broken files raise whatever the libraries below happen to trip over
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         what = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
+from fluid_eval.harness import scored_records
 from fluid_eval.run import run
 from fluid_eval.spec import build_spec
 from fluid_eval.store import read_samples
@@ -14,7 +17,18 @@ from fluid_model.settings import ArSettings, FluidSettings, LladaSettings, Nbdif
 from .tiny import byte_tokenizer, fluid_checkpoint
 
 BAD = byte_tokenizer()("^")["input_ids"][0]
-PROMPTS = ["^bc", "say it", "abc^", "a longer one than others", "x", "^", "what is it that is ^ here", "one more"]
+PROMPTS = [
+    "^ and much longer than any other of them",
+    "quite as long as the one before it, no?",
+    "^bc",
+    "say it",
+    "abc^",
+    "a longer one than others",
+    "x",
+    "^",
+    "what is it that is ^ here",
+    "one more",
+]
 DECODERS = {
     "ar": ArSettings(),
     "ar, sampled": ArSettings(temperature=1.0),
@@ -88,6 +102,18 @@ def test_a_run_goes_on_and_says_so(checkpoints, tmp_path):
     assert set(found[1]["scores"].values()) == {0.0}
     (gate,) = [gate for gate in result["health"] if gate["gate"] == "numbers not finite"]
     assert (gate["count"], gate["keys"], gate["ok"]) == (1, ["gsm8k/1"], False)
+
+
+def test_what_nobody_said_is_not_right():
+    """lm-eval scores a broken sample as if it had been an answer."""
+    task = SimpleNamespace(get_config=lambda name: None)
+    example = {"doc_id": 0, "filter": "none", "metrics": ["acc"], "acc": 1.0, "target": "A", "doc": {}}
+    sample = {"output": "A", "choices": [" A"], "finish": None}
+    found = [
+        scored_records({"tasks": {"t": task}}, {"samples": {"t": [example]}}, {"t/0": sample | extra})[0]["scores"]
+        for extra in ({}, {"broken": True})
+    ]
+    assert found == [{"acc,none": 1.0}, {"acc,none": 0.0}]
 
 
 def test_a_checkpoint_of_no_numbers_is_refused(tmp_path):

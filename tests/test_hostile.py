@@ -203,3 +203,47 @@ def test_any_text_is_a_prompt(tiny_model, data_dir, tmp_path):
     prompts = [record["prompt"] for record in read_samples(tmp_path / "r")]
     for text, prompt in zip(["\ufffd", *texts[1:]], prompts, strict=True):
         assert f"Question: {text}\nAnswer:" in prompt
+
+
+@pytest.fixture
+def own_code(tiny_model, tmp_path):
+    """A model whose repository brings its own classes, which leave a mark when they run."""
+    import shutil
+
+    folder = tmp_path / "own_model"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "own", "architectures": ["OwnForCausalLM"],
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        "from pathlib import Path\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(tmp_path / 'mark')!r}).touch()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    return folder
+
+
+def test_code_of_a_repository_runs_only_where_it_is_trusted(own_code, data_dir, tmp_path, capsys):
+    from fluid_eval.cli import main
+
+    words = ["run", "--tasks", "gsm8k", "--num-fewshot", "0", "--limit", "2", "--max-new-tokens", "4"]
+    words += ["--data-dir", str(data_dir), "--set", "health.length_limit=1", "--set", "health.no_answer=1"]
+    assert main([*words, "--model", str(own_code), "--out", str(tmp_path / "no")]) == 2
+    assert "own" in capsys.readouterr().err
+    assert not (tmp_path / "mark").exists()
+    assert not (tmp_path / "no").exists()
+    main([*words, "--model", str(own_code), "--out", str(tmp_path / "yes"), "--trust-remote-code"])
+    assert (tmp_path / "mark").exists()
+    ran = "own.OwnConfig, own.OwnForCausalLM"
+    assert f"code of the model's repository ran: {ran}" in " ".join(capsys.readouterr().out.split())
+    assert ", ".join(files.read_json(tmp_path / "yes" / "result.json")["remote_code"]) == ran
+
+
+def test_trust_is_part_of_a_run_only_where_it_is_given():
+    plain_id = build_spec({"tasks": "gsm8k", "model": "m"}).id
+    assert build_spec({"tasks": "gsm8k", "model": {"path": "m", "trust_remote_code": False}}).id == plain_id
+    assert build_spec({"tasks": "gsm8k", "model": {"path": "m", "trust_remote_code": True}}).id != plain_id

@@ -31,6 +31,7 @@ _FLAGS = {
     "ray_address": "engine.ray_address",
     "seed": "seed",
     "allow_code": "allow_code",
+    "trust_remote_code": "model.trust_remote_code",
 }
 """Flag -> setting of the spec."""
 
@@ -52,6 +53,9 @@ def add_settings(run: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     what.add_argument("--max-new-tokens", type=whole, metavar="N", help="default: the task's own")
     what.add_argument("--chat", action="store_true", help="prompts by the chat template; --set chat.system=TEXT, ...")
     what.add_argument("--seed", type=whole, metavar="N", help="default: 1234")
+    what.add_argument(
+        "--trust-remote-code", action="store_const", const=True, help="agree to run code of the model's repository"
+    )
     what.add_argument("--allow-code", action="store_const", const=True, help="agree to run code the model wrote")
     where = run.add_argument_group("where")
     where.add_argument("--data-dir", metavar="DIR", help="benchmark data; default: FLUID_DATA_DIR, else the hub")

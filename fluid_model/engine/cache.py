@@ -61,12 +61,12 @@ class SlotCache:
         for slab in self._slabs.values():
             slab[start : start + count, :, :columns] = slab[source, :, :columns]
 
-    def clear(self, slot: int, start: int = 0) -> None:
-        """Forget a slot's columns from `start` on. Ordinary ones need not be: nobody reads them. What is not finite
-        does harm even where a mask hides it.
+    def clear(self, slot: int) -> None:
+        """Forget a slot's columns. Ordinary ones need not be: nobody reads them. What is not finite does harm even
+        where a mask hides it.
         """
         for slab in self._slabs.values():
-            slab[slot, :, start:] = 0
+            slab[slot] = 0
 
     def move(self, source: int, target: int) -> None:
         """Copy one slot's columns over another's, to keep the active rows together."""
