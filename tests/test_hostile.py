@@ -117,6 +117,37 @@ def test_a_line_without_end_is_refused_before_it_is_held(tmp_path, monkeypatch):
         files.read_text(zipped, most=10_000)
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa4"}\n')
+    assert files.read_json(tmp_path / "a.json") == {"a": "ä"}
+    assert list(files.read_lines(tmp_path / "a.json")) == [(1, '{"a": "ä"}\n')]
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("config.json", {"num_hidden_layers": "x"}),
+        ("config.json", {"vocab_size": []}),
+        ("tokenizer.json", {"version": "x"}),
+        ("tokenizer.json", {"added_tokens": 7}),
+        ("tokenizer_config.json", {"bos_token": 7}),
+        ("generation_config.json", {"eos_token_id": "x"}),
+        ("fluid.json", {"mask_token": None}),
+    ],
+)
+def test_a_damaged_model_is_refused(tiny_fluid, tmp_path, name, harm):
+    """The libraries below raise whatever they trip over; a random search over each file found these."""
+    import shutil
+
+    from fluid_model import load
+
+    shutil.copytree(tiny_fluid, tmp_path / "m")
+    file = tmp_path / "m" / name
+    file.write_text(json.dumps({**json.loads(file.read_text()), **harm}))
+    with pytest.raises(ConfigError):
+        load(str(tmp_path / "m"))
+
+
 def test_what_a_crash_left_of_a_long_line_is_found_from_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "_STEP", 7)
     file = tmp_path / "samples.jsonl"
@@ -156,7 +187,7 @@ def test_any_text_is_stored_as_it_is(tmp_path):
 def test_nothing_in_yaml_is_run(tmp_path):
     mark = tmp_path / "mark"
     file = tmp_path / "train.yaml"
-    file.write_text(f'a: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ["{mark}"]]')
+    file.write_text(f'a: !!python/object/apply:os.mkdir ["{mark}"]')
     with pytest.raises(ConfigError, match="not a training file"):
         read_yaml(file)
     assert not mark.exists()
