@@ -19,6 +19,7 @@ from fluid_model import ConfigError, files
 from fluid_model.fields import assign
 from fluid_model.hub import local
 from fluid_model.manifest import read_manifest
+from fluid_model.source import find
 from fluid_model.train.llamafactory import read_yaml
 from fluid_model.train.recipe import build_chain
 from fluid_model.train.rows import Source, read_rows
@@ -267,6 +268,7 @@ def test_code_of_a_repository_runs_only_where_it_is_trusted(own_code, data_dir, 
     assert "own" in capsys.readouterr().err
     assert not (tmp_path / "mark").exists()
     assert not (tmp_path / "no").exists()
+    assert find(str(own_code), weights=False).remote_code == []
     main([*words, "--model", str(own_code), "--out", str(tmp_path / "yes"), "--trust-remote-code"])
     assert (tmp_path / "mark").exists()
     ran = "own.OwnConfig, own.OwnForCausalLM"
@@ -275,6 +277,8 @@ def test_code_of_a_repository_runs_only_where_it_is_trusted(own_code, data_dir, 
 
 
 def test_trust_is_part_of_a_run_only_where_it_is_given():
-    plain_id = build_spec({"tasks": "gsm8k", "model": "m"}).id
+    plain = build_spec({"tasks": "gsm8k", "model": "m"})
+    plain_id = plain.id
+    assert "trust_remote_code" not in plain.identity()["model"], "runs from before it have the same id"
     assert build_spec({"tasks": "gsm8k", "model": {"path": "m", "trust_remote_code": False}}).id == plain_id
     assert build_spec({"tasks": "gsm8k", "model": {"path": "m", "trust_remote_code": True}}).id != plain_id
