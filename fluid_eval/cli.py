@@ -10,12 +10,26 @@ from types import ModuleType
 
 from fluid_model.errors import ConfigError, RunError
 
-from .commands import EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED, doctor, report, reproduce, run, sweep, trace
+from .commands import (
+    EXIT_CONFIG,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    compare,
+    doctor,
+    report,
+    reproduce,
+    run,
+    sweep,
+    tax,
+    trace,
+)
 
 COMMANDS: dict[str, ModuleType] = {
     "run": run,
     "sweep": sweep,
+    "tax": tax,
     "trace": trace,
+    "compare": compare,
     "report": report,
     "doctor": doctor,
     "reproduce": reproduce,

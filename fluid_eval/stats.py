@@ -89,8 +89,9 @@ def mean_over_tasks(tasks: Sequence[Sequence[float]], *, draws: int = DRAWS, see
 
     _check_tasks([len(task) for task in tasks], draws)
     sizes = [len(task) for task in tasks]
-    shares = np.concatenate([np.asarray(task, dtype=float) / (len(task) * len(tasks)) for task in tasks])
-    found = percentiles(drawn(sizes, draws, seed) @ shares, sum(sizes))
+    parts = np.split(drawn(sizes, draws, seed), np.cumsum(sizes)[:-1], axis=1)
+    means = [counts @ np.asarray(task, dtype=float) / len(task) for counts, task in zip(parts, tasks, strict=True)]
+    found = percentiles(np.mean(means, axis=0), sum(sizes))
     assert found is not None, "no value is NaN"
     return found
 

@@ -31,4 +31,4 @@ def main(options: argparse.Namespace) -> int:
         print(json.dumps(result, indent=2))
     else:
         print_result(result, folder)
-    return exit_code(result["lost"], result["health"])
+    return exit_code(result.get("lost", {}), result["health"])

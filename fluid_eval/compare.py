@@ -1,0 +1,273 @@
+"""Finished runs compared on the documents they share: scores, speeds, and how sure the differences are. No torch.
+
+Two answers are a pair if they answer the same document under the same prompt. What is hard for one run is mostly hard
+for the other, so that the difference of pairs is surer than two intervals side by side let one think.
+
+Legend: b, c documents that only the base, only the other run got right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fluid_model.errors import ConfigError
+from fluid_model.fields import Nested
+from fluid_model.settings import check_range
+
+from .stats import Interval, interval, mcnemar, mean_over_tasks, minimum_detectable, ratio_of_sums
+from .store import ENVIRONMENT, RESULT, SPEC, Record, read_json, read_samples
+
+Doc = tuple[str, int]
+"""Leaf task and document."""
+_SAME = 1e-9
+"""Means over tasks are rounded; differences up to this are none."""
+SPOKEN = {"source", "about"}
+"""Fields of a task's protocol that say where it is from, not what it is."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A finished run folder. answers: by document, without those that were given up."""
+
+    folder: str
+    spec: Nested
+    result: Nested
+    environment: Nested
+    answers: Mapping[Doc, Record]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The answers of two runs to the documents they share, by task of the base. left: keys of those not paired, why."""
+
+    base: Loaded
+    other: Loaded
+    tasks: Mapping[str, Sequence[Doc]]
+    left: Mapping[str, list[str]]
+
+
+def compare(folders: Sequence[Path], *, across_protocols: bool = False) -> Nested:
+    """Every run against the first, as `fluid-eval compare --json` prints it (see docs/comparing.md).
+
+    A task counts by its first metric, all tasks together by the mean of the tasks' means.
+    across_protocols: compare runs that were asked or read in different ways too; then a document is the same if its
+    target is. Raises ConfigError if a folder holds no finished run, two runs share no document, or their protocols
+    differ without leave.
+    """
+    if len(folders) < 2:
+        raise ConfigError("compare needs two run folders at least: the base, and what is held against it")
+    runs = [load(folder) for folder in folders]
+    differences: list[str] = []
+    for other in runs[1:]:
+        found = protocol_difference(runs[0], other)
+        if found and not across_protocols:
+            more = f"; and {len(found) - 1} more" if len(found) > 1 else ""
+            raise ConfigError(
+                f"{runs[0].folder} and {other.folder} follow different protocols ({found[0]}{more}): their scores do "
+                "not compare; --across-protocols does it all the same, and tells every difference"
+            )
+        differences += [f"{other.folder}: {line}" if len(runs) > 2 else line for line in found]
+    return {
+        "runs": [
+            {
+                "folder": run.folder,
+                "model": run.result["model"],
+                "decoder": run.result["decoder"],
+                "protocol": (run.result.get("protocol") or {}).get("hash"),
+            }
+            for run in runs
+        ],
+        "protocol_difference": differences,
+        "pairs": [measure(pair_up(runs[0], other, across_protocols)) for other in runs[1:]],
+    }
+
+
+def load(folder: Path) -> Loaded:
+    """Raises ConfigError if the folder holds no finished run."""
+    for name, what in ((SPEC, "no run here"), (RESULT, "this run is not finished")):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder}: {what} (no {name}); compare needs folders of finished runs")
+    environment = read_json(folder / ENVIRONMENT) if (folder / ENVIRONMENT).is_file() else {}
+    answers = {
+        (record["task"], record["doc_id"]): record
+        for record in read_samples(folder)
+        if "lost" not in record and record.get("scores")
+    }
+    return Loaded(str(folder), read_json(folder / SPEC), read_json(folder / RESULT), environment, answers)
+
+
+def protocol_difference(base: Loaded, other: Loaded) -> list[str]:
+    """What was asked or read differently in the tasks both runs have, a line each: `gsm8k num_fewshot: 5 / 0`.
+
+    By the protocols the runs tell; of a run from before there were any, by its spec and task versions.
+    """
+    ours, theirs = ((run.result.get("protocol") or {}).get("tasks", {}) for run in (base, other))
+    if common := [task for task in ours if task in theirs]:
+        return [line for task in common for line in _differing(f"{task} ", ours[task], theirs[task])]
+    names = ("num_fewshot", "max_new_tokens", "chat", "profile", "extractor")
+    found = _differing("", *({name: run.spec.get(name) for name in names} for run in (base, other)))
+    versions = [run.result.get("task_versions", {}) for run in (base, other)]
+    shared = versions[0].keys() & versions[1].keys()
+    return found + _differing("version of ", *({task: one[task] for task in sorted(shared)} for one in versions))
+
+
+def _differing(before: str, ours: Nested, theirs: Nested) -> list[str]:
+    names = [name for name in {**ours, **theirs} if name not in SPOKEN and ours.get(name) != theirs.get(name)]
+    return [f"{before}{name}: {ours.get(name)} / {theirs.get(name)}" for name in names]
+
+
+def pair_up(base: Loaded, other: Loaded, across_protocols: bool = False) -> Pair:
+    """The documents two runs share. Raises ConfigError if there are none."""
+    sign = "target" if across_protocols else "prompt_hash"
+    both = base.answers.keys() & other.answers.keys()
+    same = {doc for doc in both if base.answers[doc].get(sign) == other.answers[doc].get(sign)}
+    left = {
+        "only the base has": [base.answers[doc]["key"] for doc in base.answers if doc not in both],
+        "only the other has": [other.answers[doc]["key"] for doc in other.answers if doc not in both],
+        f"another {sign.partition('_')[0]}": [base.answers[d]["key"] for d in base.answers if d in both - same],
+    }
+    if not same:
+        raise ConfigError(
+            f"{base.folder} and {other.folder} share no document: "
+            + ", ".join(f"{len(keys)} {why}" for why, keys in left.items() if keys)
+        )
+    tasks = {
+        name: [doc for doc in base.answers if doc[0] in leaves and doc in same]
+        for name, leaves in base.result["members"].items()
+    }
+    return Pair(base, other, {name: docs for name, docs in tasks.items() if docs}, left)
+
+
+def measure(pair: Pair) -> Nested:
+    """A pair's scores and speeds with 95% intervals, tests and flips."""
+    tasks = {name: _scores(pair, docs) for name, docs in pair.tasks.items()}
+    metrics = {name: next(iter(pair.base.answers[docs[0]]["scores"])) for name, docs in pair.tasks.items()}
+    reasons = not_as_fast(pair.base, pair.other)
+    return {
+        "base": pair.base.folder,
+        "other": pair.other.folder,
+        "tasks": [
+            {"task": name, "metric": metrics[name], **_compared([scores]), "speed": _speeds(pair, [name], reasons)}
+            for name, scores in tasks.items()
+        ],
+        "all": {"task": "all", "metric": None, **_compared(list(tasks.values()))},
+        "speed": {**_speeds(pair, list(pair.tasks), reasons), "not_compared": reasons},
+        "unpaired": pair.left,
+        "unhealthy": {
+            run.folder: [f"{g['gate']} in {g['task']}" for g in run.result.get("health", []) if not g["ok"]]
+            for run in (pair.base, pair.other)
+        },
+    }
+
+
+def worse(comparison: Mapping[str, Any], points: float) -> list[Mapping[str, Any]]:
+    """Tasks, and all together, in which a run is surely worse than the base: by more than `points` (%), in a difference
+    whose 95% interval lies below 0. Each with the run's folder as `other`.
+
+    A drop that is smaller, or that chance may explain, is none: what could have been found is the entry's `mde`.
+    """
+    check_range("--fail-if-worse", points, 0, 100)
+    found: list[Mapping[str, Any]] = []
+    for pair in comparison["pairs"]:
+        entries = pair["tasks"] + ([pair["all"]] if len(pair["tasks"]) > 1 else [])
+        for entry in entries:
+            if -100 * entry["difference"]["mean"] > points and entry["difference"]["high"] < -_SAME:
+                found.append({**entry, "other": pair["other"]})
+    return found
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Scores of both runs by a task's first metric, and the base's keys, one entry a document."""
+
+    base: Sequence[float]
+    other: Sequence[float]
+    keys: Sequence[str]
+
+    @property
+    def differences(self) -> list[float]:
+        return [b - a for a, b in zip(self.base, self.other, strict=True)]
+
+
+def _scores(pair: Pair, docs: Sequence[Doc]) -> _Scores:
+    base, other = (
+        [float(next(iter(run.answers[doc]["scores"].values()))) for doc in docs] for run in (pair.base, pair.other)
+    )
+    return _Scores(base, other, [pair.base.answers[doc]["key"] for doc in docs])
+
+
+def _compared(tasks: Sequence[_Scores]) -> Nested:
+    """Scores, difference, tests and flips over tasks, each counting the same."""
+    differences = [task.differences for task in tasks]
+    pairs = [(a, b, key) for t in tasks for a, b, key in zip(t.base, t.other, t.keys, strict=True)]
+    gained, lost = ([key for a, b, key in pairs if (b - a) * sign > 0] for sign in (1, -1))
+    counts = all(score in (0, 1) for a, b, _ in pairs for score in (a, b))
+    n = len(pairs)
+    # the mean over tasks varies as one task of n documents with this share of discordant ones would
+    squares = [math.fsum(d * d for d in task) / len(task) ** 2 for task in differences]
+    discordant = n * math.fsum(squares) / len(tasks) ** 2
+    return {
+        "n": n,
+        "base": _told(_mean([task.base for task in tasks])),
+        "other": _told(_mean([task.other for task in tasks])),
+        "difference": _told(mean_over_tasks(differences)),
+        "mcnemar_p": mcnemar(len(lost), len(gained)) if counts else None,
+        "b": len(lost),
+        "c": len(gained),
+        "mde": minimum_detectable(n, min(1.0, discordant)),
+        "flips": {"gained": gained, "lost": lost},
+    }
+
+
+def _mean(tasks: Sequence[Sequence[float]]) -> Interval:
+    return interval(tasks[0]) if len(tasks) == 1 else mean_over_tasks(tasks)
+
+
+def _told(found: Interval) -> Nested:
+    return {name: value for name, value in asdict(found).items() if name != "n"}
+
+
+def not_as_fast(base: Loaded, other: Loaded) -> list[str]:
+    """Why tokens/s of two runs do not compare: what of where they ran differs or is not known. Empty if they do."""
+
+    def facts(run: Loaded) -> Nested:
+        where, engine = run.environment, run.environment.get("engine", {})
+        found = {name: engine.get(name) for name in ("device", "dtype", "threads", "workers")}
+        return {**found, **{name: where.get(name) for name in ("processor", "cpus")}}
+
+    ours, theirs = facts(base), facts(other)
+    unknown = [name for name in ours if ours[name] is None or theirs[name] is None]
+    if unknown:
+        return [f"{', '.join(unknown)}: not recorded"]
+    ours["batch_size"], theirs["batch_size"] = (run.spec.get("batch_size") for run in (base, other))
+    return _differing("", ours, theirs)
+
+
+def _speeds(pair: Pair, tasks: Sequence[str], reasons: Sequence[str]) -> Nested:
+    """Ratios of both speeds, other over base, over the tasks that both wrote answers to; None where there is none."""
+
+    def wrote(docs: Sequence[Doc]) -> bool:
+        return all(any(run.answers[doc]["output_ids"] for doc in docs) for run in (pair.base, pair.other))
+
+    writing = [pair.tasks[name] for name in tasks if wrote(pair.tasks[name])]
+    sizes, docs = [len(task) for task in writing], [doc for task in writing for doc in task]
+    columns = [
+        [
+            [float(len(run.answers[doc]["output_ids"])) for doc in docs],
+            [float(run.answers[doc]["seconds"]) for doc in docs],
+            [float(sum(run.answers[doc]["trace"]["forwards"].values())) for doc in docs],
+        ]
+        for run in (pair.base, pair.other)
+    ]
+    found: Nested = {}
+    for name, by in (("tokens_per_second", 1), ("tokens_per_forward", 2)):
+        (a, under_a), (b, under_b) = ((tokens_and[0], tokens_and[by]) for tokens_and in columns)
+        found[name] = None
+        if docs and not (by == 1 and reasons) and (ratio := ratio_of_sums([b, under_a], [under_b, a], sizes)):
+            speeds = {"base": math.fsum(a) / math.fsum(under_a), "other": math.fsum(b) / math.fsum(under_b)}
+            found[name] = {"ratio": ratio.mean, "low": ratio.low, "high": ratio.high, **speeds}
+    return found
