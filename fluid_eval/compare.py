@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from fluid_model.errors import ConfigError
-from fluid_model.fields import Nested
+from fluid_model.files import Nested, read_json
 from fluid_model.settings import check_range
 
 from .stats import Interval, interval, mcnemar, mean_over_tasks, minimum_detectable, ratio_of_sums
-from .store import ENVIRONMENT, RESULT, SPEC, Record, read_json, read_samples
+from .store import ENVIRONMENT, RESULT, SPEC, Record, read_samples
 
 Doc = tuple[str, int]
 """Leaf task and document."""
@@ -91,13 +91,16 @@ def load(folder: Path) -> Loaded:
     for name, what in ((SPEC, "no run here"), (RESULT, "this run is not finished")):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder}: {what} (no {name}); compare needs folders of finished runs")
+    result = read_json(folder / RESULT)
+    if missing := [name for name in ("model", "decoder", "members") if name not in result]:
+        raise ConfigError(f"{folder / RESULT}: lacks {', '.join(missing)}; run again into another --out")
     environment = read_json(folder / ENVIRONMENT) if (folder / ENVIRONMENT).is_file() else {}
     answers = {
         (record["task"], record["doc_id"]): record
         for record in read_samples(folder)
         if "lost" not in record and record.get("scores")
     }
-    return Loaded(str(folder), read_json(folder / SPEC), read_json(folder / RESULT), environment, answers)
+    return Loaded(str(folder), read_json(folder / SPEC), result, environment, answers)
 
 
 def protocol_difference(base: Loaded, other: Loaded) -> list[str]:

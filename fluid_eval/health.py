@@ -61,13 +61,17 @@ def _no_answer(record: Record) -> bool:
     return str(next(iter(record["extracted"].values()))).strip() in NO_ANSWER
 
 
+def _timed_out(record: Record) -> bool:
+    return any(verdict["result"] == "timed out" for verdict in record["verdicts"])
+
+
 RULES = {
     "length limit": _Rule("length_limit", _wrote, lambda r: r["finish"] == "length"),
     "empty answer": _Rule("empty_answer", _wrote, lambda r: not r["output"].strip()),
     "no answer extracted": _Rule("no_answer", _wrote, _no_answer),
     "prompt truncated": _Rule("prompt_truncated", lambda r: True, lambda r: r["truncated"] > 0),
     "numbers not finite": _Rule("broken", lambda r: True, lambda r: r.get("broken", False)),
-    "sandbox time-out": _Rule("sandbox_timeout", lambda r: "judged" in r, lambda r: "timed out" in r["judged"]),
+    "sandbox time-out": _Rule("sandbox_timeout", lambda r: "verdicts" in r, _timed_out),
     "thinking never ended": _Rule(
         "thinking_never_ended", lambda r: "thinking_ended" in r, lambda r: not r["thinking_ended"]
     ),

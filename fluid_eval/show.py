@@ -166,13 +166,17 @@ def print_tax(result: Mapping[str, Any], folder: Path) -> None:
             make(table, task, result["names"], entries)
         console.print(table)
         console.print()
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("all, from the parent to", no_wrap=True)
+    for name in ("score", "p", "tok/s"):
+        table.add_column(name, justify="right", no_wrap=True)
     for total in result["against_parent"]:
-        speed = total["speed"]["tokens_per_second"]
-        pace = f", tok/s × {_ratio(speed)}" if speed else ""
-        console.print(f"parent to {total['step']}: {signed(total['all'])} points{pace}", soft_wrap=True)
+        pace = _ratio(total["speed"]["tokens_per_second"])
+        table.add_row(f"  {total['step']}", signed(total["all"]), _chance(total["all"]["mcnemar_p"]), pace)
+    console.print(table)
+    console.print()
     for step in result["steps"]:
         _notes(console, {**step, "all": {"flips": {"gained": [], "lost": []}}}, False)
-    console.print()
     console.print("score: %, with its 95% interval   all: mean over tasks")
     console.print("step: from the line above, in points, paired, or as a ratio   p: McNemar's test")
     console.print(MACHINE)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fluid_model.errors import ConfigError
-from fluid_model.fields import Nested
+from fluid_model.files import Nested
 
 from .compare import compare
 from .grid import Plan, plan

@@ -1,0 +1,207 @@
+"""Runs compared: pairs are pairs, what differs is told, and a regression is an exit code."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fluid_eval.cli import main
+from fluid_eval.commands import EXIT_CONFIG, EXIT_OK, EXIT_WORSE
+from fluid_eval.compare import compare, worse
+from fluid_eval.store import encode, write_json
+from fluid_model.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+ENGINE = {"device": "cpu", "dtype": "float32", "threads": 1, "workers": 1}
+
+
+def record(task, doc, score, *, tokens=10, forwards=10, seconds=1.0, **changes):
+    """A sample as a run stores it; without tokens, of a task that writes nothing."""
+    return {
+        "key": f"{task}/{doc}", "task": task, "doc_id": doc, "prompt": "p", "prompt_hash": f"{task}{doc}",
+        "target": f"t{doc}", "output": "o", "output_ids": [1] * tokens, "finish": "eos" if tokens else None,
+        "trace": {"forwards": {"round": forwards}, "slots": 1, "predicted": [], "accepted": []}, "seconds": seconds,
+        "truncated": 0, "extracted": {"none": "o"}, "scores": {"acc,none": score, "other,none": 0.0}, **changes,
+    }  # fmt: skip
+
+
+def write_run(folder, records, *, engine=ENGINE, **result):
+    """A finished run folder of one task a leaf."""
+    folder.mkdir()
+    spec = {"num_fewshot": None, "batch_size": "auto", **result.pop("spec", {})}
+    tasks = dict.fromkeys(r["task"] for r in records)
+    write_json(folder / "spec.json", spec)
+    write_json(folder / "environment.json", {"engine": engine, "processor": "x", "cpus": 2})
+    told = {"model": "m", "decoder": {"name": "ar"}, "members": {t: [t] for t in tasks}, **result}
+    write_json(folder / "result.json", {"task_versions": dict.fromkeys(tasks, 1), **told})
+    (folder / "samples.jsonl").write_bytes(b"".join(map(encode, records)))
+    return folder
+
+
+def answers(scores, task="t", **changes):
+    return [record(task, doc, score, **changes) for doc, score in enumerate(scores)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A base, and a run that lost 30 of 100 answers of `t` and gained 4, on `u` the same, twice as fast."""
+    root = tmp_path_factory.mktemp("runs")
+    base = [*answers([1.0] * 90 + [0.0] * 10), *answers([1.0, 0.0] * 20, "u", tokens=0)]
+    scores = [0.0] * 30 + [1.0] * 64 + [0.0] * 6
+    other = [*answers(scores, forwards=5, seconds=0.5), *answers([1.0, 0.0] * 20, "u", tokens=0)]
+    return write_run(root / "base", base), write_run(root / "other", other)
+
+
+def test_pairs_by_hand(runs):
+    (pair,) = compare(runs)["pairs"]
+    t, u = pair["tasks"]
+    assert (t["task"], t["metric"], t["n"], t["b"], t["c"]) == ("t", "acc,none", 100, 30, 4)
+    assert [t[name]["mean"] for name in ("base", "other", "difference")] == pytest.approx([0.9, 0.64, -0.26])
+    assert (t["difference"]["low"], t["difference"]["high"]) == pytest.approx((-0.362, -0.158), abs=0.01)
+    assert t["mcnemar_p"] < 1e-4
+    assert t["flips"]["gained"] == [f"t/{doc}" for doc in range(90, 94)]
+    assert t["flips"]["lost"] == [f"t/{doc}" for doc in range(30)]
+    assert (u["difference"], u["mcnemar_p"], u["b"], u["c"]) == ({"mean": 0, "low": 0, "high": 0}, 1.0, 0, 0)
+    assert u["mde"] > 0, "no flip seen is not none there"
+    assert pair["all"]["difference"]["mean"] == pytest.approx(-0.13), "the mean over tasks, not over documents"
+    assert pair["all"]["flips"] == t["flips"]
+    for name in ("tokens_per_second", "tokens_per_forward"):
+        assert [pair["speed"][name][x] for x in ("low", "ratio", "high")] == pytest.approx([2, 2, 2])
+        assert u["speed"][name] is None, "likelihoods have no speed"
+
+
+def test_turned_round_everything_turns(runs):
+    (there,), (back,) = compare(runs)["pairs"], compare(runs[::-1])["pairs"]
+    for a, b in zip([*there["tasks"], there["all"]], [*back["tasks"], back["all"]], strict=True):
+        assert a["difference"]["mean"] == pytest.approx(-b["difference"]["mean"])
+        assert a["difference"]["low"] == pytest.approx(-b["difference"]["high"])
+        assert (a["flips"]["gained"], a["b"], a["base"]) == (b["flips"]["lost"], b["c"], b["other"])
+        assert (a["mde"], a["mcnemar_p"]) == pytest.approx((b["mde"], b["mcnemar_p"]))
+    assert back["speed"]["tokens_per_second"]["ratio"] == pytest.approx(0.5)
+    (same,) = compare([runs[0], runs[0]])["pairs"]
+    assert same["all"]["difference"] == {"mean": 0, "low": 0, "high": 0}
+
+
+def test_only_answers_to_the_same_prompt_are_pairs(tmp_path):
+    base = write_run(tmp_path / "a", answers([1.0] * 6))
+    records = answers([1.0, 0.0, 0.0, 1.0])
+    records[1] |= {"prompt_hash": "another"}
+    records[2] |= {"lost": "its worker died"}
+    other = write_run(tmp_path / "b", [*records, *answers([1.0], "elsewhere")])
+    (pair,) = compare([base, other])["pairs"]
+    assert (pair["tasks"][0]["n"], pair["tasks"][0]["other"]["mean"]) == (2, 1.0)
+    assert pair["unpaired"] == {
+        "only the base has": ["t/2", "t/4", "t/5"], "only the other has": ["elsewhere/0"], "another prompt": ["t/1"],
+    }  # fmt: skip
+    elsewhere = write_run(tmp_path / "c", answers([1.0], "elsewhere"))
+    with pytest.raises(ConfigError, match="share no document: 6 only the base has, 1 only the other has"):
+        compare([base, elsewhere])
+
+
+def protocol(**changes):
+    told = {"num_fewshot": 5, "until": ["Question:"], "source": "somewhere", **changes}
+    return {"protocol": {"name": "n", "hash": repr(told), "tasks": {"t": told}}}
+
+
+def test_other_protocols_are_refused_unless_asked(tmp_path, capsys):
+    """By what the protocols hold of the tasks both have; of older runs by the spec and task versions."""
+    base = write_run(tmp_path / "a", answers([1.0] * 30), **protocol())
+    moved = [{**r, "prompt_hash": "0-shot"} for r in answers([0.0] * 29 + [1.0], target="t0")]
+    moved[:30] = [{**r, "target": f"t{r['doc_id']}"} for r in moved]
+    other = write_run(tmp_path / "b", moved, **protocol(num_fewshot=0, until=["\n"], source="elsewhere"))
+    assert main(["compare", str(base), str(other)]) == EXIT_CONFIG
+    err = capsys.readouterr().err
+    assert "follow different protocols (t num_fewshot: 5 / 0; and 1 more)" in err
+    assert main(["compare", str(base), str(other), "--across-protocols"]) == EXIT_OK
+    out = capsys.readouterr().out
+    assert "  t num_fewshot: 5 / 0\n  t until: ['Question:'] / ['\\n']\n" in out
+    found = compare([base, other], across_protocols=True)
+    assert (found["pairs"][0]["all"]["n"], len(found["protocol_difference"])) == (30, 2)
+    alike = write_run(tmp_path / "c", answers([1.0] * 30), **protocol(source="elsewhere"))
+    assert compare([base, alike])["protocol_difference"] == [], "where it is from is not what it is"
+    old = write_run(tmp_path / "d", answers([1.0] * 30), spec={"num_fewshot": 3}, task_versions={"t": 2, "u": 1})
+    with pytest.raises(ConfigError, match=r"num_fewshot: None / 3; and 1 more"):
+        compare([write_run(tmp_path / "e", answers([1.0] * 30)), old])
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ({**ENGINE, "threads": 2}, "threads: 1 / 2"),
+        ({**ENGINE, "dtype": "bfloat16"}, "dtype: float32 / bfloat16"),
+        ({"device": "cpu"}, "dtype, threads, workers: not recorded"),
+    ],
+)
+def test_seconds_of_other_machines_are_no_speeds(tmp_path, capsys, other, reason):
+    runs = [write_run(tmp_path / n, answers([1.0] * 20), engine=e) for n, e in (("a", ENGINE), ("b", other))]
+    speed = compare(runs)["pairs"][0]["speed"]
+    assert (speed["tokens_per_second"], speed["not_compared"]) == (None, [reason])
+    assert speed["tokens_per_forward"]["ratio"] == 1
+    assert main(["compare", *map(str, runs)]) == EXIT_OK
+    assert f"tok/s do not compare: {reason}" in capsys.readouterr().out
+
+
+def test_worse_means_surely_and_by_more(tmp_path, runs, capsys):
+    words = ["compare", *map(str, runs), "--fail-if-worse"]
+    assert main([*words, "1"]) == EXIT_WORSE
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(" of ")[0] for line in told] == ["worse by more than 1: t", "worse by more than 1: all"]
+    assert main([*words, "20"]) == EXIT_WORSE
+    assert "all" not in capsys.readouterr().err, "13 points are not more than 20"
+    assert main([*words, "26.5"]) == EXIT_OK
+    assert main(["compare", *map(str, runs[::-1]), "--fail-if-worse", "0"]) == EXIT_OK, "better is not worse"
+    assert main([*words, "-1"]) == EXIT_CONFIG
+    chance = [write_run(tmp_path / "a", answers([1.0] * 50)), write_run(tmp_path / "b", answers([0.0] + [1.0] * 49))]
+    assert worse(compare(chance), 1.0) == [], "2 points in 50 documents may be chance"
+
+
+def test_what_is_printed(runs, capsys):
+    assert main(["compare", str(runs[0]), str(runs[1]), str(runs[0])]) == EXIT_OK
+    out = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith(("base:", "other:")))
+    rows = [" ".join(line.split()) for line in out.splitlines()]
+    assert any(row.startswith("t 90.0 64.0 -26.0 [") for row in rows)
+    assert any(row.startswith("u 50.0 50.0 +0.0 [0.0, 0.0] 1.000") for row in rows)
+    assert "right only in base: 30 (t/0, t/1, t/2, …)" in out
+    assert out.count("other: ") == 3, "one a pair, and one in the words below"
+    assert main(["compare", *map(str, runs), "--flips", "--json"]) == EXIT_OK
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(compare(runs)))
+    main(["compare", *map(str, runs), "--flips"])
+    assert "t/29)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_cannot_be_compared_is_one_line(tmp_path, runs, capsys):
+    (empty := tmp_path / "empty").mkdir()
+    (unfinished := tmp_path / "unfinished").mkdir()
+    (unfinished / "spec.json").write_text("{}")
+    for words, message in (
+        ([runs[0]], "needs two run folders at least"),
+        ([runs[0], empty], "empty: no run here (no spec.json)"),
+        ([runs[0], unfinished], "unfinished: this run is not finished (no result.json)"),
+    ):
+        assert main(["compare", *map(str, words)]) == EXIT_CONFIG
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1
+
+
+def test_any_scores_give_intervals_that_hold_their_means(tmp_path):
+    rng = random.Random(0)
+    scores = [[rng.choice([0.0, 0.25, 1.0]) for _ in range(40)] for _ in range(2)]
+    runs = [write_run(tmp_path / str(i), answers(each)) for i, each in enumerate(scores)]
+    entry = compare(runs)["pairs"][0]["tasks"][0]
+    assert entry["mcnemar_p"] is None, "quarters are no right or wrong"
+    for name in ("base", "other", "difference"):
+        assert entry[name]["low"] <= entry[name]["mean"] <= entry[name]["high"]
+
+
+def test_comparing_needs_no_torch(runs):
+    program = "import sys; from fluid_eval.cli import main; main(sys.argv[1:])\n"
+    program += "assert not {'torch', 'lm_eval', 'transformers', 'pandas'} & set(sys.modules)"
+    words = [sys.executable, "-c", program, "compare", *map(str, runs)]
+    subprocess.run(words, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
