@@ -55,7 +55,7 @@ def test_what_has_no_tax_is_refused():
 
 def test_the_command(tiny_model, tiny_fluid, tmp_path, capsys):
     """On random weights: their parent is another model, and checked drafts are what AR writes."""
-    words = ["tax", "--model", str(tiny_fluid), "--tasks", "mini_gsm8k_1,mini_mmlu_1", "--limit", "6"]
+    words = ["tax", "--model", str(tiny_fluid), "--tasks", "mini_gsm8k_1,mini_mmlu_1", "--limit", "3"]
     words += ["--max-new-tokens", "6", "--out", str(tmp_path / "t")]
     assert main(words) == EXIT_CONFIG
     assert "name the model it was adapted from: --parent" in capsys.readouterr().err
@@ -66,14 +66,11 @@ def test_the_command(tiny_model, tiny_fluid, tmp_path, capsys):
     assert [step["step"] for step in result["steps"]] == result["names"][1:]
     assert (checked["base"], unchecked["base"]) == (adaptation["other"], checked["other"])
     assert checked["all"]["difference"] == {"mean": 0, "low": 0, "high": 0}
-    assert checked["all"]["n"] == 12
+    assert checked["all"]["n"] == 6
     assert checked["speed"]["tokens_per_forward"]["ratio"] > 0
     assert {pair["base"] for pair in result["against_parent"]} == {adaptation["base"]}
     assert main([*words, "--resume"]) == EXIT_UNHEALTHY
     out = capsys.readouterr().out
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert all(len(line) <= 80 for line in out.splitlines() if "folder:" not in line and "points/" not in line)
-    assert sum(line.startswith("verified parallel decoding") for line in lines) == 5, (
-        "no speed where nothing is written"
-    )
-    assert any(line.startswith("parent to dropping verification: ") for line in lines)
+    assert sum(line.startswith("verified parallel decoding") for line in lines) == 6, "no speed of likelihoods"
