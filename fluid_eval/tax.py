@@ -19,7 +19,7 @@ from .spec import tables
 
 UNVERIFIED = "dropping verification"
 ANYWHERE = ("dtype", "device")
-"""What of a model's settings the parent shares; the others tell of the adapted one."""
+"""What of a model's settings its parent shares; the others tell of the adapted one alone."""
 SAMPLING = ("temperature", "top_p")
 """Settings that all decoders have, and must have alike."""
 
@@ -39,7 +39,7 @@ def steps(values: Nested, parent: str, method: str) -> list[Step]:
     """
     decoder = values.get("decoder", {})
     shared = {f"decoder.{name}": decoder[name] for name in SAMPLING if name in decoder}
-    own = {f"model.{name}": value for name, value in values["model"].items() if name not in ANYWHERE}
+    own = {f"model.{name}": value for name, value in values["model"].items()}
     ar, parallel = {**own, "decoder.name": "ar", **shared}, {**own, "decoder.name": method, **shared}
     first = Step("parent, AR", {"model.path": parent, "decoder.name": "ar", **shared})
     if method == "llada":

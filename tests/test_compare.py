@@ -13,6 +13,7 @@ import pytest
 from fluid_eval.cli import main
 from fluid_eval.commands import EXIT_CONFIG, EXIT_OK, EXIT_WORSE
 from fluid_eval.compare import compare, worse
+from fluid_eval.stats import minimum_detectable
 from fluid_eval.store import encode, write_json
 from fluid_model.errors import ConfigError
 
@@ -67,7 +68,10 @@ def test_pairs_by_hand(runs):
     assert t["flips"]["gained"] == [f"t/{doc}" for doc in range(90, 94)]
     assert t["flips"]["lost"] == [f"t/{doc}" for doc in range(30)]
     assert (u["difference"], u["mcnemar_p"], u["b"], u["c"]) == ({"mean": 0, "low": 0, "high": 0}, 1.0, 0, 0)
-    assert u["mde"] > 0, "no flip seen is not none there"
+    assert t["mde"] == pytest.approx(minimum_detectable(100, 0.34))
+    assert u["mde"] == pytest.approx(minimum_detectable(40, 0.0)), "no flip seen is not none there"
+    variance = 0.34 / 100 / 2**2  # of the mean over two tasks, one of which never flips
+    assert pair["all"]["mde"] == pytest.approx(minimum_detectable(140, 140 * variance))
     assert pair["all"]["difference"]["mean"] == pytest.approx(-0.13), "the mean over tasks, not over documents"
     assert pair["all"]["flips"] == t["flips"]
     for name in ("tokens_per_second", "tokens_per_forward"):
