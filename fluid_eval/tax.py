@@ -18,7 +18,7 @@ from .grid import Plan, plan
 from .spec import tables
 
 UNVERIFIED = "dropping verification"
-ANYWHERE = ("dtype", "device")
+ANYWHERE = ("dtype", "device", "trust_remote_code")
 """What of a model's settings its parent shares; the others tell of the adapted one alone."""
 SAMPLING = ("temperature", "top_p")
 """Settings that all decoders have, and must have alike."""

@@ -22,6 +22,7 @@ SICK = {
     "empty answer": {"output": " \n"},
     "no answer extracted": {"extracted": {"strict": "[invalid]", "flex": "4"}},
     "prompt truncated": {"truncated": 7},
+    "numbers not finite": {"broken": True},
     "sandbox time-out": {"verdicts": [{"result": "failed: E"}, {"result": "timed out"}]},
     "thinking never ended": {"thinking_ended": False},
 }

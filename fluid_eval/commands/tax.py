@@ -33,7 +33,8 @@ def main(options: argparse.Namespace) -> int:
         raise ConfigError("tax: name the model it was adapted from: --parent FOLDER_OR_HUB_ID")
     parent = options.parent or str(resource("checkpoints") / PARENT)
     model = values["model"]
-    steps, planned = plan_tax(values, parent, describe(model["path"], model.get("method")).method)
+    info = describe(model["path"], model.get("method"), trust_remote_code=model.get("trust_remote_code", False))
+    steps, planned = plan_tax(values, parent, info.method)
     from ..run import default_folder
     from ..show import print_tax
     from ..sweep import POINTS, Sweep
