@@ -127,11 +127,7 @@ def print_comparison(comparison: Mapping[str, Any], *, flips: bool = False) -> N
     """Every pair of runs: scores, speeds, flips. flips: name all that changed, not only the first."""
     console = Console(width=None if Console().is_terminal else 80, highlight=False, markup=False)
     models = {run["folder"]: f"{Path(run['model']).name}, {run['decoder']['name']}" for run in comparison["runs"]}
-    if comparison["protocol_difference"]:
-        console.print("asked or read differently (base / other):")
-        for line in comparison["protocol_difference"]:
-            console.print(f"  {line}")
-        console.print()
+    _print_protocols(console, comparison["protocol_difference"])
     for pair in comparison["pairs"]:
         console.print(f"base:  {pair['base']}  ({models[pair['base']]})", soft_wrap=True)
         console.print(f"other: {pair['other']}  ({models[pair['other']]})", soft_wrap=True)
@@ -150,9 +146,18 @@ def print_comparison(comparison: Mapping[str, Any], *, flips: bool = False) -> N
     console.print(MACHINE)
 
 
+def _print_protocols(console: Console, differences: Sequence[str]) -> None:
+    if differences:
+        console.print("asked or read differently (base / other):")
+        for line in differences:
+            console.print(f"  {line}")
+        console.print()
+
+
 def print_tax(result: Mapping[str, Any], folder: Path) -> None:
     """Every step of an adaptation: scores and speeds, over all tasks and of each."""
     console = Console(width=None if Console().is_terminal else 80, highlight=False, markup=False)
+    _print_protocols(console, result["protocol_difference"])
     steps, last = result["steps"], result["against_parent"][-1]
     names = [entry["task"] for entry in last["tasks"]]
     of = {name: [next(e for e in step["tasks"] if e["task"] == name) for step in steps] for name in names}

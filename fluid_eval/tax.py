@@ -73,11 +73,15 @@ def plan_tax(values: Nested, parent: str, method: str | None) -> tuple[list[Step
 
 
 def measure(found: list[Step], folders: list[Path]) -> Nested:
-    """Each step against the run before it, and what it all comes to against the parent, as `compare` tells pairs."""
-    pairs = [compare(both)["pairs"][0] for both in pairwise(folders)]
-    whole = compare([folders[0], *folders[1:]])
+    """Each step against the run before it, and what it all comes to against the parent, as `compare` tells pairs.
+
+    All were asked alike but for a chat template of their own, which is told and forbids nothing.
+    """
+    pairs = [compare(both, across_protocols=True)["pairs"][0] for both in pairwise(folders)]
+    whole = compare(folders, across_protocols=True)
     return {
         "runs": whole["runs"],
+        "protocol_difference": whole["protocol_difference"],
         "names": [step.name for step in found],
         "steps": [{"step": step.name, **pair} for step, pair in zip(found[1:], pairs, strict=True)],
         "against_parent": [{"step": step.name, **pair} for step, pair in zip(found[1:], whole["pairs"], strict=True)],

@@ -58,7 +58,10 @@ def test_gates_ask_only_those_they_can_count():
     likelihood = record(0, "m", finish=None, output="A", extracted={"none": "A"}, truncated=3)
     lost = record(1, "m", finish="length", lost="its worker died", output="", extracted={})
     found = counted([likelihood, lost], members={"m": ["m"]})
-    assert {name: (gate.count, gate.n) for name, gate in found.items()} == {"prompt truncated": (1, 1)}
+    assert {name: (gate.count, gate.n) for name, gate in found.items()} == {
+        "prompt truncated": (1, 1),
+        "numbers not finite": (0, 1),
+    }
     assert counted([], members={"m": ["m"]}) == {}
     group = [record(0, "a"), record(0, "b", finish="length"), record(0, "c", finish="length")]
     gate = counted(group, members={"g": ["a", "b"]})["length limit"]
