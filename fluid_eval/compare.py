@@ -67,7 +67,7 @@ def compare(folders: Sequence[Path], *, across_protocols: bool = False) -> Neste
         if found and not across_protocols:
             more = f"; and {len(found) - 1} more" if len(found) > 1 else ""
             raise ConfigError(
-                f"{runs[0].folder} and {other.folder} follow different protocols ({found[0]}{more}): their scores do "
+                f"{runs[0].folder} and {other.folder} follow different protocols ({found[0][:120]}{more}): their scores do "
                 "not compare; --across-protocols does it all the same, and tells every difference"
             )
         differences += [f"{other.folder}: {line}" if len(runs) > 2 else line for line in found]
@@ -120,7 +120,7 @@ def protocol_difference(base: Loaded, other: Loaded) -> list[str]:
 
 def _differing(before: str, ours: Nested, theirs: Nested) -> list[str]:
     names = [name for name in {**ours, **theirs} if name not in SPOKEN and ours.get(name) != theirs.get(name)]
-    return [f"{before}{name}: {ours.get(name)} / {theirs.get(name)}" for name in names]
+    return [f"{before}{name}: {ours.get(name)} / {theirs.get(name)}".replace("\n", "\\n") for name in names]
 
 
 def pair_up(base: Loaded, other: Loaded, across_protocols: bool = False) -> Pair:

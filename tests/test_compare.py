@@ -117,13 +117,13 @@ def test_other_protocols_are_refused_unless_asked(tmp_path, capsys):
     base = write_run(tmp_path / "a", answers([1.0] * 30), **protocol())
     moved = [{**r, "prompt_hash": "0-shot"} for r in answers([0.0] * 29 + [1.0], target="t0")]
     moved[:30] = [{**r, "target": f"t{r['doc_id']}"} for r in moved]
-    other = write_run(tmp_path / "b", moved, **protocol(num_fewshot=0, until=["\n"], source="elsewhere"))
+    other = write_run(tmp_path / "b", moved, **protocol(num_fewshot=0, until="\n", source="elsewhere"))
     assert main(["compare", str(base), str(other)]) == EXIT_CONFIG
     err = capsys.readouterr().err
     assert "follow different protocols (t num_fewshot: 5 / 0; and 1 more)" in err
     assert main(["compare", str(base), str(other), "--across-protocols"]) == EXIT_OK
     out = capsys.readouterr().out
-    assert "  t num_fewshot: 5 / 0\n  t until: ['Question:'] / ['\\n']\n" in out
+    assert "  t num_fewshot: 5 / 0\n  t until: ['Question:'] / \\n\n" in out
     found = compare([base, other], across_protocols=True)
     assert (found["pairs"][0]["all"]["n"], len(found["protocol_difference"])) == (30, 2)
     alike = write_run(tmp_path / "c", answers([1.0] * 30), **protocol(source="elsewhere"))
