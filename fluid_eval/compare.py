@@ -65,9 +65,9 @@ def compare(folders: Sequence[Path], *, across_protocols: bool = False) -> Neste
     for other in runs[1:]:
         found = protocol_difference(runs[0], other)
         if found and not across_protocols:
-            more = f"; and {len(found) - 1} more" if len(found) > 1 else ""
+            first, more = found[0][:120], f"; and {len(found) - 1} more" if len(found) > 1 else ""
             raise ConfigError(
-                f"{runs[0].folder} and {other.folder} follow different protocols ({found[0][:120]}{more}): their scores do "
+                f"{runs[0].folder} and {other.folder} follow different protocols ({first}{more}): their scores do "
                 "not compare; --across-protocols does it all the same, and tells every difference"
             )
         differences += [f"{other.folder}: {line}" if len(runs) > 2 else line for line in found]
