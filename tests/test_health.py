@@ -26,7 +26,7 @@ SICK = {
     "sandbox time-out": {"verdicts": [{"result": "failed: E"}, {"result": "timed out"}]},
     "thinking never ended": {"thinking_ended": False},
 }
-WELL = {"sandbox time-out": {"verdicts": [{"result": "passed"}]}, "thinking never ended": {"thinking_ended": True}}
+WELL = {"sandbox time-out": {"verdicts": [{"result": "failed: E"}]}, "thinking never ended": {"thinking_ended": True}}
 
 
 def counted(records, thresholds=None, members=None):
