@@ -117,5 +117,5 @@ def test_files(tmp_path):
     file.write_text("tasks = [")
     with pytest.raises(ConfigError, match=r"spec\.toml: not TOML"):
         read_toml(file)
-    with pytest.raises(ConfigError, match=r"none\.toml: No such file"):
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read: No such file"):
         read_toml(tmp_path / "none.toml")
