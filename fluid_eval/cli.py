@@ -18,6 +18,7 @@ from .commands import (
     doctor,
     report,
     reproduce,
+    rescore,
     run,
     sweep,
     tax,
@@ -32,6 +33,7 @@ COMMANDS: dict[str, ModuleType] = {
     "compare": compare,
     "report": report,
     "doctor": doctor,
+    "rescore": rescore,
     "reproduce": reproduce,
 }
 

@@ -6,11 +6,13 @@ import logging
 import math
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fluid_model.errors import ConfigError
 from fluid_model.settings import answer_slots
 
+from . import protocol
 from .paths import resource
 from .spec import RunSpec
 from .store import Record
@@ -46,8 +48,10 @@ def unsafe_names(names: tuple[str, ...]) -> list[str]:
 
 def load_tasks(spec: RunSpec) -> Tasks:
     """Build the tasks with the spec's settings, their data loaded. Raises ConfigError where data are missing."""
+    manager = _manager(spec.data_dir)
+    _apply_profile(manager, spec)
     try:
-        loaded: Tasks = dict(_manager(spec.data_dir).load(list(spec.tasks)))
+        loaded: Tasks = dict(manager.load(list(spec.tasks)))
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
@@ -57,7 +61,21 @@ def load_tasks(spec: RunSpec) -> Tasks:
             task.set_config(key="num_fewshot", value=spec.num_fewshot)
         if spec.max_new_tokens is not None and task.get_config("output_type") == "generate_until":
             task.set_config(key="generation_kwargs", value={"max_gen_toks": spec.max_new_tokens}, update=True)
+    protocol.check_chat(spec, loaded["tasks"])
     return loaded
+
+
+def _apply_profile(manager: Any, spec: RunSpec) -> None:
+    """Have the manager build tasks as the run's profile wants them."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for name, changed in protocol.changes(spec, manager.all_subtasks).items():
+        entry = manager.task_index[name]
+        config = load_yaml(entry.yaml_path, resolve_func=True)
+        for table in ("generation_kwargs", "fewshot_config", "metadata"):
+            if table in changed:
+                changed = {**changed, table: {**(config.get(table) or {}), **changed[table]}}
+        manager.task_index[name] = replace(entry, yaml_path=None, cfg={**config, **changed})
 
 
 def check_settings(spec: RunSpec, tasks: Tasks, window: int) -> None:
@@ -169,6 +187,23 @@ def minerva_answer(output: str) -> str:
     from lm_eval.tasks.minerva_math.utils import get_unnormalized_answer, normalize_final_answer
 
     return str(normalize_final_answer(get_unnormalized_answer(output)))
+
+
+def boxed_answer(output: str) -> str:
+    """What stands in an answer's last box, normalised as Minerva does; empty without one."""
+    from lm_eval.tasks.minerva_math.utils import last_boxed_only_string, normalize_final_answer, remove_boxed
+
+    boxed = last_boxed_only_string(output)
+    return str(normalize_final_answer(remove_boxed(boxed))) if boxed else ""
+
+
+def boxed_results(doc: Mapping[str, Any], results: list[str]) -> dict[str, int]:
+    """Scores of a MATH answer by its last box (exact_match) and as a whole (math_verify), for profiles."""
+    from lm_eval.tasks.minerva_math.utils import is_equiv, process_results
+
+    answer = boxed_answer(results[0])
+    verified = int(process_results(doc, results)["math_verify"])
+    return {"exact_match": int(bool(answer) and is_equiv(answer, doc["answer"])), "math_verify": verified}
 
 
 def versions(tasks: Tasks) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from fluid_model.files import Nested, read_json
 from fluid_model.settings import FluidSettings, NbdiffSettings
 from fluid_model.tokens import single_id
 
-from . import chat, data, environment, harness, health, sandbox
+from . import chat, data, environment, harness, health, protocol, sandbox
 from .metrics import lines
 from .pool import Pool, open_pool
 from .progress import Bar
@@ -169,40 +169,52 @@ class Job:
         results = harness.evaluate(self.spec, self.ready.tasks, self.lm, share)
         return harness.scored_records(self.ready.tasks, results, self.opened.samples)
 
-    def _members(self) -> dict[str, list[str]]:
-        return {name: harness.members(self.ready.tasks, name) for name in self.spec.tasks}
-
-    def health(self, records: list[Record]) -> list[dict[str, Any]]:
+    def health(self, records: list[Record]) -> list[Nested]:
         """What the health gates count in scored samples."""
-        return [gate.to_dict() for gate in health.gates(records, self._members(), self.spec.health)]
+        return _health(self.spec, self.ready.tasks, records)
 
     def _result(self, records: list[Record]) -> Nested:
-        tasks = self.ready.tasks
-        members = self._members()
-
-        def table(name: str) -> list[dict[str, Any]]:
-            leaves = set(members.get(name) or harness.members(tasks, name))
-            return [line.to_dict() for line in lines(name, [r for r in records if r["task"] in leaves])]
-
-        parts = [*tasks["groups"], *(n for n in tasks["tasks"] if n not in self.spec.tasks)]
         return {
-            "spec_id": self.spec.id,
-            "model": self.spec.model.path,
-            "decoder": self.spec.to_dict()["decoder"],
-            "chat": self._chat.describe() if self._chat else None,
+            **result_of(self.spec, self.ready.tasks, records, self._chat.describe() if self._chat else None),
             "started": self._started.isoformat(timespec="seconds"),
-            "lines": [line for name in self.spec.tasks for line in table(name)],
-            "members": members,
-            "parts": [line for name in parts if name not in self.spec.tasks for line in table(name)],
-            "task_versions": harness.versions(tasks),
-            "data": [f.message for f in data.fingerprints(self.spec.data_dir)],
-            "health": self.health(records),
             "remote_code": list(self.ready.remote_code),
             "notices": self.opened.notices + (self._chat.notices(records) if self._chat else []),
-            "lost": {record["key"]: record["lost"] for record in records if "lost" in record},
         }
 
     def close(self) -> None:
         self.opened.close()
         if self._pool is not None:
             self._pool.close()
+
+
+def result_of(spec: RunSpec, tasks: harness.Tasks, records: list[Record], chat: Nested | None) -> Nested:
+    """What scored samples come to: lines, members, parts, protocol. chat: the conversation's settings."""
+    members = _members(spec, tasks)
+
+    def table(name: str) -> list[dict[str, Any]]:
+        leaves = set(members.get(name) or harness.members(tasks, name))
+        return [line.to_dict() for line in lines(name, [r for r in records if r["task"] in leaves])]
+
+    parts = [*tasks["groups"], *(n for n in tasks["tasks"] if n not in spec.tasks)]
+    return {
+        "spec_id": spec.id,
+        "model": spec.model.path,
+        "decoder": spec.to_dict()["decoder"],
+        "chat": chat,
+        "protocol": protocol.describe(spec, tasks["tasks"], members, chat),
+        "lines": [line for name in spec.tasks for line in table(name)],
+        "members": members,
+        "parts": [line for name in parts if name not in spec.tasks for line in table(name)],
+        "task_versions": harness.versions(tasks),
+        "data": [f.message for f in data.fingerprints(spec.data_dir)],
+        "health": _health(spec, tasks, records),
+        "lost": {record["key"]: record["lost"] for record in records if "lost" in record},
+    }
+
+
+def _members(spec: RunSpec, tasks: harness.Tasks) -> dict[str, list[str]]:
+    return {name: harness.members(tasks, name) for name in spec.tasks}
+
+
+def _health(spec: RunSpec, tasks: harness.Tasks, records: list[Record]) -> list[Nested]:
+    return [gate.to_dict() for gate in health.gates(records, _members(spec, tasks), spec.health)]

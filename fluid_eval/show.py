@@ -43,6 +43,8 @@ def print_result(result: Mapping[str, Any], folder: Path) -> None:
     console.print(f"{result['model']}  decoder {result['decoder']['name']} ({decoder})")
     if chat := result.get("chat"):
         console.print(f"chat ({', '.join(f'{k}={v}' for k, v in chat.items() if v not in (None, '', {}))})")
+    if used := result.get("protocol"):
+        console.print(f"protocol {used['name']} {used['hash']}")
     console.print()
     console.print(_table(result["lines"]))
     console.print()

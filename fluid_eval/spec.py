@@ -19,6 +19,9 @@ from fluid_model.fields import at_least, build
 from fluid_model.files import Nested
 from fluid_model.settings import DECODERS, ArSettings, DecoderSettings, FluidSettings, check_range
 
+DEFAULT_PROFILE = "lm-eval"
+"""The convention of a run that names none."""
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -111,7 +114,12 @@ class HealthSpec:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run: a model, a decoder, tasks. chat: None for plain prompts.  health: judges answers, changes none."""
+    """One run: a model, a decoder, tasks.
+
+    chat: None for plain prompts.  profile: the convention its tasks are asked and read by, a bundled one's name or a
+    file.  extractor: the profile whose extractors read the answers, where that is another.  health: judges answers,
+    changes none.
+    """
 
     tasks: tuple[str, ...]
     model: ModelSpec
@@ -123,6 +131,8 @@ class RunSpec:
     limit: int | None = None
     num_fewshot: int | None = None
     max_new_tokens: int | None = None
+    profile: str = DEFAULT_PROFILE
+    extractor: str | None = None
     batch_size: int | Literal["auto"] = "auto"
     seed: int = 1234
     allow_code: bool = False
@@ -148,8 +158,9 @@ class RunSpec:
         values = self.to_dict()
         for name in ("engine", "health", "batch_size", "data_dir", "allow_code"):
             del values[name]
-        if self.chat is None:
-            del values["chat"]
+        for name, default in (("chat", None), ("profile", DEFAULT_PROFILE), ("extractor", None)):
+            if values[name] == default:  # runs from before there were any keep their id
+                del values[name]
         if not self.model.trust_remote_code:
             del values["model"]["trust_remote_code"]
         return values

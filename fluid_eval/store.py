@@ -100,7 +100,7 @@ class Run:
         self.notices: list[str] = []
         self._file: IO[bytes] | None = None
         self._torn = self._end = 0
-        held = _held_spec(folder)
+        held = held_spec(folder)
         if held is None:
             _check_writable(folder)
         elif held.id != spec.id:
@@ -316,7 +316,11 @@ def encode(record: Record) -> bytes:
     return body + CHECKSUM + f'{zlib.crc32(body):08x}"}}\n'.encode()
 
 
-def _held_spec(folder: Path) -> RunSpec | None:
+def held_spec(folder: Path) -> RunSpec | None:
+    """The spec of the run in a folder, None where there is no such folder or it is empty.
+
+    Raises ConfigError if it holds something else, or a spec that cannot be read.
+    """
     file = folder / SPEC
     if not file.exists():
         if folder.is_dir() and any(folder.iterdir()):

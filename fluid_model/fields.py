@@ -88,6 +88,9 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     elif get_origin(hint) is dict:
         if isinstance(value, Mapping):
             return dict(value)
+    elif get_origin(hint) is list:  # of anything
+        if isinstance(value, list):
+            return list(value)
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     elif hint is type(None):
@@ -104,6 +107,6 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(option) for option in get_args(hint))
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, get_args(hint)))
-    if get_origin(hint) is tuple:
+    if get_origin(hint) in (tuple, list):
         return "a list"
     return names.get(hint, "a table")

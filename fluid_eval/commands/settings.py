@@ -25,6 +25,7 @@ _FLAGS = {
     "limit": "limit",
     "num_fewshot": "num_fewshot",
     "max_new_tokens": "max_new_tokens",
+    "profile": "profile",
     "batch_size": "batch_size",
     "engine": "engine.kind",
     "workers": "engine.workers",
@@ -51,6 +52,9 @@ def add_settings(run: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     what.add_argument("--limit", type=whole, metavar="N", help="first N documents of each task")
     what.add_argument("--num-fewshot", type=whole, metavar="N", help="default: the task's own")
     what.add_argument("--max-new-tokens", type=whole, metavar="N", help="default: the task's own")
+    what.add_argument(
+        "--profile", metavar="NAME|FILE", help="convention: lm-eval (default), fluid-paper, llada, minimal, my.toml"
+    )
     what.add_argument("--chat", action="store_true", help="prompts by the chat template; --set chat.system=TEXT, ...")
     what.add_argument("--seed", type=whole, metavar="N", help="default: 1234")
     what.add_argument(
@@ -87,6 +91,7 @@ def values_of(options: argparse.Namespace) -> dict[str, Any]:
     from fluid_model.fields import assign, put
     from fluid_model.files import read_toml
 
+    from ..protocol import chat_of
     from ..spec import tables
 
     values = read_toml(options.spec) if options.spec else {}
@@ -104,7 +109,7 @@ def values_of(options: argparse.Namespace) -> dict[str, Any]:
         values.setdefault("chat", {})
     for setting in options.set:
         assign(values, setting)
-    return values
+    return chat_of(values)
 
 
 def _take_bundled(values: dict[str, Any], options: argparse.Namespace) -> None:

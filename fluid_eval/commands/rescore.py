@@ -1,0 +1,33 @@
+"""`fluid-eval rescore`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+HELP = "score a run's stored answers by another profile's extractors"
+
+
+def add(rescore: argparse.ArgumentParser) -> None:
+    rescore.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    rescore.add_argument(
+        "--profile", required=True, metavar="NAME|FILE", help="whose extractors: minimal, my.toml, ..."
+    )
+    rescore.add_argument("--out", type=Path, metavar="DIR", help="default: RUN-read-as-PROFILE")
+    rescore.add_argument("--data-dir", metavar="DIR", help="benchmark data; default: where the run had them")
+    rescore.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def main(options: argparse.Namespace) -> int:
+    from ..rescore import rescore
+    from ..show import print_result
+
+    data_dir = options.data_dir or os.environ.get("FLUID_DATA_DIR")
+    result, folder = rescore(options.run, options.profile, options.out, data_dir=data_dir)
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_result(result, folder)
+    return 0
