@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,11 +39,40 @@ def check_names(names: tuple[str, ...]) -> None:
             raise ConfigError(f"task {name!r} is unknown; known: {known}, and each subject as mmlu_SUBJECT")
 
 
-def unsafe_names(names: tuple[str, ...]) -> list[str]:
-    """Tasks that run model-written code."""
+def known_tasks() -> set[str]:
+    """Names of all tasks and groups."""
     manager = _manager(None)
-    entries = [(name, manager.task_index[name]) for name in names]
-    return [name for name, entry in entries if (entry.cfg or {}).get("unsafe_code")]
+    return {*manager.all_groups, *manager.all_subtasks}
+
+
+def inside(name: str) -> set[str]:
+    """Names of all that a group holds, groups in it and theirs too; none for a task."""
+    return _inside(_manager(None), name)
+
+
+def outermost(names: Iterable[str]) -> tuple[str, ...]:
+    """Names, each once, without those that a group among them holds."""
+    names, manager = dict.fromkeys(names), _manager(None)
+    held = {member for name in names for member in _inside(manager, name)}
+    return tuple(name for name in names if name not in held)
+
+
+def _inside(manager: Any, name: str) -> set[str]:
+    entry = manager.task_index[name]
+    members = entry.tags if entry.kind.name == "TAG" else (entry.cfg or {}).get("task")
+    if not isinstance(members, (list, set)):
+        return set()
+    return {found for member in members for found in (member, *_inside(manager, member))}
+
+
+def unsafe_names(names: tuple[str, ...]) -> list[str]:
+    """Tasks and groups that run model-written code."""
+    manager = _manager(None)
+
+    def unsafe(name: str) -> bool:
+        return bool((manager.task_index[name].cfg or {}).get("unsafe_code"))
+
+    return [name for name in names if any(map(unsafe, {name} | _inside(manager, name)))]
 
 
 def load_tasks(spec: RunSpec) -> Tasks:

@@ -215,6 +215,11 @@ def pick_device(device: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
+def device_name() -> str:
+    """The first CUDA device's, as its driver names it; empty without one."""
+    return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else ""
+
+
 def _heads_of(source: Source, hidden_size: int) -> list[KHead]:
     if source.manifest is not None:
         return _read_heads(source.folder, source.manifest, hidden_size)

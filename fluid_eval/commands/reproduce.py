@@ -3,22 +3,70 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
-HELP = "measure the claims of reports/claims.toml and compare"
+HELP = "measure the claims of reports/claims.toml that can be measured here, judge them, find those that clash"
 
 
 def add(reproduce: argparse.ArgumentParser) -> None:
+    reproduce.add_argument("--table", metavar="A,B", help="tiny, main, ablation, speed, own; default: all")
+    reproduce.add_argument("--systems", metavar="A,B", help="names, or their beginnings: FLUID-7B,tiny-")
     reproduce.add_argument("--data-dir", default=None, metavar="DIR", help="folder with benchmark data")
     reproduce.add_argument("--models-dir", default=None, metavar="DIR", help="folder with model folders")
+    reproduce.add_argument("--allow-code", action="store_true", help="agree to run code that downloaded models wrote")
+    reproduce.add_argument("--ledger", type=Path, metavar="FILE", help="default: the bundled reports/claims.toml")
     reproduce.add_argument("--out", type=Path, default=Path("runs/claims"), metavar="DIR", help="default: runs/claims")
+    reproduce.add_argument("--docs", type=Path, metavar="FILE", help="write the page docs/claims.md, too")
+    reproduce.add_argument("--json", action="store_true", help="print what claims.json holds")
 
 
 def main(options: argparse.Namespace) -> int:
-    from ..claims import reproduce
+    from ..claims import read_claims
+    from ..reproduce import Place, reproduce
+    from ..verdicts import page, print_verdicts
 
-    data_dir = options.data_dir or os.environ.get("FLUID_DATA_DIR")
-    models_dir = options.models_dir or os.environ.get("FLUID_MODELS_DIR")
-    reproduce(options.out, data_dir=data_dir, models_dir=models_dir)
+    ledger = read_claims(options.ledger)
+    claims = [claim for claim in ledger.claims if _wanted(claim, options)]
+    models = Path(options.models_dir or os.environ.get("FLUID_MODELS_DIR") or "models")
+    place = Place(models, options.data_dir or os.environ.get("FLUID_DATA_DIR"), options.allow_code)
+    found = reproduce(ledger, claims, options.out, place)
+    text = page(found)
+    for file in (options.out / "claims.md", options.docs):
+        if file is not None:
+            file.write_text(text, encoding="utf-8")
+    pages = _reports(found)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_verdicts(found)
+        print(f"\n{options.out / 'claims.md'}, claims.json and the reports of its runs:", *pages, sep="\n")
     return 0
+
+
+def _wanted(claim: Any, options: argparse.Namespace) -> bool:
+    """Whether a claim is in the tables and of the systems asked for. Raises ConfigError for an unknown table."""
+    from fluid_model.errors import ConfigError
+
+    from ..claims import TABLES
+
+    tables = options.table.split(",") if options.table else TABLES
+    if unknown := [name for name in tables if name not in TABLES]:
+        raise ConfigError(f"--table {unknown[0]}: unknown; known: {', '.join(TABLES)}")
+    systems = tuple(name.strip() for name in options.systems.split(",")) if options.systems else ("",)
+    return claim.table in tables and claim.system.startswith(systems)
+
+
+def _reports(found: dict[str, Any]) -> list[Path]:
+    """The HTML report of each run, beside it; a report of all of them with their verdicts belongs here."""
+    from ..report import write_report
+
+    pages = []
+    for folder in dict.fromkeys(row["run"] for row in found["rows"] if row["run"]):
+        pages.append(Path(folder) / "report.html")
+        print(f"writing {pages[-1]}", file=sys.stderr)
+        write_report(Path(folder), pages[-1])
+    return pages

@@ -1,0 +1,232 @@
+"""Measures what this machine can of the claim ledger, and judges each claim by what was measured.
+
+Claims that share weights, settings and convention share a run. What cannot be run is said with what it needs; a
+published number never stands in for a measured one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from fluid_model.errors import ConfigError, RunError
+from fluid_model.fields import Nested
+from fluid_model.settings import DECODERS
+
+from . import data, harness
+from .claims import Claim, Ledger, System
+from .lint import lint
+from .paths import resource
+from .protocol import chat_of
+from .run import default_folder, run
+from .spec import DEFAULT_PROFILE, build_spec
+from .stats import Interval, ratio_of_sums
+from .store import Record, read_samples, write_json
+
+REPRODUCED, NOT_REPRODUCED, OTHER, NOT_RUN = "reproduced", "not reproduced", "different convention", "not run"
+CLAIMS = "claims.json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where weights and data are. models: a folder of model folders.  code: whether downloaded weights may have code
+    that they write run.
+    """
+
+    models: Path
+    data_dir: str | None = None
+    code: bool = False
+
+    def model(self, system: System) -> str | None:
+        """The folder or hub id that a system's weights load from, None where they are nowhere."""
+        for folder in (self.models / system.weights, self.bundled(system)):
+            if folder.is_dir():
+                return str(folder)
+        return system.hub if system.hub and _hub() else None
+
+    def bundled(self, system: System) -> Path:
+        """Where a system's weights are if they come with this package."""
+        return resource("checkpoints") / system.weights
+
+
+@dataclass(frozen=True)
+class Row:
+    """A claim and what became of it.
+
+    measured: with its 95% interval, shares for scores, else in the claim's unit; None where nothing was run.
+    protocol: what it was measured under, "name hash".  run: the folder.
+    """
+
+    claim: Claim
+    verdict: str
+    measured: Interval | None = None
+    protocol: str | None = None
+    run: Path | None = None
+
+    def to_dict(self) -> Nested:
+        """As claims.json holds it."""
+        claim, found = self.claim, self.measured
+        return {
+            **{
+                name: getattr(claim, name)
+                for name in ("table", "system", "task", "metric", "unit", "profile", "source", "note")
+            },
+            "published": claim.value,
+            "published_to": claim.to,
+            "measured": found and {"score": found.mean, "low": found.low, "high": found.high, "n": found.n},
+            "convention": {"published": claim.stated, "measured": self.protocol},
+            "verdict": self.verdict,
+            "run": None if self.run is None else str(self.run),
+        }
+
+
+def reproduce(ledger: Ledger, claims: Sequence[Claim], out: Path, place: Place) -> Nested:
+    """Measure those of the claims that can be; returns what claims.json holds: their rows, and the linter's findings.
+
+    Run folders are kept below `out` and gone on with. The whole ledger is linted, whichever claims are measured.
+    """
+    rows: dict[int, Row] = {}
+    groups: dict[str, list[int]] = {}
+    for number, claim in enumerate(claims):
+        system = ledger.systems[claim.system]
+        if needs := missing(claim, system, place):
+            rows[number] = Row(claim, f"{NOT_RUN}: needs {', '.join(needs)}")
+        else:
+            groups.setdefault(json.dumps(run_values(claim, system, place), sort_keys=True), []).append(number)
+    for values, numbers in groups.items():
+        measured = measure({**json.loads(values)}, [claims[number] for number in numbers], out)
+        rows |= dict(zip(numbers, measured, strict=True))
+    found = {
+        "rows": [rows[number].to_dict() for number in range(len(claims))],
+        "lint": [asdict(clash) for clash in lint(ledger)],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / CLAIMS, found)
+    return found
+
+
+def missing(claim: Claim, system: System, place: Place) -> list[str]:
+    """What would have to be here for the claim to be measured: what this package lacks, else what this machine does."""
+    decoder = {**system.run, **claim.run}.get("decoder", "ar")
+    decoder = decoder.get("name", "ar") if isinstance(decoder, dict) else decoder
+    lacks = {
+        f"decoder {decoder}": decoder not in DECODERS,
+        f"task {claim.task}": claim.task not in harness.known_tasks(),
+        "the system it is faster than": claim.unit == "times",
+    }
+    if needs := [name for name, lacking in lacks.items() if lacking]:
+        return needs[:1]
+    if place.model(system) is None:
+        needs.append(f"weights {system.weights}/")
+    if system.device == "cuda" and not _cuda():
+        needs.append("a CUDA device")
+    elif claim.unit == "tok/s" and not (claim.hardware and claim.hardware in _cuda()):
+        needs.append(claim.hardware or "the hardware it was measured on, which is not stated")
+    if not place.bundled(system).is_dir() and not place.code and harness.unsafe_names((claim.task,)):
+        needs.append("--allow-code")
+    source = next((name for name in data.SOURCES if claim.task == name or claim.task.startswith(name + "_")), None)
+    if source is not None and not _at_hand(source, place.data_dir):
+        needs.append(f"data {source}")
+    return needs
+
+
+def run_values(claim: Claim, system: System, place: Place) -> Nested:
+    """Settings of the run that measures a claim, tasks apart."""
+    values: Nested = {"profile": claim.profile or DEFAULT_PROFILE, **system.run, **claim.run}
+    return {**values, "model": str(place.model(system)), "data_dir": place.data_dir, "allow_code": True}
+
+
+def measure(values: Nested, claims: Sequence[Claim], out: Path) -> list[Row]:
+    """Run what these claims share and judge each. A run that fails leaves its claims unmeasured, with the reason."""
+    spec = build_spec(chat_of({**values, "tasks": list(harness.outermost(claim.task for claim in claims))}))
+    folder = out / default_folder(spec).name
+    try:
+        result = run(spec, folder, resume=True)
+    except (ConfigError, RunError) as error:
+        return [Row(claim, f"{NOT_RUN}: {error}") for claim in claims]
+    told = f"{result['protocol']['name']} {result['protocol']['hash']}"
+    rows = []
+    for claim in claims:
+        try:
+            found = _score(claim, result) if claim.unit == "%" else _speed(claim, folder)
+        except ConfigError as error:
+            rows.append(Row(claim, f"{NOT_RUN}: {error}", run=folder))
+        else:
+            rows.append(Row(claim, judge(claim, found, spec.profile), found, told, folder))
+    return rows
+
+
+def judge(claim: Claim, found: Interval, profile: str) -> str:
+    """Whether the published value lies inside the measured 95% interval (a published range: reaches into it).
+
+    Only where it was measured by the convention it states; one that states none is judged all the same.
+    """
+    if claim.profile != profile and (claim.profile or claim.convention):
+        return OTHER
+    scale = 100 if claim.unit == "%" else 1
+    high = claim.value if claim.to is None else claim.to
+    return REPRODUCED if scale * found.low <= high and claim.value <= scale * found.high else NOT_REPRODUCED
+
+
+def _score(claim: Claim, result: Nested) -> Interval:
+    """A claim's metric in a result, of its tasks or their parts."""
+    metric, _, used = claim.metric.partition(",")
+    for line in [*result["lines"], *result["parts"]]:
+        if (line["task"], line["metric"]) == (claim.task, metric) and used in ("", line["filter"]):
+            return Interval(line["score"], line["low"], line["high"], line["n"])
+    known = {f"{line['metric']},{line['filter']}" for line in result["lines"] if line["task"] == claim.task}
+    raise ConfigError(f"its task has no metric {claim.metric!r}; known: {', '.join(sorted(known))}")
+
+
+def _speed(claim: Claim, folder: Path) -> Interval:
+    """Tokens a second, a forward or a round of the written answers of a task, or of all tasks of a group."""
+    leaves = harness.inside(claim.task) or {claim.task}
+    records = sorted(
+        (r for r in read_samples(folder) if r["task"] in leaves and r["finish"] is not None and "lost" not in r),
+        key=lambda record: str(record["task"]),
+    )
+    over, under = zip(*(_parts(claim, record) for record in records), strict=True) if records else ((), ())
+    found = ratio_of_sums([over], [under], list(Counter(record["task"] for record in records).values()))
+    if found is None:
+        raise ConfigError(f"its run wrote nothing to measure {claim.metric} by")
+    return found
+
+
+def _parts(claim: Claim, record: Record) -> tuple[float, float]:
+    """What a speed's ratio is of, in one answer."""
+    trace = record["trace"]
+    if claim.unit == "tok/round":
+        accepted = trace.get("accepted") or []
+        return sum(accepted), len(accepted)
+    spent = record["seconds"] if claim.unit == "tok/s" else sum(trace["forwards"].values())
+    return len(record["output_ids"]), spent
+
+
+@cache
+def _hub() -> bool:
+    return data.hub_reachable()
+
+
+@cache
+def _cuda() -> str:
+    """The CUDA device's name, empty without one."""
+    from fluid_model.checkpoint import device_name
+
+    return device_name()
+
+
+@cache
+def _at_hand(source: str, data_dir: str | None) -> bool:
+    """Whether a benchmark's rows can be had; a hub that answers is trusted to hold them."""
+    if data_dir is None and source != "humaneval" and _hub():
+        return True
+    if data_dir is None:
+        data.go_offline()
+    try:
+        return all(data.load_rows(source, split, data_dir) for split in data.SOURCES[source].known)
+    except ConfigError:
+        return False
