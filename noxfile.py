@@ -41,7 +41,10 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def reproduce_table(session: nox.Session) -> None:
-    """Measure every claim of reports/claims.toml that this machine can, beside what was claimed."""
+    """Every claim of reports/claims.toml beside what this machine measures: tables, verdicts, clashes, HTML reports.
+
+    Words after -- go to the command: --table tiny, --models-dir DIR, --docs docs/claims.md.
+    """
     python(session, "fluid_eval", "reproduce", *session.posargs)
 
 

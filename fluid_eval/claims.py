@@ -52,8 +52,8 @@ class System:
     """Weights, and how they write.
 
     weights: the model's folder below --models-dir, or a bundled checkpoint.  hub: its id, where known.  parent: the
-    system it was adapted from.  own: the sources in which its authors report on it themselves.  same_as: the system that
-    this row of an ablation is.  device: what it takes at least.  run: settings of runs that measure it.
+    system it was adapted from.  own: the sources in which its authors report on it.  same_as: the system that this row
+    of an ablation is.  device: what it takes at least.  run: settings of runs that measure it.
     """
 
     name: str

@@ -7,6 +7,7 @@ published number never stands in for a measured one.
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -97,7 +98,8 @@ def reproduce(ledger: Ledger, claims: Sequence[Claim], out: Path, place: Place) 
             rows[number] = Row(claim, f"{NOT_RUN}: needs {', '.join(needs)}")
         else:
             groups.setdefault(json.dumps(run_values(claim, system, place), sort_keys=True), []).append(number)
-    for values, numbers in groups.items():
+    for done, (values, numbers) in enumerate(groups.items(), 1):
+        print(f"run {done} of {len(groups)}: {claims[numbers[0]].system}", file=sys.stderr)
         measured = measure({**json.loads(values)}, [claims[number] for number in numbers], out)
         rows |= dict(zip(numbers, measured, strict=True))
     found = {

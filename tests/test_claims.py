@@ -1,0 +1,278 @@
+"""The ledger's claims: checked one by one, measured or honestly not, judged; and claims that clash."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+
+from bench.family import SYSTEMS
+from fluid_eval import reproduce, verdicts
+from fluid_eval.claims import Claim, Ledger, Source, System, read_claims
+from fluid_eval.cli import main
+from fluid_eval.lint import lint
+from fluid_eval.paths import resource
+from fluid_eval.reproduce import Place, judge
+from fluid_eval.spec import build_spec
+from fluid_eval.stats import Interval, interval
+from fluid_model import ConfigError
+
+LEDGER = """
+source = [{ name = "here", cite = "measured" }]
+system = [
+  { name = "tiny", weights = "tiny-ar", device = "cpu" },
+  { name = "seven", weights = "seven-7b", run = { decoder = "fluid" } },
+]
+claim = [
+  { table = "tiny", system = "tiny", task = "mini_gsm8k_1", metric = "exact_match,strict-match", value = 100.0, source = "here", profile = "lm-eval", run = { limit = 3 } },
+  { table = "tiny", system = "tiny", task = "mini_gsm8k_1", metric = "exact_match,flexible-extract", value = 0.0, source = "here", run = { limit = 3 } },
+  { table = "tiny", system = "tiny", task = "mini_gsm8k_1", metric = "tokens_per_forward", unit = "tok/forward", value = 0.96, to = 0.98, source = "here", run = { limit = 3 } },
+  { table = "tiny", system = "tiny", task = "mini_gsm8k_1", metric = "exact_match,strict-match", value = 100.0, source = "here", convention = "another", run = { limit = 3 } },
+  { table = "tiny", system = "tiny", task = "mini_gsm8k_1", metric = "f1", value = 3.0, source = "here", run = { limit = 3 } },
+  { table = "main", system = "seven", task = "gsm8k", metric = "exact_match,flexible-extract", value = 91.9, source = "here" },
+  { table = "main", system = "seven", task = "mbpp", metric = "pass@1", value = 50.0, source = "here" },
+  { table = "speed", system = "seven", task = "gsm8k", metric = "speed-up", unit = "times", value = 2.3, source = "here" },
+]
+"""  # noqa: E501
+
+
+def claim(system="s", task="gsm8k", value=50.0, source="paper", **more):
+    return Claim(**{"table": "main", "metric": "m", **more}, system=system, task=task, value=value, source=source)
+
+
+SEVERAL = (System("s", "w", own=("report",)), System("t", "w", parent="s"), System("whole s", "w", same_as="s"))
+
+
+def ledger(*claims, whole=(), generated=False):
+    sources = {c.source: Source(c.source, "", whole, generated) for c in claims}
+    return Ledger(tuple(claims), {system.name: system for system in SEVERAL}, sources)
+
+
+def kinds(*claims, **more):
+    return [clash.kind for clash in lint(ledger(*claims, **more))]
+
+
+def test_every_bundled_claim_is_whole_and_can_be_asked_for():
+    """Settings that no run takes, or that a later version would not know, are found here and not after hours."""
+    found = read_claims()
+    assert len(found.claims) >= 90
+    assert {c.table for c in found.claims} == {"tiny", "main", "ablation", "speed", "own"}
+    for one in found.claims:
+        settings = {**found.systems[one.system].run, **one.run}
+        if settings.get("decoder") in (None, "ar", "fluid", "nbdiff", "llada") or isinstance(settings["decoder"], dict):
+            build_spec({"tasks": [one.task], "model": "m", "profile": one.profile or "lm-eval", **settings})
+
+
+def test_the_ledger_claims_of_the_tiny_family_what_its_page_says():
+    """The family's scores are published by a program: the ledger's copy is the same to the decimal."""
+    held = json.loads((resource("checkpoints") / "family.json").read_text())
+    page = (resource("checkpoints").parent / "docs" / "tiny-family.md").read_text()
+    found = read_claims()
+    ours = [c for c in found.claims if c.source == "tiny family"]
+    assert len(ours) == 6 * 5
+    for one in ours:
+        system = found.systems[one.system]
+        wanted = system.weights, system.run.get("decoder", {"name": "ar"})
+        (label,) = [s.label for s in SYSTEMS if (s.checkpoint, s.decoder) == wanted]
+        if one.unit == "%":
+            assert one.value == round(100 * held[label][one.task][0], 1), one.cell
+        else:
+            row = next(line for line in page.splitlines() if line.startswith(f"| {label} |"))
+            assert f"{one.value:.2f}" == row.split("|")[7].strip(), one.cell
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("value = 91.9", "value = 191.9", r"mine\.toml, claim 6 \(seven gsm8k\): value=191.9 must lie in"),
+        ("value = 91.9", 'value = "many"', r"claim 6 \(seven gsm8k\): value='many' must be a number"),
+        ("value = 91.9, ", "", r"claim 6 \(seven gsm8k\): value is missing"),
+        ("value = 91.9", "value = 91.9, shots = 5", "claim 6 .*: shots is no setting; known: table, system"),
+        ('table = "main", system = "seven", task = "gsm8k"', 'table = "x", system = "seven", task = "gsm8k"', "table='x'"),
+        ('system = "seven", task = "mbpp"', 'system = "eight", task = "mbpp"', "claim 7 .*: system='eight' is not in"),
+        ('value = 50.0, source = "here"', 'value = 50.0, source = "there"', "claim 7 .*: source='there' is not in"),
+        ('task = "mbpp", metric = "pass@1"', 'task = "gsm8k", metric = "exact_match,flexible-extract"', "stands twice"),
+        ('metric = "speed-up"', 'metric = "tempo"', "claim 8 .*: metric='tempo': unit times is of speed-up"),
+        ("to = 0.98", "to = 0.5", "claim 3 .*: to=0.5 must lie in"),
+        ('convention = "another"', 'convention = "another", profile = "lm-eval"', "claim 4 .*: convention='another'"),
+        ('name = "seven"', 'name = "seven", parent = "nine"', "system seven: parent='nine' is not in the ledger"),
+        ('name = "tiny"', 'name = "tiny, small"', "system 1 .*must hold no comma"),
+        ('name = "seven"', 'name = "tiny"', r"system 2 \(tiny\): stands twice"),
+        ("claim = [", "claims = [", "claims is no table of a claim ledger"),
+    ],
+)  # fmt: skip
+def test_a_bad_entry_is_named_with_its_file(tmp_path, old, new, message):
+    file = tmp_path / "mine.toml"
+    assert old in LEDGER
+    file.write_text(LEDGER.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=message):
+        read_claims(file)
+
+
+def test_a_claim_changed_by_ten_points_flips_its_verdict():
+    """At the sizes of the benchmarks: what lies in the middle is reproduced, ten points off it is not."""
+    for n, share in itertools.product((210, 500, 1319), (0.3, 0.62, 0.9)):
+        found = interval([1.0] * round(n * share) + [0.0] * (n - round(n * share)))
+        one = claim(value=100 * found.mean, profile="lm-eval")
+        assert judge(one, found, "lm-eval") == "reproduced"
+        for points in (-10, 10):
+            other = replace(one, value=min(100.0, one.value + points))
+            assert judge(other, found, "lm-eval") == "not reproduced", (n, share, points)
+
+
+def test_only_what_was_measured_as_stated_is_judged():
+    found = Interval(0.5, 0.45, 0.55, 400)
+    assert judge(claim(profile="lm-eval"), found, "lm-eval") == "reproduced"
+    assert judge(claim(), found, "lm-eval") == "reproduced", "no convention stated"
+    for other in (claim(profile="fluid-paper"), claim(convention="0-shot"), claim(value=99.0, convention="0-shot")):
+        assert judge(other, found, "lm-eval") == "different convention"
+    ratio = Interval(5.0, 4.8, 5.2, 9)
+    ends = [(4.0, 4.7), (4.0, 4.9), (4.9, 5.0), (5.1, 6.0), (5.3, 6.0)]
+    verdicts = [
+        judge(claim(unit="tok/forward", metric="tokens_per_forward", value=v, to=to), ratio, "") for v, to in ends
+    ]
+    assert verdicts == ["not reproduced", "reproduced", "reproduced", "reproduced", "not reproduced"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The little ledger above, measured by the command."""
+    out = tmp_path_factory.mktemp("claims")
+    (out / "mine.toml").write_text(LEDGER)
+    words = ["reproduce", "--ledger", str(out / "mine.toml"), "--models-dir", str(out), "--data-dir", str(out)]
+    assert main([*words, "--out", str(out / "out"), "--docs", str(out / "page.md")]) == 0
+    return out, json.loads((out / "out" / "claims.json").read_text())
+
+
+def test_claims_are_measured_where_they_can_be_and_else_say_what_they_need(measured):
+    _, found = measured
+    rows = found["rows"]
+    assert [row["verdict"] for row in rows] == [
+        "reproduced",
+        "not reproduced",
+        "reproduced",
+        "different convention",
+        "not run: its task has no metric 'f1'; known: exact_match,flexible-extract, exact_match,strict-match",
+        "not run: needs weights seven-7b/, a CUDA device, data gsm8k",
+        "not run: needs task mbpp",
+        "not run: needs the system it is faster than",
+    ]
+    assert [bool(row["measured"]) for row in rows] == [True, True, True, True, False, False, False, False]
+    assert rows[0]["measured"]["n"] == 3
+    assert rows[0]["measured"]["score"] == rows[1]["measured"]["score"] == 1.0, "measured, not copied"
+    assert len({row["run"] for row in rows[:5]}) == 1, "claims that share a run share it"
+    assert rows[5]["run"] is None
+    assert rows[0]["convention"]["measured"].startswith("lm-eval ")
+    assert rows[5]["convention"] == {"published": "not stated", "measured": None}
+
+
+def test_the_tables_tell_what_was_found(measured, capsys):
+    out, found = measured
+    page = (out / "page.md").read_text()
+    assert page == (out / "out" / "claims.md").read_text() == verdicts.page(found)
+    assert "| seven | gsm8k | exact_match,flexible-extract | 91.9 | – |  | not stated | not run: needs weights" in page
+    assert "another → lm-eval" in page
+    assert str(out) not in page, "no path of this machine"
+    capsys.readouterr()
+    verdicts.print_verdicts(found)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "2 reproduced, 1 not reproduced, 1 different convention, 4 not run" in printed
+    assert list((out / "out").glob("*/report.html"))
+
+
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
+    """Weights from a folder or the hub, a device, data, agreement to run code, the hardware of a speed."""
+    for door in (reproduce._cuda, reproduce._at_hand, reproduce._hub):
+        door.cache_clear()
+    hub, cuda = [False], [""]
+    monkeypatch.setattr(reproduce, "_hub", lambda: hub[0])
+    monkeypatch.setattr(reproduce, "_cuda", lambda: cuda[0])
+    monkeypatch.setattr(reproduce, "_at_hand", lambda source, data_dir: data_dir is not None)
+    system = System("s", "big", hub="who/big")
+
+    def needs(one, system=system, **place):
+        return reproduce.missing(one, system, Place(tmp_path / "models", **place))
+
+    code = claim(task="humaneval")
+    speed = claim(unit="tok/s", metric="tokens_per_second", hardware="H100")
+    assert needs(code) == ["weights big/", "a CUDA device", "--allow-code", "data humaneval"]
+    hub[0] = True
+    assert needs(code, data_dir="d", code=True) == ["a CUDA device"]
+    assert needs(code, replace(system, device="cpu"), data_dir="d", code=True) == []
+    hub[0] = False
+    (tmp_path / "models" / "big").mkdir(parents=True)
+    cuda[0] = "NVIDIA A100"
+    assert needs(claim(), data_dir="d") == []
+    assert needs(speed, data_dir="d") == ["H100"]
+    assert needs(replace(speed, hardware=""), data_dir="d") == ["the hardware it was measured on, which is not stated"]
+    cuda[0] = "NVIDIA H100 PCIe"
+    assert needs(speed, data_dir="d") == []
+    assert needs(claim(), replace(system, run={"decoder": {"name": "tidar"}})) == ["decoder tidar"]
+    assert needs(claim(), System("t", "tiny-ar", device="cpu"), data_dir="d") == [], "bundled weights are here"
+
+
+def test_a_cell_of_another_column_is_flagged():
+    own = claim(task="mbpp", value=79.2, source="report")
+    assert kinds(claim(task="humaneval", value=79.2), own) == ["equals another column"]
+    assert kinds(claim(task="humaneval", value=79.3), own) == []
+    right = claim(task="humaneval", value=79.2, source="report")
+    assert kinds(claim(task="humaneval", value=79.2), own, right) == [], "it is reported for its task, too"
+    here = claim(task="mmlu", value=79.2)
+    assert kinds(claim(task="humaneval", value=79.2), here) == ["equals another column"]
+    assert kinds(claim(task="humaneval", value=79.2), here, generated=True) == [], "a program does not slip"
+    assert kinds(claim(task="humaneval", value=79.2), replace(here, system="t")) == []
+
+
+def test_a_value_far_from_the_systems_own_is_flagged():
+    """GSM8K at 50%: a half-width of 2.7 points."""
+    own = claim(value=50.0, source="report")
+    assert kinds(claim(value=52.6), own) == []
+    assert kinds(claim(value=52.8), own) == ["contradicts the system's own report"]
+    assert kinds(claim(value=47.2), own) == ["contradicts the system's own report"]
+    assert kinds(claim(value=60.0), own, claim(value=59.0, source="report", convention="x")) == [], (
+        "near one of several"
+    )
+    assert kinds(claim(task="humaneval", value=56.0), claim(task="humaneval", source="report")) == [], "164 questions"
+    assert kinds(claim(task="mbpp", value=90.0), claim(task="mbpp", source="report")) == [], "of unknown size"
+    assert kinds(claim(value=90.0), claim(value=50.0, source="elsewhere")) == [], "not its authors'"
+
+
+def test_a_missing_parent_is_flagged_in_tables_that_are_known_whole():
+    child, parent = claim(system="t"), claim(system="s", value=51.0)
+    assert kinds(child, whole=("main",)) == ["no row of its parent"]
+    assert kinds(child, parent, whole=("main",)) == []
+    assert kinds(child) == []
+    assert kinds(child, whole=("ablation",)) == []
+    assert kinds(child, replace(parent, table="own"), whole=("main",)) == ["no row of its parent"]
+
+
+def test_a_speed_without_hardware_is_flagged():
+    speed = claim(unit="tok/s", metric="tokens_per_second")
+    assert kinds(speed) == ["speed without hardware"]
+    assert kinds(replace(speed, hardware="H100")) == []
+    assert kinds(claim(unit="times", metric="speed-up")) == ["speed without hardware"]
+    assert kinds(claim(unit="tok/forward", metric="tokens_per_forward")) == [], "counts are the same everywhere"
+
+
+def test_an_ablation_must_end_where_the_main_table_is():
+    main_row, whole = claim(system="s"), claim(system="whole s", table="ablation")
+    assert kinds(main_row, whole) == []
+    assert kinds(main_row, replace(whole, value=50.4)) == ["ablation differs from the main row"]
+    assert kinds(main_row, replace(whole, value=50.4, source="other")) == []
+
+
+def test_what_clashes_in_the_bundled_ledger():
+    found = lint(read_claims())
+    told = {(clash.kind, clash.cells[0]) for clash in found}
+    assert {
+        ("equals another column", "Qwen-2.5-7B humaneval 79.2 (FLUID)"),
+        ("equals another column", "Qwen-2.5-7B math500 84.8 (FLUID)"),
+        ("equals another column", "LLaDA-8B math500 34.2 (FLUID)"),
+        ("contradicts the system's own report", "LLaDA-8B gsm8k 36.2 (FLUID)"),
+        ("no row of its parent", "FLUID-7B (FLUID, main table)"),
+        ("speed without hardware", "FLUID-7B mmlu 18.82 tok/s (FLUID)"),
+    } <= told
+    assert not any("tiny" in cell for clash in found for cell in clash.cells)

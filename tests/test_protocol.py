@@ -1,0 +1,206 @@
+"""Conventions by name: what a profile changes, what a result tells of it, and stored answers read by another's."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fluid_eval import harness, protocol, store
+from fluid_eval.commands.settings import BUNDLED
+from fluid_eval.paths import resource
+from fluid_eval.rescore import rescore
+from fluid_eval.run import run
+from fluid_eval.spec import build_spec
+from fluid_model import ConfigError
+
+BASE = {"tasks": ["gsm8k"], "model": "m"}
+LAST = """
+about = "the last number"
+metric_list = [{ metric = "exact_match", aggregation = "mean", higher_is_better = true, regexes_to_ignore = ["(?s).*#### "] }]
+filter_list = [{ name = "last", filter = [{ function = "regex", regex_pattern = "([0-9]+)$" }, { function = "take_first" }] }]
+"""  # noqa: E501
+BOXED = """
+about = "the last box"
+metric_list = [{ metric = "exact_match", aggregation = "mean", higher_is_better = true }]
+process_results = "!function tests.test_protocol.holds_a_box"
+extract = "!function fluid_eval.harness.boxed_answer"
+"""
+
+
+def holds_a_box(doc, results):
+    return {"exact_match": int("\\boxed" in results[0])}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Two questions of GSM8K's form, and enough to draw examples from."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "gsm8k").mkdir()
+    for split, count in (("train", 6), ("test", 2)):
+        told = [{"question": f"What is {n} + 1?", "answer": f"{n} + 1\n#### {n + 1}"} for n in range(count)]
+        (folder / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    return folder
+
+
+def built(rows, **changes):
+    spec = build_spec({**BASE, "data_dir": str(rows), **changes})
+    tasks = harness.load_tasks(spec)
+    told = protocol.describe(spec, tasks["tasks"], {"gsm8k": ["gsm8k"]}, None)
+    return tasks["tasks"]["gsm8k"], told
+
+
+def write(folder, text, name="mine.toml"):
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def test_the_default_profile_is_no_part_of_an_identity_and_others_are():
+    spec = build_spec(BASE)
+    assert spec.id == "d7cbffa1d78f", "what runs from before there were profiles are stored under"
+    assert build_spec({**BASE, "profile": "lm-eval"}).id == spec.id
+    other = build_spec({**BASE, "profile": "minimal"})
+    assert other.id != spec.id != build_spec({**BASE, "extractor": "minimal"}).id != other.id
+    before = {name: value for name, value in spec.to_dict().items() if name not in ("profile", "extractor")}
+    assert build_spec(before) == spec
+    assert build_spec(other.to_dict()) == other
+
+
+def test_profiles_change_what_they_say_and_nothing_else(rows):
+    _, told = built(rows)
+    assert (told["name"], told["tasks"]["gsm8k"]["num_fewshot"], told["tasks"]["gsm8k"]["max_gen_toks"]) == (
+        "lm-eval", 5, 512,
+    )  # fmt: skip
+    task, paper = built(rows, profile="fluid-paper", chat={"thinking": True})
+    one = paper["tasks"]["gsm8k"]
+    assert (one["num_fewshot"], one["max_gen_toks"], one["until"], list(one["extractors"])) == (4, 7000, [], ["boxed"])
+    assert task.get_config("generation_kwargs")["do_sample"] is False, "what a profile leaves out stays"
+    assert one["version"] == told["tasks"]["gsm8k"]["version"]
+    shown = task.fewshot_context(next(iter(task.test_docs())), num_fewshot=2)
+    assert shown.count("\n\\boxed{") == 2, "its examples are answered as its answers are read"
+    assert "####" not in shown
+    mini = protocol.describe(
+        spec := build_spec({"tasks": ["mini_gsm8k"], "model": "m", "profile": "llada"}),
+        (tasks := harness.load_tasks(spec))["tasks"],
+        {"mini_gsm8k": harness.members(tasks, "mini_gsm8k")},
+        None,
+    )
+    assert mini["tasks"]["mini_gsm8k"]["source"] == "not stated; lm-eval's used"
+
+
+def test_every_bundled_profile_is_read_and_says_where_it_is_from():
+    assert protocol.known_profiles() == ["fluid-paper", "llada", "lm-eval", "minimal"]
+    for name in protocol.known_profiles():
+        profile = protocol.read_profile(name)
+        assert profile.about
+        assert all(task.source for task in profile.tasks.values())
+
+
+def test_one_hash_means_asked_and_read_alike(rows, tmp_path):
+    _, plain = built(rows)
+    renamed = write(tmp_path, 'about = "x"\n[tasks.gsm8k]\nsource = "y"\nnum_fewshot = 5\n')
+    _, same = built(rows, profile=renamed)
+    assert same["hash"] == plain["hash"], "neither name nor source is part of what was done"
+    hashes = {plain["hash"]}
+    for change in (
+        "num_fewshot = 4", 'doc_to_text = "{{question}}"', "until = []", "max_gen_toks = 9", 'fewshot_target = "x"',
+        'description = "x"', f"[tasks.gsm8k.extractor]{LAST}",
+    ):  # fmt: skip
+        _, other = built(rows, profile=write(tmp_path, f'about = "x"\n[tasks.gsm8k]\nsource = "y"\n{change}\n'))
+        hashes.add(other["hash"])
+    assert len(hashes) == 8, "each field counts"
+    _, fewer = built(rows, num_fewshot=1)
+    assert fewer["name"] == "lm-eval+num_fewshot=1"
+    assert fewer["hash"] not in hashes
+
+
+def test_the_longest_name_that_covers_a_task_counts():
+    told = {name: protocol.TaskProtocol(name) for name in ("mmlu", "mmlu_anatomy")}
+    profile = protocol.Profile("x", "", told)
+    assert [profile.key_for(name) for name in ("mmlu_anatomy", "mmlu_virology", "mmlu", "mmlupro")] == [
+        "mmlu_anatomy", "mmlu", "mmlu", None,
+    ]  # fmt: skip
+
+
+def test_a_profile_that_writes_chats_makes_the_run_one():
+    values = {**BASE, "profile": "fluid-paper"}
+    assert protocol.chat_of(values)["chat"]["thinking"] is True
+    assert protocol.chat_of({**values, "chat": {}})["chat"] == {}, "what the user sets stays"
+    assert "chat" not in protocol.chat_of({**BASE, "profile": "minimal"})
+    with pytest.raises(ConfigError, match="writes gsm8k as a chat and the other tasks not; run them apart"):
+        protocol.chat_of({**values, "tasks": "gsm8k,math500"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("about = 'x'\n[tasks.gsm8k]\nsource = 'y'\nshots = 3", "tasks.gsm8k.shots is no setting; known: tasks.gsm8k."),
+        ("about = 'x'\n[tasks.gsm8k]\nnum_fewshot = 3", "tasks.gsm8k.source is missing"),
+        ("about = 'x'\n[tasks.gsm8k]\nsource = 'y'\nnum_fewshot = -3", "num_fewshot=-3 must be at least 0"),
+        ("about = 'x'\ntasks = 3", "tasks must be tables"),
+        ("about = 'x'\n[tasks.gsm9k]\nsource = 'y'", "tasks.gsm9k covers no task"),
+        ("about = 'x'\n[tasks.gsm8k]\nsource = 'y'\ndoc_to_text = '!function no.such'", "no such function"),
+    ],
+)
+def test_what_is_wrong_with_a_profile_is_named(rows, tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        built(rows, profile=write(tmp_path, text))
+    with pytest.raises(ConfigError, match="profile='nothing' is unknown; known: fluid-paper, llada, lm-eval, minimal"):
+        built(rows, profile="nothing")
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory):
+    """A finished run of the bundled checkpoint: it writes, and it compares likelihoods."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    values = {"tasks": ["mini_gsm8k_1", "mini_mmlu_1"], "model": str(resource("checkpoints") / BUNDLED), "limit": 4}
+    return folder, run(build_spec({**values, "decoder": "fluid"}), folder)
+
+
+def forbid(*_):
+    raise AssertionError("a model was loaded")
+
+
+def test_read_again_by_its_own_extractors_nothing_changes_and_no_model_is_loaded(answered, tmp_path, monkeypatch):
+    folder, result = answered
+    assert result["protocol"]["name"] == "lm-eval"
+    for door in ("fluid_eval.run.open_pool", "fluid_model.checkpoint.load_tokenizer"):
+        monkeypatch.setattr(door, forbid)
+    again, out = rescore(folder, "lm-eval", tmp_path / "again")
+    assert (out / store.SAMPLES).read_bytes() == (folder / store.SAMPLES).read_bytes()
+    for name in ("lines", "protocol", "spec_id", "members", "parts", "health"):
+        assert again[name] == result[name], name
+
+
+def test_another_extractor_flips_what_it_must_and_says_what_it_is(answered, tmp_path):
+    """Answers end in `#### n`: there is a last number and no box."""
+    folder, result = answered
+    mine = 'about = "x"\n[tasks.mini_gsm8k]\nsource = "y"\nnum_fewshot = 3\n[tasks.mini_gsm8k.extractor]\n'
+    boxed, out = rescore(folder, write(tmp_path, mine + BOXED), tmp_path / "boxed")
+    (line,) = [line for line in boxed["lines"] if line["task"] == "mini_gsm8k_1"]
+    assert (result["lines"][0]["score"], line["score"]) == (1.0, 0.0)
+    assert boxed["protocol"]["name"] == "lm-eval prompts, mine extractors"
+    assert boxed["protocol"]["hash"] != result["protocol"]["hash"]
+    assert boxed["lines"][-1] == result["lines"][-1], "tasks the profile does not name stay"
+    assert any("not applied" in notice and "num_fewshot" in notice for notice in boxed["notices"])
+    assert store.held_spec(out).extractor.endswith("mine.toml")
+    last, _ = rescore(out, write(tmp_path, mine + LAST, "last.toml"), tmp_path / "last")
+    assert last["lines"][0]["score"] == 1.0, "a folder that was read again can be read again"
+
+
+def test_only_the_answers_to_these_questions_are_read(answered, tmp_path):
+    folder, _ = answered
+    with pytest.raises(ConfigError, match="has no extractor of its own for mini_gsm8k_1, mini_mmlu_1"):
+        rescore(folder, "minimal", tmp_path / "none")
+    with pytest.raises(ConfigError, match="no finished run here"):
+        rescore(tmp_path, "minimal")
+    for number, change in enumerate(({"prompt": "What else?"}, {"key": "mini_gsm8k_1/99"})):
+        other = tmp_path / f"other{number}"
+        other.mkdir()
+        for name in (store.SPEC, store.ENVIRONMENT, store.RESULT):
+            (other / name).write_bytes((folder / name).read_bytes())
+        first, *rest = store.read_samples(folder)
+        (other / store.SAMPLES).write_bytes(b"".join(map(store.encode, [{**first, **change}, *rest])))
+        with pytest.raises(ConfigError, match=r"is not the one that was answered|holds no answer to"):
+            rescore(other, "lm-eval", tmp_path / f"out{number}")
+        assert not (tmp_path / f"out{number}").exists()
