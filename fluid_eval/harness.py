@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fluid_model.errors import ConfigError
@@ -30,7 +31,7 @@ DEFAULT_NEW_TOKENS = 256
 
 def check_names(names: tuple[str, ...]) -> None:
     """Raise ConfigError, naming the known tasks, if one is not among them."""
-    manager = _manager(None)
+    manager = _catalogue()
     parts = ("mmlu_", "mini_")  # their groups say enough
     main = sorted(set(manager.all_groups) | {n for n in manager.all_subtasks if not n.startswith(parts)})
     for name in names:
@@ -41,18 +42,18 @@ def check_names(names: tuple[str, ...]) -> None:
 
 def known_tasks() -> set[str]:
     """Names of all tasks and groups."""
-    manager = _manager(None)
+    manager = _catalogue()
     return {*manager.all_groups, *manager.all_subtasks}
 
 
 def inside(name: str) -> set[str]:
     """Names of all that a group holds, groups in it and theirs too; none for a task."""
-    return _inside(_manager(None), name)
+    return _inside(_catalogue(), name)
 
 
 def outermost(names: Iterable[str]) -> tuple[str, ...]:
     """Names, each once, without those that a group among them holds."""
-    names, manager = dict.fromkeys(names), _manager(None)
+    names, manager = dict.fromkeys(names), _catalogue()
     held = {member for name in names for member in _inside(manager, name)}
     return tuple(name for name in names if name not in held)
 
@@ -67,7 +68,7 @@ def _inside(manager: Any, name: str) -> set[str]:
 
 def unsafe_names(names: tuple[str, ...]) -> list[str]:
     """Tasks and groups that run model-written code."""
-    manager = _manager(None)
+    manager = _catalogue()
 
     def unsafe(name: str) -> bool:
         return bool((manager.task_index[name].cfg or {}).get("unsafe_code"))
@@ -238,6 +239,12 @@ def boxed_results(doc: Mapping[str, Any], results: list[str]) -> dict[str, int]:
 def versions(tasks: Tasks) -> dict[str, Any]:
     """lm-eval's version of each leaf task."""
     return {name: task.VERSION for name, task in tasks["tasks"].items()}
+
+
+@cache
+def _catalogue() -> Any:
+    """What tasks there are, read once; tasks are built by managers of their own."""
+    return _manager(None)
 
 
 def _manager(data_dir: str | None) -> Any:
