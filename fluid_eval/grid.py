@@ -163,7 +163,7 @@ def _check_same_questions(points: Sequence[PlannedPoint] | Any) -> None:
     seen: dict[str, Any] = {}
     for point in points:
         identity = point.spec.identity()
-        asked = {name: identity.get(name) for name in ("tasks", "limit", "num_fewshot", "profile", "seed")}
+        asked = {name: identity.get(name) for name in ("tasks", "limit", "num_fewshot", "profile", "extractor", "seed")}
         for name, value in asked.items():
             if seen.setdefault(name, value) != value:
                 raise ConfigError(

@@ -150,7 +150,8 @@ def measure(values: Nested, claims: Sequence[Claim], out: Path) -> list[Row]:
         result = run(spec, folder, resume=True)
     except (ConfigError, RunError) as error:
         return [Row(claim, f"{NOT_RUN}: {error}") for claim in claims]
-    told = f"{result['protocol']['name']} {result['protocol']['hash']}"
+    used = result.get("protocol")  # none in folders from before there were any
+    told = f"{used['name']} {used['hash']}" if used else None
     rows = []
     for claim in claims:
         try:
