@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fluid_model.errors import ConfigError
-from fluid_model.fields import Nested, build, read_toml
+from fluid_model.fields import build
+from fluid_model.files import Nested, read_toml
 from fluid_model.settings import check_range
 
 from .paths import resource

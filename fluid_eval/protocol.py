@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from fluid_model.errors import ConfigError
-from fluid_model.fields import Nested, at_least, build, read_toml
+from fluid_model.fields import at_least, build
+from fluid_model.files import Nested, read_toml
 
 from .paths import resource
 from .spec import DEFAULT_PROFILE, ChatSpec, RunSpec

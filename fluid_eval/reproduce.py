@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from fluid_model.errors import ConfigError, RunError
-from fluid_model.fields import Nested
+from fluid_model.files import Nested
 from fluid_model.settings import DECODERS
 
 from . import data, harness

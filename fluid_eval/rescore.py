@@ -16,12 +16,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from fluid_model.errors import ConfigError
-from fluid_model.fields import Nested
+from fluid_model.files import Nested, read_json
 
 from . import harness, protocol
 from .run import result_of
 from .spec import RunSpec
-from .store import ENVIRONMENT, RESULT, Record, Run, held_spec, read_json, read_samples
+from .store import ENVIRONMENT, RESULT, Record, Run, held_spec, read_samples
 
 
 class StoredLM(LM):

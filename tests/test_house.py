@@ -29,7 +29,7 @@ DOORS = {
     },
     "huggingface_hub": {"fluid_model.hub"},
     "peft": {"fluid_model.checkpoint", "fluid_model.train.run"},
-    "lm_eval": {"fluid_eval.adapter", "fluid_eval.harness"},
+    "lm_eval": {"fluid_eval.adapter", "fluid_eval.harness", "fluid_eval.rescore"},
     "ray": {"fluid_eval.pool"},
     "matplotlib": {"fluid_eval.plots", "fluid_eval.frontier"},
     "pandas": {"fluid_eval.store", "fluid_eval.frontier"},

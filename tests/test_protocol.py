@@ -114,6 +114,26 @@ def test_one_hash_means_asked_and_read_alike(rows, tmp_path):
     assert fewer["hash"] not in hashes
 
 
+def test_whatever_decides_what_is_asked_is_in_the_template(rows):
+    spec = build_spec({**BASE, "data_dir": str(rows)})
+    task = harness.load_tasks(spec)["tasks"]["gsm8k"]
+
+    def template():
+        told = protocol.describe(spec, {"gsm8k": task}, {"gsm8k": ["gsm8k"]}, None)
+        return told["tasks"]["gsm8k"]["template"]
+
+    found = {template()}
+    for name in (
+        "description", "doc_to_text", "doc_to_choice", "doc_to_target", "gen_prefix", "fewshot_split",
+        "fewshot_delimiter", "target_delimiter", "process_docs",
+    ):  # fmt: skip
+        before = task.get_config(name)
+        task.set_config(key=name, value="other")
+        found.add(template())
+        task.set_config(key=name, value=before)
+    assert len(found) == 10
+
+
 def test_the_longest_name_that_covers_a_task_counts():
     told = {name: protocol.TaskProtocol(name) for name in ("mmlu", "mmlu_anatomy")}
     profile = protocol.Profile("x", "", told)
