@@ -115,6 +115,11 @@ class Claim:
         return self.profile or self.convention or UNSTATED
 
     @property
+    def rounding(self) -> float:
+        """Half a unit of the last digit published: what a rounded value may be off by."""
+        return 0.5 * 10.0 ** -len(repr(self.value).partition(".")[2])
+
+    @property
     def cell(self) -> str:
         """For messages: system, task, value."""
         until = "" if self.to is None else f" to {self.to:g}"

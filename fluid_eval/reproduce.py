@@ -164,15 +164,15 @@ def measure(values: Nested, claims: Sequence[Claim], out: Path) -> list[Row]:
 
 
 def judge(claim: Claim, found: Interval, profile: str) -> str:
-    """Whether the published value lies inside the measured 95% interval (a published range: reaches into it).
+    """Whether the published value, rounded as it is, lies in the measured 95% interval (a range: reaches into it).
 
     Only where it was measured by the convention it states; one that states none is judged all the same.
     """
     if claim.profile != profile and (claim.profile or claim.convention):
         return OTHER
     scale = 100 if claim.unit == "%" else 1
-    high = claim.value if claim.to is None else claim.to
-    return REPRODUCED if scale * found.low <= high and claim.value <= scale * found.high else NOT_REPRODUCED
+    low, high = claim.value - claim.rounding, (claim.value if claim.to is None else claim.to) + claim.rounding
+    return REPRODUCED if scale * found.low <= high and low <= scale * found.high else NOT_REPRODUCED
 
 
 def _score(claim: Claim, result: Nested) -> Interval:

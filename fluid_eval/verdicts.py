@@ -18,6 +18,7 @@ TITLES = {
     "speed": "Speeds and strides",
     "own": "Authors on their own systems",
 }
+SHORT = {"%": "", "tok/forward": " tok/fwd"}
 LEGEND = (
     "reproduced: the published value lies in the measured 95% interval; different convention: measured under another "
     "protocol than the one stated, so neither reproduced nor not; scores in %"
@@ -26,8 +27,8 @@ LEGEND = (
 
 def published(row: Row) -> str:
     """As published: a number, or a range, with its unit where it is no score."""
-    until = "" if row["published_to"] is None else f"–{row['published_to']:g}"
-    return f"{row['published']:g}{until}{'' if row['unit'] == '%' else ' ' + row['unit']}"
+    until = "" if row["published_to"] is None else f"–{row['published_to']}"
+    return f"{row['published']}{until}{SHORT.get(row['unit'], ' ' + row['unit'])}"
 
 
 def measured(row: Row) -> str:
@@ -41,10 +42,12 @@ def measured(row: Row) -> str:
 
 
 def convention(row: Row) -> str:
-    """The stated convention and, where it was measured by another, that one."""
+    """The stated convention and, where it was measured by another, that one; with the run's own settings, if any."""
     told = row["convention"]
     name = (told["measured"] or "").rpartition(" ")[0]
-    return told["published"] if name in ("", told["published"]) else f"{told['published']} → {name}"
+    if row["profile"] and name.split("+")[0] == row["profile"]:
+        return name
+    return f"{told['published']} → {name}" if name else str(told["published"])
 
 
 def in_tables(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
@@ -64,8 +67,8 @@ def print_verdicts(found: Mapping[str, Any]) -> None:
     """The tables in 80 columns, then what the linter found."""
     console = Console(width=None if Console().is_terminal else 80, highlight=False, markup=False)
     for title, rows in in_tables(found["rows"]):
-        console.print(title)
-        console.print(_table(rows))
+        console.print(f"{title}\n")
+        _print_table(console, rows)
         console.print()
     console.print(f"{summary(found['rows'])}\n\n{LEGEND}")
     console.print("convention: a profile of docs/protocols.md; other: in the claim's own words (claims.md has them)")
@@ -76,25 +79,27 @@ def print_verdicts(found: Mapping[str, Any]) -> None:
             console.print(f"- {clash['kind']}: {clash['cells'][0]}: {clash['reason']}")
 
 
-def _table(rows: Sequence[Row]) -> Table:
-    """Without columns for what was measured where nothing was."""
+def _print_table(console: Console, rows: Sequence[Row]) -> None:
+    """Each system's name above its cells; without columns for what was measured where nothing was."""
     ran = any(row["measured"] for row in rows)
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("system", overflow="fold", max_width=14 if ran else 20)
-    table.add_column("task", overflow="fold", max_width=14)
-    for name in ("published", "measured", "n") if ran else ("published",):
-        table.add_column(
-            name, justify="right", no_wrap=name == "measured", max_width=11 if name == "published" else None
-        )
-    table.add_column("convention", overflow="fold", max_width=11)
+    console.print(_columns(ran, header=True))
+    for system in dict.fromkeys(row["system"] for row in rows):
+        console.print(system)
+        table = _columns(ran, header=False)
+        for row in (row for row in rows if row["system"] == system):
+            results = (measured(row), str(row["measured"]["n"]) if row["measured"] else "–") if ran else ()
+            told = convention(row) if row["profile"] else "other" if row["convention"]["published"] != UNSTATED else "–"
+            table.add_row(f"  {row['task']}", published(row), *results, told, row["verdict"])
+        console.print(table)
+
+
+def _columns(ran: bool, *, header: bool) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=header)
+    table.add_column("", width=16, overflow="fold")
+    for name, width in (("published", 12), ("measured", 19), ("n", 5)) if ran else (("published", 15),):
+        table.add_column(name, justify="right", no_wrap=True, width=width)
+    table.add_column("convention", overflow="fold", width=11)
     table.add_column("verdict", overflow="fold")
-    before = None
-    for row in rows:
-        system = row["system"] if row["system"] != before else ""
-        results = (measured(row), str(row["measured"]["n"]) if row["measured"] else "–") if ran else ()
-        told = convention(row) if row["profile"] else "other" if row["convention"]["published"] != UNSTATED else "–"
-        table.add_row(system, row["task"], published(row), *results, told, row["verdict"])
-        before = row["system"]
     return table
 
 

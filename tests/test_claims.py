@@ -128,6 +128,10 @@ def test_only_what_was_measured_as_stated_is_judged():
     assert judge(claim(), found, "lm-eval") == "reproduced", "no convention stated"
     for other in (claim(profile="fluid-paper"), claim(convention="0-shot"), claim(value=99.0, convention="0-shot")):
         assert judge(other, found, "lm-eval") == "different convention"
+    exact = Interval(0.9731, 0.9727, 0.9735, 630)
+    speed = claim(unit="tok/forward", metric="tokens_per_forward")
+    rounded = [judge(replace(speed, value=value), exact, "") for value in (0.97, 0.973, 0.97001, 0.98)]
+    assert rounded == ["reproduced", "reproduced", "not reproduced", "not reproduced"], "0.97 may be 0.9731, 0.98 not"
     ratio = Interval(5.0, 4.8, 5.2, 9)
     ends = [(4.0, 4.7), (4.0, 4.9), (4.9, 5.0), (5.1, 6.0), (5.3, 6.0)]
     verdicts = [
