@@ -90,6 +90,7 @@ def rescore(folder: Path, profile: str, out: Path | None = None, *, data_dir: st
     result = {
         **result_of(spec, tasks, records, before.get("chat")),
         "started": started,
+        "remote_code": before.get("remote_code", []),
         "notices": [*before["notices"], *_notices(folder, held, reader, reads)],
     }
     opened.begin({**read_json(folder / ENVIRONMENT), "rescored": {"from": str(folder), "started": started}})
