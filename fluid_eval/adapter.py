@@ -60,9 +60,7 @@ class FluidLM(TemplateLM):
         self._chat = chat
         self._asked: dict[str, str | list[tuple[str, str]]] = {}
         self._end_of_thinking = chat.end_of_thinking if chat and chat.settings.thinking else None
-        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        self._bos = tokenizer.decode(self.prefix_token_id) if any(end is not None for end in ends) else ""
-        self._eos = None if ends[1] is None else tokenizer.decode(ends[1])
+        self._eos = None if tokenizer.eos_token_id is None else tokenizer.decode(tokenizer.eos_token_id)
 
     @property
     def eot_token_id(self) -> int:
@@ -148,7 +146,7 @@ class FluidLM(TemplateLM):
         seed = self._run.spec.seed
         self._asked |= {key: [i.args for i in group] for key, group in missing.items()}
         return questions, [
-            ScoreRequest(key, tuple(pairs[i.args] for i in group), _row_seed(seed, key))
+            ScoreRequest(key, tuple(pairs[i.args] for i in group), row_seed(seed, key))
             for key, group in missing.items()
         ]
 
@@ -192,7 +190,7 @@ class FluidLM(TemplateLM):
             prompt=fed,
             max_new_tokens=settings["max_gen_toks"],
             stops=tuple(stops),
-            seed=_row_seed(self._run.spec.seed, key),
+            seed=row_seed(self._run.spec.seed, key),
             truncated=max(0, len(prompt) - len(fed)),
             end_of_thinking=self._end_of_thinking,
         )
@@ -228,27 +226,10 @@ class FluidLM(TemplateLM):
             yield answer
 
     def _encode_all(self, texts: Iterable[str]) -> dict[str, Ids]:
-        """Token ids of distinct texts. The tokenizer adds its special tokens unless the text has its own BOS or is a
-        conversation: there the template decides, as in transformers.
-
-        Raises ConfigError if a text starts with two BOS.
-        """
+        """Token ids of distinct texts."""
         texts = dict.fromkeys(texts)
         distinct = [text for text in texts if text not in self._encoded]
-        encoded: dict[str, Ids] = {}
-        for has_bos in (False, True):
-            group = [t for t in distinct if bool(self._bos) and has_bos_prefix(t, self._bos) == has_bos]
-            group = group if self._bos else [] if has_bos else distinct
-            for start in range(0, len(group), ENCODE_AT_ONCE):
-                part = group[start : start + ENCODE_AT_ONCE]
-                clean = [encodable(text) for text in part]
-                ids = self.tokenizer(clean, add_special_tokens=not has_bos and self._chat is None)["input_ids"]
-                encoded.update(zip(part, map(tuple, ids), strict=True))
-        begin = self.tokenizer.bos_token_id
-        if begin is not None and any(ids[:2] == (begin, begin) for ids in encoded.values()):
-            where = "the model's chat template" if self._chat else "the task's text"
-            raise ConfigError(f"a prompt starts with {self._bos} twice, as written by {where}; take one out there")
-        self._encoded |= encoded
+        self._encoded |= encode_prompts(self.tokenizer, distinct, chat=self._chat is not None)
         return {text: self._encoded[text] for text in texts}
 
     def _encode_pairs(self, texts: list[tuple[str, str]]) -> dict[tuple[str, str], tuple[Ids, Ids]]:
@@ -275,7 +256,30 @@ def prompt_hash(prompt: str) -> str:
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def _row_seed(seed: int, key: str) -> int:
+def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], *, chat: bool) -> dict[str, Ids]:
+    """Token ids of distinct prompts. The tokenizer adds its special tokens unless the text has its own BOS or is a
+    conversation: there the template decides, as in transformers.
+
+    Raises ConfigError if a text starts with two BOS.
+    """
+    begin, encoded = tokenizer.bos_token_id, dict[str, Ids]()
+    first = begin if begin is not None else tokenizer.eos_token_id
+    bos = "" if first is None else tokenizer.decode(first)
+    for has_bos in (False, True):
+        group = [t for t in texts if bool(bos) and has_bos_prefix(t, bos) == has_bos]
+        group = group if bos else [] if has_bos else list(texts)
+        for start in range(0, len(group), ENCODE_AT_ONCE):
+            part = group[start : start + ENCODE_AT_ONCE]
+            clean = [encodable(text) for text in part]
+            ids = tokenizer(clean, add_special_tokens=not has_bos and not chat)["input_ids"]
+            encoded.update(zip(part, map(tuple, ids), strict=True))
+    if begin is not None and any(ids[:2] == (begin, begin) for ids in encoded.values()):
+        where = "the model's chat template" if chat else "the task's text"
+        raise ConfigError(f"a prompt starts with {bos} twice, as written by {where}; take one out there")
+    return encoded
+
+
+def row_seed(seed: int, key: str) -> int:
     """A row's own seed, so that its random numbers do not depend on what runs beside it."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7])
 

@@ -163,8 +163,11 @@ class Backbone:
         return {"full_attention": full, "sliding_attention": near}
 
     def _additive(self, readable: Tensor) -> Tensor:
-        """(B, S, T) bool -> (B, 1, S, T), 0 where readable and the dtype's lowest number elsewhere."""
-        return torch.where(readable[:, None], 0.0, torch.finfo(self.dtype).min).to(self.dtype)
+        """(B, S, T) bool -> (B, 1, S, T), 0 where readable and the lowest number elsewhere (float32's, where the dtype
+        goes lower).
+        """
+        lowest = max(torch.finfo(self.dtype).min, torch.finfo(torch.float32).min)
+        return torch.where(readable[:, None], 0.0, lowest).to(self.dtype)
 
     @torch.inference_mode()
     def probe(self) -> None:

@@ -10,7 +10,7 @@ import pytest
 import fluid_eval
 import fluid_model
 from fluid_eval import store
-from fluid_eval.adapter import _row_seed
+from fluid_eval.adapter import row_seed
 from fluid_eval.report import write_report
 from fluid_eval.run import run
 from fluid_eval.spec import build_spec
@@ -68,7 +68,7 @@ def test_estimates_come_with_their_standard_errors(adapted, tmp_path):
     record = next(store.read_samples(tmp_path / "llada"))
     context = tuple(fluid_model.load_tokenizer(str(adapted / "llada"))(record["prompt"])["input_ids"])
     pairs = tuple((context, tuple(byte_tokenizer()(choice)["input_ids"])) for choice in record["choices"])
-    (score,) = Worker().run(spec.to_dict(), [ScoreRequest(record["key"], pairs, _row_seed(spec.seed, record["key"]))])
+    (score,) = Worker().run(spec.to_dict(), [ScoreRequest(record["key"], pairs, row_seed(spec.seed, record["key"]))])
     assert record["standard_errors"] == pytest.approx(score.errors)
     assert min(record["standard_errors"]) > 0
     frame = fluid_eval.load_results(tmp_path / "llada")

@@ -108,6 +108,17 @@ def test_rejected_drafts_were_fed_and_another_token_was_written(decoder):
     assert found > 10
 
 
+def test_nothing_is_thrown_out_behind_a_stop_string():
+    """Where an answer is cut, drafts behind the cut stood in nobody's place; where the model ends it, they did."""
+    plain, _ = written(FLUID)
+    text = [replace(r, stops=(plain[r.key].text[3:5], plain[r.key].text[9:11])) for r in requests()]
+    for slots in (1, 4):
+        for answer in fluid_model.engine_for(CHECKPOINT, REFERENCE, slots).generate(text):
+            assert len(answer.trace.written) == len(answer.ids)
+            assert answer.finish == "stop"
+            assert all(place < len(answer.ids) for _, place, _ in answer.trace.rejected)
+
+
 def test_what_the_threshold_dropped_is_told():
     """A threshold nothing passes drops all of the stride but its first token; one all passes drops nothing."""
     answers, _ = written(replace(FLUID, verify=False, confidence=1.0, min_horizon=4))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from . import EXIT_FAILED, EXIT_OK, EXIT_UNHEALTHY
 BUNDLED = "tiny-fluid"
 """The checkpoint a run takes if none is named."""
 BUNDLED_TASKS = "mini_gsm8k,mini_math,mini_humaneval,mini_mmlu"
+WRITTEN_TASKS, WRITTEN_LIMIT = "mini_gsm8k,mini_math", 20
+"""What a model writes to be looked into where no tasks are named, and how much of each."""
 
 _FLAGS = {
     "tasks": "tasks",
@@ -37,9 +41,9 @@ _FLAGS = {
 """Flag -> setting of the spec."""
 
 
-def add_settings(run: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """What a run is, and where; returns the group of the latter."""
-    run.add_argument("spec", nargs="?", type=Path, metavar="SPEC.toml", help="the settings below from a file")
+def add_settings(run: argparse.ArgumentParser, spec: str = "SPEC.toml") -> argparse._ArgumentGroup:
+    """What a run is, and where; returns the group of the latter.  spec: what the argument without a flag may be."""
+    run.add_argument("spec", nargs="?", type=Path, metavar=spec, help="the settings below from a file")
     what = run.add_argument_group("what to run")
     what.add_argument("--tasks", metavar="A,B", help="gsm8k, math500, humaneval, mmlu, mmlu_SUBJECT, mini")
     what.add_argument(
@@ -76,6 +80,33 @@ def exit_code(lost: Mapping[str, str], health: Sequence[Mapping[str, Any]]) -> i
     """Of a run that ended: samples given up are worse than gates over their thresholds."""
     unhealthy = any(not gate["ok"] for gate in health)
     return EXIT_FAILED if lost else EXIT_UNHEALTHY if unhealthy else EXIT_OK
+
+
+def add_looked_into(command: argparse.ArgumentParser) -> None:
+    """A stored run, or what a run is, made now."""
+    where = add_settings(command, "RUN|SPEC.toml")
+    where.add_argument("--out", type=Path, metavar="DIR", help="keep the run made now in this folder")
+    where.add_argument("--json", action="store_true", help="print what was found as JSON")
+
+
+@contextmanager
+def looked_into(options: argparse.Namespace) -> Iterator[Path]:
+    """The folder of the stored run that is named, or of a run made now, which is kept where --out says so."""
+    if options.spec is not None and options.spec.is_dir():
+        yield options.spec
+        return
+    from ..spec import build_spec
+
+    if options.spec is None and options.tasks is None:
+        options.tasks = WRITTEN_TASKS
+        options.limit = options.limit or WRITTEN_LIMIT
+    spec = build_spec(values_of(options))
+    from ..run import run
+
+    with tempfile.TemporaryDirectory() as spare:
+        folder = options.out or Path(spare) / "run"
+        run(spec, folder)
+        yield folder
 
 
 def whole(text: str) -> int | str:

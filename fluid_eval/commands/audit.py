@@ -1,0 +1,31 @@
+"""`fluid-eval audit`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from . import EXIT_FAILED, EXIT_OK
+from .settings import add_looked_into, looked_into
+
+HELP = "does a decoder write what greedy AR writes with the same weights"
+AUDIT = "audit.json"
+
+
+def add(audit: argparse.ArgumentParser) -> None:
+    add_looked_into(audit)
+
+
+def main(options: argparse.Namespace) -> int:
+    with looked_into(options) as folder:
+        from ..audit import audit_run
+        from ..show import print_audit
+        from ..store import write_json
+
+        found = audit_run(folder)
+        write_json(folder / AUDIT, found)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_audit(found)
+    return EXIT_FAILED if found["verdict"] == "algorithmic" else EXIT_OK

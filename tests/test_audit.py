@@ -1,0 +1,220 @@
+"""The audit tells rounding from fault: doubles that break one rule of a decoder each, and one that only rounds."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fluid_model
+from fluid_eval.audit import BINS, audit, distribution, in_float64, parting, rounding
+from fluid_eval.cli import main
+from fluid_eval.paths import resource
+from fluid_eval.store import encode, read_samples
+from fluid_eval.stored import Text
+from fluid_model import ArSettings, FluidSettings, Request, engine_for
+from fluid_model.backbone import Backbone
+from fluid_model.checkpoint import Checkpoint
+from fluid_model.decoders.ar import ArStrategy
+from fluid_model.decoders.fluid import FluidStrategy
+from fluid_model.engine.loop import Engine
+from fluid_model.engine.records import Generation
+
+from .test_laws import CHECKPOINT, requests
+
+FLUID = FluidSettings(slot_budget=1000, min_horizon=4)
+QUESTIONS = ("How many plates does Omar have now?", "A train leaves at 8. When does it arrive?", "What is 17 + 6?")
+LOOSE = 0.8
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def work(checkpoint) -> list[Request]:
+    ids = [tuple(checkpoint.tokenizer(f"Question: {text}\nAnswer:")["input_ids"]) for text in QUESTIONS]
+    return [Request(str(n), prompt, 32, seed=n) for n, prompt in enumerate(ids)]
+
+
+def told(checkpoint: Checkpoint, work: Sequence[Request], answers: Iterable[Generation]) -> list[Text]:
+    """Answers as a stored run holds them."""
+    asked = {request.key: request for request in work}
+    return [
+        Text(a.key, "t", asked[a.key].prompt, a.ids, a.finish == "eos", asked[a.key].seed, tuple(a.trace.written))
+        for a in answers
+    ]
+
+
+def audited(checkpoint: Checkpoint, work: Sequence[Request], decoder, write: Callable) -> dict:
+    texts = told(checkpoint, work, write(checkpoint, work))
+    return audit(texts, checkpoint, decoder, write, lambda: wider(checkpoint))
+
+
+def wider(checkpoint: Checkpoint) -> Checkpoint:
+    model = copy.deepcopy(checkpoint.model)
+    return in_float64(replace(checkpoint, backbone=Backbone(model), head=copy.deepcopy(checkpoint.head)))
+
+
+def by(strategy: Callable[[Checkpoint], object]) -> Callable:
+    """Answers of a decoder that no setting names."""
+
+    def write(checkpoint: Checkpoint, work: Sequence[Request]):
+        return Engine(checkpoint.backbone, checkpoint.tokenizer, checkpoint.end_ids, strategy(checkpoint), 4).generate(
+            work
+        )
+
+    return write
+
+
+def fluid(kind: type[FluidStrategy]) -> Callable:
+    return by(lambda c: kind(c.backbone, c.head, c.mask_id, FLUID))
+
+
+class SkipsTheLastDraft(FluidStrategy):
+    def _last(self, row, said):
+        wrong = (i for i, draft in enumerate(row.tokens[1:-1]) if draft != said.tokens[i])
+        return next(wrong, len(row.tokens) - 1)
+
+
+class KeepsARejectedDraft(FluidStrategy):
+    def _last(self, row, said):
+        return min(super()._last(row, said) + 1, len(row.tokens) - 1)
+
+
+def test_what_verifies_is_identical(checkpoint, work):
+    found = audited(checkpoint, work, FLUID, fluid(FluidStrategy))
+    assert found["verdict"] == "identical"
+    assert found["identical"] == found["n"] == len(work)
+    assert found["agreeing_tokens"] == found["tokens"] > 60
+    assert found["promises"]
+    assert not found["divergences"]
+
+
+@pytest.mark.parametrize("kind", [SkipsTheLastDraft, KeepsARejectedDraft])
+def test_a_broken_decoder_is_algorithmic(checkpoint, work, kind):
+    found = audited(checkpoint, work, FLUID, fluid(kind))
+    assert found["verdict"] == "algorithmic"
+    first = found["divergences"][0]
+    assert first["margin"] > found["tolerance"] > 0
+    assert not first["agrees_in_fp32"]
+    assert first["ours"] != first["theirs"]
+    assert first["forward"] > 1
+    assert found["agreeing_tokens"] < found["tokens"]
+
+
+def test_a_decoder_that_promises_nothing_is_measured_all_the_same(checkpoint, work):
+    loose = replace(FLUID, verify=False, confidence=0.1)
+    found = audited(checkpoint, work, loose, lambda c, w: engine_for(c, loose, 4).generate(w))
+    assert found["verdict"] == "algorithmic"
+    assert not found["promises"]
+
+
+class Nudged(Backbone):
+    """Logits of one token are a little higher."""
+
+    token, more = 0, 1e-6
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = super().logits(hidden)
+        logits[..., self.token] += self.more
+        return logits
+
+
+def tied() -> tuple[Checkpoint, int]:
+    """A random model in which another token is always exactly as likely as one it writes."""
+    checkpoint = replace(CHECKPOINT, backbone=Backbone(copy.deepcopy(CHECKPOINT.model)))
+    (answer,) = engine_for(checkpoint, ArSettings(), 1).generate(requests(1))
+    first = answer.ids[5]
+    twin = next(t for t in range(first + 1, 257) if t not in answer.ids)
+    with torch.no_grad():
+        head = checkpoint.model.get_output_embeddings().weight
+        head[twin] = head[first]
+    return replace(checkpoint, backbone=Backbone(checkpoint.model)), twin
+
+
+@pytest.mark.parametrize(("more", "verdict"), [(1e-6, "numerical near-tie"), (1e-3, "algorithmic")])
+def test_a_nudge_within_rounding_at_a_tie_is_a_near_tie(more, verdict):
+    """And one beyond rounding, where no tie was, is not."""
+    checkpoint, twin = tied()
+    if verdict == "algorithmic":  # the twin falls behind by half of what the nudge adds
+        with torch.no_grad():
+            checkpoint.model.get_output_embeddings().weight[twin] *= 1 - 2e-4
+
+    def nudged(c: Checkpoint) -> ArStrategy:
+        backbone = Nudged(c.model)
+        backbone.token, backbone.more = twin, more
+        return ArStrategy(backbone, ArSettings())
+
+    found = audited(checkpoint, requests(2), ArSettings(), by(nudged))
+    assert found["verdict"] == verdict
+    assert not any(each["agrees_in_fp32"] for each in found["divergences"])
+    if verdict == "numerical near-tie":
+        assert found["divergences"][0]["margin"] < found["tolerance"] < 1e-4
+        assert found["recheck"] == "float64"
+
+
+def test_rounding_is_measured(checkpoint, work):
+    """Nothing in float64; something in bfloat16; at least a unit in the last place."""
+    prompt, answer = work[0].prompt[:20], work[0].prompt[20:]
+    coarse = copy.deepcopy(checkpoint.model).bfloat16()
+    fine, rough = (
+        rounding(replace(checkpoint, backbone=Backbone(m)), prompt, answer) for m in (checkpoint.model, coarse)
+    )
+    assert 0 < fine < 1e-4 < 1e-2 < rough < 2
+    assert rounding(wider(checkpoint), prompt, answer) <= fine
+
+
+def test_where_texts_part():
+    text = Text("a", "t", (1,), (5, 6, 7), False, 0)
+    assert parting(text, (5, 6, 7)) is None
+    assert parting(text, (5, 6, 7, 8)) is None, "it was cut there"
+    assert parting(text, (5, 8, 7)) == 1
+    assert parting(text, (5, 6)) == 2, "AR ended"
+    ended = replace(text, ended=True)
+    assert parting(ended, (5, 6, 7)) is None
+    assert parting(ended, (5, 6, 7, 8)) == 3, "AR went on"
+    assert parting(ended, (5, 6)) == 2
+
+
+@pytest.mark.parametrize("decoder", [ArSettings(temperature=LOOSE, top_p=0.95), replace(FLUID, temperature=LOOSE)])
+def test_samples_of_the_right_distribution_pass_and_others_fail(decoder):
+    prompts = [replace(r, key=f"{r.key}-{n}", seed=n * 100 + r.seed) for n in range(12) for r in requests()]
+
+    def sampled(how):
+        return told(CHECKPOINT, prompts, engine_for(CHECKPOINT, how, 32).generate(prompts))
+
+    found = distribution(sampled(decoder), CHECKPOINT, decoder)
+    assert found["ok"]
+    assert found["n"] > 2000
+    assert found["dof"] == BINS - 1
+    hotter = distribution(sampled(replace(decoder, temperature=1.15 * LOOSE)), CHECKPOINT, decoder)
+    assert not hotter["ok"]
+    assert hotter["p"] < 1e-6
+
+
+def test_the_command_on_a_stored_run(tiny_fluid, tmp_path, capsys):
+    run = ["--model", str(tiny_fluid), "--decoder", "fluid", "--tasks", "mini_gsm8k_1", "--limit", "2"]
+    run += ["--max-new-tokens", "12", "--set", "decoder.slot_budget=100", "--out", str(tmp_path / "run")]
+    assert main(["audit", *run]) == 0
+    out = capsys.readouterr().out
+    assert "verdict: identical" in out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    records = list(read_samples(tmp_path / "run"))
+    records[1]["output_ids"][3] ^= 1
+    (tmp_path / "run" / "samples.jsonl").write_bytes(b"".join(map(encode, records)))
+    assert main(["audit", str(tmp_path / "run"), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "run" / "audit.json").read_text())
+    assert found["verdict"] == "algorithmic"
+    (only,) = found["divergences"]
+    assert only["key"] == records[1]["key"]
+    assert only["place"] == 3
+    assert only["agrees_in_fp32"], "the decoder itself is sound"
+    assert main(["audit", str(tmp_path)]) == 2
+    assert "no finished run here" in capsys.readouterr().err
