@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .claims import TABLES, UNSTATED
+from .show import screen
 
 Row = Mapping[str, Any]
 TITLES = {
@@ -65,7 +66,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 def print_verdicts(found: Mapping[str, Any]) -> None:
     """The tables in 80 columns, then what the linter found."""
-    console = Console(width=None if Console().is_terminal else 80, highlight=False, markup=False)
+    console = screen()
     for title, rows in in_tables(found["rows"]):
         console.print(f"{title}\n")
         _print_table(console, rows)

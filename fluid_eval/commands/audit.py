@@ -19,7 +19,7 @@ def add(audit: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     with looked_into(options) as folder:
         from ..audit import audit_run
-        from ..show import print_audit
+        from ..show.audits import print_audit
         from ..store import write_json
 
         found = audit_run(folder)

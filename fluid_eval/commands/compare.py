@@ -25,7 +25,7 @@ def add(compare: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     from ..compare import compare, worse
-    from ..show import print_comparison, signed
+    from ..show.pairs import print_comparison, signed
 
     comparison = compare(options.runs, across_protocols=options.across_protocols)
     found = worse(comparison, options.fail_if_worse) if options.fail_if_worse is not None else []

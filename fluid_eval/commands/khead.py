@@ -19,7 +19,7 @@ def add(khead: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     with looked_into(options) as folder:
         from ..horizon import khead_run
-        from ..show import print_khead
+        from ..show.audits import print_khead
         from ..store import write_json
 
         found = khead_run(folder)

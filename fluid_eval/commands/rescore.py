@@ -22,7 +22,7 @@ def add(rescore: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     from ..rescore import rescore
-    from ..show import print_result
+    from ..show.results import print_result
 
     data_dir = options.data_dir or os.environ.get("FLUID_DATA_DIR")
     result, folder = rescore(options.run, options.profile, options.out, data_dir=data_dir)

@@ -23,7 +23,7 @@ def main(options: argparse.Namespace) -> int:
 
     spec = build_spec(values_of(options))
     from .. import run as job
-    from ..show import print_result
+    from ..show.results import print_result
 
     folder = options.out or job.default_folder(spec)
     result = job.run(spec, folder, resume=options.resume)

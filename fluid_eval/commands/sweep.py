@@ -45,7 +45,7 @@ def main(options: argparse.Namespace) -> int:
         sweep["sample"] = options.sample
     planned = plan(values)
     from ..run import default_folder
-    from ..show import print_plan, print_sweep
+    from ..show.sweeps import print_plan, print_sweep
     from ..sweep import Sweep
 
     first = default_folder(planned.points[0].spec).name.rsplit("-", 2)[0]

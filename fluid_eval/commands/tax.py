@@ -36,7 +36,7 @@ def main(options: argparse.Namespace) -> int:
     info = describe(model["path"], model.get("method"), trust_remote_code=model.get("trust_remote_code", False))
     steps, planned = plan_tax(values, parent, info.method)
     from ..run import default_folder
-    from ..show import print_tax
+    from ..show.pairs import print_tax
     from ..sweep import POINTS, Sweep
 
     first = default_folder(planned.points[-1].spec).name.rsplit("-", 2)[0]

@@ -1,0 +1,37 @@
+"""What commands print: tables that fit 80 columns. Here what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Line = Mapping[str, Any]
+
+
+def screen() -> Console:
+    """Standard output: as wide as the terminal, 80 columns where there is none."""
+    return Console(width=None if Console().is_terminal else 80, highlight=False, markup=False)
+
+
+def bare_table() -> Table:
+    """A table without lines around its cells."""
+    return Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+
+
+def score(line: Line) -> str:
+    """Percent with its 95% interval."""
+    return f"{100 * line['score']:.1f} [{100 * line['low']:.1f}, {100 * line['high']:.1f}]"
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def metric(line: Line) -> str:
+    """Metric and filter in one name, short where the filter says nothing."""
+    names = {"strict-match": " strict", "flexible-extract": " flex", "none": "", "create_test": ""}
+    return f"{line['metric']}{names.get(line['filter'], ' ' + line['filter'])}"
