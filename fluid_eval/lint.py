@@ -43,7 +43,7 @@ def shifted_columns(ledger: Ledger) -> Iterator[Clash]:
         before = [c for c in here[: here.index(claim)] if typed and c.system == claim.system]
         for other in [*own, *before]:
             if other.task != claim.task and other.unit == claim.unit and _equal(claim, other):
-                where = "what its authors report" if other in own else "what the same row has"
+                where = "what the system's authors report" if other in own else "what the same row has"
                 yield Clash(
                     (claim.cell, other.cell),
                     "equals another column",

@@ -140,8 +140,7 @@ def chat_of(values: Nested) -> Nested:
 def changes(spec: RunSpec, names: Iterable[str]) -> dict[str, Nested]:
     """For each task that the run's profile or extractor changes, the changed fields of its lm-eval file.
 
-    `generation_kwargs` holds only what changes in it. Raises ConfigError where a profile names what is no task, or
-    writes a task as a chat and the run does not.
+    `generation_kwargs` holds only what changes in it. Raises ConfigError where a profile names what is no task.
     """
     names = list(names)
     asks = read_profile(spec.profile)

@@ -86,7 +86,8 @@ class Row:
 
 
 def reproduce(ledger: Ledger, claims: Sequence[Claim], out: Path, place: Place) -> Nested:
-    """Measure those of the claims that can be; returns what claims.json holds: their rows, and the linter's findings.
+    """Measure those of the claims that can be; returns what claims.json holds: their rows, the linter's
+    findings, and the sources.
 
     Run folders are kept below `out` and gone on with. The whole ledger is linted, whichever claims are measured.
     """
@@ -105,6 +106,7 @@ def reproduce(ledger: Ledger, claims: Sequence[Claim], out: Path, place: Place) 
     found = {
         "rows": [rows[number].to_dict() for number in range(len(claims))],
         "lint": [asdict(clash) for clash in lint(ledger)],
+        "sources": {claim.source: ledger.sources[claim.source].cite for claim in claims},
     }
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / CLAIMS, found)

@@ -128,4 +128,5 @@ def page(found: Mapping[str, Any]) -> str:
     parts.append("## Claims that clash\n\nFound in the ledger by rules (`fluid_eval/lint.py`), without measuring.\n")
     parts.append("| what | cells | why |\n|---|---|---|")
     parts += [f"| {c['kind']} | {'; '.join(c['cells'])} | {c['reason']} |" for c in found["lint"]]
+    parts += ["\n## Sources\n", *(f"- {name}: {cite}" for name, cite in found["sources"].items())]
     return "\n".join(parts) + "\n"

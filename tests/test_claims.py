@@ -178,6 +178,7 @@ def test_the_tables_tell_what_was_found(measured, capsys):
     assert page == (out / "out" / "claims.md").read_text() == verdicts.page(found)
     assert "| seven | gsm8k | exact_match,flexible-extract | 91.9 | – |  | not stated | not run: needs weights" in page
     assert "another → lm-eval" in page
+    assert "- here: measured" in page
     assert str(out) not in page, "no path of this machine"
     capsys.readouterr()
     verdicts.print_verdicts(found)

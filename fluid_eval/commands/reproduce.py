@@ -43,7 +43,7 @@ def main(options: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
     else:
         print_verdicts(found)
-        print(f"\n{options.out / 'claims.md'}, claims.json and the reports of its runs:", *pages, sep="\n")
+        print(f"\n{options.out / 'claims.md'} and claims.json", *pages, sep="\n")
     return 0
 
 
