@@ -184,7 +184,7 @@ def test_where_texts_part():
 
 @pytest.mark.parametrize("decoder", [ArSettings(temperature=LOOSE, top_p=0.95), replace(FLUID, temperature=LOOSE)])
 def test_samples_of_the_right_distribution_pass_and_others_fail(decoder):
-    prompts = [replace(r, key=f"{r.key}-{n}", seed=n * 100 + r.seed) for n in range(12) for r in requests()]
+    prompts = [replace(r, key=f"{r.key}-{n}", seed=n * 100 + r.seed) for n in range(8) for r in requests()]
 
     def sampled(how):
         return told(CHECKPOINT, prompts, engine_for(CHECKPOINT, how, 32).generate(prompts))
@@ -216,5 +216,9 @@ def test_the_command_on_a_stored_run(tiny_fluid, tmp_path, capsys):
     assert only["key"] == records[1]["key"]
     assert only["place"] == 3
     assert only["agrees_in_fp32"], "the decoder itself is sound"
+    records[1]["prompt_tokens"] += 1
+    (tmp_path / "run" / "samples.jsonl").write_bytes(b"".join(map(encode, records)))
+    assert main(["audit", str(tmp_path / "run")]) == 2
+    assert f"the prompt of {records[1]['key']} has other tokens now" in capsys.readouterr().err
     assert main(["audit", str(tmp_path)]) == 2
     assert "no finished run here" in capsys.readouterr().err

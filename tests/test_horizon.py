@@ -90,7 +90,7 @@ PLACES = st.lists(st.tuples(st.integers(1, WIDE), st.integers(1, WIDE)), min_siz
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(texts=st.lists(PLACES, min_size=1, max_size=4))
 def test_laws_of_policies(texts):
     every = rules(WIDE)

@@ -145,7 +145,7 @@ TOKENIZERS = pytest.mark.parametrize("name", ["bytes", "tiny-fluid", "stories260
 
 
 @TOKENIZERS
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(text=st.text(max_size=20), noise=st.lists(st.integers(0, 255), max_size=8), cut=st.integers(0, 40))
 def test_pieces_and_drafts_make_up_the_text(name: str, text: str, noise: list[int], cut: int):
     """Also where a text is cut inside a character, and where bytes spell none."""
