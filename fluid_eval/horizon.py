@@ -57,7 +57,7 @@ def khead_run(folder: Path) -> dict[str, Any]:
     if checkpoint.head is None or checkpoint.mask_id is None:
         raise ConfigError(f"{stored.spec.model.path} has no K-head to look at")
     if not promises(decoder) or decoder.temperature:
-        raise ConfigError(f"this text is not greedy AR's, which drafts are held against; run with verify=true")
+        raise ConfigError("this text is not greedy AR's, which drafts are held against; run with verify=true")
     price_slots(checkpoint, replace(stored.spec, decoder=FluidSettings()))
     budget = getattr(decoder, "slot_budget", None) or checkpoint.backbone.slot_budget
     manifest = checkpoint.manifest

@@ -63,6 +63,7 @@ class Backbone:
         self.window = context_window(model.config)
         self.device = model.device
         self.dtype = model.dtype
+        self._lowest = max(torch.finfo(self.dtype).min, torch.finfo(torch.float32).min)  # of a mask, made in float32
         self._head: Any = model.get_output_embeddings()
         if self._head is None:
             raise ConfigError(
@@ -163,11 +164,8 @@ class Backbone:
         return {"full_attention": full, "sliding_attention": near}
 
     def _additive(self, readable: Tensor) -> Tensor:
-        """(B, S, T) bool -> (B, 1, S, T), 0 where readable and the lowest number elsewhere (float32's, where the dtype
-        goes lower).
-        """
-        lowest = max(torch.finfo(self.dtype).min, torch.finfo(torch.float32).min)
-        return torch.where(readable[:, None], 0.0, lowest).to(self.dtype)
+        """(B, S, T) bool -> (B, 1, S, T), 0 where readable and the lowest number elsewhere."""
+        return torch.where(readable[:, None], 0.0, self._lowest).to(self.dtype)
 
     @torch.inference_mode()
     def probe(self) -> None:
