@@ -35,8 +35,8 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The test suite; words after -- go to pytest."""
-    python(session, "pytest", *session.posargs)
+    """The test suite, two files at a time; words after -- go to pytest."""
+    python(session, "pytest", "-n", "2", "--dist", "loadfile", *session.posargs)
 
 
 @nox.session
