@@ -15,10 +15,12 @@ from fluid_model.errors import ConfigError
 
 from .pareto import SPEEDS, Placed, Speed, frontier
 from .stats import Interval
+from .tables import bracketed, latex, markdown
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 
 NAMES: Mapping[Speed, str] = {
@@ -30,16 +32,16 @@ _DIGITS: Mapping[Speed, int] = {"tokens_per_second": 0, "tokens_per_forward": 2,
 _SHORT = {"decoder.confidence": "γ", "decoder.max_horizon": "K", "model.tau": "τ"}
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top in pixels."""
-_ACCENT, _INK = "#1f5fa8", "#222222"
-_STYLE = {
+ACCENT, INK = "#1f5fa8", "#222222"
+STYLE = {
     "svg.hashsalt": "frontier",
     "savefig.dpi": "figure",
     "text.parse_math": False,
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that pictures are alike everywhere
     "font.size": 9,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -47,8 +49,8 @@ _STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "grid.linewidth": 0.5,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "legend.fontsize": 8,
 }
 _NOTE: dict[str, Any] = {
@@ -57,12 +59,8 @@ _NOTE: dict[str, Any] = {
     "zorder": 5,
     "in_layout": False,  # else labels move the axes they were placed on
     "bbox": {"boxstyle": "round,pad=0.05", "fc": "white", "ec": "none", "alpha": 0.7},
-    "arrowprops": {"arrowstyle": "-", "lw": 0.5, "color": _INK, "alpha": 0.6, "shrinkA": 0, "shrinkB": 4},
+    "arrowprops": {"arrowstyle": "-", "lw": 0.5, "color": INK, "alpha": 0.6, "shrinkA": 0, "shrinkB": 4},
 }
-_ESCAPES = str.maketrans({
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-    ">": r"\textgreater{}", "|": r"\textbar{}", "–": "--", "\n": " ", **{c: "\\" + c for c in "&%$#_{}"},
-})  # fmt: skip
 
 
 def table(placed: Sequence[Placed]) -> pandas.DataFrame:
@@ -94,8 +92,8 @@ def write_tables(placed: Sequence[Placed], folder: Path) -> list[Path]:
     files = [folder / f"frontier.{kind}" for kind in ("csv", "parquet", "md", "tex")]
     rows.to_csv(files[0], index=False)
     rows.to_parquet(files[1], index=False)
-    files[2].write_text(_markdown(*_cells(placed)), encoding="utf-8")
-    files[3].write_text(_latex(*_cells(placed)), encoding="utf-8")
+    files[2].write_text(markdown(*_cells(placed)), encoding="utf-8")
+    files[3].write_text(latex(*_cells(placed)), encoding="utf-8")
     return files
 
 
@@ -112,33 +110,59 @@ def draw(
     by: the speed that `placed` was measured by.  baseline: a point's name, marked by a star and a line at its score.
     Frontier points are labelled with their settings, but for those whose label finds no room.
     """
+    found = figure(placed, by=by, baseline=baseline, title=title)
+    if found is None:
+        return False
+    from matplotlib import rc_context
+
+    with rc_context(STYLE):
+        found.savefig(folder / "frontier.png")
+        found.savefig(folder / "frontier.svg", metadata={"Date": None, "Creator": None})
+    return True
+
+
+def figure(
+    placed: Sequence[Placed],
+    *,
+    by: Speed = "tokens_per_second",
+    baseline: str | None = None,
+    title: str | None = None,
+    size: tuple[float, float] = (7.2, 4.8),
+    alike: bool = True,
+) -> Figure | None:
+    """What `draw` writes, None if no point has a speed. size: inches.
+
+    alike: the points answered the same documents, so that one may pass another. Without, each stands for itself: no
+    frontier, and all are labelled.
+    """
     shown = [p for p in placed if getattr(p, by) is not None]
     base = next((p for p in placed if p.name == baseline), None)
     if baseline is not None and base is None:
         raise ConfigError(f"baseline={baseline!r} is none of the points: {', '.join(p.name for p in placed)}")
     if not shown:
-        return False
+        return None
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(7.2, 4.8), dpi=150, layout="constrained")
-        axes = figure.subplots()
+    with rc_context(STYLE):
+        drawn = Figure(figsize=size, dpi=150, layout="constrained")
+        axes = drawn.subplots()
         axes.set_xlabel(NAMES[by])
         axes.set_ylabel("score (%)")
         if title:
             axes.set_title(title, fontsize=10)
-        best = frontier(shown, by)
-        _points(axes, shown, best, by, base)
+        best = frontier(shown, by) if alike else []
+        if alike:
+            _points(axes, shown, best, by, base)
+            drawn.legend(loc="outside lower center", ncols=5, frameon=False, handletextpad=0.4, columnspacing=1.4)
+        else:
+            _crosses(axes, shown, by, marker="o", color=ACCENT, ms=6.5, zorder=3, bars=(ACCENT, 1.1))
         _limits(axes, shown, by, base)
-        figure.legend(loc="outside lower center", ncols=5, frameon=False, handletextpad=0.4, columnspacing=1.4)
-        figure.draw_without_rendering()  # lays the axes out, so that data have places
-        texts = {p.name: short(p.settings) or p.name for p in shown if p.name in best}
+        drawn.draw_without_rendering()  # lays the axes out, so that data have places
+        texts = {p.name: short(p.settings) or p.name for p in shown if p.name in best or not alike}
         lines = _lines(axes, shown, best, by, base)
         _label(axes, shown, texts | ({base.name: base.name} if base else {}), lines, by)
-        figure.savefig(folder / "frontier.png")
-        figure.savefig(folder / "frontier.svg", metadata={"Date": None, "Creator": None})
-    return True
+    return drawn
 
 
 def short(settings: Mapping[str, Any]) -> str:
@@ -174,44 +198,18 @@ def _cells(placed: Sequence[Placed]) -> tuple[list[str], list[list[str]]]:
     heads = ["point", *keys, "n", "score (%)", *(NAMES[by] for by in speeds), "note"]
     rows = []
     for p in placed:
-        found = (_bracketed(getattr(p, by), _DIGITS[by]) for by in speeds)
+        found = (bracketed(getattr(p, by), _DIGITS[by]) for by in speeds)
         settings = ("–" if (value := p.settings.get(key)) is None else str(value) for key in keys)
         notes = [f"dominated by {p.dominated_by}"] * (p.dominated_by is not None)
         notes += [f"stopped: {p.stopped}"] * (p.stopped is not None)
-        rows.append([p.name, *settings, str(p.n), _bracketed(p.score, 1, 100), *found, "; ".join(notes)])
+        rows.append([p.name, *settings, str(p.n), bracketed(p.score, 1, 100), *found, "; ".join(notes)])
     return heads, rows
-
-
-def _bracketed(value: Interval | None, digits: int, scale: int = 1) -> str:
-    if value is None:
-        return "–"
-    mean, low, high = (f"{scale * number:,.{digits}f}" for number in (value.mean, value.low, value.high))
-    return f"{mean} [{low}, {high}]"
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(c.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for c in cells) + " |\n"
-
-    return line(heads) + line(["---"] * len(heads)) + "".join(line(row) for row in rows)
-
-
-def _latex(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A tabular that needs the booktabs package."""
-
-    def line(cells: Iterable[str]) -> str:
-        text = " & ".join(cell.translate(_ESCAPES) for cell in cells)
-        return ("{}" if text.startswith(("[", "*")) else "") + text + " \\\\\n"  # what stands before would take them
-
-    form = "l" * len(heads)
-    body = "".join(line(row) for row in rows)
-    return f"\\begin{{tabular}}{{{form}}}\n\\toprule\n{line(heads)}\\midrule\n{body}\\bottomrule\n\\end{{tabular}}\n"
 
 
 def _points(axes: Axes, shown: Sequence[Placed], best: Sequence[str], by: Speed, base: Placed | None) -> None:
     """Every point with its intervals, the frontier's steps, the baseline's line."""
     looks: dict[str, dict[str, Any]] = {
-        "frontier": {"color": _ACCENT, "ms": 6.5, "zorder": 3, "bars": (_ACCENT, 1.1)},
+        "frontier": {"color": ACCENT, "ms": 6.5, "zorder": 3, "bars": (ACCENT, 1.1)},
         "behind, not surely": {"color": "#7fa3cf", "ms": 4.5, "zorder": 2.4, "bars": ("#7fa3cf", 0.7)},
         "stopped early": {"color": "#8a8a8a", "mfc": "white", "ms": 5, "zorder": 2.2, "bars": ("#b5b5b5", 0.5)},
         "dominated": {"color": "#b5b5b5", "ms": 3.5, "zorder": 2, "bars": ("#dcdcdc", 0.5)},
@@ -225,16 +223,16 @@ def _points(axes: Axes, shown: Sequence[Placed], best: Sequence[str], by: Speed,
     if len(best) > 1:
         spots = {p.name: _spot(p, by) for p in shown}
         steps = zip(*(spots[name] for name in best), strict=True)
-        axes.step(*steps, where="pre", color=_ACCENT, lw=1, alpha=0.6, zorder=2.6)
+        axes.step(*steps, where="pre", color=ACCENT, lw=1, alpha=0.6, zorder=2.6)
     for kind, points in kinds.items():
         if points:
             _crosses(axes, points, by, marker="o", label=kind, **looks[kind])
     if base is not None:
         label = None if base in shown else f"baseline ({base.name})"
-        axes.axhline(100 * base.score.mean, color=_INK, lw=0.8, ls=(0, (4, 3)), zorder=1.8, label=label)
+        axes.axhline(100 * base.score.mean, color=INK, lw=0.8, ls=(0, (4, 3)), zorder=1.8, label=label)
     if base is not None and base in shown:
-        look = {"marker": "*", "color": _INK, "ms": 12, "mec": "white", "zorder": 4}
-        _crosses(axes, [base], by, label="baseline", bars=(_INK, 1), **look)
+        look = {"marker": "*", "color": INK, "ms": 12, "mec": "white", "zorder": 4}
+        _crosses(axes, [base], by, label="baseline", bars=(INK, 1), **look)
 
 
 def _crosses(axes: Axes, points: Sequence[Placed], by: Speed, *, bars: tuple[str, float], **look: Any) -> None:

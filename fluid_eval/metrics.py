@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .pareto import Point, Sample
 from .stats import interval
 
 Record = Mapping[str, Any]
@@ -79,6 +80,21 @@ def cost(records: Sequence[Record]) -> Cost:
 def first_scores(records: Sequence[Record]) -> dict[str, float]:
     """Each sample's score by its task's first metric, by key; none for samples that were given up."""
     return {r["key"]: float(next(iter(r["scores"].values()))) for r in records if "lost" not in r}
+
+
+def as_point(name: str, settings: Mapping[str, Any], records: Sequence[Record], stopped: str | None = None) -> Point:
+    """Samples as a frontier wants them: a document's score is that of its task's first metric."""
+    scores = first_scores(records)
+    samples = [
+        Sample(
+            task=record["task"], doc=record["doc_id"], score=scores[record["key"]],
+            tokens=len(record["output_ids"]), forwards=sum(record["trace"]["forwards"].values()),
+            seconds=record["seconds"],
+        )
+        for record in records
+        if record["key"] in scores and record["key"].count("/") == 1  # a document's first answer, where it has several
+    ]  # fmt: skip
+    return Point(name, dict(settings), samples, stopped)
 
 
 def lines(task: str, records: Sequence[Record]) -> list[Line]:

@@ -45,6 +45,8 @@ MAYBE: dict[str, type | tuple[type, ...]] = {
 }
 """Fields that some samples have."""
 SPEC, ENVIRONMENT, SAMPLES, RESULT = "spec.json", "environment.json", "samples.jsonl", "result.json"
+POINTS = "points"
+"""Folder of a sweep that holds its runs."""
 _STEP = 1 << 20
 """Bytes read at a time, from a file's end."""
 CHECKSUM = b', "crc32": "'

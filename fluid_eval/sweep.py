@@ -22,12 +22,12 @@ from fluid_model.files import Nested, read_json
 
 from . import harness, pareto
 from .grid import Plan, PlannedPoint
-from .metrics import first_scores
+from .metrics import as_point
 from .pool import Chunk, Lost, Pool, chunks_of, open_pool
 from .progress import Bar, Board
 from .run import Job, check_tasks, go_offline_unless_needed, prepare
 from .spec import RunSpec
-from .store import RESULT, Record, Run, lock, read_samples, write_json
+from .store import POINTS, RESULT, Record, Run, lock, read_samples, write_json
 
 if TYPE_CHECKING:
     from .worker import Work
@@ -40,7 +40,7 @@ PILOT_POINTS = 6
 """Points that a pilot tries, spread over the sweep."""
 OTHER_FILES = 500
 """Files that a process has open beside the points' own: libraries, Ray."""
-POINTS, SWEEP = "points", "sweep.json"
+SWEEP = "sweep.json"
 
 
 @dataclass
@@ -248,7 +248,9 @@ class Sweep:
     def _stop_dominated(self, share: float, by: pareto.Speed, board: Board) -> None:
         """End points that another one surely beats at both so far."""
         going = [each for each in self._under if each.stopped is None]
-        points = {each.name: _point(each, each.job.score(share)) for each in going}
+        points = {
+            each.name: as_point(each.name, each.planned.settings, each.job.score(share), each.stopped) for each in going
+        }
         for each in going:
             if each.name == self._baseline:
                 continue  # all others are held against it
@@ -293,7 +295,7 @@ class Sweep:
         from . import frontier
 
         lost = {f"{under.name}: {r['key']}": r["lost"] for under, records in scored for r in records if "lost" in r}
-        points = [_point(under, records) for under, records in scored]
+        points = [as_point(under.name, under.planned.settings, records, under.stopped) for under, records in scored]
         for point in points:
             if not point.samples:
                 raise RunError(f"{point.name}: every sample was given up ({next(iter(lost.values()), '')})")
@@ -363,21 +365,6 @@ def _count(point: PlannedPoint, documents: int, share: float) -> int:
     if limit is None:
         return documents
     return min(documents, math.ceil(documents * limit) if limit < 1 else int(limit))
-
-
-def _point(under: _Under, records: list[Record]) -> pareto.Point:
-    """Samples of a point as the frontier wants them: a document's score is that of its task's first metric."""
-    scores = first_scores(records)
-    samples = [
-        pareto.Sample(
-            task=record["task"], doc=record["doc_id"], score=scores[record["key"]],
-            tokens=len(record["output_ids"]), forwards=sum(record["trace"]["forwards"].values()),
-            seconds=record["seconds"],
-        )
-        for record in records
-        if record["key"] in scores and record["key"].count("/") == 1  # a document's first answer, where it has several
-    ]  # fmt: skip
-    return pareto.Point(under.name, dict(under.planned.settings), samples, under.stopped)
 
 
 def _areas(placed: list[pareto.Placed], under: list[_Under]) -> dict[str, float]:

@@ -1,0 +1,250 @@
+"""What a report states, whatever it is written in: rows of its tables and the verdicts above them."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from .. import pareto
+from ..metrics import as_point
+from ..show import number
+from ..stats import Interval
+from .stored import Nested, Stored
+
+State = Literal["good", "bad", "warn", "none"]
+SIGNS: Mapping[State, str] = {"good": "✓", "bad": "✗", "warn": "!", "none": "–"}
+"""A state's sign, so that no verdict is told by colour alone."""
+CLAIM_STATES: Mapping[str, State] = {
+    "reproduced": "good",
+    "not reproduced": "bad",
+    "different convention": "warn",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of the summary. about: what was asked.  word: the answer.  text: what it rests on.  tab: where more is."""
+
+    state: State
+    about: str
+    word: str
+    text: str
+    tab: str
+    run: str = ""
+
+    @property
+    def sign(self) -> str:
+        return SIGNS[self.state]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Runs with what follows from them. comparison: as `compare` gives it, None of one run.  claims: of reproduce."""
+
+    runs: Sequence[Stored]
+    comparison: Nested | None
+    claims: Nested | None
+
+    @cached_property
+    def verdicts(self) -> list[Verdict]:
+        """Claims first, then each run's, then what the comparison says."""
+        found = [*_of_claims(self.claims, self.runs)] if self.claims else []
+        found += [verdict for run in self.runs for verdict in _of_run(run)]
+        return found + (_of_comparison(self.comparison, self.marks) if self.comparison else [])
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """Tasks of any run, in the order in which they first stand in a result."""
+        return list(dict.fromkeys(line["task"] for run in self.runs for line in run.result["lines"]))
+
+    def lines_of(self, task: str) -> list[tuple[Stored, Nested, bool, int]]:
+        """A task's lines: the run, its line, whether it is the run's first of this task, and how many it has."""
+        found = []
+        for run in self.runs:
+            lines = [line for line in run.result["lines"] if line["task"] == task]
+            found += [(run, line, place == 0, len(lines)) for place, line in enumerate(lines)]
+        return found
+
+    @property
+    def strides(self) -> None:
+        return None
+
+    @cached_property
+    def marks(self) -> dict[str, str]:
+        """Folder, as the comparison names it -> the run's letter."""
+        return {str(run.folder): run.mark for run in self.runs}
+
+    @cached_property
+    def placed(self) -> list[pareto.Placed]:
+        """Runs by score and speed over the documents all of them answered; of one run, its tasks."""
+        if len(self.runs) == 1:
+            return _tasks_placed(self.runs[0])
+        return pareto.measure([as_point(run.name, {}, run.records) for run in self.runs])
+
+
+def claim_state(verdict: str) -> State:
+    """Of a row of the claims."""
+    return CLAIM_STATES.get(verdict, "none")
+
+
+def measured(row: Nested) -> str:
+    """What a row of the claims measured, in its unit."""
+    found, scale = row["measured"], 100 if row["unit"] == "%" else 1
+    mean, low, high = (f"{scale * found[name]:,.1f}" for name in ("score", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def gather(runs: Sequence[Stored], claims: Nested | None) -> Facts:
+    """Compare runs, the first being the base of all others."""
+    return Facts(runs, None, claims)
+
+
+def environment(run: Stored) -> dict[str, Any]:
+    """Rows of a run's environment table."""
+    values = run.environment
+    git, engine = values.get("git", {}), values.get("engine", {})
+    state = {True: "with uncommitted changes", False: "clean", None: "state unknown"}[git.get("dirty")]
+    memory = values.get("memory_bytes")
+    rows = {
+        "folder": run.folder.name,
+        "spec": run.spec["id"],
+        "started": run.result["started"].replace("T", " ").replace("+00:00", " UTC"),
+        "took": duration(run.result["wall_seconds"]),
+        "command": shlex.join(values.get("command", [])),
+        "commit": f"{git['commit']}, {state}" if git.get("commit") else None,
+        "device": engine.get("device"),
+        "dtype": engine.get("dtype"),
+        "workers": engine.get("workers"),
+        "threads per worker": engine.get("threads"),
+        "parameters": number(engine.get("parameters")),
+        "code isolation": values.get("isolation"),
+        "python": values.get("python"),
+        "platform": values.get("platform"),
+        "processor": values.get("processor"),
+        "CPUs": values.get("cpus"),
+        "memory": memory and f"{memory / 2**30:.1f} GiB",
+    }
+    for data in values.get("data", []):
+        rows[f"data {data['dataset']} {data['split']}"] = f"{data['rows']:,} rows, sha256 {data['sha256'][:16]}…"
+    return rows
+
+
+def protocol(run: Stored) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of a run's protocol, one row a task; no rows where none was recorded."""
+    tasks: Mapping[str, Nested] = (run.result.get("protocol") or {}).get("tasks", {})
+    keys = list(dict.fromkeys(key for settings in tasks.values() for key in settings))
+    return ["task", *keys], [[task, *(value(settings.get(key)) for key in keys)] for task, settings in tasks.items()]
+
+
+def value(found: Any) -> str:
+    """A setting as a reader expects it."""
+    if found is None or found == "":
+        return "–"
+    if isinstance(found, bool):
+        return "yes" if found else "no"
+    if isinstance(found, Mapping):
+        return "; ".join(f"{name}: {value(one)}" for name, one in found.items()) or "–"
+    if isinstance(found, list):
+        return ", ".join(map(repr if any(str(one) != str(one).strip() for one in found) else str, found)) or "–"
+    return f"{found:g}" if isinstance(found, float) else str(found)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as many as say something."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _tasks_placed(run: Stored) -> list[pareto.Placed]:
+    """Each task as a point, its score with the interval that the table gives."""
+    lines = {line["task"]: line for line in reversed(run.result["lines"])}
+    points = []
+    for task in reversed(lines):
+        records = [record for record in run.records if run.owners[record["task"]] == task]
+        points.append(as_point(task, {}, records))
+    return [
+        replace(
+            place,
+            score=Interval(lines[place.name]["score"], lines[place.name]["low"], lines[place.name]["high"], place.n),
+        )
+        for place in pareto.measure([point for point in points if point.samples])
+    ]
+
+
+def _of_run(run: Stored) -> list[Verdict]:
+    found = []
+    gates = run.result.get("health")
+    failed = [gate for gate in gates or [] if not gate["ok"]]
+    if gates is None:
+        found.append(Verdict("none", "Health", "not recorded", "this run is older than the gates", "health", run.mark))
+    elif failed:
+        text = "; ".join(f"{g['gate']} in {g['task']}: {g['count']:,} of {g['n']:,}" for g in failed)
+        found.append(Verdict("bad", "Health", "failed", text, "health", run.mark))
+    else:
+        told = f"all {len(gates)} gates within their thresholds"
+        found.append(Verdict("good", "Health", "passed", told, "health", run.mark))
+    if run.audit:
+        found.append(_of_audit(run.audit, run.mark))
+    elif run.result["decoder"].get("verify"):
+        told = f"fluid-eval audit {run.folder} compares it with greedy AR of the same weights"
+        found.append(Verdict("none", "Lossless", "not audited", told, "setup", run.mark))
+    for message in run.result["data"]:
+        if message.startswith("WARNING"):
+            found.append(Verdict("warn", "Data", "not canonical", message, "setup", run.mark))
+    for message in run.result["notices"]:
+        found.append(Verdict("warn", "Notice", "note", message, "setup", run.mark))
+    if lost := run.result.get("lost"):
+        text = "; ".join(f"{key} ({reason})" for key, reason in list(lost.items())[:5])
+        found.append(Verdict("bad", "Lost samples", f"{len(lost)} given up", text, "tasks", run.mark))
+    if limit := run.spec.get("limit"):
+        told = f"limit = {limit}: the first documents of each task, not the whole benchmark"
+        found.append(Verdict("warn", "Coverage", "a part", told, "setup", run.mark))
+    return found
+
+
+def _of_audit(audit: Nested, mark: str) -> Verdict:
+    states: dict[str, State] = {"identical": "good", "numerical near-tie": "warn"}
+    text = f"{audit['identical']:,} of {audit['n']:,} answers equal greedy AR's"
+    if audit.get("divergences"):
+        text += f"; {len(audit['divergences'])} diverge"
+    return Verdict(states.get(audit["verdict"], "bad"), "Lossless", audit["verdict"], text, "setup", mark)
+
+
+def _of_claims(claims: Nested, runs: Sequence[Stored]) -> list[Verdict]:
+    """One verdict: of the rows that these runs measured, of all if they measured none."""
+    ours = {run.folder.resolve() for run in runs}
+    rows = [row for row in claims["rows"] if row.get("run") and Path(row["run"]).resolve() in ours] or claims["rows"]
+    counts = Counter(row["verdict"].partition(":")[0] for row in rows)
+    text = ", ".join(f"{count} {word}" for word, count in counts.most_common())
+    if claims.get("lint"):
+        text += f"; {len(claims['lint'])} published cells clash"
+    worst: State = "bad" if counts["not reproduced"] else "good" if counts["reproduced"] else "none"
+    word = {"bad": "not all hold", "good": "reproduced", "none": "none measured"}[worst]
+    return [Verdict(worst, "Claims", word, text, "claims")]
+
+
+def _of_comparison(comparison: Nested, marks: Mapping[str, str]) -> list[Verdict]:
+    """One verdict a pair: whether the other is surely better or worse over all tasks, and how much faster."""
+    found = []
+    for pair in comparison["pairs"]:
+        difference, mde = pair["all"]["difference"], pair["all"].get("mde")
+        low, high = difference["low"], difference["high"]
+        state: State = "good" if low > 0 else "bad" if high < 0 else "none"
+        word = {"good": "better", "bad": "worse", "none": "no difference shown"}[state]
+        text = f"{100 * difference['mean']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+        if mde is not None:
+            text += f", {100 * mde:.1f} would have been seen"
+        speed = (pair.get("speed") or {}).get("tokens_per_second")
+        if speed:
+            text += f"; tokens/s × {speed['ratio']:.2f} [{speed['low']:.2f}, {speed['high']:.2f}]"
+        mark = f"{marks.get(pair['other'], pair['other'])} vs {marks.get(pair['base'], pair['base'])}"
+        found.append(Verdict(state, "Score", word, text, "compare", mark))
+    return found

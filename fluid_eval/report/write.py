@@ -1,0 +1,53 @@
+"""Runs read, compared and judged once; written as a page, as Markdown, as LaTeX."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from fluid_model.errors import ConfigError
+
+from ..store import read_json
+from .facts import Facts, gather
+from .page import render
+from .papers import latex_table, markdown_appendix
+from .stored import read_runs
+
+
+def write_report(
+    folders: Sequence[Path],
+    output: Path | None,
+    *,
+    claims: Path | None = None,
+    markdown: Path | None = None,
+    latex: Path | None = None,
+) -> None:
+    """Write the page of finished runs, their Markdown appendix and their LaTeX table, each all or nothing if named.
+
+    folders: of runs, or of sweeps, which stand for their points; the first run is what the others are compared to.
+    claims: what `fluid-eval reproduce` wrote.
+    Raises ConfigError if a folder holds no run or an unfinished one, or a file cannot be written.
+    """
+    facts = gather(read_runs(folders), read_json(claims) if claims else None)
+    for file, make in ((output, render), (markdown, markdown_appendix), (latex, latex_table)):
+        if file is not None:
+            _write(file, make(facts))
+
+
+def _write(output: Path, text: str) -> None:
+    if output.is_dir():
+        raise ConfigError(f"{output}: is a folder; pass a file's name")
+    draft = output.with_name(f".{output.name}.tmp")
+    try:
+        # lone surrogates, which a model can write, exist in no encoding
+        draft.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
+        os.replace(draft, output)
+    except OSError as error:
+        with suppress(OSError):  # there may be none
+            draft.unlink()
+        raise ConfigError(f"{output}: cannot be written ({error.strerror}); name another file") from error
+
+
+__all__ = ["Facts", "write_report"]

@@ -1,0 +1,41 @@
+"""Tables for papers: Markdown and LaTeX from heads and rows of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from .stats import Interval
+
+_ESCAPES = str.maketrans({
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", "–": "--", "\n": " ", **{c: "\\" + c for c in "&%$#_{}"},
+})  # fmt: skip
+
+
+def bracketed(value: Interval | None, digits: int, scale: int = 1) -> str:
+    """A mean with its interval, such as "78.2 [76.1, 80.3]", a dash for None."""
+    if value is None:
+        return "–"
+    mean, low, high = (f"{scale * number:,.{digits}f}" for number in (value.mean, value.low, value.high))
+    return f"{mean} [{low}, {high}]"
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A pipe table."""
+
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(c.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for c in cells) + " |\n"
+
+    return line(heads) + line(["---"] * len(heads)) + "".join(line(row) for row in rows)
+
+
+def latex(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A tabular that needs the booktabs package."""
+
+    def line(cells: Iterable[str]) -> str:
+        text = " & ".join(cell.translate(_ESCAPES) for cell in cells)
+        return ("{}" if text.startswith(("[", "*")) else "") + text + " \\\\\n"  # what stands before would take them
+
+    form = "l" * len(heads)
+    body = "".join(line(row) for row in rows)
+    return f"\\begin{{tabular}}{{{form}}}\n\\toprule\n{line(heads)}\\midrule\n{body}\\bottomrule\n\\end{{tabular}}\n"
