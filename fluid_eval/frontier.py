@@ -32,6 +32,8 @@ _DIGITS: Mapping[Speed, int] = {"tokens_per_second": 0, "tokens_per_forward": 2,
 _SHORT = {"decoder.confidence": "γ", "decoder.max_horizon": "K", "model.tau": "τ"}
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top in pixels."""
+FEW = 8
+"""Points up to which all are labelled, not those of the frontier alone."""
 ACCENT, INK = "#1f5fa8", "#222222"
 STYLE = {
     "svg.hashsalt": "frontier",
@@ -159,7 +161,7 @@ def figure(
             _crosses(axes, shown, by, marker="o", color=ACCENT, ms=6.5, zorder=3, bars=(ACCENT, 1.1))
         _limits(axes, shown, by, base)
         drawn.draw_without_rendering()  # lays the axes out, so that data have places
-        texts = {p.name: short(p.settings) or p.name for p in shown if p.name in best or not alike}
+        texts = {p.name: short(p.settings) or p.name for p in shown if p.name in best or len(shown) <= FEW}
         lines = _lines(axes, shown, best, by, base)
         _label(axes, shown, texts | ({base.name: base.name} if base else {}), lines, by)
     return drawn

@@ -8,7 +8,8 @@ from .stats import Interval
 
 _ESCAPES = str.maketrans({
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-    ">": r"\textgreater{}", "|": r"\textbar{}", "–": "--", "\n": " ", **{c: "\\" + c for c in "&%$#_{}"},
+    ">": r"\textgreater{}", "|": r"\textbar{}", "–": "--", "−": "$-$", "·": r"\textperiodcentered{}",
+    "γ": r"$\gamma$", "τ": r"$\tau$", "\n": " ", **{c: "\\" + c for c in "&%$#_{}"},
 })  # fmt: skip
 
 
@@ -24,9 +25,14 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A pipe table."""
 
     def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(c.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for c in cells) + " |\n"
+        return "| " + " | ".join(plain(cell).replace("|", "\\|") for cell in cells) + " |\n"
 
     return line(heads) + line(["---"] * len(heads)) + "".join(line(row) for row in rows)
+
+
+def plain(text: str) -> str:
+    """A text as one line of Markdown that opens no HTML."""
+    return text.replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace("\n", " ")
 
 
 def latex(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

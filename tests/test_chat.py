@@ -192,7 +192,7 @@ def test_thinking_through_the_main_job(tiny_fluid, tmp_path, capsys, decoder):
         assert record.output == (after if record.thinking_ended else "")
     line = store.read_json(tmp_path / "some" / "result.json")["lines"][0]
     assert 0 < line["unended_thinking"] == (~frame["thinking_ended"]).sum() < 6
-    write_report(tmp_path / "some", tmp_path / "page.html")
+    write_report([tmp_path / "some"], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert f"{line['unended_thinking']} of 6 answers never ended their thinking" in page
     assert "Prompts as a <b>chat</b> (multiturn yes, thinking yes" in page

@@ -73,7 +73,7 @@ def test_estimates_come_with_their_standard_errors(adapted, tmp_path):
     assert min(record["standard_errors"]) > 0
     frame = fluid_eval.load_results(tmp_path / "llada")
     assert frame["standard_errors"][0] == record["standard_errors"]
-    write_report(tmp_path / "llada", tmp_path / "page.html")
+    write_report([tmp_path / "llada"], tmp_path / "page.html")
     assert f'"errors":[{round(record["standard_errors"][0], 5)},' in (tmp_path / "page.html").read_text()
     run(spec_of(adapted / "nbdiff", "nbdiff", tasks=["mini_mmlu_1"]), tmp_path / "nbdiff")
     assert all(record["standard_errors"] == [] for record in store.read_samples(tmp_path / "nbdiff"))

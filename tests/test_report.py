@@ -1,4 +1,4 @@
-"""The report: one page that stands alone, tells what the run folder tells, and runs nothing a model wrote."""
+"""The report: one page that stands alone, tells what the run folders tell, and runs nothing a model wrote."""
 
 from __future__ import annotations
 
@@ -6,88 +6,40 @@ import html
 import json
 import random
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fluid_eval import report
-from fluid_eval.metrics import lines
-from fluid_eval.plots import score_speed, tokens_per_forward
-from fluid_eval.report import write_report
-from fluid_eval.spec import build_spec
-from fluid_eval.store import encode, write_json
+from fluid_eval.cli import main
+from fluid_eval.plots import tokens_per_forward
+from fluid_eval.report import samples, write_report
+from fluid_eval.report.stored import read_runs
+from fluid_eval.store import write_json
 from fluid_model.errors import ConfigError
 
-HOSTILE = "</script><script>document.title='pwned'</script><img src=x onerror=alert(1)><!-- <script> \u2028 &lt;"
-HALF = "\ud800"
-"""Half a character, as byte-level models can write it: no encoding has it."""
-SHARED = "Question: a worked example\nAnswer: as it should be\n" * 9
-WRITTEN, SCORED = 30, 12
+from .runs import HALF, HOSTILE, SCORED, SHARED, WRITTEN, write_run, written
+
+CLAIM = {
+    "table": "tiny", "system": "ours", "task": "gsm8k", "metric": "exact_match", "published": 61.8, "unit": "%",
+    "convention": {"published": "5-shot", "measured": "0-shot"}, "source": "a paper", "note": "", "run": None,
+    "measured": {"score": 0.7, "low": 0.5, "high": 0.85, "n": 30}, "verdict": "reproduced",
+}  # fmt: skip
 
 
-def written(n: int, rng: random.Random) -> dict[str, Any]:
-    kept = [rng.randint(1, 4) for _ in range(5)]
-    return {
-        "key": f"gsm8k/{n}", "task": "gsm8k", "doc_id": n, "prompt_hash": "0" * 16,
-        "prompt": f"{SHARED}Question: number {n}{HALF * (n == 2)}\nAnswer:",
-        "prompt_tokens": 90, "truncated": 7 * (n == 1),
-        "trace": {
-            "forwards": {"prefill": 1, "denoise": 6, "verify": 5, "commit": 0}, "slots": 60,
-            "predicted": [4, 4, 4, 4, 4], "accepted": kept[:-1],
-        },
-        "seconds": 0.01, "output": HOSTILE if n == 0 else f"so it is {n}", "output_ids": list(range(sum(kept))),
-        "finish": "length" if n % 10 == 3 else "stop",
-        "extracted": {"strict-match": str(n), "flexible-extract": HOSTILE},
-        "scores": {"exact_match,strict-match": float(n % 3 == 0), "exact_match,flexible-extract": 1.0},
-        "target": f"#### {n}",
-    }  # fmt: skip
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run. Tests that break it take a copy."""
+    return write_run(tmp_path_factory.mktemp("report") / "run")
 
 
-def scored(n: int, rng: random.Random) -> dict[str, Any]:
-    return {
-        "key": f"mmlu_anatomy/{n}", "task": "mmlu_anatomy", "doc_id": n, "prompt_hash": "0" * 16,
-        "prompt": f"Which?\nA. {n}\nAnswer:", "prompt_tokens": 9, "truncated": 0,
-        "trace": {"forwards": {"prefill": 2}, "slots": 20, "predicted": [], "accepted": []}, "seconds": 0.02,
-        "output": "B", "output_ids": [], "finish": None, "choices": [" A", " B"],
-        "loglikelihoods": [-float("inf"), -rng.random()], "greedy": [False, True],
-        "extracted": {"none": "B"}, "scores": {"acc,none": float(n % 2)}, "target": "AB"[n % 2],
-    }  # fmt: skip
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A finished run: 30 answers of gsm8k, 12 scored questions of one mmlu subject."""
-    rng = random.Random(0)
-    run = tmp_path / "run"
-    run.mkdir()
-    spec = build_spec({"tasks": ["gsm8k", "mmlu"], "model": "models/FLUID <b>7B", "decoder": "fluid", "limit": 30})
-    one = [written(n, rng) for n in range(WRITTEN)]
-    other = [scored(n, rng) for n in range(SCORED)]
-    write_json(run / "spec.json", {"id": spec.id, **spec.to_dict()})
-    write_json(run / "environment.json", {"versions": {"torch": "2.13.0"}, "git": {"commit": "abc", "dirty": True}})
-    (run / "samples.jsonl").write_bytes(b"".join(map(encode, [*one, *other])))
-    result = {
-        "spec_id": spec.id, "model": spec.model.path, "decoder": spec.to_dict()["decoder"],
-        "started": "2026-11-21T03:40:03+00:00", "wall_seconds": 75.2,
-        "lines": [line.to_dict() for line in [*lines("gsm8k", one), *lines("mmlu", other)]],
-        "members": {"gsm8k": ["gsm8k"], "mmlu": ["mmlu_anatomy"]},
-        "parts": [line.to_dict() for line in lines("mmlu_anatomy", other)],
-        "data": ["matches the canonical MMLU test set (14042 rows)", "WARNING: 3 rows that are not canonical"],
-        "notices": ["the last line was <i>cut</i> short"],
-    }  # fmt: skip
-    write_json(run / "result.json", result)
-    return run
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def page(folder: Path) -> str:
-    write_report(folder, folder / "report.html")
+    write_report([folder], folder / "report.html")
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -124,11 +76,25 @@ def embedded(page: str) -> dict[str, Any]:
     return dict(json.loads(found[1]))
 
 
+def unpack(text: str) -> list[int]:
+    """What `pack` packed, by the definition of base64 VLQ."""
+    found, bits = [], ""
+    for letter in text:
+        digit = samples._DIGITS.index(letter)
+        bits = f"{digit & 31:05b}{bits}"
+        if digit < 32:
+            value = int(bits, 2)
+            found.append(-(value >> 1) if value & 1 else value >> 1)
+            bits = ""
+    return found
+
+
 def test_page_stands_alone(page: str) -> None:
     for tag, attributes in Outline(page).tags:
         assert tag not in ("link", "iframe", "object", "base")
         for name in ("src", "href", "xlink:href", "action", "srcset"):
             assert (attributes.get(name) or "#").startswith("#"), (tag, name)
+        assert not [name for name in attributes if name.startswith("on")], tag
     assert not re.search(r"url\((?!#)|@import", page)
     assert set(re.findall(r"https?://[\w./]+", page)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     assert "default-src 'none'" in page
@@ -140,12 +106,12 @@ def test_hostile_text_is_only_text(page: str) -> None:
     assert "img" not in tags
     assert "<b>7B" not in page
     assert "<i>cut" not in page
-    sample = embedded(page)["samples"][0]
-    assert sample["output"] == HOSTILE
-    assert sample["extracted"]["flexible-extract"] == HOSTILE
+    first = embedded(page)["samples"][0]["answers"][0]
+    assert first["text"].startswith(HOSTILE)
+    assert first["extracted"]["flexible-extract"] == HOSTILE
 
 
-def test_table_says_what_the_result_says(page: str, folder: Path) -> None:
+def test_tables_say_what_the_result_says(page: str, folder: Path) -> None:
     rows = [[" ".join(cell.split()) for cell in row] for row in Outline(page).rows]
     strict, flexible, mmlu = json.loads((folder / "result.json").read_text())["lines"]
 
@@ -154,151 +120,232 @@ def test_table_says_what_the_result_says(page: str, folder: Path) -> None:
 
     speed = [f"{strict['tokens_per_forward']:.2f}", f"{strict['tokens_per_second']:,.0f}"]
     cost = [*speed, "1", str(strict["length_limit_hits"])]
-    kinds = ["30", "180", "150"]
-    assert ["gsm8k", str(strict["tokens"]), *kinds, "360", f"{1800 / strict['tokens']:.1f}"] in rows
-    assert ["mmlu", "0", "24", "0", "0", "24", "–"] in rows
+    kinds = ["30", f"{strict['forwards_by_kind']['round']}"]
+    assert [
+        "gsm8k",
+        str(strict["tokens"]),
+        *kinds,
+        f"{strict['forwards']:,}",
+        f"{strict['slots_per_token']:.1f}",
+    ] in rows
+    assert ["mmlu", "0", "24", "0", "24", "–"] in rows
     assert strict["length_limit_hits"] == 3
     assert ["gsm8k", "exact_match strict-match", score(strict), "", "30", *cost] in rows
     assert ["exact_match flexible-extract", score(flexible), "", "30"] in rows
     assert ["mmlu", "acc", score(mmlu), "", "12", "–", "–", "0", "0"] in rows
     assert ["mmlu_anatomy", "acc", score(mmlu), "", "12", "0", "24"] in rows
+    assert [
+        "prompt truncated",
+        "gsm8k",
+        "1",
+        "30",
+        "3.3%",
+        "1.0%",
+        "✗ failed",
+        "show prompt truncated in gsm8k",
+    ] in rows
+    assert ["gsm8k", "5", "'\\n\\n', '</s>'", "strict-match: #### n"] in rows
     assert ["torch", "2.13.0"] in rows
     assert ["commit", "abc, with uncommitted changes"] in rows
-    assert "took 1 min 15 s" in page
-    assert '<p class="warning">WARNING: 3 rows that are not canonical' in page
-    assert "Only the first 30 documents" in page
+    for text in ("took 1 min 15 s", "limit = 30", "WARNING: 3 rows that are not canonical", "0123456789ab"):
+        assert text in page
     assert html.escape("the last line was <i>cut</i> short") in page
 
 
-def test_samples_keep_what_matters(page: str) -> None:
+def test_samples_keep_what_matters(page: str, folder: Path) -> None:
     data = embedded(page)
     assert [(task["name"], task["owner"]) for task in data["tasks"]] == [("gsm8k", "gsm8k"), ("mmlu_anatomy", "mmlu")]
     assert data["tasks"][0]["shared"] == SHARED
     assert len(data["samples"]) == WRITTEN + SCORED
-    first, last = data["samples"][1], data["samples"][-1]
-    assert first["prompt"] == "Question: number 1\nAnswer:"
+    second, last = data["samples"][1], data["samples"][-1]
+    assert second["prompt"] == "Question: number 1\nAnswer:"
     assert data["samples"][2]["prompt"] == f"Question: number 2{HALF}\nAnswer:"
-    assert (first["cut"], first["finish"]) == (7, "stop")
-    assert (len(first["predicted"]), len(first["accepted"])) == (5, 4)
-    assert last["loglikelihoods"][0] == "-inf"  # JSON has no infinities
-    assert "cut" not in last
+    assert (second["answers"][0]["cut"], second["answers"][0]["finish"]) == (7, "stop")
+    assert last["answers"][0]["loglikelihoods"][0] == "-inf"  # JSON has no infinities
+    assert "cut" not in last["answers"][0]
+    for record, sample in zip(read_runs([folder])[0].records, data["samples"][:WRITTEN], strict=False):
+        (found,) = sample["answers"]
+        if not record["pieces"]:
+            continue
+        start, end = found["span"]
+        ends = list(accumulate(unpack(found["lengths"])))
+        assert [found["text"][a:b] for a, b in pairwise([0, *ends])] == record["pieces"]
+        assert list(accumulate(unpack(found["written"]))) == record["trace"]["written"]
+        assert found["text"][start:end] == record["output"]
+        drafts = [[forward, place, len(ids)] for forward, place, ids in record["trace"]["rejected"]]
+        assert [one[:3] for one in found.get("rejected", [])] == drafts
 
 
-def test_long_texts_lose_their_middle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "".join(random.Random(1).choices("abc ", k=9000))
-    record = written(0, random.Random(2)) | {"output": text}
-    block, clip = report._samples_block([record], {"gsm8k": "gsm8k"})
-    head, left_out, tail = json.loads(block)["samples"][0]["output"]
-    assert (clip, len(head), left_out, len(tail)) == (6000, 3000, 3000, 3000)
-    assert text.startswith(head)
-    assert text.endswith(tail)
-    monkeypatch.setattr(report, "PAGE_BYTES", 5000)
-    block, clip = report._samples_block([record], {"gsm8k": "gsm8k"})
-    assert clip == 3000
-    assert len(block) <= 5000
+def test_packing_loses_nothing() -> None:
+    rng = random.Random(0)
+    values = [0, 1, -1, 15, 16, -16, 31, 32, *(rng.randint(-(10**6), 10**6) for _ in range(200))]
+    assert unpack(samples.pack(values)) == values
+    assert len(samples.pack(range(-15, 16))) == 31  # small ones take a letter each
 
 
-def test_selection_is_even_and_blind_to_scores(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_answers_lose_their_middle_between_tokens(folder: Path) -> None:
+    rng = random.Random(1)
+    text = "".join(rng.choices(["a word ", "or 😀 ", "two\n"], k=1500))
+    record = written(4, "fluid", rng, text)
+    found = samples._written(record, 6000, True)
+    head, left_out, tail = found["text"]
+    at, many = found["skip"]
+    assert max(map(samples._units, (head, tail))) <= 3000 < samples._units(head) + 20
+    assert head == "".join(record["pieces"][:at])
+    assert tail == "".join(record["pieces"][at + many :])
+    assert left_out == samples._units("".join(record["pieces"][at : at + many]))
+    assert sum(unpack(found["lengths"])) == samples._units(head + tail)
+    assert list(accumulate(unpack(found["written"]))) == record["trace"]["written"]
+    old = {name: value for name, value in record.items() if name != "pieces"}  # of a run that did not record them
+    head, left_out, tail = samples._written(old, 6000, True)["output"]
+    assert (len(head), len(tail)) == (3000, 3000)
+    assert left_out == len(record["output"]) - 6000
+
+
+def test_a_run_of_a_thousand_samples_stays_below_5_mb(tmp_path: Path) -> None:
+    """GSM8K's size: prompts of five examples, answers of 300 tokens of four letters, drafts rejected."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7))) for _ in range(3000)]
+
+    def text(tokens: int) -> str:
+        return " " + " ".join(rng.choices(words, k=tokens))
+
+    examples = "".join(f"Question:{text(45)}\nAnswer:{text(90)}\n\n" for _ in range(5))
+    records = []
+    for n in range(1000):
+        record = written(n, "fluid", rng, text(220)) | {"prompt": f"{examples}Question:{text(45)}\nAnswer:"}
+        records.append(record | {"extracted": {"strict-match": "12"}, "target": text(90)})
+    assert 290 < sum(len(r["pieces"]) for r in records) / 1000 < 420
+    write_report([write_run(tmp_path / "run", records=records)], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert len(page.encode()) <= 5_000_000
+    data = embedded(page)
+    assert len(data["samples"]) == 1000 + SCORED
+    assert sum(len(s["answers"][0].get("lengths", "")) for s in data["samples"]) > 280_000  # traces and all
+    assert any("rejected" in s["answers"][0] for s in data["samples"])
+
+
+def test_what_does_not_fit_is_cut_and_said(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = read_runs([folder])
+    whole = samples.block(runs)
+    assert (whole.clip, whole.drafts) == (6000, True)
+    monkeypatch.setattr(samples, "PAGE_BYTES", len(whole.json) - 10)
+    write_report([folder], tmp_path / "page.html")
+    assert "Rejected drafts are left out" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    monkeypatch.setattr(samples, "PAGE_BYTES", 8000)
+    small = samples.block(runs)
+    assert len(small.json.encode()) <= 8000
+    (ours, _), (theirs, _) = small.shares.values()
+    assert small.shares == {"gsm8k": (ours, WRITTEN), "mmlu": (theirs, SCORED)}
+    assert 0 < ours + theirs < WRITTEN + SCORED
+    write_report([folder], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"This page holds {ours + theirs} of {WRITTEN + SCORED} samples" in page
+
+
+def test_selection_is_even_and_blind_to_scores() -> None:
     sizes = {"humaneval": 164, "gsm8k": 1319, **{f"mmlu_{n}": 246 for n in range(57)}}
     records = [{"task": task, "doc_id": n} for task, size in sizes.items() for n in range(size)]
     owners = {task: task.split("_")[0] for task in sizes}
-    shown = report.select(records, owners)
-    shares = report._shares(records, shown, owners)
+    shown = samples.select(records, owners, 2000)
+    shares = samples._shares(records, shown, owners)
     assert shares == {"humaneval": (164, 164), "gsm8k": (918, 1319), "mmlu": (918, 14022)}
     steps = [record["doc_id"] for record in shown if record["task"] == "gsm8k"]
     assert {after - before for before, after in pairwise(steps)} == {1, 2}
-    monkeypatch.setattr(report, "MOST_SAMPLES", 20)
-    write_report(folder, folder / "report.html")
-    page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "This page holds 20 of 42 samples" in page
-    assert "gsm8k 10 of 30; mmlu 10 of 12." in page
 
 
-def test_plots_are_the_same_every_time_and_the_pages_own() -> None:
-    line = {"task": "$a<b", "score": 1.0, "low": 0.8, "high": 1 - 1e-16, "tokens_per_second": 9.0}
-    lines_ = [{**line, "tokens_per_forward": 2.5}, {**line, "task": "mmlu", "tokens_per_second": None}]
-    svg = score_speed(lines_[:1])
-    assert svg == score_speed(lines_[:1])
-    assert "currentColor" in svg
-    assert "$a&lt;b" in svg
-    assert not re.search(r"#0[12]0|font-family|<style|<metadata| id=\"\w+_\d", svg)
-    assert score_speed(lines_[1:]) == ""
-    assert "2.50" in tokens_per_forward(lines_[:1])
+def test_plots_are_the_same_every_time_and_the_pages_own(folder: Path, page: str) -> None:
+    figures = re.findall(r"<svg [^>]*role=\"img\".*?</svg>", page, re.DOTALL)
+    assert len(figures) == 2
+    for figure in figures:
+        assert "currentColor" in figure
+        assert not re.search(r"#[0-9a-f]{6}\b(?<!#b0b0b0)|font-family|<style|<metadata| id=\"\w+_\d", figure)
+    write_report([folder], folder / "again.html")
+    assert (folder / "again.html").read_text(encoding="utf-8") == page
+    line = {"task": "$a<b", "tokens_per_forward": 2.5}
+    assert "$a&lt;b" in tokens_per_forward([line])
+    assert "2.50" in tokens_per_forward([line])
     assert tokens_per_forward([]) == ""
 
 
-def test_what_is_no_finished_run_is_refused(folder: Path, tmp_path: Path) -> None:
-    output = tmp_path / "page.html"
+def test_several_runs_share_a_page(folder: Path, tmp_path: Path) -> None:
+    base = write_run(tmp_path / "base", "ar", model="models/parent")
+    claims = {"rows": [CLAIM | {"run": str(folder)}, CLAIM | {"verdict": "not run: needs weights", "measured": None}]}
+    write_json(tmp_path / "claims.json", claims | {"lint": [{"cells": ["a", "b"], "kind": "clash", "reason": "<why>"}]})
+    words = ["--claims", tmp_path / "claims.json", "--markdown", tmp_path / "a.md", "--latex", tmp_path / "a.tex"]
+    assert main(["report", str(base), str(folder), "-o", str(tmp_path / "page.html"), *map(str, words)]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    rows = [[" ".join(cell.split()) for cell in row] for row in Outline(page).rows]
+    data = embedded(page)
+    assert [run["name"] for run in data["runs"]] == ["parent · ar", "FLUID <b>7B · fluid"]
+    assert all(len(sample["answers"]) == 2 for sample in data["samples"])
+    gsm8k = [s["answers"] for s in data["samples"] if s["task"] == 0]
+    strict = [[answer["scores"]["exact_match,strict-match"] for answer in answers] for answers in gsm8k]
+    (flipped,) = [row[-1] for row in rows if row[:2] == ["gsm8k", "exact_match strict-match"] and "gained" in row[-1]]
+    assert flipped == f"{strict.count([0, 1])} gained, {strict.count([1, 0])} lost"
+    assert ["ours", "gsm8k", "exact_match", "61.8 %", "70.0 [50.0, 85.0]", "30", "✓ reproduced"] in [
+        r[:7] for r in rows
+    ]
+    assert "– not run: needs weights" in {row[6] for row in rows if len(row) == 8}
+    assert "&lt;why&gt;" in page
+    markdown, latex = ((tmp_path / name).read_text() for name in ("a.md", "a.tex"))
+    assert "FLUID &lt;b>7B" in markdown
+    assert "| not run: needs weights |" in markdown
+    assert "Protocol lm-eval, hash 0123456789ab." in markdown
+    assert latex.count(r"\\") == 1 + 2 * 3
+    assert r"FLUID \textless{}b\textgreater{}7B" in latex
+
+
+def test_names_tell_runs_apart_and_a_sweep_stands_for_its_points(folder: Path, tmp_path: Path) -> None:
+    for name, settings in {"one": {"verify": False}, "two": {"verify": True}, "twin": {"verify": True}}.items():
+        run = write_run(tmp_path / "points" / name)
+        spec = json.loads((run / "spec.json").read_text())
+        spec["decoder"] |= settings
+        write_json(run / "spec.json", spec)
+    (tmp_path / "points" / "begun").mkdir()
+    names = [run.name for run in read_runs([tmp_path])]
+    same = "FLUID <b>7B · fluid · verify"
+    assert names == ["FLUID <b>7B · fluid · no verify", f"{same} · twin", f"{same} · two"]
+    assert [run.mark for run in read_runs([folder, tmp_path])] == ["A", "B", "C", "D"]
+    with pytest.raises(ConfigError, match="named twice"):
+        read_runs([folder, folder])
+
+
+def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
+    folder, output = write_run(tmp_path / "run"), tmp_path / "page.html"
     with pytest.raises(ConfigError, match="no run here"):
-        write_report(tmp_path / "absent", output)
+        write_report([tmp_path / "absent"], output)
+    result = json.loads((folder / "result.json").read_text())
+    write_json(folder / "result.json", result | {"lines": [result["lines"][0] | {"n": 31}]})
+    with pytest.raises(ConfigError, match="30 samples of gsm8k, the result has 31"):
+        write_report([folder], output)
     (folder / "result.json").write_text('{"lines": []}')
     with pytest.raises(ConfigError, match="lacks data, decoder"):
-        write_report(folder, output)
+        write_report([folder], output)
     (folder / "result.json").unlink()
     with pytest.raises(ConfigError, match=r"not finished.*--resume"):
-        write_report(folder, output)
+        write_report([folder], output)
     assert not output.exists()
 
 
 @pytest.mark.parametrize(
     ("place", "message"),
-    [("absent/page.html", "No such file"), ("file/page.html", "Not a directory"), ("folder", "is a folder; pass -o")],
+    [("absent/page.html", "No such file"), ("file/page.html", "Not a directory"), ("folder", "is a folder; pass")],
 )
 def test_output_that_cannot_be_written_is_refused(folder: Path, tmp_path: Path, place: str, message: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ConfigError, match=message):
-        write_report(folder, tmp_path / place)
+        write_report([folder], tmp_path / place)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_report_needs_no_torch(folder: Path) -> None:
     code = (
-        "import sys, pathlib, fluid_eval.report as r; r.write_report(pathlib.Path(sys.argv[1]), "
+        "import sys, pathlib, fluid_eval.report as r; r.write_report([pathlib.Path(sys.argv[1])], "
         "pathlib.Path(sys.argv[2])); print({'torch', 'lm_eval', 'matplotlib.pyplot'} & set(sys.modules))"
     )
     words = [sys.executable, "-c", code, str(folder), str(folder / "page.html")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr) == ("set()\n", "")
-
-
-CHROMIUM = shutil.which("chromium")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-@pytest.mark.parametrize(
-    ("state", "count"),
-    [
-        ("", "1–25 of 42 that match, of 42 samples"),
-        ("#page=2", "26–42 of 42 that match, of 42 samples"),
-        ("#task=gsm8k&show=limit", "1–3 of 3 that match, of 42 samples"),
-        ("#task=mmlu&score=right&open=1", "1–6 of 6 that match, of 42 samples"),
-        ("#show=cut&q=NUMBER", "1–1 of 1 that match, of 42 samples"),
-        ("#q=pwned&open=1", "1–1 of 1 that match, of 42 samples"),
-        ("#q=nowhere", "None of 42 samples matches."),
-    ],
-)
-def test_in_a_browser(folder: Path, page: str, tmp_path: Path, state: str, count: str) -> None:
-    """The list shows what the address asks for; nothing the model wrote runs; the browser has no complaint."""
-    assert CHROMIUM is not None
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=2000 --dump-dom"
-    )
-    address = (folder / "report.html").as_uri() + state
-    words = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", address]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    assert "CONSOLE" not in done.stderr
-    dom = done.stdout
-    assert "<title>FLUID &lt;b&gt;7B, fluid: gsm8k, mmlu</title>" in dom
-    assert f'aria-live="polite">{count}</p>' in dom
-    low, _, high = count.split()[0].partition("–")
-    assert dom.count("<li><details") == (int(high) - int(low) + 1 if high else 0)
-    if "open=1" in state:
-        assert dom.count('<div class="sample">') == dom.count("<li><details")
-    if "task=mmlu" in state:
-        assert dom.count("<td>-inf</td><td></td>") == dom.count("<td>chosen</td>") == 6
-    if "pwned" in state:
-        assert html.escape(HOSTILE, quote=False) in dom
-        assert "<dd>5 rounds; on average 4.00 drafted" in dom

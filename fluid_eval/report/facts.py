@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import pareto
+from ..compare import compare
 from ..metrics import as_point
 from ..show import number
 from ..stats import Interval
@@ -28,14 +29,17 @@ CLAIM_STATES: Mapping[str, State] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of the summary. about: what was asked.  word: the answer.  text: what it rests on.  tab: where more is."""
+    """One line of the summary. about: what was asked.  word: the answer.  text: what it rests on.  tab: where more is.
+
+    runs: the letters of those it is about.
+    """
 
     state: State
     about: str
     word: str
     text: str
     tab: str
-    run: str = ""
+    runs: tuple[str, ...] = ()
 
     @property
     def sign(self) -> str:
@@ -52,10 +56,14 @@ class Facts:
 
     @cached_property
     def verdicts(self) -> list[Verdict]:
-        """Claims first, then each run's, then what the comparison says."""
+        """Claims first, then what the comparison says, then each run's; what runs have in common is said once."""
         found = [*_of_claims(self.claims, self.runs)] if self.claims else []
-        found += [verdict for run in self.runs for verdict in _of_run(run)]
-        return found + (_of_comparison(self.comparison, self.marks) if self.comparison else [])
+        found += _of_comparison(self.comparison, self.marks) if self.comparison else []
+        alike: dict[Verdict, list[str]] = {}
+        for run in self.runs:
+            for verdict in _of_run(run):
+                alike.setdefault(verdict, []).append(run.mark)
+        return found + [replace(verdict, runs=tuple(marks)) for verdict, marks in alike.items()]
 
     @cached_property
     def tasks(self) -> list[str]:
@@ -84,7 +92,23 @@ class Facts:
         """Runs by score and speed over the documents all of them answered; of one run, its tasks."""
         if len(self.runs) == 1:
             return _tasks_placed(self.runs[0])
-        return pareto.measure([as_point(run.name, {}, run.records) for run in self.runs])
+        return pareto.measure([as_point(f"{run.mark} {run.name}", {}, run.records) for run in self.runs])
+
+
+def difference(found: Nested) -> str:
+    """A difference of scores in points, with its interval."""
+    return f"{signed(found['mean'])} [{signed(found['low'])}, {signed(found['high'])}]"
+
+
+def signed(share: float) -> str:
+    """A share as points with its sign."""
+    text = f"{100 * share:+.1f}".replace("-", "−")
+    return "0.0" if text[1:] == "0.0" else text
+
+
+def probability(p: float | None) -> str:
+    """A p value, as far as it says something."""
+    return "–" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def claim_state(verdict: str) -> State:
@@ -101,7 +125,8 @@ def measured(row: Nested) -> str:
 
 def gather(runs: Sequence[Stored], claims: Nested | None) -> Facts:
     """Compare runs, the first being the base of all others."""
-    return Facts(runs, None, claims)
+    comparison = compare([run.folder for run in runs], across_protocols=True) if len(runs) > 1 else None
+    return Facts(runs, comparison, claims)
 
 
 def environment(run: Stored) -> dict[str, Any]:
@@ -184,38 +209,38 @@ def _of_run(run: Stored) -> list[Verdict]:
     gates = run.result.get("health")
     failed = [gate for gate in gates or [] if not gate["ok"]]
     if gates is None:
-        found.append(Verdict("none", "Health", "not recorded", "this run is older than the gates", "health", run.mark))
+        found.append(Verdict("none", "Health", "not recorded", "this run is older than the gates", "health"))
     elif failed:
         text = "; ".join(f"{g['gate']} in {g['task']}: {g['count']:,} of {g['n']:,}" for g in failed)
-        found.append(Verdict("bad", "Health", "failed", text, "health", run.mark))
+        found.append(Verdict("bad", "Health", "failed", text, "health"))
     else:
         told = f"all {len(gates)} gates within their thresholds"
-        found.append(Verdict("good", "Health", "passed", told, "health", run.mark))
+        found.append(Verdict("good", "Health", "passed", told, "health"))
     if run.audit:
-        found.append(_of_audit(run.audit, run.mark))
+        found.append(_of_audit(run.audit))
     elif run.result["decoder"].get("verify"):
         told = f"fluid-eval audit {run.folder} compares it with greedy AR of the same weights"
-        found.append(Verdict("none", "Lossless", "not audited", told, "setup", run.mark))
+        found.append(Verdict("none", "Lossless", "not audited", told, "setup"))
     for message in run.result["data"]:
         if message.startswith("WARNING"):
-            found.append(Verdict("warn", "Data", "not canonical", message, "setup", run.mark))
+            found.append(Verdict("warn", "Data", "not canonical", message, "setup"))
     for message in run.result["notices"]:
-        found.append(Verdict("warn", "Notice", "note", message, "setup", run.mark))
+        found.append(Verdict("warn", "Notice", "note", message, "setup"))
     if lost := run.result.get("lost"):
         text = "; ".join(f"{key} ({reason})" for key, reason in list(lost.items())[:5])
-        found.append(Verdict("bad", "Lost samples", f"{len(lost)} given up", text, "tasks", run.mark))
+        found.append(Verdict("bad", "Lost samples", f"{len(lost)} given up", text, "tasks"))
     if limit := run.spec.get("limit"):
         told = f"limit = {limit}: the first documents of each task, not the whole benchmark"
-        found.append(Verdict("warn", "Coverage", "a part", told, "setup", run.mark))
+        found.append(Verdict("warn", "Coverage", "a part", told, "setup"))
     return found
 
 
-def _of_audit(audit: Nested, mark: str) -> Verdict:
+def _of_audit(audit: Nested) -> Verdict:
     states: dict[str, State] = {"identical": "good", "numerical near-tie": "warn"}
     text = f"{audit['identical']:,} of {audit['n']:,} answers equal greedy AR's"
     if audit.get("divergences"):
         text += f"; {len(audit['divergences'])} diverge"
-    return Verdict(states.get(audit["verdict"], "bad"), "Lossless", audit["verdict"], text, "setup", mark)
+    return Verdict(states.get(audit["verdict"], "bad"), "Lossless", audit["verdict"], text, "setup")
 
 
 def _of_claims(claims: Nested, runs: Sequence[Stored]) -> list[Verdict]:
@@ -235,16 +260,15 @@ def _of_comparison(comparison: Nested, marks: Mapping[str, str]) -> list[Verdict
     """One verdict a pair: whether the other is surely better or worse over all tasks, and how much faster."""
     found = []
     for pair in comparison["pairs"]:
-        difference, mde = pair["all"]["difference"], pair["all"].get("mde")
-        low, high = difference["low"], difference["high"]
-        state: State = "good" if low > 0 else "bad" if high < 0 else "none"
+        gain, mde = pair["all"]["difference"], pair["all"].get("mde")
+        state: State = "good" if gain["low"] > 0 else "bad" if gain["high"] < 0 else "none"
         word = {"good": "better", "bad": "worse", "none": "no difference shown"}[state]
-        text = f"{100 * difference['mean']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+        text = f"{difference(gain)} points"
         if mde is not None:
             text += f", {100 * mde:.1f} would have been seen"
         speed = (pair.get("speed") or {}).get("tokens_per_second")
         if speed:
             text += f"; tokens/s × {speed['ratio']:.2f} [{speed['low']:.2f}, {speed['high']:.2f}]"
-        mark = f"{marks.get(pair['other'], pair['other'])} vs {marks.get(pair['base'], pair['base'])}"
-        found.append(Verdict(state, "Score", word, text, "compare", mark))
+        base, other = (marks.get(pair[name], pair[name]) for name in ("base", "other"))
+        found.append(Verdict(state, f"Score against {base}", word, text, "compare", (other,)))
     return found

@@ -36,6 +36,7 @@ def render(facts: Facts) -> str:
     )
     house.filters |= {"score": score, "number": number, "value": state.value, "duration": state.duration}
     house.filters |= {"measured": state.measured, "claim_state": state.claim_state}
+    house.filters |= {"difference": state.difference, "probability": state.probability}
     script = _script(folder)
     return house.get_template(TEMPLATE).render(
         facts=facts,

@@ -48,7 +48,7 @@ class Block:
 
 
 def block(runs: Sequence[Stored]) -> Block:
-    """Samples of these runs, by document, in the first run's order: as many, and as much of each, as a page may hold."""
+    """Samples of these runs, by document, in the first run's order: as many and as much of each as a page may hold."""
     documents: dict[str, list[Record | None]] = {}
     owners = {leaf: task for run in reversed(runs) for leaf, task in run.owners.items()}
     for place, run in enumerate(runs):
@@ -196,7 +196,7 @@ def _written(record: Record, clip: int, drafts: bool) -> Nested:
     Letters are UTF-16 units, as a browser counts.
     """
     pieces, trace, output = record.get("pieces"), record.get("trace") or {}, record["output"]
-    if not pieces or len(pieces) != len(trace.get("written") or []):
+    if pieces is None or len(pieces) != len(trace.get("written") or []):
         raw = record.get("raw_output")
         return {"output": clipped(output, clip), "raw": clipped(raw, clip) if raw else None}
     whole = "".join(pieces)

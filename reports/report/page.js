@@ -21,7 +21,7 @@ const read = () => {
 const write = () => {
   const set = Object.entries(state).filter(([name, value]) => name in DEFAULTS && name !== "tab" && value !== DEFAULTS[name]);
   const words = new URLSearchParams(set).toString();
-  history.replaceState(null, "", "#" + state.tab + (words && "&" + words));
+  history.replaceState(null, "", "#" + (state.tab === "summary" && !words ? "" : state.tab) + (words && "&" + words));
 };
 
 const tabs = [...$("tabs").children];
@@ -46,8 +46,6 @@ const goTo = (tab) => {
 };
 $("tabs").setAttribute("role", "tablist");
 $("tabs").setAttribute("aria-label", "Sections");
-$("tabs").parentElement.removeAttribute("aria-label");
-$("tabs").parentElement.setAttribute("role", "presentation");
 tabs.forEach((tab, place) => {
   tab.setAttribute("role", "tab");
   tab.setAttribute("aria-controls", panels[place].id);
@@ -71,7 +69,8 @@ const showTheme = () => {
   document.documentElement.dataset.theme = state.theme;
   $("theme").textContent = `Theme: ${state.theme || "auto"}`;
 };
-$("theme").hidden = false;
+$("unscripted").remove();
+$("theme").hidden = $("finder").hidden = false;
 $("theme").addEventListener("click", () => {
   state.theme = THEMES[(THEMES.indexOf(state.theme) + 1) % THEMES.length];
   showTheme();

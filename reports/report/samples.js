@@ -22,6 +22,7 @@ for (const sample of samples) {
   }
   sample.right = sample.answers.filter((answer) => answer?.verdict === "right").length;
   sample.wrong = sample.answers.filter((answer) => answer?.verdict === "wrong").length;
+  sample.most = Math.max(...sample.answers.map((answer) => sum(Object.values(answer?.forwards || {}))));
   sample.search = texts.join("\n").toLowerCase();
 }
 
@@ -122,8 +123,8 @@ const answerOf = (sample, answer, place, viewers) => {
   if (answer.loglikelihoods) {
     const unit = answer.errors ? "nats, ± standard error" : "nats";
     box.append(make("p", `Choices and their log-likelihoods (${unit})`, "soft"), choices(sample, answer));
-  } else if (answer.lengths) {
-    const found = viewer(answer, name);
+  } else if (answer.lengths !== undefined) {
+    const found = viewer(answer, name, sample.most);
     viewers.push(found);
     box.append(found.node);
     if (answer.output !== undefined) box.append(block("What counts as the answer", answer.output));

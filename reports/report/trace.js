@@ -69,14 +69,15 @@ const rect = (x, y, height, name) => {
 };
 
 // The rhythm: a bar a forward, as high as what it wrote; above it, pale, what it dropped.
-const rhythm = (forwards, choose) => {
+const rhythm = (forwards, choose, most) => {
   const top = Math.max(4, ...forwards.map(({ wrote, dropped }) => wrote + dropped));
   const strip = document.createElementNS(SVG, "svg");
   strip.setAttribute("viewBox", `0 0 ${forwards.length} ${top}`);
   strip.setAttribute("preserveAspectRatio", "none");
   strip.setAttribute("aria-hidden", "true");
   strip.setAttribute("class", "rhythm");
-  strip.style.maxWidth = `${Math.max(6, forwards.length) * 0.9}rem`;
+  strip.style.width = `${(100 * forwards.length) / most}%`; // beside others, a forward is as wide as theirs
+  strip.style.maxWidth = `${forwards.length}rem`;
   const bars = forwards.map((forward, n) => {
     const bar = document.createElementNS(SVG, "g");
     const title = document.createElementNS(SVG, "title");
@@ -128,13 +129,14 @@ const textOf = (answer, { tokens, leftOut, gap }, forwards, choose) => {
     box.node.append(make("span", token.text, token.text.includes("\n") ? "token line" : "token"));
   });
   for (const place of [...drafts.keys()].sort((a, b) => a - b)) reject(place);
+  if (!tokens.length) pre.append(make("span", "(empty)", "note"));
   pre.tabIndex = 0;
   pre.setAttribute("role", "group");
   return { pre, boxes };
 };
 
 // A viewer: its element, how many forwards, and `go`, which shows the answer as it stood after a forward.
-const viewer = (answer, name) => {
+const viewer = (answer, name, most) => {
   const parts = tokensOf(answer);
   const forwards = forwardsOf(answer, parts.written);
   const all = forwards.length;
@@ -144,7 +146,7 @@ const viewer = (answer, name) => {
   slider.setAttribute("aria-label", `Forward, answer ${name}`.trim());
   const now = make("p", undefined, "now");
   const choose = (forward) => { stop(); go(forward); slider.focus({ preventScroll: true }); };
-  const { strip, bars } = rhythm(forwards, choose);
+  const { strip, bars } = rhythm(forwards, choose, Math.max(all, most));
   const { pre, boxes } = textOf(answer, parts, forwards, choose);
   pre.setAttribute("aria-label", `Answer ${name}, as written`.trim());
   const go = (forward) => {
