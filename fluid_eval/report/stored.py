@@ -10,9 +10,10 @@ from string import ascii_uppercase
 from typing import Any
 
 from fluid_model.errors import ConfigError
+from fluid_model.files import read_json
 
 from ..frontier import short
-from ..store import ENVIRONMENT, POINTS, RESULT, SAMPLES, SPEC, Record, read_json, read_samples
+from ..store import ENVIRONMENT, POINTS, RESULT, SAMPLES, SPEC, Record, read_samples
 
 Nested = dict[str, Any]
 AUDIT, KHEAD = "audit.json", "khead.json"

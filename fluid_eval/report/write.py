@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from fluid_model.errors import ConfigError
+from fluid_model.files import read_json
 
-from ..store import read_json
 from .facts import Facts, gather
 from .page import render
 from .papers import latex_table, markdown_appendix
