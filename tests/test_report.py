@@ -123,7 +123,7 @@ def test_tables_say_what_the_result_says(page: str, folder: Path) -> None:
     kinds = ["30", f"{strict['forwards_by_kind']['round']}"]
     assert [
         "gsm8k",
-        str(strict["tokens"]),
+        f"{strict['tokens']:,}",
         *kinds,
         f"{strict['forwards']:,}",
         f"{strict['slots_per_token']:.1f}",

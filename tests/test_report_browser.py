@@ -223,16 +223,14 @@ def test_themes(page: Page, pages: dict[str, str]) -> None:
     assert paper() < 50  # a link on the page keeps the theme
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_that_axe_finds(page: Page, pages: dict[str, str], scheme: str) -> None:
+@pytest.mark.parametrize(("name", "scheme"), [("three", "light"), ("one", "dark")])
+def test_nothing_that_axe_finds(page: Page, pages: dict[str, str], name: str, scheme: str) -> None:
     page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
-    page.goto(pages["three"] + "#samples&key=gsm8k/11")
+    page.goto(pages[name] + "#samples&key=gsm8k/11")
     page.get_by_label("rejected draft").check()
-    options = {"resultTypes": ["violations"]}
-    for tab in page.get_by_role("tab").all():
-        tab.click()
-        found = Axe().run(page, options=options).response["violations"]
-        assert [(one["id"], node["html"], node["failureSummary"]) for one in found for node in one["nodes"]] == []
+    page.evaluate("for (const panel of document.querySelectorAll('.panel')) panel.hidden = false")
+    found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+    assert [(one["id"], node["html"], node["failureSummary"]) for one in found for node in one["nodes"]] == []
 
 
 def test_a_narrow_page_scrolls_only_down_and_all_of_it_prints(page: Page, pages: dict[str, str]) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from .. import pareto
 from ..compare import compare
 from ..metrics import as_point
-from ..show import number
 from ..stats import Interval
+from ..strides import strides
 from .stored import Nested, Stored
 
 State = Literal["good", "bad", "warn", "none"]
@@ -63,7 +62,9 @@ class Facts:
         for run in self.runs:
             for verdict in _of_run(run):
                 alike.setdefault(verdict, []).append(run.mark)
-        return found + [replace(verdict, runs=tuple(marks)) for verdict, marks in alike.items()]
+        order = list(dict.fromkeys(verdict.about for verdict in alike))
+        told = [replace(verdict, runs=tuple(marks)) for verdict, marks in alike.items()]
+        return found + sorted(told, key=lambda verdict: order.index(verdict.about))
 
     @cached_property
     def tasks(self) -> list[str]:
@@ -78,9 +79,15 @@ class Facts:
             found += [(run, line, place == 0, len(lines)) for place, line in enumerate(lines)]
         return found
 
-    @property
-    def strides(self) -> None:
-        return None
+    @cached_property
+    def strides(self) -> list[tuple[Stored, dict[str, Nested]]]:
+        """Runs whose decoder drafts strides, with what their samples tell of them by task."""
+        found = [(run, strides(run.records)) for run in self.runs]
+        return [(run, told) for run, told in found if told or run.khead]
+
+    def mean_of(self, counts: Sequence[int], first: int) -> float:
+        """Mean of numbers from `first` on that were met so often."""
+        return sum(n * count for n, count in enumerate(counts, first)) / max(1, sum(counts))
 
     @cached_property
     def marks(self) -> dict[str, str]:
@@ -127,65 +134,6 @@ def gather(runs: Sequence[Stored], claims: Nested | None) -> Facts:
     """Compare runs, the first being the base of all others."""
     comparison = compare([run.folder for run in runs], across_protocols=True) if len(runs) > 1 else None
     return Facts(runs, comparison, claims)
-
-
-def environment(run: Stored) -> dict[str, Any]:
-    """Rows of a run's environment table."""
-    values = run.environment
-    git, engine = values.get("git", {}), values.get("engine", {})
-    state = {True: "with uncommitted changes", False: "clean", None: "state unknown"}[git.get("dirty")]
-    memory = values.get("memory_bytes")
-    rows = {
-        "folder": run.folder.name,
-        "spec": run.spec["id"],
-        "started": run.result["started"].replace("T", " ").replace("+00:00", " UTC"),
-        "took": duration(run.result["wall_seconds"]),
-        "command": shlex.join(values.get("command", [])),
-        "commit": f"{git['commit']}, {state}" if git.get("commit") else None,
-        "device": engine.get("device"),
-        "dtype": engine.get("dtype"),
-        "workers": engine.get("workers"),
-        "threads per worker": engine.get("threads"),
-        "parameters": number(engine.get("parameters")),
-        "code isolation": values.get("isolation"),
-        "python": values.get("python"),
-        "platform": values.get("platform"),
-        "processor": values.get("processor"),
-        "CPUs": values.get("cpus"),
-        "memory": memory and f"{memory / 2**30:.1f} GiB",
-    }
-    for data in values.get("data", []):
-        rows[f"data {data['dataset']} {data['split']}"] = f"{data['rows']:,} rows, sha256 {data['sha256'][:16]}…"
-    return rows
-
-
-def protocol(run: Stored) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of a run's protocol, one row a task; no rows where none was recorded."""
-    tasks: Mapping[str, Nested] = (run.result.get("protocol") or {}).get("tasks", {})
-    keys = list(dict.fromkeys(key for settings in tasks.values() for key in settings))
-    return ["task", *keys], [[task, *(value(settings.get(key)) for key in keys)] for task, settings in tasks.items()]
-
-
-def value(found: Any) -> str:
-    """A setting as a reader expects it."""
-    if found is None or found == "":
-        return "–"
-    if isinstance(found, bool):
-        return "yes" if found else "no"
-    if isinstance(found, Mapping):
-        return "; ".join(f"{name}: {value(one)}" for name, one in found.items()) or "–"
-    if isinstance(found, list):
-        return ", ".join(map(repr if any(str(one) != str(one).strip() for one in found) else str, found)) or "–"
-    return f"{found:g}" if isinstance(found, float) else str(found)
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as many as say something."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
 def _tasks_placed(run: Stored) -> list[pareto.Placed]:

@@ -16,9 +16,10 @@ from ..paths import resource
 from ..plots import score_speed, tokens_per_forward
 from ..show import number, score
 from . import facts as state
+from . import setup
 from .facts import SIGNS, Facts
 from .samples import MOST_SAMPLES, block
-from .stored import flat, model_name
+from .stored import model_name
 
 TEMPLATE = "page.html.j2"
 SCRIPTS = ("page.js", "trace.js", "samples.js")
@@ -34,7 +35,7 @@ def render(facts: Facts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    house.filters |= {"score": score, "number": number, "value": state.value, "duration": state.duration}
+    house.filters |= {"score": score, "number": number, "value": setup.value, "duration": setup.duration}
     house.filters |= {"measured": state.measured, "claim_state": state.claim_state}
     house.filters |= {"difference": state.difference, "probability": state.probability}
     script = _script(folder)
@@ -45,9 +46,9 @@ def render(facts: Facts) -> str:
         title=_title(facts),
         kinds=_kinds(facts),
         figures=[Markup(svg) for svg in _figures(facts) if svg],
-        environment=state.environment,
-        protocol=state.protocol,
-        settings=lambda run: dict(flat({k: v for k, v in run.spec.items() if k != "id"})),
+        protocol=setup.protocol,
+        setups=setup.setups,
+        grouped=setup.grouped,
         signs=SIGNS,
         samples=block(facts.runs),
         most=MOST_SAMPLES,

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from .. import tables
 from ..show import metric, number, score
-from .facts import Facts, difference, environment, measured, probability, protocol, value
-from .stored import Nested, Stored, flat
+from .facts import Facts, difference, measured, probability
+from .setup import environment, protocol, settings, value, versions
+from .stored import Nested, Stored
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -61,13 +62,8 @@ def _setup(run: Stored) -> Iterator[str]:
             for gate in gates
         ]  # fmt: skip
         yield tables.markdown(["health gate", "task", "counted", "threshold", "verdict"], counted)
-    settings = {name: found for name, found in flat(run.spec) if name != "id"}
-    for name, pairs in (("environment", environment(run)), ("versions", _versions(run)), ("setting", settings)):
+    for name, pairs in (("environment", environment(run)), ("versions", versions(run)), ("setting", settings(run))):
         yield tables.markdown([name, ""], [[key, value(found)] for key, found in pairs.items()])
-
-
-def _versions(run: Stored) -> Nested:
-    return dict(run.environment.get("versions", {}))
 
 
 def _scores(facts: Facts) -> Table:

@@ -109,7 +109,7 @@ const badge = (answer) => {
 const answerOf = (sample, answer, place, viewers) => {
   const box = make("article", undefined, "answer");
   const name = several ? runs[place].mark : "";
-  const head = make("h4");
+  const head = make("h3");
   if (several) head.append(make("span", name, "mark"), ` ${runs[place].name} `);
   else head.append("Answer ");
   box.append(head);
@@ -175,6 +175,8 @@ const entry = (sample) => {
   const first = sample.answers.find((answer) => answer);
   head.append(make("span", plain(answerText(first)).slice(0, 200).replace(/\s+/g, " ") || "(empty)", "preview"));
   if (target && target.length <= 24) head.append(make("span", "target " + target, "flag"));
+  const [only] = sample.answers;
+  if (!several && only.tokens) head.append(make("span", `${(only.tokens / sum(Object.values(only.forwards))).toFixed(1)} tokens/forward`, "rate"));
   const hit = new Set(sample.answers.flatMap((answer) => answer?.gates || []));
   for (const gate of hit) head.append(make("span", gates[gate], "flag"));
   box.append(head);

@@ -102,7 +102,7 @@ const textOf = (answer, { tokens, leftOut, gap }, forwards, choose) => {
     drafts.set(place, [...(drafts.get(place) || []), { forward, number, text }]);
   const reject = (place) => {
     for (const { forward, number, text } of drafts.get(place) || []) {
-      const draft = make("del", text);
+      const draft = make("del", text.replaceAll("\n", "↵"));
       draft.title = `forward ${forward}: ${plural(number, "draft")} rejected`;
       pre.append(draft);
       boxes.push({ node: draft, forward });
