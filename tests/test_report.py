@@ -255,7 +255,7 @@ def test_selection_is_even_and_blind_to_scores() -> None:
 
 
 def test_plots_are_the_same_every_time_and_the_pages_own(folder: Path, page: str) -> None:
-    figures = re.findall(r"<svg [^>]*role=\"img\".*?</svg>", page, re.DOTALL)
+    figures = re.findall(r"<svg xmlns.*?</svg>", page, re.DOTALL)
     assert len(figures) == 2
     for figure in figures:
         assert "currentColor" in figure
@@ -294,6 +294,44 @@ def test_several_runs_share_a_page(folder: Path, tmp_path: Path) -> None:
     assert "Protocol lm-eval, hash 0123456789ab." in markdown
     assert latex.count(r"\\") == 1 + 2 * 3
     assert r"FLUID \textless{}b\textgreater{}7B" in latex
+
+
+def test_what_was_audited_and_possible_is_told(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    write_report([folder], tmp_path / "before.html")
+    before = (tmp_path / "before.html").read_text(encoding="utf-8")
+    assert "not audited" in before
+    assert "What was possible was not measured" in before
+    diverging = {
+        "key": "gsm8k/4", "place": 3, "context": "<so", "ours": "it", "theirs": "that", "margin": 0.0125,
+        "margin_fp32": 0.5, "agrees_in_fp32": False, "verdict": "algorithmic",
+    }  # fmt: skip
+    audit = {
+        "verdict": "algorithmic", "n": 30, "identical": 29, "tokens": 900, "agreeing_tokens": 890, "dtype": "bfloat16",
+        "tolerance": 0.05, "divergences": [diverging], "distribution": None,
+    }  # fmt: skip
+    everywhere = {
+        "positions": 500, "predicted": 3.25, "possible": 4.5, "k_star": None, "joint": [[7, 0], [2, 11]],
+        "calibration": [{"predicted": 2, "n": 13, "mean_possible": 1.85, "reached": 0.85}],
+        "by_step": [{"step": 1, "n": 20, "accepted": 0.9}], "best_fixed": 4, "regret": -0.031,
+        "policies": [{"name": "oracle", "forwards_per_token": 0.25, "slots_per_token": 3.5, "cost_per_token": 0.3}],
+    }  # fmt: skip
+    write_json(folder / "audit.json", audit)
+    write_json(folder / "khead.json", {"positions": 500, "slot_budget": 64, "tasks": {"all": everywhere}})
+    write_report([folder], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    rows = [[" ".join(cell.split()) for cell in row] for row in Outline(page).rows]
+    assert "29 of 30 answers equal greedy AR&#39;s" in page
+    assert ["gsm8k/4", "3", "<so", "it", "that", "0.0125", "0.5000", "algorithmic"] in rows
+    assert ["all tasks", "500", "3.25", "4.50", "–", "4", "−3.1%"] in rows
+    assert ["1", "7", "", "1.00"] in rows
+    assert ["2", "2", "11", "1.85"] in rows
+    assert "3.1% less a token than the best fixed stride, 4" in page
+    records = read_runs([folder])[0].records
+    rounds = [pair for r in records for pair in zip(r["trace"]["predicted"], r["trace"]["accepted"], strict=True)]
+    drafted, kept = (sum(pair[i] for pair in rounds) / len(rounds) for i in (0, 1))
+    told = [str(len(rounds)), f"{drafted:.2f}", f"{kept:.2f}", f"{100 * kept / drafted:.0f}%"]
+    assert ["all tasks", *told] in rows
 
 
 def test_names_tell_runs_apart_and_a_sweep_stands_for_its_points(folder: Path, tmp_path: Path) -> None:

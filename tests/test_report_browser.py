@@ -135,7 +135,7 @@ def test_filters_and_search(page: Page, pages: dict[str, str]) -> None:
     assert "q=First+12+OF" in page.url
     page.get_by_role("tab", name="Compare").click()
     page.get_by_role("link", name="lost").first.click()
-    assert selected(page) == "Samples"
+    expect(page.get_by_role("tab", selected=True)).to_have_text("Samples")
     assert page.locator("#score").input_value().startswith("lost")
 
 
@@ -220,6 +220,7 @@ def test_themes(page: Page, pages: dict[str, str]) -> None:
     assert paper() < 50
     page.get_by_role("tab", name="Health").click()
     page.get_by_role("link", name="show").first.click()
+    expect(page.get_by_role("tab", selected=True)).to_have_text("Samples")
     assert paper() < 50  # a link on the page keeps the theme
 
 
