@@ -64,16 +64,17 @@ def answer(pieces: Sequence[str], decoder: str, rng: random.Random) -> dict[str,
 def written(n: int, decoder: str, rng: random.Random, text: str | None = None) -> dict[str, Any]:
     """An answer to question n: the first is hostile, some hit the limit or are empty, one prompt was cut."""
     if text is None:
-        more = " Then nothing more comes to it, and nothing goes away." * (n % 4)
+        more = " Then nothing more comes to it, and nothing 😀 goes away." * (n % 4)
         text = (
             HOSTILE if n == 0 else f" First {n} of them, and {n} of the others: both make\n{2 * n}.{more}\n#### {2 * n}"
         )
     pieces = [] if n == 7 else re.findall(r"\s*\w{1,4}|\s*[^\w\s]|\s+", text)
+    thought = ["<think>", " so", "</think>"] * (n == 5)  # what is thought is no part of the answer either
     end = ["</s>"] * (n % 3 == 0)  # a stop string, which is no part of the answer
     return {
         "key": f"gsm8k/{n}", "task": "gsm8k", "doc_id": n, "prompt_hash": f"{n:016}",
         "prompt": f"{SHARED}Question: number {n}{HALF * (n == 2)}\nAnswer:",
-        "prompt_tokens": 90, "truncated": 7 * (n == 1), **answer([*pieces, *end], decoder, rng),
+        "prompt_tokens": 90, "truncated": 7 * (n == 1), **answer([*thought, *pieces, *end], decoder, rng),
         "output": "".join(pieces), "finish": "length" if n % 10 == 3 else "stop",
         "extracted": {"strict-match": "[invalid]" if n == 7 else str(n), "flexible-extract": HOSTILE},
         "scores": {

@@ -169,9 +169,11 @@ def test_samples_keep_what_matters(page: str, folder: Path) -> None:
             continue
         start, end = found["span"]
         ends = list(accumulate(unpack(found["lengths"])))
-        assert [found["text"][a:b] for a, b in pairwise([0, *ends])] == record["pieces"]
+        text = found["text"].encode("utf-16-le", "surrogatepass")  # as a browser counts
+        pieces = [text[2 * a : 2 * b].decode("utf-16-le", "surrogatepass") for a, b in pairwise([0, *ends])]
+        assert pieces == record["pieces"]
         assert list(accumulate(unpack(found["written"]))) == record["trace"]["written"]
-        assert found["text"][start:end] == record["output"]
+        assert text[2 * start : 2 * end].decode("utf-16-le", "surrogatepass") == record["output"]
         drafts = [[forward, place, len(ids)] for forward, place, ids in record["trace"]["rejected"]]
         assert [one[:3] for one in found.get("rejected", [])] == drafts
 
@@ -191,6 +193,7 @@ def test_long_answers_lose_their_middle_between_tokens(folder: Path) -> None:
     head, left_out, tail = found["text"]
     at, many = found["skip"]
     assert max(map(samples._units, (head, tail))) <= 3000 < samples._units(head) + 20
+    assert [samples._units(text) for text in ("é", "😀", HALF)] == [1, 2, 1]  # as a browser counts
     assert head == "".join(record["pieces"][:at])
     assert tail == "".join(record["pieces"][at + many :])
     assert left_out == samples._units("".join(record["pieces"][at : at + many]))

@@ -169,6 +169,7 @@ def test_an_answer_replays_forward_by_forward(page: Page, pages: dict[str, str])
         assert told.startswith(f"forward {forward} of {all_} ({'prefill' if forward == 1 else 'round'})")
         seen += "".join(current.all_text_contents())
         assert ("wrote nothing" in told) == (current.count() == 0)
+        expect(page.locator(".tokens .current.later")).to_have_count(0)
     assert seen == sample["text"]
     expect(page.locator(".tokens .off")).to_have_count(0)
     page.locator(".tokens .box").first.click()
