@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def main(options: argparse.Namespace) -> int:
     for file in (options.out / "claims.md", options.docs):
         if file is not None:
             file.write_text(text, encoding="utf-8")
-    pages = _reports(found)
+    pages = _report(found, options.out)
     if options.json:
         print(json.dumps(found, indent=2))
     else:
@@ -60,13 +59,13 @@ def _wanted(claim: Any, options: argparse.Namespace) -> bool:
     return claim.table in tables and claim.system.startswith(systems)
 
 
-def _reports(found: dict[str, Any]) -> list[Path]:
-    """The HTML report of each run, beside it; a report of all of them with their verdicts belongs here."""
+def _report(found: dict[str, Any], out: Path) -> list[Path]:
+    """The HTML report of all runs with the claims' verdicts; none where nothing was run."""
     from ..report import write_report
+    from ..reproduce import CLAIMS
 
-    pages = []
-    for folder in dict.fromkeys(row["run"] for row in found["rows"] if row["run"]):
-        pages.append(Path(folder) / "report.html")
-        print(f"writing {pages[-1]}", file=sys.stderr)
-        write_report(Path(folder), pages[-1])
-    return pages
+    folders = [Path(folder) for folder in dict.fromkeys(row["run"] for row in found["rows"] if row["run"])]
+    if not folders:
+        return []
+    write_report(folders, out / "report.html", claims=out / CLAIMS)
+    return [out / "report.html"]

@@ -37,7 +37,8 @@ def main(options: argparse.Namespace) -> int:
     steps, planned = plan_tax(values, parent, info.method)
     from ..run import default_folder
     from ..show.pairs import print_tax
-    from ..sweep import POINTS, Sweep
+    from ..store import POINTS
+    from ..sweep import Sweep
 
     first = default_folder(planned.points[-1].spec).name.rsplit("-", 2)[0]
     folder = options.out or Path("sweeps") / f"tax-{first}-{planned.id[:8]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +13,7 @@ from ..compare import compare
 from ..metrics import as_point
 from ..stats import Interval
 from ..strides import strides
+from ..verdicts import summary
 from .stored import Nested, Stored
 
 State = Literal["good", "bad", "warn", "none"]
@@ -123,17 +123,15 @@ def claim_state(verdict: str) -> State:
     return CLAIM_STATES.get(verdict, "none")
 
 
-def measured(row: Nested) -> str:
-    """What a row of the claims measured, in its unit."""
-    found, scale = row["measured"], 100 if row["unit"] == "%" else 1
-    mean, low, high = (f"{scale * found[name]:,.1f}" for name in ("score", "low", "high"))
-    return f"{mean} [{low}, {high}]"
-
-
 def gather(runs: Sequence[Stored], claims: Nested | None) -> Facts:
-    """Compare runs, the first being the base of all others."""
-    comparison = compare([run.folder for run in runs], across_protocols=True) if len(runs) > 1 else None
-    return Facts(runs, comparison, claims)
+    """Hold every run to the first, but those that answered none of its documents."""
+
+    def documents(run: Stored) -> set[tuple[str, int, str]]:
+        return {(record["task"], record["doc_id"], str(record.get("target"))) for record in run.records}
+
+    common = documents(runs[0])
+    alike = [run.folder for run in runs if common & documents(run)]
+    return Facts(runs, compare(alike, across_protocols=True) if len(alike) > 1 else None, claims)
 
 
 def _tasks_placed(run: Stored) -> list[pareto.Placed]:
@@ -188,18 +186,21 @@ def _of_audit(audit: Nested) -> Verdict:
     text = f"{audit['identical']:,} of {audit['n']:,} answers equal greedy AR's"
     if audit.get("divergences"):
         text += f"; {len(audit['divergences'])} diverge"
-    return Verdict(states.get(audit["verdict"], "bad"), "Lossless", audit["verdict"], text, "setup")
+    if not audit.get("promises", True):
+        text += ", which this decoder does not promise"
+    worst: State = "bad" if audit.get("promises", True) else "none"
+    return Verdict(states.get(audit["verdict"], worst), "Lossless", audit["verdict"], text, "setup")
 
 
 def _of_claims(claims: Nested, runs: Sequence[Stored]) -> list[Verdict]:
     """One verdict: of the rows that these runs measured, of all if they measured none."""
     ours = {run.folder.resolve() for run in runs}
     rows = [row for row in claims["rows"] if row.get("run") and Path(row["run"]).resolve() in ours] or claims["rows"]
-    counts = Counter(row["verdict"].partition(":")[0] for row in rows)
-    text = ", ".join(f"{count} {word}" for word, count in counts.most_common())
+    kinds = {row["verdict"] for row in rows}
+    text = summary(rows)
     if claims.get("lint"):
         text += f"; {len(claims['lint'])} published cells clash"
-    worst: State = "bad" if counts["not reproduced"] else "good" if counts["reproduced"] else "none"
+    worst: State = "bad" if "not reproduced" in kinds else "good" if "reproduced" in kinds else "none"
     word = {"bad": "not all hold", "good": "reproduced", "none": "none measured"}[worst]
     return [Verdict(worst, "Claims", word, text, "claims")]
 

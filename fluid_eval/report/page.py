@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from fluid_model.engine.records import KINDS
 
+from .. import verdicts
 from ..pareto import Speed
 from ..paths import resource
 from ..plots import score_speed, tokens_per_forward
@@ -36,7 +37,8 @@ def render(facts: Facts) -> str:
         lstrip_blocks=True,
     )
     house.filters |= {"score": score, "number": number, "value": setup.value, "duration": setup.duration}
-    house.filters |= {"measured": state.measured, "claim_state": state.claim_state}
+    house.filters |= {"published": verdicts.published, "measured": verdicts.measured, "convention": verdicts.convention}
+    house.filters |= {"claim_state": state.claim_state, "in_tables": verdicts.in_tables}
     house.filters |= {"difference": state.difference, "probability": state.probability}
     script = _script(folder)
     return house.get_template(TEMPLATE).render(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .. import tables
+from .. import tables, verdicts
 from ..show import metric, number, score
-from .facts import Facts, difference, measured, probability
+from .facts import Facts, difference, probability
 from .setup import environment, protocol, settings, value, versions
 from .stored import Nested, Stored
 
@@ -94,11 +94,12 @@ def _detectable(found: float | None) -> str:
 
 
 def _claims(claims: Nested) -> Table:
-    rows = [
+    cells = [
         [
-            row["table"], row["system"], row["task"], f"{row['published']} {row['unit']}",
-            measured(row) if row["measured"] else "–", row["verdict"],
+            title, row["system"], row["task"], verdicts.published(row), verdicts.measured(row),
+            verdicts.convention(row), row["verdict"],
         ]
-        for row in claims["rows"]
+        for title, rows in verdicts.in_tables(claims["rows"])
+        for row in rows
     ]  # fmt: skip
-    return ["table", "system", "task", "published", "measured", "verdict"], rows
+    return ["table", "system", "task", "published", "measured", "convention", "verdict"], cells
