@@ -8,7 +8,6 @@ import random
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from fluid_eval.report.stored import read_runs
 from fluid_eval.store import write_json
 from fluid_model.errors import ConfigError
 
+from .pages import Outline, embedded, unpack
 from .runs import HALF, HOSTILE, SCORED, SHARED, WRITTEN, write_run, written
 
 CLAIM = {
@@ -42,52 +42,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page(folder: Path) -> str:
     write_report([folder], folder / "report.html")
     return (folder / "report.html").read_text(encoding="utf-8")
-
-
-class Outline(HTMLParser):
-    """Tags with their attributes, and the cells of every table row."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.rows: list[list[str]] = []
-        self._cell = False
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag == "tr":
-            self.rows.append([])
-        elif tag in ("td", "th"):
-            self.rows[-1].append("")
-            self._cell = True
-
-    def handle_endtag(self, tag: str) -> None:
-        self._cell = self._cell and tag not in ("td", "th")
-
-    def handle_data(self, data: str) -> None:
-        if self._cell:
-            self.rows[-1][-1] += data
-
-
-def embedded(page: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert found
-    assert not set(found[1]) & set("<>&\u2028\u2029")
-    return dict(json.loads(found[1]))
-
-
-def unpack(text: str) -> list[int]:
-    """What `pack` packed, by the definition of base64 VLQ."""
-    found, bits = [], ""
-    for letter in text:
-        digit = samples._DIGITS.index(letter)
-        bits = f"{digit & 31:05b}{bits}"
-        if digit < 32:
-            value = int(bits, 2)
-            found.append(-(value >> 1) if value & 1 else value >> 1)
-            bits = ""
-    return found
 
 
 def test_page_stands_alone(page: str) -> None:
@@ -296,6 +250,21 @@ def test_several_runs_share_a_page(folder: Path, tmp_path: Path) -> None:
     assert "Protocol lm-eval, hash 0123456789ab." in markdown
     assert latex.count(r"\\") == 1 + 2 * 3
     assert r"FLUID \textless{}b\textgreater{}7B" in latex
+
+
+def test_runs_of_other_documents_are_shown_but_not_compared(folder: Path, tmp_path: Path) -> None:
+    rng = random.Random(3)
+    records = [{**written(n, "ar", rng), "target": "another"} for n in range(WRITTEN)]
+    apart = write_run(tmp_path / "apart", "ar", records=records)
+    lines = (apart / "samples.jsonl").read_bytes().splitlines(keepends=True)[:WRITTEN]  # without the questions
+    (apart / "samples.jsonl").write_bytes(b"".join(lines))
+    result = json.loads((apart / "result.json").read_text())
+    write_json(apart / "result.json", result | {"lines": result["lines"][:2], "members": {"gsm8k": ["gsm8k"]}})
+    write_report([folder, apart], tmp_path / "page.html", markdown=tmp_path / "page.md")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert 'id="compare"' not in page
+    assert "## Differences" not in (tmp_path / "page.md").read_text()
+    assert [run["name"] for run in embedded(page)["runs"]] == ["FLUID <b>7B · fluid", "FLUID <b>7B · ar"]
 
 
 def test_what_was_audited_and_possible_is_told(tmp_path: Path) -> None:
