@@ -69,9 +69,10 @@ def written(n: int, decoder: str, rng: random.Random, text: str | None = None) -
             HOSTILE if n == 0 else f" First {n} of them, and {n} of the others: both make\n{2 * n}.{more}\n#### {2 * n}"
         )
     pieces = [] if n == 7 else re.findall(r"\s*\w{1,4}|\s*[^\w\s]|\s+", text)
-    thought = ["<think>", " so", "</think>"] * (n == 5)  # what is thought is no part of the answer either
+    thought = ["<think>", *pieces, "</think>"] * (n == 5)  # what is thought is no part of the answer either
     end = ["</s>"] * (n % 3 == 0)  # a stop string, which is no part of the answer
     return {
+        **({"thinking_ended": True} if thought else {}),
         "key": f"gsm8k/{n}", "task": "gsm8k", "doc_id": n, "prompt_hash": f"{n:016}",
         "prompt": f"{SHARED}Question: number {n}{HALF * (n == 2)}\nAnswer:",
         "prompt_tokens": 90, "truncated": 7 * (n == 1), **answer([*thought, *pieces, *end], decoder, rng),

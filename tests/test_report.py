@@ -129,6 +129,8 @@ def test_samples_keep_what_matters(page: str, folder: Path) -> None:
         assert pieces == record["pieces"]
         assert list(accumulate(unpack(found["written"]))) == record["trace"]["written"]
         assert text[2 * start : 2 * end].decode("utf-16-le", "surrogatepass") == record["output"]
+        assert start == 0 or start > len(record["output"])
+        assert (start > 0) == (record["key"] == "gsm8k/5")  # which thinks first, in the answer's own words
         drafts = [[forward, place, len(ids)] for forward, place, ids in record["trace"]["rejected"]]
         assert [one[:3] for one in found.get("rejected", [])] == drafts
 

@@ -200,7 +200,8 @@ def _written(record: Record, clip: int, drafts: bool) -> Nested:
         raw = record.get("raw_output")
         return {"output": clipped(output, clip), "raw": clipped(raw, clip) if raw else None}
     whole = "".join(pieces)
-    start = whole.rfind(output)
+    thought = record.get("thinking_ended") is not None  # then the answer is what comes last, else what comes first
+    start = whole.rfind(output) if thought else whole.find(output)
     sizes = [_units(piece) for piece in pieces]
     ends = list(accumulate(sizes, initial=0))
     head = sum(end <= clip // 2 for end in ends[1:])
