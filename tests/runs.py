@@ -70,7 +70,7 @@ def written(n: int, decoder: str, rng: random.Random, text: str | None = None) -
         )
     pieces = [] if n == 7 else re.findall(r"\s*\w{1,4}|\s*[^\w\s]|\s+", text)
     thought = ["<think>", *pieces, "</think>"] * (n == 5)  # what is thought is no part of the answer either
-    end = ["</s>"] * (n % 3 == 0)  # a stop string, which is no part of the answer
+    end = ["</s>", *(pieces if n == 6 else [])] * (n % 3 == 0)  # a stop string, which is no part of the answer
     return {
         **({"thinking_ended": True} if thought else {}),
         "key": f"gsm8k/{n}", "task": "gsm8k", "doc_id": n, "prompt_hash": f"{n:016}",
