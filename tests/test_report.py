@@ -241,7 +241,7 @@ def test_several_runs_share_a_page(folder: Path, tmp_path: Path) -> None:
     assert all(len(sample["answers"]) == 2 for sample in data["samples"])
     gsm8k = [s["answers"] for s in data["samples"] if s["task"] == 0]
     strict = [[answer["scores"]["exact_match,strict-match"] for answer in answers] for answers in gsm8k]
-    (flipped,) = [row[-1] for row in rows if row[:2] == ["gsm8k", "exact_match strict-match"] and "gained" in row[-1]]
+    (flipped,) = [row[-1] for row in rows if row[0].startswith("gsm8k") and "gained" in row[-1]]
     assert flipped == f"{strict.count([0, 1])} gained, {strict.count([1, 0])} lost"
     assert ["ours", "gsm8k", "exact_match", "61.8", "70.0 [50.0, 85.0]", "30", "✓ reproduced"] in [r[:7] for r in rows]
     assert "– not run: needs weights" in {row[6] for row in rows if len(row) == 8}
