@@ -37,7 +37,8 @@ class FluidLM(TemplateLM):
     """Answers lm-eval's requests from the run folder or, where it has none, from the pool.
 
     pool: called once, when the first answer is missing.  window: tokens the model can read.  chat: None for plain
-    prompts.  encoded: ids by text, shared by those that have the same tokenizer and ask the same.
+    prompts.  encoded: ids by text, shared by those that have the same tokenizer and ask the same.  written: told of
+    each answer when it is written: its task, document and text.
     """
 
     def __init__(
@@ -49,8 +50,11 @@ class FluidLM(TemplateLM):
         bar: Callable[[str, int], Bar],
         chat: Chat | None = None,
         encoded: dict[str, Ids] | None = None,
+        written: Callable[[str, dict[str, Any], str], None] | None = None,
     ) -> None:
         super().__init__()
+        self._tell = written
+        self._documents: dict[str, tuple[str, dict[str, Any]]] = {}
         self._encoded = {} if encoded is None else encoded
         self.tokenizer = tokenizer
         self._window = window
@@ -94,11 +98,13 @@ class FluidLM(TemplateLM):
 
     def keep(self, answer: Answer | Lost) -> None:
         """Store an answer to what `missing` asked for."""
-        asked = self._asked.pop(answer.key)
+        asked, document = self._asked.pop(answer.key), self._documents.pop(answer.key, None)
         if isinstance(answer, Lost):
             self._run.append(_lost(answer, asked))
         elif isinstance(answer, Generation):
             self._run.append(self._written(answer, str(asked)))
+            if self._tell is not None and document is not None:
+                self._tell(*document, answer.text)
         else:
             self._run.append(_scored(answer, list(asked)))  # type: ignore[arg-type]  # pairs, where likelihoods are asked
 
@@ -123,6 +129,9 @@ class FluidLM(TemplateLM):
             if not self._held(key, text):
                 work.append(self._request(key, prompts[text], dict(options)))
                 self._asked[key] = text
+                self._documents[key] = instance.task_name, instance.doc
+            elif self._tell is not None:
+                self._tell(instance.task_name, instance.doc, self._run.samples[key]["output"])
         return keys, work
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

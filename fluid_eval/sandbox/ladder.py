@@ -1,0 +1,128 @@
+"""Which tier holds here: each is tried with a program that attempts what it must not be able to do."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fluid_model.errors import ConfigError
+
+from . import Trial
+from .tiers import DISK, FILE, LADDER, LIMITS, Tier, Unsafe
+
+WAYS_OUT = (
+    f"use Linux (elsewhere in a container or virtual machine) with one of: {', '.join(tier.needs for tier in LADDER)}; "
+    f"or pass {Unsafe.needs} to run it with limits only"
+)
+ATTEMPTS = f"""
+import os, signal, socket, sys
+
+def attempts(secret, port, pid):
+    done = []
+    def attempt(name, call):
+        try:
+            if call() is not False:
+                done.append(name)
+        except (OSError, MemoryError, ValueError):
+            pass
+    def processes():
+        for _ in range(80):
+            if not os.fork():
+                os._exit(0)
+    attempt("read a file", lambda: open(secret).read())
+    attempt("write a file", lambda: open(secret, "a"))
+    attempt("change a file's mode", lambda: os.chmod(secret, 0o600))
+    attempt("change its root", lambda: os.chroot("/"))
+    attempt("make a file", lambda: open(secret + ".new", "w"))
+    attempt("list the file system", lambda: "proc" in os.listdir("/"))
+    attempt("read another process", lambda: open(f"/proc/{{pid}}/environ", "rb").read())
+    attempt("signal another process", lambda: os.kill(pid, 0))
+    attempt("read the environment", lambda: bool(set(os.environ) - {{"PWD", "LC_CTYPE"}}))
+    attempt("connect to loopback", lambda: socket.create_connection(("127.0.0.1", port), 1))
+    attempt("make processes", processes)
+    attempt("take memory", lambda: bytearray({2 * LIMITS["AS"]}))
+    attempt("write a large file", lambda: open("large", "wb", 0).write(bytes({2 * FILE})) > {FILE})
+    return done
+
+def fill():
+    for n in range({2 * DISK // FILE}):
+        with open(str(n), "wb") as file:
+            file.write(bytes({FILE}))
+"""
+"""What no program may manage. Each is harmless where it succeeds."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """name: the tier that holds, None without one.  failed: (tier, why not), of those tried before."""
+
+    name: str | None
+    failed: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        missing = "; ".join(f"{name}: {why}" for name, why in self.failed)
+        return f"{self.name or 'none'}{f' ({missing})' if missing else ''}"
+
+
+@contextmanager
+def _bait() -> Iterator[tuple[str, int, int]]:
+    """A file, a listening port and a process that an attempt may go for."""
+    with tempfile.TemporaryDirectory(prefix="fluid-eval-bait-") as folder, socket.create_server(("127.0.0.1", 0)) as s:
+        secret = Path(folder, "secret")
+        secret.write_text("secret")
+        yield str(secret), s.getsockname()[1], os.getpid()
+
+
+def tried(tier: type[Tier]) -> str:
+    """Why a tier does not hold here, "" if it does."""
+    from .pool import Place
+
+    if sys.platform != "linux":
+        return "needs Linux"
+    try:
+        with _bait() as bait, Place(tier.name) as place:
+            verdict = place.judge(
+                Trial(ATTEMPTS, f"done = attempts{bait}\nassert not done, f'did {{done}}'", timeout=15)
+            )
+            filled = place.judge(Trial(ATTEMPTS, "fill()", timeout=15))
+    except OSError as error:
+        return " ".join(str(error).split())
+    if filled.passed:
+        return "did fill the disk"
+    return "" if verdict.passed else verdict.detail or verdict.reason
+
+
+@functools.cache
+def found() -> Found:
+    """The strongest tier that holds here. Takes about a second, once."""
+    failed: list[tuple[str, str]] = []
+    for tier in LADDER:
+        why = tried(tier)
+        if not why:
+            return Found(tier.name, tuple(failed))
+        failed.append((tier.name, why))
+    return Found(None, tuple(failed))
+
+
+def chosen(*, allow_unsafe: bool) -> str:
+    """The tier to judge in. Raises ConfigError, naming the options, where none holds and none is not allowed."""
+    here = found()
+    if here.name is not None:
+        return here.name
+    if not allow_unsafe or sys.platform == "win32":
+        raise ConfigError(f"code cannot be isolated here ({str(here)[6:-1]}); {WAYS_OUT}")
+    return Unsafe.name
+
+
+def tier_named(name: str, *values: Any) -> Tier:
+    """A tier by its name."""
+    every: tuple[type[Tier], ...] = (*LADDER, Unsafe)
+    return next(tier for tier in every if tier.name == name)(*values)

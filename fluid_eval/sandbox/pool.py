@@ -1,0 +1,151 @@
+"""Judging many programs at once, in small processes of their own beside whatever else goes on."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+
+from . import Trial, Verdict
+from .files import interpreter_files
+
+HANGS = 120.0
+"""Seconds without a verdict after which a warden, which has clocks of its own, must be broken."""
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+class Place:
+    """A warden's process (see warden.py), one trial at a time; made anew if it ends."""
+
+    def __init__(self, tier: str) -> None:
+        """Raises OSError if the tier cannot be entered."""
+        self._tier = tier
+        self._process: subprocess.Popen[str] | None = None
+
+    def _open(self) -> subprocess.Popen[str]:
+        kept = {name: os.environ[name] for name in ("PATH", "TMPDIR") if name in os.environ}
+        paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fluid_eval.sandbox.warden"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, env={**kept, "PYTHONPATH": paths}, cwd="/",
+            start_new_session=True,
+        )  # fmt: skip
+        self._process = process
+        answer = self._exchange(process, {"tier": self._tier, "files": asdict(_files())})
+        if error := answer.get("error"):
+            self.close()
+            raise OSError(error)
+        return process
+
+    @staticmethod
+    def _exchange(process: subprocess.Popen[str], values: dict[str, object]) -> dict[str, str]:
+        assert process.stdin
+        assert process.stdout
+        with suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(values) + "\n")
+            process.stdin.flush()
+        if not select.select([process.stdout], [], [], HANGS)[0]:
+            process.kill()
+        line = process.stdout.readline()
+        return dict(json.loads(line)) if line else {"error": "the warden's process ended"}
+
+    def judge(self, trial: Trial) -> Verdict:
+        """Raises OSError if no process can be started."""
+        process = self._process or self._open()
+        answer = self._exchange(process, asdict(trial))
+        if error := answer.pop("error", None):
+            self.close()
+            raise OSError(error)
+        return Verdict(answer["reason"], answer["detail"], float(answer["seconds"]), self._tier)
+
+    def close(self) -> None:
+        if self._process is not None:
+            assert self._process.stdin
+            assert self._process.stdout
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
+            self._process.wait()
+            self._process.stdout.close()
+        self._process = None
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+_files = functools.cache(interpreter_files)
+
+
+class Judges:
+    """Places in one tier, and the verdicts they gave: a trial is held once, however often it is asked for.
+
+    Threads are daemons: a process that ends does not wait for trials nobody asks about any more.
+    """
+
+    def __init__(self, tier: str, workers: int | None = None) -> None:
+        """workers: places, by default one a CPU."""
+        self.tier = tier
+        self.workers = workers or os.cpu_count() or 1
+        self._queue: SimpleQueue[tuple[Trial, Future[Verdict]] | None] = SimpleQueue()
+        self._verdicts: dict[str, Future[Verdict]] = {}
+        self._lock = threading.Lock()
+        self.places = [Place(tier) for _ in range(self.workers)]
+        self._threads = [threading.Thread(target=self._work, args=(place,), daemon=True) for place in self.places]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, trial: Trial) -> Future[Verdict]:
+        """Have a trial held, if it is not yet."""
+        with self._lock:
+            key = trial.key
+            if key not in self._verdicts:
+                self._verdicts[key] = Future()
+                self._queue.put((trial, self._verdicts[key]))
+            return self._verdicts[key]
+
+    def _work(self, place: Place) -> None:
+        while (job := self._queue.get()) is not None:
+            trial, future = job
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                try:
+                    future.set_result(place.judge(trial))
+                except OSError:  # its process ended, whatever ended it: once more, in a new one
+                    future.set_result(place.judge(trial))
+            except BaseException as error:
+                future.set_exception(error)
+        place.close()
+
+    def close(self) -> None:
+        """Give up what has not begun and end all processes."""
+        with self._lock:
+            for future in self._verdicts.values():
+                future.cancel()
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+
+
+@functools.cache
+def judges(tier: str) -> Judges:
+    """This process's judges in a tier, ended with it."""
+    opened = Judges(tier)
+    atexit.register(opened.close)
+    return opened

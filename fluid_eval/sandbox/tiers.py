@@ -1,0 +1,252 @@
+"""The isolation ladder: ways to run an interpreter that can reach nothing, strongest first.
+
+Each tier gives a fresh interpreter no environment, an empty private folder, no network, and for files only the
+interpreter's own. Limits that a process sets on itself for good are set by what it runs first.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from . import spaces
+from .files import NO_SITE, Files
+
+DISK = 8 << 20
+"""Bytes of the private folder."""
+FILE = 1 << 20
+LIMITS = {"AS": 1 << 30, "CPU": 60, "FSIZE": FILE, "NOFILE": 64, "CORE": 0}
+"""Bytes of memory, seconds of processor time, bytes of a file, open files, bytes of a core dump."""
+_NAMESPACED = {"NPROC": 64}
+"""Processes and threads, where the kernel counts them by user namespace (and not at all for root)."""
+BOOT = """import marshal, resource, sys
+for name, most in LIMITS.items():
+    kind = getattr(resource, "RLIMIT_" + name)
+    hard = resource.getrlimit(kind)[1]
+    try:
+        resource.setrlimit(kind, (most if hard < 0 else min(most, hard),) * 2)
+    except ValueError:
+        if sys.platform == "linux":
+            raise
+exec(marshal.load(sys.stdin.buffer), {"__name__": "jailed"})"""
+"""What an interpreter is started with: it limits itself, reads code from its standard input and runs that."""
+_WORK = "/work"
+_SANDLOCKS_OWN = ("socket",)
+"""What sandlock rules on itself, and takes no orders about."""
+
+
+@dataclass(frozen=True)
+class Jailed:
+    """A running interpreter. stdin, stdout: our ends of its pipes.  end: kills it with all it made; reaps it.  folder:
+    its private one, where nothing but being watched keeps it small.
+    """
+
+    stdin: int
+    stdout: int
+    end: Callable[[], None]
+    folder: str | None = None
+
+    def overfull(self) -> bool:
+        """Whether the private folder holds more than it may."""
+        if self.folder is None:
+            return False
+        size = 0
+        for place, folders, files in os.walk(self.folder):
+            size += FILE * len(folders) // 64
+            for name in files:
+                with suppress(FileNotFoundError):
+                    size += max(4096, os.lstat(os.path.join(place, name)).st_blocks * 512)
+            if size > DISK:
+                return True
+        return False
+
+
+class Tier:
+    """One way. name: as recorded.  needs: how to get it, for those who lack it."""
+
+    name: str
+    needs: str
+    limits: ClassVar[dict[str, int]] = LIMITS
+
+    def __init__(self, files: Files) -> None:
+        """Raises OSError or ImportError where something it needs is missing."""
+        self.files = files
+        self.command = [files.executable, *NO_SITE, "-c", BOOT.replace("LIMITS", repr(self.limits))]
+
+    def start(self, *, processes: bool) -> Jailed:
+        """Start an interpreter. processes: whether it may fork (the judge does).  Raises OSError where it cannot."""
+        raise NotImplementedError
+
+
+class Sandlock(Tier):
+    """Landlock and seccomp, by the library of that name.
+
+    Its copy-on-write folder, which would have a quota, is not used: with it the calls that change a file's marks are
+    let through, wherever the file is.
+    """
+
+    name = "sandlock"
+    needs = "pip install sandlock (Linux 6.7)"
+
+    def __init__(self, files: Files) -> None:
+        super().__init__(files)
+        import sandlock
+
+        if sandlock.landlock_abi_version() < sandlock.min_landlock_abi():
+            raise OSError(f"this kernel's Landlock is of version {sandlock.landlock_abi_version()}, 6 is needed")
+
+    def start(self, *, processes: bool) -> Jailed:
+        import sandlock
+
+        folder = tempfile.mkdtemp(prefix="fluid-eval-")
+        try:
+            box = sandlock.Sandbox(
+                fs_readable=sorted({source for source, _ in self.files.binds}),
+                fs_writable=[folder, os.devnull],
+                fs_denied=list(self.files.hidden),
+                extra_deny_syscalls=[name for name in spaces.DENIED if name not in _SANDLOCKS_OWN],
+                max_processes=8 if processes else 1,
+                clean_env=True,
+                cwd=folder,
+            )
+            pipe = sandlock.StdioMode.PIPED
+            process = box.popen(self.command, stdin=pipe, stdout=pipe, stderr=sandlock.StdioMode.NULL)
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(f"sandlock: {error}") from error
+        return Jailed(process.stdin.fileno(), process.stdout.fileno(), partial(_end_sandlock, process, folder), folder)
+
+
+def _end_sandlock(process: Any, folder: str) -> None:
+    with suppress(OSError, RuntimeError):
+        process.kill()
+    process.wait(timeout=5)
+    for stream in (process.stdin, process.stdout):
+        with suppress(OSError):
+            stream.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class Bubblewrap(Tier):
+    """Namespaces by bwrap, with our system-call filter where libseccomp is found."""
+
+    name = "bubblewrap"
+    needs = "apt install bubblewrap"
+    limits: ClassVar = LIMITS | _NAMESPACED
+
+    def __init__(self, files: Files) -> None:
+        super().__init__(files)
+        found = shutil.which("bwrap")
+        if found is None:
+            raise OSError("bwrap is not installed")
+        words = [found, "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--die-with-parent"]
+        words += ["--clearenv", "--cap-drop", "ALL", "--dev-bind", os.devnull, os.devnull]
+        for source, place in files.binds:
+            words += ["--ro-bind", source, place]
+        for folder in files.hidden:
+            words += ["--tmpfs", folder, "--remount-ro", folder]
+        words += ["--perms", "0700", "--size", str(DISK), "--tmpfs", _WORK, "--chdir", _WORK, "--remount-ro", "/"]
+        self._words = words
+        self._filters = {processes: spaces.system_call_filter(processes=processes) for processes in (False, True)}
+
+    def start(self, *, processes: bool) -> Jailed:
+        words = list(self._words)
+        passed: tuple[int, ...] = ()
+        if (filtered := self._filters[processes]) is not None:
+            number, sent = os.pipe()
+            os.write(sent, filtered)
+            os.close(sent)
+            words += ["--seccomp", str(number)]
+            passed = (number,)
+        try:
+            process = subprocess.Popen(
+                [*words, "--", *self.command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, pass_fds=passed, env={}, bufsize=0, start_new_session=True,
+            )  # fmt: skip
+        finally:
+            for number in passed:
+                os.close(number)
+        assert process.stdin
+        assert process.stdout
+        return Jailed(process.stdin.fileno(), process.stdout.fileno(), partial(_end_popen, process))
+
+
+def _end_popen(process: subprocess.Popen[bytes]) -> None:
+    _end_group(process.pid)
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream:
+            stream.close()
+
+
+def _end_group(leader: int) -> None:
+    """Kill a process group; wait for those of it that are, or become, our children."""
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+    with suppress(ChildProcessError):
+        while True:
+            os.waitpid(-leader, 0)
+
+
+class Unshare(Tier):
+    """Namespaces by system calls of our own, with our system-call filter where libseccomp is found."""
+
+    name = "unshare"
+    needs = "user namespaces"
+    limits: ClassVar = LIMITS | _NAMESPACED
+
+    def __init__(self, files: Files) -> None:
+        super().__init__(files)
+        self._root = tempfile.TemporaryDirectory(prefix="fluid-eval-")
+        self._filters = {processes: spaces.system_call_filter(processes=processes) for processes in (False, True)}
+
+    def start(self, *, processes: bool) -> Jailed:
+        (read, stdin), (stdout, write) = os.pipe(), os.pipe()
+        files, root = self.files, Path(self._root.name)
+        prepare = partial(spaces.enter, files.binds, files.hidden, root, _WORK, DISK)
+        try:
+            leader = spaces.spawn(self.command, read, write, prepare, self._filters[processes])
+        finally:
+            os.close(read)
+            os.close(write)
+        return Jailed(stdin, stdout, partial(_end_spawned, leader, stdin, stdout))
+
+
+def _end_spawned(leader: int, *ends: int) -> None:
+    _end_group(leader)
+    for number in ends:
+        os.close(number)
+
+
+class Unsafe(Tier):
+    """A process with limits and nothing more: what it reads and whom it calls is up to it."""
+
+    name = "none (separate process, limits)"
+    needs = "--allow-unsafe-code"
+
+    def start(self, *, processes: bool) -> Jailed:
+        folder = tempfile.mkdtemp(prefix="fluid-eval-")
+        process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={}, cwd=folder,
+            bufsize=0, start_new_session=True,
+        )  # fmt: skip
+        assert process.stdin
+        assert process.stdout
+
+        def end() -> None:
+            _end_popen(process)
+            shutil.rmtree(folder, ignore_errors=True)
+
+        return Jailed(process.stdin.fileno(), process.stdout.fileno(), end, folder)
+
+
+LADDER: tuple[type[Tier], ...] = (Sandlock, Bubblewrap, Unshare)

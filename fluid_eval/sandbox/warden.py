@@ -1,0 +1,218 @@
+"""One place where programs are judged: a small process that starts a jail for each program and one for the judge, hands
+messages from one to the other, watches the clock, and reports what the judge said.
+
+    python -m fluid_eval.sandbox.warden        trials and verdicts, a JSON line each, on standard input and output
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import marshal
+import os
+import select
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from .files import Files
+from .ladder import tier_named
+from .tiers import Jailed, Tier
+
+START = 20.0
+"""Seconds that an interpreter may take to come up."""
+GRACE = 1.0
+"""Seconds that tests may take beyond the program's."""
+WATCH = 0.05
+"""Seconds between looks at a private folder that has no limit of its own."""
+LARGEST = 8 << 20
+"""Bytes of an answer."""
+
+
+def _code(name: str) -> CodeType:
+    file = Path(__file__).with_name(name)
+    return compile(file.read_text(encoding="utf-8"), name, "exec", optimize=2)
+
+
+class Late(Exception):  # noqa: N818
+    """The clock ran out."""
+
+
+class Gone(Exception):  # noqa: N818
+    """The other end is closed, or sends what nobody asked for."""
+
+
+class Line:
+    """Length-prefixed messages to and from a jailed interpreter, by a deadline (of time.monotonic)."""
+
+    def __init__(self, jailed: Jailed) -> None:
+        self._jailed = jailed
+        self._left = b""
+        os.set_blocking(jailed.stdin, False)
+        os.set_blocking(jailed.stdout, False)
+
+    def send(self, data: bytes, deadline: float) -> None:
+        """Raises Gone or Late."""
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[os.write(self._jailed.stdin, rest) :]
+            except BlockingIOError:
+                self._wait(self._jailed.stdin, select.POLLOUT, deadline)
+            except OSError as error:
+                raise Gone from error
+
+    def receive(self, deadline: float) -> bytes:
+        """The next message. Raises Gone or Late."""
+        message = self._message(deadline)
+        self._watch()
+        return message
+
+    def _watch(self) -> None:
+        if self._jailed.overfull():
+            raise Gone("the program filled its folder")
+
+    def _message(self, deadline: float) -> bytes:
+        size = int.from_bytes(self._exactly(4, deadline), "big")
+        if size > LARGEST:
+            raise Gone("an answer is too large")
+        return self._exactly(size, deadline)
+
+    def _wait(self, number: int, what: int, deadline: float) -> None:
+        poll = select.poll()
+        poll.register(number, what)
+        while (left := deadline - time.monotonic()) > 0:
+            if poll.poll(min(left, WATCH) * 1000):
+                return
+            self._watch()
+        raise Late
+
+    def _exactly(self, size: int, deadline: float) -> bytes:
+        parts, held = [self._left], len(self._left)
+        while held < size:
+            try:
+                part = os.read(self._jailed.stdout, 1 << 16)
+            except BlockingIOError:
+                self._wait(self._jailed.stdout, select.POLLIN, deadline)
+                continue
+            except OSError as error:
+                raise Gone from error
+            if not part:
+                raise Gone("the program ended its process")
+            parts.append(part)
+            held += len(part)
+            if time.monotonic() > deadline:
+                raise Late
+        data = b"".join(parts)
+        self._left = data[size:]
+        return data[:size]
+
+
+class Warden:
+    """Judges one program at a time. The judge's interpreter serves many; it is replaced when it hangs. A program's
+    serves one, and comes up while the one before is judged.
+    """
+
+    def __init__(self, tier: Tier) -> None:
+        self._tier = tier
+        self._child, self._judges = (marshal.dumps(_code(name)) for name in ("child.py", "judge.py"))
+        self._next: Jailed | None = None
+        self._judge: Jailed | None = None
+        self._to_judge: Line | None = None
+
+    def judge(self, program: str, setup: str, tests: str, entry: str, timeout: float) -> tuple[str, str]:
+        """(passed, failed or timed out; why)."""
+        jailed, self._next = self._next or self._tier.start(processes=False), None
+        try:
+            return self._judged(Line(jailed), program, (setup, tests, entry), timeout)
+        except Late:
+            self._end_judge()
+            return "timed out", ""
+        except Gone as error:  # the judge itself: it is made anew for the next program
+            self._end_judge()
+            return "failed", str(error) or "the judge ended"
+        finally:
+            jailed.end()
+
+    def _judged(self, program: Line, text: str, job: tuple[str, str, str], timeout: float) -> tuple[str, str]:
+        deadline = time.monotonic() + START
+        judge = self._open_judge()
+        judge.send(marshal.dumps(job), deadline)
+        names = [str(name) for name in json.loads(judge.receive(deadline)[1:])]
+        over = None
+        try:
+            program.send(self._child + marshal.dumps((text, names)), deadline)
+            self._next = self._tier.start(processes=False)
+            program.receive(deadline)  # it is up
+            deadline = time.monotonic() + timeout
+            answer = program.receive(deadline)
+        except Gone as error:
+            over = str(error) or "the program ended its process"
+        while True:
+            sent = json.dumps({"over": over}).encode() if over else answer
+            judge.send(len(sent).to_bytes(4, "big") + sent, deadline + GRACE)
+            message = judge.receive(deadline + GRACE)
+            if message[:1] == b"v":
+                passed, reason = json.loads(message[1:])
+                return "passed" if passed else "failed", reason
+            if over is None:
+                try:
+                    program.send(message[1:], deadline)
+                    answer = program.receive(deadline)
+                except Gone as error:
+                    over = str(error) or "the program ended its process"
+
+    def _open_judge(self) -> Line:
+        if self._to_judge is None:
+            self._judge = self._tier.start(processes=True)
+            self._to_judge = Line(self._judge)
+            self._to_judge.send(self._judges, time.monotonic() + START)
+        return self._to_judge
+
+    def _end_judge(self) -> None:
+        if self._judge is not None:
+            self._judge.end()
+        self._judge = self._to_judge = None
+
+    def close(self) -> None:
+        """End all interpreters."""
+        self._end_judge()
+        if self._next is not None:
+            self._next.end()
+            self._next = None
+
+
+def serve(requests: Iterator[str]) -> None:
+    """The first line says which tier and which files; each further one is a trial. Answers with a JSON line each."""
+    head = json.loads(next(requests))
+    try:
+        tier = tier_named(head["tier"], Files(**head["files"]))
+    except (OSError, ImportError) as error:
+        _tell({"error": str(error)})
+        return
+    _tell({})
+    warden = Warden(tier)
+    try:
+        for line in requests:
+            started = time.perf_counter()
+            try:
+                reason, detail = warden.judge(**json.loads(line))
+            except OSError as error:
+                _tell({"error": str(error)})
+                return
+            _tell({"reason": reason, "detail": detail, "seconds": time.perf_counter() - started})
+    finally:
+        warden.close()
+
+
+def _tell(values: dict[str, Any]) -> None:
+    print(json.dumps(values), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans below become ours, to be reaped
+    serve(iter(sys.stdin))
