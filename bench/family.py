@@ -59,7 +59,7 @@ def measure(system: System, checkpoints: Path, runs: Path, limit: int | None) ->
     """Scores and costs of one system, by task."""
     values = {
         "tasks": list(TASKS), "model": str(checkpoints / system.checkpoint), "decoder": system.decoder,
-        "allow_code": True,
+        "allow_unsafe_code": True,
     }  # fmt: skip
     spec = build_spec(values if limit is None else {**values, "limit": limit})
     result = job.run(spec, runs / spec.id, resume=True)

@@ -24,6 +24,7 @@ from .lint import lint
 from .paths import resource
 from .protocol import chat_of
 from .run import default_folder, run
+from .sandbox.ladder import found as isolation
 from .spec import DEFAULT_PROFILE, build_spec
 from .stats import Interval, ratio_of_sums
 from .store import Record, read_samples, write_json
@@ -35,7 +36,7 @@ CLAIMS = "claims.json"
 @dataclass(frozen=True)
 class Place:
     """Where weights and data are. models: a folder of model folders.  code: whether downloaded weights may have code
-    that they write run.
+    that they write run where nothing isolates it.
     """
 
     models: Path
@@ -48,6 +49,10 @@ class Place:
             if folder.is_dir():
                 return str(folder)
         return system.hub if system.hub and _hub() else None
+
+    def may_run_code(self, system: System) -> bool:
+        """Whether code may run without isolation."""
+        return self.code or self.bundled(system).is_dir()
 
     def bundled(self, system: System) -> Path:
         """Where a system's weights are if they come with this package."""
@@ -130,8 +135,8 @@ def missing(claim: Claim, system: System, place: Place) -> list[str]:
         needs.append("a CUDA device")
     elif claim.unit == "tok/s" and not (claim.hardware and claim.hardware in _cuda()):
         needs.append(claim.hardware or "the hardware it was measured on, which is not stated")
-    if not place.bundled(system).is_dir() and not place.code and harness.unsafe_names((claim.task,)):
-        needs.append("--allow-code")
+    if harness.unsafe_names((claim.task,)) and not place.may_run_code(system) and isolation().name is None:
+        needs.append("--allow-unsafe-code")
     source = next((name for name in data.SOURCES if claim.task == name or claim.task.startswith(name + "_")), None)
     if source is not None and not _at_hand(source, place.data_dir):
         needs.append(f"data {source}")
@@ -141,7 +146,12 @@ def missing(claim: Claim, system: System, place: Place) -> list[str]:
 def run_values(claim: Claim, system: System, place: Place) -> Nested:
     """Settings of the run that measures a claim, tasks apart."""
     values: Nested = {"profile": claim.profile or DEFAULT_PROFILE, **system.run, **claim.run}
-    return {**values, "model": str(place.model(system)), "data_dir": place.data_dir, "allow_code": True}
+    return {
+        **values,
+        "model": str(place.model(system)),
+        "data_dir": place.data_dir,
+        "allow_unsafe_code": place.may_run_code(system),
+    }
 
 
 def measure(values: Nested, claims: Sequence[Claim], out: Path) -> list[Row]:

@@ -16,7 +16,9 @@ def add(reproduce: argparse.ArgumentParser) -> None:
     reproduce.add_argument("--systems", metavar="A,B", help="names, or their beginnings: FLUID-7B,tiny-")
     reproduce.add_argument("--data-dir", default=None, metavar="DIR", help="folder with benchmark data")
     reproduce.add_argument("--models-dir", default=None, metavar="DIR", help="folder with model folders")
-    reproduce.add_argument("--allow-code", action="store_true", help="agree to run code that downloaded models wrote")
+    reproduce.add_argument(
+        "--allow-unsafe-code", action="store_true", help="run downloaded models' code where nothing isolates it"
+    )
     reproduce.add_argument("--ledger", type=Path, metavar="FILE", help="default: the bundled reports/claims.toml")
     reproduce.add_argument("--out", type=Path, default=Path("runs/claims"), metavar="DIR", help="default: runs/claims")
     reproduce.add_argument("--docs", type=Path, metavar="FILE", help="write the page docs/claims.md, too")
@@ -31,7 +33,7 @@ def main(options: argparse.Namespace) -> int:
     ledger = read_claims(options.ledger)
     claims = [claim for claim in ledger.claims if _wanted(claim, options)]
     models = Path(options.models_dir or os.environ.get("FLUID_MODELS_DIR") or "models")
-    place = Place(models, options.data_dir or os.environ.get("FLUID_DATA_DIR"), options.allow_code)
+    place = Place(models, options.data_dir or os.environ.get("FLUID_DATA_DIR"), options.allow_unsafe_code)
     found = reproduce(ledger, claims, options.out, place)
     text = page(found)
     for file in (options.out / "claims.md", options.docs):

