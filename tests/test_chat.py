@@ -61,7 +61,7 @@ def test_prompts_and_answers_are_those_of_lm_evals_backend(hf, chatty, data_dir,
         system_instruction=system,
     )  # fmt: skip
     values = {"tasks": tasks, "model": str(chatty), "data_dir": str(data_dir), "limit": 3, "max_new_tokens": 24}
-    values |= {"num_fewshot": 2, "allow_code": True, "chat": {"system": system, "multiturn": multiturn}}
+    values |= {"num_fewshot": 2, "allow_unsafe_code": True, "chat": {"system": system, "multiturn": multiturn}}
     spec = build_spec(values)
     result = run(spec, tmp_path / "r")
     chat = open_chat(spec.chat, load_tokenizer(str(chatty)), "m")
@@ -232,7 +232,15 @@ def test_what_cannot_be_is_one_line_before_any_weights_load(capsys, tmp_path, ti
     if template is None:
         (model / "chat_template.jinja").unlink()
     (model / "model.safetensors").write_bytes(b"no weights")
-    words = [*words, *(["--chat"] if "alone" not in case else []), "--model", model, "--limit", 2, "--allow-code"]
+    words = [
+        *words,
+        *(["--chat"] if "alone" not in case else []),
+        "--model",
+        model,
+        "--limit",
+        2,
+        "--allow-unsafe-code",
+    ]
     words += [] if "--tasks" in words else ["--tasks", "mini_gsm8k_1"]
     code = main(["run", "--max-new-tokens", "8", *map(str, words), "--out", str(tmp_path / "r")])
     out, err = capsys.readouterr()

@@ -15,6 +15,7 @@ from fluid_eval.cli import main
 from fluid_eval.lint import lint
 from fluid_eval.paths import resource
 from fluid_eval.reproduce import Place, judge
+from fluid_eval.sandbox.ladder import Found
 from fluid_eval.spec import build_spec
 from fluid_eval.stats import Interval, interval
 from fluid_model import ConfigError
@@ -194,6 +195,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
         door.cache_clear()
     hub, cuda = [False], [""]
     monkeypatch.setattr(reproduce, "_hub", lambda: hub[0])
+    monkeypatch.setattr(reproduce, "isolation", lambda: Found(None, ()))
     monkeypatch.setattr(reproduce, "_cuda", lambda: cuda[0])
     monkeypatch.setattr(reproduce, "_at_hand", lambda source, data_dir: data_dir is not None)
     system = System("s", "big", hub="who/big")
@@ -203,7 +205,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
 
     code = claim(task="humaneval")
     speed = claim(unit="tok/s", metric="tokens_per_second", hardware="H100")
-    assert needs(code) == ["weights big/", "a CUDA device", "--allow-code", "data humaneval"]
+    assert needs(code) == ["weights big/", "a CUDA device", "--allow-unsafe-code", "data humaneval"]
     hub[0] = True
     assert needs(code, data_dir="d", code=True) == ["a CUDA device"]
     assert needs(code, replace(system, device="cpu"), data_dir="d", code=True) == []

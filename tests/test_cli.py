@@ -71,7 +71,6 @@ BAD = {
     "too many shots": (["--num-fewshot", "7"], "num_fewshot=7: task gsm8k has 6 examples to draw from"),
     "no data": (["--data-dir", "{empty}"], "gsm8k/train.jsonl: no such file"),
     "too many new tokens": (["--max-new-tokens", "256"], "leaves no room for a prompt in the model's window of 256"),
-    "no agreement to run code": (["--tasks", "humaneval"], "runs code written by the model; pass --allow-code"),
     "no cuda": (["--device", "cuda"], "device=cuda: torch sees no CUDA device here"),
     "missing spec": (["{empty}/spec.toml"], "spec.toml: cannot be read: No such file"),
     "task twice": (["--tasks", "mmlu,mmlu_anatomy"], "Duplicate task 'mmlu_anatomy'"),

@@ -37,7 +37,7 @@ def adapted(tmp_path_factory):
 
 def spec_of(path, decoder, **changes):
     values = {"tasks": TASKS, "model": str(path), "decoder": decoder, "limit": 2, "max_new_tokens": 10}
-    return build_spec({**values, "allow_code": True, **changes})
+    return build_spec({**values, "allow_unsafe_code": True, **changes})
 
 
 @pytest.mark.parametrize(

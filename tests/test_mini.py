@@ -10,7 +10,11 @@ import pytest
 
 from fluid_eval import harness
 from fluid_eval.paths import resource
-from fluid_eval.sandbox import run_program
+from fluid_eval.sandbox import passing
+from fluid_eval.sandbox.ladder import chosen
+from fluid_eval.sandbox.passing import trial
+from fluid_eval.sandbox.pool import judges
+from fluid_eval.sandbox.score import held
 from fluid_eval.spec import build_spec
 
 spec = importlib.util.spec_from_file_location("suite", resource("tasks") / "mini" / "suite.py")
@@ -46,16 +50,28 @@ def test_every_step_of_a_story_is_right():
 
 
 def test_the_reference_body_passes_and_another_fails():
-    for level in suite.LEVELS:
-        for row in TESTS["mini_humaneval", level][:4]:
-            tests = f"\n{row['test']}\ncheck({row['entry_point']})\n"
-            assert run_program(row["prompt"] + row["completion"] + tests).passed
-            assert not run_program(row["prompt"] + "    return None\n" + tests).passed
+    rows = [row for level in suite.LEVELS for row in TESTS["mini_humaneval", level][:4]]
+    for bodies, passes in (([row["completion"] for row in rows], True), (["    return None\n"] * len(rows), False)):
+        trials = [trial(row, row["prompt"] + body) for row, body in zip(rows, bodies, strict=True)]
+        told = held(judges(chosen(allow_unsafe=True)), trials)
+        assert [verdict.passed for verdict in told] == [passes] * len(rows)
 
 
 @pytest.fixture(scope="module")
 def tasks():
     return harness.load_tasks(build_spec({"tasks": ["mini"], "model": "m"}))["tasks"]
+
+
+def test_an_answer_judged_early_is_not_run_again(tasks, monkeypatch):
+    monkeypatch.setitem(passing._allowed, "unsafe", True)
+    row, task = TESTS["mini_humaneval", 1][0], tasks["mini_humaneval_1"]
+    doc = task.eval_docs[0]
+    harness.begin_judging({"tasks": tasks}, "mini_humaneval_1", doc, row["completion"])
+    harness.begin_judging({"tasks": tasks}, "mini_math_1", tasks["mini_math_1"].eval_docs[0], "no program")
+    begun = len(judges(passing.isolation())._verdicts)
+    assert task.process_results(doc, [[row["prompt"] + row["completion"]]]) == {"pass@1": 1.0}
+    assert len(judges(passing.isolation())._verdicts) == begun
+    assert task.process_results(doc, [[row["prompt"] + "    return None\n"]]) == {"pass@1": 0.0}
 
 
 @pytest.mark.parametrize(("task", "level"), list(TESTS))

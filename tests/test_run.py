@@ -19,7 +19,7 @@ def spec_for(stories, data_dir, **changes):
         "num_fewshot": 0,
         "limit": 3,
         "max_new_tokens": 24,
-        "allow_code": True,
+        "allow_unsafe_code": True,
     }
     return build_spec({**values, **changes})
 

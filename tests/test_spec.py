@@ -34,7 +34,7 @@ SPECS = st.builds(
     num_fewshot=MAYBE,
     batch_size=st.just("auto") | st.integers(1, 99),
     seed=st.integers(0, 2**31),
-    allow_code=st.booleans(),
+    allow_unsafe_code=st.booleans(),
 )
 
 

@@ -1,0 +1,400 @@
+"""Programs that try to pass without solving the problem, to reach out of their jail, or to hurt the machine.
+
+The problem is to add two numbers. `FORGED` programs are whole: they never add, and pass only if the verdict can be
+forged. `REACHED` are bodies of `attack()`: `program` adds rightly only if that achieves what it attempts, so that
+"passed" always means that the attack worked. SECRET, PORT, PID, MARK, DATA and SOCKET stand for things of the host's.
+"""
+
+from __future__ import annotations
+
+import textwrap
+
+SETUP = "def doubled(x):\n    return 2 * x\n\n\ndef add(a, b):\n    pass\n"
+TESTS = """
+def check(candidate):
+    import math
+    assert candidate(2, 3) == 5
+    for a, b in ((10, 20), (7, -7), (1.5, 2.5)):
+        assert math.isclose(candidate(a, b), a + b) and abs(candidate(a, b) - a - b) < 1e-9
+    assert isinstance(candidate(1, 1), int) and all(candidate(n, 1) == n + 1 for n in range(3))
+    assert doubled(candidate(4, 4)) == 16
+
+check(add)
+"""
+RIGHT = "def add(a, b):\n    return a + b\n"
+
+# fmt: off
+_FORGED = {
+    "leaves": {
+        "sys.exit(0) while it is defined": "import sys\nsys.exit(0)",
+        "os._exit(0) while it is defined": "import os\nos._exit(0)",
+        "sys.exit(0) when called": "import sys\ndef add(a, b): sys.exit(0)",
+        "os._exit(0) when called": "import os\ndef add(a, b): os._exit(0)",
+        "raises SystemExit": "def add(a, b): raise SystemExit(0)",
+        "raises KeyboardInterrupt": "def add(a, b): raise KeyboardInterrupt",
+        "raises StopIteration, to end a loop of the tests": "def add(a, b): raise StopIteration",
+        "raises GeneratorExit": "def add(a, b): raise GeneratorExit",
+        "leaves by the C library": "import ctypes\ndef add(a, b): ctypes.CDLL(None)._exit(0)",
+        "kills itself": "import os, signal\ndef add(a, b): os.kill(os.getpid(), signal.SIGKILL)",
+        "crashes the interpreter": "import ctypes\ndef add(a, b): ctypes.string_at(0)",
+        "becomes another program": "import os, sys\ndef add(a, b): os.execv(sys.executable, ['python', '-c', 'pass'])",
+    },
+    "lies about equality": {
+        "object equal to all": """
+            class Yes:
+                __eq__ = __lt__ = __gt__ = __le__ = __ge__ = lambda self, other: True
+                __ne__ = lambda self, other: False
+                __sub__ = __rsub__ = __abs__ = __add__ = __radd__ = __mul__ = __rmul__ = lambda self, *other: self
+                __float__ = lambda self: 5.0
+                __bool__ = lambda self: True
+                __hash__ = lambda self: 5
+            def add(a, b): return Yes()""",
+        "int equal to all": """
+            class Yes(int):
+                __eq__ = __lt__ = lambda self, other: True
+                __sub__ = __rsub__ = __abs__ = __mul__ = __rmul__ = lambda self, *other: self
+                __hash__ = int.__hash__
+            def add(a, b): return Yes(0)""",
+        "float equal to all": """
+            class Yes(float):
+                __eq__ = __lt__ = lambda self, other: True
+                __sub__ = __rsub__ = __abs__ = __mul__ = __rmul__ = lambda self, *other: self
+                __hash__ = float.__hash__
+            def add(a, b): return Yes(0)""",
+        "str equal to all": "class Yes(str):\n  __eq__ = lambda s, o: True\n  __hash__ = str.__hash__\ndef add(a, b): return Yes('5')",
+        "object that says it is an int": "class Yes:\n  __class__ = property(lambda s: int)\n  __eq__ = lambda s, o: True\n"
+        "  __index__ = __int__ = lambda self: 5\ndef add(a, b): return Yes()",
+        "metaclass equal to all": """
+            class Meta(type):
+                __eq__ = lambda self, other: True
+                __hash__ = type.__hash__
+            class Yes(metaclass=Meta): pass
+            def add(a, b): return Yes""",
+        "a mock": "from unittest import mock\ndef add(a, b): return mock.ANY",
+        "a function that calls itself add": "def add(*a): return add",
+        "not a number": "def add(a, b): return float('nan')",
+    },
+    "patches what judges": {
+        "builtins abs, all, any, isinstance, len": """
+            import builtins
+            for name in ("abs", "all", "any", "isinstance", "len", "sum", "min", "max"):
+                setattr(builtins, name, lambda *a, **k: 0)
+            builtins.isinstance = builtins.all = lambda *a: True
+            def add(a, b): return 0""",
+        "AssertionError": "import builtins\nbuiltins.AssertionError = type('Fine', (Exception,), {})\ndef add(a, b): return 0",
+        "math.isclose": "import math\nmath.isclose = lambda *a, **k: True\ndef add(a, b): return 0",
+        "unittest": "import unittest\nunittest.TestCase.assertEqual = lambda *a: None\ndef add(a, b): return 0",
+        "operator and __import__": """
+            import builtins, sys, types
+            fake = types.ModuleType("math"); fake.isclose = lambda *a: True
+            sys.modules["math"] = fake
+            builtins.__import__ = lambda *a, **k: fake
+            def add(a, b): return 0""",
+        "a check of its own": "def check(candidate): pass\ndef add(a, b): return 0\ncandidate = lambda *a: 0",
+        "the prompt's helper": "def doubled(x): return 16\ndef add(a, b): return 0",
+        "tracing, to skip asserts": """
+            import sys
+            def skip(frame, event, value):
+                frame.f_trace_lines = False
+                return skip
+            sys.settrace(skip)
+            def add(a, b): return 0""",
+        "code that runs in the interpreter's own hooks": """
+            import sys
+            sys.excepthook = sys.unraisablehook = lambda *a: None
+            sys.displayhook = lambda *a: None
+            def add(a, b): return 0""",
+        "the exception's text": "class passed(Exception):\n  __str__ = lambda s: 'passed'\ndef add(a, b): raise passed",
+        "exceptions of the judge's own names": """
+            class Over(BaseException): pass
+            class Told(BaseException): error = None
+            def add(a, b): raise Told()""",
+        "the value of small integers": """
+            import ctypes
+            for n in range(-5, 40):
+                ctypes.memmove(id(n) + 24, (0).to_bytes(4, "little"), 4)
+            def add(a, b): return 0""",
+        "the type int": """
+            import ctypes, gc
+            table = gc.get_referents(int.__dict__)[0]
+            table["__eq__"] = lambda a, b: True
+            ctypes.pythonapi.PyType_Modified(ctypes.py_object(int))
+            def add(a, b): return 0""",
+    },
+    "looks for the verdict": {
+        "frames above": """
+            import sys
+            def add(a, b):
+                frame = sys._getframe()
+                while frame:
+                    frame.f_globals.update(passed=True, reason="passed", check=lambda c: None)
+                    frame.f_locals.update(result="passed", passed=True, over=None)
+                    for value in list(frame.f_locals.values()):
+                        if isinstance(value, (int, float)) and value == a + b and value not in (a, b):
+                            return value
+                    frame = frame.f_back
+                return 0""",
+        "objects of the collector": """
+            import gc
+            def add(a, b):
+                for thing in gc.get_objects():
+                    if getattr(thing, "__name__", "") == "check":
+                        thing.__code__ = (lambda candidate: None).__code__
+                    if isinstance(thing, str) and "assert candidate" in thing:
+                        return eval(thing.split("==")[1].split()[0])
+                return 0""",
+        "memory, for the tests' text": """
+            import ctypes, re
+            def add(a, b):
+                held = ctypes.string_at(id(add) & ~0xFFFFF, 1 << 20)
+                found = re.search(rb"assert candidate\\(2, 3\\) == (\\d+)", held)
+                return int(found.group(1)) if found else 0""",
+        "secrets in argv, environment and orig_argv": """
+            import os, sys
+            def add(a, b):
+                text = " ".join([*sys.argv, *sys.orig_argv, *os.environ.values()])
+                os.write(1, text.encode())
+                return 0""",
+        "what runs it": """
+            import sys
+            main = next(f for f in iter([sys._getframe()]))
+            while main.f_back: main = main.f_back
+            main.f_globals.update(called=lambda *a: '{"value":5}', raised=lambda e: '{"value":5}')
+            def add(a, b): return 5""",
+        "names, to tell of more than it is asked": """
+            import sys
+            values = sys._getframe().f_back.f_locals["values"]
+            real = values.carried
+            def more(value, depth=0):
+                if type(value) is dict and "add" in value: value = {**value, "doubled": lambda x: 16}
+                return real(value, depth)
+            values.carried = more
+            def add(a, b): return 0 if a == b == 4 else a + b""",
+        "requests, for expected answers": """
+            import marshal
+            load, seen = marshal.load, []
+            def spy(file):
+                seen.append(load(file))
+                return seen[-1]
+            marshal.load = spy
+            def add(a, b): return [n for n in seen[-1] if n == a + b and n not in (a, b)] or 0""",
+    },
+    "writes to pipes": {
+        "a verdict on every descriptor": """
+            import os
+            def add(a, b):
+                for text in (b'v[true, ""]', b'[true, ""]', b'{"reason": "passed", "detail": "", "seconds": 1}\\n'):
+                    for number in range(64):
+                        for head in (b"", len(text).to_bytes(4, "big")):
+                            try: os.write(number, head + text)
+                            except OSError: pass
+                return 0""",
+        "a verdict before it is asked": """
+            everywhere(b'\\0\\0\\0\\x0bv[true, ""]')
+            def add(a, b): return 0""",
+        "answers of other kinds": """
+            import os
+            texts = [b'{"value":{"d":[[[1],2]]}}', b'{"value":{"h":["x",1]}}', b'{"value":{"zz":1}}', b"[]", b"null",
+                     b'{"raised":["StopIteration",""]}', b'{"raised":[]}', b'{"value":{"m":"os"}}', b"\\xff\\xfe"]
+            def add(a, b):
+                for text in texts: everywhere(len(text).to_bytes(4, "big") + text)
+                return 0""",
+        "an answer that is too deep": """
+            text = b'{"value":' + b"[" * 500000 + b"]" * 500000 + b"}"
+            def add(a, b): return everywhere(len(text).to_bytes(4, "big") + text)""",
+        "an answer said to have four gigabytes": "def add(a, b): return everywhere(b'\\xff' * 65536)",
+        "closes every descriptor": "import os\nos.closerange(0, 256)\ndef add(a, b): return 0",
+        "joins descriptors": """
+            import os
+            for number in range(3, 16):
+                try: os.dup2(number, 1); print('v[true, ""]', flush=True)
+                except OSError: pass
+            def add(a, b): return 0""",
+        "at exit": """
+            import atexit, os
+            @atexit.register
+            def late(): everywhere(b'\\0\\0\\0\\x0bv[true, ""]')
+            def add(a, b): raise SystemExit""",
+        "from a thread that outlives": """
+            import os, threading, time
+            def late():
+                while True:
+                    for number in range(3, 16):
+                        try: os.write(number, b'\\0\\0\\0\\x0b{"value": 5}')
+                        except OSError: pass
+                    time.sleep(0.01)
+            threading.Thread(target=late, daemon=True).start()
+            def add(a, b): return 0""",
+    },
+    "takes too much": {
+        "time: a loop": "def add(a, b):\n  while True: pass",
+        "time: a loop while it is defined": "while True: pass",
+        "time: sleep": "import time\ntime.sleep(4)\ndef add(a, b): return a + b",
+        "time: a loop that ignores signals": """
+            import signal
+            for number in set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP}:
+                try: signal.signal(number, signal.SIG_IGN)
+                except OSError: pass
+            def add(a, b):
+                while True:
+                    try:
+                        while True: pass
+                    except BaseException: pass""",
+        "time: one long operation": "def add(a, b): return 7 ** (7 ** 9)",
+        "time: a regular expression": "import re\ndef add(a, b): return re.match('(a+)+$', 'a' * 60 + 'b')",
+        "time: waits for input": "def add(a, b): return int(open(0).readline() or 0)",
+        "memory at once": "import mmap\nheld = mmap.mmap(-1, 3 << 29)\ndef add(a, b): return a + b",
+        "memory bit by bit": "def add(a, b):\n  held = []\n  while True: held.append(bytearray(1 << 24))",
+        "memory: a compressed bomb": """
+            import zlib
+            def add(a, b):
+                packer = zlib.compressobj(9)
+                text = b"".join(packer.compress(bytes(1 << 24)) for _ in range(128)) + packer.flush()
+                return len(zlib.decompress(text))""",
+        "memory: anonymous maps": "import mmap\ndef add(a, b): return sum(len(mmap.mmap(-1, 1 << 28)) for _ in range(64)) * 0",
+        "stack: deep recursion": "import sys\nsys.setrecursionlimit(1 << 30)\ndef add(a, b): return add(a, b) + 1",
+        "stack: a deep program": "x = " + "(" * 5000 + ")" * 5000 + "\ndef add(a, b): return 0",
+        "output: prints without end": "def add(a, b):\n  while True: print('x' * 65536)",
+        "output: a huge answer": "def add(a, b): return 'x' * (1 << 27)",
+        "output: a list that holds itself": "def add(a, b):\n  held = []\n  held.append(held)\n  return held",
+        "output: a huge number": "def add(a, b): return 1 << (1 << 28)",
+        "output: an answer without end": """
+            class Endless(list):
+                def __iter__(self):
+                    while True: yield 0
+            def add(a, b): return Endless([1])""",
+        "threads": """
+            import threading, time
+            def add(a, b):
+                for _ in range(2000): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()
+                return 0""",
+        "a surrogate in the source": "def add(a, b): return '\ud800'",
+        "no Python at all": "def add(a, b) return \x00",
+    },
+}
+
+_REACHED = {
+    "reads": {
+        "a file of the user's": "return open(SECRET).read()",
+        "a file by a relative path": "import os\nreturn open(os.path.relpath(SECRET)).read()",
+        "a file by a symbolic link": "import os\nos.symlink(SECRET, 'link')\nreturn open('link').read()",
+        "a file by a hard link": "import os\nos.link(SECRET, 'hard')\nreturn open('hard').read()",
+        "a file by /proc/self/root": "return open('/proc/self/root' + SECRET).read()",
+        "a file by /proc/self/cwd": "return open('/proc/self/cwd/../../../..' + SECRET).read()",
+        "a file by another's root": "return open(f'/proc/{PID}/root{SECRET}').read()",
+        "a file by a descriptor of a folder": "import os\nd = os.open('/', os.O_RDONLY | os.O_DIRECTORY)\nreturn os.read(os.open(SECRET[1:], os.O_RDONLY, dir_fd=d), 9)",
+        "a file by ctypes": "import ctypes\nc = ctypes.CDLL(None)\nreturn c.open(SECRET.encode(), 0) >= 0",
+        "the user list": "return open('/etc/passwd').read()",
+        "other packages": "import os\nreturn os.listdir(os.path.dirname(os.__file__) + '/site-packages')",
+        "HumanEval's solutions": "return open(DATA, 'rb').read()",
+        "the environment of another process": "return open(f'/proc/{PID}/environ', 'rb').read()",
+        "the memory of another process": "return open(f'/proc/{PID}/maps').read()",
+        "the environment": "import os\nreturn {n for n in os.environ if n not in ('PWD', 'LC_CTYPE')}",
+        "descriptors left open": "import os\ndef is_open(n):\n  try: os.fstat(n); return True\n  except OSError: return False\nreturn sum(map(is_open, range(8, 256)))",
+        "a disk": "import glob\nreturn [open(d, 'rb').read(1) for d in (glob.glob('/dev/[svn][dvm]*') or ['/dev/mem'])]",
+    },
+    "writes": {
+        "a file of the user's": "return open(SECRET, 'a').write('x')",
+        "a new file": "return open(MARK, 'w').write('x')",
+        "removes a file": "import os\nos.unlink(SECRET)\nreturn True",
+        "renames a file": "import os\nos.rename(SECRET, MARK)\nreturn True",
+        "changes a file's mode": "import os\nos.chmod(SECRET, 0o777)\nreturn True",
+        "empties a file": "import os\nos.truncate(SECRET, 0)\nreturn True",
+        "the standard library": "import os\nreturn open(os.__file__, 'a').write('#')",
+        "bytecode of the standard library": "import os\nreturn open(os.path.dirname(os.__file__) + '/__pycache__/x.pyc', 'w')",
+        "shared memory": "return open('/dev/shm/fluid-eval-x', 'w').write('x')",
+        "too large a file": "return open('large', 'wb', 0).write(bytes(4 << 20)) > 1 << 20",
+        "too large a file, by seeking": "f = open('large', 'wb')\nf.seek(1 << 30)\nf.write(b'x')\nf.flush()\nreturn True",
+        "too many files": "for n in range(64):\n  open(str(n), 'wb').write(bytes(1 << 20))\nreturn True",
+        "too many files open": "return [open('x', 'w') for _ in range(500)]",
+        "a device": "import os\nos.mknod('disk', 0o60666, os.makedev(8, 0))\nreturn open('disk', 'rb').read(1)",
+    },
+    "calls others": {
+        "TCP on loopback": "import socket\nreturn socket.create_connection(('127.0.0.1', PORT), 1)",
+        "UDP on loopback": "import socket\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\nreturn s.sendto(b'x', ('127.0.0.1', PORT))",
+        "serves on loopback": "import socket\nreturn socket.create_server(('127.0.0.1', 0))",
+        "a socket in the file system": "import socket\ns = socket.socket(socket.AF_UNIX)\ns.connect(SOCKET)\nreturn True",
+        "an abstract socket": "import socket\ns = socket.socket(socket.AF_UNIX)\ns.connect('\\0' + SOCKET)\nreturn True",
+        "a name server": "import socket\nreturn socket.getaddrinfo('example.com', 80)",
+        "a web page": "import urllib.request\nreturn urllib.request.urlopen(f'http://127.0.0.1:{PORT}', timeout=1)",
+        "a raw socket": "import socket\nreturn socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)",
+    },
+    "touches processes": {
+        "signals the caller": "import os\nos.kill(PID, 0)\nreturn True",
+        "stops its parent": "import os, signal\nif os.getppid() < 2: return False\nos.kill(os.getppid(), signal.SIGSTOP)\nreturn True",
+        "forks": "import os\nif not os.fork(): os._exit(0)\nreturn True",
+        "forks by ctypes": "import ctypes\npid = ctypes.CDLL(None).fork()\nif pid == 0: ctypes.CDLL(None)._exit(0)\nreturn pid > 0",
+        "forks many": "import os, time\nfor _ in range(100):\n  if not os.fork(): time.sleep(5); os._exit(0)\nreturn True",
+        "a daemon": "import os, time\nif not os.fork():\n  os.setsid()\n  if not os.fork():\n    time.sleep(30)\n  os._exit(0)\nreturn True",
+        "a shell": "import os\nreturn os.system('true') == 0",
+        "a subprocess": "import subprocess, sys\nreturn subprocess.run([sys.executable, '-c', '1']).returncode == 0",
+        "spawns": "import os, sys\nreturn os.posix_spawn(sys.executable, ['python', '-c', '1'], {})",
+        "multiprocessing": "import multiprocessing as m\np = m.get_context('fork').Process(target=print)\np.start()\nreturn True",
+        "traces its parent": "return call(101, 16, PID, 0, 0) == 0",
+        "reads a process's memory": "import ctypes\nreturn call(310, PID, 0, 0, 0, 0, 0) == 0",
+        "takes a descriptor of a process": "return call(438, call(434, PID, 0), 1, 0) >= 0",
+    },
+    "asks the kernel": {
+        "for a user namespace": "return call(272, 0x10000000) == 0",
+        "to mount": "return call(165, b'none', b'/tmp', b'tmpfs', 0, 0) == 0",
+        "to change its root": "return call(161, b'.') == 0",
+        "for io_uring": "import ctypes\nreturn call(425, 8, ctypes.create_string_buffer(256)) >= 0",
+        "for BPF": "import ctypes\nreturn call(321, 0, ctypes.create_string_buffer(b'\\1\\0\\0\\0\\4\\0\\0\\0\\4\\0\\0\\0\\1\\0\\0\\0' + bytes(56)), 72) >= 0",
+        "for keys": "return call(250, 0, -3, 0) > 0",
+        "for shared memory": "return call(29, 0, 4096, 0o1666) >= 0",
+        "for a counter of its events": "import ctypes\nreturn call(298, ctypes.create_string_buffer(128), 0, -1, -1, 0) >= 0",
+        "for more than its limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\nreturn True",
+        "to become root": "import os\nif os.getuid() == 0: return False\nos.setuid(0)\nreturn True",
+        "to be told of faults": "return call(323, 0) >= 0",
+        "to open by handle": "import ctypes\nreturn call(304, -100, ctypes.create_string_buffer(64), 0) >= 0",
+    },
+}
+
+# fmt: on
+_CALL = """
+def call(number, *values):
+    import ctypes, platform
+    if platform.machine() != "x86_64": return -1
+    return ctypes.CDLL(None).syscall(number, *values)
+"""
+_FRAME = """{call}
+def attack():
+{body}
+
+def add(a, b):
+    try:
+        done = attack()
+    except BaseException:
+        done = False
+    return a + b if done else None
+"""
+
+FORGED = {
+    f"{kind}: {tried}": textwrap.dedent(text).strip() for kind, some in _FORGED.items() for tried, text in some.items()
+}
+REACHED = {
+    f"{kind}: {tried}": _FRAME.format(call=_CALL, body=textwrap.indent(body, "    "))
+    for kind, some in _REACHED.items()
+    for tried, body in some.items()
+}
+QUICK = (
+    "leaves: sys.exit(0) when called", "lies about equality: int equal to all", "looks for the verdict: frames above",
+    "patches what judges: builtins abs, all, any, isinstance, len", "writes to pipes: a verdict on every descriptor",
+    "takes too much: memory at once", "reads: a file of the user's", "calls others: TCP on loopback",
+    "touches processes: a daemon", "takes too much: time: a loop",
+)  # fmt: skip
+"""Those that the default test suite runs."""
+
+
+_EVERYWHERE = """
+def everywhere(data):
+    import os
+    for number in range(3, 16):
+        try: os.write(number, data)
+        except OSError: pass
+"""
+
+
+def program(text: str, host: dict[str, object]) -> str:
+    """An attack on these things of the host's."""
+    return "".join(f"{name} = {value!r}\n" for name, value in host.items()) + _EVERYWHERE + text
