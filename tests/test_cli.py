@@ -12,6 +12,7 @@ import pytest
 
 from fluid_eval.cli import main
 from fluid_eval.commands import EXIT_UNHEALTHY
+from fluid_eval.sandbox.ladder import found
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -163,7 +164,7 @@ def test_doctor(capsys, little_data, data_dir, monkeypatch):
     assert main(["doctor", "--data-dir", str(data_dir)]) == 0
     out = capsys.readouterr().out
     assert "ok: the main job can run here" in out
-    assert "separate process, resource limits" in out
+    assert f"isolation   {found().name or 'none'}" in out
     assert main(["doctor"]) == 1
     assert "FAIL: no benchmark data" in capsys.readouterr().out
 

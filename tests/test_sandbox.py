@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import random
 import signal
 from contextlib import closing
 
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.sandbox import mutated
 from fluid_eval.data import load_rows
 from fluid_eval.sandbox import Trial, child, judge, ladder
 from fluid_eval.sandbox.passing import build_predictions_instruct, pass_at_k, trial
@@ -224,6 +226,14 @@ def test_code_is_refused_where_nothing_isolates_it(monkeypatch):
     assert ladder.chosen(allow_unsafe=True).startswith("none")
     monkeypatch.setattr("sys.platform", "darwin")
     assert ladder.tried(ladder.LADDER[0]) == "needs Linux"
+
+
+def test_mutations_are_seeded_and_change_the_function_alone():
+    source = "def helper(x):\n    return x + 1\n\ndef f(x):\n    return helper(x) * 2 if x > 3 else 0\n"
+    found = {mutated(source, "f", random.Random(seed)) for seed in range(20)}
+    assert len(found) > 4
+    assert all("return x + 1" in one and one.split("def f")[1] != source.split("def f")[1] for one in found)
+    assert mutated(source, "f", random.Random(3)) == mutated(source, "f", random.Random(3))
 
 
 def test_the_probe_sees_what_is_open():

@@ -37,7 +37,7 @@ def main(options: argparse.Namespace) -> int:
         ("timeout", options.timeout, 0 < options.timeout <= 3600),
     ):
         if not fits:
-            raise ConfigError(f"--{name}={value} must be above 0")
+            raise ConfigError(f"--{name}={value} must be above 0, in whole numbers for k and workers")
     problems = load_problems(options.problems)
     tier = chosen(allow_unsafe=options.allow_unsafe_code)
     with closing(Judges(tier, options.workers)) as judges:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,5 +97,4 @@ def score_file(
 
 
 def _trial(problem: Row, completion: str, timeout: float) -> Trial:
-    held = trial(problem, problem["prompt"] + completion)
-    return Trial(held.program, held.tests, held.setup, held.entry, timeout)
+    return replace(trial(problem, problem["prompt"] + completion), timeout=timeout)
