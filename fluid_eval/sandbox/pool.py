@@ -17,6 +17,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 
+from fluid_model.errors import RunError
+
 from . import Trial, Verdict
 from .files import interpreter_files
 
@@ -110,7 +112,7 @@ class Judges:
             thread.start()
 
     def submit(self, trial: Trial) -> Future[Verdict]:
-        """Have a trial held, if it is not yet."""
+        """Have a trial held, if it is not yet. The future raises RunError if no process can be started for it."""
         with self._lock:
             key = trial.key
             if key not in self._verdicts:
@@ -124,13 +126,19 @@ class Judges:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                try:
-                    future.set_result(place.judge(trial))
-                except OSError:  # its process ended, whatever ended it: once more, in a new one
-                    future.set_result(place.judge(trial))
+                future.set_result(self._judged(place, trial))
             except BaseException as error:
                 future.set_exception(error)
         place.close()
+
+    def _judged(self, place: Place, trial: Trial) -> Verdict:
+        try:
+            return place.judge(trial)
+        except OSError:  # its process ended, whatever ended it: once more, in a new one
+            try:
+                return place.judge(trial)
+            except OSError as error:
+                raise RunError(f"a program cannot be judged in {self.tier}: {error}") from error
 
     def close(self) -> None:
         """Give up what has not begun and end all processes."""
