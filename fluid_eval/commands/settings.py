@@ -64,9 +64,7 @@ def add_settings(run: argparse.ArgumentParser, spec: str = "SPEC.toml") -> argpa
     what.add_argument(
         "--trust-remote-code", action="store_const", const=True, help="agree to run code of the model's repository"
     )
-    what.add_argument(
-        "--allow-code", action="store_true", help=argparse.SUPPRESS
-    )  # once asked for; isolated code is not
+    what.add_argument("--allow-code", action="store_true", help=argparse.SUPPRESS)  # asked for before code was isolated
     where = run.add_argument_group("where")
     where.add_argument("--data-dir", metavar="DIR", help="benchmark data; default: FLUID_DATA_DIR, else the hub")
     where.add_argument("--batch-size", type=whole, metavar="N|auto", help="rows at a time")

@@ -174,6 +174,7 @@ def _answer(record: Record, clip: int, drafts: bool) -> Nested:
         "tokens": len(record.get("output_ids") or []) or None,
         "finish": record.get("finish"),
         "extracted": {name: clipped(text, clip // 2) for name, text in (record.get("extracted") or {}).items()},
+        "verdicts": [f"{told['result']} ({told['isolation']})" for told in record.get("verdicts") or []],
         "scores": {name: _finite(value) for name, value in (record.get("scores") or {}).items()},
         "forwards": {kind: count for kind, count in trace.get("forwards", {}).items() if count},
         "predicted": trace.get("predicted"),

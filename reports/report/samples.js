@@ -140,6 +140,7 @@ const answerOf = (sample, answer, place, viewers) => {
       list.append(make("dt", filter === "none" ? "extracted" : `extracted, ${filter}`), make("dd", plain(text) || "nothing"));
     box.append(list);
   } else for (const [filter, text] of extracted) box.append(block(filter === "none" ? "Extracted" : `Extracted, ${filter}`, text, false));
+  for (const told of answer.verdicts || []) box.append(make("p", "Its tests: " + told, "soft"));
   const more = make("details", undefined, "text");
   more.append(make("summary", "Scores, tokens and forwards"), facts(answer));
   box.append(more);
