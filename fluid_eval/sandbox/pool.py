@@ -9,6 +9,7 @@ import os
 import select
 import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
@@ -36,7 +37,8 @@ class Place:
         self._process: subprocess.Popen[str] | None = None
 
     def _open(self) -> subprocess.Popen[str]:
-        kept = {name: os.environ[name] for name in ("PATH", "TMPDIR") if name in os.environ}
+        self._folder = tempfile.TemporaryDirectory(prefix="fluid-eval-")  # ours to remove, whatever ends the warden
+        kept = {"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": self._folder.name}
         paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         process = subprocess.Popen(
             [sys.executable, "-m", "fluid_eval.sandbox.warden"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -79,6 +81,7 @@ class Place:
                 self._process.stdin.close()
             self._process.wait()
             self._process.stdout.close()
+            self._folder.cleanup()
         self._process = None
 
     def __enter__(self) -> Place:
