@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nox
 
-nox.options.sessions = ["lint", "types", "tests", "chain", "sweep_smoke", "wheel"]
+nox.options.sessions = ["lint", "types", "tests", "security", "chain", "sweep_smoke", "wheel"]
 nox.options.default_venv_backend = "none"
 HERE = Path(__file__).resolve().parent
 
