@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,18 @@ def unsafe_names(names: tuple[str, ...]) -> list[str]:
     return [name for name in names if any(map(unsafe, {name} | _inside(manager, name)))]
 
 
+@contextmanager
+def _templates() -> Iterator[None]:
+    """What goes wrong with a template as ConfigError."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except TemplateError as error:
+        raise ConfigError(f"a task's template cannot be rendered: {error}") from error
+
+
+@_templates()
 def load_tasks(spec: RunSpec) -> Tasks:
     """Build the tasks with the spec's settings, their data loaded. Raises ConfigError where data are missing."""
     manager = _manager(spec.data_dir)
@@ -144,8 +157,9 @@ def limit_for(spec: RunSpec, share: float) -> float | None:
     return share if spec.limit is None else math.ceil(share * spec.limit)
 
 
+@_templates()
 def requests(spec: RunSpec, tasks: Tasks, lm: LM) -> Asked:
-    """All that lm-eval's loop will ask."""
+    """All that lm-eval's loop will ask. Raises ConfigError for a template that cannot be rendered."""
     asked: Asked = []
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=spec.seed)  # tasks built before draw on
@@ -161,10 +175,11 @@ def requests(spec: RunSpec, tasks: Tasks, lm: LM) -> Asked:
     return asked
 
 
+@_templates()
 def evaluate(spec: RunSpec, tasks: Tasks, lm: LM, share: float = 1.0) -> dict[str, Any]:
     """lm-eval's own loop: build requests, have them answered by `lm`, filter and score. Returns its results.
 
-    share: of each task's documents, the first ones.
+    share: of each task's documents, the first ones.  Raises ConfigError for a template that cannot be rendered.
     """
     import numpy as np
     from lm_eval import evaluator
@@ -274,7 +289,20 @@ def _manager(data_dir: str | None) -> Any:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
+    _confine_templates()
     return TaskManager(include_path=str(resource("tasks")), include_defaults=False, metadata={"data_dir": data_dir})
+
+
+def _confine_templates() -> None:
+    """Let what lm-eval renders reach nothing but the document: a profile's templates may be somebody else's."""
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from lm_eval import utils
+
+    if not isinstance(utils.env, ImmutableSandboxedEnvironment):
+        confined = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+        confined.filters |= utils.env.filters
+        utils.env = confined
 
 
 def _target(task: Any, example: Mapping[str, Any]) -> str:

@@ -23,10 +23,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from fluid_model.errors import ConfigError
@@ -189,10 +191,15 @@ def _function(value: Any) -> Any:
     """Values with "!function module.name" replaced by the function, in lists and tables too."""
     if isinstance(value, str) and value.startswith(FUNCTION):
         module, _, name = value.removeprefix(FUNCTION).strip().rpartition(".")
+        if module.split(".")[0] in sys.stdlib_module_names:  # a profile may be somebody else's
+            raise ConfigError(f"{value!r}: no function of Python's own reads an answer; name one made for it")
         try:
-            return getattr(importlib.import_module(module), name)
+            found = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
             raise ConfigError(f"{value!r}: no such function ({error})") from error
+        if not isinstance(found, FunctionType):
+            raise ConfigError(f"{value!r}: is no function")
+        return found
     if isinstance(value, list):
         return [_function(item) for item in value]
     if isinstance(value, dict):

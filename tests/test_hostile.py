@@ -282,3 +282,23 @@ def test_trust_is_part_of_a_run_only_where_it_is_given():
     assert "trust_remote_code" not in plain.identity()["model"], "runs from before it have the same id"
     assert build_spec({"tasks": "gsm8k", "model": {"path": "m", "trust_remote_code": False}}).id == plain_id
     assert build_spec({"tasks": "gsm8k", "model": {"path": "m", "trust_remote_code": True}}).id != plain_id
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("doc_to_text = '{{ question.__class__.__mro__ }}'", "template cannot be rendered"),
+        ("doc_to_text = '{{ nothing }}'", "template cannot be rendered"),
+        ("doc_to_text = '{{ question'", "template cannot be rendered"),
+        ("doc_to_text = '!function os.system'", "no function of Python's own"),
+        ("doc_to_text = '!function fluid_eval.store.os'", "is no function"),
+        ("doc_to_text = '!function fluid_eval.nothing.x'", "no such function"),
+    ],
+)
+def test_a_foreign_profile_reaches_the_document_alone(tiny_model, tmp_path, line, message):
+    from fluid_eval.run import run
+
+    (tmp_path / "p.toml").write_text(f"about = 'x'\n[tasks.mini_gsm8k]\nsource = 'x'\n{line}\n")
+    values = {"tasks": "mini_gsm8k_1", "model": str(tiny_model), "profile": str(tmp_path / "p.toml"), "limit": 1}
+    with pytest.raises(ConfigError, match=message):
+        run(build_spec({**values, "max_new_tokens": 2}), tmp_path / "r")
