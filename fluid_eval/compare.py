@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fluid_model.errors import ConfigError
 from fluid_model.files import Nested, read_json
@@ -27,6 +27,16 @@ _SAME = 1e-9
 """Means over tasks are rounded; differences up to this are none."""
 SPOKEN = {"source", "about"}
 """Fields of a task's protocol that say where it is from, not what it is."""
+
+
+class Asked(Protocol):
+    """What tells how a run was asked."""
+
+    @property
+    def spec(self) -> Nested: ...
+
+    @property
+    def result(self) -> Nested: ...
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,7 @@ def load(folder: Path) -> Loaded:
     return Loaded(str(folder), read_json(folder / SPEC), result, environment, answers)
 
 
-def protocol_difference(base: Loaded, other: Loaded) -> list[str]:
+def protocol_difference(base: Asked, other: Asked) -> list[str]:
     """What was asked or read differently in the tasks both runs have, a line each: `gsm8k num_fewshot: 5 / 0`.
 
     By the protocols the runs tell; of a run from before there were any, by its spec and task versions.

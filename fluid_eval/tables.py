@@ -35,8 +35,8 @@ def plain(text: str) -> str:
     return text.replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace("\n", " ")
 
 
-def latex(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A tabular that needs the booktabs package."""
+def latex(heads: Sequence[str], rows: Sequence[Sequence[str]], *, notes: Sequence[str] = ()) -> str:
+    """A tabular that needs the booktabs package, and a small paragraph below it for each note."""
 
     def line(cells: Iterable[str]) -> str:
         text = " & ".join(cell.translate(_ESCAPES) for cell in cells)
@@ -44,4 +44,5 @@ def latex(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     form = "l" * len(heads)
     body = "".join(line(row) for row in rows)
-    return f"\\begin{{tabular}}{{{form}}}\n\\toprule\n{line(heads)}\\midrule\n{body}\\bottomrule\n\\end{{tabular}}\n"
+    table = f"\\begin{{tabular}}{{{form}}}\n\\toprule\n{line(heads)}\\midrule\n{body}\\bottomrule\n\\end{{tabular}}\n"
+    return table + "".join(f"\n{{\\footnotesize {note.translate(_ESCAPES)}\\par}}\n" for note in notes)

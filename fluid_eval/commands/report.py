@@ -17,6 +17,7 @@ def add(report: argparse.ArgumentParser) -> None:
         help="run folder, or a sweep's; the first is what others are held to",
     )
     report.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: report.html in the first folder")
+    report.add_argument("--across-protocols", action="store_true", help="compare runs that were asked otherwise too")
     report.add_argument("--claims", type=Path, metavar="FILE", help="claims.json, as fluid-eval reproduce writes it")
     report.add_argument("--markdown", type=Path, metavar="FILE", help="also an appendix: protocol, tables, verdicts")
     report.add_argument("--latex", type=Path, metavar="FILE", help="also a table of the scores, for booktabs")
@@ -26,7 +27,10 @@ def main(options: argparse.Namespace) -> int:
     from ..report import write_report
 
     output = options.output or options.runs[0] / "report.html"
-    write_report(options.runs, output, claims=options.claims, markdown=options.markdown, latex=options.latex)
+    write_report(
+        options.runs, output, claims=options.claims, markdown=options.markdown, latex=options.latex,
+        across_protocols=options.across_protocols,
+    )  # fmt: skip
     for file in (output, options.markdown, options.latex):
         if file is not None:
             print(file)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from .. import pareto
-from ..compare import compare
+from ..compare import compare, protocol_difference
 from ..metrics import as_point
 from ..stats import Interval
 from ..strides import strides
@@ -47,17 +47,28 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Facts:
-    """Runs with what follows from them. comparison: as `compare` gives it, None of one run.  claims: of reproduce."""
+    """Runs with what follows from them. comparison: as `compare` gives it, None where there is no pair.
+
+    claims: of reproduce.  apart: letters of the runs that answered the first run's documents under another protocol,
+    with what differs. No verdict holds one of them against a run that was asked otherwise, compared or not.
+    """
 
     runs: Sequence[Stored]
     comparison: Nested | None
     claims: Nested | None
+    apart: Mapping[str, Sequence[str]]
 
     @cached_property
     def verdicts(self) -> list[Verdict]:
-        """Claims first, then what the comparison says, then each run's; what runs have in common is said once."""
-        found = [*_of_claims(self.claims, self.runs)] if self.claims else []
-        found += _of_comparison(self.comparison, self.marks) if self.comparison else []
+        """Protocols that differ first, then claims, then what the comparison says, then each run's.
+
+        What runs have in common is said once.
+        """
+        found = _of_protocols(self.apart, self.runs[0].mark, self.comparison, self.marks)
+        found += _of_claims(self.claims, self.runs) if self.claims else []
+        for verdict in _of_comparison(self.comparison, self.marks) if self.comparison else []:
+            other = self.apart.keys() & set(verdict.runs)
+            found.append(replace(verdict, state="none", word="asked otherwise") if other else verdict)
         alike: dict[Verdict, list[str]] = {}
         for run in self.runs:
             for verdict in _of_run(run):
@@ -96,10 +107,15 @@ class Facts:
 
     @cached_property
     def placed(self) -> list[pareto.Placed]:
-        """Runs by score and speed over the documents all of them answered; of one run, its tasks."""
+        """Runs by score and speed, beaten only by runs that were asked alike; of one run, its tasks."""
         if len(self.runs) == 1:
             return _tasks_placed(self.runs[0])
-        return pareto.measure([as_point(f"{run.mark} {run.name}", {}, run.records) for run in self.runs])
+        alike: dict[tuple[str, ...], list[Stored]] = {}
+        for run in self.runs:
+            alike.setdefault(tuple(self.apart.get(run.mark, ())), []).append(run)
+        groups = [[as_point(f"{run.mark} {run.name}", {}, run.records) for run in those] for those in alike.values()]
+        found = {place.name: place for group in groups for place in pareto.measure(group)}
+        return [found[f"{run.mark} {run.name}"] for run in self.runs]
 
 
 def difference(found: Nested) -> str:
@@ -118,20 +134,34 @@ def probability(p: float | None) -> str:
     return "–" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def told(differences: Sequence[str], most: int = 3) -> str:
+    """What differs, in a line: the first ones, none of them long."""
+    more = f"; and {len(differences) - most} more" if len(differences) > most else ""
+    return "; ".join(line if len(line) <= 120 else f"{line[:120]}…" for line in differences[:most]) + more
+
+
 def claim_state(verdict: str) -> State:
     """Of a row of the claims."""
     return CLAIM_STATES.get(verdict, "none")
 
 
-def gather(runs: Sequence[Stored], claims: Nested | None) -> Facts:
-    """Hold every run to the first, but those that answered none of its documents."""
+def gather(runs: Sequence[Stored], claims: Nested | None, *, across_protocols: bool = False) -> Facts:
+    """Hold every run to the first, but those that answered none of its documents.
 
-    def documents(run: Stored) -> set[tuple[str, int, str]]:
-        return {(record["task"], record["doc_id"], str(record.get("target"))) for record in run.records}
+    across_protocols: hold those that were asked otherwise to it too.
+    """
+    base = runs[0]
 
-    common = documents(runs[0])
-    alike = [run.folder for run in runs if common & documents(run)]
-    return Facts(runs, compare(alike, across_protocols=True) if len(alike) > 1 else None, claims)
+    def share(run: Stored, sign: str) -> bool:
+        ours, theirs = ({(r["task"], r["doc_id"], str(r.get(sign))) for r in one.records} for one in (base, run))
+        return bool(ours & theirs)
+
+    held = [run for run in runs[1:] if share(run, "target")]
+    apart = {run.mark: found for run in held if (found := protocol_difference(base, run))}
+    if not across_protocols:
+        held = [run for run in held if run.mark not in apart and share(run, "prompt_hash")]
+    folders = [base.folder, *(run.folder for run in held)]
+    return Facts(runs, compare(folders, across_protocols=across_protocols) if held else None, claims, apart)
 
 
 def _tasks_placed(run: Stored) -> list[pareto.Placed]:
@@ -203,6 +233,22 @@ def _of_claims(claims: Nested, runs: Sequence[Stored]) -> list[Verdict]:
     worst: State = "bad" if "not reproduced" in kinds else "good" if "reproduced" in kinds else "none"
     word = {"bad": "not all hold", "good": "reproduced", "none": "none measured"}[worst]
     return [Verdict(worst, "Claims", word, text, "claims")]
+
+
+def _of_protocols(
+    apart: Mapping[str, Sequence[str]], base: str, comparison: Nested | None, marks: Mapping[str, str]
+) -> list[Verdict]:
+    """One warning for all runs that differ from the base in the same."""
+    compared = {marks[pair["other"]] for pair in (comparison or {"pairs": []})["pairs"]}
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for mark, lines in apart.items():
+        alike.setdefault(tuple(lines), []).append(mark)
+    found = []
+    for lines, those in alike.items():
+        then = "their scores do not compare" if compared.issuperset(those) else "not compared (--across-protocols does)"
+        text = f"{told(lines)}: {then}"
+        found.append(Verdict("warn", f"Protocol against {base}", "Protocols differ", text, "setup", tuple(those)))
+    return found
 
 
 def _of_comparison(comparison: Nested, marks: Mapping[str, str]) -> list[Verdict]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from .. import tables, verdicts
 from ..show import metric, number, score
-from .facts import Facts, difference, probability
+from .facts import Facts, difference, probability, told
 from .setup import environment, protocol, settings, value, versions
 from .stored import Nested, Stored
 
@@ -20,7 +20,8 @@ def markdown_appendix(facts: Facts) -> str:
 
 def latex_table(facts: Facts) -> str:
     """Scores and speeds of every task and run: a tabular that needs the booktabs package."""
-    return tables.latex(*_scores(facts))
+    notes = [f"{_against(facts, mark)}: {told(lines)}." for mark, lines in facts.apart.items()]
+    return tables.latex(*_scores(facts), notes=notes)
 
 
 def _sections(facts: Facts) -> Iterator[str]:
@@ -35,6 +36,8 @@ def _sections(facts: Facts) -> Iterator[str]:
     yield "## Scores"
     yield tables.markdown(*_scores(facts))
     yield "Score in percent with its 95% interval: Wilson's for counts, normal otherwise. Tokens/s per worker."
+    for mark, lines in facts.apart.items():
+        yield "\n".join([f"{_against(facts, mark)}:\n", *(f"- {tables.plain(line)}" for line in lines)])
     if facts.comparison:
         yield "## Differences"
         yield tables.markdown(*_differences(facts, facts.comparison))
@@ -45,6 +48,12 @@ def _sections(facts: Facts) -> Iterator[str]:
     for run in facts.runs:
         yield f"## {run.mark}: {tables.plain(run.name)}" if several else "## Protocol and environment"
         yield from _setup(run)
+
+
+def _against(facts: Facts, mark: str) -> str:
+    """That a run was asked otherwise than the base."""
+    names = {run.mark: run.name for run in facts.runs}
+    return f"Protocols differ, scores do not compare, {facts.runs[0].name} / {names[mark]}"
 
 
 def _setup(run: Stored) -> Iterator[str]:

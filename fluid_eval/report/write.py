@@ -10,7 +10,7 @@ from pathlib import Path
 from fluid_model.errors import ConfigError
 from fluid_model.files import read_json
 
-from .facts import Facts, gather
+from .facts import gather
 from .page import render
 from .papers import latex_table, markdown_appendix
 from .stored import read_runs
@@ -23,14 +23,16 @@ def write_report(
     claims: Path | None = None,
     markdown: Path | None = None,
     latex: Path | None = None,
+    across_protocols: bool = False,
 ) -> None:
     """Write the page of finished runs, their Markdown appendix and their LaTeX table, each all or nothing if named.
 
     folders: of runs, or of sweeps, which stand for their points; the first run is what the others are compared to.
-    claims: what `fluid-eval reproduce` wrote.
+    claims: what `fluid-eval reproduce` wrote.  across_protocols: compare runs that were asked otherwise too.
     Raises ConfigError if a folder holds no run or an unfinished one, or a file cannot be written.
     """
-    facts = gather(read_runs(folders), read_json(claims) if claims else None)
+    told = read_json(claims) if claims else None
+    facts = gather(read_runs(folders), told, across_protocols=across_protocols)
     for file, make in ((output, render), (markdown, markdown_appendix), (latex, latex_table)):
         if file is not None:
             _write(file, make(facts))
@@ -50,4 +52,4 @@ def _write(output: Path, text: str) -> None:
         raise ConfigError(f"{output}: cannot be written ({error.strerror}); name another file") from error
 
 
-__all__ = ["Facts", "write_report"]
+__all__ = ["write_report"]
