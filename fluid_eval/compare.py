@@ -177,6 +177,11 @@ def measure(pair: Pair) -> Nested:
     }
 
 
+def entries(pair: Mapping[str, Any]) -> list[Nested]:
+    """A pair's tasks, then all together where that says more than the only one."""
+    return [*pair["tasks"], *([pair["all"]] if len(pair["tasks"]) > 1 else [])]
+
+
 def worse(comparison: Mapping[str, Any], points: float) -> list[Mapping[str, Any]]:
     """Tasks, and all together, in which a run is surely worse than the base: by more than `points` (%), in a difference
     whose 95% interval lies below 0. Each with the run's folder as `other`.

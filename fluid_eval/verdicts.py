@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from fluid_model.errors import ConfigError
+from fluid_model.files import Nested, read_json
 
 from .claims import TABLES, UNSTATED
 from .show import screen
@@ -20,10 +24,28 @@ TITLES = {
     "own": "Authors on their own systems",
 }
 SHORT = {"%": "", "tok/forward": " tok/fwd"}
+_OF_ROW = {
+    "table", "system", "task", "metric", "published", "published_to", "unit", "profile", "convention", "measured",
+    "verdict", "source", "note", "run",
+}  # fmt: skip
 LEGEND = (
     "reproduced: the published value lies in the measured 95% interval; different convention: measured under another "
     "protocol than the one stated, so neither reproduced nor not; scores in %"
 )
+
+
+def read_claims(file: Path) -> Nested:
+    """What `fluid-eval reproduce` wrote. Raises ConfigError naming what is missing."""
+    found = read_json(file)
+    rows, clashes = found.get("rows"), found.get("lint")
+    if not (isinstance(rows, list) and rows and isinstance(clashes, list)):
+        raise ConfigError(f"{file}: holds no claims (rows and lint); name the claims.json that reproduce wrote")
+    for where, needed, entries in (("rows", _OF_ROW, rows), ("lint", {"cells", "kind", "reason"}, clashes)):
+        for place, entry in enumerate(entries):
+            if missing := needed - (entry.keys() if isinstance(entry, dict) else set()):
+                told = ", ".join(sorted(missing))
+                raise ConfigError(f"{file}: {where}[{place}] lacks {told}; name the claims.json that reproduce wrote")
+    return found
 
 
 def published(row: Row) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Error, Page, expect, sync_playwright
 
 from fluid_eval.report import write_report
+from fluid_eval.store import write_json
 
 from .runs import HOSTILE, SCORED, WRITTEN, write_run
 
@@ -77,6 +80,28 @@ def test_every_tab_opens_by_pointer_and_by_keys(page: Page, pages: dict[str, str
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("Home")
     assert selected(page) == "Summary"
+
+
+def test_what_matters_is_seen_on_paper_and_on_a_telephone(browser: Browser, tmp_path: Path) -> None:
+    """No table leaves the printed page; on a telephone a run's long name leaves room for its score."""
+    runs = [write_run(tmp_path / name, name, model=f"models/{'a-long-name-' * 4}{name}") for name in ("ar", "fluid")]
+    for run in runs:
+        result = json.loads((run / "result.json").read_text())
+        fields = {f"field{n}": "some words of a setting " * n for n in range(12)}
+        tasks = {task: {"task": task, **fields} for task in ("gsm8k", "mmlu")}
+        write_json(run / "result.json", result | {"protocol": {**result["protocol"], "tasks": tasks}})
+    write_report(runs, tmp_path / "page.html")
+    with browser.new_context(viewport={"width": 794, "height": 1123}) as context:
+        page = context.new_page()
+        page.goto((tmp_path / "page.html").as_uri())
+        page.emulate_media(media="print")
+        widths = "all => all.map(one => [one.ariaLabel, one.scrollWidth - one.clientWidth])"
+        assert [found for found in page.locator(".wide").evaluate_all(widths) if found[1] > 0] == []
+        page.emulate_media(media="screen")
+        page.set_viewport_size({"width": 390, "height": 844})
+        box = page.get_by_role("region", name="Runs").locator("tbody tr").first.locator("td.num").first.bounding_box()
+        assert box is not None
+        assert box["x"] + box["width"] <= 390
 
 
 def test_without_javascript_it_is_one_long_page(browser: Browser, pages: dict[str, str]) -> None:

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from fluid_eval.cli import main
-from fluid_eval.report import facts
+from fluid_eval.report import facts, setup, write_report
 from fluid_eval.report.stored import read_runs
+from fluid_eval.show import difference, probability
 from fluid_eval.store import write_json
+from fluid_model.errors import ConfigError
 
+from .pages import Outline
 from .runs import WRITTEN, write_run, written
 
 
@@ -61,3 +64,66 @@ def test_runs_asked_otherwise_are_not_compared_unasked(pair: list[Path], tmp_pat
             assert {place.dominated_by for place in found.placed} == {None}
     finally:
         file.write_text(before)
+
+
+def test_one_address_tells_differences_and_one_task_once(
+    pair: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Terminal, page and appendix print one difference in the same words; of one task there is no second line."""
+    one = [write_run(tmp_path / name) for name in ("base", "other")]
+    for old, new in zip(pair, one, strict=True):
+        kept = (old / "samples.jsonl").read_bytes().splitlines(keepends=True)[:WRITTEN]
+        (new / "samples.jsonl").write_bytes(b"".join(kept))
+        result = json.loads((old / "result.json").read_text())
+        write_json(new / "result.json", result | {"lines": result["lines"][:2], "members": {"gsm8k": ["gsm8k"]}})
+    for runs, tasks in ((pair, ["gsm8k", "mmlu", "all"]), (one, ["gsm8k"])):
+        files = tmp_path / "page.html", tmp_path / "page.md"
+        write_report(runs, files[0], markdown=files[1])
+        assert main(["compare", "--json", *map(str, runs)]) == 0
+        (found,) = json.loads(capsys.readouterr().out)["pairs"]
+        told = [difference(row["difference"]) for row in [*found["tasks"], found["all"]][: len(tasks)]]
+        page, markdown = (file.read_text(encoding="utf-8") for file in files)
+        rows = [line.split(" | ") for line in markdown.splitlines() if line.startswith("| B - A")]
+        assert [(row[1], row[3]) for row in rows] == list(zip(tasks, told, strict=True))
+        rows = [row for row in Outline(page).rows if row and row[-1].endswith("lost")]
+        assert [row[4] for row in rows] == told
+        heads = [name.replace("all", "mean over tasks") for name in tasks]
+        assert all(row[0].startswith(head) for row, head in zip(rows, heads, strict=True))
+        assert main(["compare", *map(str, runs)]) == 0
+        out = capsys.readouterr().out
+        assert all(one in out for one in told)
+
+
+def test_differences_and_p_values() -> None:
+    assert difference({"mean": -0.0237, "low": -0.048, "high": -0.0001}) == "-2.4 [-4.8, 0.0]"
+    assert difference({"mean": 0.0, "low": 0.0, "high": 1.0}) == "+0.0 [0.0, 100.0]"
+    assert list(map(probability, (None, 0.0004, 0.001, 1.0))) == ["–", "<.001", "0.001", "1.000"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "holds no claims"),
+        ('{"rows": [], "lint": []}', "holds no claims"),
+        ('{"rows": [{"table": "tiny"}]}', "holds no claims"),
+        ('{"rows": [{"table": "tiny"}], "lint": []}', r"rows\[0\] lacks convention, measured, metric"),
+        ('{"rows": [7], "lint": []}', r"rows\[0\] lacks convention"),
+    ],
+)
+def test_claims_that_are_none_are_refused(pair: list[Path], tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "claims.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"claims.json: {message}"):
+        write_report(pair[:1], tmp_path / "page.html", claims=tmp_path / "claims.json")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_protocol_says_once_what_all_tasks_have_in_common(pair: list[Path]) -> None:
+    (run,) = read_runs(pair[:1])
+    tasks = {"x": {"shots": 5, "until": ["a"], "chat": None}, "y": {"shots": 0, "until": ["a"], "chat": None}}
+    run.result["protocol"]["tasks"] = tasks
+    shared = {"until": "a", "chat": "–"}
+    assert list(setup.protocol(run).items()) == [("all tasks", shared), ("x", {"shots": "5"}), ("y", {"shots": "0"})]
+    run.result["protocol"]["tasks"] = {"x": tasks["x"]}
+    assert setup.protocol(run) == {"x": {"shots": "5", **shared}}
+    run.result["protocol"] = None
+    assert setup.protocol(run) == {}

@@ -25,7 +25,8 @@ def add(compare: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     from ..compare import compare, worse
-    from ..show.pairs import print_comparison, signed
+    from ..show import difference
+    from ..show.pairs import print_comparison
 
     comparison = compare(options.runs, across_protocols=options.across_protocols)
     found = worse(comparison, options.fail_if_worse) if options.fail_if_worse is not None else []
@@ -36,6 +37,6 @@ def main(options: argparse.Namespace) -> int:
         if options.fail_if_worse is not None and not found:
             print(f"nothing is surely worse by more than {options.fail_if_worse:g}; less than its MDE may go unseen")
     for entry in found:
-        told = f"{entry['task']} of {entry['other']}: {signed(entry)} points"
+        told = f"{entry['task']} of {entry['other']}: {difference(entry['difference'])} points"
         print(f"worse by more than {options.fail_if_worse:g}: {told}", file=sys.stderr)
     return EXIT_WORSE if found else EXIT_OK

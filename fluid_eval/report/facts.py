@@ -11,6 +11,7 @@ from typing import Literal
 from .. import pareto
 from ..compare import compare, protocol_difference
 from ..metrics import as_point
+from ..show import difference
 from ..stats import Interval
 from ..strides import strides
 from ..verdicts import summary
@@ -116,22 +117,6 @@ class Facts:
         groups = [[as_point(f"{run.mark} {run.name}", {}, run.records) for run in those] for those in alike.values()]
         found = {place.name: place for group in groups for place in pareto.measure(group)}
         return [found[f"{run.mark} {run.name}"] for run in self.runs]
-
-
-def difference(found: Nested) -> str:
-    """A difference of scores in points, with its interval."""
-    return f"{signed(found['mean'])} [{signed(found['low'])}, {signed(found['high'])}]"
-
-
-def signed(share: float) -> str:
-    """A share as points with its sign."""
-    text = f"{100 * share:+.1f}".replace("-", "−")
-    return "0.0" if text[1:] == "0.0" else text
-
-
-def probability(p: float | None) -> str:
-    """A p value, as far as it says something."""
-    return "–" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def told(differences: Sequence[str], most: int = 3) -> str:

@@ -12,10 +12,11 @@ from markupsafe import Markup
 from fluid_model.engine.records import KINDS
 
 from .. import verdicts
+from ..compare import entries
 from ..pareto import Speed
 from ..paths import resource
 from ..plots import score_speed, tokens_per_forward
-from ..show import number, score
+from ..show import difference, number, probability, score
 from . import facts as state
 from . import setup
 from .facts import SIGNS, Facts
@@ -39,7 +40,7 @@ def render(facts: Facts) -> str:
     house.filters |= {"score": score, "number": number, "value": setup.value, "duration": setup.duration}
     house.filters |= {"published": verdicts.published, "measured": verdicts.measured, "convention": verdicts.convention}
     house.filters |= {"claim_state": state.claim_state, "in_tables": verdicts.in_tables}
-    house.filters |= {"difference": state.difference, "probability": state.probability}
+    house.filters |= {"difference": difference, "probability": probability, "entries": entries}
     script = _script(folder)
     return house.get_template(TEMPLATE).render(
         facts=facts,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .. import tables, verdicts
-from ..show import metric, number, score
-from .facts import Facts, difference, probability, told
+from ..compare import entries
+from ..show import difference, metric, number, probability, score
+from .facts import Facts, told
 from .setup import environment, protocol, settings, value, versions
 from .stored import Nested, Stored
 
@@ -57,11 +58,11 @@ def _against(facts: Facts, mark: str) -> str:
 
 
 def _setup(run: Stored) -> Iterator[str]:
-    heads, rows = protocol(run)
-    if rows:
+    if tasks := protocol(run):
         kept = run.result["protocol"]
         yield f"Protocol {kept['name']}, hash {kept['hash']}."
-        yield tables.markdown(heads, rows)
+        rows = [[task, name, found] for task, settings in tasks.items() for name, found in settings.items()]
+        yield tables.markdown(["task", "setting", ""], rows)
     if gates := run.result.get("health"):
         counted = [
             [
@@ -91,7 +92,7 @@ def _differences(facts: Facts, comparison: Nested) -> Table:
     rows = []
     for pair in comparison["pairs"]:
         who = f"{facts.marks[pair['other']]} - {facts.marks[pair['base']]}"
-        for row in [*pair["tasks"], pair["all"]]:
+        for row in entries(pair):
             flips = f"{row['c']} gained, {row['b']} lost"
             tests = [probability(row["mcnemar_p"]), _detectable(row["mde"])]
             rows.append([who, row["task"], number(row["n"]), difference(row["difference"]), *tests, flips])

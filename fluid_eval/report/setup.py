@@ -75,11 +75,20 @@ def grouped(runs: Sequence[Stored], name: str) -> list[tuple[list[Stored], Any]]
     return found
 
 
-def protocol(run: Stored) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of a run's protocol, one row a task; no rows where none was recorded."""
-    tasks: Mapping[str, Nested] = (run.result.get("protocol") or {}).get("tasks", {})
-    keys = list(dict.fromkeys(key for settings in tasks.values() for key in settings))
-    return ["task", *keys], [[task, *(value(settings.get(key)) for key in keys)] for task, settings in tasks.items()]
+def protocol(run: Stored) -> dict[str, dict[str, str]]:
+    """Settings of a run's protocol by task, what all tasks have in common first; empty where none was recorded."""
+    kept: Mapping[str, Nested] = (run.result.get("protocol") or {}).get("tasks", {})
+    tasks = {task: {name: value(found) for name, found in settings.items()} for task, settings in kept.items()}
+    if len(tasks) < 2:
+        return tasks
+    common = dict(set.intersection(*({*settings.items()} for settings in tasks.values())))
+    first = next(iter(tasks.values()))
+    own = {
+        task: {name: found for name, found in settings.items() if name not in common}
+        for task, settings in tasks.items()
+    }
+    alike = {"all tasks": {name: found for name, found in first.items() if name in common}} if common else {}
+    return alike | {task: settings for task, settings in own.items() if settings}
 
 
 def value(found: Any) -> str:

@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from fluid_model.errors import ConfigError
-from fluid_model.files import read_json
 
+from ..verdicts import read_claims
 from .facts import gather
 from .page import render
 from .papers import latex_table, markdown_appendix
@@ -31,8 +31,7 @@ def write_report(
     claims: what `fluid-eval reproduce` wrote.  across_protocols: compare runs that were asked otherwise too.
     Raises ConfigError if a folder holds no run or an unfinished one, or a file cannot be written.
     """
-    told = read_json(claims) if claims else None
-    facts = gather(read_runs(folders), told, across_protocols=across_protocols)
+    facts = gather(read_runs(folders), read_claims(claims) if claims else None, across_protocols=across_protocols)
     for file, make in ((output, render), (markdown, markdown_appendix), (latex, latex_table)):
         if file is not None:
             _write(file, make(facts))

@@ -31,6 +31,17 @@ def number(value: float | None, digits: int = 0) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
+def difference(found: Line) -> str:
+    """A difference of shares in points with its interval, such as "-2.4 [-4.8, 0.1]"."""
+    mean, low, high = (round(100 * found[name], 1) + 0.0 for name in ("mean", "low", "high"))
+    return f"{mean:+.1f} [{low:.1f}, {high:.1f}]"
+
+
+def probability(p: float | None) -> str:
+    """A p value, as far as it says something; a dash where there is none."""
+    return "–" if p is None else f"{p:.3f}" if p >= 0.001 else "<.001"
+
+
 def metric(line: Line) -> str:
     """Metric and filter in one name, short where the filter says nothing."""
     names = {"strict-match": " strict", "flexible-extract": " flex", "none": "", "create_test": ""}

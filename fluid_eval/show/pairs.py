@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from . import bare_table, number, score, screen
+from ..compare import entries
+from . import bare_table, difference, number, probability, score, screen
 
 MACHINE = "tok/s: per worker; the interval covers documents, not how busy a machine was"
 
@@ -23,8 +24,7 @@ def print_comparison(comparison: Mapping[str, Any], *, flips: bool = False) -> N
         console.print(f"base:  {pair['base']}  ({models[pair['base']]})", soft_wrap=True)
         console.print(f"other: {pair['other']}  ({models[pair['other']]})", soft_wrap=True)
         console.print()
-        rows = [*pair["tasks"], *([pair["all"]] if len(pair["tasks"]) > 1 else [])]
-        console.print(_differences(rows))
+        console.print(_differences(entries(pair)))
         console.print()
         if pair["speed"]["tokens_per_forward"]:
             console.print(_ratios([*pair["tasks"], {"task": "all", "speed": pair["speed"]}]))
@@ -58,8 +58,8 @@ def print_tax(result: Mapping[str, Any], folder: Path) -> None:
         table.add_column("", no_wrap=True)
         for name in ("score", "step", "p") if title == "score" else ("tok/s", "step", "tok/fwd", "step"):
             table.add_column(name, justify="right", no_wrap=True)
-        for task, entries in {**whole, **of}.items():
-            make(table, task, result["names"], entries)
+        for task, each in {**whole, **of}.items():
+            make(table, task, result["names"], each)
         console.print(table)
         console.print()
     table = bare_table()
@@ -68,7 +68,9 @@ def print_tax(result: Mapping[str, Any], folder: Path) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for total in result["against_parent"]:
         pace = _ratio(total["speed"]["tokens_per_second"])
-        table.add_row(f"  {total['step']}", signed(total["all"]), _chance(total["all"]["mcnemar_p"]), pace)
+        table.add_row(
+            f"  {total['step']}", difference(total["all"]["difference"]), probability(total["all"]["mcnemar_p"]), pace
+        )
     console.print(table)
     console.print()
     for step in result["steps"]:
@@ -84,7 +86,7 @@ def _steps(table: Table, task: str, names: Sequence[str], entries: Sequence[Mapp
     table.add_row(task)
     scores = [entries[0]["base"], *(entry["other"] for entry in entries)]
     for name, found, entry in zip(names, scores, (None, *entries), strict=True):
-        step = (signed(entry), _chance(entry["mcnemar_p"])) if entry else ()
+        step = (difference(entry["difference"]), probability(entry["mcnemar_p"])) if entry else ()
         table.add_row(f"  {name}", score({"score": found["mean"], **found}), *step)
 
 
@@ -100,40 +102,30 @@ def _paces(table: Table, task: str, names: Sequence[str], entries: Sequence[Mapp
         table.add_row(f"  {name}", *cells)
 
 
-def _chance(p: float | None) -> str:
-    return "–" if p is None else f"{p:.3f}" if p >= 0.001 else "<.001"
-
-
 def _ratio(speed: Mapping[str, Any] | None) -> str:
     return f"{speed['ratio']:.2f} [{speed['low']:.2f}, {speed['high']:.2f}]" if speed else "–"
 
 
-def signed(entry: Mapping[str, Any]) -> str:
-    """An entry's difference in points with its interval."""
-    mean, low, high = (100 * entry["difference"][name] for name in ("mean", "low", "high"))
-    return f"{round(mean, 1) + 0.0:+.1f} [{round(low, 1) + 0.0:.1f}, {round(high, 1) + 0.0:.1f}]"
-
-
-def _differences(entries: Sequence[Mapping[str, Any]]) -> Table:
+def _differences(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = bare_table()
     table.add_column("task", no_wrap=True)
     for name in ("base", "other", "difference", "p", "MDE", "n", "gained", "lost"):
         table.add_column(name, justify="right", no_wrap=True)
-    for entry in entries:
+    for entry in rows:
         means = (f"{100 * entry[run]['mean']:.1f}" for run in ("base", "other"))
-        rest = (_chance(entry["mcnemar_p"]), f"{100 * entry['mde']:.1f}", entry["n"], entry["c"], entry["b"])
-        table.add_row(entry["task"], *means, signed(entry), *map(str, rest))
+        rest = (probability(entry["mcnemar_p"]), f"{100 * entry['mde']:.1f}", entry["n"], entry["c"], entry["b"])
+        table.add_row(entry["task"], *means, difference(entry["difference"]), *map(str, rest))
     return table
 
 
-def _ratios(entries: Sequence[Mapping[str, Any]]) -> Table:
+def _ratios(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Speeds, two lines a task that writes."""
     table = bare_table()
     for name in ("task", "speed"):
         table.add_column(name, no_wrap=True)
     for name in ("base", "other", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
-    for entry in entries:
+    for entry in rows:
         task = entry["task"]
         for name, unit, digits in (("tokens_per_second", "tok/s", 0), ("tokens_per_forward", "tok/fwd", 2)):
             if speed := entry["speed"][name]:
