@@ -84,7 +84,10 @@ def test_every_tab_opens_by_pointer_and_by_keys(page: Page, pages: dict[str, str
 
 def test_what_matters_is_seen_on_paper_and_on_a_telephone(browser: Browser, tmp_path: Path) -> None:
     """No table leaves the printed page; on a telephone a run's long name leaves room for its score."""
-    runs = [write_run(tmp_path / name, name, model=f"models/{'a-long-name-' * 4}{name}") for name in ("ar", "fluid")]
+    decoders = ["ar", "fluid", "llada"] * 3
+    runs = [
+        write_run(tmp_path / f"{n}", name, model=f"models/{'a-long-name-' * 4}{n}") for n, name in enumerate(decoders)
+    ]
     for run in runs:
         result = json.loads((run / "result.json").read_text())
         fields = {f"field{n}": "some words of a setting " * n for n in range(12)}

@@ -56,7 +56,7 @@ def test_runs_asked_otherwise_are_not_compared_unasked(pair: list[Path], tmp_pat
                 assert re.search(r"num(\\)?_fewshot: 5 / 0", text)
                 assert "Protocols differ" in text
             assert ('id="compare"' in page, "## Differences" in markdown) == (compared, compared)
-            assert markdown.index("Protocols differ, ") < (markdown + "## Differences").index("## Differences")
+            assert markdown.index("Protocols differ (") < (markdown + "## Differences").index("## Differences")
             found = facts.gather(read_runs(pair), None, across_protocols=compared)
             assert (found.verdicts[0].state, found.verdicts[0].word) == ("warn", "Protocols differ")
             scores = [one for one in found.verdicts if one.about.startswith("Score")]

@@ -230,8 +230,10 @@ def _of_protocols(
         alike.setdefault(tuple(lines), []).append(mark)
     found = []
     for lines, those in alike.items():
-        then = "their scores do not compare" if compared.issuperset(those) else "not compared (--across-protocols does)"
-        text = f"{told(lines)}: {then}"
+        then = (
+            "Their scores do not compare." if compared.issuperset(those) else "Not compared; --across-protocols does."
+        )
+        text = f"{told(lines)}. {then}"
         found.append(Verdict("warn", f"Protocol against {base}", "Protocols differ", text, "setup", tuple(those)))
     return found
 

@@ -54,7 +54,7 @@ def _sections(facts: Facts) -> Iterator[str]:
 def _against(facts: Facts, mark: str) -> str:
     """That a run was asked otherwise than the base."""
     names = {run.mark: run.name for run in facts.runs}
-    return f"Protocols differ, scores do not compare, {facts.runs[0].name} / {names[mark]}"
+    return f"Protocols differ ({facts.runs[0].name} / {names[mark]}), their scores do not compare"
 
 
 def _setup(run: Stored) -> Iterator[str]:
