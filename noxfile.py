@@ -41,9 +41,9 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def reproduce_table(session: nox.Session) -> None:
-    """Every claim of reports/claims.toml beside what this machine measures: tables, verdicts, clashes, HTML reports.
+    """Every claim of reports/claims.toml beside what this machine measures anew: tables, verdicts, clashes, a report.
 
-    Words after -- go to the command: --table tiny, --models-dir DIR, --docs docs/claims.md.
+    Words after -- go to the command: --table tiny, --models-dir DIR, --docs docs/claims.md, --resume.
     """
     python(session, "fluid_eval", "reproduce", *session.posargs)
 

@@ -32,6 +32,7 @@ NOT_A_SCORE: Mapping[Unit, str] = {
 """Units that are no shares, and the metric each is of."""
 
 UNSTATED = "not stated"
+UNSTATED_CONVENTION = f"convention {UNSTATED}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class Claim:
     task: a task, or a group for what is measured over all its members.  metric: "name" or "name,filter" of a score, or
     what its unit is of (NOT_A_SCORE).  value: as published, percent for scores.  to: the upper end, where a range was.
     profile: the convention it follows, if that is one of this package's; else convention tells it in words, and with
-    neither it is not stated.  hardware: of speeds.  run: settings beside the system's.
+    neither it is not stated.  hardware: of speeds.  decimals: as published, where the value as a number does not show
+    them (2.00, 3700).  run: settings beside the system's.
     """
 
     table: Table
@@ -93,6 +95,7 @@ class Claim:
     convention: str = ""
     hardware: str = ""
     note: str = ""
+    decimals: int | None = None
     run: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,6 +105,8 @@ class Claim:
         check_range("value", self.value, 0, 100 if self.unit == "%" else 10**6)
         if self.to is not None:
             check_range("to", self.to, self.value, 100 if self.unit == "%" else 10**6)
+        if self.decimals is not None:
+            check_range("decimals", self.decimals, 0, 9)
         if self.metric != NOT_A_SCORE.get(self.unit, self.metric):
             raise ConfigError(f"metric={self.metric!r}: unit {self.unit} is of {NOT_A_SCORE[self.unit]}")
         if self.profile and self.convention:
@@ -117,7 +122,8 @@ class Claim:
     @property
     def rounding(self) -> float:
         """Half a unit of the last digit published: what a rounded value may be off by."""
-        return 0.5 * 10.0 ** -len(repr(self.value).partition(".")[2])
+        shown = len(repr(self.value).partition(".")[2])
+        return 0.5 * 10.0 ** -(shown if self.decimals is None else self.decimals)
 
     @property
     def cell(self) -> str:

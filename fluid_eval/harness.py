@@ -78,6 +78,13 @@ def unsafe_names(names: tuple[str, ...]) -> list[str]:
     return [name for name in names if any(map(unsafe, {name} | _inside(manager, name)))]
 
 
+def writes(name: str) -> bool:
+    """Whether a task, or one of a group's, has answers written rather than scored by likelihood."""
+    manager = _catalogue()
+    kinds = ((manager.task_index[one].cfg or {}).get("output_type") for one in {name} | _inside(manager, name))
+    return "generate_until" in kinds
+
+
 @contextmanager
 def _templates() -> Iterator[None]:
     """What goes wrong with a template as ConfigError."""

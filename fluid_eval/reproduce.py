@@ -7,6 +7,7 @@ published number never stands in for a measured one.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -15,19 +16,19 @@ from functools import cache
 from pathlib import Path
 
 from fluid_model.errors import ConfigError, RunError
-from fluid_model.files import Nested
+from fluid_model.files import Nested, read_json
 from fluid_model.settings import DECODERS
 
 from . import data, harness
-from .claims import Claim, Ledger, System
+from .claims import UNSTATED_CONVENTION, Claim, Ledger, System
 from .lint import lint
 from .paths import resource
 from .protocol import chat_of
 from .run import default_folder, run
 from .sandbox.ladder import found as isolation
-from .spec import DEFAULT_PROFILE, build_spec
+from .spec import DEFAULT_PROFILE, RunSpec, build_spec
 from .stats import Interval, ratio_of_sums
-from .store import Record, read_samples, write_json
+from .store import ENVIRONMENT, Record, held_spec, read_samples, write_json
 
 REPRODUCED, NOT_REPRODUCED, OTHER, NOT_RUN = "reproduced", "not reproduced", "different convention", "not run"
 CLAIMS = "claims.json"
@@ -64,7 +65,8 @@ class Row:
     """A claim and what became of it.
 
     measured: with its 95% interval, shares for scores, else in the claim's unit; None where nothing was run.
-    protocol: what it was measured under, "name hash".  run: the folder.
+    protocol: what it was measured under, "name hash".  run: the folder.  taken: when that run was begun, and at which
+    commit of this package: `started`, `commit`, `dirty`, `version`.
     """
 
     claim: Claim
@@ -72,6 +74,7 @@ class Row:
     measured: Interval | None = None
     protocol: str | None = None
     run: Path | None = None
+    taken: Nested | None = None
 
     def to_dict(self) -> Nested:
         """As claims.json holds it."""
@@ -83,19 +86,24 @@ class Row:
             },
             "published": claim.value,
             "published_to": claim.to,
+            "decimals": claim.decimals,
             "measured": found and {"score": found.mean, "low": found.low, "high": found.high, "n": found.n},
             "convention": {"published": claim.stated, "measured": self.protocol},
             "verdict": self.verdict,
             "run": None if self.run is None else str(self.run),
+            "taken": self.taken,
         }
 
 
-def reproduce(ledger: Ledger, claims: Sequence[Claim], out: Path, place: Place) -> Nested:
+def reproduce(ledger: Ledger, claims: Sequence[Claim], out: Path, place: Place, *, resume: bool = False) -> Nested:
     """Measure those of the claims that can be; returns what claims.json holds: their rows, the linter's
     findings, and the sources.
 
-    Run folders are kept below `out` and gone on with. The whole ledger is linted, whichever claims are measured.
+    Run folders are kept below `out`: replaced, or gone on with if `resume`, where what is finished is not measured
+    again. The whole ledger is linted, whichever claims are measured.
     """
+    if not _hub():
+        data.go_offline()  # before anything imports the hub's clients, which would ask again and again
     rows: dict[int, Row] = {}
     groups: dict[str, list[int]] = {}
     for number, claim in enumerate(claims):
@@ -103,10 +111,19 @@ def reproduce(ledger: Ledger, claims: Sequence[Claim], out: Path, place: Place) 
         if needs := missing(claim, system, place):
             rows[number] = Row(claim, f"{NOT_RUN}: needs {', '.join(needs)}")
         else:
-            groups.setdefault(json.dumps(run_values(claim, system, place), sort_keys=True), []).append(number)
-    for done, (values, numbers) in enumerate(groups.items(), 1):
-        print(f"run {done} of {len(groups)}: {claims[numbers[0]].system}", file=sys.stderr)
-        measured = measure({**json.loads(values)}, [claims[number] for number in numbers], out)
+            values = json.dumps(run_values(claim, system, place), sort_keys=True, default=str)
+            groups.setdefault(values, []).append(number)
+    specs: list[tuple[RunSpec, list[int]]] = []
+    for values, numbers in groups.items():  # all of them before the first run: a slip is told at once
+        tasks = list(harness.outermost(claims[number].task for number in numbers))
+        try:
+            specs.append((build_spec(chat_of({**json.loads(values), "tasks": tasks})), numbers))
+        except ConfigError as error:
+            print(f"{claims[numbers[0]].cell}: {error}", file=sys.stderr)
+            rows |= {number: Row(claims[number], f"{NOT_RUN}: {error}") for number in numbers}
+    for done, (spec, numbers) in enumerate(specs, 1):
+        print(f"run {done} of {len(specs)}: {claims[numbers[0]].system}", file=sys.stderr)
+        measured = measure(spec, [claims[number] for number in numbers], out, resume=resume)
         rows |= dict(zip(numbers, measured, strict=True))
     found = {
         "rows": [rows[number].to_dict() for number in range(len(claims))],
@@ -122,18 +139,20 @@ def missing(claim: Claim, system: System, place: Place) -> list[str]:
     """What would have to be here for the claim to be measured: what this package lacks, else what this machine does."""
     decoder = {**system.run, **claim.run}.get("decoder", "ar")
     decoder = decoder.get("name", "ar") if isinstance(decoder, dict) else decoder
-    lacks = {
-        f"decoder {decoder}": decoder not in DECODERS,
-        f"task {claim.task}": claim.task not in harness.known_tasks(),
-        "the system it is faster than": claim.unit == "times",
-    }
-    if needs := [name for name, lacking in lacks.items() if lacking]:
-        return needs[:1]
+    if decoder not in DECODERS:
+        return [f"decoder {decoder}"]
+    if claim.task not in harness.known_tasks():
+        return [f"task {claim.task}"]
+    if claim.unit == "times":
+        return ["the system it is faster than"]
+    if claim.unit != "%" and not harness.writes(claim.task):
+        return [f"a form of {claim.task} with written answers (here it is scored by likelihood)"]
+    needs = []
     if place.model(system) is None:
         needs.append(f"weights {system.weights}/")
     if system.device == "cuda" and not _cuda():
         needs.append("a CUDA device")
-    elif claim.unit == "tok/s" and not (claim.hardware and claim.hardware in _cuda()):
+    if claim.unit == "tok/s" and not (claim.hardware and claim.hardware in _cuda()):
         needs.append(claim.hardware or "the hardware it was measured on, which is not stated")
     if harness.unsafe_names((claim.task,)) and not place.may_run_code(system) and isolation().name is None:
         needs.append("--allow-unsafe-code")
@@ -154,14 +173,19 @@ def run_values(claim: Claim, system: System, place: Place) -> Nested:
     }
 
 
-def measure(values: Nested, claims: Sequence[Claim], out: Path) -> list[Row]:
-    """Run what these claims share and judge each. A run that fails leaves its claims unmeasured, with the reason."""
-    spec = build_spec(chat_of({**values, "tasks": list(harness.outermost(claim.task for claim in claims))}))
+def measure(spec: RunSpec, claims: Sequence[Claim], out: Path, *, resume: bool = False) -> list[Row]:
+    """Run what these claims share and judge each. A run that fails leaves its claims unmeasured, with the reason.
+
+    What an earlier run of the same spec left below `out` is removed first, or gone on with if `resume`.
+    """
     folder = out / default_folder(spec).name
     try:
-        result = run(spec, folder, resume=True)
-    except (ConfigError, RunError) as error:
+        if not resume and held_spec(folder) is not None:
+            shutil.rmtree(folder)
+        result = run(spec, folder, resume=resume)
+    except (ConfigError, RunError, OSError) as error:
         return [Row(claim, f"{NOT_RUN}: {error}") for claim in claims]
+    taken = _taken(folder)
     used = result.get("protocol")  # none in folders from before there were any
     told = f"{used['name']} {used['hash']}" if used else None
     rows = []
@@ -169,22 +193,29 @@ def measure(values: Nested, claims: Sequence[Claim], out: Path) -> list[Row]:
         try:
             found = _score(claim, result) if claim.unit == "%" else _speed(claim, folder)
         except ConfigError as error:
-            rows.append(Row(claim, f"{NOT_RUN}: {error}", run=folder))
+            rows.append(Row(claim, f"{NOT_RUN}: {error}", run=folder, taken=taken))
         else:
-            rows.append(Row(claim, judge(claim, found, spec.profile), found, told, folder))
+            rows.append(Row(claim, judge(claim, found, spec.profile), found, told, folder, taken))
     return rows
 
 
 def judge(claim: Claim, found: Interval, profile: str) -> str:
     """Whether the published value, rounded as it is, lies in the measured 95% interval (a range: reaches into it).
 
-    Only where it was measured by the convention it states; one that states none is judged all the same.
+    Only where it was measured by the convention it states; of one that states none, the verdict says so.
     """
     if claim.profile != profile and (claim.profile or claim.convention):
         return OTHER
     scale = 100 if claim.unit == "%" else 1
     low, high = claim.value - claim.rounding, (claim.value if claim.to is None else claim.to) + claim.rounding
-    return REPRODUCED if scale * found.low <= high and low <= scale * found.high else NOT_REPRODUCED
+    verdict = REPRODUCED if scale * found.low <= high and low <= scale * found.high else NOT_REPRODUCED
+    return verdict if claim.profile else f"{verdict} ({UNSTATED_CONVENTION})"
+
+
+def _taken(folder: Path) -> Nested:
+    """When a run was begun, and by which state of this package."""
+    where = read_json(folder / ENVIRONMENT)
+    return {"started": where["started"], "version": where["versions"]["fluid-eval"], **where["git"]}
 
 
 def _score(claim: Claim, result: Nested) -> Interval:
@@ -204,8 +235,10 @@ def _speed(claim: Claim, folder: Path) -> Interval:
         (r for r in read_samples(folder) if r["task"] in leaves and r["finish"] is not None and "lost" not in r),
         key=lambda record: str(record["task"]),
     )
-    over, under = zip(*(_parts(claim, record) for record in records), strict=True) if records else ((), ())
-    found = ratio_of_sums([over], [under], list(Counter(record["task"] for record in records).values()))
+    found = None
+    if records:
+        over, under = zip(*(_parts(claim, record) for record in records), strict=True)
+        found = ratio_of_sums([over], [under], list(Counter(record["task"] for record in records).values()))
     if found is None:
         raise ConfigError(f"its run wrote nothing to measure {claim.metric} by")
     return found
@@ -239,8 +272,6 @@ def _at_hand(source: str, data_dir: str | None) -> bool:
     """Whether a benchmark's rows can be had; a hub that answers is trusted to hold them."""
     if data_dir is None and source != "humaneval" and _hub():
         return True
-    if data_dir is None:
-        data.go_offline()
     try:
         return all(data.load_rows(source, split, data_dir) for split in data.SOURCES[source].known)
     except ConfigError:

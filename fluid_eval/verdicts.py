@@ -12,7 +12,7 @@ from rich.table import Table
 from fluid_model.errors import ConfigError
 from fluid_model.files import Nested, read_json
 
-from .claims import TABLES, UNSTATED
+from .claims import TABLES, UNSTATED, UNSTATED_CONVENTION
 from .show import screen
 
 Row = Mapping[str, Any]
@@ -30,7 +30,8 @@ _OF_ROW = {
 }  # fmt: skip
 LEGEND = (
     "reproduced: the published value lies in the measured 95% interval; different convention: measured under another "
-    "protocol than the one stated, so neither reproduced nor not; scores in %"
+    f"protocol than the one stated, so neither reproduced nor not; {UNSTATED_CONVENTION}: judged by the convention "
+    "it was measured under, for want of its own, so that a miss may be the convention's; scores in %"
 )
 
 
@@ -50,8 +51,10 @@ def read_claims(file: Path) -> Nested:
 
 def published(row: Row) -> str:
     """As published: a number, or a range, with its unit where it is no score."""
-    until = "" if row["published_to"] is None else f"–{row['published_to']}"
-    return f"{row['published']}{until}{SHORT.get(row['unit'], ' ' + row['unit'])}"
+    ends = [end for end in (row["published"], row["published_to"]) if end is not None]
+    decimals = row.get("decimals")  # none where the values show them, and in files from before there were any
+    value = "–".join(str(end) if decimals is None else f"{end:.{decimals}f}" for end in ends)
+    return f"{value}{SHORT.get(row['unit'], ' ' + row['unit'])}"
 
 
 def measured(row: Row) -> str:
@@ -71,6 +74,29 @@ def convention(row: Row) -> str:
     if row["profile"] and name.split("+")[0] == row["profile"]:
         return name
     return f"{told['published']} → {name}" if name else str(told["published"])
+
+
+def kind(verdict: str) -> str:
+    """Which of the four a verdict is, without what it adds."""
+    return verdict.partition(":")[0].partition(" (")[0]
+
+
+def taken(row: Row) -> str:
+    """When a row was measured, and at which commit of this package (its version, where it was installed)."""
+    found = row.get("taken")  # none where nothing was run, and in files from before it was kept
+    if not found:
+        return ""
+    at = f"commit {found['commit'][:7]}" if found["commit"] else f"version {found['version']}"
+    return f"{found['started'][:10]}, {at}{' with changes' if found['dirty'] else ''}"
+
+
+def occasions(rows: Sequence[Row]) -> list[str]:
+    """What was measured when: a line for each day and commit, with its systems."""
+    systems: dict[str, list[str]] = {}
+    for row in rows:
+        if at := taken(row):
+            systems.setdefault(at, []).append(row["system"])
+    return [f"measured {at}: {', '.join(dict.fromkeys(names))}" for at, names in systems.items()]
 
 
 def in_tables(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
@@ -93,7 +119,7 @@ def print_verdicts(found: Mapping[str, Any]) -> None:
         console.print(f"{title}\n")
         _print_table(console, rows)
         console.print()
-    console.print(f"{summary(found['rows'])}\n\n{LEGEND}")
+    console.print("\n".join([summary(found["rows"]), *occasions(found["rows"])]) + f"\n\n{LEGEND}")
     console.print("convention: a profile of docs/protocols.md; other: in the claim's own words (claims.md has them)")
     console.print("NAME/: the model's folder below --models-dir (or FLUID_MODELS_DIR)")
     if found["lint"]:
@@ -131,19 +157,31 @@ def page(found: Mapping[str, Any]) -> str:
     parts = [
         "# Claims\n",
         "Written by `fluid-eval reproduce --docs docs/claims.md`: every cell of `reports/claims.toml` beside what was "
-        f"measured when this page was written. {LEGEND[0].upper()}{LEGEND[1:]}.\n\nConventions are told in "
-        "[protocols.md](protocols.md).\n",
+        f"measured, on the day and at the commit that its row tells. {LEGEND[0].upper()}{LEGEND[1:]}.\n\n"
+        "Conventions are told in [protocols.md](protocols.md).\n",
         f"{summary(found['rows'])}.\n",
     ]
     for title, rows in in_tables(found["rows"]):
         parts.append(f"## {title}\n")
-        head = ("system", "task", "metric", "published", "measured", "n", "convention", "verdict", "source", "note")
+        head = (
+            "system",
+            "task",
+            "metric",
+            "published",
+            "measured",
+            "n",
+            "convention",
+            "verdict",
+            "measured at",
+            "source",
+            "note",
+        )
         parts.append("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
         for row in rows:
             n = str(row["measured"]["n"]) if row["measured"] else ""
             cells = (
                 row["system"], row["task"], row["metric"], published(row), measured(row), n, convention(row),
-                row["verdict"], row["source"], row["note"],
+                row["verdict"], taken(row), row["source"], row["note"],
             )  # fmt: skip
             parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts.append("")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -126,19 +129,18 @@ def test_a_claim_changed_by_ten_points_flips_its_verdict():
 def test_only_what_was_measured_as_stated_is_judged():
     found = Interval(0.5, 0.45, 0.55, 400)
     assert judge(claim(profile="lm-eval"), found, "lm-eval") == "reproduced"
-    assert judge(claim(), found, "lm-eval") == "reproduced", "no convention stated"
+    assert judge(claim(), found, "lm-eval") == "reproduced (convention not stated)"
+    assert judge(claim(value=99.0), found, "lm-eval") == "not reproduced (convention not stated)"
     for other in (claim(profile="fluid-paper"), claim(convention="0-shot"), claim(value=99.0, convention="0-shot")):
         assert judge(other, found, "lm-eval") == "different convention"
     exact = Interval(0.9731, 0.9727, 0.9735, 630)
-    speed = claim(unit="tok/forward", metric="tokens_per_forward")
-    rounded = [judge(replace(speed, value=value), exact, "") for value in (0.97, 0.973, 0.97001, 0.98)]
+    speed = claim(unit="tok/forward", metric="tokens_per_forward", profile="lm-eval")
+    rounded = [judge(replace(speed, value=value), exact, "lm-eval") for value in (0.97, 0.973, 0.97001, 0.98)]
     assert rounded == ["reproduced", "reproduced", "not reproduced", "not reproduced"], "0.97 may be 0.9731, 0.98 not"
     ratio = Interval(5.0, 4.8, 5.2, 9)
     ends = [(4.0, 4.7), (4.0, 4.9), (4.9, 5.0), (5.1, 6.0), (5.3, 6.0)]
-    verdicts = [
-        judge(claim(unit="tok/forward", metric="tokens_per_forward", value=v, to=to), ratio, "") for v, to in ends
-    ]
-    assert verdicts == ["not reproduced", "reproduced", "reproduced", "reproduced", "not reproduced"]
+    told = [judge(replace(speed, value=v, to=to), ratio, "lm-eval") for v, to in ends]
+    assert told == ["not reproduced", "reproduced", "reproduced", "reproduced", "not reproduced"]
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +158,8 @@ def test_claims_are_measured_where_they_can_be_and_else_say_what_they_need(measu
     rows = found["rows"]
     assert [row["verdict"] for row in rows] == [
         "reproduced",
-        "not reproduced",
-        "reproduced",
+        "not reproduced (convention not stated)",
+        "reproduced (convention not stated)",
         "different convention",
         "not run: its task has no metric 'f1'; known: exact_match,flexible-extract, exact_match,strict-match",
         "not run: needs weights seven-7b/, a CUDA device, data gsm8k",
@@ -185,8 +187,102 @@ def test_the_tables_tell_what_was_found(measured, capsys):
     verdicts.print_verdicts(found)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
-    assert "2 reproduced, 1 not reproduced, 1 different convention, 4 not run" in printed
+    counted = "1 reproduced, 1 not reproduced (convention not stated), 1 reproduced (convention"
+    assert counted in " ".join(printed.split())
+    day, sha = found["rows"][0]["taken"]["started"][:10], found["rows"][0]["taken"]["commit"]
+    at = f"commit {sha[:7]}" if sha else "version"
+    assert f"measured {day}, {at}" in printed
+    assert f"| {day}, {at}" in page
     assert "not reproduced" in (out / "out" / "report.html").read_text()
+
+
+def test_what_was_measured_before_is_shown_only_on_request(tmp_path):
+    """A stored score that nobody could measure: gone with the next measurement, told with its own day by --resume."""
+    (tmp_path / "mine.toml").write_text(LEDGER)
+    words = ["reproduce", "--ledger", str(tmp_path / "mine.toml"), "--systems", "tiny", "--out", str(tmp_path / "out")]
+
+    def first(*more):
+        assert main([*words, *more]) == 0
+        return json.loads((tmp_path / "out" / "claims.json").read_text())["rows"][0]
+
+    folder = Path(first("--data-dir", str(tmp_path))["run"])
+    result, where = (json.loads((folder / name).read_text()) for name in ("result.json", "environment.json"))
+    for line in result["lines"]:
+        line["score"] = line["low"] = 0.25
+    where |= {"started": "2001-02-03T04:05:06+00:00", "git": {"commit": "abcdef0123", "dirty": True}}
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "environment.json").write_text(json.dumps(where))
+    again = first("--data-dir", str(tmp_path), "--resume")
+    assert again["measured"]["score"] == 0.25, "taken as it stands"
+    assert verdicts.taken(again) == "2001-02-03, commit abcdef0 with changes"
+    anew = first("--data-dir", str(tmp_path))
+    assert anew["measured"]["score"] == 1.0
+    assert anew["run"] == str(folder)
+    assert anew["taken"]["started"] > "2026"
+
+
+def test_a_claim_that_cannot_be_asked_for_is_named_before_the_first_run(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.toml").write_text(LEDGER.replace('profile = "lm-eval"', 'profile = "lm-evl"'))
+    held = read_claims(tmp_path / "mine.toml")
+    told = []
+
+    def measure(spec, claims, out, *, resume):
+        told.append(capsys.readouterr().err)
+        return [reproduce.Row(one, "reproduced") for one in claims]
+
+    monkeypatch.setattr(reproduce, "measure", measure)
+    rows = reproduce.reproduce(held, held.claims[:5], tmp_path / "out", Place(tmp_path, str(tmp_path)))["rows"]
+    assert "tiny mini_gsm8k_1 100 (here): profile='lm-evl'" in told[0]
+    assert [row["verdict"].partition("=")[0] for row in rows] == ["not run: profile", *["reproduced"] * 4]
+
+
+def test_the_hub_is_asked_once_and_before_its_clients_are_there(tmp_path, monkeypatch):
+    calls = []
+    reproduce._hub.cache_clear()
+    monkeypatch.setattr(reproduce.data, "hub_reachable", lambda: calls.append("hub"))
+    monkeypatch.setattr(reproduce.data, "go_offline", lambda: calls.append("offline"))
+    monkeypatch.setattr(reproduce, "missing", lambda *_: calls.append("claim") or ["weights"])
+    held = read_claims()
+    reproduce.reproduce(held, held.claims[:2], tmp_path, Place(tmp_path))
+    assert calls == ["hub", "offline", "claim", "claim"]
+    run = "import sys, fluid_eval.reproduce; print({'datasets', 'huggingface_hub', 'lm_eval'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True).stdout == "set()\n"
+    reproduce._hub.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--systems", "nix"], "--systems nix: no such system; known: tiny-ar, tiny-fluid verified"),
+        (["--systems", "FLUID-7B,nix", "--table", "main"], "--systems nix: no such system in --table main; known: LLa"),
+        (
+            ["--systems", "tiny-", "--table", "own"],
+            "--systems tiny-: no such system in --table own; known: LLaDA-8B, Q",
+        ),
+        (["--table", "mian"], "--table mian: unknown; known: tiny, main"),
+    ],
+)
+def test_a_name_that_nothing_has_is_refused(tmp_path, capsys, words, message):
+    assert main(["reproduce", "--out", str(tmp_path / "out"), *words]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_value_may_be_off_by_its_own_rounding():
+    """Half of the last published digit, which a number alone need not show."""
+    assert claim(value=91.9).rounding == pytest.approx(0.05)
+    speed = claim(unit="tok/s", metric="tokens_per_second", value=3700.0, decimals=0)
+    assert speed.rounding == pytest.approx(0.5)
+    two = claim(unit="tok/forward", metric="tokens_per_forward", value=2.0, decimals=2, profile="lm-eval")
+    assert two.rounding == pytest.approx(0.005)
+    found = Interval(1.97, 1.96, 1.98, 9)
+    assert judge(two, found, "lm-eval") == "not reproduced"
+    assert judge(replace(two, decimals=1), found, "lm-eval") == "reproduced"
+    shown = [verdicts.published(reproduce.Row(one, "").to_dict()) for one in (speed, two, replace(two, to=2.5))]
+    assert shown == ["3700 tok/s", "2.00 tok/fwd", "2.00–2.50 tok/fwd"]
+    for one in read_claims().claims:
+        if one.source == "tiny family" or one.value >= 100:
+            assert one.rounding == {"%": 0.05, "tok/forward": 0.005, "tok/s": 0.5}[one.unit], one.cell
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
@@ -214,7 +310,13 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     cuda[0] = "NVIDIA A100"
     assert needs(claim(), data_dir="d") == []
     assert needs(speed, data_dir="d") == ["H100"]
-    assert needs(replace(speed, hardware=""), data_dir="d") == ["the hardware it was measured on, which is not stated"]
+    unstated = "the hardware it was measured on, which is not stated"
+    assert needs(replace(speed, hardware=""), data_dir="d") == [unstated]
+    cuda[0] = ""
+    assert needs(replace(speed, hardware=""), data_dir="d") == ["a CUDA device", unstated]
+    (likelihood,) = needs(replace(speed, task="mini_mmlu_1"), data_dir="d")
+    assert likelihood == "a form of mini_mmlu_1 with written answers (here it is scored by likelihood)"
+    assert needs(replace(speed, task="mini"), data_dir="d", code=True) == ["a CUDA device", "H100"], "its others write"
     cuda[0] = "NVIDIA H100 PCIe"
     assert needs(speed, data_dir="d") == []
     assert needs(claim(), replace(system, run={"decoder": {"name": "tidar"}})) == ["decoder tidar"]

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..claims import Claim
 
 HELP = "measure the claims of reports/claims.toml that can be measured here, judge them, find those that clash"
 
@@ -21,6 +25,9 @@ def add(reproduce: argparse.ArgumentParser) -> None:
     )
     reproduce.add_argument("--ledger", type=Path, metavar="FILE", help="default: the bundled reports/claims.toml")
     reproduce.add_argument("--out", type=Path, default=Path("runs/claims"), metavar="DIR", help="default: runs/claims")
+    reproduce.add_argument(
+        "--resume", action="store_true", help="go on with the runs in --out: what is finished is not measured again"
+    )
     reproduce.add_argument("--docs", type=Path, metavar="FILE", help="write the page docs/claims.md, too")
     reproduce.add_argument("--json", action="store_true", help="print what claims.json holds")
 
@@ -31,10 +38,10 @@ def main(options: argparse.Namespace) -> int:
     from ..verdicts import page, print_verdicts
 
     ledger = read_claims(options.ledger)
-    claims = [claim for claim in ledger.claims if _wanted(claim, options)]
+    claims = _wanted(ledger.claims, options)
     models = Path(options.models_dir or os.environ.get("FLUID_MODELS_DIR") or "models")
     place = Place(models, options.data_dir or os.environ.get("FLUID_DATA_DIR"), options.allow_unsafe_code)
-    found = reproduce(ledger, claims, options.out, place)
+    found = reproduce(ledger, claims, options.out, place, resume=options.resume)
     text = page(found)
     for file in (options.out / "claims.md", options.docs):
         if file is not None:
@@ -48,17 +55,28 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _wanted(claim: Any, options: argparse.Namespace) -> bool:
-    """Whether a claim is in the tables and of the systems asked for. Raises ConfigError for an unknown table."""
+def _wanted(claims: Sequence[Claim], options: argparse.Namespace) -> list[Claim]:
+    """The claims in the tables and of the systems asked for. Raises ConfigError for one that is unknown."""
     from fluid_model.errors import ConfigError
 
     from ..claims import TABLES
 
-    tables = options.table.split(",") if options.table else TABLES
+    tables = _names(options.table) or TABLES
     if unknown := [name for name in tables if name not in TABLES]:
         raise ConfigError(f"--table {unknown[0]}: unknown; known: {', '.join(TABLES)}")
-    systems = tuple(name.strip() for name in options.systems.split(",")) if options.systems else ("",)
-    return claim.table in tables and claim.system.startswith(systems)
+    there = [claim for claim in claims if claim.table in tables]
+    systems = _names(options.systems) or [""]
+    for name in systems:
+        if not any(claim.system.startswith(name) for claim in there):
+            known = ", ".join(dict.fromkeys(claim.system for claim in there)) or "none"
+            where = f" in --table {options.table}" if options.table else ""
+            raise ConfigError(f"--systems {name}: no such system{where}; known: {known}")
+    return [claim for claim in there if claim.system.startswith(tuple(systems))]
+
+
+def _names(text: str | None) -> list[str]:
+    """Names between commas."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def _report(found: dict[str, Any], out: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from ..metrics import as_point
 from ..show import difference
 from ..stats import Interval
 from ..strides import strides
-from ..verdicts import summary
+from ..verdicts import kind, summary
 from .stored import Nested, Stored
 
 State = Literal["good", "bad", "warn", "none"]
@@ -127,7 +127,7 @@ def told(differences: Sequence[str], most: int = 3) -> str:
 
 def claim_state(verdict: str) -> State:
     """Of a row of the claims."""
-    return CLAIM_STATES.get(verdict, "none")
+    return CLAIM_STATES.get(kind(verdict), "none")
 
 
 def gather(runs: Sequence[Stored], claims: Nested | None, *, across_protocols: bool = False) -> Facts:
@@ -211,7 +211,7 @@ def _of_claims(claims: Nested, runs: Sequence[Stored]) -> list[Verdict]:
     """One verdict: of the rows that these runs measured, of all if they measured none."""
     ours = {run.folder.resolve() for run in runs}
     rows = [row for row in claims["rows"] if row.get("run") and Path(row["run"]).resolve() in ours] or claims["rows"]
-    kinds = {row["verdict"] for row in rows}
+    kinds = {kind(row["verdict"]) for row in rows}
     text = summary(rows)
     if claims.get("lint"):
         text += f"; {len(claims['lint'])} published cells clash"
