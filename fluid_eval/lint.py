@@ -83,6 +83,23 @@ def missing_parents(ledger: Ledger) -> Iterator[Clash]:
                 )
 
 
+def unscored_parents(ledger: Ledger) -> Iterator[Clash]:
+    """An adapted system that shares no scored task with its parent anywhere in the ledger, whoever reports them."""
+    scored: dict[str, dict[str, str]] = {}  # sources by task, by system
+    for claim in ledger.claims:
+        if claim.unit == "%":
+            scored.setdefault(claim.system, {}).setdefault(claim.task, claim.source)
+    for name, system in ledger.systems.items():
+        tasks, theirs = scored.get(name, {}), scored.get(system.parent, {})
+        if system.parent and tasks and not tasks.keys() & theirs.keys():
+            yield Clash(
+                (f"{name} ({', '.join(dict.fromkeys(tasks.values()))})",),
+                "no score of its parent",
+                f"{name} was adapted from {system.parent}, of which the ledger has no score on any of its tasks "
+                f"({', '.join(tasks)}): what it cost cannot be seen",
+            )
+
+
 def no_hardware(ledger: Ledger) -> Iterator[Clash]:
     """A speed in seconds without the machine it was measured on."""
     for claim in ledger.claims:
@@ -93,12 +110,14 @@ def no_hardware(ledger: Ledger) -> Iterator[Clash]:
 
 
 def unlike_the_main_row(ledger: Ledger) -> Iterator[Clash]:
-    """An ablation's row of the whole method that differs from the method's own row in the same source."""
+    """An ablation's row of the whole method that differs from the method's own row in the same source: both are one
+    number, by whatever metric either is said to be.
+    """
     for claim in ledger.claims:
         whole = ledger.systems[claim.system].same_as
         for other in ledger.claims if whole else ():
-            alike = (other.system, other.source, other.task, other.metric) == (
-                whole, claim.source, claim.task, claim.metric,
+            alike = (other.system, other.source, other.task, other.unit) == (
+                whole, claim.source, claim.task, claim.unit,
             )  # fmt: skip
             if alike and not _equal(claim, other):
                 yield Clash(
@@ -109,7 +128,7 @@ def unlike_the_main_row(ledger: Ledger) -> Iterator[Clash]:
 
 
 RULES: tuple[Callable[[Ledger], Iterator[Clash]], ...] = (
-    shifted_columns, contradicted, missing_parents, no_hardware, unlike_the_main_row,
+    shifted_columns, contradicted, missing_parents, unscored_parents, no_hardware, unlike_the_main_row,
 )  # fmt: skip
 
 
