@@ -5,6 +5,7 @@ Legend: n places, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +27,9 @@ from .stored import Stored, Text, open_stored
 from .worker import load_for
 
 Verdict = Literal["identical", "numerical near-tie", "algorithmic"]
+"""Of greedy text. Sampled text: no difference found, undecided, or different."""
+FAULTS = ("algorithmic", "different")
+"""Verdicts that are no rounding."""
 Write = Callable[[Checkpoint, Sequence[Request]], Iterable[Generation]]
 """How the decoder under audit answers."""
 END = "(end)"
@@ -38,6 +42,8 @@ NOISE_SHAPES = ((1, 1), (4, 8))
 """Rows and slots of the cached forwards that are held against a plain one."""
 BINS, LEAST_P = 20, 0.001
 """Of the distribution test: bins, and the probability below which it fails."""
+RARE, ENOUGH = 1e-4, 2000
+"""Of the distribution test: the chance, at most, of what counts as rare; the tokens from which on it clears a run."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,8 @@ class Divergence:
     """Where a text first leaves AR's.
 
     place: in the answer, from 0.  forward: that wrote it, None where not recorded.  margin: likeliest minus second
-    likeliest token there, nats, in the run's dtype; margin_fp32: in the recheck's.  agrees_in_fp32: whether decoder and
-    AR write the same there, both run again in the recheck's dtype.
+    likeliest token there, nats, in the run's dtype; margin_recheck: in the recheck's.  agrees_in_recheck: whether
+    decoder and AR write the same there, both run again in the recheck's dtype.
     """
 
     key: str
@@ -56,8 +62,8 @@ class Divergence:
     ours: str
     theirs: str
     margin: float
-    margin_fp32: float
-    agrees_in_fp32: bool
+    margin_recheck: float
+    agrees_in_recheck: bool
     verdict: Verdict
 
 
@@ -120,7 +126,8 @@ def audit(
     }
     if decoder.temperature > 0:
         found = distribution(texts, checkpoint, decoder)
-        return {**told, "verdict": "identical" if found["ok"] else "algorithmic", "distribution": found}
+        sound = "no difference found" if found["n"] >= ENOUGH else "undecided"
+        return {**told, "verdict": sound if found["ok"] else "different", "distribution": found}
     if not parted:
         return told
     judge = Judge(checkpoint, wider(), [t for t in texts if t.key in parted], theirs)
@@ -179,8 +186,8 @@ class Judge:
                     ours=self._token(text.ids, where),
                     theirs=self._token(self.theirs[text.key], where),
                     margin=_margin(logits),
-                    margin_fp32=_margin(wide),
-                    agrees_in_fp32=other is None,
+                    margin_recheck=_margin(wide),
+                    agrees_in_recheck=other is None,
                     verdict="numerical near-tie" if close else "algorithmic",
                 )
             )
@@ -193,14 +200,9 @@ class Judge:
         return float(logits.max() - torch.stack(said).min())
 
     def _tolerance(self, checkpoint: Checkpoint, texts: Sequence[Text], theirs: Mapping[str, Ids]) -> float:
-        """Nats by which rounding can turn one choice into another: twice the most it moves a logit (two may move), as
-        measured on what both agree on, or a unit in the last place of the largest logit if that is more.
-        """
-        moved = [0.0]
-        for text in texts[:NOISE_TEXTS]:
-            place = parting(text, theirs[text.key])
-            moved.append(rounding(checkpoint, text.prompt, text.ids[:place]))
-        return 2 * max(moved)
+        """By rounding, as measured on what both agree on."""
+        some = texts[:NOISE_TEXTS]
+        return tolerance(checkpoint, [(t.prompt, t.ids[: parting(t, theirs[t.key])]) for t in some])
 
     def _text(self, ids: Ids) -> str:
         text: str = self.narrow.tokenizer.decode(ids)
@@ -208,6 +210,13 @@ class Judge:
 
     def _token(self, ids: Ids, place: int) -> str:
         return self._text(ids[place : place + 1]) if place < len(ids) else END
+
+
+def tolerance(checkpoint: Checkpoint, texts: Iterable[tuple[Ids, Ids]]) -> float:
+    """Nats by which rounding can turn one choice into another: twice the most it moves a logit (two may move) over
+    these (prompt, answer).
+    """
+    return 2 * max((rounding(checkpoint, *each) for each in texts), default=0.0)
 
 
 @torch.inference_mode()
@@ -238,32 +247,63 @@ def rounding(checkpoint: Checkpoint, prompt: Ids, answer: Ids) -> float:
 def distribution(
     texts: Sequence[Text], checkpoint: Checkpoint, decoder: DecoderSettings, seed: int = 0
 ) -> dict[str, Any]:
-    """Whether sampled tokens come from the model's own distribution: chi-square over their randomised ranks.
+    """Whether sampled tokens come from the model's own distribution: chi-square over their randomised ranks, and how
+    many are tokens that it hardly ever says, which no bin of the former shows.
 
     Each token's place in the distribution function of its plain forward, after temperature and nucleus, the likeliest
-    first, is uniform where it was drawn from it.  (Rosenblatt 1952)  n: tokens, ends included.
+    first, is uniform where it was drawn from it.  (Rosenblatt 1952)  n: tokens, ends included.  rare: tokens where one
+    as unlikely comes with a chance below RARE.  p: the smaller of both tests, times two.
     """
-    from scipy.stats import chisquare
+    from scipy.stats import binomtest, chisquare
 
-    random, counts = torch.Generator().manual_seed(seed), torch.zeros(BINS)
+    heat, top_p = decoder.temperature, getattr(decoder, "top_p", 1.0)
+    slack = tolerance(checkpoint, [(text.prompt, text.ids) for text in texts[:NOISE_TEXTS]]) / heat
+    random, counts, rare = torch.Generator().manual_seed(seed), torch.zeros(BINS), 0
     for text in texts:
         count = len(text.ids) + text.ended
+        if not count:
+            continue
         logits = _plain(checkpoint, (*text.prompt, *text.ids), len(text.ids) + 1)[:count].cpu()  # (n, V)
-        scaled = logits / decoder.temperature
-        probabilities, order = nucleus(scaled, getattr(decoder, "top_p", 1.0))
+        scaled = logits / heat
+        probabilities, order = nucleus(scaled, top_p)
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         said = list(text.ids)
-        if text.ended:  # which of the tokens that end a text it was is not stored: as likely as each is
+        if text.ended:  # which of the tokens that end a text it was is not stored: as likely as each is to be drawn
+            kept = torch.empty_like(scaled[-1]).scatter(0, order[-1], probabilities[-1])
             ends = torch.tensor(checkpoint.end_ids)
-            said.append(int(ends[scaled[-1, ends].softmax(-1).multinomial(1, generator=random)]))
+            chances = kept[ends] if kept[ends].any() else scaled[-1, ends].softmax(-1)
+            said.append(int(ends[chances.multinomial(1, generator=random)]))
         rank = (order == torch.tensor(said)[:, None]).int().argmax(-1, keepdim=True)
         inside = torch.rand(count, 1, generator=random)
         place = (probabilities.cumsum(-1) - probabilities).gather(1, rank) + inside * probabilities.gather(1, rank)
         counts += torch.histc(place.clamp(0, 1), BINS, 0, 1)
+        rare += int((tail(scaled.gather(1, order), rank, top_p, slack) < RARE).sum())
     n = int(counts.sum())
-    test = chisquare(counts.double().numpy())
-    found = {"n": n, "statistic": float(test.statistic), "dof": BINS - 1, "p": float(test.pvalue)}
-    return {**found, "ok": bool(test.pvalue >= LEAST_P)}
+    ranks = chisquare(counts.double().numpy()) if n else None
+    p_ranks = float(ranks.pvalue) if ranks else 1.0
+    p_rare = float(binomtest(rare, n, RARE, alternative="greater").pvalue) if n else 1.0
+    p = min(1.0, 2 * min(p_ranks, p_rare))
+    return {
+        "n": n, "statistic": float(ranks.statistic) if ranks else 0.0, "dof": BINS - 1, "p_ranks": p_ranks,
+        "rare": rare, "rare_below": RARE, "p_rare": p_rare, "p": p, "enough": ENOUGH, "ok": p >= LEAST_P,
+    }  # fmt: skip
+
+
+def tail(scaled: Tensor, rank: Tensor, top_p: float, slack: float) -> Tensor:
+    """Chance, at most, that nucleus sampling says a token no likelier than this one; 0 outside the nucleus.
+
+    scaled: (n, V) logits over the temperature, falling.  rank: (n, 1) the token's.  slack: nats by which rounding may
+    have moved two logits against each other where the token was drawn; all doubt goes to the token.  Returns (n,).
+    """
+    logs = scaled.double().log_softmax(-1)
+    nothing = logs.new_zeros(len(logs), 1)
+    ahead = torch.searchsorted(-logs, -(logs + slack))  # of each: the tokens that are likelier whatever rounding did
+    before = torch.cat([nothing, logs.exp().cumsum(-1)], -1).gather(1, ahead)
+    before = before / (before + (1 - before).clamp(min=0) * math.exp(slack))
+    kept = logs.exp().masked_fill(before >= top_p, 0.0)
+    sums = torch.cat([nothing, kept.cumsum(-1)], -1)
+    below = (sums[:, -1:] - sums.gather(1, ahead.gather(1, rank))) * math.exp(slack) / top_p
+    return below.clamp(max=1).masked_fill(kept.gather(1, rank) == 0, 0.0)[:, 0]
 
 
 @torch.inference_mode()

@@ -45,6 +45,8 @@ MAYBE: dict[str, type | tuple[type, ...]] = {
 }
 """Fields that some samples have."""
 SPEC, ENVIRONMENT, SAMPLES, RESULT = "spec.json", "environment.json", "samples.jsonl", "result.json"
+AUDIT, KHEAD = "audit.json", "khead.json"
+"""What `audit` and `khead` leave beside a run."""
 POINTS = "points"
 """Folder of a sweep that holds its runs."""
 _STEP = 1 << 20

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from fluid_model.checkpoint import Checkpoint
 from fluid_model.errors import ConfigError
-from fluid_model.files import read_json
+from fluid_model.files import Nested, read_json
+from fluid_model.tokens import Tokenizer
 
 from .adapter import Ids, encode_prompts, row_seed
 from .spec import RunSpec
-from .store import ENVIRONMENT, RESULT, SPEC, held_spec, read_samples
+from .store import ENVIRONMENT, RESULT, SPEC, Record, held_spec, read_samples
 from .worker import load_for, weights_name
 
 
@@ -19,7 +20,8 @@ from .worker import load_for, weights_name
 class Text:
     """An answer and what it answers.
 
-    ended: whether the model ended it.  seed: of its random numbers.  written: the forward that wrote each token, empty
+    ended: whether its end is the decoder's own choice, to be compared: the model ended it, or nothing that it was asked
+    to stop at did.  seed: of its random numbers.  written: the forward that wrote each token, empty
     where the run did not record it.
     """
 
@@ -52,12 +54,14 @@ def open_stored(folder: Path) -> Stored:
     written = [r for r in read_samples(folder) if r["finish"] not in (None, "lost")]
     if not written:
         raise ConfigError(
-            f"{folder}: nothing was written in this run (likelihoods alone); name tasks that are answered"
+            f"nothing is written in {', '.join(spec.tasks)}: likelihoods alone; name tasks that are answered, such as "
+            "mini_gsm8k"
         )
     checkpoint = load_for(spec)
     before = read_json(folder / ENVIRONMENT).get("same", {}).get("weights")
     if checkpoint.folder is not None and before not in (None, weights_name(checkpoint.folder)):
         raise ConfigError(f"{folder}: the weights at {spec.model.path} are others now than those of this run")
+    asked = (read_json(folder / RESULT).get("protocol") or {}).get("tasks", {})
     encoded = encode_prompts(checkpoint.tokenizer, list({r["prompt"] for r in written}), chat=spec.chat is not None)
     texts = []
     for record in written:
@@ -65,7 +69,21 @@ def open_stored(folder: Path) -> Stored:
         if len(ids) != count + record["truncated"]:
             raise ConfigError(f"{folder}: the prompt of {record['key']} has other tokens now than in this run")
         when = tuple(record["trace"].get("written", ()))
-        seed, ended = row_seed(spec.seed, record["key"]), record["finish"] == "eos"
+        seed, ended = row_seed(spec.seed, record["key"]), not was_cut(record, asked, checkpoint.tokenizer)
         answer = tuple(record["output_ids"])
         texts.append(Text(record["key"], record["task"], ids[-count:], answer, ended, seed, when))
     return Stored(spec, checkpoint, tuple(texts))
+
+
+def was_cut(record: Record, asked: Nested, tokenizer: Tokenizer) -> bool:
+    """Whether the length limit or a stop string ended an answer, as it says: it has that length, or holds one.
+
+    asked: task -> its protocol, empty of runs that are older than those, which are believed.
+    """
+    told = asked.get(record["task"], {})
+    if record["finish"] == "length":
+        return len(record["output_ids"]) >= (told.get("max_gen_toks") or 0)
+    if record["finish"] == "stop":
+        stops, text = told.get("until"), tokenizer.decode(record["output_ids"])
+        return stops is None or any(stop in text for stop in (*stops, tokenizer.eos_token) if stop)
+    return False

@@ -11,16 +11,17 @@ import pytest
 import torch
 
 import fluid_model
-from fluid_eval.audit import BINS, audit, distribution, in_float64, parting, rounding
+from fluid_eval.audit import BINS, LEAST_P, audit, distribution, in_float64, parting, rounding, tail
 from fluid_eval.cli import main
 from fluid_eval.paths import resource
 from fluid_eval.store import encode, read_samples
-from fluid_eval.stored import Text
+from fluid_eval.stored import Text, was_cut
 from fluid_model import ArSettings, FluidSettings, Request, engine_for
 from fluid_model.backbone import Backbone
 from fluid_model.checkpoint import Checkpoint
 from fluid_model.decoders.ar import ArStrategy
 from fluid_model.decoders.fluid import FluidStrategy
+from fluid_model.decoders.sampling import choose
 from fluid_model.engine.loop import Engine
 from fluid_model.engine.records import Generation
 
@@ -102,7 +103,7 @@ def test_a_broken_decoder_is_algorithmic(checkpoint, work, kind):
     assert found["verdict"] == "algorithmic"
     first = found["divergences"][0]
     assert first["margin"] > found["tolerance"] > 0
-    assert not first["agrees_in_fp32"]
+    assert not first["agrees_in_recheck"]
     assert first["ours"] != first["theirs"]
     assert first["forward"] > 1
     assert found["agreeing_tokens"] < found["tokens"]
@@ -153,7 +154,7 @@ def test_a_nudge_within_rounding_at_a_tie_is_a_near_tie(more, verdict):
 
     found = audited(checkpoint, requests(2), ArSettings(), by(nudged))
     assert found["verdict"] == verdict
-    assert not any(each["agrees_in_fp32"] for each in found["divergences"])
+    assert not any(each["agrees_in_recheck"] for each in found["divergences"])
     if verdict == "numerical near-tie":
         assert found["divergences"][0]["margin"] < found["tolerance"] < 1e-4
         assert found["recheck"] == "float64"
@@ -198,6 +199,77 @@ def test_samples_of_the_right_distribution_pass_and_others_fail(decoder):
     assert hotter["p"] < 1e-6
 
 
+@pytest.mark.parametrize(("top_p", "noise"), [(1.0, 0.0), (0.9, 0.0), (0.9, 0.2), (1.0, 0.2)])
+def test_no_chance_is_told_smaller_than_it_is(top_p, noise):
+    """Nor where rounding moved the logits the tokens were drawn by, over the edge of the nucleus too."""
+    random = torch.Generator().manual_seed(5)
+    logits = 3 * torch.randn(20_000, 40, generator=random)
+    moved = logits + noise * (torch.rand(logits.shape, generator=random) - 0.5)
+    said, _ = choose(moved, torch.rand(len(logits), generator=random), 1.0, top_p, "probability")
+    falling, order = logits.sort(dim=-1, descending=True, stable=True)
+    chances = tail(falling, (order == said[:, None]).int().argmax(-1, keepdim=True), top_p, noise)
+    assert chances.min() > 0, "what was drawn can be drawn"
+    for bound in (0.001, 0.01, 0.1):
+        assert (chances < bound).sum() <= len(logits) * bound + 4 * (len(logits) * bound) ** 0.5
+    if top_p == 1 and not noise:
+        assert (chances < 0.1).float().mean() > 0.05, "nor much larger"
+
+
+def test_outside_the_nucleus_is_impossible():
+    falling = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    chances = [float(tail(falling, torch.tensor([[place]]), 0.79, 1e-6)) for place in range(4)]
+    assert chances == pytest.approx([1, 0.3 / 0.79, 0, 0], abs=1e-4)
+    assert float(tail(falling, torch.tensor([[2]]), 0.79, 0.1)) > 0.1, "within rounding of its edge it is not"
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_few_tokens_that_ar_hardly_ever_says_are_found(top_p):
+    """Too few for any bin: one in five hundred is the unlikeliest of all."""
+    decoder = ArSettings(temperature=LOOSE, top_p=top_p)
+    prompts = [replace(r, key=f"{r.key}-{n}", seed=n * 100 + r.seed) for n in range(8) for r in requests()]
+    texts = told(CHECKPOINT, prompts, engine_for(CHECKPOINT, decoder, 32).generate(prompts))
+    found = audit(texts, CHECKPOINT, decoder, engine_write(decoder), unasked)
+    assert found["verdict"] == "no difference found"
+    assert found["distribution"]["p_ranks"] > LEAST_P
+    assert audit(texts[:2], CHECKPOINT, decoder, engine_write(decoder), unasked)["verdict"] == "undecided"
+    for place in range(0, len(texts), 6):  # the last token, so that nothing after it is changed
+        text = next(t for t in texts[place:] if not t.ended)
+        row = torch.tensor([[*text.prompt, *text.ids[:-1]]])
+        worst = int(CHECKPOINT.model(input_ids=row).logits[0, -1].argmin())
+        texts[texts.index(text)] = replace(text, ids=(*text.ids[:-1], worst))
+    found = audit(texts, CHECKPOINT, decoder, engine_write(decoder), unasked)
+    assert found["distribution"]["p_ranks"] > LEAST_P, "bins do not see it"
+    assert found["verdict"] == "different"
+    assert found["distribution"]["p_rare"] < LEAST_P
+
+
+def engine_write(decoder) -> Callable:
+    return lambda checkpoint, work: engine_for(checkpoint, decoder, 32).generate(work)
+
+
+def unasked() -> Checkpoint:
+    raise AssertionError("sampled text is not written anew")
+
+
+def test_an_answer_that_nothing_ended_parts_from_ar(checkpoint, work):
+    """It says that it was cut, but neither at its length nor by a stop string: AR went on."""
+    asked = {"t": {"max_gen_toks": 32, "until": ["plates"]}}
+
+    def cut(finish: str, ids: Sequence[int], told=asked) -> bool:
+        return was_cut({"task": "t", "finish": finish, "output_ids": list(ids)}, told, checkpoint.tokenizer)
+
+    plates = checkpoint.tokenizer("two plates")["input_ids"]
+    assert cut("length", [5] * 32)
+    assert not cut("length", [5] * 31)
+    assert cut("stop", plates)
+    assert not cut("stop", plates[:1])
+    assert not cut("eos", plates)
+    assert not cut("broken", [])
+    assert cut("length", [5], {})
+    assert cut("stop", [5], {}), "older runs do not say what was asked"
+    assert parting(Text("a", "t", (1,), (5, 6), True, 0), (5, 6, 7)) == 2
+
+
 def test_the_command_on_a_stored_run(tiny_fluid, tmp_path, capsys):
     run = ["--model", str(tiny_fluid), "--decoder", "fluid", "--tasks", "mini_gsm8k_1", "--limit", "2"]
     run += ["--max-new-tokens", "12", "--set", "decoder.slot_budget=100", "--out", str(tmp_path / "run")]
@@ -215,10 +287,24 @@ def test_the_command_on_a_stored_run(tiny_fluid, tmp_path, capsys):
     (only,) = found["divergences"]
     assert only["key"] == records[1]["key"]
     assert only["place"] == 3
-    assert only["agrees_in_fp32"], "the decoder itself is sound"
+    assert only["agrees_in_recheck"], "the decoder itself is sound"
+    records[1]["output_ids"][3] ^= 1
+    records[1]["output_ids"] = records[1]["output_ids"][:5]
+    records[1]["finish"] = "length"
+    (tmp_path / "run" / "samples.jsonl").write_bytes(b"".join(map(encode, records)))
+    assert main(["audit", str(tmp_path / "run")]) == 1, "cut before its length"
+    assert '"(end)"' in capsys.readouterr().out
+    for flags in (["--limit", "3"], ["--dtype", "bfloat16"], ["--set", "seed=1"], ["--chat"], ["--out", "x"]):
+        assert main(["audit", str(tmp_path / "run"), *flags]) == 2
+        assert f"drop {flags[0]}" in capsys.readouterr().err
     records[1]["prompt_tokens"] += 1
     (tmp_path / "run" / "samples.jsonl").write_bytes(b"".join(map(encode, records)))
     assert main(["audit", str(tmp_path / "run")]) == 2
     assert f"the prompt of {records[1]['key']} has other tokens now" in capsys.readouterr().err
     assert main(["audit", str(tmp_path)]) == 2
     assert "no finished run here" in capsys.readouterr().err
+
+
+def test_a_task_of_likelihoods_is_named_and_no_folder_is(tiny_fluid, capsys):
+    assert main(["audit", "--model", str(tiny_fluid), "--tasks", "mini_mmlu_1", "--limit", "1"]) == 2
+    assert "nothing is written in mini_mmlu_1: likelihoods alone" in " ".join(capsys.readouterr().err.split())

@@ -279,7 +279,7 @@ def test_what_was_audited_and_possible_is_told(tmp_path: Path) -> None:
     assert "What was possible was not measured" in before
     diverging = {
         "key": "gsm8k/4", "place": 3, "context": "<so", "ours": "it", "theirs": "that", "margin": 0.0125,
-        "margin_fp32": 0.5, "agrees_in_fp32": False, "verdict": "algorithmic",
+        "margin_recheck": 0.5, "agrees_in_recheck": False, "verdict": "algorithmic",
     }  # fmt: skip
     audit = {
         "verdict": "algorithmic", "n": 30, "identical": 29, "tokens": 900, "agreeing_tokens": 890, "dtype": "bfloat16",

@@ -9,7 +9,6 @@ from . import EXIT_FAILED, EXIT_OK
 from .settings import add_looked_into, looked_into
 
 HELP = "does a decoder write what greedy AR writes with the same weights"
-AUDIT = "audit.json"
 
 
 def add(audit: argparse.ArgumentParser) -> None:
@@ -18,9 +17,9 @@ def add(audit: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     with looked_into(options) as folder:
-        from ..audit import audit_run
+        from ..audit import FAULTS, audit_run
         from ..show.audits import print_audit
-        from ..store import write_json
+        from ..store import AUDIT, write_json
 
         found = audit_run(folder)
         write_json(folder / AUDIT, found)
@@ -28,4 +27,4 @@ def main(options: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
     else:
         print_audit(found)
-    return EXIT_FAILED if found["verdict"] == "algorithmic" else EXIT_OK
+    return EXIT_FAILED if found["verdict"] in FAULTS else EXIT_OK

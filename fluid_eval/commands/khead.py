@@ -9,7 +9,6 @@ from . import EXIT_OK
 from .settings import add_looked_into, looked_into
 
 HELP = "what the K-head says against what drafts are worth"
-KHEAD = "khead.json"
 
 
 def add(khead: argparse.ArgumentParser) -> None:
@@ -20,7 +19,7 @@ def main(options: argparse.Namespace) -> int:
     with looked_into(options) as folder:
         from ..horizon import khead_run
         from ..show.audits import print_khead
-        from ..store import write_json
+        from ..store import KHEAD, write_json
 
         found = khead_run(folder)
         write_json(folder / KHEAD, found)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fluid_model.errors import ConfigError
+
 from . import EXIT_FAILED, EXIT_OK, EXIT_UNHEALTHY
 
 BUNDLED = "tiny-fluid"
@@ -94,8 +96,15 @@ def add_looked_into(command: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def looked_into(options: argparse.Namespace) -> Iterator[Path]:
-    """The folder of the stored run that is named, or of a run made now, which is kept where --out says so."""
+    """The folder of the stored run that is named, or of a run made now, which is kept where --out says so.
+
+    Raises ConfigError if settings come with a stored run, which has its own.
+    """
     if options.spec is not None and options.spec.is_dir():
+        given = [name for name in (*_FLAGS, "set", "chat", "out") if getattr(options, name) not in (None, [], False)]
+        if given:
+            flags = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ConfigError(f"{options.spec} is a stored run, read as it is: drop {flags}, or name no run")
         yield options.spec
         return
     from ..spec import build_spec

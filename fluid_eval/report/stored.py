@@ -13,11 +13,9 @@ from fluid_model.errors import ConfigError
 from fluid_model.files import read_json
 
 from ..frontier import short
-from ..store import ENVIRONMENT, POINTS, RESULT, SAMPLES, SPEC, Record, read_samples
+from ..store import AUDIT, ENVIRONMENT, KHEAD, POINTS, RESULT, SAMPLES, SPEC, Record, read_samples
 
 Nested = dict[str, Any]
-AUDIT, KHEAD = "audit.json", "khead.json"
-"""What later commands leave beside a run."""
 _NEEDED = {"model", "decoder", "started", "wall_seconds", "lines", "members", "parts", "data", "notices"}
 
 

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from . import bare_table, number, screen
 
-MOST_DIVERGENCES, ENOUGH = 12, 2000
-"""Divergences an audit prints; tokens from which on its distribution test says much."""
+MOST_DIVERGENCES = 12
+"""Divergences an audit prints."""
 
 
 def print_audit(found: Mapping[str, Any]) -> None:
@@ -22,16 +22,22 @@ def print_audit(found: Mapping[str, Any]) -> None:
     console.print(f"{found['model']}  decoder {decoder['name']} ({settings})")
     console.print(f"against {'sampled' if sampled else 'greedy'} AR of the same weights, {found['dtype']}")
     console.print()
+    same = "AR's with the same random numbers" if sampled else "AR's"
     console.print(
-        f"{found['identical']:,} of {found['n']:,} texts are AR's; {found['agreeing_tokens']:,} of "
+        f"{found['identical']:,} of {found['n']:,} texts are {same}; {found['agreeing_tokens']:,} of "
         f"{found['tokens']:,} tokens, ends included, stand before a difference"
     )
     if sampled:
-        few = "" if sampled["n"] >= ENOUGH else f"; {ENOUGH:,} tokens would say more"
         console.print(
-            f"distribution: chi-square {sampled['statistic']:.1f} on {sampled['dof']} degrees of freedom, "
-            f"p = {sampled['p']:.2g}, over {sampled['n']:,} tokens{few}"
+            f"ranks: chi-square {sampled['statistic']:.1f} on {sampled['dof']} degrees of freedom over "
+            f"{sampled['n']:,} tokens, p = {sampled['p_ranks']:.2g}"
         )
+        expected = sampled["n"] * sampled["rare_below"]
+        console.print(
+            f"rare: {sampled['rare']:,} tokens of a chance below {sampled['rare_below']:g}, at most {expected:.2g} "
+            f"expected, p = {sampled['p_rare']:.2g}"
+        )
+        console.print(f"both together: p = {sampled['p']:.2g}")
     if found["divergences"]:
         table = bare_table()
         table.add_column("sample", overflow="fold")
@@ -42,8 +48,8 @@ def print_audit(found: Mapping[str, Any]) -> None:
         for each in found["divergences"][:MOST_DIVERGENCES]:
             table.add_row(
                 each["key"], str(each["place"]), json.dumps(each["ours"]), json.dumps(each["theirs"]),
-                f"{each['margin']:.2g}", f"{each['margin_fp32']:.2g}",
-                "agrees" if each["agrees_in_fp32"] else "differs", each["verdict"].removeprefix("numerical "),
+                f"{each['margin']:.2g}", f"{each['margin_recheck']:.2g}",
+                "agrees" if each["agrees_in_recheck"] else "differs", each["verdict"].removeprefix("numerical "),
             )  # fmt: skip
         console.print(table)
         if len(found["divergences"]) > MOST_DIVERGENCES:
@@ -54,7 +60,8 @@ def print_audit(found: Mapping[str, Any]) -> None:
         console.print(f"again: both written anew in {found['recheck']}")
     if not found["promises"]:
         console.print("this decoder does not promise AR's text")
-    console.print(f"verdict: {found['verdict']}")
+    few = f" (under {sampled['enough']:,} tokens)" if found["verdict"] == "undecided" else ""
+    console.print(f"verdict: {found['verdict']}{few}")
 
 
 def print_khead(found: Mapping[str, Any]) -> None:
