@@ -17,6 +17,7 @@ import pytest
 from fluid_eval.cli import main
 from fluid_eval.plots import tokens_per_forward
 from fluid_eval.report import samples, write_report
+from fluid_eval.report.facts import AUDIT_STATES, audit_state
 from fluid_eval.report.stored import read_runs
 from fluid_eval.store import write_json
 from fluid_model.errors import ConfigError
@@ -278,12 +279,12 @@ def test_what_was_audited_and_possible_is_told(tmp_path: Path) -> None:
     assert "not audited" in before
     assert "What was possible was not measured" in before
     diverging = {
-        "key": "gsm8k/4", "place": 3, "context": "<so", "ours": "it", "theirs": "that", "margin": 0.0125,
+        "key": "gsm8k/4", "place": 3, "context": "<so", "ours": " ", "theirs": "that", "margin": 0.0125,
         "margin_recheck": 0.5, "agrees_in_recheck": False, "verdict": "algorithmic",
     }  # fmt: skip
     audit = {
         "verdict": "algorithmic", "n": 30, "identical": 29, "tokens": 900, "agreeing_tokens": 890, "dtype": "bfloat16",
-        "tolerance": 0.05, "divergences": [diverging], "distribution": None,
+        "recheck": "float64", "tolerance": 0.05, "divergences": [diverging], "distribution": None,
     }  # fmt: skip
     everywhere = {
         "positions": 500, "predicted": 3.25, "possible": 4.5, "k_star": None, "joint": [[7, 0], [2, 11]],
@@ -297,7 +298,10 @@ def test_what_was_audited_and_possible_is_told(tmp_path: Path) -> None:
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     rows = [[" ".join(cell.split()) for cell in row] for row in Outline(page).rows]
     assert "29 of 30 answers equal greedy AR&#39;s" in page
-    assert ["gsm8k/4", "3", "<so", "it", "that", "0.0125", "0.5000", "algorithmic"] in rows
+    assert ["gsm8k/4", "3", "–", "<so", '" "', '"that"', "0.0125", "0.5000", "differs", "algorithmic"] in rows
+    assert "in float64</th>" in page
+    assert "in float32" not in page
+    assert "rounding explains 0.05 nats" in page
     assert ["all tasks", "500", "3.25", "4.50", "–", "4", "−3.1%"] in rows
     assert ["1", "7", "", "1.00"] in rows
     assert ["2", "2", "11", "1.85"] in rows
@@ -307,6 +311,26 @@ def test_what_was_audited_and_possible_is_told(tmp_path: Path) -> None:
     drafted, kept = (sum(pair[i] for pair in rounds) / len(rounds) for i in (0, 1))
     told = [str(len(rounds)), f"{drafted:.2f}", f"{kept:.2f}", f"{100 * kept / drafted:.0f}%"]
     assert ["all tasks", *told] in rows
+    other = write_run(tmp_path / "ar", "ar")
+    sampled = {
+        "n": 101, "p": 0.4, "p_ranks": 0.2, "rare": 7, "rare_below": 1e-4, "p_rare": 0.9, "enough": 2000, "ok": True,
+    }  # fmt: skip
+    some = {**audit, "divergences": [], "tolerance": None, "distribution": sampled, "verdict": "undecided"}
+    write_json(other / "audit.json", some)
+    write_json(folder / "audit.json", {**some, "promises": False, "verdict": "different"})
+    (other / "khead.json").write_bytes((folder / "khead.json").read_bytes())
+    write_report([folder, other], tmp_path / "two.html")
+    page = (tmp_path / "two.html").read_text(encoding="utf-8")
+    for mark in "AB":
+        assert f'Losslessness audit <span class="mark">{mark}</span></h3>' in page
+    assert "29 of 30 answers equal AR&#39;s with the same random numbers; distribution: p 0.400 over 101 tokens" in page
+    assert '<span class="state none"><span class="sign" aria-hidden="true">–</span> different</span>' in page
+    assert "Under 2,000 tokens nothing is decided" in page
+    assert 'aria-label="Rounds by task, A"' in page
+    assert 'aria-label="Rounds by task, B"' not in page, "there were none"
+    states = {verdict: audit_state({**some, "verdict": verdict}) for verdict in (*AUDIT_STATES, "different")}
+    assert list(states.values()) == ["good", "good", "warn", "warn", "bad"]
+    assert audit_state({**some, "verdict": "different", "promises": False}) == "none"
 
 
 def test_names_tell_runs_apart_and_a_sweep_stands_for_its_points(folder: Path, tmp_path: Path) -> None:

@@ -25,6 +25,13 @@ CLAIM_STATES: Mapping[str, State] = {
     "not reproduced": "bad",
     "different convention": "warn",
 }
+AUDIT_STATES: Mapping[str, State] = {
+    "identical": "good",
+    "no difference found": "good",
+    "numerical near-tie": "warn",
+    "undecided": "warn",
+}
+"""Of the others see `audit_state`."""
 
 
 @dataclass(frozen=True)
@@ -196,15 +203,23 @@ def _of_run(run: Stored) -> list[Verdict]:
     return found
 
 
+def audit_state(audit: Nested) -> State:
+    """Of an audit's verdict: what a decoder does not promise is no fault of it."""
+    worst: State = "bad" if audit.get("promises", True) else "none"
+    return AUDIT_STATES.get(audit["verdict"], worst)
+
+
 def _of_audit(audit: Nested) -> Verdict:
-    states: dict[str, State] = {"identical": "good", "numerical near-tie": "warn"}
-    text = f"{audit['identical']:,} of {audit['n']:,} answers equal greedy AR's"
+    sampled = audit.get("distribution")
+    text = f"{audit['identical']:,} of {audit['n']:,} answers equal "
+    text += "AR's with the same random numbers" if sampled else "greedy AR's"
+    if sampled:
+        text += f"; distribution: p {probability(sampled['p'])} over {sampled['n']:,} tokens"
     if audit.get("divergences"):
         text += f"; {len(audit['divergences'])} diverge"
     if not audit.get("promises", True):
         text += ", which this decoder does not promise"
-    worst: State = "bad" if audit.get("promises", True) else "none"
-    return Verdict(states.get(audit["verdict"], worst), "Lossless", audit["verdict"], text, "setup")
+    return Verdict(audit_state(audit), "Lossless", audit["verdict"], text, "setup")
 
 
 def _of_claims(claims: Nested, runs: Sequence[Stored]) -> list[Verdict]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -39,7 +41,12 @@ def render(facts: Facts) -> str:
     )
     house.filters |= {"score": score, "number": number, "value": setup.value, "duration": setup.duration}
     house.filters |= {"published": verdicts.published, "measured": verdicts.measured, "convention": verdicts.convention}
-    house.filters |= {"claim_state": state.claim_state, "in_tables": verdicts.in_tables}
+    house.filters |= {
+        "audit_state": state.audit_state,
+        "claim_state": state.claim_state,
+        "in_tables": verdicts.in_tables,
+    }
+    house.filters |= {"quoted": partial(json.dumps, ensure_ascii=False)}  # a space is seen
     house.filters |= {"difference": difference, "probability": probability, "entries": entries}
     script = _script(folder)
     return house.get_template(TEMPLATE).render(
