@@ -243,6 +243,16 @@ def test_a_few_tokens_that_ar_hardly_ever_says_are_found(top_p):
     assert found["distribution"]["p_rare"] < LEAST_P
 
 
+def test_unverified_fluid_is_different_and_verified_is_not(checkpoint, work):
+    prompts = [replace(r, key=f"{r.key}-{n}", seed=n * 100 + r.seed) for n in range(6) for r in work]
+    for verify, verdict in ((False, "different"), (True, "undecided")):
+        decoder = replace(FLUID, temperature=LOOSE, verify=verify)
+        texts = told(checkpoint, prompts, engine_write(decoder)(checkpoint, prompts))
+        found = audit(texts, checkpoint, decoder, engine_write(decoder), unasked)
+        assert found["verdict"] == verdict
+        assert (found["distribution"]["p_rare"] < LEAST_P) != verify
+
+
 def engine_write(decoder) -> Callable:
     return lambda checkpoint, work: engine_for(checkpoint, decoder, 32).generate(work)
 
