@@ -18,7 +18,7 @@ from fluid_model.errors import ConfigError
 from fluid_model.files import Nested, read_json
 from fluid_model.settings import check_range
 
-from .stats import Interval, interval, mcnemar, mean_over_tasks, minimum_detectable, ratio_of_sums
+from .stats import Interval, difference_over_tasks, mcnemar, mean_over_tasks, minimum_detectable, ratio_of_sums
 from .store import ENVIRONMENT, RESULT, SPEC, Record, read_samples
 
 Doc = tuple[str, int]
@@ -182,19 +182,37 @@ def entries(pair: Mapping[str, Any]) -> list[Nested]:
     return [*pair["tasks"], *([pair["all"]] if len(pair["tasks"]) > 1 else [])]
 
 
+def surely(pair: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Entries of a pair, tasks first, whose difference chance does not explain: its 95% interval holds no 0, and
+    McNemar's test, where there is one, is below 5%: of all together as it is, of several tasks after Holm (1979), so
+    that one task of twenty does not stand out by chance.
+    """
+    whole = entries(pair)[len(pair["tasks"]) :]
+    return [entry for family in (pair["tasks"], whole) for entry in _beyond_chance(family)]
+
+
+def _beyond_chance(family: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    tested = sorted(p for entry in family if (p := entry["mcnemar_p"]) is not None)
+    held = next((p for place, p in enumerate(tested) if p * (len(tested) - place) >= 0.05), math.inf)
+    return [
+        entry
+        for entry in family
+        if (entry["difference"]["low"] > _SAME or entry["difference"]["high"] < -_SAME)
+        and (entry["mcnemar_p"] is None or entry["mcnemar_p"] < held)
+    ]
+
+
 def worse(comparison: Mapping[str, Any], points: float) -> list[Mapping[str, Any]]:
-    """Tasks, and all together, in which a run is surely worse than the base: by more than `points` (%), in a difference
-    whose 95% interval lies below 0. Each with the run's folder as `other`.
+    """Tasks, and all together, in which a run is surely worse than the base, and by more than `points` (%). Each with
+    the run's folder as `other`.
 
     A drop that is smaller, or that chance may explain, is none: what could have been found is the entry's `mde`.
     """
     check_range("--fail-if-worse", points, 0, 100)
     found: list[Mapping[str, Any]] = []
     for pair in comparison["pairs"]:
-        entries = pair["tasks"] + ([pair["all"]] if len(pair["tasks"]) > 1 else [])
-        for entry in entries:
-            if -100 * entry["difference"]["mean"] > points and entry["difference"]["high"] < -_SAME:
-                found.append({**entry, "other": pair["other"]})
+        drops = [entry for entry in surely(pair) if -100 * entry["difference"]["mean"] > points + _SAME]
+        found += [{**entry, "other": pair["other"]} for entry in drops]
     return found
 
 
@@ -220,29 +238,26 @@ def _scores(pair: Pair, docs: Sequence[Doc]) -> _Scores:
 
 def _compared(tasks: Sequence[_Scores]) -> Nested:
     """Scores, difference, tests and flips over tasks, each counting the same."""
-    differences = [task.differences for task in tasks]
+    base, other = [task.base for task in tasks], [task.other for task in tasks]
     pairs = [(a, b, key) for t in tasks for a, b, key in zip(t.base, t.other, t.keys, strict=True)]
     gained, lost = ([key for a, b, key in pairs if (b - a) * sign > 0] for sign in (1, -1))
     counts = all(score in (0, 1) for a, b, _ in pairs for score in (a, b))
     n = len(pairs)
-    # the mean over tasks varies as one task of n documents with this share of discordant ones would
-    squares = [math.fsum(d * d for d in task) / len(task) ** 2 for task in differences]
-    discordant = n * math.fsum(squares) / len(tasks) ** 2
+    # the mean over tasks varies as one task of this many documents, with this share of discordant ones, would
+    even = len(tasks) ** 2 / math.fsum(1 / len(task.keys) for task in tasks)
+    squares = math.fsum(math.fsum(d * d for d in task.differences) / len(task.keys) ** 2 for task in tasks)
+    discordant = min(1.0, even * squares / len(tasks) ** 2)
     return {
         "n": n,
-        "base": _told(_mean([task.base for task in tasks])),
-        "other": _told(_mean([task.other for task in tasks])),
-        "difference": _told(mean_over_tasks(differences)),
+        "base": _told(mean_over_tasks(base)),
+        "other": _told(mean_over_tasks(other)),
+        "difference": _told(difference_over_tasks(base, other)),
         "mcnemar_p": mcnemar(len(lost), len(gained)) if counts else None,
         "b": len(lost),
         "c": len(gained),
-        "mde": minimum_detectable(n, min(1.0, discordant)),
+        "mde": minimum_detectable(even, discordant),
         "flips": {"gained": gained, "lost": lost},
     }
-
-
-def _mean(tasks: Sequence[Sequence[float]]) -> Interval:
-    return interval(tasks[0]) if len(tasks) == 1 else mean_over_tasks(tasks)
 
 
 def _told(found: Interval) -> Nested:

@@ -1,6 +1,6 @@
 """Quality against speed: what each point of a sweep reaches, and which points another one beats at both. No torch.
 
-Intervals and comparisons rest on a bootstrap: documents are drawn again with replacement, as many of each task as there
+Intervals of speeds, and comparisons, rest on a bootstrap: documents are drawn again with replacement, as many of each task as there
 are, and every point is measured on the same drawn documents, for all points answer the same ones. What is hard for one
 is mostly hard for another, so that their difference is surer than their two intervals let one think.
 
@@ -20,7 +20,7 @@ from fluid_model.errors import ConfigError
 from fluid_model.fields import at_least
 from fluid_model.settings import check_range
 
-from .stats import Interval, drawn, percentiles
+from .stats import Interval, drawn, mean_over_tasks, percentiles
 
 if TYPE_CHECKING:
     from numpy import bool_, float64, int64
@@ -68,7 +68,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Placed:
-    """One point, measured on the documents it answered, each number with its 95% percentile bootstrap interval.
+    """One point, measured on the documents it answered, each number with its 95% interval, of speeds the percentile
+    bootstrap's.
 
     n: documents answered.  score: mean over tasks of each task's mean, so that a task with many documents does not
     outweigh the others.  tokens_per_second and tokens_per_forward: sum over sum, and forwards_per_answer: a mean, over
@@ -292,11 +293,21 @@ def _replicas(board: _Board, who: Sequence[int], docs: NDArray[bool_], draws: in
 
 def _place(point: Point, board: _Board, row: int, found: Mapping[str, Floats]) -> Placed:
     answers = int(board.values[row, :, 4].sum())
-    score = percentiles(found["score"], len(point.samples))
-    assert score is not None
+    scores: dict[str, list[float]] = {}
+    for sample in point.samples:
+        scores.setdefault(sample.task, []).append(sample.score)
     second, forward, answer = (percentiles(found[name], answers) for name in SPEEDS)
     n = len(point.samples)
-    return Placed(point.name, point.settings, n, score, second, forward, answer, stopped=point.stopped)
+    return Placed(
+        point.name,
+        point.settings,
+        n,
+        mean_over_tasks(list(scores.values())),
+        second,
+        forward,
+        answer,
+        stopped=point.stopped,
+    )
 
 
 def _dominators(board: _Board, points: Sequence[Point], by: Speed, draws: int, seed: int) -> list[list[int]]:

@@ -1,6 +1,6 @@
-"""Intervals and paired tests. Counts get Wilson's interval; other means the normal one; differences, ratios and means
-over tasks the percentile bootstrap's, over documents drawn again with replacement, as many of each task as there are
-(Efron and Tibshirani 1993, chapter 13).
+"""Intervals and paired tests. Counts get Wilson's interval, their paired differences Bonett and Price's, other means and
+differences the normal one; over tasks, their limits are combined. Ratios get the percentile bootstrap's, over documents
+drawn again with replacement, as many of each task as there are (Efron and Tibshirani 1993, chapter 13).
 
 Legend: D documents sorted by task, R draws.
 """
@@ -49,6 +49,12 @@ def interval(values: Sequence[float]) -> Interval:
 
         found = binomtest(round(math.fsum(values)), n).proportion_ci(0.95, method="wilson")
         return Interval(mean, float(found.low), float(found.high), n)
+    return _normal(values)
+
+
+def _normal(values: Sequence[float]) -> Interval:
+    n = len(values)
+    mean = math.fsum(values) / n
     spread = math.fsum((value - mean) ** 2 for value in values) / max(1, n - 1)
     half = Z95 * math.sqrt(spread / n)
     return Interval(mean, mean - half, mean + half, n)
@@ -79,21 +85,53 @@ def percentiles(values: Floats, n: int) -> Interval | None:
     return Interval(float(values[0]), float(low), float(high), n)
 
 
-def mean_over_tasks(tasks: Sequence[Sequence[float]], *, draws: int = DRAWS, seed: int = 0) -> Interval:
-    """Mean of the tasks' means, with its 95% bootstrap interval. tasks: each task's values, of one or more documents.
+def mean_over_tasks(tasks: Sequence[Sequence[float]]) -> Interval:
+    """Mean of the tasks' means, with its 95% interval. tasks: each task's values, of one or more documents.
 
-    Of the differences between two runs on the same documents, it is that of the paired difference.
     Raises ConfigError if there is no task, or one without values.
     """
-    import numpy as np
+    _check_tasks([len(task) for task in tasks])
+    return _mean_of([interval(task) for task in tasks])
 
-    _check_tasks([len(task) for task in tasks], draws)
-    sizes = [len(task) for task in tasks]
-    parts = np.split(drawn(sizes, draws, seed), np.cumsum(sizes)[:-1], axis=1)
-    means = [counts @ np.asarray(task, dtype=float) / len(task) for counts, task in zip(parts, tasks, strict=True)]
-    found = percentiles(np.mean(means, axis=0), sum(sizes))
-    assert found is not None, "no value is NaN"
-    return found
+
+def difference_over_tasks(base: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> Interval:
+    """Mean over tasks of what the other run's mean is above the base's, with its 95% interval, paired.
+
+    base, other: each task's scores, those of a document at the same place in both.
+    Raises ConfigError if there is no task, one without scores, or both have not as many.
+    """
+    _check_tasks([len(task) for task in base])
+    if [len(task) for task in base] != [len(task) for task in other]:
+        raise ConfigError("scores of two runs are paired: each task needs as many of the one as of the other")
+    return _mean_of([_paired(*task) for task in zip(base, other, strict=True)])
+
+
+def _paired(base: Sequence[float], other: Sequence[float]) -> Interval:
+    """Of one task: Bonett and Price's interval (2012, J. Educ. Behav. Stat. 37:479) where every score is 0 or 1, the
+    normal one of the differences otherwise.
+
+    As if each run had got one document more right alone: flips that are few, or all to one side, do not make it sure.
+    """
+    differences = [b - a for a, b in zip(base, other, strict=True)]
+    if any(score not in (0, 1) for score in (*base, *other)):
+        return _normal(differences)
+    n = len(differences)
+    lost, gained = ((differences.count(sign) + 1) / (n + 2) for sign in (-1, 1))
+    half = Z95 * math.sqrt((lost + gained - (gained - lost) ** 2) / (n + 2))
+    middle = gained - lost
+    return Interval(math.fsum(differences) / n, max(-1.0, middle - half), min(1.0, middle + half), n)
+
+
+def _mean_of(tasks: Sequence[Interval]) -> Interval:
+    """The mean of independent means: their distances to their limits add up as variances do (Zou and Donner 2008,
+    Stat. Med. 27:1693).
+    """
+    mean = math.fsum(task.mean for task in tasks) / len(tasks)
+    below, above = (
+        math.sqrt(math.fsum(d * d for d in distances)) / len(tasks)
+        for distances in ([t.mean - t.low for t in tasks], [t.high - t.mean for t in tasks])
+    )
+    return Interval(mean, mean - below, mean + above, sum(task.n for task in tasks))
 
 
 def ratio_of_sums(
@@ -112,7 +150,8 @@ def ratio_of_sums(
     """
     import numpy as np
 
-    _check_tasks(sizes, draws)
+    at_least("draws", draws, 1)
+    _check_tasks(sizes)
     if wrong := [len(column) for column in (*over, *under) if len(column) != sum(sizes)]:
         raise ConfigError(f"a column of {wrong[0]} numbers: there are {sum(sizes)} documents")
     counts = drawn(sizes, draws, seed)
@@ -133,10 +172,11 @@ def mcnemar(b: int, c: int) -> float:
     return float(binomtest(b, b + c).pvalue) if b + c else 1.0
 
 
-def minimum_detectable(n: int, discordant: float) -> float:
+def minimum_detectable(n: float, discordant: float) -> float:
     """The smallest true difference of two paired shares that McNemar's test at 5% finds with a power of 80%; 1 where
     n documents can show none.
 
+    n: of a mean over tasks, as many as one task would need for its spread; that may be no whole number.
     discordant: share of the documents that only one of both gets right (of other scores: the mean squared difference).
     It cannot be less than the difference itself, so where few or none were seen, all are taken to be to one side.
     (Connor 1987, Biometrics 43:207: n d^2 = (z_a sqrt(s) + z_b sqrt(s - d^2))^2 with the discordant share s, solved for
@@ -151,7 +191,6 @@ def minimum_detectable(n: int, discordant: float) -> float:
     return min(1.0, x * max(x, math.sqrt(discordant)))
 
 
-def _check_tasks(sizes: Sequence[int], draws: int) -> None:
-    at_least("draws", draws, 1)
+def _check_tasks(sizes: Sequence[int]) -> None:
     if not sizes or min(sizes) < 1:
         raise ConfigError(f"tasks of {list(sizes)} documents: there must be a task, and each needs a document")

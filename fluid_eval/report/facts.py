@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from .. import pareto
-from ..compare import compare, protocol_difference
+from ..compare import compare, protocol_difference, surely
 from ..metrics import as_point
 from ..show import difference
 from ..stats import Interval
@@ -258,11 +258,13 @@ def _of_comparison(comparison: Nested, marks: Mapping[str, str]) -> list[Verdict
     found = []
     for pair in comparison["pairs"]:
         gain, mde = pair["all"]["difference"], pair["all"].get("mde")
-        state: State = "good" if gain["low"] > 0 else "bad" if gain["high"] < 0 else "none"
+        whole = pair["all"] if len(pair["tasks"]) > 1 else pair["tasks"][0]
+        sure = any(entry is whole for entry in surely(pair))
+        state: State = "none" if not sure else "good" if gain["mean"] > 0 else "bad"
         word = {"good": "better", "bad": "worse", "none": "no difference shown"}[state]
         text = f"{difference(gain)} points"
-        if mde is not None:
-            text += f", {100 * mde:.1f} would have been seen"
+        if mde is not None and not sure:
+            text += f"; detectable with 80% power: {100 * mde:.1f}"
         speed = (pair.get("speed") or {}).get("tokens_per_second")
         if speed:
             text += f"; tokens/s × {speed['ratio']:.2f} [{speed['low']:.2f}, {speed['high']:.2f}]"
