@@ -1,8 +1,8 @@
 """Quality against speed: what each point of a sweep reaches, and which points another one beats at both. No torch.
 
-Intervals of speeds, and comparisons, rest on a bootstrap: documents are drawn again with replacement, as many of each task as there
-are, and every point is measured on the same drawn documents, for all points answer the same ones. What is hard for one
-is mostly hard for another, so that their difference is surer than their two intervals let one think.
+Intervals of speeds, and comparisons, rest on a bootstrap: documents are drawn again with replacement, as many of each
+task as there are, and every point is measured on the same drawn documents, for all points answer the same ones. What is
+hard for one is mostly hard for another, so that their difference is surer than their two intervals let one think.
 
 Legend: P points, D documents, R draws.
 """

@@ -1,6 +1,6 @@
-"""Intervals and paired tests. Counts get Wilson's interval, their paired differences Bonett and Price's, other means and
-differences the normal one; over tasks, their limits are combined. Ratios get the percentile bootstrap's, over documents
-drawn again with replacement, as many of each task as there are (Efron and Tibshirani 1993, chapter 13).
+"""Intervals and paired tests. Counts get Wilson's interval, their paired differences Bonett and Price's, other means
+and differences the normal one; over tasks, their limits are combined. Ratios get the percentile bootstrap's, over
+documents drawn again with replacement, as many of each task as there are (Efron and Tibshirani 1993, chapter 13).
 
 Legend: D documents sorted by task, R draws.
 """
