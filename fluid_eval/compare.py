@@ -8,18 +8,21 @@ Legend: b, c documents that only the base, only the other run got right.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Protocol
 
 from fluid_model.errors import ConfigError
 from fluid_model.files import Nested, read_json
 from fluid_model.settings import check_range
 
+from .spec import RunSpec
 from .stats import Interval, difference_over_tasks, mcnemar, mean_over_tasks, minimum_detectable, ratio_of_sums
-from .store import ENVIRONMENT, RESULT, SPEC, Record, read_samples
+from .store import ENVIRONMENT, SPEC, Record, read_finished
 
 Doc = tuple[str, int]
 """Leaf task and document."""
@@ -70,12 +73,19 @@ def compare(folders: Sequence[Path], *, across_protocols: bool = False) -> Neste
     """
     if len(folders) < 2:
         raise ConfigError("compare needs two run folders at least: the base, and what is held against it")
+    if twice := [
+        folder for place, folder in enumerate(folders) if folder.resolve() in map(Path.resolve, folders[:place])
+    ]:
+        raise ConfigError(f"{twice[0]}: is named twice; name each run once")
     runs = [load(folder) for folder in folders]
     differences: list[str] = []
     for other in runs[1:]:
         found = protocol_difference(runs[0], other)
         if found and not across_protocols:
-            first, more = found[0][:120], f"; and {len(found) - 1} more" if len(found) > 1 else ""
+            first, more = (
+                shorten(found[0], 160, placeholder=" …"),
+                f"; and {len(found) - 1} more" if len(found) > 1 else "",
+            )
             raise ConfigError(
                 f"{runs[0].folder} and {other.folder} follow different protocols ({first}{more}): their scores do "
                 "not compare; --across-protocols does it all the same, and tells every difference"
@@ -97,17 +107,12 @@ def compare(folders: Sequence[Path], *, across_protocols: bool = False) -> Neste
 
 
 def load(folder: Path) -> Loaded:
-    """Raises ConfigError if the folder holds no finished run."""
-    for name, what in ((SPEC, "no run here"), (RESULT, "this run is not finished")):
-        if not (folder / name).is_file():
-            raise ConfigError(f"{folder}: {what} (no {name}); compare needs folders of finished runs")
-    result = read_json(folder / RESULT)
-    if missing := [name for name in ("model", "decoder", "members") if name not in result]:
-        raise ConfigError(f"{folder / RESULT}: lacks {', '.join(missing)}; run again into another --out")
+    """Raises ConfigError if the folder holds no finished run, or not the samples of its result."""
+    result, records = read_finished(folder, ("model", "decoder", "members", "lines"))
     environment = read_json(folder / ENVIRONMENT) if (folder / ENVIRONMENT).is_file() else {}
     answers = {
         (record["task"], record["doc_id"]): record
-        for record in read_samples(folder)
+        for record in records
         if "lost" not in record and record.get("scores")
     }
     return Loaded(str(folder), read_json(folder / SPEC), result, environment, answers)
@@ -122,7 +127,8 @@ def protocol_difference(base: Asked, other: Asked) -> list[str]:
     if common := [task for task in ours if task in theirs]:
         return [line for task in common for line in _differing(f"{task} ", ours[task], theirs[task])]
     names = ("num_fewshot", "max_new_tokens", "chat", "profile", "extractor")
-    found = _differing("", *({name: run.spec.get(name) for name in names} for run in (base, other)))
+    unsaid = {field.name: field.default for field in fields(RunSpec) if field.name in names}
+    found = _differing("", *({name: run.spec.get(name, unsaid[name]) for name in names} for run in (base, other)))
     versions = [run.result.get("task_versions", {}) for run in (base, other)]
     shared = versions[0].keys() & versions[1].keys()
     return found + _differing("version of ", *({task: one[task] for task in sorted(shared)} for one in versions))
@@ -130,7 +136,24 @@ def protocol_difference(base: Asked, other: Asked) -> list[str]:
 
 def _differing(before: str, ours: Nested, theirs: Nested) -> list[str]:
     names = [name for name in {**ours, **theirs} if name not in SPOKEN and ours.get(name) != theirs.get(name)]
-    return [f"{before}{name}: {ours.get(name)} / {theirs.get(name)}".replace("\n", "\\n") for name in names]
+    found = []
+    for name in names:
+        one, two = ours.get(name), theirs.get(name)
+        if isinstance(one, dict) and isinstance(two, dict):
+            found += _differing(f"{before}{name} ", one, two)
+        else:
+            found.append(f"{before}{name}: {_words(one)} / {_words(two)}".replace("\n", "\\n"))
+    return found
+
+
+def _words(value: Any) -> str:
+    """A setting in words: `none`, and an extractor's filters as `regex (regex_pattern #### x), take_first`."""
+    if isinstance(value, str) and value.startswith('[{"function"'):
+        steps = [dict(step) for step in json.loads(value)]
+        names = [str(step.pop("function")) for step in steps]
+        told = [", ".join(f"{name} {item}" for name, item in step.items()) for step in steps]
+        return ", ".join(f"{name} ({rest})" if rest else name for name, rest in zip(names, told, strict=True))
+    return "none" if value is None else str(value)
 
 
 def pair_up(base: Loaded, other: Loaded, across_protocols: bool = False) -> Pair:

@@ -11,8 +11,10 @@ One process writes a folder at a time.
 from __future__ import annotations
 
 import json
+import math
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -216,6 +218,42 @@ def read_samples(folder: Path, *, torn: int = 0) -> Iterator[Record]:
     """
     for record, _, _ in _read(folder / SAMPLES, torn):
         yield record
+
+
+def read_finished(folder: Path, needed: Iterable[str] = ()) -> tuple[Nested, list[Record]]:
+    """A finished run's result and samples. needed: what its result must tell, `members` and `lines` in any case.
+
+    Raises ConfigError if the folder holds no finished run, the samples are not those of its result, or one's score is
+    no finite number.
+    """
+    for name, what in (
+        (SPEC, "no run here (no {}); name the folder that fluid-eval run --out wrote"),
+        (RESULT, "this run is not finished (no {}); run it again with --resume first"),
+    ):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder}: {what.format(name)}")
+    result = read_json(folder / RESULT)
+    if missing := sorted({"members", "lines", *needed} - result.keys()):
+        raise ConfigError(f"{folder / RESULT}: lacks {', '.join(missing)}; run again into another --out")
+    records = list(read_samples(folder))
+    owners = {leaf: task for task, leaves in result["members"].items() for leaf in leaves}
+    counts = Counter(owners.get(record["task"]) for record in records)
+    for line in result["lines"]:
+        if counts[line["task"]] < line["n"]:
+            raise ConfigError(
+                f"{folder / SAMPLES}: {counts[line['task']]} samples of {line['task']}, the result has "
+                f"{line['n']}; run it again into another --out"
+            )
+    if None in counts:
+        raise ConfigError(f"{folder / SAMPLES}: holds samples of tasks that the result does not have")
+    for record in records:
+        for name, score in record.get("scores", {}).items():
+            if not math.isfinite(score):
+                raise ConfigError(
+                    f"{folder / SAMPLES}: {record['key']} has the score {name}={score}; its metric is at fault: mend "
+                    "it, and run again into another --out"
+                )
+    return result, records
 
 
 def _read(file: Path, torn: int) -> Iterator[tuple[Record, int, int]]:

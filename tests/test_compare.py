@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +42,8 @@ def write_run(folder, records, *, engine=ENGINE, **result):
     tasks = dict.fromkeys(r["task"] for r in records)
     write_json(folder / "spec.json", spec)
     write_json(folder / "environment.json", {"engine": engine, "processor": "x", "cpus": 2})
-    told = {"model": "m", "decoder": {"name": "ar"}, "members": {t: [t] for t in tasks}, **result}
+    lines = [{"task": t, "n": sum(r["task"] == t for r in records)} for t in tasks]
+    told = {"model": "m", "decoder": {"name": "ar"}, "members": {t: [t] for t in tasks}, "lines": lines, **result}
     write_json(folder / "result.json", {"task_versions": dict.fromkeys(tasks, 1), **told})
     (folder / "samples.jsonl").write_bytes(b"".join(map(encode, records)))
     return folder
@@ -91,8 +94,6 @@ def test_turned_round_everything_turns(runs):
         assert (a["flips"]["gained"], a["b"], a["base"]) == (b["flips"]["lost"], b["c"], b["other"])
         assert (a["mde"], a["mcnemar_p"]) == pytest.approx((b["mde"], b["mcnemar_p"]))
     assert back["speed"]["tokens_per_second"]["ratio"] == pytest.approx(0.5)
-    (same,) = compare([runs[0], runs[0]])["pairs"]
-    assert same["all"]["difference"]["mean"] == 0
 
 
 def test_only_answers_to_the_same_prompt_are_pairs(tmp_path):
@@ -130,6 +131,13 @@ def test_other_protocols_are_refused_unless_asked(tmp_path, capsys):
     assert "  t num_fewshot: 5 / 0\n  t until: ['Question:'] / \\n\n" in out
     found = compare([base, other], across_protocols=True)
     assert (found["pairs"][0]["all"]["n"], len(found["protocol_difference"])) == (30, 2)
+    steps = '[{"function": "regex", "regex_pattern": "#### (x)"}, {"function": "take_first"}]'
+    read = write_run(tmp_path / "read", answers([1.0]), **protocol(extractors={"strict": steps, "none": "as written"}))
+    boxed = write_run(tmp_path / "boxed", answers([1.0]), **protocol(extractors={"strict": "boxed"}))
+    assert compare([read, boxed], across_protocols=True)["protocol_difference"] == [
+        "t extractors strict: regex (regex_pattern #### (x)), take_first / boxed",
+        "t extractors none: as written / none",
+    ]
     alike = write_run(tmp_path / "c", answers([1.0] * 30), **protocol(source="elsewhere"))
     assert compare([base, alike])["protocol_difference"] == [], "where it is from is not what it is"
     old = write_run(tmp_path / "d", answers([1.0] * 30), spec={"num_fewshot": 3}, task_versions={"t": 2, "u": 1})
@@ -188,7 +196,7 @@ def pair_of(flips, n=210):
 def test_equal_runs_are_seldom_called_worse(tasks, share):
     """`--fail-if-worse 0` where there is no true difference: at most 5% of builds fail, however many the tasks."""
     flips = np.random.default_rng(5).multinomial(
-        210, [share / 2, share / 2, 1 - share], size=(min(400, 1600 // tasks), tasks)
+        210, [share / 2, share / 2, 1 - share], size=(min(200, 800 // tasks), tasks)
     )[:, :, :2]
     failed = sum(bool(worse({"pairs": [pair_of([(int(b), int(c)) for b, c in one])]}, 0)) for one in flips)
     print(f"{tasks} tasks, {share:.0%} flipped: {failed / len(flips):.1%} false alarms")
@@ -196,7 +204,7 @@ def test_equal_runs_are_seldom_called_worse(tasks, share):
 
 
 def test_one_task_of_many_must_stand_out_more():
-    """7 lost of 210 are sure alone (p = 0.016), not as the worst of twenty tasks; two such tasks show in all of them."""
+    """7 lost of 210 are sure alone (p = 0.016), not as the worst of twenty tasks; two such show in all of them."""
     assert [entry["task"] for entry in surely(pair_of([(7, 0)]))] == ["t0"]
     assert surely(pair_of([(7, 0), *[(2, 3)] * 19])) == []
     assert [entry["task"] for entry in surely(pair_of([(12, 0), *[(2, 2)] * 3]))] == ["t0", "all"]
@@ -222,8 +230,9 @@ def test_a_drop_of_just_as_much_as_allowed_passes(tmp_path):
         assert (worse({"pairs": [pair]}, bar) == []) is passes
 
 
-def test_what_is_printed(runs, capsys):
-    assert main(["compare", str(runs[0]), str(runs[1]), str(runs[0])]) == EXIT_OK
+def test_what_is_printed(tmp_path, runs, capsys):
+    third = shutil.copytree(runs[0], tmp_path / "third")
+    assert main(["compare", str(runs[0]), str(runs[1]), str(third)]) == EXIT_OK
     out = capsys.readouterr().out
     assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith(("base:", "other:")))
     rows = [" ".join(line.split()) for line in out.splitlines()]
@@ -241,15 +250,30 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, runs, capsys):
     (empty := tmp_path / "empty").mkdir()
     (unfinished := tmp_path / "unfinished").mkdir()
     (unfinished / "spec.json").write_text("{}")
+    part = shutil.copytree(runs[1], tmp_path / "part")
+    (part / "samples.jsonl").write_bytes(b"".join(map(encode, answers([1.0] * 100))))
+    nan = write_run(tmp_path / "nan", answers([1.0, math.nan]))
     for words, message in (
         ([runs[0]], "needs two run folders at least"),
         ([runs[0], empty], "empty: no run here (no spec.json)"),
         ([runs[0], unfinished], "unfinished: this run is not finished (no result.json)"),
+        ([runs[0], part], "0 samples of u, the result has 40"),
+        ([runs[0], nan], "t/1 has the score acc,none=nan"),
+        ([*runs, runs[0].parent / "." / "base"], "is named twice; name each run once"),
     ):
         assert main(["compare", *map(str, words)]) == EXIT_CONFIG
         err = capsys.readouterr().err
         assert message in err
         assert err.count("\n") == 1
+
+
+def test_what_an_older_run_does_not_tell_is_what_was_done_then(tmp_path):
+    """Its spec has no `profile`; the new one's is the default, which is the same."""
+    old = write_run(tmp_path / "old", answers([1.0] * 30))
+    new = {"profile": "lm-eval", "extractor": None, "chat": None, "max_new_tokens": None}
+    assert compare([old, write_run(tmp_path / "new", answers([1.0] * 30), spec=new)])["protocol_difference"] == []
+    with pytest.raises(ConfigError, match="profile: lm-eval / minimal"):
+        compare([old, write_run(tmp_path / "other", answers([1.0] * 30), spec={**new, "profile": "minimal"})])
 
 
 def test_any_scores_give_intervals_that_hold_their_means(tmp_path):

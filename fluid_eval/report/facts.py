@@ -11,7 +11,7 @@ from typing import Literal
 from .. import pareto
 from ..compare import compare, protocol_difference, surely
 from ..metrics import as_point
-from ..show import difference
+from ..show import difference, probability
 from ..stats import Interval
 from ..strides import strides
 from ..verdicts import kind, summary
