@@ -21,7 +21,7 @@ from fluid_model.files import Nested, read_json
 from . import harness, protocol
 from .run import result_of
 from .spec import RunSpec
-from .store import ENVIRONMENT, RESULT, Record, Run, held_spec, read_samples
+from .store import ENVIRONMENT, POINTS, RESULT, Record, Run, held_spec, read_samples
 
 
 class StoredLM(LM):
@@ -72,6 +72,8 @@ def rescore(folder: Path, profile: str, out: Path | None = None, *, data_dir: st
     Raises ConfigError if the folder holds no finished run, the profile has no extractor for any of its tasks, or the
     questions have changed since.
     """
+    if (folder / POINTS).is_dir():
+        raise ConfigError(f"{folder}: a sweep, not a run; name one of the run folders in {folder / POINTS}")
     held = held_spec(folder) if folder.is_dir() else None
     if held is None or not (folder / RESULT).is_file():
         raise ConfigError(f"{folder}: no finished run here (no {RESULT})")

@@ -7,6 +7,8 @@ import json
 import pytest
 
 from fluid_eval import harness, protocol, store
+from fluid_eval.cli import main
+from fluid_eval.commands import EXIT_UNHEALTHY
 from fluid_eval.commands.settings import BUNDLED
 from fluid_eval.paths import resource
 from fluid_eval.rescore import rescore
@@ -204,12 +206,24 @@ def test_another_extractor_flips_what_it_must_and_says_what_it_is(answered, tmp_
     assert last["lines"][0]["score"] == 1.0, "a folder that was read again can be read again"
 
 
+def test_an_unhealthy_reading_ends_as_an_unhealthy_run_does(answered, tmp_path, capsys):
+    """No answer has a box: the gate is over its threshold, and the command offers no setting that it does not take."""
+    mine = write(tmp_path, 'about = "x"\n[tasks.mini_gsm8k]\nsource = "y"\n[tasks.mini_gsm8k.extractor]\n' + BOXED)
+    assert main(["rescore", str(answered[0]), "--profile", mine, "--out", str(tmp_path / "o")]) == EXIT_UNHEALTHY
+    out = capsys.readouterr().out
+    assert "exit code 3, by the thresholds of the run that was read" in out
+    assert "--set" not in out
+
+
 def test_only_the_answers_to_these_questions_are_read(answered, tmp_path):
     folder, _ = answered
     with pytest.raises(ConfigError, match="has no extractor of its own for mini_gsm8k_1, mini_mmlu_1"):
         rescore(folder, "minimal", tmp_path / "none")
     with pytest.raises(ConfigError, match="no finished run here"):
         rescore(tmp_path, "minimal")
+    (tmp_path / "sweep" / "points").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="a sweep, not a run; name one of the run folders in "):
+        rescore(tmp_path / "sweep", "minimal")
     for number, change in enumerate(({"prompt": "What else?"}, {"key": "mini_gsm8k_1/99"})):
         other = tmp_path / f"other{number}"
         other.mkdir()

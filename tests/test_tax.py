@@ -59,13 +59,15 @@ def test_the_command(tiny_model, tiny_fluid, tmp_path, capsys):
     words += ["--max-new-tokens", "6", "--out", str(tmp_path / "t")]
     assert main(words) == EXIT_CONFIG
     assert "name the model it was adapted from: --parent" in capsys.readouterr().err
+    assert main([*words, "--parent", str(tiny_fluid)]) == EXIT_CONFIG
+    assert "was itself adapted to fluid; name the AR model before that" in capsys.readouterr().err
     words += ["--parent", str(tiny_model)]
     assert main([*words, "--json"]) == EXIT_UNHEALTHY, "every answer is at its limit"
     result = json.loads(capsys.readouterr().out)
     adaptation, checked, unchecked = result["steps"]
     assert [step["step"] for step in result["steps"]] == result["names"][1:]
     assert (checked["base"], unchecked["base"]) == (adaptation["other"], checked["other"])
-    assert checked["all"]["difference"] == {"mean": 0, "low": 0, "high": 0}
+    assert (checked["all"]["difference"]["mean"], checked["all"]["b"], checked["all"]["c"]) == (0, 0, 0)
     assert checked["all"]["n"] == 6
     assert checked["speed"]["tokens_per_forward"]["ratio"] > 0
     assert {pair["base"] for pair in result["against_parent"]} == {adaptation["base"]}

@@ -23,11 +23,12 @@ def add(rescore: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     from ..rescore import rescore
     from ..show.results import print_result
+    from .settings import exit_code
 
     data_dir = options.data_dir or os.environ.get("FLUID_DATA_DIR")
     result, folder = rescore(options.run, options.profile, options.out, data_dir=data_dir)
     if options.json:
         print(json.dumps(result, indent=2))
     else:
-        print_result(result, folder)
-    return 0
+        print_result(result, folder, settable=False)
+    return exit_code(result.get("lost", {}), result.get("health", []))

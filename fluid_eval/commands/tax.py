@@ -33,7 +33,10 @@ def main(options: argparse.Namespace) -> int:
         raise ConfigError("tax: name the model it was adapted from: --parent FOLDER_OR_HUB_ID")
     parent = options.parent or str(resource("checkpoints") / PARENT)
     model = values["model"]
-    info = describe(model["path"], model.get("method"), trust_remote_code=model.get("trust_remote_code", False))
+    trusted = model.get("trust_remote_code", False)
+    info = describe(model["path"], model.get("method"), trust_remote_code=trusted)
+    if adapted := describe(parent, trust_remote_code=trusted).method:
+        raise ConfigError(f"tax: the parent {parent} was itself adapted to {adapted}; name the AR model before that")
     steps, planned = plan_tax(values, parent, info.method)
     from ..run import default_folder
     from ..show.pairs import print_tax

@@ -13,8 +13,8 @@ from ..health import RULES
 from . import Line, bare_table, metric, number, score, screen
 
 
-def print_result(result: Mapping[str, Any], folder: Path) -> None:
-    """The result table, the data's fingerprints and where everything is."""
+def print_result(result: Mapping[str, Any], folder: Path, *, settable: bool = True) -> None:
+    """The result table, the data's fingerprints and where everything is. settable: the command takes settings."""
     console = screen()
     decoder = ", ".join(f"{k}={v}" for k, v in result["decoder"].items() if k != "name")
     console.print(f"{result['model']}  decoder {result['decoder']['name']} ({decoder})")
@@ -30,7 +30,7 @@ def print_result(result: Mapping[str, Any], folder: Path) -> None:
     console.print("score: % and its 95% interval   cut: prompts cut from the left to fit the window")
     console.print("tok/s: per worker               limit: answers that hit the length limit")
     console.print("tokens: of answers before their end; forwards by kind, summed over samples")
-    print_health(console, result.get("health", []))
+    print_health(console, result.get("health", []), settable=settable)
     for message in result["data"]:
         console.print(f"data: {message}")
     for message in result["notices"]:
@@ -42,7 +42,7 @@ def print_result(result: Mapping[str, Any], folder: Path) -> None:
     console.print(f"run folder: {folder}  (fluid-eval report {folder})", soft_wrap=True)
 
 
-def print_health(console: Console, health: Sequence[Mapping[str, Any]]) -> None:
+def print_health(console: Console, health: Sequence[Mapping[str, Any]], *, settable: bool = True) -> None:
     """What the gates counted, where that is anything, and what to do about those over their thresholds."""
     table = bare_table()
     for name in ("", "health", "task"):
@@ -59,7 +59,8 @@ def print_health(console: Console, health: Sequence[Mapping[str, Any]]) -> None:
         console.print(table)
         console.print()
     if over := next((RULES[gate["gate"]].setting for gate in health if not gate["ok"]), None):
-        console.print(f"!: more than allowed, exit code 3; turned off by --set health.{over}=1")
+        off = f"; turned off by --set health.{over}=1" if settable else ", by the thresholds of the run that was read"
+        console.print(f"!: more than allowed, exit code 3{off}")
 
 
 def _costs(lines: Sequence[Line]) -> Table:
