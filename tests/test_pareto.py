@@ -108,6 +108,8 @@ def test_all_tasks_weigh_the_same():
     (found,) = measure([Point("p", {}, [*many, *few])])
     assert found.score.mean == pytest.approx(0.75)
     assert found.n == 94
+    (right,) = measure([point("right", [1.0] * 15)])
+    assert (right.score.high, right.score.low) == (1, pytest.approx(0.796, abs=1e-3)), "of 15 documents, not of all"
 
 
 def test_points_answer_the_same_drawn_documents():
