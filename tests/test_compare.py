@@ -16,7 +16,7 @@ import pytest
 from fluid_eval.cli import main
 from fluid_eval.commands import EXIT_CONFIG, EXIT_OK, EXIT_WORSE
 from fluid_eval.compare import compare, surely, worse
-from fluid_eval.report.facts import Facts
+from fluid_eval.report import facts
 from fluid_eval.stats import difference_over_tasks, mcnemar, minimum_detectable
 from fluid_eval.store import encode, write_json
 from fluid_model.errors import ConfigError
@@ -217,7 +217,7 @@ def test_the_report_calls_sure_what_compare_does():
     for flips in ([(4, 0)], [(8, 0)], [(0, 8), (1, 1)], [(5, 0), (0, 5)], [(5, 0), (5, 0)]):
         pair = {"base": "b", "speed": None, **pair_of(flips, 60)}
         pair["all"]["mde"] = 0.05
-        (verdict,) = Facts([], {"pairs": [pair]}, None).verdicts
+        (verdict,) = facts._of_comparison({"pairs": [pair]}, {"b": "A", "o": "B"})
         told.append((verdict.state, verdict.word, "detectable with 80% power: 5.0" in verdict.text))
     unsure = ("none", "no difference shown", True)
     assert told == [unsure, ("bad", "worse", False), ("good", "better", False), unsure, ("bad", "worse", False)]

@@ -13,7 +13,7 @@ from fluid_model.errors import ConfigError
 from fluid_model.files import read_json
 
 from ..frontier import short
-from ..store import AUDIT, ENVIRONMENT, KHEAD, POINTS, RESULT, SAMPLES, SPEC, Record, read_samples
+from ..store import AUDIT, ENVIRONMENT, KHEAD, POINTS, RESULT, SPEC, Record, read_finished
 
 Nested = dict[str, Any]
 _NEEDED = {"model", "decoder", "started", "wall_seconds", "lines", "members", "parts", "data", "notices"}
@@ -46,12 +46,12 @@ def read_runs(folders: Sequence[Path]) -> list[Stored]:
     found = [run for folder in folders for run in _runs_of(folder)]
     if twice := [folder for folder, count in Counter(folder.resolve() for folder in found).items() if count > 1]:
         raise ConfigError(f"{twice[0]}: is named twice; name each run once")
-    for folder in found:
-        _check_finished(folder)
+    finished = [read_finished(folder, _NEEDED) for folder in found]
     specs = [read_json(folder / SPEC) for folder in found]
+    named = zip(found, specs, _names(found, specs), finished, strict=True)
     return [
-        _read(folder, spec, mark=_mark(place), name=name)
-        for place, (folder, spec, name) in enumerate(zip(found, specs, _names(found, specs), strict=True))
+        _with_rest(folder, _mark(place), name, spec, result, records)
+        for place, (folder, spec, name, (result, records)) in enumerate(named)
     ]
 
 
@@ -74,35 +74,12 @@ def _runs_of(folder: Path) -> list[Path]:
     return found
 
 
-def _check_finished(folder: Path) -> None:
-    if not (folder / SPEC).is_file():
-        raise ConfigError(f"{folder}: no run here (no {SPEC}); name the folder that fluid-eval run --out wrote")
-    if not (folder / RESULT).is_file():
-        raise ConfigError(f"{folder}: this run is not finished (no {RESULT}); run it again with --resume first")
-
-
-def _read(folder: Path, spec: Nested, *, mark: str, name: str) -> Stored:
-    result = read_json(folder / RESULT)
-    if missing := _NEEDED - result.keys():
-        raise ConfigError(f"{folder / RESULT}: lacks {', '.join(sorted(missing))}; run again into another --out")
-    records = list(read_samples(folder))
+def _with_rest(folder: Path, mark: str, name: str, spec: Nested, result: Nested, records: Sequence[Record]) -> Stored:
+    """A finished run with what else its folder holds."""
     owners = {leaf: task for task, leaves in result["members"].items() for leaf in leaves}
-    _check_whole(folder, result, Counter(owners.get(record["task"]) for record in records))
     others = [folder / ENVIRONMENT, folder / AUDIT, folder / KHEAD]
     environment, audit, khead = (read_json(file) if file.is_file() else None for file in others)
     return Stored(folder, mark, name, spec, result, environment or {}, records, owners, audit, khead)
-
-
-def _check_whole(folder: Path, result: Nested, found: Mapping[str | None, int]) -> None:
-    """Raise ConfigError if the samples, counted by task, are not those the result was made from."""
-    for line in result["lines"]:
-        if found.get(line["task"], 0) < line["n"]:
-            raise ConfigError(
-                f"{folder / SAMPLES}: {found.get(line['task'], 0)} samples of {line['task']}, the result has "
-                f"{line['n']}; run it again into another --out"
-            )
-    if None in found:
-        raise ConfigError(f"{folder / SAMPLES}: holds samples of tasks that the result does not have")
 
 
 def _mark(place: int) -> str:
