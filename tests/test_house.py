@@ -58,7 +58,7 @@ def modules_of(names: set[str]) -> set[str]:
 def python_files() -> list[Path]:
     return [
         *MODULES.values(),
-        *(ROOT / "tests").glob("*.py"),
+        *(ROOT / "tests").rglob("*.py"),
         *(ROOT / "tasks").rglob("*.py"),
         *(ROOT / "bench").glob("*.py"),
         ROOT / "noxfile.py",
