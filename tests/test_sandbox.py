@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import itertools
 import json
@@ -9,6 +10,7 @@ import math
 import os
 import random
 import signal
+import sys
 from contextlib import closing
 
 import pytest
@@ -21,7 +23,7 @@ from fluid_eval.sandbox import Trial, child, judge, ladder
 from fluid_eval.sandbox.passing import build_predictions_instruct, pass_at_k, trial
 from fluid_eval.sandbox.pool import Judges
 from fluid_eval.sandbox.score import held, load_problems, score_file
-from fluid_eval.sandbox.tiers import Unsafe
+from fluid_eval.sandbox.tiers import DISK, Jailed, Unsafe, remove
 from fluid_model.errors import ConfigError
 
 ADD = "def add(a, b):\n    return a + b\n"
@@ -238,7 +240,43 @@ def test_mutations_are_seeded_and_change_the_function_alone():
 
 def test_the_probe_sees_what_is_open():
     why = ladder.tried(Unsafe)
-    assert all(what in why for what in ("read a file", "change a file's mode", "connect to loopback", "make processes"))
+    done = ("read a file", "change a file's mode", "connect to loopback", "make processes", "listen", "limit", "slow")
+    assert all(what in why for what in done)
+
+
+def overfull(folder) -> bool:
+    return Jailed(0, 0, lambda: None, str(folder)).overfull()
+
+
+@pytest.mark.parametrize("names", [["d"] * 100, ["d" * 250] * 15 + ["q" * 200, "x" * 200]], ids=["deep", "long"])
+def test_no_folder_is_too_deep_to_be_looked_at_and_removed(tmp_path, monkeypatch, names):
+    folder = tmp_path / "folder"
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder", *names):
+        os.mkdir(name)
+        os.chdir(name)
+    os.mkfifo("x" * 200)
+    os.symlink(tmp_path, "link")
+    os.chdir(tmp_path)
+    (tmp_path / "kept").touch()
+    assert overfull(folder)
+    most = sys.getrecursionlimit()
+    try:
+        sys.setrecursionlimit(len(inspect.stack(0)) + 50)
+        remove(str(folder))
+    finally:
+        sys.setrecursionlimit(most)
+    assert [file.name for file in tmp_path.iterdir()] == ["kept"]
+    remove(str(folder))
+
+
+def test_a_folder_is_overfull_when_its_files_are(tmp_path):
+    for n in range(7):
+        (tmp_path / str(n)).write_bytes(bytes(DISK // 8))
+    assert not overfull(tmp_path)
+    (tmp_path / "more").write_bytes(bytes(DISK // 4))
+    assert overfull(tmp_path)
+    assert not overfull(tmp_path / "gone")
 
 
 def test_a_chat_answer_ends_with_its_fence():

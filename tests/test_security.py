@@ -108,6 +108,11 @@ def verdicts(
 
 
 @pytest.mark.security
+def test_some_tier_holds_here():
+    assert found().name, f"nothing was attacked, since no isolation holds here: {found()}"
+
+
+@pytest.mark.security
 @pytest.mark.parametrize("name", [*ATTACKS, "honest"])
 def test_no_attack_gets_through(verdicts, name):
     verdict = verdicts[name].result()

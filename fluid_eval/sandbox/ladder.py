@@ -8,7 +8,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ WAYS_OUT = (
     f"or pass {Unsafe.needs} to run it with limits only"
 )
 ATTEMPTS = f"""
-import os, signal, socket, sys
+import os, resource, socket
 
-def attempts(secret, port, pid):
+def attempts(secret, port, pid, network):
     done = []
     def attempt(name, call):
         try:
@@ -37,6 +37,20 @@ def attempts(secret, port, pid):
         for _ in range(80):
             if not os.fork():
                 os._exit(0)
+    def opening():
+        s = socket.socket()
+        try:
+            s.sendto(b"x", socket.MSG_FASTOPEN, ("127.0.0.1", port))
+        except OSError:
+            pass
+        s.send(b"x")
+    def listening():
+        s = socket.socket()
+        s.listen()
+        return s.getsockopt(socket.SOL_SOCKET, 71, 8) == network
+    def first():
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     attempt("read a file", lambda: open(secret).read())
     attempt("write a file", lambda: open(secret, "a"))
     attempt("change a file's mode", lambda: os.chmod(secret, 0o600))
@@ -47,6 +61,12 @@ def attempts(secret, port, pid):
     attempt("signal another process", lambda: os.kill(pid, 0))
     attempt("read the environment", lambda: bool(set(os.environ) - {{"PWD", "LC_CTYPE"}}))
     attempt("connect to loopback", lambda: socket.create_connection(("127.0.0.1", port), 1))
+    attempt("connect to loopback by many paths", lambda: socket.socket(type=1, proto=262).connect(("127.0.0.1", port)))
+    attempt("connect to loopback while it sends", opening)
+    attempt("listen where others hear it", listening)
+    attempt("limit another process", lambda: resource.prlimit(pid, 7, resource.prlimit(pid, 7)))
+    attempt("slow another process", lambda: os.setpriority(0, pid, os.getpriority(0, pid)))
+    attempt("run before all others", first)
     attempt("make processes", processes)
     attempt("take memory", lambda: bytearray({2 * LIMITS["AS"]}))
     attempt("write a large file", lambda: open("large", "wb", 0).write(bytes({2 * FILE})) > {FILE})
@@ -73,12 +93,15 @@ class Found:
 
 
 @contextmanager
-def _bait() -> Iterator[tuple[str, int, int]]:
-    """A file, a listening port and a process that an attempt may go for."""
+def _bait() -> Iterator[tuple[str, int, int, bytes]]:
+    """A file, a listening port and a process that an attempt may go for, and which network namespace is theirs."""
     with tempfile.TemporaryDirectory(prefix="fluid-eval-bait-") as folder, socket.create_server(("127.0.0.1", 0)) as s:
         secret = Path(folder, "secret")
         secret.write_text("secret")
-        yield str(secret), s.getsockname()[1], os.getpid()
+        network = b""
+        with suppress(OSError):  # Linux 5.14, which is older than tiers that share this namespace
+            network = s.getsockopt(socket.SOL_SOCKET, 71, 8)  # SO_NETNS_COOKIE
+        yield str(secret), s.getsockname()[1], os.getpid(), network
 
 
 def tried(tier: type[Tier]) -> str:

@@ -22,6 +22,7 @@ from fluid_model.errors import RunError
 
 from . import Trial, Verdict
 from .files import interpreter_files
+from .tiers import remove
 
 HANGS = 120.0
 """Seconds without a verdict after which a warden, which has clocks of its own, must be broken."""
@@ -81,6 +82,7 @@ class Place:
                 self._process.stdin.close()
             self._process.wait()
             self._process.stdout.close()
+            remove(self._folder.name)
             self._folder.cleanup()
         self._process = None
 

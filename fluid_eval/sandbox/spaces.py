@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import inspect
 import os
 import signal
 import tempfile
@@ -26,12 +27,15 @@ DENIED = (
     "setns", "mount", "umount2", "pivot_root", "chroot", "open_tree", "move_mount", "fsopen", "fsmount", "fsconfig",
     "mount_setattr", "name_to_handle_at", "open_by_handle_at", "bpf", "perf_event_open", "userfaultfd",
     "io_uring_setup", "io_uring_enter", "io_uring_register", "add_key", "request_key", "keyctl", "shmget", "msgget",
-    "semget", "mq_open", "memfd_create", "personality", "quotactl", "acct", "swapon", "swapoff", "reboot",
-    "init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load", "syslog", "vhangup",
-    "fanotify_init", "settimeofday", "clock_settime", "adjtimex", "sethostname", "setdomainname", "vmsplice",
-    "chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat", "utime", "utimes",
-    "utimensat", "futimesat", "setxattr", "lsetxattr", "fsetxattr", "removexattr", "lremovexattr", "fremovexattr",
-    "setuid", "setgid", "setreuid", "setregid", "setresuid", "setresgid", "setgroups", "setfsuid", "setfsgid",
+    "semget", "mq_open", "memfd_create", "memfd_secret", "shmat", "shmctl", "shmdt", "msgsnd", "msgrcv", "msgctl",
+    "semop", "semtimedop", "semctl", "mq_unlink", "setpriority", "sched_setaffinity", "sched_setscheduler",
+    "sched_setparam", "sched_setattr", "ioprio_set", "inotify_init", "inotify_init1", "personality", "quotactl", "acct",
+    "swapon", "swapoff", "reboot", "init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load",
+    "syslog", "vhangup", "fanotify_init", "settimeofday", "clock_settime", "clock_adjtime", "adjtimex", "sethostname",
+    "setdomainname", "vmsplice", "chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat",
+    "utime", "utimes", "utimensat", "futimesat", "setxattr", "lsetxattr", "fsetxattr", "removexattr", "lremovexattr",
+    "fremovexattr", "setuid", "setgid", "setreuid", "setregid", "setresuid", "setresgid", "setgroups", "setfsuid",
+    "setfsgid",
 )  # fmt: skip
 """Calls that no program of a benchmark needs: to the network, other processes, the kernel's far corners, who one is,
 and those that change a file's marks, which Landlock lets pass.
@@ -55,6 +59,7 @@ def system_call_filter(*, processes: bool) -> bytes | None:
             allowed.add_rule(refuse, name)
         except OSError:
             continue  # not a call of this machine's
+    allowed.add_rule(refuse, "prlimit64", seccomp.Arg(0, seccomp.NE, 0))  # of others; 0 is the caller
     if not processes:
         for name in PROCESSES:
             try:
@@ -78,6 +83,16 @@ def apply_filter(program: bytes) -> None:
     _call("prctl", _NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     found = Program(len(program) // 8, ctypes.cast(code, ctypes.c_void_p))
     _call("prctl", 22, 2, ctypes.byref(found), 0, 0)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+
+
+def confining(filtered: bytes) -> str:
+    """Source of what an interpreter runs to give up its capabilities and put itself under a filter, where nothing that
+    starts it does so.
+    """
+    parts = [inspect.getsource(part) for part in (_call, drop_privileges, apply_filter)]
+    head = "from __future__ import annotations\nimport ctypes, os\nfrom contextlib import suppress\n"
+    values = f"_LIBC, _NO_NEW_PRIVILEGES = ctypes.CDLL(None, use_errno=True), {_NO_NEW_PRIVILEGES}\n"
+    return "\n".join([head, values, *parts, f"drop_privileges()\napply_filter({filtered!r})\n"])
 
 
 def enter(binds: Sequence[tuple[str, str]], hidden: Sequence[str], root: Path, work: str, disk: int) -> None:

@@ -7,6 +7,7 @@ interpreter's own. Limits that a process sets on itself for good are set by what
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,8 @@ from .files import NO_SITE, Files
 DISK = 8 << 20
 """Bytes of the private folder."""
 FILE = 1 << 20
+DEEPEST = 64
+"""Folders in each other."""
 LIMITS = {"AS": 1 << 30, "CPU": 60, "FSIZE": FILE, "NOFILE": 64, "CORE": 0}
 """Bytes of memory, seconds of processor time, bytes of a file, open files, bytes of a core dump."""
 _NAMESPACED = {"NPROC": 64}
@@ -37,11 +40,10 @@ for name, most in LIMITS.items():
     except ValueError:
         if sys.platform == "linux":
             raise
+exec(CONFINING, {})
 exec(marshal.load(sys.stdin.buffer), {"__name__": "jailed"})"""
 """What an interpreter is started with: it limits itself, reads code from its standard input and runs that."""
 _WORK = "/work"
-_SANDLOCKS_OWN = ("socket",)
-"""What sandlock rules on itself, and takes no orders about."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +58,56 @@ class Jailed:
     folder: str | None = None
 
     def overfull(self) -> bool:
-        """Whether the private folder holds more than it may."""
-        if self.folder is None:
-            return False
-        size = 0
-        for place, folders, files in os.walk(self.folder):
+        """Whether the private folder holds more than it may, or what cannot be looked at."""
+        return self.folder is not None and _overfull(self.folder)
+
+
+def _overfull(folder: str) -> bool:
+    size = 0
+
+    def unseen(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # gone meanwhile
+            raise error
+
+    try:
+        for place, folders, files in os.walk(folder, onerror=unseen):
             size += FILE * len(folders) // 64
             for name in files:
                 with suppress(FileNotFoundError):
                     size += max(4096, os.lstat(os.path.join(place, name)).st_blocks * 512)
-            if size > DISK:
+            if size > DISK or place.count(os.sep) - folder.count(os.sep) > DEEPEST:
                 return True
-        return False
+    except OSError:
+        return True
+    return False
+
+
+def remove(folder: str) -> None:
+    """Remove a folder that a program, ended by now, had to itself. However deep: what lies in its folders is moved up
+    until none is left. Never raises.
+    """
+    with suppress(OSError):
+        os.chmod(folder, 0o700)
+        while entries := _entries(folder):
+            above = os.path.join(folder, secrets.token_hex(8))  # no name that is there
+            for entry in entries:
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.path)
+                    continue
+                for number, inner in enumerate(_entries(entry.path)):
+                    os.rename(inner.path, f"{above}-{entry.inode()}-{number}")
+                os.rmdir(entry.path)
+        os.rmdir(folder)
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """What is in a folder, its own folders opened to us."""
+    with os.scandir(folder) as found:
+        entries = list(found)
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            os.chmod(entry.path, 0o700)
+    return entries
 
 
 class Tier:
@@ -80,7 +120,12 @@ class Tier:
     def __init__(self, files: Files) -> None:
         """Raises OSError or ImportError where something it needs is missing."""
         self.files = files
-        self.command = [files.executable, *NO_SITE, "-c", BOOT.replace("LIMITS", repr(self.limits))]
+        self.command = self.booting("")
+
+    def booting(self, confining: str) -> list[str]:
+        """The command of an interpreter that limits itself, runs `confining`, and then what it reads."""
+        boot = BOOT.replace("LIMITS", repr(self.limits)).replace("CONFINING", repr(confining))
+        return [self.files.executable, *NO_SITE, "-c", boot]
 
     def start(self, *, processes: bool) -> Jailed:
         """Start an interpreter. processes: whether it may fork (the judge does).  Raises OSError where it cannot."""
@@ -90,12 +135,14 @@ class Tier:
 class Sandlock(Tier):
     """Landlock and seccomp, by the library of that name.
 
-    Its copy-on-write folder, which would have a quota, is not used: with it the calls that change a file's marks are
-    let through, wherever the file is.
+    That library's filter takes no orders about most of the network's calls, and leaves root its capabilities: before it
+    reads a program, the interpreter gives these up and puts itself under our filter too.  The library's copy-on-write
+    folder, which would have a quota, is not used: with it the calls that change a file's marks are let through,
+    wherever the file is.
     """
 
     name = "sandlock"
-    needs = "pip install sandlock (Linux 6.7)"
+    needs = "pip install sandlock (Linux 6.7, libseccomp)"
 
     def __init__(self, files: Files) -> None:
         super().__init__(files)
@@ -103,6 +150,11 @@ class Sandlock(Tier):
 
         if sandlock.landlock_abi_version() < sandlock.min_landlock_abi():
             raise OSError(f"this kernel's Landlock is of version {sandlock.landlock_abi_version()}, 6 is needed")
+        self._commands = {}
+        for processes in (False, True):
+            if (filtered := spaces.system_call_filter(processes=processes)) is None:
+                raise OSError("pyseccomp, or the libseccomp it needs, is missing")
+            self._commands[processes] = self.booting(spaces.confining(filtered))
 
     def start(self, *, processes: bool) -> Jailed:
         import sandlock
@@ -113,27 +165,26 @@ class Sandlock(Tier):
                 fs_readable=sorted({source for source, _ in self.files.binds}),
                 fs_writable=[folder, os.devnull],
                 fs_denied=list(self.files.hidden),
-                extra_deny_syscalls=[name for name in spaces.DENIED if name not in _SANDLOCKS_OWN],
                 max_processes=8 if processes else 1,
                 clean_env=True,
                 cwd=folder,
             )
             pipe = sandlock.StdioMode.PIPED
-            process = box.popen(self.command, stdin=pipe, stdout=pipe, stderr=sandlock.StdioMode.NULL)
+            process = box.popen(self._commands[processes], stdin=pipe, stdout=pipe, stderr=sandlock.StdioMode.NULL)
         except BaseException as error:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
             raise OSError(f"sandlock: {error}") from error
         return Jailed(process.stdin.fileno(), process.stdout.fileno(), partial(_end_sandlock, process, folder), folder)
 
 
 def _end_sandlock(process: Any, folder: str) -> None:
-    with suppress(OSError, RuntimeError):
-        process.kill()
-    process.wait(timeout=5)
+    for ended in (process.kill, partial(process.wait, timeout=5)):
+        with suppress(OSError, RuntimeError):
+            ended()
     for stream in (process.stdin, process.stdout):
         with suppress(OSError):
             stream.close()
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
 
 
 class Bubblewrap(Tier):
@@ -244,7 +295,7 @@ class Unsafe(Tier):
 
         def end() -> None:
             _end_popen(process)
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
 
         return Jailed(process.stdin.fileno(), process.stdout.fileno(), end, folder)
 

@@ -247,6 +247,20 @@ FORGED = {
             def add(a, b):
                 for _ in range(2000): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()
                 return 0""",
+        "files: a path too long to look at": """
+            import os, time
+            for name in ["d" * 250] * 15 + ["q" * 200]:
+                os.mkdir(name)
+                os.chdir(name)
+            os.mkfifo("x" * 200)
+            time.sleep(1)
+            def add(a, b): return 0""",
+        "files: folders too deep to remove": """
+            import os
+            for name in ["d" * 250] * 17 + ["e"] * 1200:
+                os.mkdir(name)
+                os.chdir(name)
+            def add(a, b): return 0""",
         "a surrogate in the source": "def add(a, b): return '\ud800'",
         "no Python at all": "def add(a, b) return \x00",
     },
