@@ -47,20 +47,23 @@ def interpreter_files() -> Files:
     binds = {executable: executable, **{folder: folder for folder in standard}}
     for mapped in filter(None, told):
         if not any(mapped.startswith(f"{folder}/") for folder in standard):
-            binds |= _library(Path(mapped), standard[0])
+            binds |= _library(Path(mapped))
     loaders = [str(file) for folder in ("/lib", "/lib64") for file in Path(folder).glob("ld-*.so*")]
     binds |= {file: file for file in (*loaders, "/etc/ld.so.cache") if os.path.exists(file)}
     hidden = [os.path.join(folder, name) for folder in standard for name in ("site-packages", "dist-packages")]
     return Files(executable, tuple((v, k) for k, v in binds.items()), tuple(filter(os.path.isdir, hidden)))
 
 
-def _library(mapped: Path, standard: str) -> dict[str, str]:
-    """Place -> source of a shared object: its folder, where that holds nothing but such, else its names there."""
+def _library(mapped: Path) -> dict[str, str]:
+    """Place -> source of a shared object: a distribution's folder of such whole, since binding each of them would take
+    longer than to start an interpreter; elsewhere, and where Python's packages lie too, its names alone.
+    """
     folder = mapped.parent
-    if Path(standard).is_relative_to(folder):
-        return {str(name): str(mapped) for name in folder.glob("*.so*") if name.resolve() == mapped}
-    found = {str(folder): str(folder)}
+    if folder.is_relative_to("/usr/lib") and not any(folder.glob("python*")):
+        found = {str(folder): str(folder)}
+    else:
+        found = {str(name): str(mapped) for name in folder.glob("*.so*") if name.resolve() == mapped}
     short = Path("/", *folder.parts[2:])  # /usr/lib/... is /lib/... too, where the two are merged
     if folder.parts[1:2] == ("usr",) and short.resolve() == folder:
-        found[str(short)] = str(folder)
+        found |= {name.removeprefix("/usr"): source for name, source in found.items()}
     return found
