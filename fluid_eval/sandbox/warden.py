@@ -11,6 +11,7 @@ import json
 import marshal
 import os
 import select
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from typing import Any
 
 from .files import Files
 from .ladder import tier_named
-from .tiers import Jailed, Tier
+from .tiers import Jailed, Tier, remove
 
 START = 20.0
 """Seconds that an interpreter may take to come up."""
@@ -253,6 +254,7 @@ def serve(requests: Iterator[str]) -> None:
             _tell({"reason": reason, "detail": detail, "seconds": time.perf_counter() - started})
     finally:
         warden.close()
+        remove(head["folder"])
 
 
 def _tell(values: dict[str, Any]) -> None:
@@ -262,4 +264,6 @@ def _tell(values: dict[str, Any]) -> None:
 if __name__ == "__main__":
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans below become ours, to be reaped
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG: it reaches us when whoever asks ends
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     serve(iter(sys.stdin))
