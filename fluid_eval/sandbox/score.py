@@ -4,14 +4,15 @@ result and passed out, and pass@k.
 
 from __future__ import annotations
 
-import gzip
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fluid_model.errors import ConfigError
+from fluid_model import files
+from fluid_model.errors import ConfigError, RunError
 
 from ..data import load_rows
 from . import TIMEOUT, Trial, Verdict
@@ -27,20 +28,15 @@ _SAMPLE = ("task_id", "completion")
 
 def read_lines(file: Path, fields: Sequence[str]) -> Iterator[Row]:
     """Objects of a JSON lines file, plain or .gz. Raises ConfigError naming the line that is none, or lacks a field."""
-    try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                missing = [f for f in fields if not isinstance(row, dict) or not isinstance(row.get(f), str)]
-                if missing:
-                    raise ConfigError(f"{file}:{number}: no text {missing[0]!r}; each line needs {', '.join(fields)}")
-                yield row
-    except (OSError, EOFError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{file}:{number}: not JSON: {error}") from error
+    for number, line in files.read_lines(file):
+        try:
+            row = files.parse_json(line)
+        except ValueError as error:  # a number of too many digits among them
+            raise ConfigError(f"{file}:{number}: not JSON: {error}") from error
+        missing = [f for f in fields if not isinstance(row, dict) or not isinstance(row.get(f), str)]
+        if missing:
+            raise ConfigError(f"{file}:{number}: no text {missing[0]!r}; each line needs {', '.join(fields)}")
+        yield row
 
 
 def load_problems(file: Path | None) -> dict[str, Row]:
@@ -55,8 +51,8 @@ def held(judges: Judges, trials: Iterable[Trial]) -> list[Verdict]:
 
 
 def pass_rates(outcomes: Mapping[str, Sequence[bool]], ks: Sequence[int]) -> dict[str, float]:
-    """Mean unbiased pass@k over problems, for each k that every problem has samples for."""
-    enough = [k for k in ks if all(len(passed) >= k for passed in outcomes.values())]
+    """Mean unbiased pass@k over problems, for each k that every problem has samples for: none without problems."""
+    enough = [k for k in ks if outcomes and all(len(passed) >= k for passed in outcomes.values())]
     return {f"pass@{k}": sum(pass_at_k(len(o), sum(o), k) for o in outcomes.values()) / len(outcomes) for k in enough}
 
 
@@ -69,10 +65,10 @@ def score_file(
     timeout: float = TIMEOUT,
     incomplete: bool = False,
 ) -> dict[str, float]:
-    """Judge every sample, write SAMPLES_results.jsonl beside it and return pass@k.
+    """Judge every sample, write SAMPLES_results.jsonl beside it at the end and return pass@k.
 
     incomplete: let problems go without samples; they do not count.  Raises ConfigError for a sample of no known problem
-    and, unless `incomplete`, for a problem without samples.
+    and, unless `incomplete`, for a problem without samples; RunError where results cannot be written.
     """
     rows = list(read_lines(samples, _SAMPLE))
     if not rows:
@@ -88,11 +84,16 @@ def score_file(
         )
     trials = [_trial(problems[row["task_id"]], row["completion"], timeout) for row in rows]
     outcomes: dict[str, list[bool]] = {}
-    with samples.with_name(samples.name + RESULTS).open("w", encoding="utf-8") as results:
-        for row, verdict in zip(rows, held(judges, trials), strict=True):
-            outcomes.setdefault(row["task_id"], []).append(verdict.passed)
-            row |= {"result": verdict.told, "passed": verdict.passed, "isolation": verdict.isolation}
-            results.write(json.dumps(row) + "\n")
+    for row, verdict in zip(rows, held(judges, trials), strict=True):
+        outcomes.setdefault(row["task_id"], []).append(verdict.passed)
+        row |= {"result": verdict.told, "passed": verdict.passed, "isolation": verdict.isolation}
+    results = samples.with_name(samples.name + RESULTS)
+    unfinished = results.with_name(f"{results.name}.tmp")
+    try:
+        unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(unfinished, results)
+    except OSError as error:
+        raise RunError(f"{results}: {error.strerror or error}") from error
     return pass_rates(outcomes, ks)
 
 

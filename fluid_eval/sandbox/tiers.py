@@ -110,34 +110,6 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
     return entries
 
 
-def remove(folder: str) -> None:
-    """Remove a folder that a program, ended by now, had to itself. However deep: what lies in its folders is moved up
-    until none is left. Never raises.
-    """
-    with suppress(OSError):
-        os.chmod(folder, 0o700)
-        while entries := _entries(folder):
-            above = os.path.join(folder, secrets.token_hex(8))  # no name that is there
-            for entry in entries:
-                if not entry.is_dir(follow_symlinks=False):
-                    os.unlink(entry.path)
-                    continue
-                for number, inner in enumerate(_entries(entry.path)):
-                    os.rename(inner.path, f"{above}-{entry.inode()}-{number}")
-                os.rmdir(entry.path)
-        os.rmdir(folder)
-
-
-def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """What is in a folder, its own folders opened to us."""
-    with os.scandir(folder) as found:
-        entries = list(found)
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            os.chmod(entry.path, 0o700)
-    return entries
-
-
 class Tier:
     """One way. name: as recorded.  needs: how to get it, for those who lack it."""
 
