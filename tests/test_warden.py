@@ -1,0 +1,158 @@
+"""Wardens: whatever a program does is its own verdict, and nothing of theirs outlives them."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fluid_eval.sandbox import Trial, child, judge, ladder, pool, tiers, warden
+from fluid_eval.sandbox.files import interpreter_files
+from fluid_eval.sandbox.ladder import tier_named
+from fluid_eval.sandbox.pool import Judges
+from fluid_eval.sandbox.score import held
+from fluid_eval.sandbox.tiers import Unsafe
+from fluid_model.errors import ConfigError
+
+ADD = "def add(a, b):\n    return a + b\n"
+
+
+def test_what_one_trial_leaves_unread_is_not_the_nexts_answer(monkeypatch):
+    asked = '    found = line.answer("names")["names"]\n'
+    source = Path(judge.__file__).read_text()
+    assert asked in source
+    late = source.replace(asked, "    compile(tests, '', 'exec')\n" + asked)  # a verdict before the answer is taken
+    monkeypatch.setattr(
+        warden, "_code", lambda name: compile(late if name == "judge.py" else child_source(), name, "exec")
+    )
+    here = warden.Warden(tier_named(ladder.chosen(allow_unsafe=True), interpreter_files()))
+    try:
+        assert here.judge(ADD, "", "def f(:", "", 2.0)[0] == "failed"
+        assert here.judge(ADD, "", "assert add(1, 2) == 3", "", 2.0) == ("passed", "")
+    finally:
+        here.close()
+
+
+DEEP = """import os, time
+def f():
+    for n in range(17):
+        os.mkdir('d' * 250)
+        os.chdir('d' * 250)
+    for n in range(1200):
+        os.mkdir('e')
+        os.chdir('e')
+    os.mkfifo('x' * 200)
+    time.sleep(0.3)
+"""
+ENDS_ITS_JUDGE = """import os, signal
+def f():
+    for n in map(int, filter(str.isdigit, os.listdir('/proc'))):
+        try:
+            if b'sandbox.warden' in open(f'/proc/{n}/cmdline', 'rb').read() and os.getsid(n) == n and n == os.getppid():
+                os.kill(n, signal.SIGKILL)
+        except OSError: pass
+    os.read(0, 1)
+"""
+
+
+@pytest.mark.parametrize("program", [DEEP, ENDS_ITS_JUDGE], ids=["depth", "end of the warden"])
+def test_whatever_a_program_does_is_its_verdict(program):
+    """Where nothing isolates it, so that it can."""
+    with closing(Judges(Unsafe.name, 1)) as judges:
+        got = held(judges, [Trial(program, "f()\nassert 0", timeout=1.0), Trial(ADD, "assert add(1, 2) == 3")])
+        folder = Path(judges.places[0]._folder)
+        assert [v.reason for v in got] == ["failed", "passed"], got
+    assert not folder.exists()
+
+
+def test_what_cannot_be_looked_at_or_ended_is_the_programs_verdict(monkeypatch):
+    here = warden.Warden(tier_named(Unsafe.name, interpreter_files()))
+    monkeypatch.setattr(tiers.Jailed, "overfull", lambda self: 1 / 0)
+    started = here._tier.start
+
+    def start(*, processes: bool) -> tiers.Jailed:
+        jailed = started(processes=processes)
+        return replace(jailed, end=lambda: (jailed.end(), [][0]))
+
+    monkeypatch.setattr(here._tier, "start", start)
+    try:
+        here._open_judge()
+        with monkeypatch.context() as patch:
+            patch.setattr(warden.Line, "_watch", lambda self: None if self._jailed is here._judge else 1 / 0)
+            told = here.judge(ADD, "", "assert add(1, 2) == 3", "", 2.0)
+            assert told == ("failed", "its judge gave up: division by zero")
+        monkeypatch.setattr(tiers.Jailed, "overfull", lambda self: False)
+        assert here.judge(ADD, "", "assert add(1, 2) == 3", "", 2.0) == ("passed", "")
+    finally:
+        here.close()
+
+
+def test_interpreters_that_ended_before_a_program_had_begun_are_replaced():
+    here = warden.Warden(tier_named(ladder.chosen(allow_unsafe=True), interpreter_files()))
+    try:
+        for n in range(2):
+            assert here.judge(ADD, "", f"assert add(1, {n}) == {n + 1}", "", 2.0) == ("passed", "")
+            here._judge.end()
+            here._next.end()
+            (here._judge, here._next) = (None, None) if n else (dead(here._judge), dead(here._next))
+            here._to_judge = None if n else warden.Line(here._judge)
+    finally:
+        here.close()
+
+
+def dead(jailed: tiers.Jailed) -> tiers.Jailed:
+    """One whose process has ended."""
+    (stdout, write), (read, stdin) = os.pipe(), os.pipe()
+    os.close(write)
+    os.close(read)
+    return tiers.Jailed(stdin, stdout, lambda: (os.close(stdin), os.close(stdout)))
+
+
+def test_a_program_may_take_longer_than_a_warden_may_hang(monkeypatch):
+    monkeypatch.setattr(pool, "HANGS", 30.0)
+    with pool.Place(Unsafe.name) as place:
+        assert place.judge(Trial(ADD, "assert add(1, 2) == 3")).passed
+        monkeypatch.setattr(pool, "HANGS", 0.0)
+        assert place.judge(Trial("import time\ndef f(): time.sleep(0.5)", "f()", timeout=20.0)).passed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="by a signal of Linux's")
+def test_wardens_end_with_whoever_asks_them(tmp_path):
+    program = "import time\ndef f(): time.sleep(60)"
+    script = (
+        f"from fluid_eval.sandbox.pool import Place, Trial\nplace = Place({Unsafe.name!r})\nplace._open()\n"
+        f"print(place._process.pid, place._folder, flush=True)\nplace.judge(Trial({program!r}, 'f()', timeout=60))"
+    )
+    asking = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert asking.stdout
+    number, folder = asking.stdout.readline().split()
+    until(lambda: len(list(Path(folder).iterdir())) == 3)  # judge, program and next
+    asking.kill()
+    asking.wait()
+    asking.stdout.close()
+    until(lambda: not Path(folder).exists() and not Path(f"/proc/{number}").exists())
+
+
+def until(what: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("timeout", [0.0, math.inf, math.nan])
+def test_a_timeout_is_seconds(timeout):
+    with pytest.raises(ConfigError, match="must be seconds above 0"):
+        Trial(ADD, "", timeout=timeout)
+
+
+def child_source() -> str:
+    return Path(child.__file__).read_text()
