@@ -160,3 +160,9 @@ def test_the_metric_has_code_evals_interface():
     assert rates == {"pass@1": 0.5, "pass@2": 1.0}
     assert [(n, told["passed"], told["task_id"]) for n, told in results[0]] == [(0, False, 0), (1, True, 0)]
     assert results[1][0][1]["result"] == "failed: AssertionError"
+
+
+@pytest.mark.security
+def test_a_tier_holds_here():
+    """Without one the session of attacks would succeed with nothing tried."""
+    assert found().name, str(found())
