@@ -11,6 +11,7 @@ import math
 import os
 import random
 import signal
+import sys
 from contextlib import closing
 
 import pytest
