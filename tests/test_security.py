@@ -20,7 +20,8 @@ import pytest
 from fluid_eval.sandbox import Trial, Verdict, spaces
 from fluid_eval.sandbox.ladder import found, tried
 from fluid_eval.sandbox.pool import Judges
-from fluid_eval.sandbox.tiers import LADDER
+from fluid_eval.sandbox.tiers import LADDER, Unsafe
+from fluid_model.errors import ConfigError
 
 from . import adversarial
 
@@ -166,3 +167,16 @@ def test_the_metric_has_code_evals_interface():
 def test_a_tier_holds_here():
     """Without one the session of attacks would succeed with nothing tried."""
     assert found().name, str(found())
+
+
+@pytest.mark.security
+def test_a_metric_without_programs_has_no_rates(monkeypatch):
+    from fluid_eval.sandbox import metric
+
+    monkeypatch.setattr(metric, "chosen", lambda **_: Unsafe.name)
+    monkeypatch.setattr(metric, "held", lambda judges, trials: [Verdict("passed", "", 0.0, "") for _ in trials])
+    compute = metric.CodeEval()._compute
+    assert compute([], []) == compute([[]], ["f()"]) == ({}, {})
+    assert compute([[], ["x"]], ["f()", "f()"], k=[1])[0] == {}
+    with pytest.raises(ConfigError, match="1 lists of predictions for 2 references"):
+        compute([["x"]], ["f()", "f()"])
