@@ -38,8 +38,11 @@ class FluidLM(TemplateLM):
 
     pool: called once, when the first answer is missing.  window: tokens the model can read.  chat: None for plain
     prompts.  encoded: ids by text, shared by those that have the same tokenizer and ask the same.  written: told of
-    each answer when it is written: its task, document and text.
+    each answer, its task, document and text: when all are written, or `at_once`.
     """
+
+    at_once = False
+    """Whether who is told of an answer may work beside those who write the next: not where they share processors."""
 
     def __init__(
         self,
@@ -103,7 +106,7 @@ class FluidLM(TemplateLM):
             self._run.append(_lost(answer, asked))
         elif isinstance(answer, Generation):
             self._run.append(self._written(answer, str(asked)))
-            if self._tell is not None and document is not None:
+            if self.at_once and self._tell is not None and document is not None:
                 self._tell(*document, answer.text)
         else:
             self._run.append(_scored(answer, list(asked)))  # type: ignore[arg-type]  # pairs, where likelihoods are asked
@@ -112,7 +115,13 @@ class FluidLM(TemplateLM):
         """Texts before their stop strings, in request order."""
         keys, work = self._to_write(requests)
         self._work("writing", keys, work)
-        return [self._run.samples[key]["output"] for key in keys]
+        texts = [self._run.samples[key]["output"] for key in keys]
+        if self._tell is not None and not self.at_once:
+            fresh = {item.key for item in work}
+            for key, instance, text in zip(keys, requests, texts, strict=True):
+                if key in fresh:
+                    self._tell(instance.task_name, instance.doc, text)
+        return texts
 
     def _to_write(self, requests: Sequence[Instance]) -> tuple[list[str], list[Request]]:
         """Keys of all, and what is missing."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from queue import Queue
+from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fluid_model.engine import prefixes
@@ -33,6 +33,8 @@ IN_FLIGHT = 2
 """Chunks a Ray worker holds, so that it never waits for the driver."""
 PARCEL = 64
 """Answers a Ray worker sends at once at most."""
+LINGER = 0.05
+"""Seconds that an answer waits for others to be sent with."""
 UNSENT = 8
 """Parcels a Ray worker keeps ready before it waits for the driver to fetch them."""
 TRIES = 3
@@ -115,9 +117,8 @@ class InlinePool:
 
 
 class Actor:
-    """A worker as Ray holds it, in a thread of its own: what it has answered while the driver was fetched something
-    leaves in one parcel, at once, since each sending costs a fraction of a millisecond and no answer may wait for
-    another.
+    """A worker as Ray holds it, in a thread of its own: what it has answered leaves in one parcel after LINGER seconds
+    at most, whatever the next answer takes: each sending costs about a millisecond of the processors that workers use.
     """
 
     def __init__(self, threads: int | None) -> None:
@@ -155,8 +156,12 @@ class Actor:
         going = True
         while going:
             parcel = [answers.get()]
-            while len(parcel) < PARCEL and not answers.empty():
-                parcel.append(answers.get())
+            due = time.monotonic() + LINGER
+            while len(parcel) < PARCEL and parcel[-1] is not None:
+                try:
+                    parcel.append(answers.get(timeout=max(0.0, due - time.monotonic())))
+                except Empty:
+                    break
             going = parcel[-1] is not None
             if found := [each for each in parcel if each is not None]:
                 yield found

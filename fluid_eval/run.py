@@ -150,6 +150,7 @@ class Job:
     def begin(self, pool: Pool) -> None:
         """Write the run folder's head: only now is the model known to load."""
         facts = pool.facts(self.spec)
+        self.lm.at_once = facts["device"] != "cpu"
         where = {**environment.describe(), "started": self._started.isoformat(timespec="seconds")}
         where["engine"] = {**facts, "workers": pool.size}
         where["same"] = {name: facts.get(name) for name in ("weights", "device", "dtype")}
