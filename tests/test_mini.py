@@ -95,3 +95,23 @@ def test_the_reference_answer_scores_and_another_does_not(tasks):
             assert built.process_results(doc, [row["completion"]]) == {"exact_match": 1, "math_verify": 1}
             wrong = re.sub(r"\d+(\$\. I hope)", r"999\1", row["completion"])
             assert built.process_results(doc, [wrong])["exact_match"] == 0
+
+
+@pytest.mark.parametrize(("device", "order"), [("cpu", "kkktttk"), ("other", "ktktktk")])
+def test_programs_are_judged_beside_workers_that_leave_processors_alone(
+    tiny_model, tmp_path, monkeypatch, device, order
+):
+    """k: an answer is kept.  t: it is told to the judges. Of likelihood tasks nothing is told."""
+    from fluid_eval.pool import InlinePool
+    from fluid_eval.run import run
+    from fluid_eval.spec import build_spec
+    from fluid_eval.store import Run
+
+    seen, facts, keep = [], InlinePool.facts, Run.append
+    monkeypatch.setattr(harness, "begin_judging", lambda *_: seen.append("t"))
+    monkeypatch.setattr(InlinePool, "facts", lambda *a: {**facts(*a), "device": device})
+    monkeypatch.setattr(Run, "append", lambda *a: (keep(*a), seen.append("k")))
+    values = {"tasks": "mini_humaneval_1", "model": str(tiny_model), "limit": 3, "max_new_tokens": 4}
+    run(build_spec(values), tmp_path / "r")
+    run(build_spec({**values, "tasks": "mini_mmlu_1", "limit": 1}), tmp_path / "s")
+    assert "".join(seen) == order
