@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -207,8 +208,11 @@ def hub_reachable() -> bool:
 
 
 def go_offline() -> None:
-    """Let the hub's clients use their cache only, at once. Must come before they are imported."""
+    """Let the hub's clients use their cache only, at once; those imported already read no environment again."""
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    for name in ("huggingface_hub.constants", "datasets.config"):
+        if name in sys.modules:
+            sys.modules[name].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
 
 
 def _splits(name: str, data_dir: str | None, subject: str | None = None) -> dict[str, Any]:

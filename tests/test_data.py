@@ -112,3 +112,14 @@ def test_a_name_lookup_that_hangs_is_given_up_too(monkeypatch):
     started = time.perf_counter()
     assert not data.hub_reachable()
     assert time.perf_counter() - started < 2
+
+
+def test_clients_of_the_hub_that_are_imported_already_go_offline_too(monkeypatch):
+    import datasets
+    from huggingface_hub import constants
+
+    for holder in (constants, datasets.config):
+        monkeypatch.setattr(holder, "HF_HUB_OFFLINE", False)
+    data.go_offline()
+    assert constants.HF_HUB_OFFLINE
+    assert datasets.config.HF_HUB_OFFLINE

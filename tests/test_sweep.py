@@ -73,8 +73,8 @@ def test_points_take_turns(values, tmp_path, monkeypatch):
     assert sum(count for _, count in seen) == sum(p["n"] for p in result["points"]) == 3 * 24
 
 
-def test_a_broken_sweep_goes_on_and_ends_as_an_unbroken_one(values, tmp_path, monkeypatch):
-    unbroken = Sweep(plan(values), tmp_path / "whole").work()
+def break_off(values, folder, monkeypatch):
+    """Interrupt a sweep at its 31st answer."""
     keep, kept = Run.append, []
 
     def interrupted(self, record):
@@ -85,8 +85,13 @@ def test_a_broken_sweep_goes_on_and_ends_as_an_unbroken_one(values, tmp_path, mo
 
     monkeypatch.setattr(Run, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        Sweep(plan(values), tmp_path / "s").work()
+        Sweep(plan(values), folder).work()
     monkeypatch.setattr(Run, "append", keep)
+
+
+def test_a_broken_sweep_goes_on_and_ends_as_an_unbroken_one(values, tmp_path, monkeypatch):
+    unbroken = Sweep(plan(values), tmp_path / "whole").work()
+    break_off(values, tmp_path / "s", monkeypatch)
     assert not (tmp_path / "s" / "result.json").exists()
     with pytest.raises(ConfigError, match="holds this sweep; pass --resume"):
         Sweep(plan(values), tmp_path / "s")
@@ -190,18 +195,7 @@ def test_what_is_answered_so_far_compares(values, tmp_path, monkeypatch):
     """By the turns that all points have answered; nothing is answered for it, and no result is written."""
     monkeypatch.setattr(module, "TURN", 3)
     whole = Sweep(plan(values), tmp_path / "whole").work()
-    keep, kept = Run.append, []
-
-    def interrupted(self, record):
-        keep(self, record)
-        kept.append(record["key"])
-        if len(kept) == 31:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "append", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        Sweep(plan(values), tmp_path / "s").work()
-    monkeypatch.setattr(Run, "append", keep)
+    break_off(values, tmp_path / "s", monkeypatch)
     monkeypatch.setattr(InlinePool, "run", lambda *_: pytest.fail("nothing is to be answered"))
     job = Sweep(plan(values), tmp_path / "s", resume=True)
     found = job.so_far()
@@ -227,3 +221,16 @@ def test_files_enough_are_open(monkeypatch):
     assert limits["now"] == (2500, 5000)
     with pytest.raises(ConfigError, match="3000 points needs 6500 open files, and 5000 are allowed"):
         module._open_enough(3000)
+
+
+def test_one_place_on_the_curve_has_no_area():
+    """Two points that are as parallel span nothing."""
+    from types import SimpleNamespace as Some
+
+    def areas(*forwards):
+        placed = [Some(tokens_per_forward=Some(mean=x), score=Some(mean=0.5), stopped=None) for x in forwards]
+        under = Some(planned=Some(spec=Some(decoder=Some(name="fluid"))))
+        return module._areas(placed, [under] * len(placed))
+
+    assert areas(1.0) == areas(2.0, 2.0) == {}
+    assert areas(1.0, 2.0) == {"fluid": pytest.approx(50.0)}
