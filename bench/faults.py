@@ -313,7 +313,9 @@ def _wait_for(there: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def _clusters_gone() -> int:
-    """Processes of Ray that outlive a driver by more than some seconds."""
+    """Processes of Ray that outlive a driver: workers and servers die with it; two idle agents of Ray's own may wait a
+    minute for the server's answer.
+    """
 
     def left() -> list[psutil.Process]:
         found = []
@@ -323,7 +325,7 @@ def _clusters_gone() -> int:
                 found.append(process)
         return found
 
-    _wait_for(lambda: not left(), 20)
+    _wait_for(lambda: not left(), 80)
     return len(left())
 
 

@@ -26,6 +26,7 @@ from fluid_model.backbone import Backbone
 from fluid_model.checkpoint import pick_device
 from fluid_model.engine.cache import SlotCache
 from fluid_model.engine.strategy import Feed
+from fluid_model.masks import Fans
 
 from . import bars, clock, replay
 from .bars import Bar
@@ -211,7 +212,7 @@ def fluid_feed(checkpoint: Checkpoint, rows: int, slots: int) -> Feed:
     step = torch.tensor([0] * tokens + [1, 2, 3] * tokens, device=device)
     ids = torch.where(step > 0, checkpoint.mask_id, anchor)
     ids, anchor, step = (each.repeat(rows, 1) for each in (ids, anchor, step))
-    return Feed(ids, [slots] * rows, ["round"] * rows, fans=(anchor, step))
+    return Feed(ids, [slots] * rows, ["round"] * rows, fans=Fans(anchor, step))
 
 
 def once(bench: Bench, cache: SlotCache, feed: Feed) -> None:

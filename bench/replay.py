@@ -1,18 +1,17 @@
 """FLUID's rounds on a model whose drafts never come true: what tiny-fluid's were worth is recorded, and said again.
 
-Recorded is what decides a round whatever the device and the batch: how sure each draft behind each token of an answer
-was, and whether it came true. How much to feed is then up to the strategy, as for any model.
+Recorded is what decides a round whatever the device and the batch: how sure the likeliest drafts of each place behind
+each token of an answer were, and which came true. How much to feed is then up to the strategy, as for any model.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -22,6 +21,7 @@ from torch import Tensor
 import fluid_model
 from fluid_model import ArSettings, Checkpoint, ConfigError, FluidSettings, Request
 from fluid_model.decoders.fluid import CHEAPEST, FluidStrategy, _Row, _Said
+from fluid_model.decoders.tree import Draft, Tree
 from fluid_model.engine.cache import SlotCache
 from fluid_model.engine.strategy import Absorbed
 
@@ -31,9 +31,9 @@ ALPHABET = ascii_uppercase
 NEW = 160
 """Tokens of a recorded answer at most."""
 
-Fan = tuple[float, ...]
-"""How sure the drafts behind one token are, one after another, negative where they do not come true; as many as the
-K-head allows and as could be worth a slot.
+Fan = tuple[tuple[float, ...], ...]
+"""How sure the drafts behind one token are, place by place, of each the likeliest, the surest first; negative where
+they do not come true; as many as the K-head allows and as could be worth a slot.
 """
 
 
@@ -65,13 +65,15 @@ class Tape:
         return self.wrong if token == self.wrong else (token + ahead) % self.wrong
 
     @cached_property
-    def drafts(self) -> list[tuple[list[int], list[float]]]:
-        """Of each token the drafts behind it and how sure they are; a wrong one's come last and are none."""
-        found: list[tuple[list[int], list[float]]] = []
-        for token, fan in enumerate((*self.fans, ())):
-            ids = [self.after(token, ahead) if sure > 0 else self.wrong for ahead, sure in enumerate(fan, 2)]
-            found.append((ids, [abs(sure) for sure in fan]))
-        return found
+    def drafts(self) -> list[list[list[Draft]]]:
+        """Of each token the drafts behind it, place by place; a wrong one's come last and are none."""
+        return [
+            [
+                [(self.after(token, ahead) if sure > 0 else self.wrong, abs(sure)) for sure in rivals]
+                for ahead, rivals in enumerate(fan, 2)
+            ]
+            for token, fan in enumerate((*self.fans, ()))
+        ]
 
 
 class Replay(FluidStrategy):
@@ -100,15 +102,15 @@ class Replay(FluidStrategy):
         for slot, where in enumerate(places, start):
             row, wrong = self._rows[slot], self._tape.wrong
             is_fresh = not row.tokens  # it says what follows its prompt
-            tokens = [self._begin[slot]] if is_fresh else [int(token) for token in row.tokens]
-            ids: list[float] = [self._tape.after(token) for token in tokens]
-            sure = [0.0] * len(tokens)
+            tokens = [self._begin[slot]] if is_fresh else row.tokens
+            drafts: list[list[Draft]] = [[] for _ in tokens]
             for token, count in zip(tokens, [len(where) - 1] if is_fresh else row.masks, strict=True):
-                drafts, likely = self._tape.drafts[token]
-                more = [0.0] * (count - len(drafts))
-                ids += [*drafts[:count], *(wrong for _ in more)]
-                sure += [*likely[:count], *more]
-            found.append(_Said(ids, sure, [float(self.horizon)] * len(ids)))
+                drafts += [*self._tape.drafts[token], *([(wrong, 0.0)] for _ in range(count))][:count]
+            said = [self._tape.after(token) for token in tokens] + [wrong] * (len(drafts) - len(tokens))
+            tried = [rivals[: self._candidates] for rivals in drafts]
+            likeliest = [[token for token, _ in rivals] for rivals in tried]
+            sure = [[sure for _, sure in rivals] for rivals in tried]
+            found.append(_Said(said, [self.horizon] * len(said), likeliest, sure))
         return found
 
 
@@ -128,7 +130,7 @@ def _fans(checkpoint: Checkpoint, request: Request, answer: tuple[int, ...]) -> 
     strategy = FluidStrategy(backbone, head, checkpoint.mask_id, FluidSettings(slot_budget=1))
     strategy.allocate(1)
     masks = strategy.horizon - 1
-    row = strategy._rows[0] = _Row(tokens=[request.prompt[-1], *answer], masks=[masks] * count)
+    row = strategy._rows[0] = _Row(Tree.chain([request.prompt[-1], *answer]), [masks] * count)
     before, feed = torch.tensor([request.prompt[:-1]]), strategy.plan(1)
     cache = SlotCache(1, before.shape[1] + row.slots)
     if before.numel():
@@ -142,17 +144,17 @@ def _fans(checkpoint: Checkpoint, request: Request, answer: tuple[int, ...]) -> 
 def _fan(said: _Said, place: int, count: int, masks: int) -> Fan:
     """The fan behind one of `count` tokens: what it drafts came true where the text goes on so."""
     first, right, found = count + place * masks, 1.0, []
-    for step in range(min(masks, int(said.strides[place]) - 1)):
-        sure, after = said.sure[first + step], place + 1 + step
-        right *= sure
+    for step in range(min(masks, said.strides[place] - 1)):
+        after, drafts = place + 1 + step, said.drafts(first + step)
+        true = said.tokens[after] if after < count else None
+        found.append(tuple(sure if token == true else -sure for token, sure in drafts if right * sure >= CHEAPEST))
+        right *= drafts[0][1]
         if right < CHEAPEST:
-            break
-        is_true = after < count and said.tokens[first + step] == said.tokens[after]
-        found.append(sure if is_true else -sure)
+            return tuple(found[:-1])
     return tuple(found)
 
 
-def write(file: Path = FILE, prompts: int = 100) -> int:
+def write(file: Path = FILE, prompts: int = 60) -> int:
     """Record tiny-fluid on the mini suite's prompts. Returns the file's size."""
     from .prompts import mini  # the one part that needs more than fluid_model
 
@@ -177,18 +179,26 @@ def read(most: int, file: Path = FILE) -> Tape:
 
 
 def letters(fan: Fan) -> str:
-    """A fan in a file. A letter is how likely all drafts up to it come true: A surely, Z by CHEAPEST, evenly in the
-    logarithm; it is small where that draft did not.
+    """A fan in a file, its places parted by commas. A letter is how likely a draft comes true and the likeliest before
+    it: A surely, Z by CHEAPEST, evenly in the logarithm; it is small where that draft did not.
     """
-    reach = accumulate(map(abs, fan), operator.mul)
-    found = [ALPHABET[round(math.log(likely) / math.log(CHEAPEST) * (len(ALPHABET) - 1))] for likely in reach]
-    return "".join(one if sure > 0 else one.lower() for one, sure in zip(found, fan, strict=True))
+    reach, found = 1.0, list[str]()
+    for rivals in fan:
+        scaled = [round(math.log(reach * abs(sure)) / math.log(CHEAPEST) * (len(ALPHABET) - 1)) for sure in rivals]
+        named = zip((ALPHABET[each] for each in scaled), rivals, strict=True)
+        found.append("".join(name if sure > 0 else name.lower() for name, sure in named))
+        reach *= abs(rivals[0])
+    return ",".join(found)
 
 
 def sureness(text: str) -> Fan:
     """The fan that these letters stand for. Raises ValueError if they stand for none."""
-    steps = [ALPHABET.index(letter.upper()) for letter in text]
-    if steps != sorted(steps):
-        raise ValueError(f"{text!r} grows likelier from draft to draft")
-    sure = [CHEAPEST ** ((b - a) / (len(ALPHABET) - 1)) for a, b in pairwise([0, *steps])]
-    return tuple(each if letter.isupper() else -each for each, letter in zip(sure, text, strict=True))
+    found, before = [], 0
+    for place in text.split(",") if text else ():
+        scaled = [ALPHABET.index(letter.upper()) for letter in place]
+        if [before, *scaled] != sorted([before, *scaled]) or not scaled:
+            raise ValueError(f"{text!r} grows likelier from draft to draft")
+        sure = [CHEAPEST ** ((each - before) / (len(ALPHABET) - 1)) for each in scaled]
+        found.append(tuple(each if name.isupper() else -each for each, name in zip(sure, place, strict=True)))
+        before = scaled[0]
+    return tuple(found)

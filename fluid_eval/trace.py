@@ -26,13 +26,15 @@ NEW_LINE = "⏎"
 @dataclass(frozen=True)
 class Line:
     """One forward. kept: what the answer grew by.  drafted: what stands in the next feed and did not before. Both by
-    place in the answer, from 0.  fans: places of the tokens that masks hang on, counted alike (-1: the prompt's last).
+    place in the answer, from 0.  rivals: drafts fed beside these, for places that have one.  fans: places of the tokens
+    that masks hang on, counted alike (-1: the prompt's last).
     """
 
     kind: str
     slots: int
     kept: Mapping[int, str]
     drafted: Mapping[int, str]
+    rivals: int
     fans: Sequence[int]
 
 
@@ -58,21 +60,23 @@ def lines(steps: Sequence[Step], checkpoint: Checkpoint, prompt: int) -> list[Li
     for step, following in zip(steps, [*steps[1:], None], strict=True):
         kept = dict(enumerate(step.tokens, done))
         done += len(kept)
-        after = _written(following, checkpoint.mask_id, prompt) if following else {}
+        after, rivals = _written(following, checkpoint.mask_id, prompt) if following else ({}, 0)
         if kept:
             before = {}  # what was drafted and not kept is gone
         fresh = {i: token for i, token in after.items() if i >= done and before.get(i) != token}
         before = after
         fans = sorted({at - prompt for at in step.hung if at is not None})
         said, drafted = ({i: _show(checkpoint, token) for i, token in ids.items()} for ids in (kept, fresh))
-        found.append(Line(step.kind, len(step.ids), said, drafted, fans))
+        found.append(Line(step.kind, len(step.ids), said, drafted, rivals, fans))
     return found
 
 
-def _written(step: Step, mask_id: int | None, prompt: int) -> dict[int, int]:
-    """Tokens of an answer that a feed holds, by place."""
+def _written(step: Step, mask_id: int | None, prompt: int) -> tuple[dict[int, int], int]:
+    """Tokens of an answer that a feed holds, by place: of rivals the likeliest, which come first. And the others."""
     slots = zip(step.ids, step.places, strict=True)
-    return {at - prompt: token for token, at in slots if at >= prompt and token != mask_id}
+    tokens = [(at - prompt, token) for token, at in slots if at >= prompt and token != mask_id]
+    first = dict(reversed(tokens))
+    return dict(sorted(first.items())), len(tokens) - len(first)
 
 
 def _show(checkpoint: Checkpoint, token: int) -> str:
@@ -92,11 +96,13 @@ def runs(texts: Mapping[int, str]) -> list[tuple[str, str]]:
 
 def markdown(found: Sequence[Line]) -> str:
     """A table, one line a forward."""
-    head = ("", "forward", "slots", "fans behind", "kept", "drafted")
+    rivals = any(line.rivals for line in found)
+    head = ("", "forward", "slots", "fans behind", "kept", "drafted", *(["rivals"] if rivals else []))
     body = [
         (
             str(i), line.kind, str(line.slots), ", ".join(map(str, line.fans)),
             *(" ".join(f"{place}: `{text}`" for place, text in runs(texts)) for texts in (line.kept, line.drafted)),
+            *([str(line.rivals)] if rivals else []),
         )
         for i, line in enumerate(found, 1)
     ]  # fmt: skip

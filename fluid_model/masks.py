@@ -6,12 +6,34 @@ Legend: B rows, S slots fed this forward, T key columns of the cache.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 FAN, NOBODY = 2**16, 2**62
 """More than the slots of a fan, and than any slot's place in that order."""
+
+
+class Fans(NamedTuple):
+    """Tokens fed together, and fans of masks behind them; (B, S) each, read as `fans` says.
+
+    anchor: which fed token a slot hangs on, counted from the first; a token hangs on itself; negative for padding.
+    step: 0 for tokens, 1.. for slots of a fan.
+    Of drafts that part into several texts, all that hangs on a token follows it in the order of anchors (None: one
+    text, each token behind the one before):
+    place: where a slot stands, counted from the first token.  until: for a token the first one that does not read it.
+    """
+
+    anchor: Tensor
+    step: Tensor
+    place: Tensor | None = None
+    until: Tensor | None = None
+
+    @property
+    def places(self) -> Tensor:
+        """Where slots stand, counted from the first token."""
+        return self.anchor + self.step if self.place is None else self.place
 
 
 @dataclass(frozen=True)
@@ -21,22 +43,21 @@ class Reading:
     columns: (B, S) cache column of each fed slot, a row's after its own cached tokens.  total: T, columns in use.
     widths: slots of each row that count, the rest being padding (None: all).
     At most one of these; with neither, every slot reads what stands before it:
-    ends: (B,), see `mutual`.  fans: anchor and step of each slot, (B, S) each, see `fans`.
+    ends: (B,), see `mutual`.  fans: see `fans`.
     """
 
     columns: Tensor
     total: int
     widths: list[int] | None = None
     ends: Tensor | None = None
-    fans: tuple[Tensor, Tensor] | None = None
+    fans: Fans | None = None
 
     @property
     def positions(self) -> Tensor:
         """(B, S) position ids: the columns, or where a fan's slots pretend to stand."""
         if self.fans is None:
             return self.columns
-        anchor, step = self.fans
-        return (self.columns[:, :1] + anchor + step).clamp(min=0)
+        return (self.columns[:, :1] + self.fans.places).clamp(min=0)
 
     @property
     def plain(self) -> bool:
@@ -46,7 +67,7 @@ class Reading:
     def allowed(self) -> Tensor:
         """(B, S, T) bool, [row, query, key], True = may read."""
         if self.fans is not None:
-            return fans(self.columns, self.total, *self.fans)
+            return fans(self.columns, self.total, self.fans)
         if self.ends is not None:
             return mutual(self.columns, self.total, self.ends)
         return causal(self.columns, self.total)
@@ -85,28 +106,28 @@ def sliding(columns: Tensor, total: int, window: int) -> Tensor:
     return causal(columns, total) & near
 
 
-def fans(columns: Tensor, total: int, anchor: Tensor, step: Tensor) -> Tensor:
+def fans(columns: Tensor, total: int, fed: Fans) -> Tensor:
     """Reading where fans of masks are fed behind tokens: all read the cached columns, and one another as in training.
 
-    columns: (B, S), a row's from its own length on.  total: T.  anchor: (B, S) which fed token a slot hangs on, counted
-    from the first; a token hangs on itself; negative for padding.  step: (B, S) 0 for tokens, 1.. for slots of a fan.
+    columns: (B, S), a row's from its own length on.  total: T.
     Returns (B, S, T) bool.  (FLUID, strictly causal alignment)
     """
+    anchor, step = fed.anchor, fed.step
     query = anchor * FAN + step  # slots in the order anchor, step; a key is read by those from `low` to below `high`
     low = torch.where(anchor < 0, NOBODY, query)
-    high = torch.where(step > 0, (anchor + 1) * FAN, NOBODY)
+    high = torch.where(step > 0, (anchor + 1) * FAN, NOBODY if fed.until is None else fed.until * FAN)
     cached = torch.arange(total, device=columns.device) < columns[:, :1]  # (B, T)
     since = torch.where(cached, -FAN, NOBODY).scatter_(1, columns, low)
     until = torch.full_like(since, NOBODY).scatter_(1, columns, high)
     return (query[:, :, None] >= since[:, None]) & (query[:, :, None] < until[:, None])
 
 
-def one_fan(last: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """Anchor and step, (B, slots) each, of rows fed from their start with a fan behind token `last`; padding goes on
-    with the fan, whose slots read nothing after them.
+def one_fan(last: Tensor, slots: int) -> Fans:
+    """Rows fed from their start with a fan behind token `last`, (B,); padding goes on with the fan, whose slots read
+    nothing after them.
     """
     slot = torch.arange(slots, device=last.device).expand(len(last), -1)
-    return torch.minimum(slot, last[:, None]), (slot - last[:, None]).clamp(min=0)
+    return Fans(torch.minimum(slot, last[:, None]), (slot - last[:, None]).clamp(min=0))
 
 
 def may_read(query: tuple[Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor, Tensor]) -> Tensor:

@@ -68,6 +68,10 @@ class FluidSettings:
     """Slots that cost as much as all else a forward does: the more there are, the more a verified round of one forward
     feeds for the same gain. Unset, measured. It changes speed, never text.
     """
+    candidates: int = 4
+    """Likeliest tokens that greedy drafts may try at one place: they grow into a tree, whose nodes are fed as far as
+    slots allow. 1: a chain, as sampled drafts are. It changes speed, never verified text.
+    """
     temperature: float = 0.0
     """0 is greedy; above it, rounds of one forward sample as ar does."""
     top_p: float = 1.0
@@ -83,6 +87,7 @@ class FluidSettings:
             raise ConfigError(f"rounds={self.rounds!r}: known are one, reference")
         if self.slot_budget is not None:
             check_range("slot_budget", self.slot_budget, 1, 10**6)
+        check_range("candidates", self.candidates, 1, 64)
         check_range("temperature", self.temperature, 0.0, 100.0)
         check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
         if self.rounds == "reference" and self.temperature:

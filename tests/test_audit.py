@@ -78,14 +78,17 @@ def fluid(kind: type[FluidStrategy]) -> Callable:
 
 
 class SkipsTheLastDraft(FluidStrategy):
-    def _last(self, row, said):
-        wrong = (i for i, draft in enumerate(row.tokens[1:-1]) if draft != said.tokens[i])
-        return next(wrong, len(row.tokens) - 1)
+    def _path(self, row, said):
+        path = super()._path(row, said)
+        leaves = set(range(len(row.tokens))) - set(row.tree.parents)
+        return [*path, *[node for node in leaves if row.tree.parents[node] == path[-1]][:1]]
 
 
 class KeepsARejectedDraft(FluidStrategy):
-    def _last(self, row, said):
-        return min(super()._last(row, said) + 1, len(row.tokens) - 1)
+    def _path(self, row, said):
+        path = super()._path(row, said)
+        hung = [node for node, parent in enumerate(row.tree.parents) if parent == path[-1]]
+        return [*path, *hung[:1]]
 
 
 def test_what_verifies_is_identical(checkpoint, work):

@@ -151,7 +151,7 @@ def test_a_spec_file_and_flags_that_override_it(capsys, tmp_path, tiny_model, ti
     assert {line["n"] for line in result["lines"]} == {2}
     assert result["decoder"] == {
         "name": "fluid", "rounds": "one", "confidence": 0.5, "min_horizon": 1, "max_horizon": 4, "verify": True,
-        "slot_budget": None, "temperature": 0.0, "top_p": 1.0,
+        "slot_budget": None, "candidates": 4, "temperature": 0.0, "top_p": 1.0,
     }  # fmt: skip
     off = [word for gate in ("length_limit", "no_answer") for word in ("--set", f"health.{gate}=1")]
     code, out, _ = run(capsys, file, "--decoder", "ar", "--model", tiny_model, "--out", tmp_path / "b", *off)

@@ -113,27 +113,28 @@ def test_replayed_rounds_are_those_of_the_recorded_model(checkpoint, work, recor
 
 def test_the_file_is_tiny_fluids_and_small(recorded):
     told = json.loads(replay.FILE.read_text())
-    assert replay.FILE.stat().st_size < 60_000
+    assert replay.FILE.stat().st_size < 120_000
     assert set(told) == {"model", "prompts", "answers"}
-    assert len(told["answers"]) == 100
+    assert len(told["answers"]) == 60
     tape = replay.read(10**6)
-    assert len(tape.starts) == 100
+    assert len(tape.starts) == 60
     for begin, fans in zip(tape.starts, recorded, strict=False):
         kept = tape.fans[begin : begin + len(fans)]
         assert [_true(fan) for fan in kept] == [_true(fan) for fan in fans], "record it anew: bench.gpu --record"
 
 
 def _true(fan):
-    return len(list(takewhile(lambda sure: sure > 0, fan)))
+    return len(list(takewhile(lambda rivals: rivals[0] > 0, fan)))
 
 
 def test_letters_keep_how_likely_drafts_are(recorded):
     for fan in recorded[0]:
         again = replay.sureness(replay.letters(fan))
-        assert [sure > 0 for sure in again] == [sure > 0 for sure in fan]
-        for n in range(len(fan)):
-            reach, kept = (abs(math.prod(each[: n + 1])) for each in (fan, again))
-            assert kept == pytest.approx(reach, rel=0.1)
+        assert [[sure > 0 for sure in rivals] for rivals in again] == [[sure > 0 for sure in rivals] for rivals in fan]
+        for n, rivals in enumerate(fan):
+            for rank in range(len(rivals)):
+                reach, kept = (abs(math.prod(each[0] for each in some[:n]) * some[n][rank]) for some in (fan, again))
+                assert kept == pytest.approx(reach, rel=0.15)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"answers": ["BA"]}', '{"answers": ["A?"]}', '{"answers": []}'])
@@ -144,10 +145,10 @@ def test_a_file_that_is_no_recording_is_refused(tmp_path, text):
 
 
 def test_a_tape_holds_whole_answers_and_goes_round():
-    tape = replay.Tape.of([[(0.5,), ()], [(-0.4,), (), ()], [()]], most=5)
+    tape = replay.Tape.of([[((0.5, -0.2),), ()], [((-0.4,),), (), ()], [()]], most=5)
     assert (tape.starts, tape.wrong) == ((0, 2), 5)
-    assert tape.drafts[0] == ([2], [0.5])
-    assert tape.drafts[2] == ([5], [0.4])
+    assert tape.drafts[0] == [[(2, 0.5), (5, 0.2)]]
+    assert tape.drafts[2] == [[(5, 0.4)]]
     assert (tape.after(4), tape.after(5)) == (0, 5)
     assert len(tape.drafts) == 6
 

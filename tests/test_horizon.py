@@ -45,11 +45,12 @@ def texts(checkpoint) -> list[Text]:
 
 def test_rounds_played_are_rounds_made(checkpoint, texts, monkeypatch):
     """Where slots cost nothing and fans are as many as tokens, the engine makes the same rounds, stride by stride."""
-    monkeypatch.setattr(fluid, "MOST_MASKS", 16 * 16)
     monkeypatch.setattr(fluid._Row, "price", lambda *_: 0.0)
     monkeypatch.setattr(fluid._Row, "worth", lambda self, hit, price, most: most)
     work = [Request(t.key, t.prompt, len(t.ids) + t.ended) for t in texts]
-    made = {a.key: a.trace for a in engine_for(checkpoint, FluidSettings(slot_budget=1000), 3).generate(work)}
+    made = {
+        a.key: a.trace for a in engine_for(checkpoint, FluidSettings(slot_budget=1000, candidates=1), 3).generate(work)
+    }
     drafted = kept = 0
     seen = [look(checkpoint, text, None) for text in texts]
     assert max(most for places in seen for most in places.possible) == 16, "as far as a stride goes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import torch
 from fluid_eval.paths import resource
 from fluid_model import ArSettings, FluidSettings, Request, load
 from fluid_model.checkpoint import Checkpoint
+from fluid_model.decoders import engine_for, fluid
 from fluid_model.decoders.sampling import choose
+from fluid_model.engine.records import Step
 
 from .test_laws import write
 
@@ -33,29 +36,48 @@ def requests(checkpoint: Checkpoint) -> list[Request]:
     return [Request(text, tuple(checkpoint.tokenizer(text)["input_ids"]), NEW, seed=SEED) for text in TEXTS]
 
 
-def forward(checkpoint: Checkpoint, done: list[int], tokens: list[int], fans: dict[int, int]):
-    """One forward over the answer so far, the tokens fed and fans of masks, their widths by the place of the token
-    they hang on: what each slot reads is written out. Returns logits and hidden states by (anchor, step).
+Text = tuple[int, ...]
+"""What may stand behind what is written and cached: the pending token, then drafts."""
+
+
+def forward(checkpoint: Checkpoint, done: list[int], fans: dict[Text, int]):
+    """One forward over the answer so far, the last token of every text and the masks behind it, so many: what each slot
+    reads is written out. Returns logits and hidden states by (text, step).
     """
-    real = done + tokens
-    base = len(done)
-    slots = [(i, 0) for i in range(len(real))] + [
-        (base + a, s) for a, masks in fans.items() for s in range(1, masks + 1)
-    ]
-    ids = real + [checkpoint.mask_id] * (len(slots) - len(real))
+    slots = [((), -at) for at in range(len(done), 0, -1)]
+    slots += [(text, 0) for text in fans] + [(text, s) for text, masks in fans.items() for s in range(1, masks + 1)]
+    ids = done + [text[-1] for text in fans] + [checkpoint.mask_id] * sum(fans.values())
     may = torch.zeros(len(slots), len(slots), dtype=torch.bool)
-    for q, (anchor, step) in enumerate(slots):
+    for q, (text, step) in enumerate(slots):
         for k, (other, other_step) in enumerate(slots):
-            may[q, k] = (other <= anchor) if other_step == 0 else (other == anchor and other_step <= step)
+            own = text == other and other_step <= step
+            may[q, k] = own or (other_step <= 0 and len(other) < len(text) and text[: len(other)] == other)
     bias = torch.zeros(may.shape).masked_fill(~may, torch.finfo(torch.float32).min)[None, None]
     out = checkpoint.model(
         input_ids=torch.tensor([ids]),
-        position_ids=torch.tensor([[anchor + step for anchor, step in slots]]),
+        position_ids=torch.tensor([[len(done) + max(len(text) - 1, 0) + step for text, step in slots]]),
         attention_mask=bias,
         output_hidden_states=True,
     )
-    where = {(anchor - base, step): i for i, (anchor, step) in enumerate(slots)}
-    return {key: (out.logits[0, i], out.hidden_states[-1][0, i]) for key, i in where.items()}
+    return {slot: (out.logits[0, i], out.hidden_states[-1][0, i]) for i, slot in enumerate(slots)}
+
+
+def texts_after(pending: int, drafts: list[list[tuple[int, float]]], price: float, most: int) -> dict[Text, float]:
+    """All texts likelier than the price and how likely they are; the likeliest if there are too many."""
+    found = {(pending,): 1.0}
+    for depth, rivals in enumerate(drafts, 1):
+        found |= {
+            (*text, token): reached * sure
+            for text, reached in found.items()
+            for token, sure in rivals
+            if len(text) == depth and reached * sure >= price
+        }
+    return dict(sorted(found.items(), key=lambda pair: -pair[1])[:most])
+
+
+def in_order(texts: dict[Text, float]) -> list[Text]:
+    """Each before those that go on with it, the likelier ones first."""
+    return sorted(texts, key=lambda text: [(-texts[text[: n + 1]], text[n]) for n in range(len(text))])
 
 
 @dataclass
@@ -73,7 +95,7 @@ class Tally:
         """Tokens that would be written in the time of a slot."""
         budget = self.decoder.slot_budget or 1
         each = self.together * (self.written / self.rounds) / (budget + self.together * self.slots / self.rounds)
-        return min(max(each, 0.01), 0.9)
+        return min(max(each, 0.001), 0.9)
 
     def width(self, hit: float) -> int:
         """The most masks of which the last is likelier to be used than it is dear."""
@@ -88,48 +110,55 @@ def plain_rounds(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tok
     """The answer, its rounds, and the slots they fed, where `rows` share a forward."""
     random = torch.Generator().manual_seed(SEED)
     draws = torch.tensor([float(torch.rand((), generator=random)) for _ in range(new_tokens + 2 * decoder.max_horizon)])
+    count = decoder.candidates if decoder.verify and decoder.temperature == 0 else 1
+    most = max(2 * decoder.max_horizon, min((decoder.slot_budget or 1) // rows if decoder.verify else 0, 1024))
 
     def pick(logits, place):
         """The token of a place of the answer, and its probability."""
         token, sure = choose(logits[None], draws[place : place + 1], decoder.temperature, decoder.top_p, "probability")
         return int(token), float(sure)
 
+    def candidates(logits, place):
+        """What may be drafted there."""
+        sure, tokens = logits.softmax(-1).topk(count)
+        return [pick(logits, place)] if count == 1 else list(zip(tokens.tolist(), sure.tolist(), strict=True))
+
     tally = Tally(rows, decoder)
-    first = tally.width(1.0) if decoder.verify else decoder.max_horizon - 1
-    fans = {len(prompt) - 1: first}
-    done, tokens, answer = [], list(prompt), []
-    rounds, fed, last = 0, 0, len(prompt) - 1  # a prompt is a round whose tokens are all right
+    fans = {prompt[-1:]: tally.width(1.0) if decoder.verify else decoder.max_horizon - 1}
+    done, answer = list(prompt[:-1]), []
+    rounds, fed = 0, len(prompt) - 1
     while len(answer) < new_tokens and not any(token in checkpoint.end_ids for token in answer):
-        found = forward(checkpoint, done, tokens, fans)
-        rounds, fed = rounds + 1, fed + len(tokens) + sum(fans.values())
-        place = len(answer)  # of what the last token kept is followed by
+        found = forward(checkpoint, done, fans)
+        slots = len(fans) + sum(fans.values())
+        rounds, fed = rounds + 1, fed + slots
+        place, text = len(answer), next(iter(fans))  # the place of what follows all that is written
         if answer:
-            tally.rounds, tally.slots = tally.rounds + 1, tally.slots + len(tokens) + sum(fans.values())
+            tally.rounds, tally.slots = tally.rounds + 1, tally.slots + slots
         if answer and decoder.verify:
-            last = 0
-            while last < len(tokens) - 1 and tokens[last + 1] == pick(found[last, 0][0], place + last)[0]:
-                last += 1
-            place += last
+            while (longer := (*text, pick(found[text, 0][0], place)[0])) in fans:
+                text, place = longer, place + 1
         elif answer:
-            last = len(tokens) - 1
-        pending, _ = pick(found[last, 0][0], place)
-        said = [pick(found[last, step][0], place + step) for step in range(1, fans.get(last, 0) + 1)]
-        stride = int(checkpoint.head.stride(found[last, 0][1][None]))
-        stride = min(max(stride, decoder.min_horizon), decoder.max_horizon)
-        done += tokens[: last + 1]
-        verified = tokens[1 : last + 1] if answer and decoder.verify else []
-        tokens, right, reached, price = [pending], 1.0, [1.0], tally.price
-        for token, sure in said[: stride - 1]:
-            right *= sure
-            if (right < price) if decoder.verify else (sure <= decoder.confidence):
-                break
-            tokens.append(token)
-            reached.append(right)
-        ends = [a - b for a, b in zip(reached, [*reached[1:], 0.0], strict=True)]
-        fans = {i: tally.width(hit) for i, hit in enumerate(ends)}
-        fans = fans if decoder.verify else {len(tokens) - 1: decoder.max_horizon - 1}
-        tally.written += (len(verified) + 1 if decoder.verify else len(tokens)) if answer else 0
-        answer += [*verified, pending] if decoder.verify else tokens
+            text = max(fans, key=len)
+        pending, _ = pick(found[text, 0][0], place)
+        said = [candidates(found[text, step][0], place + step) for step in range(1, fans[text] + 1)]
+        stride = int(checkpoint.head.stride(found[text, 0][1][None]))
+        said = said[: min(max(stride, decoder.min_horizon), decoder.max_horizon) - 1]
+        done += text
+        verified = list(text[1:]) if answer and decoder.verify else []
+        if decoder.verify:
+            texts = texts_after(pending, said, tally.price, most // 2)
+            left, fans = most - len(texts), {}
+            for text in in_order(texts):
+                onward = sum(texts[longer] for longer in texts if longer[:-1] == text)
+                fans[text] = min(tally.width(texts[text] - onward), left)
+                left -= fans[text]
+            fresh = [*verified, pending]
+        else:
+            sure = takewhile(lambda rivals: rivals[0][1] > decoder.confidence, said)
+            fresh = [pending, *(rivals[0][0] for rivals in sure)]
+            fans = {tuple(fresh[: n + 1]): 0 for n in range(len(fresh))} | {tuple(fresh): decoder.max_horizon - 1}
+        tally.written += len(fresh) if answer else 0
+        answer += fresh
     answer = answer[:new_tokens]
     end = next((i for i, token in enumerate(answer) if token in checkpoint.end_ids), None)
     return tuple(answer[:end]), rounds, fed
@@ -139,10 +168,12 @@ def plain_rounds(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tok
     "decoder",
     [
         FluidSettings(slot_budget=1000),
-        FluidSettings(slot_budget=100_000, min_horizon=8),
+        FluidSettings(slot_budget=3000, min_horizon=8),
         FluidSettings(slot_budget=64, min_horizon=4),
         FluidSettings(slot_budget=8),
         FluidSettings(slot_budget=200, max_horizon=3),
+        FluidSettings(slot_budget=1000, candidates=1),
+        FluidSettings(slot_budget=300, candidates=9, min_horizon=5),
         FluidSettings(verify=False, confidence=0.3, min_horizon=8),
         FluidSettings(verify=False, confidence=0.0),
         FluidSettings(slot_budget=500, temperature=1.0),
@@ -186,6 +217,17 @@ def test_slots_are_fed_where_they_are_cheap(checkpoint):
     assert fed == sorted(fed)
     assert forwards == sorted(forwards, reverse=True)
     assert fed[-1] > 1.5 * fed[0]
+
+
+def test_no_row_feeds_more_than_it_has_columns_for(checkpoint, monkeypatch):
+    """Where slots cost nothing all of them are fed."""
+    monkeypatch.setattr(fluid._Row, "price", lambda *_: 1e-9)
+    engine = engine_for(checkpoint, FluidSettings(slot_budget=120, min_horizon=16), 2)
+    seen: list[Step] = []
+    engine.watch = seen.append
+    found = {g.key: g.ids for g in engine.generate(requests(checkpoint))}
+    assert found == {key: g.ids for key, g in write(checkpoint, ArSettings(), requests(checkpoint)).items()}
+    assert max(len(step.ids) for step in seen if step.kind == "round") == engine.strategy.widest == 60
 
 
 def test_a_horizon_beyond_the_heads_costs_nothing(checkpoint):

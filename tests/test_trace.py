@@ -21,6 +21,7 @@ PROMPT = (
 DECODERS = (
     {"name": "ar"},
     {"name": "fluid"},
+    {"name": "fluid", "candidates": 1},
     {"name": "fluid", "verify": False, "confidence": 0.5},
     {"name": "fluid", "rounds": "reference"},
     {"name": "nbdiff", "small_blocks": 4},
@@ -40,12 +41,15 @@ def test_lines_are_the_forwards_and_make_up_the_answer(decoder):
     places = [place for line in found for place in line.kept]
     assert places == list(range(len(places)))
     assert "".join(text for line in found for text in line.kept.values()).replace("⏎", "\n").startswith(answer.text)
-    drafted: dict[int, str] = {}
+    drafted, rivals = dict[int, str](), 0
+    assert any(line.rivals for line in found) == (decoder == {"name": "fluid"})
     for line in found:
         assert not set(line.drafted) & set(places[: sum(len(before.kept) for before in found[: found.index(line)])])
         if decoder["name"] == "fluid" and line.kind != "prefill":
             last = max(line.kept, default=-1)
-            assert all(text == drafted.get(place, text) for place, text in line.kept.items() if place != last)
+            others = [place for place, text in line.kept.items() if place != last and text != drafted.get(place, text)]
+            assert not others or rivals, "what is kept was drafted, if not as the likeliest"
+        rivals = line.rivals
         drafted = line.drafted if line.kept else drafted | dict(line.drafted)
 
 

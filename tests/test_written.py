@@ -96,7 +96,8 @@ def test_rejected_drafts_were_fed_and_another_token_was_written(decoder):
         start = len(requests()[int(key)].prompt)
         for forward, place, drafts in answer.trace.rejected:
             step = steps[key][forward - 1]
-            tokens = {at: i for i, at, hung in zip(step.ids, step.places, step.hung, strict=True) if hung is None}
+            slots = [*zip(step.ids, step.places, step.hung, strict=True)][::-1]  # the likeliest drafts come first
+            tokens = {at: i for i, at, hung in slots if hung is None}
             assert [tokens[start + place + i] for i in range(len(drafts))] == drafts
             if place < len(answer.ids):
                 assert answer.ids[place] != drafts[0]

@@ -1,6 +1,7 @@
 """Static key/value slots, written in place at each row's own length.
 
-A rejected suffix is simply overwritten by the next write: nothing is cropped or copied.
+A rejected suffix is simply overwritten by the next write: nothing is cropped, and copied only what is kept behind
+something that is not.
 Legend: B slots (rows of the cache), S slots fed, T columns, H heads, Dh head size.
 """
 
@@ -60,6 +61,24 @@ class SlotCache:
         """Copy one slot's first columns to `count` slots from `start` on: what their prompts begin with."""
         for slab in self._slabs.values():
             slab[start : start + count, :, :columns] = slab[source, :, :columns]
+
+    def pack(self, lengths: list[int], kept: list[list[int]]) -> None:
+        """Move what was fed and is kept to the front: of rows 0.. the slots `kept` behind their `lengths`.
+
+        kept: slots counted from a row's first, rising (none for rows that keep their first ones anyway).
+        """
+        moved = [
+            (row, lengths[row] + source, lengths[row] + target)
+            for row, slots in enumerate(kept)
+            for target, source in enumerate(slots)
+            if source != target
+        ]
+        if not moved:
+            return
+        device = next(iter(self._slabs.values())).device
+        row, source, target = torch.tensor(moved, device=device).unbind(1)
+        for slab in self._slabs.values():
+            slab[row, :, target] = slab[row, :, source]
 
     def clear(self, slot: int) -> None:
         """Forget a slot's columns. Ordinary ones need not be: nobody reads them. What is not finite does harm even

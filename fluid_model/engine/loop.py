@@ -93,9 +93,9 @@ class Engine:
             self._check(request)
         waiting = self._queue(asked)
         slots = min(self.slots, len(waiting))
+        self.strategy.allocate(slots)
         columns = max(len(r.prompt) + r.max_new_tokens for r in asked) + self.strategy.widest
         self._cache = SlotCache(slots + any(row.shared for row in waiting), columns)  # one for what is shared
-        self.strategy.allocate(slots)
         self._rows, self._held = [], ()
         self._clock = time.perf_counter()
         while waiting or self._rows:
@@ -189,6 +189,7 @@ class Engine:
             reading = replace(reading, ends=torch.tensor(ends, device=self.backbone.device))
         hidden = self._forward(rows, feed, replace(reading, fans=feed.fans))  # (n, S, D)
         absorbed = self.strategy.absorb(feed, hidden, [self._room(row) for row in rows])
+        self._cache.pack([row.length for row in rows], absorbed.kept)
         for row, keep in zip(rows, absorbed.keep, strict=True):
             row.length += keep
         self._take(rows, absorbed)
@@ -339,8 +340,8 @@ def _steps(rows: list[_Row], feed: Feed, reading: masks.Reading) -> list[Step]:
     places, found = reading.positions.tolist(), []
     hung = [[None] * feed.ids.shape[1]] * len(rows)
     if reading.fans is not None:
-        first, (anchor, step) = reading.columns[:, :1], reading.fans
-        hung = torch.where(step > 0, first + anchor, -1).tolist()
+        step = reading.fans.step
+        hung = torch.where(step > 0, reading.positions - step, -1).tolist()
     for row, ids, width, kind, where, fan in zip(
         rows, feed.ids.tolist(), feed.widths, feed.kinds, places, hung, strict=True
     ):

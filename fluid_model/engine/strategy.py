@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..masks import Fans
 from .records import Kind, Request
 
 
@@ -17,21 +18,22 @@ from .records import Kind, Request
 class Feed:
     """Slots to feed now. ids: (n, S), a row's slots first, padding after.  widths, kinds: per row.
     mutual: rows whose slots read one another in both directions (empty: none does).
-    fans: (n, S) anchor and step of each slot, see `masks.fans`, where fans of masks hang on the tokens fed.
+    fans: where fans of masks hang on the tokens fed, see `masks.fans`.
     """
 
     ids: Tensor
     widths: list[int]
     kinds: list[Kind]
     mutual: list[bool] = field(default_factory=list)
-    fans: tuple[Tensor, Tensor] | None = None
+    fans: Fans | None = None
 
 
 @dataclass(frozen=True)
 class Absorbed:
     """What a round brought, per row, on the host.
 
-    tokens: ids newly committed to the answer.  keep: fed slots whose keys and values stay cached.
+    tokens: ids newly committed to the answer.  keep: how many fed slots' keys and values stay cached.
+    kept: which slots these are (empty: of all rows the first).
     predicted: stride of a round that opened (before its tokens are there) or closed (with them); None if neither.
     full: whether the decoder has no place left for more tokens (empty: it always has).
     ago: how many forwards ago each of `tokens` was written (empty: just now, all of them).
@@ -44,13 +46,14 @@ class Absorbed:
     full: list[bool] = field(default_factory=list)
     ago: list[list[int]] = field(default_factory=list)
     rejected: list[tuple[int, list[int]]] = field(default_factory=list)
+    kept: list[list[int]] = field(default_factory=list)
 
 
 class Strategy(Protocol):
     """A decoder: state over slots, vectorised over rows. Rows are slots 0..n-1 of the engine, always packed."""
 
     widest: int
-    """The most slots one row may feed in one forward, prompts aside."""
+    """The most slots one row may feed in one forward, prompts aside; known once rows are allocated."""
     reads_prompt: bool
     """Whether prompts are read into the cache before `admit` (not if every forward feeds them again)."""
     behind_prompt: tuple[int, ...]
