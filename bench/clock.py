@@ -13,6 +13,8 @@ WARM = 3
 """Calls before those that count."""
 COPIED = {"cuda": 2**31, "cpu": 2**26}
 """Bytes of a copy: far more than caches hold."""
+SIDE = {"cuda": 8192, "cpu": 512}
+"""Of matrices large enough to keep a device busy."""
 
 
 def took(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
@@ -44,6 +46,13 @@ def copy_bandwidth(device: torch.device, runs: int) -> float:
         end.synchronize()
         found.append(float(start.elapsed_time(end)) / 1000)
     return 2 * source.nbytes / statistics.median(found[WARM:])
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, runs: int) -> float:
+    """Multiplications and additions a second of a product of large square matrices."""
+    side = SIDE[device.type]
+    one, other = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / median(lambda: one @ other, device, runs)
 
 
 def _wait(device: torch.device) -> None:

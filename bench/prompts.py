@@ -9,10 +9,9 @@ from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
 
-from fluid_eval.paths import resource
-
 LEVELS = (1, 2, 3)
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
+ROOT = Path(__file__).resolve().parents[1]
+REAL = ROOT.parent / "shared" / "data" / "gsm8k"
 
 
 def mini(count: int) -> list[str]:
@@ -32,7 +31,7 @@ def real(count: int) -> list[str]:
 
 
 def _suite() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mini_suite", resource("tasks") / "mini" / "suite.py")
+    spec = importlib.util.spec_from_file_location("mini_suite", ROOT / "tasks" / "mini" / "suite.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 import fluid_model
-from bench import gpu, replay
+from bench import replay
+from bench.gpu import __main__ as gpu
+from bench.gpu.decode import BOUNDS
+from bench.gpu.plan import Found, Plan
 from bench.prompts import mini
 from fluid_model import ConfigError, Engine, FluidSettings, Request
 
@@ -30,7 +33,8 @@ class Without:
         return None if hidden else self.finder.find_spec(name, *words)
 
 sys.meta_path[:] = map(Without, sys.meta_path)
-from bench import gpu, replay
+from bench import replay
+from bench.gpu import __main__ as gpu
 replay.read(10_000)
 try:
     import pandas
@@ -69,7 +73,7 @@ def test_all_of_it_runs_and_is_told_as_json(capsys):
 
 
 def test_the_table_is_one(capsys):
-    found = gpu.Found(gpu.Plan(torch.device("cpu"), (1, 8)))
+    found = Found(Plan(torch.device("cpu"), (1, 8)), BOUNDS)
     found.put("slot budget", 0, 96)
     found.put("AR forward / floor", 8, 1.23456)
     found.put("peak memory, ours / weights + KV", 1, None)
@@ -84,13 +88,13 @@ def test_the_table_is_one(capsys):
 
 def test_bars_are_for_the_whole_model_on_a_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A device")
-    found = gpu.Found(gpu.Plan(torch.device("cuda"), (1, 64)))
+    found = Found(Plan(torch.device("cuda"), (1, 64)), BOUNDS)
     found.put("tokens/s, ours / AR", 1, 2.2)
     found.put("tokens/s, ours / AR", 64, 1.34)
     found.put("AR forward, ms", 1, 4.0)
     assert [bar.ok for bar in found.bars] == [False, True, None]
     assert "| 2.2 (at least 2.3: **no**) | 1.34 (at least 1.34: yes) |" in found.table()
-    small = gpu.Found(gpu.Plan(torch.device("cuda"), (1,), layers=2))
+    small = Found(Plan(torch.device("cuda"), (1,), layers=2), BOUNDS)
     small.put("tokens/s, ours / AR", 1, 2.2)
     assert small.bars[0].ok is None
 

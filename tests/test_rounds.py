@@ -221,7 +221,7 @@ def test_slots_are_fed_where_they_are_cheap(checkpoint):
 
 def test_no_row_feeds_more_than_it_has_columns_for(checkpoint, monkeypatch):
     """Where slots cost nothing all of them are fed."""
-    monkeypatch.setattr(fluid._Row, "price", lambda *_: 1e-9)
+    monkeypatch.setattr(fluid._Row, "price", lambda *_: 1e-4)
     engine = engine_for(checkpoint, FluidSettings(slot_budget=120, min_horizon=16), 2)
     seen: list[Step] = []
     engine.watch = seen.append

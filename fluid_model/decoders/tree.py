@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from functools import cached_property
 
 Draft = tuple[int, float]
 """A token, and how sure it is, given those before it."""
@@ -29,7 +29,7 @@ class Tree:
         """One text, all of it certain."""
         return cls(list(tokens), list(range(-1, len(tokens) - 1)), [1.0] * len(tokens))
 
-    @property
+    @cached_property
     def depths(self) -> list[int]:
         """How far behind the root each node stands."""
         found: list[int] = []
@@ -37,7 +37,7 @@ class Tree:
             found.append(found[parent] + 1 if found else 0)
         return found
 
-    @property
+    @cached_property
     def ends(self) -> list[int]:
         """For each node the first one behind it that does not hang on it."""
         found = list(range(1, len(self.tokens) + 1))
@@ -53,7 +53,7 @@ class Tree:
             found[parent] -= self.reached[node]
         return found
 
-    @property
+    @cached_property
     def likeliest(self) -> list[int]:
         """The path from the root down that takes the likelier child each time: the first nodes."""
         chain = (node for node, parent in enumerate(self.parents) if parent != node - 1)
@@ -69,30 +69,32 @@ class Tree:
 
 
 def grow(root: int, drafts: Sequence[Sequence[Draft]], least: float, most: int) -> Tree:
-    """The likeliest texts after a root: all nodes likelier than `least`, `most` at most.
+    """The likeliest texts after a root: all nodes as likely as `least`, `most` at most.
 
     drafts: for each place after the root what may stand there, the surest first, whatever stands before it.
     """
-    open_, found = [(-1.0, 0, -1, root)], list[tuple[float, int, int]]()  # reached, parent, token
-    while open_ and len(found) < most:
-        reached, depth, parent, token = heappop(open_)
-        found.append((-reached, parent, token))
+    tree, open_ = Tree(), [(root, -1, 1.0, 0)]
+    while open_:
+        token, parent, likely, depth = open_.pop()
+        node = len(tree.tokens)
+        tree.tokens.append(token)
+        tree.parents.append(parent)
+        tree.reached.append(likely)
+        children = []
         for draft, sure in drafts[depth] if depth < len(drafts) else ():
-            if -reached * sure < least:
+            if likely * sure < least:
                 break
-            heappush(open_, (reached * sure, depth + 1, len(found) - 1, draft))
-    return _in_preorder(found)
+            children.append((draft, node, likely * sure, depth + 1))
+        open_ += reversed(children)
+    return tree if len(tree.tokens) <= most else _cut(tree, most)
 
 
-def _in_preorder(found: list[tuple[float, int, int]]) -> Tree:
-    """found: reached, parent and token of nodes, parents before their children, the likelier child first."""
-    children: list[list[int]] = [[] for _ in found]
-    for node, (_, parent, _) in enumerate(found[1:], 1):
-        children[parent].append(node)
-    order, stack = list[int](), [0]
-    while stack:
-        order.append(stack.pop())
-        stack += reversed(children[order[-1]])
-    place = {node: at for at, node in enumerate(order)} | {-1: -1}
-    reached, parents, tokens = zip(*(found[node] for node in order), strict=True)
-    return Tree(list(tokens), [place[parent] for parent in parents], list(reached))
+def _cut(tree: Tree, most: int) -> Tree:
+    """The likeliest nodes of a tree, in its order. None is likelier than its parent, which stands before it."""
+    kept = sorted(sorted(range(len(tree.tokens)), key=lambda node: -tree.reached[node])[:most])
+    place = {node: at for at, node in enumerate(kept)} | {-1: -1}
+    return Tree(
+        [tree.tokens[node] for node in kept],
+        [place[tree.parents[node]] for node in kept],
+        [tree.reached[node] for node in kept],
+    )

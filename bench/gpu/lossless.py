@@ -1,0 +1,94 @@
+"""How far text in bfloat16 is that of AR, what batches change, and what float32 costs, which ties neither to luck.
+
+Of tiny-fluid, since random weights have no margins worth the name: the rounding of a device's kernels is what is looked
+at, and kernels are chosen by the number of slots of a forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+import fluid_model
+from fluid_model import ArSettings, Checkpoint, Engine, FluidSettings, Generation, Request
+from fluid_model.engine.cache import SlotCache
+
+from .. import clock, replay
+from ..prompts import mini
+from .plan import Bench, Bounds
+
+BOUNDS: Bounds = {}
+PROMPTS, QUICK_PROMPTS = 200, 4
+DTYPES = ("bfloat16", "float32")
+
+Answers = Mapping[str, Generation]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What one dtype's answers were, by rows and by who wrote them, and seconds of FLUID's at the most rows."""
+
+    answers: dict[tuple[int, str], Answers]
+    seconds: float
+
+
+def measure(bench: Bench) -> None:
+    """Texts at every number of rows, in both dtypes."""
+    plan, put = bench.plan, bench.found.put
+    count = PROMPTS if plan.is_whole else QUICK_PROMPTS
+    seconds = {}
+    for dtype in DTYPES:
+        checkpoint = fluid_model.load(
+            str(replay.ROOT / "checkpoints" / "tiny-fluid"), device=plan.device.type, dtype=dtype
+        )
+        work = requests(checkpoint, count, min(plan.tokens, replay.NEW))
+        told = write(checkpoint, work, plan.concurrency)
+        alone = told.answers[plan.concurrency[0], "AR"]
+        for rows in plan.concurrency:
+            ar, ours = (told.answers[rows, name] for name in ("AR", "ours"))
+            margins = [margin(checkpoint, r, ar[r.key], ours[r.key]) for r in work if ar[r.key].ids != ours[r.key].ids]
+            put(f"texts equal to AR's, {dtype}", rows, 1 - len(margins) / len(work))
+            put(f"widest margin where they part, nats, {dtype}", rows, max(margins, default=0.0))
+            same = sum(ar[key].ids == alone[key].ids for key in ar)
+            put(f"AR's texts equal to those of the first batch, {dtype}", rows, same / len(work))
+        seconds[dtype] = told.seconds
+    put("time of float32 / bfloat16, tiny-fluid", plan.concurrency[-1], seconds["float32"] / seconds["bfloat16"])
+
+
+def requests(checkpoint: Checkpoint, count: int, new: int) -> list[Request]:
+    """The mini suite's word problems."""
+    ids = (tuple(checkpoint.tokenizer(prompt)["input_ids"]) for prompt in mini(count))
+    return [Request(str(n), prompt, new) for n, prompt in enumerate(ids)]
+
+
+def write(checkpoint: Checkpoint, work: list[Request], concurrency: tuple[int, ...]) -> Told:
+    """Answers of AR and of FLUID at every number of rows."""
+    answers: dict[tuple[int, str], Answers] = {}
+    seconds = 0.0
+    both: dict[str, ArSettings | FluidSettings] = {"AR": ArSettings(), "ours": FluidSettings()}
+    for rows in concurrency:
+        for name, settings in both.items():
+            engine = fluid_model.engine_for(checkpoint, settings, rows)
+            seconds, found = clock.took(partial(_all, engine, work), checkpoint.backbone.device)
+            answers[rows, name] = {answer.key: answer for answer in found}
+    return Told(answers, seconds)
+
+
+def _all(engine: Engine, work: list[Request]) -> list[Generation]:
+    return list(engine.generate(work))
+
+
+@torch.inference_mode()
+def margin(checkpoint: Checkpoint, request: Request, ar: Generation, ours: Generation) -> float:
+    """By how much AR's token is likelier than the next likeliest where two texts part, nats, read in one forward."""
+    pairs = enumerate(zip(ar.ids, ours.ids, strict=False))
+    place = next((at for at, (one, other) in pairs if one != other), min(len(ar.ids), len(ours.ids)))
+    ids = torch.tensor([[*request.prompt, *ar.ids[:place]]], device=checkpoint.backbone.device)
+    cache = SlotCache(1, ids.shape[1])
+    reading = cache.aim(0, [0], ids.shape[1], checkpoint.backbone.device)
+    logits = checkpoint.backbone.logits(checkpoint.backbone.forward(ids, reading, cache)[0, -1])
+    first, second = logits.log_softmax(-1).topk(2).values.tolist()
+    return float(first - second)
