@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from . import budget, linear, llama, masks
+from . import budget, graphs, linear, llama, masks
 from .engine.cache import SlotCache
 from .errors import ConfigError
 
@@ -77,6 +77,7 @@ class Backbone:
         self._layer_types = set(getattr(self.config, "layer_types", None) or ())
         self.written_out = llama.Forward(model, self.window) if llama.fits(model) else None
         """The forward written out, where it fits."""
+        self.graphs: graphs.Graphs | None = None
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, reading: masks.Reading, cache: SlotCache) -> Tensor:
@@ -91,7 +92,9 @@ class Backbone:
     def _forward(self, ids: Tensor, reading: masks.Reading, cache: SlotCache) -> Tensor:
         places = reading.positions.clamp(max=self.window - 1)
         if self.written_out is not None:
-            return self.written_out(ids, places, self._additive(reading.allowed()), cache, reading.widths)
+            mask = self._additive(reading.allowed())
+            replayed = None if self.graphs is None else self.graphs(ids, places, mask, cache)
+            return self.written_out(ids, places, mask, cache, reading.widths) if replayed is None else replayed
         output = self.model.base_model(
             input_ids=ids,
             position_ids=places,
@@ -101,6 +104,16 @@ class Backbone:
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def capture(self, *, on: bool) -> None:
+        """Replay captured forwards, or do not. Raises ConfigError where this model's forward is not written out."""
+        if on and self.written_out is None:
+            raise ConfigError(f"{type(self.model).__name__}: only forwards that are written out can be captured")
+        self.graphs = graphs.Graphs(self.written_out) if on and self.written_out is not None else None
+
+    def cache(self, slots: int, columns: int) -> SlotCache:
+        """Room for so many rows of so many tokens."""
+        return SlotCache(slots, columns) if self.graphs is None else self.graphs.cache(slots, columns)
 
     def check_ids(self, key: str, ids: Sequence[int]) -> None:
         """Raise ConfigError, naming the request, if this model has no embedding for one of its tokens."""

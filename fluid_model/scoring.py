@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -138,17 +139,27 @@ class Scorer:
         ends = torch.tensor([len(i) for i in inputs], device=device)[:, None]
         slots = (ends - reach + torch.arange(reach, device=device)).clamp(min=0)  # (R, C), the last C of each row
         logits = self.backbone.logits(hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1])))
-        for (document, row), scores in zip(batch, logits.log_softmax(-1), strict=True):
-            for wanted in row.wanted:
-                stop = reach - (len(row.ids) - wanted.end)
-                document.found[wanted.pair] = _read(scores[stop - len(wanted.continuation) : stop], wanted.continuation)
+        wanted = [(number, document, row, each) for number, (document, row) in enumerate(batch) for each in row.wanted]
+        places = [
+            (number, reach - (len(row.ids) - each.end) - len(each.continuation) + at, token)
+            for number, _, row, each in wanted
+            for at, token in enumerate(each.continuation)
+        ]
+        said = iter(_read(logits.log_softmax(-1), places))
+        for _, document, _, each in wanted:
+            scores, greedy = zip(*islice(said, len(each.continuation)), strict=True)
+            document.found[each.pair] = sum(scores), all(greedy)
 
 
-def _read(scores: Tensor, continuation: tuple[int, ...]) -> tuple[float, bool]:
-    """scores: (C, V) log-probabilities at the slots that predict the continuation."""
-    wanted = torch.tensor(continuation, device=scores.device)
-    picked = scores.gather(-1, wanted[:, None]).sum()
-    return float(picked), bool((scores.argmax(-1) == wanted).all())
+def _read(scores: Tensor, places: list[tuple[int, int, int]]) -> list[tuple[float, bool]]:
+    """Log-probabilities of tokens, and whether they are the likeliest: one transfer to the host.
+
+    scores: (R, C, V).  places: row, slot and token of each.
+    """
+    row, slot, token = torch.tensor(places, device=scores.device).unbind(1)
+    greedy = scores.argmax(-1)[row, slot] == token
+    found = torch.stack([scores[row, slot, token].double(), greedy.double()], 1).tolist()
+    return [(score, bool(is_greedy)) for score, is_greedy in found]
 
 
 def _finish(document: _Document) -> Score:

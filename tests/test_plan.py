@@ -35,7 +35,7 @@ def changed(file, *settings: str) -> Nested:
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_every_recipe_passes_a_dry_run(file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    if not file.stem.endswith("7b") and file.stem != "tiny-ar":
+    if not file.stem.endswith("7b") and not file.stem.endswith("-ar"):
         save_model(tmp_path / "parent")
         arguments = [str(file), "--dry-run", "--set", f"model.parent={tmp_path / 'parent'}"]
     else:

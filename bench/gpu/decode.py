@@ -7,9 +7,11 @@ the time to read all weights and the rows' keys and values once, at the speed at
 from __future__ import annotations
 
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -39,21 +41,26 @@ GENERATE = (1, 32)
 
 
 def measure(bench: Bench) -> None:
-    """All of it, for every number of rows."""
-    for part in (forwards, speeds, memory):
-        for rows in bench.plan.concurrency:
-            part(bench, rows)
+    """All of it, for every number of rows; on CUDA with forwards launched call by call, then captured and replayed."""
+    captured = bench.plan.device.type == "cuda"
+    for on in (False, True) if captured else (False,):
+        bench.backbone.capture(on=on)
+        told = replace(bench, note="" if on == captured else ", not captured")
+        for part in (forwards, speeds, timeline, memory):
+            for rows in bench.plan.concurrency:
+                part(told, rows)
+    bench.backbone.capture(on=False)
 
 
 @torch.inference_mode()
 def forwards(bench: Bench, rows: int) -> None:
     """A forward of AR's and of FLUID's rows behind `context` tokens, beside its floor."""
-    plan, device, put = bench.plan, bench.plan.device, bench.found.put
-    cache = SlotCache(rows, plan.context + max(SLOTS))
+    plan, device, put = bench.plan, bench.plan.device, bench.put
+    cache = bench.backbone.cache(rows, plan.context + max(SLOTS))
     ids = torch.randint(plan.vocabulary, (1, plan.context), device=device)
     bench.backbone.forward(ids, cache.aim(0, [0], plan.context, device), cache)
     cache.spread(0, 1, rows - 1, plan.context)
-    column = cache.nbytes / rows / cache.columns  # bytes of a row's token
+    column = cache.nbytes / cache.slots / cache.columns  # bytes of a row's token
     floor = (bench.read + rows * (plan.context + 1) * column) / bench.bandwidth
     ar = Feed(torch.zeros(rows, 1, dtype=torch.long, device=device), [1] * rows, ["commit"] * rows)
     feeds = [ar, *(fluid_feed(bench.checkpoint, rows, slots) for slots in SLOTS)]
@@ -133,7 +140,7 @@ def generate(bench: Bench, rows: int, new: int) -> Tally:
 
 def speeds(bench: Bench, rows: int) -> None:
     """Tokens a second once prompts are read: what more tokens take beside answers of one. Systems take turns."""
-    plan, put, one = bench.plan, bench.found.put, 1
+    plan, put, one = bench.plan, bench.put, 1
     systems = {"AR": ar, "ours": ours} | ({"generate": generate} if rows in GENERATE else {})
     took: dict[tuple[str, int], list[float]] = {(name, new): [] for name in systems for new in (one, plan.tokens)}
     did: dict[tuple[str, int], Tally] = {}
@@ -166,6 +173,30 @@ def _ratio(one: float | None, other: float | None) -> float | None:
     return None if one is None or not other else one / other
 
 
+def timeline(bench: Bench, rows: int) -> None:
+    """Where FLUID's time goes, prompts included: each part waits for the device, so that none is told as another."""
+    plan, engine, spent = bench.plan, bench.fluid(rows), defaultdict[str, float](float)
+    parts = {"the model": (engine.backbone, "forward"), "acceptance": (engine.strategy, "_say")}
+    for part, (owner, name) in parts.items():
+        setattr(owner, name, partial(_spend, spent, part, getattr(owner, name), plan.device))
+    try:
+        seconds, _ = clock.took(partial(write, engine, plan, plan.tokens), plan.device)
+    finally:
+        for owner, name in parts.values():
+            delattr(owner, name)
+    for part in parts:
+        bench.put(f"share of time, {part}", rows, spent[part] / seconds)
+    bench.put("share of time, the host", rows, 1 - sum(spent.values()) / seconds)
+
+
+def _spend(
+    spent: defaultdict[str, float], part: str, call: Callable[..., Any], device: torch.device, *words: Any
+) -> Any:
+    took, found = clock.took(partial(call, *words), device)
+    spent[part] += took
+    return found
+
+
 def memory(bench: Bench, rows: int) -> None:
     """Most memory that was in use while FLUID's rows wrote, over that of weights and cache."""
     device, peak = bench.plan.device, None
@@ -174,4 +205,4 @@ def memory(bench: Bench, rows: int) -> None:
         engine = bench.fluid(rows)
         write(engine, bench.plan, bench.plan.tokens)
         peak = torch.cuda.max_memory_allocated(device) / (bench.held + engine.cache_bytes)
-    bench.found.put("peak memory, ours / weights + KV", rows, peak)
+    bench.put("peak memory, ours / weights + KV", rows, peak)

@@ -124,13 +124,18 @@ def build(plan: Plan) -> Checkpoint:
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured with. bandwidth: of copies, bytes a second."""
+    """What is measured with. bandwidth: of copies, bytes a second.  note: how, where there are several ways."""
 
     plan: Plan
     checkpoint: Checkpoint
     tape: replay.Tape
     bandwidth: float
     found: Found
+    note: str = ""
+
+    def put(self, what: str, rows: int, measured: float | None) -> None:
+        """Note what was found, and how."""
+        self.found.put(what + self.note, rows, measured)
 
     @property
     def backbone(self) -> Backbone:

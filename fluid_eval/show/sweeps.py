@@ -66,7 +66,7 @@ def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
         console.print("x: ended early")
     if unhealthy:
         console.print("!: a health gate is over its threshold; result.json tells which")
-    console.print("score: mean over tasks, %, with its 95% bootstrap interval   tok/s: per worker")
+    console.print("score: mean over tasks, %, with its 95% interval   tok/s: per worker")
     if result["best"] is not None:
         against = result["baseline"] or "the best score"
         console.print(f"fastest that scores at most {result['within']:g} (%) less than {against}: {result['best']}")

@@ -36,11 +36,18 @@ class SlotCache:
         lengths: tokens already cached of each of these rows; all zero is a prefill, which reads only itself.
         Returns their reading, causal unless changed.
         """
-        self._rows = slice(start, start + len(lengths))
-        self._write_at = masks.slot_columns(torch.tensor(lengths, device=device), fed)
-        self._total = max(lengths) + fed
-        self._where: Tensor | None = None
+        self.aim_at(start, masks.slot_columns(torch.tensor(lengths, device=device), fed), max(lengths) + fed)
         return masks.Reading(self._write_at, self._total)
+
+    def aim_at(self, start: int, write_at: Tensor, total: int) -> None:
+        """The same by columns: rows start.. write where write_at (B, S) says and read the first `total`."""
+        self._start, self._write_at, self._total = start, write_at, total
+        self._where: Tensor | None = None
+
+    @property
+    def aimed(self) -> tuple[int, Tensor, int]:
+        """First row, columns (B, S) written, and columns read, of the next forward."""
+        return self._start, self._write_at, self._total
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
         """Store (B, H, S, Dh) keys and values of one layer; return the (B, H, T, Dh) columns to read."""
@@ -52,7 +59,7 @@ class SlotCache:
             self._slabs[layer] = fresh.new_zeros(self.slots, fresh.shape[1], self.columns, fresh.shape[-1])
         if self._where is None or self._where.shape != fresh.shape:
             self._where = self._write_at[:, None, :, None].expand_as(fresh)
-        rows = self._slabs[layer][self._rows]
+        rows = self._slabs[layer][self._start : self._start + len(fresh)]
         rows.scatter_(2, self._where, fresh)
         keys, values = rows.narrow(2, 0, self._total).chunk(2, 1)
         return keys, values

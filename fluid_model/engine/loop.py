@@ -19,7 +19,6 @@ from ..backbone import Backbone
 from ..errors import ConfigError
 from ..tokens import Tokenizer, after_last, cut_at_stops, has_stop
 from . import prefixes
-from .cache import SlotCache
 from .records import Finish, Generation, Request, Step, Trace
 from .strategy import Absorbed, Feed, Strategy
 
@@ -77,6 +76,7 @@ class Engine:
         self._prefill = PREFILL_TOKENS_CPU if backbone.device.type == "cpu" else PREFILL_TOKENS
         self._rows: list[_Row] = []
         self._seen: list[Step] = []
+        self._sound: Tensor | None = None
         self._held: tuple[int, ...] = ()
         self._clock = 0.0
 
@@ -95,7 +95,7 @@ class Engine:
         slots = min(self.slots, len(waiting))
         self.strategy.allocate(slots)
         columns = max(len(r.prompt) + r.max_new_tokens for r in asked) + self.strategy.widest
-        self._cache = SlotCache(slots + any(row.shared for row in waiting), columns)  # one for what is shared
+        self._cache = self.backbone.cache(slots + any(row.shared for row in waiting), columns)  # one for what is shared
         self._rows, self._held = [], ()
         self._clock = time.perf_counter()
         while waiting or self._rows:
@@ -197,11 +197,8 @@ class Engine:
     def _forward(self, rows: list[_Row], feed: Feed, reading: masks.Reading) -> Tensor:
         """One counted call of the model. A row whose numbers are not finite is broken; strategies see zeros there."""
         hidden = self.backbone.forward(feed.ids, replace(reading, widths=feed.widths), self._cache)
-        sound = hidden.isfinite().flatten(1).all(1)  # (n,)
-        if not sound.all():
-            hidden = hidden.masked_fill(~sound[:, None, None], 0.0)
-            for row, good in zip(rows, sound.tolist(), strict=True):
-                row.broken |= not good
+        self._sound = hidden.isfinite().flatten(1).all(1)  # (n,), read when the strategy has waited for the device
+        hidden = hidden.masked_fill(~self._sound[:, None, None], 0.0)
         self.calls += 1
         for row, width, kind in zip(rows, feed.widths, feed.kinds, strict=True):
             row.trace.count(kind, width)
@@ -231,7 +228,8 @@ class Engine:
         for row, full in zip(rows, absorbed.full, strict=False):
             if full and row.finish is None:
                 row.finish = "length"
-        for row in rows:
+        for row, good in zip(rows, self._heard(rows), strict=True):
+            row.broken |= not good
             if row.broken:
                 row.finish, row.ids = "broken", []
                 row.trace.forget()
@@ -239,6 +237,11 @@ class Engine:
         for row in rows:
             row.seconds += (now - self._clock) / len(rows)
         self._clock = now
+
+    def _heard(self, rows: list[_Row]) -> list[bool]:
+        """Whether the numbers of each row were finite in the latest forward; there is none where no prompt is read."""
+        sound, self._sound = self._sound, None
+        return [True] * len(rows) if sound is None else sound.tolist()
 
     def _tell(self, tokens: Sequence[Sequence[int]]) -> None:
         """Tell the watcher, if any, the latest forward and what each row's answer grew by."""

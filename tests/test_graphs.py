@@ -1,0 +1,96 @@
+"""Captured forwards: what is filled up, kept and compared. A CPU captures nothing: a replay runs the call again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fluid_model
+from fluid_eval.paths import resource
+from fluid_model import ArSettings, FluidSettings, Request, graphs
+from fluid_model.decoders import engine_for
+from fluid_model.errors import ConfigError, RunError
+
+from .test_rounds import TEXTS
+
+
+class Again(graphs.Graphs):
+    """Whose replays run the call again. off: what they are wrong by."""
+
+    off = 0.0
+
+    def _record(self, run):
+        hidden = run()
+        return hidden, lambda: hidden.copy_(run() + self.off)
+
+
+@pytest.fixture
+def checkpoint():
+    return fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype="float32")
+
+
+def requests(checkpoint, new=24):
+    texts = [*TEXTS, *(TEXTS[0][:n] for n in (30, 45, 60))]
+    return [Request(text, tuple(checkpoint.tokenizer(text)["input_ids"]), new) for text in texts]
+
+
+@pytest.mark.parametrize("decoder", [ArSettings(), FluidSettings(slot_budget=64), FluidSettings(verify=False)])
+@pytest.mark.parametrize("slots", [1, 3, 5])
+def test_replayed_forwards_say_what_plain_ones_say(checkpoint, decoder, slots):
+    plain = {g.key: (g.ids, g.trace) for g in engine_for(checkpoint, decoder, slots).generate(requests(checkpoint))}
+    checkpoint.backbone.graphs = captured = Again(checkpoint.backbone.written_out)
+    engine = engine_for(checkpoint, decoder, slots)
+    assert {g.key: (g.ids, g.trace) for g in engine.generate(requests(checkpoint))} == plain
+    shapes = captured.captured
+    assert shapes
+    assert all(rows in graphs.ROWS and fed in graphs.SLOTS and n % graphs.COLUMNS == 0 for rows, fed, n in shapes)
+    assert len(shapes) < engine.calls
+    assert {g.key: (g.ids, g.trace) for g in engine.generate(requests(checkpoint))} == plain
+    assert captured.captured == shapes, "the cache and what was captured over it are kept"
+
+
+def test_a_longer_answer_takes_another_cache(checkpoint):
+    checkpoint.backbone.graphs = captured = Again(checkpoint.backbone.written_out)
+    engine = engine_for(checkpoint, ArSettings(), 2)
+    list(engine.generate(requests(checkpoint)))
+    assert {columns for _, _, columns in captured.captured} == {256}
+    (found,) = engine.generate(requests(checkpoint, 400)[:1])
+    assert len(found.ids) < 400
+    (alone,) = engine_for(fluid_model.load(str(resource("checkpoints") / "tiny-fluid")), ArSettings(), 1).generate(
+        requests(checkpoint, 400)[:1]
+    )
+    assert found.ids == alone.ids
+
+
+def test_a_replay_that_differs_is_told(checkpoint):
+    checkpoint.backbone.graphs = Again(checkpoint.backbone.written_out)
+    checkpoint.backbone.graphs.off = 0.1
+    with pytest.raises(RunError, match="differs by"):
+        list(engine_for(checkpoint, ArSettings(), 2).generate(requests(checkpoint)))
+
+
+def test_what_is_larger_than_all_buckets_runs_as_it_is(checkpoint, monkeypatch):
+    monkeypatch.setattr(graphs, "SLOTS", (1, 2))
+    checkpoint.backbone.graphs = captured = Again(checkpoint.backbone.written_out)
+    decoder = FluidSettings(slot_budget=64)
+    found = [g.ids for g in engine_for(checkpoint, decoder, 1).generate(requests(checkpoint))]
+    assert all(fed <= 2 for _, fed, _ in captured.captured)
+    checkpoint.backbone.graphs = None
+    assert found == [g.ids for g in engine_for(checkpoint, decoder, 1).generate(requests(checkpoint))]
+
+
+def test_only_what_is_written_out_can_be_captured(checkpoint):
+    checkpoint.backbone.written_out = None
+    with pytest.raises(ConfigError, match="written out"):
+        checkpoint.backbone.capture(on=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decoder", [ArSettings(), FluidSettings(slot_budget=64)])
+def test_cuda_replays_say_what_plain_forwards_say(decoder):
+    checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cuda", dtype="float32")
+    plain = {g.key: g.ids for g in engine_for(checkpoint, decoder, 3).generate(requests(checkpoint))}
+    checkpoint.backbone.capture(on=True)
+    assert {g.key: g.ids for g in engine_for(checkpoint, decoder, 3).generate(requests(checkpoint))} == plain
+    assert checkpoint.backbone.graphs.captured
+    torch.cuda.synchronize()
