@@ -1,4 +1,4 @@
-"""GSM8K's training rows as the tasks ask them: `python recipes/gsm8k_rows.py train.jsonl.gz build/gsm8k-train.jsonl`."""
+"""GSM8K's training rows as tasks ask them: `python recipes/gsm8k_rows.py train.jsonl.gz build/gsm8k-train.jsonl`."""
 
 from __future__ import annotations
 
