@@ -29,7 +29,7 @@ REFERENCE = FluidSettings(rounds="reference")
 CHEAP = FluidSettings(slot_budget=100_000, min_horizon=4)
 """Ours where slots cost nothing: the fewest forwards."""
 NEW = 160
-BATCHES = (1, 4, 8, 32, 64)
+BATCHES = (1, 4, 8, 32, 64, 128)
 
 
 @dataclass(frozen=True)

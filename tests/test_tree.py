@@ -117,6 +117,6 @@ def test_what_is_kept_moves_to_the_front():
     cache.pack(lengths, kept)
     for old, new in zip(before, cache._slabs.values(), strict=True):
         for row, (length, slots) in enumerate(zip(lengths, kept, strict=True)):
-            wanted = old[row][:, [*range(length), *(length + slot for slot in slots)]]
-            assert torch.equal(new[row, :, : length + len(slots)], wanted)
-        assert torch.equal(new[3], old[3])
+            wanted = old[:, row][:, :, [*range(length), *(length + slot for slot in slots)]]
+            assert torch.equal(new[:, row, :, : length + len(slots)], wanted)
+        assert torch.equal(new[:, 3], old[:, 3])

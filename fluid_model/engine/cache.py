@@ -23,7 +23,7 @@ class SlotCache:
     def __init__(self, slots: int, columns: int) -> None:
         self.slots = slots
         self.columns = columns
-        self._slabs: dict[int, Tensor] = {}  # of each layer: (slots, key heads then value heads, columns, Dh)
+        self._slabs: dict[int, Tensor] = {}  # of each layer: (2, slots, H, columns, Dh), keys then values
 
     @property
     def nbytes(self) -> int:
@@ -55,19 +55,20 @@ class SlotCache:
 
     def put(self, fresh: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """`update` of keys and values in one: fresh is (B, 2 H, S, Dh), key heads first."""
+        both = fresh.view(len(fresh), 2, -1, *fresh.shape[2:]).transpose(0, 1)  # (2, B, H, S, Dh)
         if layer not in self._slabs:
-            self._slabs[layer] = fresh.new_zeros(self.slots, fresh.shape[1], self.columns, fresh.shape[-1])
-        if self._where is None or self._where.shape != fresh.shape:
-            self._where = self._write_at[:, None, :, None].expand_as(fresh)
-        rows = self._slabs[layer][self._start : self._start + len(fresh)]
-        rows.scatter_(2, self._where, fresh)
-        keys, values = rows.narrow(2, 0, self._total).chunk(2, 1)
+            self._slabs[layer] = fresh.new_zeros(2, self.slots, both.shape[2], self.columns, fresh.shape[-1])
+        if self._where is None or self._where.shape != both.shape:
+            self._where = self._write_at[:, None, :, None].expand_as(both)
+        rows = self._slabs[layer][:, self._start : self._start + len(fresh)]
+        rows.scatter_(3, self._where, both)
+        keys, values = rows.narrow(3, 0, self._total).unbind(0)
         return keys, values
 
     def spread(self, source: int, start: int, count: int, columns: int) -> None:
         """Copy one slot's first columns to `count` slots from `start` on: what their prompts begin with."""
         for slab in self._slabs.values():
-            slab[start : start + count, :, :columns] = slab[source, :, :columns]
+            slab[:, start : start + count, :, :columns] = slab[:, source, None, :, :columns]
 
     def pack(self, lengths: list[int], kept: list[list[int]]) -> None:
         """Move what was fed and is kept to the front: of rows 0.. the slots `kept` behind their `lengths`.
@@ -85,16 +86,16 @@ class SlotCache:
         device = next(iter(self._slabs.values())).device
         row, source, target = torch.tensor(moved, device=device).unbind(1)
         for slab in self._slabs.values():
-            slab[row, :, target] = slab[row, :, source]
+            slab[:, row, :, target] = slab[:, row, :, source]
 
     def clear(self, slot: int) -> None:
         """Forget a slot's columns. Ordinary ones need not be: nobody reads them. What is not finite does harm even
         where a mask hides it.
         """
         for slab in self._slabs.values():
-            slab[slot] = 0
+            slab[:, slot] = 0
 
     def move(self, source: int, target: int) -> None:
         """Copy one slot's columns over another's, to keep the active rows together."""
         for slab in self._slabs.values():
-            slab[target].copy_(slab[source])
+            slab[:, target].copy_(slab[:, source])

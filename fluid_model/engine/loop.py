@@ -197,8 +197,9 @@ class Engine:
     def _forward(self, rows: list[_Row], feed: Feed, reading: masks.Reading) -> Tensor:
         """One counted call of the model. A row whose numbers are not finite is broken; strategies see zeros there."""
         hidden = self.backbone.forward(feed.ids, replace(reading, widths=feed.widths), self._cache)
-        self._sound = hidden.isfinite().flatten(1).all(1)  # (n,), read when the strategy has waited for the device
-        hidden = hidden.masked_fill(~self._sound[:, None, None], 0.0)
+        self._sound = hidden.flatten(1).sum(1, dtype=torch.float32).isfinite()  # (n,)
+        if hidden.device.type != "cpu" or not self._sound.all():  # asked only where that waits for nothing
+            hidden = hidden.masked_fill(~self._sound[:, None, None], 0.0)
         self.calls += 1
         for row, width, kind in zip(rows, feed.widths, feed.kinds, strict=True):
             row.trace.count(kind, width)
