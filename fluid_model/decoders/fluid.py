@@ -144,19 +144,23 @@ class FluidStrategy:
         active = self._rows[: len(rooms)]
         answers = self._say(0, hidden, [self._places(row) for row in active])
         for slot, (row, said, room) in enumerate(zip(active, answers, rooms, strict=True)):
-            tree, verify = row.tree, self.settings.verify
-            path = self._path(row, said)
+            tree, path = row.tree, self._path(row, said)
             behind = len(tree.tokens) + sum(row.masks[: path[-1]])
             row.rounds, row.fed = row.rounds + 1, row.fed + row.slots
             fan = range(behind, behind + row.masks[path[-1]])
             unsure = self._prepare(row, said, path[-1], fan, room - len(path))
-            fresh = [*(tree.tokens[node] for node in path[1:]), row.tokens[0]] if verify else row.tokens
-            rejected.append(_rejected(tree, path) if verify else (len(fresh), unsure))
+            if self.settings.verify:
+                fresh, likeliest = [*(tree.tokens[node] for node in path[1:]), row.tokens[0]], tree.likeliest
+                predicted.append(len(likeliest))
+                rejected.append(_rejected(tree, likeliest, path))
+            else:
+                fresh = [*row.tokens]
+                predicted.append(len(fresh))
+                rejected.append((len(fresh), unsure))
             row.written += len(fresh)
             self._draws.take(slot, len(fresh))
-            tokens.append([*fresh])
+            tokens.append(fresh)
             kept.append(path)
-            predicted.append(len(tree.likeliest if verify else row.tokens))
         return Absorbed(tokens, list(map(len, kept)), predicted, rejected=rejected, kept=kept)
 
     def move(self, source: int, target: int) -> None:
@@ -233,9 +237,8 @@ def _to_host(ids: Tensor, sure: Tensor) -> tuple[list[list[int]], list[list[floa
     return both[:, :width].tolist(), both[:, width:].to(torch.int32).view(torch.float32).tolist()
 
 
-def _rejected(tree: Tree, path: list[int]) -> tuple[int, list[int]]:
+def _rejected(tree: Tree, likeliest: list[int], path: list[int]) -> tuple[int, list[int]]:
     """How much of the likeliest text came true, and the rest of it."""
-    likeliest = tree.likeliest
     right = sum(map(operator.eq, path, likeliest))
     return right - 1, [tree.tokens[node] for node in likeliest[right:]]
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 Draft = tuple[int, float]
 """A token, and how sure it is, given those before it."""
@@ -18,26 +17,21 @@ class Tree:
     """Texts that begin with one token that is certain, the root.
 
     tokens: of each node.  parents: their nodes, -1 of the root's.  reached: how likely each node's text comes true.
+    depths: how far behind the root each stands.
     """
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     reached: list[float] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
 
     @classmethod
     def chain(cls, tokens: Sequence[int]) -> Tree:
         """One text, all of it certain."""
-        return cls(list(tokens), list(range(-1, len(tokens) - 1)), [1.0] * len(tokens))
+        count = len(tokens)
+        return cls(list(tokens), list(range(-1, count - 1)), [1.0] * count, list(range(count)))
 
-    @cached_property
-    def depths(self) -> list[int]:
-        """How far behind the root each node stands."""
-        found: list[int] = []
-        for parent in self.parents:
-            found.append(found[parent] + 1 if found else 0)
-        return found
-
-    @cached_property
+    @property
     def ends(self) -> list[int]:
         """For each node the first one behind it that does not hang on it."""
         found = list(range(1, len(self.tokens) + 1))
@@ -53,7 +47,7 @@ class Tree:
             found[parent] -= self.reached[node]
         return found
 
-    @cached_property
+    @property
     def likeliest(self) -> list[int]:
         """The path from the root down that takes the likelier child each time: the first nodes."""
         chain = (node for node, parent in enumerate(self.parents) if parent != node - 1)
@@ -80,6 +74,7 @@ def grow(root: int, drafts: Sequence[Sequence[Draft]], least: float, most: int) 
         tree.tokens.append(token)
         tree.parents.append(parent)
         tree.reached.append(likely)
+        tree.depths.append(depth)
         children = []
         for draft, sure in drafts[depth] if depth < len(drafts) else ():
             if likely * sure < least:
@@ -97,4 +92,5 @@ def _cut(tree: Tree, most: int) -> Tree:
         [tree.tokens[node] for node in kept],
         [place[tree.parents[node]] for node in kept],
         [tree.reached[node] for node in kept],
+        [tree.depths[node] for node in kept],
     )
