@@ -74,7 +74,7 @@ class Graphs:
         rows, slots = _bucket(ids.shape[0], ROWS), _bucket(ids.shape[1], SLOTS)
         columns = -(-mask.shape[-1] // COLUMNS) * COLUMNS
         start, _, _ = cache.aimed
-        if cache is not self._cache or start or not rows or not slots or rows >= cache.slots or columns > cache.columns:
+        if cache is not self._cache or start or not rows or not slots or columns > cache.columns:
             return None
         key = (rows, slots, columns)
         if key not in self._shapes:
