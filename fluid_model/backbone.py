@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
 from . import budget, graphs, linear, llama, masks
@@ -105,11 +106,14 @@ class Backbone:
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def capture(self, *, on: bool) -> None:
-        """Replay captured forwards, or do not. Raises ConfigError where this model's forward is not written out."""
+    def capture(self, *, on: bool, only: graphs.Size | None = None) -> None:
+        """Replay captured forwards, or do not. only: one shape for all, see `graphs`.
+
+        Raises ConfigError where this model's forward is not written out.
+        """
         if on and self.written_out is None:
             raise ConfigError(f"{type(self.model).__name__}: only forwards that are written out can be captured")
-        self.graphs = graphs.Graphs(self.written_out) if on and self.written_out is not None else None
+        self.graphs = graphs.Graphs(self.written_out, only) if on and self.written_out is not None else None
 
     def cache(self, slots: int, columns: int) -> SlotCache:
         """Room for so many rows of so many tokens."""
@@ -128,8 +132,16 @@ class Backbone:
         """(..., D) hidden states -> (..., V) float32 logits."""
         flat = hidden.flatten(0, -2)
         with self._threads(len(flat)):
-            logits = self._project(flat).float().view(*hidden.shape[:-1], -1)
+            logits = self._projected(flat).float().view(*hidden.shape[:-1], -1)
         return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
+
+    def _projected(self, flat: Tensor) -> Tensor:
+        """(M, D) -> (M, V): at once, or as many at a time as a row of the one shape has slots."""
+        if self.graphs is None or self.graphs.only is None:
+            return self._project(flat)
+        size = self.graphs.only[1]
+        filled = functional.pad(flat, (0, 0, 0, -len(flat) % size)).view(-1, size, flat.shape[-1])
+        return torch.cat([self._project(part) for part in filled])[: len(flat)]
 
     @contextmanager
     def _threads(self, slots: int) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Captured forwards: what is filled up, kept and compared. A CPU captures nothing: a replay runs the call again."""
+"""Captured forwards: what is filled up, kept and compared. On a CPU a replay runs the call again."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from fluid_model.errors import ConfigError, RunError
 from .test_rounds import TEXTS
 
 
-class Again(graphs.Graphs):
-    """Whose replays run the call again. off: what they are wrong by."""
-
-    off = 0.0
+class Wrong(graphs.Graphs):
+    """Whose replays do not say what was captured."""
 
     def _record(self, run):
         hidden = run()
-        return hidden, lambda: hidden.copy_(run() + self.off)
+        return hidden, lambda: hidden.copy_(run() + 0.1)
 
 
 @pytest.fixture
@@ -38,7 +36,7 @@ def requests(checkpoint, new=24):
 @pytest.mark.parametrize("slots", [1, 3, 5])
 def test_replayed_forwards_say_what_plain_ones_say(checkpoint, decoder, slots):
     plain = {g.key: (g.ids, g.trace) for g in engine_for(checkpoint, decoder, slots).generate(requests(checkpoint))}
-    checkpoint.backbone.graphs = captured = Again(checkpoint.backbone.written_out)
+    checkpoint.backbone.graphs = captured = graphs.Graphs(checkpoint.backbone.written_out)
     engine = engine_for(checkpoint, decoder, slots)
     assert {g.key: (g.ids, g.trace) for g in engine.generate(requests(checkpoint))} == plain
     shapes = captured.captured
@@ -50,7 +48,7 @@ def test_replayed_forwards_say_what_plain_ones_say(checkpoint, decoder, slots):
 
 
 def test_a_longer_answer_takes_another_cache(checkpoint):
-    checkpoint.backbone.graphs = captured = Again(checkpoint.backbone.written_out)
+    checkpoint.backbone.graphs = captured = graphs.Graphs(checkpoint.backbone.written_out)
     engine = engine_for(checkpoint, ArSettings(), 2)
     list(engine.generate(requests(checkpoint)))
     assert {columns for _, _, columns in captured.captured} == {256}
@@ -63,20 +61,68 @@ def test_a_longer_answer_takes_another_cache(checkpoint):
 
 
 def test_a_replay_that_differs_is_told(checkpoint):
-    checkpoint.backbone.graphs = Again(checkpoint.backbone.written_out)
-    checkpoint.backbone.graphs.off = 0.1
+    checkpoint.backbone.graphs = Wrong(checkpoint.backbone.written_out)
     with pytest.raises(RunError, match="differs by"):
         list(engine_for(checkpoint, ArSettings(), 2).generate(requests(checkpoint)))
 
 
 def test_what_is_larger_than_all_buckets_runs_as_it_is(checkpoint, monkeypatch):
     monkeypatch.setattr(graphs, "SLOTS", (1, 2))
-    checkpoint.backbone.graphs = captured = Again(checkpoint.backbone.written_out)
+    checkpoint.backbone.graphs = captured = graphs.Graphs(checkpoint.backbone.written_out)
     decoder = FluidSettings(slot_budget=64)
     found = [g.ids for g in engine_for(checkpoint, decoder, 1).generate(requests(checkpoint))]
     assert all(fed <= 2 for _, fed, _ in captured.captured)
     checkpoint.backbone.graphs = None
     assert found == [g.ids for g in engine_for(checkpoint, decoder, 1).generate(requests(checkpoint))]
+
+
+def heard(checkpoint, decoder, slots):
+    """Every answer's ids, and the likeliest logit of each of its slots that came to be tokens, to the last bit."""
+    found: dict[tuple[str, int], float] = {}
+    engine = engine_for(checkpoint, decoder, slots)
+    forward = checkpoint.backbone.forward
+
+    def listen(ids, reading, cache):
+        hidden = forward(ids, reading, cache)
+        best = checkpoint.backbone.logits(hidden).amax(-1)
+        start = cache.aimed[0]
+        for row, (places, said) in enumerate(zip(reading.positions.tolist(), best.tolist(), strict=True)):
+            rows = engine._rows[start + row :] if start + row < len(engine._rows) else []
+            if (rows and reading.fans is None) or (rows and int(reading.fans.step[row, 0]) == 0):
+                found[rows[0].request.key, places[0]] = said[0]
+        return hidden
+
+    checkpoint.backbone.forward = listen
+    try:
+        answers = {g.key: g.ids for g in engine.generate(requests(checkpoint))}
+    finally:
+        del checkpoint.backbone.forward
+    return answers, found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("decoder", [ArSettings(), FluidSettings(verify=False)])
+def test_one_shape_makes_numbers_independent_of_the_batch(dtype, decoder):
+    """What a token's logits are alone, they are in every batch, to the last bit; without, they are not."""
+    checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype=dtype)
+    checkpoint.backbone.capture(on=True, only=(5, 40, 256))
+    answers, numbers = heard(checkpoint, decoder, 1)
+    for slots in (2, 5):
+        again, others = heard(checkpoint, decoder, slots)
+        assert again == answers
+        shared = numbers.keys() & others.keys()
+        assert len(shared) > 30
+        assert all(others[place] == numbers[place] for place in shared)
+    checkpoint.backbone.capture(on=False)
+    _, alone = heard(checkpoint, decoder, 1)
+    _, others = heard(checkpoint, decoder, 5)
+    assert any(others[place] != alone[place] for place in alone.keys() & others.keys())
+
+
+def test_a_shape_that_is_too_small_is_refused(checkpoint):
+    checkpoint.backbone.capture(on=True, only=(2, 16, 64))
+    with pytest.raises(ConfigError, match="more than one shape"):
+        list(engine_for(checkpoint, ArSettings(), 2).generate(requests(checkpoint)))
 
 
 def test_only_what_is_written_out_can_be_captured(checkpoint):

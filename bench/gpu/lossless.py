@@ -23,6 +23,8 @@ from .plan import Bench, Bounds
 BOUNDS: Bounds = {}
 PROMPTS, QUICK_PROMPTS = 200, 4
 DTYPES = ("bfloat16", "float32")
+SLOTS = 16
+"""Of the one shape: AR feeds one."""
 
 Answers = Mapping[str, Generation]
 
@@ -41,9 +43,7 @@ def measure(bench: Bench) -> None:
     count = PROMPTS if plan.is_whole else QUICK_PROMPTS
     seconds = {}
     for dtype in DTYPES:
-        checkpoint = fluid_model.load(
-            str(replay.ROOT / "checkpoints" / "tiny-fluid"), device=plan.device.type, dtype=dtype
-        )
+        checkpoint = _tiny(bench, dtype)
         work = requests(checkpoint, count, min(plan.tokens, replay.NEW))
         told = write(checkpoint, work, plan.concurrency)
         alone = told.answers[plan.concurrency[0], "AR"]
@@ -56,6 +56,33 @@ def measure(bench: Bench) -> None:
             put(f"AR's texts equal to those of the first batch, {dtype}", rows, same / len(work))
         seconds[dtype] = told.seconds
     put("time of float32 / bfloat16, tiny-fluid", plan.concurrency[-1], seconds["float32"] / seconds["bfloat16"])
+    one_shape(bench, count)
+
+
+def one_shape(bench: Bench, count: int) -> None:
+    """AR in bfloat16 with all forwards of one shape: its texts at every number of rows; what that costs at the most."""
+    plan, put, most = bench.plan, bench.found.put, max(bench.plan.concurrency)
+    checkpoint = _tiny(bench, "bfloat16")
+    work = requests(checkpoint, count, min(plan.tokens, replay.NEW))
+    columns = max(len(request.prompt) + request.max_new_tokens for request in work) + 1 + SLOTS
+    answers, seconds = list[Answers](), list[float]()
+    for only in (None, (most, SLOTS, columns)):
+        checkpoint.backbone.capture(on=only is not None, only=only)
+        for rows in plan.concurrency:
+            engine = fluid_model.engine_for(checkpoint, ArSettings(), rows)
+            passed, found = clock.took(partial(_all, engine, work), plan.device)
+            seconds.append(passed)
+            if only is not None:
+                answers.append({answer.key: answer for answer in found})
+    for rows, found_there in zip(plan.concurrency, answers, strict=True):
+        same = sum(found_there[key].ids == answers[0][key].ids for key in found_there)
+        put("AR's texts equal to those of the first batch, bfloat16, one shape", rows, same / len(work))
+    put("time of one shape / of many, AR, tiny-fluid", most, seconds[-1] / seconds[len(plan.concurrency) - 1])
+
+
+def _tiny(bench: Bench, dtype: str) -> Checkpoint:
+    folder = str(replay.ROOT / "checkpoints" / "tiny-fluid")
+    return fluid_model.load(folder, device=bench.plan.device.type, dtype=dtype)
 
 
 def requests(checkpoint: Checkpoint, count: int, new: int) -> list[Request]:

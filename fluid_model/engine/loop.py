@@ -74,6 +74,8 @@ class Engine:
         self.slots = slots
         self.calls = 0
         self._prefill = PREFILL_TOKENS_CPU if backbone.device.type == "cpu" else PREFILL_TOKENS
+        self._alone = backbone.graphs is not None and backbone.graphs.only is not None
+        """Whether a prompt is read by itself, since what it is read with would choose its kernels."""
         self._rows: list[_Row] = []
         self._seen: list[Step] = []
         self._sound: Tensor | None = None
@@ -136,7 +138,7 @@ class Engine:
         """Let waiting prompts in together, as many as begin alike and the slots and one forward's budget take."""
         first, rows = waiting[0], list[_Row]()
         fed = len(first.request.prompt) - first.shared + len(self.strategy.behind_prompt)
-        most = min(free, max(1, self._prefill // fed))
+        most = 1 if self._alone else min(free, max(1, self._prefill // fed))
         while waiting and len(rows) < most and waiting[0].beginning == first.beginning:
             rows.append(waiting.popleft())
         start = len(self._rows)
@@ -150,7 +152,8 @@ class Engine:
 
         Returns (R, 1 + M, D): hidden states from the prompts' last tokens on.
         """
-        behind, device, shared = self.strategy.behind_prompt, self.backbone.device, rows[0].shared
+        behind = () if self._alone else self.strategy.behind_prompt
+        device, shared = self.backbone.device, rows[0].shared
         if shared:
             self._read_shared(rows[0])
             self._cache.spread(self._cache.slots - 1, start, len(rows), shared)
