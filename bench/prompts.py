@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 LEVELS = (1, 2, 3)
+WRITTEN = ("mini_gsm8k", "mini_math", "mini_humaneval")
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data" / "gsm8k"
 
@@ -19,6 +20,12 @@ def mini(count: int) -> list[str]:
     suite = _suite()
     rows = chain.from_iterable(zip(*(suite.test_rows("mini_gsm8k", level) for level in LEVELS), strict=True))
     return [row["prompt"] for row in islice(rows, count)]
+
+
+def whole() -> list[str]:
+    """All questions of the mini suite whose answers are written."""
+    suite = _suite()
+    return [row["prompt"] for task in WRITTEN for level in LEVELS for row in suite.test_rows(task, level)]
 
 
 def real(count: int) -> list[str]:

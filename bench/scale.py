@@ -32,7 +32,7 @@ from fluid_model.engine.records import Trace
 from . import bars
 from .bars import Bar
 from .decode import requests
-from .prompts import mini
+from .prompts import whole
 
 MILLION = 2**20
 PROMPT, ANSWER = 200, 100
@@ -149,13 +149,13 @@ def held(count: int, folder: Path) -> list[Bar]:
     ]
 
 
-def workers(prompts: int, runs: int) -> list[Bar]:
+def workers(prompts: int | None, runs: int) -> list[Bar]:
     """Samples a second of two CPU workers, a thread each, beside one of them: the median over turns of one beside two
     that follow each other at once, since a shared machine changes within seconds. And the processor's time that a
     sample takes of two workers, beside what it takes of one alone: what two cores share, whatever they work at.
     """
     checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype="float32")
-    work = requests(checkpoint, mini(prompts))
+    work = requests(checkpoint, whole()[:prompts])
     spec = build_spec({**_MODEL, "engine": {"kind": "ray", "workers": 2}})
     cores = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -206,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = overhead(2_000 if options.quick else 100_000, Path(folder))
         found += held(10_000, Path(folder))
-    found += workers(64 if options.quick else 400, 1 if options.quick else 15)
+    found += workers(64 if options.quick else None, 1 if options.quick else 11)
     print(bars.told(found, as_json=options.json))
     return 0 if all(bar.ok is not False for bar in found) else 1
 
