@@ -17,7 +17,7 @@ from .test_rounds import TEXTS
 class Wrong(graphs.Graphs):
     """Whose replays do not say what was captured."""
 
-    def _record(self, run):
+    def _record(self, run, device):
         hidden = run()
         return hidden, lambda: hidden.copy_(run() + 0.1)
 
@@ -64,6 +64,27 @@ def test_a_replay_that_differs_is_told(checkpoint):
     checkpoint.backbone.graphs = Wrong(checkpoint.backbone.written_out)
     with pytest.raises(RunError, match="differs by"):
         list(engine_for(checkpoint, ArSettings(), 2).generate(requests(checkpoint)))
+
+
+def test_a_broken_row_breaks_no_capture():
+    """Not a number is not a difference; and the first forward is a replay already, as all that follow are."""
+    calls = []
+
+    def forward(ids, positions, mask, cache):
+        calls.append(tuple(ids.shape))
+        hidden = torch.full((*ids.shape, 4), float(len(ids)))
+        hidden[0] = float("nan")
+        return hidden
+
+    captured = graphs.Graphs(forward)
+    cache = captured.cache(3, 20)
+    cache.aim(0, [5, 5, 5], 1, torch.device("cpu"))
+    ids, mask = torch.ones(3, 1, dtype=torch.long), torch.zeros(3, 1, 1, 6)
+    captured._check = lambda key, replayed, plain: graphs.Graphs._check(captured, key, replayed, plain.add(1))
+    hidden = captured(ids, ids, mask, cache)
+    assert calls == [(3, 1), (4, 1), (4, 1)]
+    assert hidden[0].isnan().all()
+    assert (hidden[1:] == 4).all(), "what four rows say, not three"
 
 
 def test_what_is_larger_than_all_buckets_runs_as_it_is(checkpoint, monkeypatch):
