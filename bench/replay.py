@@ -89,28 +89,23 @@ class Replay(FluidStrategy):
         if not settings.verify or settings.temperature:
             raise ConfigError("only greedy rounds whose drafts are verified can be replayed")
         self._tape = tape
-        self._begin: dict[int, int] = {}
 
     def admit(self, start: int, requests: list[Request], hidden: Tensor | None, rooms: list[int]) -> Absorbed:
-        for slot, request in enumerate(requests, start):
-            self._begin[slot] = self._tape.starts[request.seed % len(self._tape.starts)]
-        return super().admit(start, requests, hidden, rooms)
+        starts = self._tape.starts
+        begun = [replace(each, prompt=(starts[each.seed % len(starts)],)) for each in requests]
+        return super().admit(start, begun, hidden, rooms)
 
-    def _say(self, start: int, hidden: Tensor, places: list[list[int]]) -> list[_Said]:
-        super()._say(start, hidden, places)
+    def _say(self, start: int, hidden: Tensor, rows: Sequence[_Row]) -> list[_Said]:
+        super()._say(start, hidden, rows)
         found = []
-        for slot, where in enumerate(places, start):
-            row, wrong = self._rows[slot], self._tape.wrong
-            is_fresh = not row.tokens  # it says what follows its prompt
-            tokens = [self._begin[slot]] if is_fresh else row.tokens
-            drafts: list[list[Draft]] = [[] for _ in tokens]
-            for token, count in zip(tokens, [len(where) - 1] if is_fresh else row.masks, strict=True):
-                drafts += [*self._tape.drafts[token], *([(wrong, 0.0)] for _ in range(count))][:count]
-            said = [self._tape.after(token) for token in tokens] + [wrong] * (len(drafts) - len(tokens))
-            tried = [rivals[: self._candidates] for rivals in drafts]
+        for row in rows:
+            tried: list[list[Draft]] = []
+            for token, count in zip(row.tokens, row.masks, strict=True):
+                drafts = [*self._tape.drafts[token], *([(self._tape.wrong, 0.0)] for _ in range(count))]
+                tried += [rivals[: self._candidates] for rivals in drafts[:count]]
+            following = [[self._tape.after(token), self.horizon] for token in row.tokens]
             likeliest = [[token for token, _ in rivals] for rivals in tried]
-            sure = [[sure for _, sure in rivals] for rivals in tried]
-            found.append(_Said(said, [self.horizon] * len(said), likeliest, sure))
+            found.append(_Said(following, likeliest, [[sure for _, sure in rivals] for rivals in tried]))
         return found
 
 
@@ -137,15 +132,15 @@ def _fans(checkpoint: Checkpoint, request: Request, answer: tuple[int, ...]) -> 
         backbone.forward(before, cache.aim(0, [0], before.shape[1], backbone.device), cache)
     reading = cache.aim(0, [before.shape[1]], row.slots, backbone.device)
     hidden = backbone.forward(feed.ids, replace(reading, fans=feed.fans), cache)
-    (said,) = strategy._say(0, hidden, [strategy._places(row)])
+    (said,) = strategy._say(0, hidden, [row])
     return [_fan(said, place, count, masks) for place in range(count)]
 
 
 def _fan(said: _Said, place: int, count: int, masks: int) -> Fan:
     """The fan behind one of `count` tokens: what it drafts came true where the text goes on so."""
-    first, right, found = count + place * masks, 1.0, []
+    right, found = 1.0, []
     for step in range(min(masks, said.strides[place] - 1)):
-        after, drafts = place + 1 + step, said.drafts(first + step)
+        after, drafts = place + 1 + step, said.drafts(place * masks + step)
         true = said.tokens[after] if after < count else None
         found.append(tuple(sure if token == true else -sure for token, sure in drafts if right * sure >= CHEAPEST))
         right *= drafts[0][1]

@@ -46,7 +46,7 @@ def texts(checkpoint) -> list[Text]:
 def test_rounds_played_are_rounds_made(checkpoint, texts, monkeypatch):
     """Where slots cost nothing and fans are as many as tokens, the engine makes the same rounds, stride by stride."""
     monkeypatch.setattr(fluid._Row, "price", lambda *_: 0.0)
-    monkeypatch.setattr(fluid._Row, "worth", lambda self, hit, price, most: most)
+    monkeypatch.setattr(fluid._Row, "fans", lambda self, hits, price, widest, left: [widest] * len(hits))
     work = [Request(t.key, t.prompt, len(t.ids) + t.ended) for t in texts]
     made = {
         a.key: a.trace for a in engine_for(checkpoint, FluidSettings(slot_budget=1000, candidates=1), 3).generate(work)

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluid_model import masks
+from fluid_model.decoders.fluid import _to_host
+from fluid_model.decoders.sampling import likeliest
 from fluid_model.decoders.tree import Tree, grow
 from fluid_model.engine.cache import SlotCache
 
@@ -120,3 +122,20 @@ def test_what_is_kept_moves_to_the_front():
             wanted = old[:, row][:, :, [*range(length), *(length + slot for slot in slots)]]
             assert torch.equal(new[:, row, :, : length + len(slots)], wanted)
         assert torch.equal(new[:, 3], old[:, 3])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_slots_say_comes_to_the_host_as_it_is(packed):
+    """In one transfer or in three: tables of integers and of numbers, empty ones too."""
+    generator = torch.Generator().manual_seed(0)
+    said = torch.randint(0, 2**31, (5, 2), generator=generator)
+    sure = torch.rand(3, 4, generator=generator) * torch.tensor([1.0, 1e-30, 1e-42, 0.0])
+    for tables in ((said, said[:3], sure), (said, said[:0], sure[:0]), (said, said[:3, :1], sure[:, 1, None])):
+        assert _to_host(tables, packed=packed) == [table.tolist() for table in tables]
+
+
+def test_the_first_of_equals_is_the_likeliest():
+    logits = torch.tensor([[0.0, 2.0, 2.0], [3.0, 3.0, 3.0], [-torch.inf, -5.0, -torch.inf], [1.0, torch.nan, 2.0]])
+    assert likeliest(logits).tolist() == [1, 0, 1, 1]
+    many = torch.randn(7, 900, generator=torch.Generator().manual_seed(0))
+    assert likeliest(many).equal(many.argmax(-1))

@@ -12,7 +12,7 @@ from ..backbone import Backbone
 from ..engine.records import Request
 from ..engine.strategy import Absorbed, Feed
 from ..settings import ArSettings
-from .sampling import Draws, choose
+from .sampling import Draws, choose, likeliest
 
 
 class ArStrategy:
@@ -50,7 +50,7 @@ class ArStrategy:
         slots = range(start, start + len(hidden))
         logits = self.backbone.logits(hidden)  # (n, V)
         if self.settings.temperature == 0:
-            chosen = logits.argmax(-1)
+            chosen = likeliest(logits)
         else:
             draws = self._draws.peek(slots, 1)[:, 0].to(logits.device)
             chosen, _ = choose(logits, draws, self.settings.temperature, self.settings.top_p, "probability")

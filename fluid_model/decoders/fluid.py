@@ -18,9 +18,12 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise, takewhile
+from itertools import takewhile
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +33,7 @@ from ..engine.strategy import Absorbed, Feed
 from ..khead import KHead
 from ..masks import Fans
 from ..settings import FluidSettings
-from .sampling import Draws, choose
+from .sampling import Draws, choose, likeliest
 from .tree import Draft, Tree, grow
 
 CHEAPEST, DEAREST = 0.001, 0.9
@@ -73,13 +76,17 @@ class _Row:
         tokens, slots = self.written / self.rounds, self.fed / self.rounds
         return min(max(rows * tokens / (budget + rows * slots), CHEAPEST), DEAREST)
 
-    def worth(self, hit: float, price: float, most: int) -> int:
-        """Masks of a fan that is behind the last right token with probability `hit`, `most` at most.
+    def fans(self, hits: Sequence[float], price: float, widest: int, left: int) -> list[int]:
+        """Masks of each token's fan, `widest` at most, `left` all together.  hits: how likely each is right and last.
 
-        Its j-th one is used if j drafts come true, each as often as they did so far.
+        The j-th mask of a fan is used if j drafts come true, each as often as they did so far.
         """
-        true = 1 - self.rounds / self.written
-        return 0 if hit <= price or true <= 0 else min(most, int(math.log(price / hit) / math.log(true)))
+        true, found = 1 - self.rounds / self.written, []
+        for hit in hits:
+            worth = 0 if hit <= price or true <= 0 else int(math.log(price / hit) / math.log(true))
+            found.append(min(worth, left, widest))
+            left -= found[-1]
+        return found
 
 
 class FluidStrategy:
@@ -103,19 +110,20 @@ class FluidStrategy:
         self._rows = [_Row() for _ in range(slots)]
         self._draws = Draws(slots)
         fresh, most = _Row(), self.horizon - 1
-        masks = fresh.worth(1.0, fresh.price(self._budget, slots), most) if self.settings.verify else most
+        (masks,) = fresh.fans([1.0], fresh.price(self._budget, slots), most, most) if self.settings.verify else [most]
         self.behind_prompt = (self.mask_id,) * masks
 
     def admit(self, start: int, requests: list[Request], hidden: Tensor | None, rooms: list[int]) -> Absorbed:
         """hidden: (R, 1 + M, D) at the prompt's last token and the fan behind it."""
         assert hidden is not None
+        masks, rows = hidden.shape[1] - 1, slice(start, start + len(requests))
+        self._rows[rows] = [_Row(Tree.chain(request.prompt[-1:]), [masks]) for request in requests]
         for slot, request in enumerate(requests, start):
-            self._rows[slot] = _Row()
             self._draws.seed(slot, request.seed)
-        places = [list(range(hidden.shape[1]))] * len(requests)
         tokens, rejected = [], []
-        for slot, (said, room) in enumerate(zip(self._say(start, hidden, places), rooms, strict=True), start):
-            unsure = self._prepare(self._rows[slot], said, 0, range(1, hidden.shape[1]), room)
+        answers = self._say(start, hidden, self._rows[rows])
+        for slot, (said, room) in enumerate(zip(answers, rooms, strict=True), start):
+            unsure = self._prepare(self._rows[slot], said, 0, room)
             tokens.append(self._rows[slot].tokens[: 1 if self.settings.verify else None])
             rejected.append((len(tokens[-1]), unsure))
             self._draws.take(slot, len(tokens[-1]))
@@ -126,29 +134,30 @@ class FluidStrategy:
         """Tokens first, then the fans in the order of what they hang on."""
         active = self._rows[:rows]
         widths = [row.slots for row in active]
-        found = []
+        widest, found = max(widths), []
         for row, width in zip(active, widths, strict=True):
-            padding, count, depths = max(widths) - width, len(row.tokens), row.tree.depths
-            ids = row.tokens + [self.mask_id] * (width - count + padding)
-            anchors = [*range(count), *(at for at, masks in enumerate(row.masks) for _ in range(masks))]
-            steps = [0] * count + [step for masks in row.masks for step in range(1, masks + 1)]
-            places = [depths[at] + step for at, step in zip(anchors, steps, strict=True)] + [0] * padding
-            until = row.tree.ends + [0] * (len(ids) - count)
-            found.append((ids, anchors + [-1] * padding, steps + [0] * padding, places, until))
-        fed, *fans = torch.tensor(found, device=self.backbone.device).unbind(1)  # (n, S) each
+            count, padding = len(row.tokens), widest - width
+            anchors, steps, places = [*range(count)], [0] * count, [*row.tree.depths]
+            for at, masks in enumerate(row.masks):
+                if masks:
+                    anchors += [at] * masks
+                    steps += range(1, masks + 1)
+                    places += range(places[at] + 1, places[at] + masks + 1)
+            ids, nothing = row.tokens + [self.mask_id] * (widest - count), [0] * padding
+            until = row.tree.ends + [0] * (widest - count)
+            found.append((ids, anchors + [-1] * padding, steps + nothing, places + nothing, until))
+        fed, *fans = torch.from_numpy(np.array(found)).to(self.backbone.device).unbind(1)  # (n, S) each
         return Feed(fed, widths, kinds=["round"] * rows, fans=Fans(*fans))
 
     def absorb(self, feed: Feed, hidden: Tensor, rooms: list[int]) -> Absorbed:
         tokens, kept, rejected = [], [], []
         predicted: list[int | None] = []
         active = self._rows[: len(rooms)]
-        answers = self._say(0, hidden, [self._places(row) for row in active])
+        answers = self._say(0, hidden, active)
         for slot, (row, said, room) in enumerate(zip(active, answers, rooms, strict=True)):
             tree, path = row.tree, self._path(row, said)
-            behind = len(tree.tokens) + sum(row.masks[: path[-1]])
             row.rounds, row.fed = row.rounds + 1, row.fed + row.slots
-            fan = range(behind, behind + row.masks[path[-1]])
-            unsure = self._prepare(row, said, path[-1], fan, room - len(path))
+            unsure = self._prepare(row, said, path[-1], room - len(path))
             if self.settings.verify:
                 fresh, likeliest = [*(tree.tokens[node] for node in path[1:]), row.tokens[0]], tree.likeliest
                 predicted.append(len(likeliest))
@@ -167,74 +176,83 @@ class FluidStrategy:
         self._rows[target] = self._rows[source]
         self._draws.move(source, target)
 
-    def _places(self, row: _Row) -> list[int]:
-        """For each slot of a row the place of what it says, counted from the first one not written yet."""
-        first = 0 if self.settings.verify else 1 - len(row.tokens)  # unverified drafts are written already
-        depths = row.tree.depths
-        places = [max(0, first + depth) for depth in depths]
-        fans = zip(depths, row.masks, strict=True)
-        return places + [first + depth + step for depth, masks in fans for step in range(1, masks + 1)]
-
-    def _say(self, start: int, hidden: Tensor, places: list[list[int]]) -> list[_Said]:
-        """What slots say: one transfer to the host.
-
-        hidden: (n, S, D).  places: of each slot's token; a row's random number of that place draws it.
-        """
-        slots, heat = hidden.shape[1], self.settings.temperature
-        fed = [row * slots + slot for row, where in enumerate(places) for slot in range(len(where))]  # less padding
+    def _say(self, start: int, hidden: Tensor, rows: Sequence[_Row]) -> list[_Said]:
+        """What the slots of rows start.. say, in one transfer to the host.  hidden: (n, S, D)."""
+        slots = hidden.shape[1]
+        counts, masks = [len(row.tokens) for row in rows], [sum(row.masks) for row in rows]
+        fed = [at for row, count in enumerate(counts) for at in range(row * slots, row * slots + count)]
+        known = len(fed)
+        for row, (count, more) in enumerate(zip(counts, masks, strict=True)):
+            fed += range(row * slots + count, row * slots + count + more)
         hidden = hidden.flatten(0, 1)
-        hidden = hidden if len(fed) == len(hidden) else hidden[torch.tensor(fed, device=hidden.device)]  # (fed, D)
+        if len(rows) > 1 or len(fed) < slots:  # tokens of all rows, then their masks, less padding
+            hidden = hidden.index_select(0, torch.tensor(fed, device=hidden.device))  # (fed, D)
         logits = self.backbone.logits(hidden)  # (fed, V)
-        if heat == 0:
-            tokens = logits.argmax(-1)
-            sure, drafts = logits.softmax(-1).topk(min(self._candidates, logits.shape[-1]))  # (fed, candidates) each
+        if self.settings.temperature == 0:
+            tokens = likeliest(logits[:known])
+            sure, drafts = logits[known:].softmax(-1).topk(min(self._candidates, logits.shape[-1]))
         else:
-            tokens, sure = choose(logits, self._numbers(start, places), heat, self.settings.top_p, "probability")
-            sure, drafts = sure[:, None], tokens[:, None]
-        strides = self.head.stride(hidden).to(tokens.device)
-        ids, likely = _to_host(torch.cat([tokens[:, None], strides[:, None], drafts], -1), sure)
-        return [
-            _Said([i[0] for i in ids[a:b]], [i[1] for i in ids[a:b]], [i[2:] for i in ids[a:b]], likely[a:b])
-            for a, b in pairwise(accumulate(map(len, places), initial=0))
-        ]
+            numbers, heat = self._numbers(start, rows), self.settings.temperature
+            chosen, certain = choose(logits, numbers, heat, self.settings.top_p, "probability")
+            tokens, drafts, sure = chosen[:known], chosen[known:, None], certain[known:, None]
+        strides = self.head.stride(hidden[:known]).to(tokens.device)
+        tables = torch.stack((tokens, strides), -1), drafts, sure
+        said, tried, likely = _to_host(tables, packed=hidden.device.type != "cpu")
+        found, at, behind = [], 0, 0
+        for count, more in zip(counts, masks, strict=True):
+            upto, end = at + count, behind + more
+            found.append(_Said(said[at:upto], tried[behind:end], likely[behind:end]))
+            at, behind = upto, end
+        return found
 
     def _path(self, row: _Row, said: _Said) -> list[int]:
         """The tokens that are kept: those the model says itself, or all where nothing is verified."""
         return row.tree.walk(said.tokens) if self.settings.verify else row.tree.likeliest
 
-    def _numbers(self, start: int, places: list[list[int]]) -> Tensor:
-        """The random numbers of these places, row after row."""
-        ahead = self._draws.peek(range(start, start + len(places)), 2 * self.horizon)
-        found = [each[torch.tensor(where)] for each, where in zip(ahead, places, strict=True)]
-        return torch.cat(found).to(self.backbone.device)
+    def _numbers(self, start: int, rows: Sequence[_Row]) -> Tensor:
+        """The random numbers of the places that slots speak of, counted from the first one not written yet: those of
+        the tokens of all rows, then those of their masks.
+        """
+        ahead = self._draws.peek(range(start, start + len(rows)), 2 * self.horizon)
+        first = [0 if self.settings.verify else 1 - len(row.tokens) for row in rows]  # drafts may be written already
+        places = [
+            (number, max(0, first[number] + depth)) for number, row in enumerate(rows) for depth in row.tree.depths
+        ]
+        for number, row in enumerate(rows):
+            fans = zip(row.tree.depths, row.masks, strict=True)
+            places += [(number, first[number] + at + step) for at, masks in fans for step in range(1, masks + 1)]
+        which, where = torch.tensor(places).unbind(1)
+        return ahead[which, where].to(self.backbone.device)
 
-    def _prepare(self, row: _Row, said: _Said, last: int, fan: range, room: int) -> list[int]:
+    def _prepare(self, row: _Row, said: _Said, last: int, room: int) -> list[int]:
         """Set what a row feeds next: the token said at slot `last`, what the fan behind it drafted, and new fans.
 
-        Drafts stay within the K-head's stride and the window.  fan: its slots.  room: slots before the window ends.
+        Drafts stay within the K-head's stride and the window.  room: slots before the window ends.
         Returns drafts within the stride that the confidence threshold dropped, where nothing is verified.
         """
-        stride = min(max(said.strides[last], self.settings.min_horizon), self.horizon, max(room, 1))
-        drafts = [said.drafts(slot) for slot in fan[: stride - 1]]
+        token, stride = said.tokens[last], said.strides[last]
+        stride = min(max(stride, self.settings.min_horizon), self.horizon, max(room, 1), row.masks[last] + 1)
+        behind = sum(row.masks[:last])
+        drafts = [said.drafts(mask) for mask in range(behind, behind + stride - 1)]
         if not self.settings.verify:  # what is drafted is kept, so slots decide over text: all, whatever they cost
             sure = takewhile(lambda draft: draft[0][1] > self.settings.confidence, drafts)
-            row.tree = Tree.chain([said.tokens[last], *(draft[0][0] for draft in sure)])
+            row.tree = Tree.chain([token, *(draft[0][0] for draft in sure)])
             row.masks = [0] * (len(row.tokens) - 1) + [self.horizon - 1]
             return [draft[0][0] for draft in drafts[len(row.tokens) - 1 :]]
         price = row.price(self._budget, self._slots)
-        row.tree = grow(said.tokens[last], drafts, price, self.widest // 2)
-        row.masks, left = [], self.widest - len(row.tokens)
-        for hit in row.tree.last:
-            row.masks.append(row.worth(hit, price, min(left, self.horizon - 1)))
-            left -= row.masks[-1]
+        row.tree = grow(token, drafts, price, self.widest // 2)
+        row.masks = row.fans(row.tree.last, price, self.horizon - 1, self.widest - len(row.tokens))
         return []
 
 
-def _to_host(ids: Tensor, sure: Tensor) -> tuple[list[list[int]], list[list[float]]]:
-    """Two tables of as many lines, in one transfer: the latter's float32 travel as the bits of integers."""
-    width = ids.shape[1]
-    both = torch.cat([ids, sure.float().view(torch.int32)], -1).cpu()
-    return both[:, :width].tolist(), both[:, width:].to(torch.int32).view(torch.float32).tolist()
+def _to_host(tables: Sequence[Tensor], *, packed: bool) -> list[list[list[Any]]]:
+    """Tables as lists. packed: in one transfer, where float32 travel as the bits of integers."""
+    if not packed:
+        return [table.tolist() for table in tables]
+    whole = [table.view(torch.int32) if table.is_floating_point() else table for table in tables]
+    parts = torch.split(torch.cat([table.flatten() for table in whole]).cpu(), [table.numel() for table in whole])
+    found = [part.to(table.dtype).view(table.shape) for part, table in zip(parts, whole, strict=True)]
+    return [part.view(table.dtype).tolist() for part, table in zip(found, tables, strict=True)]
 
 
 def _rejected(tree: Tree, likeliest: list[int], path: list[int]) -> tuple[int, list[int]]:
@@ -245,15 +263,22 @@ def _rejected(tree: Tree, likeliest: list[int], path: list[int]) -> tuple[int, l
 
 @dataclass(frozen=True)
 class _Said:
-    """What the slots of a row say: the token each would write next, the K-head's stride from there, and the likeliest
-    tokens with how sure they are, (slots, candidates) each, the surest first.
+    """What a row says: of each token what follows it and the K-head's stride from there; of each mask the likeliest
+    tokens and how sure they are, (masks, candidates) each, the surest first.
     """
 
-    tokens: list[int]
-    strides: list[int]
+    following: list[list[int]]
     likeliest: list[list[int]]
     sure: list[list[float]]
 
-    def drafts(self, slot: int) -> list[Draft]:
-        """What a slot drafts."""
-        return list(zip(self.likeliest[slot], self.sure[slot], strict=True))
+    @property
+    def tokens(self) -> list[int]:
+        return [token for token, _ in self.following]
+
+    @property
+    def strides(self) -> list[int]:
+        return [stride for _, stride in self.following]
+
+    def drafts(self, mask: int) -> list[Draft]:
+        """What a mask drafts."""
+        return list(zip(self.likeliest[mask], self.sure[mask], strict=True))

@@ -5,6 +5,7 @@ Legend: n active rows, R rows just admitted, S slots fed, L longest prompt, D hi
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import bisect_left
 from collections import deque
@@ -200,8 +201,8 @@ class Engine:
     def _forward(self, rows: list[_Row], feed: Feed, reading: masks.Reading) -> Tensor:
         """One counted call of the model. A row whose numbers are not finite is broken; strategies see zeros there."""
         hidden = self.backbone.forward(feed.ids, replace(reading, widths=feed.widths), self._cache)
-        self._sound = hidden.flatten(1).sum(1, dtype=torch.float32).isfinite()  # (n,)
-        if hidden.device.type != "cpu" or not self._sound.all():  # asked only where that waits for nothing
+        if hidden.device.type != "cpu" or not math.isfinite(hidden.sum(dtype=torch.float32)):  # asked where it is free
+            self._sound = hidden.flatten(1).sum(1, dtype=torch.float32).isfinite()  # (n,)
             hidden = hidden.masked_fill(~self._sound[:, None, None], 0.0)
         self.calls += 1
         for row, width, kind in zip(rows, feed.widths, feed.kinds, strict=True):
@@ -243,7 +244,7 @@ class Engine:
         self._clock = now
 
     def _heard(self, rows: list[_Row]) -> list[bool]:
-        """Whether the numbers of each row were finite in the latest forward; there is none where no prompt is read."""
+        """Whether the numbers of each row were finite in the latest forward: all, where nothing says otherwise."""
         sound, self._sound = self._sound, None
         return [True] * len(rows) if sound is None else sound.tolist()
 
