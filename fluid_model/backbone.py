@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
-from . import budget, graphs, linear, llama, masks
+from . import budget, graphs, llama, masks, native
 from .engine.cache import SlotCache
 from .errors import ConfigError
 
@@ -28,8 +28,8 @@ PROBE_TOLERANCE = {torch.float32: 1e-3}
 PROBE_TOLERANCE_HALF = 5e-2
 SHORT = 2e8
 """Multiplications and additions up to which a forward runs on one thread."""
-TIMED_CONTEXT, TIMED_SLOTS, TIMED_RUNS = 128, 4096, 9
-"""Of forwards that are timed: tokens read, slots fed at most, and how often each."""
+TIMED_CONTEXT, TIMED_SLOTS, TIMED_RUNS, TIMED_SECONDS = 128, 4096, 9, 0.05
+"""Of forwards that are timed: tokens read, slots fed at most, and how often each, and how long, at least."""
 
 
 def context_window(config: PretrainedConfig) -> int:
@@ -72,12 +72,14 @@ class Backbone:
             )
         self.vocabulary: int = model.get_input_embeddings().num_embeddings
         self._once = 2 * sum(weight.numel() for weight in model.parameters())
-        self._project = linear.Linear.of(self._head)
         self._cap = getattr(self.config, "final_logit_softcapping", None)
         self._sliding = getattr(self.config, "sliding_window", None)
         self._layer_types = set(getattr(self.config, "layer_types", None) or ())
         self.written_out = llama.Forward(model, self.window) if llama.fits(model) else None
         """The forward written out, where it fits."""
+        found = self.written_out
+        self.native = None if found is None else native.Forward.of(model, found.cos, found.sin)
+        """The same, compiled, where it can be."""
         self.graphs: graphs.Graphs | None = None
 
     @torch.inference_mode()
@@ -95,7 +97,10 @@ class Backbone:
         if self.written_out is not None:
             mask = self._additive(reading.allowed())
             replayed = None if self.graphs is None else self.graphs(ids, places, mask, cache)
-            return self.written_out(ids, places, mask, cache, reading.widths) if replayed is None else replayed
+            if replayed is not None:
+                return replayed
+            forward = self.written_out if self.native is None or self.graphs is not None else self.native
+            return forward(ids, places, mask, cache, reading.widths)
         output = self.model.base_model(
             input_ids=ids,
             position_ids=places,
@@ -138,10 +143,10 @@ class Backbone:
     def _projected(self, flat: Tensor) -> Tensor:
         """(M, D) -> (M, V): at once, or as many at a time as a row of the one shape has slots."""
         if self.graphs is None or self.graphs.only is None:
-            return self._project(flat)
+            return self.native.logits(flat) if self.native and self.native.says_tokens else self._head(flat)
         size = self.graphs.only[1]
         filled = functional.pad(flat, (0, 0, 0, -len(flat) % size)).view(-1, size, flat.shape[-1])
-        return torch.cat([self._project(part) for part in filled])[: len(flat)]
+        return torch.cat([self._head(part) for part in filled])[: len(flat)]
 
     @contextmanager
     def _threads(self, slots: int) -> Iterator[None]:
@@ -166,10 +171,10 @@ class Backbone:
         """Time of a forward of one row that feeds `slots` slots behind `context` cached tokens: the fastest of some,
         since whatever else the machine does only adds.
         """
-        cache, found = SlotCache(1, context + slots), []
+        cache, found = SlotCache(1, context + slots), list[float]()
         ids = torch.zeros(1, max(context, slots), dtype=torch.long, device=self.device)
         self.forward(ids[:, :context], cache.aim(0, [0], context, self.device), cache)
-        for _ in range(TIMED_RUNS):
+        while len(found) < TIMED_RUNS or sum(found) < TIMED_SECONDS:
             started = time.perf_counter()
             hidden = self.forward(ids[:, :slots], cache.aim(0, [context], slots, self.device), cache)
             float(hidden[0, -1, 0])  # waits for the device

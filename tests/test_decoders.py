@@ -230,7 +230,7 @@ def test_end_tokens_are_written_last_where_asked(suppress):
         logits[0, 77] = 10.0
         return logits
 
-    checkpoint.backbone._project = pretend
+    checkpoint.backbone._projected = pretend
     decoder = LladaSettings(block_length=8, suppress_end=suppress)
     strategy = strategy_for(checkpoint, decoder)
     strategy.allocate(1)

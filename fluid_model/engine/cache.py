@@ -65,6 +65,12 @@ class SlotCache:
         keys, values = rows.narrow(3, 0, self._total).unbind(0)
         return keys, values
 
+    def slabs(self, layers: int, heads: int, size: int) -> list[Tensor]:
+        """Storage of all layers, (2, slots, H, columns, Dh) each, float32 on the CPU: for who writes it himself."""
+        if len(self._slabs) < layers:
+            self._slabs = {n: torch.zeros(2, self.slots, heads, self.columns, size) for n in range(layers)}
+        return list(self._slabs.values())
+
     def spread(self, source: int, start: int, count: int, columns: int) -> None:
         """Copy one slot's first columns to `count` slots from `start` on: what their prompts begin with."""
         for slab in self._slabs.values():

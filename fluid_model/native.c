@@ -1,0 +1,279 @@
+/* The forward of Llama-shaped models in float32 on a CPU. Compiled and called by native.py, which holds the other halves
+   of these structures.
+
+   Every number is summed in one order, whatever is computed beside it, and what a slot may not read is left out, not
+   masked: a token's numbers are the same to the last bit in every batch, and among drafts and fans as alone.
+
+   Legend: B rows, S slots fed, M slots of all rows that count, T columns, D hidden, H query heads, G key heads,
+   E head size, F inner size. D, F and E are multiples of LANES, which the compiler is told.  */
+
+#include <math.h>
+#include <string.h>
+
+#define WIDE (2 * LANES) /* columns of a panel */
+#ifdef __AVX512F__
+#define TALL 12 /* slots that go through a panel together, at most: their sums fill the registers */
+#else
+#define TALL 4
+#endif
+#define MOST_HEAD 256
+
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int whole __attribute__((vector_size(4 * LANES)));
+
+typedef struct { const float *panels, *bias; long from, to; } Map; /* (N / WIDE, from, WIDE), (N,) or none */
+typedef struct { const float *before, *after; Map read, out, opened, down; } Layer;
+typedef struct {
+    const float *embed, *norm, *cos, *sin; /* (V, D), (D,), (W, E) and (W, E), the left half's sine negative */
+    float eps;
+    long vocabulary, layers, hidden, inner, heads, key_heads, head;
+    const Layer *layer;
+} Model;
+typedef struct {
+    const long *ids, *places, *columns, *widths; /* (B, S) each, slots of a row that count (B,) */
+    const float *mask;                           /* (B, S, T), negative where a slot may not read */
+    long rows, slots, total;
+    float *const *slabs; /* of each layer: (2, held, G, room, E) from the first row's keys on */
+    long held, room;
+} Fed;
+
+static inline lanes at(const float *from) { return *(const lanes *)from; }
+static inline void put(float *to, lanes what) { *(lanes *)to = what; }
+static inline lanes pick(whole which, lanes yes, lanes no) {
+    return (lanes)((which & (whole)yes) | (~which & (whole)no));
+}
+
+/* LANES sums of LANES vectors, all in one order. */
+static inline lanes sums(lanes *of) {
+    whole lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; i++) {
+            whole upper = (lane & half) != 0;
+            lanes kept = pick(upper, of[i + half], of[i]), crossed = pick(upper, of[i], of[i + half]);
+            of[i] = kept + __builtin_shuffle(crossed, lane ^ half);
+        }
+    return of[0];
+}
+
+static inline float sum(lanes of) {
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) of[i] += of[i + half];
+    return of[0];
+}
+
+/* e to the x, from 1e-38 on: a power of two times a polynomial. What is no number stays none. */
+static inline lanes exponential(lanes x) {
+    lanes near = pick(x > 88.0f, (lanes){0} + 88.0f, pick(x < -87.0f, (lanes){0} - 87.0f, x));
+    lanes power = near * 1.44269504f + 12582912.0f - 12582912.0f; /* rounded to a whole number */
+    lanes rest = near - power * 0.693359375f + power * 2.12194440e-4f;
+    lanes y = rest * (1.0f / 5040) + 1.0f / 720;
+    y = y * rest + 1.0f / 120;
+    y = y * rest + 1.0f / 24;
+    y = y * rest + 1.0f / 6;
+    y = y * rest + 0.5f;
+    y = y * rest * rest + rest + 1.0f;
+    y = (lanes)((whole)y + (__builtin_convertvector(power, whole) << 23));
+    return pick(x == x, y, x);
+}
+
+/* (tall, WIDE) = (tall, size) times a panel (size, WIDE). */
+static inline __attribute__((always_inline)) void tile(const int tall, long size, const float *in, const float *panel,
+                                                       float *to)
+{
+    lanes left[TALL], right[TALL];
+    for (int m = 0; m < tall; m++) left[m] = right[m] = (lanes){0};
+    for (long k = 0; k < size; k++, panel += WIDE) {
+        lanes first = at(panel), second = at(panel + LANES);
+        for (int m = 0; m < tall; m++) {
+            left[m] += in[m * size + k] * first;
+            right[m] += in[m * size + k] * second;
+        }
+    }
+    for (int m = 0; m < tall; m++) {
+        put(to + m * WIDE, left[m]);
+        put(to + m * WIDE + LANES, right[m]);
+    }
+}
+
+static void tiles(long tall, long size, const float *in, const float *panel, float *to) {
+    switch (tall) { /* each with its sums in registers */
+    case 1: tile(1, size, in, panel, to); break;
+    case 2: tile(2, size, in, panel, to); break;
+    case 3: tile(3, size, in, panel, to); break;
+#if TALL == 12
+    case 4: tile(4, size, in, panel, to); break;
+    case 5: tile(5, size, in, panel, to); break;
+    case 6: tile(6, size, in, panel, to); break;
+    case 7: tile(7, size, in, panel, to); break;
+    case 8: tile(8, size, in, panel, to); break;
+    case 9: tile(9, size, in, panel, to); break;
+    case 10: tile(10, size, in, panel, to); break;
+    case 11: tile(11, size, in, panel, to); break;
+#endif
+    default: tile(TALL, size, in, panel, to);
+    }
+}
+
+/* to (M, map->to) = in (M, map->from) through a map, added to `more` (M, map->to) where there is one. */
+void through(const Map *map, long count, const float *in, const float *more, float *to) {
+    float block[TALL * WIDE];
+    for (long n = 0; n < map->to; n += WIDE) {
+        long wide = map->to - n < WIDE ? map->to - n : WIDE;
+        for (long m = 0, tall; m < count; m += tall) {
+            long left = count - m, blocks = (left + TALL - 1) / TALL;
+            tall = (left + blocks - 1) / blocks;
+            tiles(tall, map->from, in + m * map->from, map->panels + n * map->from, block);
+            for (long i = 0; i < tall; i++) {
+                long place = (m + i) * map->to + n;
+                for (long j = 0; j < wide; j++) {
+                    float value = block[i * WIDE + j];
+                    if (map->bias) value += map->bias[n + j];
+                    to[place + j] = more ? more[place + j] + value : value;
+                }
+            }
+        }
+    }
+}
+
+/* Root mean square norm of (M, size). */
+static void normed(long count, const float *in, const float *weight, float eps, long size, float *to) {
+    for (; count--; in += size, to += size) {
+        lanes squares = {0};
+        for (long d = 0; d < size; d += LANES) squares += at(in + d) * at(in + d);
+        float scale = 1.0f / sqrtf(sum(squares) / size + eps);
+        for (long d = 0; d < size; d += LANES) put(to + d, at(in + d) * scale * at(weight + d));
+    }
+}
+
+/* Rotary embedding of one head, in place. */
+static void turn(float *head, const float *cos, const float *sin, long size) {
+    float other[MOST_HEAD];
+    memcpy(other, head + size / 2, size / 2 * sizeof *head);
+    memcpy(other + size / 2, head, size / 2 * sizeof *head);
+    for (long e = 0; e < size; e += LANES) put(head + e, at(head + e) * at(cos + e) + at(other + e) * at(sin + e));
+}
+
+/* One query over the columns `seen`, `count` of them. shares: room for them, LANES more at most. */
+static inline __attribute__((always_inline)) void attend(const int parts, const int *seen, long count,
+                                                         const float *query, const float *keys, const float *values,
+                                                         float *shares, float *to)
+{
+    const long size = parts * LANES;
+    if (count == 0) { memset(to, 0, size * sizeof *to); return; }
+    const float scale = 1.0f / sqrtf(size);
+    lanes most = (lanes){0} - INFINITY, all = {0}, even[MOST_HEAD / LANES], odd[MOST_HEAD / LANES];
+    for (long t = 0; t < count; t += LANES) {
+        lanes dots[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) {
+            const float *key = keys + seen[t + i < count ? t + i : count - 1] * size;
+            dots[i] = at(query) * at(key);
+            for (int e = 1; e < parts; e++) dots[i] += at(query + e * LANES) * at(key + e * LANES);
+        }
+        lanes found = sums(dots) * scale;
+        for (long i = count - t; i < LANES; i++) found[i] = -INFINITY;
+        put(shares + t, found);
+        most = pick(found > most, found, most);
+    }
+    float highest = most[0];
+    for (int i = 1; i < LANES; i++) highest = most[i] > highest ? most[i] : highest;
+    for (long t = 0; t < count; t += LANES) {
+        lanes share = exponential(at(shares + t) - highest);
+        for (long i = count - t; i < LANES; i++) share[i] = 0;
+        put(shares + t, share);
+        all += share;
+    }
+    for (int e = 0; e < parts; e++) even[e] = odd[e] = (lanes){0};
+    for (long t = 0; t + 1 < count; t += 2)
+        for (int e = 0; e < parts; e++) {
+            even[e] += shares[t] * at(values + seen[t] * size + e * LANES);
+            odd[e] += shares[t + 1] * at(values + seen[t + 1] * size + e * LANES);
+        }
+    if (count % 2)
+        for (int e = 0; e < parts; e++) even[e] += shares[count - 1] * at(values + seen[count - 1] * size + e * LANES);
+    float whole_share = sum(all);
+    for (int e = 0; e < parts; e++) put(to + e * LANES, (even[e] + odd[e]) / whole_share);
+}
+
+static void attention(long size, const int *seen, long count, const float *query, const float *keys,
+                      const float *values, float *shares, float *to)
+{
+    switch (size / LANES) {
+    case 1: attend(1, seen, count, query, keys, values, shares, to); break;
+    case 2: attend(2, seen, count, query, keys, values, shares, to); break;
+    case 3: attend(3, seen, count, query, keys, values, shares, to); break;
+    case 4: attend(4, seen, count, query, keys, values, shares, to); break;
+    case 8: attend(8, seen, count, query, keys, values, shares, to); break;
+    default: attend(size / LANES, seen, count, query, keys, values, shares, to);
+    }
+}
+
+/* Floats that a forward of M slots takes beside its results. */
+long workspace(const Model *model, long count, long total) {
+    long read = (model->heads + 2 * model->key_heads) * model->head;
+    long each = 2 * model->hidden + read + model->heads * model->head + 2 * model->inner + total + 2;
+    return count * each + total + LANES;
+}
+
+/* Hidden states after the final norm, of slots that count: to (B, S, D).  space: see `workspace`.
+   Returns 0; or 1 if an id, a place or a column is out of bounds, before anything is written. */
+int forward(const Model *model, const Fed *fed, long window, float *space, float *to) {
+    const long hidden = model->hidden, size = model->head, heads = model->heads, groups = model->key_heads;
+    const long read = (heads + 2 * groups) * size, inner = model->inner, total = fed->total;
+    const long values = fed->held * groups * fed->room * size; /* behind keys */
+    long count = 0, i = 0;
+    for (long b = 0; b < fed->rows; b++) count += fed->widths[b];
+    float *x = space, *normal = x + count * hidden, *fresh = normal + count * hidden, *got = fresh + count * read;
+    float *open = got + count * heads * size, *shares = open + count * 2 * inner;
+    int *where = (int *)(shares + total + LANES), *reads = where + count, *seen = reads + count;
+
+    for (long b = 0; b < fed->rows; b++)
+        for (long s = 0; s < fed->widths[b]; s++, i++) {
+            long slot = where[i] = b * fed->slots + s;
+            if (fed->ids[slot] < 0 || fed->ids[slot] >= model->vocabulary || fed->places[slot] < 0 ||
+                fed->places[slot] >= window || fed->columns[slot] < 0 || fed->columns[slot] >= fed->room)
+                return 1;
+            memcpy(x + i * hidden, model->embed + fed->ids[slot] * hidden, hidden * sizeof *x);
+            reads[i] = 0;
+            for (long t = 0; t < total; t++)
+                if (fed->mask[slot * total + t] >= 0) seen[i * total + reads[i]++] = t;
+        }
+    for (const Layer *layer = model->layer; layer < model->layer + model->layers; layer++) {
+        float *keys = fed->slabs[layer - model->layer];
+        normed(count, x, layer->before, model->eps, hidden, normal);
+        through(&layer->read, count, normal, NULL, fresh);
+        for (i = 0; i < count; i++) {
+            float *mine = fresh + i * read;
+            long row = where[i] / fed->slots, place = fed->places[where[i]] * size;
+            for (long h = 0; h < heads + groups; h++)
+                turn(mine + h * size, model->cos + place, model->sin + place, size);
+            for (long g = 0; g < groups; g++) {
+                float *cell = keys + ((row * groups + g) * fed->room + fed->columns[where[i]]) * size;
+                memcpy(cell, mine + (heads + g) * size, size * sizeof *cell);
+                memcpy(cell + values, mine + (heads + groups + g) * size, size * sizeof *cell);
+            }
+        }
+        for (long b = 0, first = 0; b < fed->rows; first += fed->widths[b++])
+            for (long h = 0; h < heads; h++) { /* keys of one head are read by all slots of a row, then left */
+                float *these = keys + (b * groups + h / (heads / groups)) * fed->room * size;
+                for (i = first; i < first + fed->widths[b]; i++)
+                    attention(size, seen + i * total, reads[i], fresh + i * read + h * size, these, these + values,
+                              shares, got + (i * heads + h) * size);
+            }
+        through(&layer->out, count, got, x, x);
+        normed(count, x, layer->after, model->eps, hidden, normal);
+        through(&layer->opened, count, normal, NULL, open);
+        for (i = 0; i < count; i++) /* in place: row i is written to what rows up to i / 2 were read from */
+            for (long f = 0; f < inner; f += LANES) {
+                lanes gate = at(open + 2 * i * inner + f), let = at(open + (2 * i + 1) * inner + f);
+                put(open + i * inner + f, gate / (1.0f + exponential(-gate)) * let);
+            }
+        through(&layer->down, count, open, x, x);
+    }
+    for (i = 0; i < count; i++)
+        normed(1, x + i * hidden, model->norm, model->eps, hidden, to + where[i] * hidden);
+    return 0;
+}

@@ -1,0 +1,259 @@
+"""The forward of Llama-shaped models in float32 on a CPU, compiled: `native.c` by the C compiler at hand.
+
+Torch takes longer to be called than a model of a few million weights takes to compute. Here a forward is one call. Its
+numbers are the same to the last bit in every batch, and those of tokens among drafts and fans the same as AR's. Where
+there is no compiler, or the model is another, torch's own way is taken.
+
+Legend: B rows, S slots fed, M slots that count, T columns, D hidden, V vocabulary, N numbers a map writes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import POINTER, Structure, c_float, c_long, c_void_p
+from itertools import accumulate, pairwise
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .engine.cache import SlotCache
+
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+LANES = (16, 8, 4)
+"""Numbers a processor may take at once, the most first; a model's sizes are multiples."""
+WIDEST = {"AVX512": 16, "AVX2": 8}
+"""Of these processors; of others the least."""
+MOST_HEAD = 256
+MOST_BYTES = 2**28
+"""Weights of a model that are laid out a second time at most."""
+WORTH = 1e8
+"""Multiplications and additions worth a thread of their own."""
+OFF = "FLUID_NATIVE"
+"""Environment variable: 0 leaves all to torch."""
+
+_version = attrgetter("_version")
+_log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+class _Map(Structure):
+    _fields_ = (("panels", c_void_p), ("bias", c_void_p), ("read", c_long), ("written", c_long))
+
+
+class _Layer(Structure):
+    _fields_ = (
+        ("before", c_void_p), ("after", c_void_p), ("read", _Map), ("out", _Map), ("opened", _Map), ("down", _Map),
+    )  # fmt: skip
+
+
+class _Model(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("embed", "norm", "cos", "sin")), ("eps", c_float),
+        *((name, c_long) for name in ("vocabulary", "layers", "hidden", "inner", "heads", "key_heads", "head")),
+        ("layer", POINTER(_Layer)),
+    )  # fmt: skip
+
+
+class _Fed(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("ids", "places", "columns", "widths", "mask")),
+        *((name, c_long) for name in ("rows", "slots", "total")), ("slabs", c_void_p),
+        ("held", c_long), ("room", c_long),
+    )  # fmt: skip
+
+
+@functools.cache
+def library(lanes: int) -> ctypes.CDLL | None:
+    """The compiled code for this processor; None where there is no compiler, or it fails.
+
+    It is compiled once and kept in the user's cache folder, under a name made of all that it depends on.
+    """
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None or os.environ.get(OFF) == "0":
+        return None
+    words = [compiler, *FLAGS, f"-DLANES={lanes}"]
+    name = hashlib.sha256("\n".join([SOURCE.read_text(), *words, _processor()]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fluid-eval"
+    file = folder / f"native-{name}.so"
+    try:
+        if not file.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                made = Path(scratch) / file.name
+                subprocess.run([*words, "-o", made, SOURCE, "-lm"], check=True, capture_output=True, text=True)
+                made.replace(file)  # whole or not at all, whoever else compiles it now
+        found = ctypes.CDLL(str(file))
+    except (OSError, subprocess.CalledProcessError) as error:
+        _log.warning("no compiled forward: %s", getattr(error, "stderr", None) or error)
+        return None
+    found.forward.argtypes = (POINTER(_Model), POINTER(_Fed), c_long, c_void_p, c_void_p)
+    found.through.argtypes, found.through.restype = (POINTER(_Map), c_long, c_void_p, c_void_p, c_void_p), None
+    found.workspace.argtypes, found.workspace.restype = (POINTER(_Model), c_long, c_long), c_long
+    return found
+
+
+def _processor() -> str:
+    """What this processor can do: a cache folder may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+class Forward:
+    """Calls of one model. Follows weights that are changed in place."""
+
+    def __init__(self, model: Any, cos: Tensor, sin: Tensor, lanes: int, found: ctypes.CDLL) -> None:
+        """cos, sin: (W, E) each.  lanes: those that `found` was compiled for."""
+        self._model, self._cos, self._sin, self._lanes, self._library = model, cos, sin, lanes, found
+        self._head = model.get_output_embeddings()
+        self.says_tokens = type(self._head) is nn.Linear
+        """Whether the vocabulary projection is a plain map, which `logits` runs."""
+        self._watched = [*model.base_model.parameters(), *(self._head.parameters() if self.says_tokens else ())]
+        self._once = 2 * sum(weight.numel() for weight in model.base_model.layers.parameters())
+        self._version = -1
+        self._held: list[Tensor] = []
+        self._local = threading.local()
+
+    @classmethod
+    def of(cls, model: Any, cos: Tensor, sin: Tensor) -> Forward | None:
+        """For a model that `llama.fits`; None where torch is to run it.  cos, sin: (W, 1, E) each."""
+        config, weights, size = model.config, list(model.parameters()), cos.shape[-1]
+        plain = all(w.device.type == "cpu" and w.dtype == torch.float32 and not w.is_inference() for w in weights)
+        if not plain or sum(weight.nbytes for weight in weights) > MOST_BYTES or size > MOST_HEAD:
+            return None
+        widest = WIDEST.get(torch.backends.cpu.get_cpu_capability(), LANES[-1])
+        sizes = (config.hidden_size, config.intermediate_size, size)
+        lanes = next((n for n in LANES if n <= widest and not any(size % n for size in sizes)), 0)
+        found = library(lanes) if lanes else None
+        return None if found is None else cls(model, cos[:, 0].contiguous(), sin[:, 0].contiguous(), lanes, found)
+
+    def __call__(
+        self, ids: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache, widths: Sequence[int] | None = None
+    ) -> Tensor:
+        """As `llama.Forward`; what is padding is 0.
+
+        Raises IndexError where an id is not in the vocabulary, or a slot stands outside the cache.
+        """
+        self._follow()
+        (rows, slots), total, tables = ids.shape, mask.shape[-1], self._tables
+        counts = list(widths or [slots] * rows)
+        start, columns, _ = cache.aimed
+        slabs = cache.slabs(tables.layers, tables.key_heads, tables.head)
+        inputs = [each.contiguous() for each in (ids, positions, columns)]
+        mask, to = mask.contiguous(), torch.zeros(rows, slots, tables.hidden)
+
+        def run(part: range) -> bool:
+            here, first = counts[part.start : part.stop], part.start
+            widest = (c_long * len(here))(*here)
+            keys = (c_void_p * len(slabs))(*(slab[0, start + first].data_ptr() for slab in slabs))
+            fed = _Fed(
+                *(each[first:].data_ptr() for each in inputs), ctypes.addressof(widest), mask[first:].data_ptr(),
+                len(here), slots, total, ctypes.addressof(keys), cache.slots, cache.columns,
+            )  # fmt: skip
+            space = self._space(self._library.workspace(tables, sum(here), total))
+            found = self._library.forward(tables, fed, len(self._cos), space.data_ptr(), to[first:].data_ptr())
+            return bool(found)
+
+        if any(_each(run, _parts(counts, self._once))):
+            raise IndexError(f"a token is none of {tables.vocabulary}, or a slot stands outside the cache")
+        return to
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(M, D) -> (M, V)."""
+        self._follow()
+        hidden, to = hidden.contiguous(), torch.empty(len(hidden), self._says.written)
+
+        def run(part: range) -> None:
+            some, into = hidden[part.start :].data_ptr(), to[part.start :].data_ptr()
+            self._library.through(self._says, len(part), some, None, into)
+
+        _each(run, _parts([1] * len(hidden), 2 * self._says.read * self._says.written))
+        return to
+
+    def _follow(self) -> None:
+        """Lay out the weights, unless they are those that are."""
+        version = sum(map(_version, self._watched))
+        if version == self._version:
+            return
+        self._held, base, config = [], self._model.base_model, self._model.config
+        layers = (_Layer * len(base.layers))()
+        for number, layer in enumerate(base.layers):
+            of, mlp = layer.self_attn, layer.mlp
+            parts = ([of.q_proj, of.k_proj, of.v_proj], [of.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])
+            norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
+            layers[number] = _Layer(*map(self._keep, norms), *map(self._map, parts))
+        tables = (base.embed_tokens.weight, base.norm.weight, self._cos, self._sin)
+        self._tables = _Model(
+            *map(self._keep, tables), config.rms_norm_eps, len(base.embed_tokens.weight), len(layers),
+            config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads,
+            self._cos.shape[-1], layers,
+        )  # fmt: skip
+        if self.says_tokens:
+            self._says = self._map([self._head])
+        self._version = version
+
+    def _space(self, size: int) -> Tensor:
+        """Room for so many numbers, this thread's own: taken anew at every call, it would be cleared page by page."""
+        held: Tensor | None = getattr(self._local, "space", None)
+        if held is None or len(held) < size:
+            held = self._local.space = torch.empty(size)
+        return held
+
+    def _keep(self, tensor: Tensor) -> int:
+        """Where a tensor's numbers lie, for as long as they are needed."""
+        self._held.append(tensor.detach().contiguous())
+        return self._held[-1].data_ptr()
+
+    def _map(self, modules: Sequence[nn.Linear]) -> _Map:
+        """Linear maps of one input as one: panels of 2 * lanes columns, the last filled up with zeros."""
+        weight, wide = torch.cat([module.weight.detach() for module in modules]), 2 * self._lanes
+        panels = functional.pad(weight, (0, 0, 0, -len(weight) % wide)).view(-1, wide, weight.shape[1]).transpose(1, 2)
+        biased = any(module.bias is not None for module in modules)
+        biases = [
+            each.weight.new_zeros(len(each.weight)) if each.bias is None else each.bias.detach() for each in modules
+        ]
+        return _Map(self._keep(panels), self._keep(torch.cat(biases)) if biased else None, weight.shape[1], len(weight))
+
+
+def _parts(counts: Sequence[int], once: int) -> list[range]:
+    """Rows in as many parts as threads are worth waking.  counts: slots of each.  once: operations a slot takes."""
+    whole = sum(counts)
+    most = max(1, min(torch.get_num_threads(), len(counts), int(once * whole // WORTH)))
+    if most == 1:
+        return [range(len(counts))]
+    ends = [*accumulate(counts)]
+    cuts = [0, *(bisect_left(ends, whole * part / most) + 1 for part in range(1, most)), len(counts)]
+    return [range(*pair) for pair in pairwise(cuts) if pair[0] < pair[1]]
+
+
+def _each(run: Callable[[range], Result], parts: Sequence[range]) -> list[Result]:
+    """What all parts return, each on a thread of its own."""
+    if len(parts) == 1:
+        return [run(parts[0])]
+    others = [_pool(os.getpid()).submit(run, part) for part in parts[1:]]
+    return [run(parts[0]), *(other.result() for other in others)]
+
+
+@functools.cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Threads of this process: they do not live on in a fork of it."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="forward")

@@ -1,0 +1,200 @@
+"""The compiled forward says what the written-out one says; its numbers do not depend on what is beside them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+import fluid_model
+from fluid_eval.paths import resource
+from fluid_model import ArSettings, FluidSettings, Request, native
+from fluid_model.backbone import Backbone
+from fluid_model.engine.cache import SlotCache
+
+from .test_graphs import heard
+from .test_llama import CONFIGS, SIZES, model_of
+
+pytestmark = pytest.mark.skipif(native.library(4) is None, reason="no C compiler")
+WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 112, "head_dim": 48, "attention_bias": True, "mlp_bias": True}
+
+
+def fed(forward, ids, lengths, fresh, columns, widths=None, threads=1):
+    """Hidden states of prompts of these lengths, and of more slots behind each; the cache's slot 0 is another's."""
+    cache, width = SlotCache(len(lengths) + 1, columns), max(lengths)
+    backbone = Backbone.__new__(Backbone)
+    backbone._lowest, backbone.dtype = -3e38, torch.float32
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = []
+        for start, count in (([0] * len(lengths), width), (lengths, fresh)):
+            some = torch.stack([row[n : n + count] for row, n in zip(ids, start, strict=True)])
+            reading = cache.aim(1, start, count, ids.device)
+            mask = backbone._additive(reading.allowed())
+            found.append(forward(some, reading.positions, mask, cache, widths if count == fresh else None))
+        return found
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "wide"])
+def test_it_says_what_the_written_out_forward_says(name):
+    """Grouped heads, biases, tied embeddings, scaled positions; prompts of different length, more slots behind each."""
+    backbone = Backbone(model_of(LlamaConfig(**WIDE) if name == "wide" else CONFIGS[name]))
+    assert backbone.native is not None
+    ids, lengths = torch.randint(0, 97, (3, 14)), [9, 4, 7]
+    with torch.inference_mode():
+        for found, expected in zip(
+            fed(backbone.native, ids, lengths, 5, 20), fed(backbone.written_out, ids, lengths, 5, 20), strict=True
+        ):
+            for row, n in enumerate(lengths):
+                assert torch.allclose(found[row, :n], expected[row, :n], atol=1e-4, rtol=1e-4)
+        hidden = torch.randn(11, backbone.native._tables.hidden)
+        expected = backbone.model.get_output_embeddings()(hidden)
+        assert torch.allclose(backbone.logits(hidden), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_and_threads_change_nothing(monkeypatch):
+    """To the last bit: a row alone, among others, padded, with room to spare, on threads of its own."""
+    monkeypatch.setattr(native, "WORTH", 1e5)
+    backbone = Backbone(model_of(LlamaConfig(**WIDE)))
+    forward, ids = backbone.native, torch.randint(0, 97, (6, 40))
+    lengths, widths = [9, 31, 7, 12, 1, 20], [3, 5, 1, 2, 4, 5]
+    assert len(native._parts([5] * 6, forward._once)) == 1
+    with torch.inference_mode():
+        several = fed(forward, ids, lengths, 5, 60, widths)[1]
+        threads = fed(forward, ids, lengths, 5, 60, widths, threads=3)[1]
+        assert torch.equal(several, threads)
+        for row, (length, width) in enumerate(zip(lengths, widths, strict=True)):
+            (alone,) = fed(forward, ids[row : row + 1], [length], width, length + width)[1]
+            assert torch.equal(several[row, :width], alone)
+            assert not several[row, width:].any(), "padding"
+            assert torch.equal(backbone.logits(several)[row, :width], backbone.logits(alone))
+
+
+@pytest.mark.parametrize("slots", [1, 5])
+def test_verified_drafts_have_ars_own_numbers(slots):
+    """A token's logits among drafts, rivals and fans are those it has in AR, to the last bit: no text can differ."""
+    checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype="float32")
+    assert checkpoint.backbone.native is not None
+    expected, numbers = heard(checkpoint, ArSettings(), 3)
+    answers, others = heard(checkpoint, FluidSettings(slot_budget=64), slots)
+    assert answers == expected
+    shared = numbers.keys() & others.keys()
+    assert len(shared) > 20
+    assert all(others[place] == numbers[place] for place in shared)
+
+
+def test_it_follows_weights_that_change():
+    backbone, ids = Backbone(model_of(CONFIGS["llama"])), torch.randint(0, 97, (2, 9))
+    with torch.inference_mode():
+        before = fed(backbone.native, ids, [4, 4], 5, 9)[1]
+    for change in (backbone.model.model.layers[1].mlp.up_proj.weight, backbone.model.model.norm.weight):
+        with torch.no_grad():
+            change.mul_(1.5)
+        with torch.inference_mode():
+            found, expected = (fed(each, ids, [4, 4], 5, 9)[1] for each in (backbone.native, backbone.written_out))
+        assert torch.allclose(found, expected, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(found, before, atol=1e-3)
+
+
+def test_what_is_no_number_stays_none_and_stays_in_its_row():
+    backbone, ids = Backbone(model_of(CONFIGS["llama"])), torch.tensor([[3, 5, 7], [3, 96, 7], [3, 5, 7]])
+    with torch.no_grad():
+        backbone.model.model.embed_tokens.weight[96] = torch.nan
+    cache = SlotCache(3, 3)
+    hidden = backbone.forward(ids, cache.aim(0, [0] * 3, 3, ids.device), cache)
+    assert hidden.isfinite().all(-1).tolist() == [[True] * 3, [True, False, False], [True] * 3]
+    assert torch.equal(hidden[0], hidden[2])
+
+
+@pytest.mark.parametrize(
+    ("ids", "place", "column"), [(97, 0, 0), (-1, 0, 0), (5, 64, 0), (5, -1, 0), (5, 0, 3), (5, 0, -1)]
+)
+def test_what_lies_outside_is_refused_and_nothing_written(ids, place, column):
+    backbone, cache = Backbone(model_of(CONFIGS["llama"])), SlotCache(1, 3)
+    cache.aim_at(0, torch.tensor([[column]]), 3)
+    with pytest.raises(IndexError, match="none of 97"):
+        backbone.native(torch.tensor([[ids]]), torch.tensor([[place]]), torch.zeros(1, 1, 1, 3), cache)
+    assert not any(slab.any() for slab in cache._slabs.values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 34, "num_attention_heads": 2, "head_dim": 8},
+        {"intermediate_size": 50},
+        {"head_dim": 2},
+        {"head_dim": 512},
+    ],
+)
+def test_it_stands_back_from_sizes_it_does_not_take(change):
+    assert Backbone(model_of(LlamaConfig(**{**SIZES, **change}))).native is None
+
+
+def test_it_stands_back_from_other_dtypes_and_large_models(monkeypatch):
+    assert Backbone(model_of(CONFIGS["llama"]).bfloat16()).native is None
+    assert Backbone(model_of(CONFIGS["llama"]).double()).native is None
+    monkeypatch.setattr(native, "MOST_BYTES", 1000)
+    assert Backbone(model_of(CONFIGS["llama"])).native is None
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_torch_runs_it(compiler, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    backbone = Backbone(model_of(CONFIGS["llama"]))
+    assert backbone.native is None
+    backbone.probe()
+    assert ("no compiled forward" in caplog.text) == (compiler == "false")
+    assert not [*tmp_path.rglob("*.so")]
+
+
+def test_it_is_compiled_once_whoever_asks(tmp_path):
+    """Three processes at the same time, and then one without a compiler in reach of its own folder."""
+    words = [sys.executable, "-c", "from fluid_model import native; assert native.library(4) is not None"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    running = [subprocess.Popen(words, env=environment) for _ in range(3)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    (made,) = (tmp_path / "fluid-eval").iterdir()
+    when = made.stat().st_mtime_ns
+    assert subprocess.run(words, env=environment, check=False).returncode == 0
+    assert made.stat().st_mtime_ns == when
+
+
+def test_threads_live_in_a_process_alone():
+    """A fork has none of its parent's, and makes its own."""
+    backbone = Backbone(model_of(CONFIGS["llama"]))
+    assert native._each(lambda part: len(part), [range(3), range(3, 5)]) == [3, 2]
+    child = os.fork()
+    if child == 0:
+        os._exit(native._each(lambda part: len(part), [range(3), range(3, 5)]) != [3, 2])
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert backbone.native is not None
+
+
+@pytest.mark.parametrize("counts", [[1], [5] * 6, [1, 90, 1], [0, 0, 4], [200] + [1] * 9, [1] * 64])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_parts_are_all_rows_once(counts, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    parts = native._parts(counts, 1e8)
+    assert [row for part in parts for row in part] == list(range(len(counts)))
+    assert 1 <= len(parts) <= threads
+
+
+def test_answers_of_many_rows(monkeypatch):
+    """The engine's own way through it, rows coming and going, on several threads."""
+    monkeypatch.setattr(native, "WORTH", 1e5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype="float32")
+    work = [Request(str(n), tuple(range(10 + n, 30 + 3 * n)), 20) for n in range(9)]
+    compiled = {g.key: g.ids for g in fluid_model.engine_for(checkpoint, FluidSettings(), 4).generate(work)}
+    checkpoint.backbone.native = None
+    plain = {g.key: g.ids for g in fluid_model.engine_for(checkpoint, ArSettings(), 1).generate(work)}
+    assert compiled == plain
