@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-FEW = 8
-"""Slots of a short round. One alone says little of more: a matrix times a vector is work of another kind."""
-
 
 def measure(seconds: Callable[[int], float], most: int) -> int:
     """Slots that cost as much as all else a forward does, up to `most`; 1 at least.
 
     seconds: time of a forward of that many slots, a + b slots on most devices: a / b is what is looked for, and found
-    where a forward takes twice the time of one with few.
+    where a forward takes twice the time of one with one.
     """
-    slots = before = FEW
-    once = took = earlier = seconds(FEW)
+    slots = before = 1
+    once = took = earlier = seconds(1)
     while took < 2 * once:
         if 2 * slots > most:
             return slots
@@ -23,4 +20,4 @@ def measure(seconds: Callable[[int], float], most: int) -> int:
         slots *= 2
         took = seconds(slots)
     share = (2 * once - earlier) / (took - earlier)
-    return max(1, round(before + share * (slots - before)) - 2 * FEW)
+    return max(1, round(before + share * (slots - before)) - 2)

@@ -22,7 +22,7 @@ def _own_cache(tmp_path, monkeypatch):
     ("cost", "expected"),
     [
         (lambda slots: 1 + slots / 20, 20),
-        (lambda slots: max(1.0, slots / 64), 112),
+        (lambda slots: max(1.0, slots / 64), 126),
         (lambda slots: float(slots), 1),
         (lambda slots: 1.0, 128),  # where there is no room for more
     ],
