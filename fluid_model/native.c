@@ -17,6 +17,7 @@
 #define TALL 4
 #endif
 #define MOST_HEAD 256
+#define SHORT 64 /* products summed in one go */
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int whole __attribute__((vector_size(4 * LANES)));
@@ -83,18 +84,22 @@ static inline lanes exponential(lanes x) {
 static inline __attribute__((always_inline)) void tile(const int tall, long size, const float *in, const float *panel,
                                                        float *to)
 {
-    lanes left[TALL], right[TALL];
-    for (int m = 0; m < tall; m++) left[m] = right[m] = (lanes){0};
-    for (long k = 0; k < size; k++, panel += WIDE) {
-        lanes first = at(panel), second = at(panel + LANES);
-        for (int m = 0; m < tall; m++) {
-            left[m] += in[m * size + k] * first;
-            right[m] += in[m * size + k] * second;
+    memset(to, 0, tall * WIDE * sizeof *to);
+    for (long part = 0; part < size; part += SHORT) { /* sums of sums, which round less than one long sum */
+        long end = part + SHORT < size ? part + SHORT : size;
+        lanes left[TALL], right[TALL];
+        for (int m = 0; m < tall; m++) left[m] = right[m] = (lanes){0};
+        for (long k = part; k < end; k++, panel += WIDE) {
+            lanes first = at(panel), second = at(panel + LANES);
+            for (int m = 0; m < tall; m++) {
+                left[m] += in[m * size + k] * first;
+                right[m] += in[m * size + k] * second;
+            }
         }
-    }
-    for (int m = 0; m < tall; m++) {
-        put(to + m * WIDE, left[m]);
-        put(to + m * WIDE + LANES, right[m]);
+        for (int m = 0; m < tall; m++) {
+            put(to + m * WIDE, at(to + m * WIDE) + left[m]);
+            put(to + m * WIDE + LANES, at(to + m * WIDE + LANES) + right[m]);
+        }
     }
 }
 
