@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import torch
 import fluid_model
 from fluid_eval.paths import resource
 from fluid_model import ArSettings, Checkpoint, FluidSettings, Generation, Request
+from fluid_model.backbone import Backbone
 from fluid_model.settings import DecoderSettings
 
 from . import bars
@@ -211,11 +212,12 @@ def clocked(call: Callable[..., Any], seconds: list[float]) -> Callable[..., Any
 
 
 def memory(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
-    """Peak of live tensors over weights and cache, by torch's own account."""
+    """Peak of live tensors over weights and cache, by torch's account; what weights are laid out into counts."""
     from torch.profiler import ProfilerActivity, profile
 
     work = requests(checkpoint, mini(32))
-    engine = fluid_model.engine_for(checkpoint, FluidSettings(), 32)
+    fresh = replace(checkpoint, backbone=Backbone(checkpoint.model))
+    engine = fluid_model.engine_for(fresh, FluidSettings(slot_budget=checkpoint.backbone.slot_budget), 32)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         list(engine.generate(work))
     live = peak = 0

@@ -292,7 +292,7 @@ def not_as_fast(base: Loaded, other: Loaded) -> list[str]:
 
     def facts(run: Loaded) -> Nested:
         where, engine = run.environment, run.environment.get("engine", {})
-        found = {name: engine.get(name) for name in ("device", "dtype", "threads", "workers")}
+        found = {name: engine.get(name) for name in ("device", "dtype", "threads", "workers", "forward")}
         return {**found, **{name: where.get(name) for name in ("processor", "cpus")}}
 
     ours, theirs = facts(base), facts(other)

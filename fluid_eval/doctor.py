@@ -20,6 +20,7 @@ def examine(data_dir: str | None) -> bool:
     for name, version in facts["versions"].items():
         console.print(f"  {name:<14}{version or 'MISSING'}")
     console.print(f"device      {_device()}")
+    console.print(f"forward     {_forward()}")
     for name, slots in budgets.known().items():
         console.print(f"slot budget {slots}: {name}")
     reachable = data.hub_reachable()
@@ -47,6 +48,17 @@ def _device() -> str:
         return f"cpu, {torch.get_num_threads()} threads"
     free, total = torch.cuda.mem_get_info()
     return f"{torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+
+
+def _forward() -> str:
+    """Whose code runs small models on a CPU."""
+    try:
+        from fluid_model import native
+    except ImportError:
+        return "none: torch is missing"
+    if native.library(native.LANES[-1]) is not None:
+        return "compiled, for float32 on a CPU"
+    return "torch's own: no C compiler (cc) works here, so small models on a CPU take 2 to 4 times as long"
 
 
 def _data(console: Console, data_dir: str | None, reachable: bool) -> bool:

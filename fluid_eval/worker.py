@@ -180,12 +180,13 @@ def prices_slots(decoder: DecoderSettings) -> bool:
 
 
 def device_facts(backbone: Backbone) -> dict[str, Any]:
-    """What makes a model fast or slow here: device, dtype, threads."""
+    """What makes a model fast or slow here: device, dtype, threads, whose forward."""
     cuda = backbone.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(backbone.device) if cuda else "cpu",
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "forward": "torch" if backbone.native is None else "compiled",
     }
 
 

@@ -13,6 +13,7 @@ import pytest
 from fluid_eval.cli import main
 from fluid_eval.commands import EXIT_UNHEALTHY
 from fluid_eval.sandbox.ladder import found
+from fluid_model import native
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -165,6 +166,7 @@ def test_doctor(capsys, little_data, data_dir, monkeypatch):
     out = capsys.readouterr().out
     assert "ok: the main job can run here" in out
     assert f"isolation   {found().name or 'none'}" in out
+    assert ("forward     compiled" in out) == (native.library(4) is not None)
     assert main(["doctor"]) == 1
     assert "FAIL: no benchmark data" in capsys.readouterr().out
 

@@ -22,7 +22,7 @@ from fluid_eval.store import encode, write_json
 from fluid_model.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
-ENGINE = {"device": "cpu", "dtype": "float32", "threads": 1, "workers": 1}
+ENGINE = {"device": "cpu", "dtype": "float32", "threads": 1, "workers": 1, "forward": "compiled"}
 
 
 def record(task, doc, score, *, tokens=10, forwards=10, seconds=1.0, **changes):
@@ -150,7 +150,8 @@ def test_other_protocols_are_refused_unless_asked(tmp_path, capsys):
     [
         ({**ENGINE, "threads": 2}, "threads: 1 / 2"),
         ({**ENGINE, "dtype": "bfloat16"}, "dtype: float32 / bfloat16"),
-        ({"device": "cpu"}, "dtype, threads, workers: not recorded"),
+        ({**ENGINE, "forward": "torch"}, "forward: compiled / torch"),
+        ({"device": "cpu"}, "dtype, threads, workers, forward: not recorded"),
     ],
 )
 def test_seconds_of_other_machines_are_no_speeds(tmp_path, capsys, other, reason):

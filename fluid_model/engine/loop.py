@@ -23,7 +23,7 @@ from . import prefixes
 from .records import Finish, Generation, Request, Step, Trace
 from .strategy import Absorbed, Feed, Strategy
 
-PREFILL_TOKENS, PREFILL_TOKENS_CPU = 4096, 512
+PREFILL_TOKENS, PREFILL_TOKENS_CPU = 4096, 128
 """Prompt tokens, padding included, that one prefill forward may take: enough to keep a device busy, and its activations
 small beside keys and values.
 """
