@@ -44,6 +44,19 @@ static inline lanes pick(whole which, lanes yes, lanes no) {
     return (lanes)((which & (whole)yes) | (~which & (whole)no));
 }
 
+/* Each lane has that of the lane `half` away. */
+static inline lanes crossed(lanes of, int half) {
+    whole lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i ^ half;
+#if __has_builtin(__builtin_shuffle)
+    return __builtin_shuffle(of, lane);
+#else
+    lanes to;
+    for (int i = 0; i < LANES; i++) to[i] = of[lane[i]];
+    return to;
+#endif
+}
+
 /* LANES sums of LANES vectors, all in one order. */
 static inline lanes sums(lanes *of) {
     whole lane;
@@ -53,8 +66,7 @@ static inline lanes sums(lanes *of) {
 #pragma GCC unroll 8
         for (int i = 0; i < half; i++) {
             whole upper = (lane & half) != 0;
-            lanes kept = pick(upper, of[i + half], of[i]), crossed = pick(upper, of[i], of[i + half]);
-            of[i] = kept + __builtin_shuffle(crossed, lane ^ half);
+            of[i] = pick(upper, of[i + half], of[i]) + crossed(pick(upper, of[i], of[i + half]), half);
         }
     return of[0];
 }
