@@ -113,6 +113,19 @@ def test_what_is_no_number_stays_none_and_stays_in_its_row():
     assert torch.equal(hidden[0], hidden[2])
 
 
+def test_scores_without_bounds_are_told():
+    """Queries and keys whose products are infinite: what comes of them is no number, as in torch."""
+    backbone, ids = Backbone(model_of(CONFIGS["llama"])), torch.tensor([[3, 5, 7, 11]])
+    attention = backbone.model.model.layers[1].self_attn
+    with torch.no_grad():
+        for part in (attention.q_proj, attention.k_proj):
+            part.weight.mul_(1e25)
+    with torch.inference_mode():
+        found, expected = (fed(each, ids, [2], 2, 4)[0].isfinite() for each in (backbone.native, backbone.written_out))
+    assert not expected.all()
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("ids", "place", "column"), [(97, 0, 0), (-1, 0, 0), (5, 64, 0), (5, -1, 0), (5, 0, 3), (5, 0, -1)]
 )
