@@ -1,7 +1,8 @@
 """The forward of Llama-shaped models, written out over their own weights.
 
 Short forwards of small models wait for Python more than for arithmetic; this is the same arithmetic in a few calls a
-layer. `Backbone` takes it where it fits and `probe` has shown that it says what transformers says.
+layer, and what CUDA graphs capture (`graphs`) and `native` compiles. `Backbone` takes it where it fits and `probe` has
+shown that it says what transformers says.
 
 Legend: B rows, S slots fed, T key columns, H query heads, G key heads, E head size, D hidden, W window.
 """
@@ -93,12 +94,13 @@ class Forward:
                 heads[:, : self._heads], keys, values, attn_mask=mask, enable_gqa=True
             )  # (B, H, S, E)
             hidden = hidden + layer.out(read.transpose(1, 2).reshape(rows, slots, -1))
-            gate, through = (part(self._normed(hidden, layer.after)) for part in layer.opened)
+            normal = self._normed(hidden, layer.after)
+            gate, through = (part(normal) for part in layer.opened)
             hidden = hidden + layer.down(functional.silu(gate).mul_(through))
         return self._normed(hidden, self._norm)
 
     def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Root mean square norm. hidden: (M, D)."""
+        """Root mean square norm. hidden: (B, S, D)."""
         size = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
         scale = torch.addcmul(self._eps, size, size, value=1 / hidden.shape[-1]).rsqrt_()
         return (hidden * scale).to(hidden.dtype).mul_(weight)
