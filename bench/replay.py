@@ -131,7 +131,7 @@ def _fans(checkpoint: Checkpoint, request: Request, answer: tuple[int, ...]) -> 
     if before.numel():
         backbone.forward(before, cache.aim(0, [0], before.shape[1], backbone.device), cache)
     reading = cache.aim(0, [before.shape[1]], row.slots, backbone.device)
-    hidden = backbone.forward(feed.ids, replace(reading, fans=feed.fans), cache)
+    hidden = backbone.forward(feed.ids, replace(reading, spans=feed.spans), cache)
     (said,) = strategy._say(0, hidden, [row])
     return [_fan(said, place, count, masks) for place in range(count)]
 

@@ -21,7 +21,7 @@ from fluid_model.checkpoint import Checkpoint
 from fluid_model.engine.cache import SlotCache
 from fluid_model.errors import ConfigError
 from fluid_model.layout import IGNORE
-from fluid_model.masks import Fans
+from fluid_model.masks import fans
 from fluid_model.settings import FluidSettings
 from fluid_model.train.losses import best_stride
 
@@ -113,7 +113,7 @@ def _fans(checkpoint: Checkpoint, ids: Sequence[int], anchors: range, cache: Slo
     anchor = torch.cat([token, token.repeat_interleave(widest)])[None]
     steps = torch.cat([torch.zeros_like(token), step.repeat(count)])[None]
     reading = cache.aim(0, [anchors.start], fed.shape[1], backbone.device)
-    hidden = backbone.forward(fed, replace(reading, fans=Fans(anchor, steps)), cache)[0]
+    hidden = backbone.forward(fed, replace(reading, spans=fans(anchor, steps)), cache)[0]
     return hidden[:count], backbone.logits(hidden[count:]).view(count, widest, -1)
 
 

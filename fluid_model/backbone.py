@@ -183,7 +183,7 @@ class Backbone:
 
     def _attention_mask(self, reading: masks.Reading) -> Tensor | dict[str, Tensor]:
         full = near = self._additive(reading.allowed())
-        if self._sliding is not None and not reading.plain:
+        if self._sliding is not None and reading.spans is not None:
             raise ConfigError(f"{type(self.model).__name__} reads through a sliding window: only causal decoders run")
         if self._sliding is not None and reading.total > self._sliding:
             near = self._additive(masks.sliding(reading.columns, reading.total, self._sliding))

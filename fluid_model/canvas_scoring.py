@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from . import masks
 from .backbone import Backbone
 from .engine.cache import SlotCache
 from .engine.records import Score, ScoreRequest, Trace
@@ -120,8 +121,8 @@ class CanvasScorer:
         ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)  # (R, S)
         cache = SlotCache(len(batch), longest)
         reading = cache.aim(0, [0] * len(batch), longest, device)
-        both = replace(reading, ends=torch.tensor([len(i) for i in inputs], device=device))
-        hidden = self.backbone.forward(ids, both, cache)  # (R, S, D)
+        spans = masks.mutual(torch.tensor([len(i) for i in inputs], device=device), longest)
+        hidden = self.backbone.forward(ids, replace(reading, spans=spans), cache)  # (R, S, D)
         self.calls += 1
         for row, states in zip(batch, hidden, strict=True):
             for pair, places, tokens, weight in row.wanted:

@@ -11,66 +11,58 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FAN, NOBODY = 2**16, 2**62
-"""More than the slots of a fan, and than any slot's place in that order."""
+FAN, NOBODY, ALL = 2**16, 0, 2**62
+"""More than the slots of a fan; before every slot's place in that order, and behind it."""
 
 
-class Fans(NamedTuple):
-    """Tokens fed together, and fans of masks behind them; (B, S) each, read as `fans` says.
+class Spans(NamedTuple):
+    """Who reads whom of slots fed together, (B, S) each: slot q reads slot k where order[k] <= order[q] < until[k].
 
-    anchor: which fed token a slot hangs on, counted from the first; a token hangs on itself; negative for padding.
-    step: 0 for tokens, 1.. for slots of a fan.
-    Of drafts that part into several texts, all that hangs on a token follows it in the order of anchors (None: one
-    text, each token behind the one before):
-    place: where a slot stands, counted from the first token.  until: for a token the first one that does not read it.
+    order: FAN times the token that a slot hangs on, counted from the first fed, and the step of a fan's slot from 1 on;
+    a token hangs on itself with step 0. Slots of one order read one another.
+    until: the first that does not read this slot.  ALL of a token that whatever follows reads; of a fan's slot the next
+    token; NOBODY of padding.
+    places: where slots stand, counted from the first.
     """
 
-    anchor: Tensor
-    step: Tensor
-    place: Tensor | None = None
-    until: Tensor | None = None
+    order: Tensor
+    until: Tensor
+    places: Tensor
 
     @property
-    def places(self) -> Tensor:
-        """Where slots stand, counted from the first token."""
-        return self.anchor + self.step if self.place is None else self.place
+    def steps(self) -> Tensor:
+        """(B, S), 0 for tokens, 1.. for slots of a fan."""
+        return self.order % FAN
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One forward over the cache: where its slots stand and who reads whom.
+    """One forward over the cache: where its slots stand and who reads whom. All read their row's cached tokens.
 
     columns: (B, S) cache column of each fed slot, a row's after its own cached tokens.  total: T, columns in use.
     widths: slots of each row that count, the rest being padding (None: all).
-    At most one of these; with neither, every slot reads what stands before it:
-    ends: (B,), see `mutual`.  fans: see `fans`.
+    spans: who reads whom of what is fed (None: every slot what stands before it).
     """
 
     columns: Tensor
     total: int
     widths: list[int] | None = None
-    ends: Tensor | None = None
-    fans: Fans | None = None
+    spans: Spans | None = None
 
     @property
     def positions(self) -> Tensor:
         """(B, S) position ids: the columns, or where a fan's slots pretend to stand."""
-        if self.fans is None:
-            return self.columns
-        return (self.columns[:, :1] + self.fans.places).clamp(min=0)
-
-    @property
-    def plain(self) -> bool:
-        """Whether every slot reads just what stands before it."""
-        return self.ends is None and self.fans is None
+        return self.columns if self.spans is None else self.columns[:, :1] + self.spans.places
 
     def allowed(self) -> Tensor:
         """(B, S, T) bool, [row, query, key], True = may read."""
-        if self.fans is not None:
-            return fans(self.columns, self.total, self.fans)
-        if self.ends is not None:
-            return mutual(self.columns, self.total, self.ends)
-        return causal(self.columns, self.total)
+        if self.spans is None:
+            return causal(self.columns, self.total)
+        order, until, _ = self.spans
+        among = (order[:, None] <= order[:, :, None]) & (order[:, :, None] < until[:, None])  # (B, S, S)
+        cached = torch.arange(self.total, device=order.device) < self.columns[:, :1]  # (B, T)
+        readable = cached[:, None].repeat(1, order.shape[1], 1)
+        return readable.scatter_(2, self.columns[:, None].expand_as(among), among)
 
 
 def slot_columns(lengths: Tensor, slots: int) -> Tensor:
@@ -90,44 +82,37 @@ def causal(columns: Tensor, total: int) -> Tensor:
     return torch.arange(total, device=columns.device) <= columns[:, :, None]
 
 
-def mutual(columns: Tensor, total: int, ends: Tensor) -> Tensor:
-    """Causal reading, but a row's slots before its `ends` all read every column before it: both ways in what is fed.
-
-    columns: (B, S).  total: T.  ends: (B,), 0 for rows that stay causal.  Returns (B, S, T) bool.  (NBDiff,
-    context-causal mask; LLaDA where nothing is cached)
-    """
-    inside = columns[:, :, None] < ends[:, None, None]
-    return causal(columns, total) | (inside & (torch.arange(total, device=columns.device) < ends[:, None, None]))
-
-
 def sliding(columns: Tensor, total: int, window: int) -> Tensor:
     """Causal reading of the last `window` columns only, the slot's own included.  (B, S) -> (B, S, T) bool."""
     near = torch.arange(total, device=columns.device) > columns[:, :, None] - window
     return causal(columns, total) & near
 
 
-def fans(columns: Tensor, total: int, fed: Fans) -> Tensor:
-    """Reading where fans of masks are fed behind tokens: all read the cached columns, and one another as in training.
+def mutual(widths: Tensor, slots: int) -> Spans:
+    """A row's first slots all read one another, both ways; what follows reads what stands before it.
 
-    columns: (B, S), a row's from its own length on.  total: T.
-    Returns (B, S, T) bool.  (FLUID, strictly causal alignment)
+    widths: (B,) slots that do, 0 for rows that stay causal.  (NBDiff, context-causal mask; LLaDA where nothing is
+    cached)
     """
-    anchor, step = fed.anchor, fed.step
-    query = anchor * FAN + step  # slots in the order anchor, step; a key is read by those from `low` to below `high`
-    low = torch.where(anchor < 0, NOBODY, query)
-    high = torch.where(step > 0, (anchor + 1) * FAN, NOBODY if fed.until is None else fed.until * FAN)
-    cached = torch.arange(total, device=columns.device) < columns[:, :1]  # (B, T)
-    since = torch.where(cached, -FAN, NOBODY).scatter_(1, columns, low)
-    until = torch.full_like(since, NOBODY).scatter_(1, columns, high)
-    return (query[:, :, None] >= since[:, None]) & (query[:, :, None] < until[:, None])
+    slot = torch.arange(slots, device=widths.device).expand(len(widths), -1)
+    return Spans(torch.where(slot < widths[:, None], 0, slot * FAN), torch.full_like(slot, ALL), slot)
 
 
-def one_fan(last: Tensor, slots: int) -> Fans:
+def fans(anchor: Tensor, step: Tensor) -> Spans:
+    """Tokens, each behind the one before, and fans of masks behind them, who read one another as in training.
+
+    anchor: (B, S) the token that a slot hangs on, counted from the first.  step: (B, S), see `Spans`.  (FLUID, strictly
+    causal alignment)
+    """
+    return Spans(anchor * FAN + step, torch.where(step > 0, (anchor + 1) * FAN, ALL), anchor + step)
+
+
+def one_fan(last: Tensor, slots: int) -> Spans:
     """Rows fed from their start with a fan behind token `last`, (B,); padding goes on with the fan, whose slots read
     nothing after them.
     """
     slot = torch.arange(slots, device=last.device).expand(len(last), -1)
-    return Fans(torch.minimum(slot, last[:, None]), (slot - last[:, None]).clamp(min=0))
+    return fans(torch.minimum(slot, last[:, None]), (slot - last[:, None]).clamp(min=0))
 
 
 def may_read(query: tuple[Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor, Tensor]) -> Tensor:

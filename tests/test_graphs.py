@@ -109,7 +109,7 @@ def heard(checkpoint, decoder, slots):
         start = cache.aimed[0]
         for row, (places, said) in enumerate(zip(reading.positions.tolist(), best.tolist(), strict=True)):
             rows = engine._rows[start + row :] if start + row < len(engine._rows) else []
-            if (rows and reading.fans is None) or (rows and int(reading.fans.step[row, 0]) == 0):
+            if (rows and reading.spans is None) or (rows and int(reading.spans.steps[row, 0]) == 0):
                 found[rows[0].request.key, places[0]] = said[0]
         return hidden
 

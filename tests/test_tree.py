@@ -90,12 +90,12 @@ def test_a_slot_reads_its_own_text():
     0 1 2      a fan of two masks behind 2
       3        a fan of one mask behind 3
     """
-    anchor, step = [0, 1, 2, 3, 2, 2, 3, -1], [0, 0, 0, 0, 1, 2, 1, 0]
-    place, until = [0, 1, 2, 2, 3, 4, 3, 0], [4, 4, 3, 4, 0, 0, 0, 0]
-    fed = masks.Fans(*(torch.tensor([each]) for each in (anchor, step, place, until)))
+    order = [at * masks.FAN + step for at, step in ((0, 0), (1, 0), (2, 0), (3, 0), (2, 1), (2, 2), (3, 1), (0, 0))]
+    until = [at * masks.FAN for at in (4, 4, 3, 4, 3, 3, 4, 0)]
+    fed = masks.Spans(*(torch.tensor([each]) for each in (order, until, [0, 1, 2, 2, 3, 4, 3, 0])))
     cached = 2
-    columns = torch.arange(cached, cached + len(anchor))[None]
-    found = masks.Reading(columns, cached + len(anchor), fans=fed)
+    columns = torch.arange(cached, cached + len(order))[None]
+    found = masks.Reading(columns, cached + len(order), spans=fed)
     assert found.positions.tolist() == [[2, 3, 4, 4, 5, 6, 5, 2]]
     reads = [set(row.nonzero()[:, 0].tolist()) - {0, 1} for row in found.allowed()[0]]
     assert all(found.allowed()[0, :, :cached].all(1)), "all read what is cached"

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 
 import fluid_model
-from fluid_model import ArSettings, Checkpoint, Engine, Request
+from fluid_model import ArSettings, Checkpoint, Engine, Request, masks
 from fluid_model.engine.cache import SlotCache
 from fluid_model.engine.strategy import Feed
-from fluid_model.masks import Fans
 
 from .. import bars, clock
 from .plan import Bench, Bounds, Plan
@@ -82,13 +81,13 @@ def fluid_feed(checkpoint: Checkpoint, rows: int, slots: int) -> Feed:
     step = torch.tensor([0] * tokens + [1, 2, 3] * tokens, device=device)
     ids = torch.where(step > 0, checkpoint.mask_id, anchor)
     ids, anchor, step = (each.repeat(rows, 1) for each in (ids, anchor, step))
-    return Feed(ids, [slots] * rows, ["round"] * rows, fans=Fans(anchor, step))
+    return Feed(ids, [slots] * rows, ["round"] * rows, spans=masks.fans(anchor, step))
 
 
 def once(bench: Bench, cache: SlotCache, feed: Feed) -> None:
     """One forward as the engine makes it, and the logits of its slots."""
     lengths, device = [bench.plan.context] * len(feed.widths), bench.plan.device
-    reading = replace(cache.aim(0, lengths, feed.ids.shape[1], device), fans=feed.fans, widths=feed.widths)
+    reading = replace(cache.aim(0, lengths, feed.ids.shape[1], device), spans=feed.spans, widths=feed.widths)
     bench.backbone.logits(bench.backbone.forward(feed.ids, reading, cache))
 
 

@@ -31,7 +31,7 @@ from ..backbone import Backbone
 from ..engine.records import Request
 from ..engine.strategy import Absorbed, Feed
 from ..khead import KHead
-from ..masks import Fans
+from ..masks import FAN, Spans
 from ..settings import FluidSettings
 from .sampling import Draws, choose, likeliest
 from .tree import Draft, Tree, grow
@@ -136,18 +136,17 @@ class FluidStrategy:
         widths = [row.slots for row in active]
         widest, found = max(widths), []
         for row, width in zip(active, widths, strict=True):
-            count, padding = len(row.tokens), widest - width
-            anchors, steps, places = [*range(count)], [0] * count, [*row.tree.depths]
+            count, padding, places = len(row.tokens), [0] * (widest - width), [*row.tree.depths]
+            order, until = [*range(0, count * FAN, FAN)], [end * FAN for end in row.tree.ends]
             for at, masks in enumerate(row.masks):
                 if masks:
-                    anchors += [at] * masks
-                    steps += range(1, masks + 1)
+                    order += range(at * FAN + 1, at * FAN + masks + 1)
+                    until += [(at + 1) * FAN] * masks
                     places += range(places[at] + 1, places[at] + masks + 1)
-            ids, nothing = row.tokens + [self.mask_id] * (widest - count), [0] * padding
-            until = row.tree.ends + [0] * (widest - count)
-            found.append((ids, anchors + [-1] * padding, steps + nothing, places + nothing, until))
-        fed, *fans = torch.from_numpy(np.array(found)).to(self.backbone.device).unbind(1)  # (n, S) each
-        return Feed(fed, widths, kinds=["round"] * rows, fans=Fans(*fans))
+            ids = row.tokens + [self.mask_id] * (widest - count)
+            found.append((ids, order + padding, until + padding, places + padding))
+        fed, *spans = torch.from_numpy(np.array(found)).to(self.backbone.device).unbind(1)  # (n, S) each
+        return Feed(fed, widths, kinds=["round"] * rows, spans=Spans(*spans))
 
     def absorb(self, feed: Feed, hidden: Tensor, rooms: list[int]) -> Absorbed:
         tokens, kept, rejected = [], [], []

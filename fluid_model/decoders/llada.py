@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import masks
 from ..backbone import Backbone
 from ..engine.records import Request
 from ..engine.strategy import Absorbed, Feed
@@ -68,7 +69,8 @@ class LladaStrategy:
         ids = [self._unguided(row) if self._asks_unguided(row) else row.ids for row in active]
         widths = [len(row) for row in ids]
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(self.backbone.device)  # (n, S)
-        return Feed(padded, widths, ["denoise"] * rows, [True] * rows)
+        spans = masks.mutual(torch.tensor(widths, device=padded.device), padded.shape[1])
+        return Feed(padded, widths, ["denoise"] * rows, spans)
 
     def absorb(self, feed: Feed, hidden: Tensor, rooms: list[int]) -> Absorbed:
         done = []

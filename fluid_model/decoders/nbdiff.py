@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import masks
 from ..backbone import Backbone
 from ..engine.records import Request
 from ..engine.strategy import Absorbed, Feed
@@ -50,11 +51,13 @@ class NbdiffStrategy:
 
     def plan(self, rows: int) -> Feed:
         full, widths = zip(*self._host[:rows], strict=True)
+        ids = self._block[:rows, : max(widths)]
+        both = torch.tensor([0 if done else width for done, width in self._host[:rows]], device=ids.device)
         return Feed(
-            ids=self._block[:rows, : max(widths)],
+            ids,
             widths=list(widths),
             kinds=["commit" if done else "denoise" for done in full],
-            mutual=[not done for done in full],
+            spans=masks.mutual(both, ids.shape[1]),
         )
 
     def absorb(self, feed: Feed, hidden: Tensor, rooms: list[int]) -> Absorbed:

@@ -163,7 +163,7 @@ class Engine:
         last = torch.tensor([len(row.request.prompt) - shared - 1 for row in rows], device=device)
         reading = self._cache.aim(start, [shared] * len(rows), ids.shape[1], device)
         if behind:
-            reading = replace(reading, fans=masks.one_fan(last, ids.shape[1]))
+            reading = replace(reading, spans=masks.one_fan(last, ids.shape[1]))
         hidden = self._forward(rows, Feed(ids, list(map(len, fed)), ["prefill"] * len(rows)), reading)  # (R, S, D)
         for row in rows:
             row.length = len(row.request.prompt)
@@ -187,11 +187,7 @@ class Engine:
         rows = self._rows
         feed = self.strategy.plan(len(rows))
         reading = self._cache.aim(0, [row.length for row in rows], feed.ids.shape[1], self.backbone.device)
-        if any(feed.mutual):
-            reach = zip(feed.mutual, rows, feed.widths, strict=True)
-            ends = [row.length + width if both else 0 for both, row, width in reach]
-            reading = replace(reading, ends=torch.tensor(ends, device=self.backbone.device))
-        hidden = self._forward(rows, feed, replace(reading, fans=feed.fans))  # (n, S, D)
+        hidden = self._forward(rows, feed, replace(reading, spans=feed.spans))  # (n, S, D)
         absorbed = self.strategy.absorb(feed, hidden, [self._room(row) for row in rows])
         self._cache.pack([row.length for row in rows], absorbed.kept)
         for row, keep in zip(rows, absorbed.keep, strict=True):
@@ -347,9 +343,9 @@ def _steps(rows: list[_Row], feed: Feed, reading: masks.Reading) -> list[Step]:
     """What each row fed in a forward."""
     places, found = reading.positions.tolist(), []
     hung = [[None] * feed.ids.shape[1]] * len(rows)
-    if reading.fans is not None:
-        step = reading.fans.step
-        hung = torch.where(step > 0, reading.positions - step, -1).tolist()
+    if reading.spans is not None:
+        steps = reading.spans.steps
+        hung = torch.where(steps > 0, reading.positions - steps, -1).tolist()
     for row, ids, width, kind, where, fan in zip(
         rows, feed.ids.tolist(), feed.widths, feed.kinds, places, hung, strict=True
     ):

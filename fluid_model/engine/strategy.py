@@ -10,22 +10,20 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..masks import Fans
+from ..masks import Spans
 from .records import Kind, Request
 
 
 @dataclass(frozen=True)
 class Feed:
     """Slots to feed now. ids: (n, S), a row's slots first, padding after.  widths, kinds: per row.
-    mutual: rows whose slots read one another in both directions (empty: none does).
-    fans: where fans of masks hang on the tokens fed, see `masks.fans`.
+    spans: who reads whom of them (None: every slot what stands before it).
     """
 
     ids: Tensor
     widths: list[int]
     kinds: list[Kind]
-    mutual: list[bool] = field(default_factory=list)
-    fans: Fans | None = None
+    spans: Spans | None = None
 
 
 @dataclass(frozen=True)
