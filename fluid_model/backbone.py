@@ -89,6 +89,8 @@ class Backbone:
         ids: (B, S) tokens fed.  reading: where they stand and what they read, of a cache aimed at them.
         Returns (B, S, D): hidden states after the final norm.
         """
+        if self.native is not None and self.graphs is None:
+            return self.native(ids, reading, cache)
         with self._threads(ids.numel()):
             return self._forward(ids, reading, cache)
 
@@ -97,10 +99,7 @@ class Backbone:
         if self.written_out is not None:
             mask = self._additive(reading.allowed())
             replayed = None if self.graphs is None else self.graphs(ids, places, mask, cache)
-            if replayed is not None:
-                return replayed
-            forward = self.written_out if self.native is None or self.graphs is not None else self.native
-            return forward(ids, places, mask, cache, reading.widths)
+            return self.written_out(ids, places, mask, cache) if replayed is None else replayed
         output = self.model.base_model(
             input_ids=ids,
             position_ids=places,
@@ -136,6 +135,8 @@ class Backbone:
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) hidden states -> (..., V) float32 logits."""
         flat = hidden.flatten(0, -2)
+        if self.native is not None and self.native.says_tokens and self.graphs is None:
+            return self.native.logits(flat).view(*hidden.shape[:-1], -1)
         with self._threads(len(flat)):
             logits = self._projected(flat).float().view(*hidden.shape[:-1], -1)
         return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
@@ -143,7 +144,7 @@ class Backbone:
     def _projected(self, flat: Tensor) -> Tensor:
         """(M, D) -> (M, V): at once, or as many at a time as a row of the one shape has slots."""
         if self.graphs is None or self.graphs.only is None:
-            return self.native.logits(flat) if self.native and self.native.says_tokens else self._head(flat)
+            return self._head(flat)  # type: ignore[no-any-return]
         size = self.graphs.only[1]
         filled = functional.pad(flat, (0, 0, 0, -len(flat) % size)).view(-1, size, flat.shape[-1])
         return torch.cat([self._head(part) for part in filled])[: len(flat)]

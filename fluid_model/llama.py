@@ -74,12 +74,8 @@ class Forward:
             norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
             self._layers.append(_Layer(*norms, parts[:3], parts[3], parts[4:6], parts[6]))
 
-    def __call__(
-        self, ids: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache, widths: Sequence[int] | None = None
-    ) -> Tensor:
-        """ids, positions: (B, S).  mask: (B, 1, S, T), 0 where readable.  widths: slots of each row that count, the
-        rest being padding (None: all); here they are all run.  Returns (B, S, D) after the final norm.
-        """
+    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
+        """ids, positions: (B, S).  mask: (B, 1, S, T), 0 where readable.  Returns (B, S, D) after the final norm."""
         rows, slots = ids.shape
         hidden = self._embed(ids)  # (B, S, D)
         cos, sin = self.cos[positions], self.sin[positions]  # (B, S, 1, E)

@@ -31,11 +31,10 @@ typedef struct {
     const Layer *layer;
 } Model;
 typedef struct {
-    const long *ids, *places, *columns, *widths; /* (B, S) each, slots of a row that count (B,) */
-    const float *mask;                           /* (B, S, T), negative where a slot may not read */
-    long rows, slots, total;
-    float *const *slabs; /* of each layer: (2, held, G, room, E) from the first row's keys on */
-    long held, room;
+    const long *ids, *columns, *widths;        /* (B, S) each, slots of a row that count (B,) */
+    const long *order, *until, *places;        /* (B, S) each, see masks.Spans; or none: all is read as it stands */
+    long rows, slots, total, first, held, room; /* the rows are those of the cache from `first` on */
+    float *cache;                              /* (layers, 2, held, G, room, E) */
 } Fed;
 
 static inline lanes at(const float *from) { return *(const lanes *)from; }
@@ -231,12 +230,13 @@ static void attention(long size, const int *seen, long count, const float *query
 /* Floats that a forward of M slots takes beside its results. */
 long workspace(const Model *model, long count, long total) {
     long read = (model->heads + 2 * model->key_heads) * model->head;
-    long each = 2 * model->hidden + read + model->heads * model->head + 2 * model->inner + total + 2;
+    long each = 2 * model->hidden + read + model->heads * model->head + 2 * model->inner + total + 3;
     return count * each + total + LANES;
 }
 
 /* Hidden states after the final norm, of slots that count: to (B, S, D).  space: see `workspace`.
-   Returns 0; or 1 if an id, a place or a column is out of bounds, before anything is written. */
+   What stands behind the window stands at its end.  Returns 0; or 1 if an id, a place or a column is out of bounds,
+   before anything is written. */
 int forward(const Model *model, const Fed *fed, long window, float *space, float *to) {
     const long hidden = model->hidden, size = model->head, heads = model->heads, groups = model->key_heads;
     const long read = (heads + 2 * groups) * size, inner = model->inner, total = fed->total;
@@ -245,28 +245,35 @@ int forward(const Model *model, const Fed *fed, long window, float *space, float
     for (long b = 0; b < fed->rows; b++) count += fed->widths[b];
     float *x = space, *normal = x + count * hidden, *fresh = normal + count * hidden, *got = fresh + count * read;
     float *open = got + count * heads * size, *shares = open + count * 2 * inner;
-    int *where = (int *)(shares + total + LANES), *reads = where + count, *seen = reads + count;
+    int *where = (int *)(shares + total + LANES), *place = where + count, *reads = place + count, *seen = reads + count;
 
-    for (long b = 0; b < fed->rows; b++)
+    if (fed->first < 0 || fed->first + fed->rows > fed->held || total > fed->room) return 1;
+    for (long b = 0; b < fed->rows; b++) {
+        const long row = b * fed->slots, *columns = fed->columns + row, cached = columns[0];
+        const long *order = fed->order + row, *until = fed->until + row; /* not looked at where there are none */
+        if (fed->widths[b] && (cached < 0 || cached + fed->widths[b] > total)) return 1;
         for (long s = 0; s < fed->widths[b]; s++, i++) {
-            long slot = where[i] = b * fed->slots + s;
-            if (fed->ids[slot] < 0 || fed->ids[slot] >= model->vocabulary || fed->places[slot] < 0 ||
-                fed->places[slot] >= window || fed->columns[slot] < 0 || fed->columns[slot] >= fed->room)
-                return 1;
-            memcpy(x + i * hidden, model->embed + fed->ids[slot] * hidden, hidden * sizeof *x);
-            reads[i] = 0;
-            for (long t = 0; t < total; t++)
-                if (fed->mask[slot * total + t] >= 0) seen[i * total + reads[i]++] = t;
+            long id = fed->ids[row + s], stands = fed->order ? cached + fed->places[row + s] : columns[s];
+            if (id < 0 || id >= model->vocabulary || stands < 0 || columns[s] < 0 || columns[s] >= total) return 1;
+            memcpy(x + i * hidden, model->embed + id * hidden, hidden * sizeof *x);
+            where[i] = row + s;
+            place[i] = stands < window ? stands : window - 1;
+            int *mine = seen + i * total, count = 0;
+            while (count < cached) mine[count] = count, count++;
+            for (long k = 0; k < fed->widths[b]; k++)
+                if (fed->order ? order[k] <= order[s] && order[s] < until[k] : k <= s) mine[count++] = columns[k];
+            reads[i] = count;
         }
+    }
     for (const Layer *layer = model->layer; layer < model->layer + model->layers; layer++) {
-        float *keys = fed->slabs[layer - model->layer];
+        float *keys = fed->cache + (2 * (layer - model->layer) * fed->held + fed->first) * groups * fed->room * size;
         normed(count, x, layer->before, model->eps, hidden, normal);
         through(&layer->read, count, normal, NULL, fresh);
         for (i = 0; i < count; i++) {
             float *mine = fresh + i * read;
-            long row = where[i] / fed->slots, place = fed->places[where[i]] * size;
+            long row = where[i] / fed->slots, turned = place[i] * size;
             for (long h = 0; h < heads + groups; h++)
-                turn(mine + h * size, model->cos + place, model->sin + place, size);
+                turn(mine + h * size, model->cos + turned, model->sin + turned, size);
             for (long g = 0; g < groups; g++) {
                 float *cell = keys + ((row * groups + g) * fed->room + fed->columns[where[i]]) * size;
                 memcpy(cell, mine + (heads + g) * size, size * sizeof *cell);

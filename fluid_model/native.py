@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .engine.cache import SlotCache
+from .masks import Reading
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
@@ -73,9 +74,8 @@ class _Model(Structure):
 
 class _Fed(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("ids", "places", "columns", "widths", "mask")),
-        *((name, c_long) for name in ("rows", "slots", "total")), ("slabs", c_void_p),
-        ("held", c_long), ("room", c_long),
+        *((name, c_void_p) for name in ("ids", "columns", "widths", "order", "until", "places")),
+        *((name, c_long) for name in ("rows", "slots", "total", "first", "held", "room")), ("cache", c_void_p),
     )  # fmt: skip
 
 
@@ -146,28 +146,25 @@ class Forward:
         found = library(lanes) if lanes else None
         return None if found is None else cls(model, cos[:, 0].contiguous(), sin[:, 0].contiguous(), lanes, found)
 
-    def __call__(
-        self, ids: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache, widths: Sequence[int] | None = None
-    ) -> Tensor:
-        """As `llama.Forward`; what is padding is 0.
+    def __call__(self, ids: Tensor, reading: Reading, cache: SlotCache) -> Tensor:
+        """ids: (B, S), fed to a cache aimed at what reads them.  Returns (B, S, D) after the final norm; padding is 0.
 
         Raises IndexError where an id is not in the vocabulary, or a slot stands outside the cache.
         """
         self._follow()
-        (rows, slots), total, tables = ids.shape, mask.shape[-1], self._tables
-        counts = list(widths or [slots] * rows)
-        start, columns, _ = cache.aimed
-        slabs = cache.slabs(tables.layers, tables.key_heads, tables.head)
-        inputs = [each.contiguous() for each in (ids, positions, columns)]
-        mask, to = mask.contiguous(), torch.zeros(rows, slots, tables.hidden)
+        (rows, slots), tables, (start, columns, total) = ids.shape, self._tables, cache.aimed
+        counts = reading.widths or [slots] * rows
+        cells, to = cache.cells(tables.layers, tables.key_heads, tables.head), torch.zeros(rows, slots, tables.hidden)
+        spans = [each.contiguous() for each in reading.spans or ()]
+        ids, columns = ids.contiguous(), columns.contiguous()
 
         def run(part: range) -> bool:
             here, first = counts[part.start : part.stop], part.start
-            widest = (c_long * len(here))(*here)
-            keys = (c_void_p * len(slabs))(*(slab[0, start + first].data_ptr() for slab in slabs))
+            widths, behind = (c_long * len(here))(*here), first * slots * ids.itemsize
             fed = _Fed(
-                *(each[first:].data_ptr() for each in inputs), ctypes.addressof(widest), mask[first:].data_ptr(),
-                len(here), slots, total, ctypes.addressof(keys), cache.slots, cache.columns,
+                ids.data_ptr() + behind, columns.data_ptr() + behind, ctypes.addressof(widths),
+                *([each.data_ptr() + behind for each in spans] or [0] * 3),
+                len(here), slots, total, start + first, cache.slots, cache.columns, cells.data_ptr(),
             )  # fmt: skip
             space = self._space(self._library.workspace(tables, sum(here), total))
             found = self._library.forward(tables, fed, len(self._cos), space.data_ptr(), to[first:].data_ptr())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from transformers import LlamaConfig
 
 import fluid_model
 from fluid_eval.paths import resource
-from fluid_model import ArSettings, FluidSettings, Request, native
+from fluid_model import ArSettings, FluidSettings, Request, masks, native
 from fluid_model.backbone import Backbone
 from fluid_model.engine.cache import SlotCache
 
@@ -24,11 +26,14 @@ pytestmark = pytest.mark.skipif(native.library(4) is None, reason="no C compiler
 WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 112, "head_dim": 48, "attention_bias": True, "mlp_bias": True}
 
 
+def by_torch(backbone):
+    """The same forward, not compiled."""
+    return lambda ids, reading, cache: backbone._forward(ids, reading, cache)
+
+
 def fed(forward, ids, lengths, fresh, columns, widths=None, threads=1):
     """Hidden states of prompts of these lengths, and of more slots behind each; the cache's slot 0 is another's."""
     cache, width = SlotCache(len(lengths) + 1, columns), max(lengths)
-    backbone = Backbone.__new__(Backbone)
-    backbone._lowest, backbone.dtype = -3e38, torch.float32
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -36,8 +41,7 @@ def fed(forward, ids, lengths, fresh, columns, widths=None, threads=1):
         for start, count in (([0] * len(lengths), width), (lengths, fresh)):
             some = torch.stack([row[n : n + count] for row, n in zip(ids, start, strict=True)])
             reading = cache.aim(1, start, count, ids.device)
-            mask = backbone._additive(reading.allowed())
-            found.append(forward(some, reading.positions, mask, cache, widths if count == fresh else None))
+            found.append(forward(some, replace(reading, widths=widths if count == fresh else None), cache))
         return found
     finally:
         torch.set_num_threads(before)
@@ -51,7 +55,7 @@ def test_it_says_what_the_written_out_forward_says(name):
     ids, lengths = torch.randint(0, 97, (3, 14)), [9, 4, 7]
     with torch.inference_mode():
         for found, expected in zip(
-            fed(backbone.native, ids, lengths, 5, 20), fed(backbone.written_out, ids, lengths, 5, 20), strict=True
+            fed(backbone.native, ids, lengths, 5, 20), fed(by_torch(backbone), ids, lengths, 5, 20), strict=True
         ):
             for row, n in enumerate(lengths):
                 assert torch.allclose(found[row, :n], expected[row, :n], atol=1e-4, rtol=1e-4)
@@ -99,7 +103,7 @@ def test_it_follows_weights_that_change():
         with torch.no_grad():
             change.mul_(1.5)
         with torch.inference_mode():
-            found, expected = (fed(each, ids, [4, 4], 5, 9)[1] for each in (backbone.native, backbone.written_out))
+            found, expected = (fed(each, ids, [4, 4], 5, 9)[1] for each in (backbone.native, by_torch(backbone)))
         assert torch.allclose(found, expected, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(found, before, atol=1e-3)
 
@@ -122,20 +126,56 @@ def test_scores_without_bounds_are_told():
         for part in (attention.q_proj, attention.k_proj):
             part.weight.mul_(1e25)
     with torch.inference_mode():
-        found, expected = (fed(each, ids, [2], 2, 4)[0].isfinite() for each in (backbone.native, backbone.written_out))
+        found, expected = (fed(each, ids, [2], 2, 4)[0].isfinite() for each in (backbone.native, by_torch(backbone)))
     assert not expected.all()
     assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(
-    ("ids", "place", "column"), [(97, 0, 0), (-1, 0, 0), (5, 64, 0), (5, -1, 0), (5, 0, 3), (5, 0, -1)]
-)
-def test_what_lies_outside_is_refused_and_nothing_written(ids, place, column):
+    ("ids", "place", "column", "row", "total"),
+    [
+        (97, 0, 0, 0, 3), (-1, 0, 0, 0, 3), (5, -1, 0, 0, 3), (5, 0, 3, 0, 3), (5, 0, 3, 0, 4), (5, 0, -1, 0, 3),
+        (5, 0, 1, 0, 1), (5, 0, 0, 1, 3), (5, 0, 0, -1, 3),
+    ],
+)  # fmt: skip
+def test_what_lies_outside_is_refused_and_nothing_written(ids, place, column, row, total):
     backbone, cache = Backbone(model_of(CONFIGS["llama"])), SlotCache(1, 3)
-    cache.aim_at(0, torch.tensor([[column]]), 3)
+    columns = torch.tensor([[column]])
+    cache.aim_at(row, columns, total)
+    spans = masks.Spans(torch.tensor([[0]]), torch.tensor([[masks.ALL]]), torch.tensor([[place]]))
     with pytest.raises(IndexError, match="none of 97"):
-        backbone.native(torch.tensor([[ids]]), torch.tensor([[place]]), torch.zeros(1, 1, 1, 3), cache)
+        backbone.native(torch.tensor([[ids]]), masks.Reading(columns, total, spans=spans), cache)
     assert not any(slab.any() for slab in cache._slabs.values())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_it_reads_whom_the_masks_say(threads, monkeypatch):
+    """Ragged rows of fans, of texts that part, both ways, padded; a row of no slots; drafts behind the window."""
+    monkeypatch.setattr(native, "WORTH", 1e5)
+    backbone, chance = Backbone(model_of(LlamaConfig(**WIDE))), random.Random(0)
+    lengths, slots, window = [9, 0, 60, 31, 3], 12, backbone.window
+    ids, widths = torch.randint(0, 97, (5, 64)), [12, 5, 12, 0, 7]
+    order = torch.tensor(
+        [sorted(chance.randrange(4) * masks.FAN + chance.randrange(3) for _ in range(12)) for _ in ids]
+    )
+    until = torch.tensor([[chance.choice((0, 2, 3, 9)) * masks.FAN for _ in range(12)] for _ in ids])
+    places = torch.tensor([[chance.randrange(9) for _ in range(12)] for _ in ids])
+    for row, width in enumerate(widths):
+        until[row, width:] = masks.NOBODY
+    for spans in (masks.Spans(order, until, places), masks.mutual(torch.tensor([12, 5, 3, 0, 0]), slots)):
+        found = []
+        for forward in (backbone.native, by_torch(backbone)):
+            cache = SlotCache(5, 80)
+            cache.aim(0, [0] * 5, 60, ids.device)
+            forward(ids[:, :60], masks.Reading(cache.aimed[1], 60), cache)
+            reading = replace(cache.aim(0, lengths, slots, ids.device), widths=widths, spans=spans)
+            monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+            found.append(forward(ids[:, :slots], reading, cache))
+            monkeypatch.undo()
+        assert int(reading.positions.max()) >= window
+        for row, width in enumerate(widths):
+            readable = reading.allowed()[row, :width].any(-1)
+            assert torch.allclose(found[0][row, :width][readable], found[1][row, :width][readable], atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ class SlotCache:
         self.slots = slots
         self.columns = columns
         self._slabs: dict[int, Tensor] = {}  # of each layer: (2, slots, H, columns, Dh), keys then values
+        self._cells: Tensor | None = None  # all of these, where they are one
 
     @property
     def nbytes(self) -> int:
@@ -65,11 +66,12 @@ class SlotCache:
         keys, values = rows.narrow(3, 0, self._total).unbind(0)
         return keys, values
 
-    def slabs(self, layers: int, heads: int, size: int) -> list[Tensor]:
-        """Storage of all layers, (2, slots, H, columns, Dh) each, float32 on the CPU: for who writes it himself."""
-        if len(self._slabs) < layers:
-            self._slabs = {n: torch.zeros(2, self.slots, heads, self.columns, size) for n in range(layers)}
-        return list(self._slabs.values())
+    def cells(self, layers: int, heads: int, size: int) -> Tensor:
+        """Storage of all layers, (layers, 2, slots, H, columns, Dh), float32 on the CPU: for who writes it himself."""
+        if self._cells is None:
+            self._cells = torch.zeros(layers, 2, self.slots, heads, self.columns, size)
+            self._slabs = dict(enumerate(self._cells))
+        return self._cells
 
     def spread(self, source: int, start: int, count: int, columns: int) -> None:
         """Copy one slot's first columns to `count` slots from `start` on: what their prompts begin with."""
