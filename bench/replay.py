@@ -103,9 +103,13 @@ class Replay(FluidStrategy):
             for token, count in zip(row.tokens, row.masks, strict=True):
                 drafts = [*self._tape.drafts[token], *([(self._tape.wrong, 0.0)] for _ in range(count))]
                 tried += [rivals[: self._candidates] for rivals in drafts[:count]]
-            following = [[self._tape.after(token), self.horizon] for token in row.tokens]
+            tokens = [self._tape.after(token) for token in row.tokens]
             likeliest = [[token for token, _ in rivals] for rivals in tried]
-            found.append(_Said(following, likeliest, [[sure for _, sure in rivals] for rivals in tried]))
+            found.append(
+                _Said(
+                    tokens, [self.horizon] * len(tokens), likeliest, [[sure for _, sure in rivals] for rivals in tried]
+                )
+            )
         return found
 
 

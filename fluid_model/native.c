@@ -154,6 +154,45 @@ void through(const Map *map, long count, const float *in, const float *more, flo
     }
 }
 
+/* The K-head's strides of in (M, D), see khead.py: to (M,).  space: M inner + K numbers. */
+void strides(const Map *first, const Map *second, long count, const float *in, float *space, long *to) {
+    float *scores = space + count * first->to;
+    through(first, count, in, NULL, space);
+    for (long i = 0; i < count * first->to; i++) space[i] *= 0.5f + 0.5f * erff(space[i] * 0.70710678f);
+    for (long m = 0; m < count; m++) {
+        through(second, 1, space + m * first->to, NULL, scores);
+        to[m] = 0;
+        for (long k = 1; k < second->to; k++)
+            if (scores[k] > scores[to[m]]) to[m] = k;
+        to[m]++;
+    }
+}
+
+/* The `most` largest of each of M rows of scores (M, size), the largest first, the first of equals: where they stand,
+   and their probabilities, (M, most) each. */
+void surest(long count, long size, const float *scores, long most, long *places, float *sure) {
+    for (; count--; scores += size, places += most, sure += most) {
+        for (long v = 0, found = 0; v < size; v++) {
+            if (found == most && !(scores[v] > sure[most - 1])) continue;
+            long rank = found < most ? found++ : most - 1;
+            for (; rank && scores[v] > sure[rank - 1]; rank--) {
+                sure[rank] = sure[rank - 1];
+                places[rank] = places[rank - 1];
+            }
+            sure[rank] = scores[v];
+            places[rank] = v;
+        }
+        const float highest = sure[0];
+        lanes all = {0};
+        float rest = 0;
+        long v = 0;
+        for (; v + LANES <= size; v += LANES) all += exponential(at(scores + v) - highest);
+        for (; v < size; v++) rest += expf(scores[v] - highest);
+        rest += sum(all);
+        for (long rank = 0; rank < most; rank++) sure[rank] = expf(sure[rank] - highest) / rest;
+    }
+}
+
 /* Root mean square norm of (M, size). */
 static void normed(long count, const float *in, const float *weight, float eps, long size, float *to) {
     for (; count--; in += size, to += size) {

@@ -106,6 +106,9 @@ def library(lanes: int) -> ctypes.CDLL | None:
     found.forward.argtypes = (POINTER(_Model), POINTER(_Fed), c_long, c_void_p, c_void_p)
     found.through.argtypes, found.through.restype = (POINTER(_Map), c_long, c_void_p, c_void_p, c_void_p), None
     found.workspace.argtypes, found.workspace.restype = (POINTER(_Model), c_long, c_long), c_long
+    found.strides.argtypes = (POINTER(_Map), POINTER(_Map), c_long, c_void_p, c_void_p, c_void_p)
+    found.surest.argtypes = (c_long, c_long, c_void_p, c_long, c_void_p, c_void_p)
+    found.strides.restype = found.surest.restype = None
     return found
 
 
@@ -116,6 +119,77 @@ def _processor() -> str:
     except OSError:
         return platform.machine() + platform.processor()
     return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def widest() -> int:
+    """Lanes of this processor."""
+    return WIDEST.get(torch.backends.cpu.get_cpu_capability(), LANES[-1])
+
+
+def surest(scores: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """The likeliest of each row of logits on the CPU, see `sampling.surest`; None where there is no compiled code."""
+    found = library(widest())
+    if found is None:
+        return None
+    scores, rows = scores.contiguous(), len(scores)
+    places, sure = torch.empty(rows, count, dtype=torch.long), torch.empty(rows, count)
+    found.surest(rows, scores.shape[-1], scores.data_ptr(), count, places.data_ptr(), sure.data_ptr())
+    return places, sure
+
+
+class _Laid:
+    """Weights as the compiled code reads them, for as long as it does."""
+
+    def __init__(self, lanes: int) -> None:
+        self._lanes = lanes
+        self._held: list[Tensor] = []
+
+    def keep(self, tensor: Tensor) -> int:
+        """Where a tensor's numbers lie."""
+        self._held.append(tensor.detach().contiguous())
+        return self._held[-1].data_ptr()
+
+    def map(self, modules: Sequence[nn.Linear]) -> _Map:
+        """Linear maps of one input as one: panels of 2 * lanes columns, the last filled up with zeros."""
+        weight, wide = torch.cat([module.weight.detach() for module in modules]), 2 * self._lanes
+        panels = functional.pad(weight, (0, 0, 0, -len(weight) % wide)).view(-1, wide, weight.shape[1]).transpose(1, 2)
+        biased = any(module.bias is not None for module in modules)
+        biases = [
+            each.weight.new_zeros(len(each.weight)) if each.bias is None else each.bias.detach() for each in modules
+        ]
+        return _Map(self.keep(panels), self.keep(torch.cat(biases)) if biased else None, weight.shape[1], len(weight))
+
+
+class Strides:
+    """The K-head's, see `khead.KHead`. Follows weights that are changed in place."""
+
+    def __init__(self, first: nn.Linear, second: nn.Linear, found: ctypes.CDLL) -> None:
+        self._maps, self._library, self._version = (first, second), found, -1
+        self._watched = [*first.parameters(), *second.parameters()]
+
+    @classmethod
+    def of(cls, first: nn.Linear, second: nn.Linear) -> Strides | None:
+        """None where torch is to compute them."""
+        found = library(widest()) if _plain([first.weight, second.weight]) else None
+        return None if found is None else cls(first, second, found)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """(M, D) -> (M,)."""
+        version = sum(map(_version, self._watched))
+        if version != self._version:
+            self._laid, self._version = _Laid(widest()), version
+            self._first, self._second = (self._laid.map([each]) for each in self._maps)
+        hidden, to = hidden.contiguous(), torch.empty(len(hidden), dtype=torch.long)
+        space = torch.empty(len(hidden) * self._first.written + self._second.written)
+        words = len(hidden), hidden.data_ptr(), space.data_ptr(), to.data_ptr()
+        self._library.strides(self._first, self._second, *words)
+        return to
+
+
+def _plain(weights: Sequence[Tensor]) -> bool:
+    return all(
+        each.device.type == "cpu" and each.dtype == torch.float32 and not each.is_inference() for each in weights
+    )
 
 
 class Forward:
@@ -130,19 +204,16 @@ class Forward:
         self._watched = [*model.base_model.parameters(), *(self._head.parameters() if self.says_tokens else ())]
         self._once = 2 * sum(weight.numel() for weight in model.base_model.layers.parameters())
         self._version = -1
-        self._held: list[Tensor] = []
         self._local = threading.local()
 
     @classmethod
     def of(cls, model: Any, cos: Tensor, sin: Tensor) -> Forward | None:
         """For a model that `llama.fits`; None where torch is to run it.  cos, sin: (W, 1, E) each."""
         config, weights, size = model.config, list(model.parameters()), cos.shape[-1]
-        plain = all(w.device.type == "cpu" and w.dtype == torch.float32 and not w.is_inference() for w in weights)
-        if not plain or sum(weight.nbytes for weight in weights) > MOST_BYTES or size > MOST_HEAD:
+        if not _plain(weights) or sum(weight.nbytes for weight in weights) > MOST_BYTES or size > MOST_HEAD:
             return None
-        widest = WIDEST.get(torch.backends.cpu.get_cpu_capability(), LANES[-1])
         sizes = (config.hidden_size, config.intermediate_size, size)
-        lanes = next((n for n in LANES if n <= widest and not any(size % n for size in sizes)), 0)
+        lanes = next((n for n in LANES if n <= widest() and not any(size % n for size in sizes)), 0)
         found = library(lanes) if lanes else None
         return None if found is None else cls(model, cos[:, 0].contiguous(), sin[:, 0].contiguous(), lanes, found)
 
@@ -191,21 +262,22 @@ class Forward:
         version = sum(map(_version, self._watched))
         if version == self._version:
             return
-        self._held, base, config = [], self._model.base_model, self._model.config
+        base, config = self._model.base_model, self._model.config
+        self._laid = laid = _Laid(self._lanes)
         layers = (_Layer * len(base.layers))()
         for number, layer in enumerate(base.layers):
             of, mlp = layer.self_attn, layer.mlp
             parts = ([of.q_proj, of.k_proj, of.v_proj], [of.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])
             norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
-            layers[number] = _Layer(*map(self._keep, norms), *map(self._map, parts))
+            layers[number] = _Layer(*map(laid.keep, norms), *map(laid.map, parts))
         tables = (base.embed_tokens.weight, base.norm.weight, self._cos, self._sin)
         self._tables = _Model(
-            *map(self._keep, tables), config.rms_norm_eps, len(base.embed_tokens.weight), len(layers),
+            *map(laid.keep, tables), config.rms_norm_eps, len(base.embed_tokens.weight), len(layers),
             config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads,
             self._cos.shape[-1], layers,
         )  # fmt: skip
         if self.says_tokens:
-            self._says = self._map([self._head])
+            self._says = laid.map([self._head])
         self._version = version
 
     def _space(self, size: int) -> Tensor:
@@ -214,21 +286,6 @@ class Forward:
         if held is None or len(held) < size:
             held = self._local.space = torch.empty(size)
         return held
-
-    def _keep(self, tensor: Tensor) -> int:
-        """Where a tensor's numbers lie, for as long as they are needed."""
-        self._held.append(tensor.detach().contiguous())
-        return self._held[-1].data_ptr()
-
-    def _map(self, modules: Sequence[nn.Linear]) -> _Map:
-        """Linear maps of one input as one: panels of 2 * lanes columns, the last filled up with zeros."""
-        weight, wide = torch.cat([module.weight.detach() for module in modules]), 2 * self._lanes
-        panels = functional.pad(weight, (0, 0, 0, -len(weight) % wide)).view(-1, wide, weight.shape[1]).transpose(1, 2)
-        biased = any(module.bias is not None for module in modules)
-        biases = [
-            each.weight.new_zeros(len(each.weight)) if each.bias is None else each.bias.detach() for each in modules
-        ]
-        return _Map(self._keep(panels), self._keep(torch.cat(biases)) if biased else None, weight.shape[1], len(weight))
 
 
 def _parts(counts: Sequence[int], once: int) -> list[range]:

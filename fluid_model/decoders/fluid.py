@@ -33,7 +33,7 @@ from ..engine.strategy import Absorbed, Feed
 from ..khead import KHead
 from ..masks import FAN, Spans
 from ..settings import FluidSettings
-from .sampling import Draws, choose, likeliest
+from .sampling import Draws, choose, likeliest, surest
 from .tree import Draft, Tree, grow
 
 CHEAPEST, DEAREST = 0.001, 0.9
@@ -189,18 +189,17 @@ class FluidStrategy:
         logits = self.backbone.logits(hidden)  # (fed, V)
         if self.settings.temperature == 0:
             tokens = likeliest(logits[:known])
-            sure, drafts = logits[known:].softmax(-1).topk(min(self._candidates, logits.shape[-1]))
+            drafts, sure = surest(logits[known:], min(self._candidates, logits.shape[-1]))
         else:
             numbers, heat = self._numbers(start, rows), self.settings.temperature
             chosen, certain = choose(logits, numbers, heat, self.settings.top_p, "probability")
             tokens, drafts, sure = chosen[:known], chosen[known:, None], certain[known:, None]
         strides = self.head.stride(hidden[:known]).to(tokens.device)
-        tables = torch.stack((tokens, strides), -1), drafts, sure
-        said, tried, likely = _to_host(tables, packed=hidden.device.type != "cpu")
+        tables = _to_host((tokens, strides, drafts, sure), packed=hidden.device.type != "cpu")
         found, at, behind = [], 0, 0
         for count, more in zip(counts, masks, strict=True):
             upto, end = at + count, behind + more
-            found.append(_Said(said[at:upto], tried[behind:end], likely[behind:end]))
+            found.append(_Said(*(table[at:upto] for table in tables[:2]), *(table[behind:end] for table in tables[2:])))
             at, behind = upto, end
         return found
 
@@ -244,7 +243,7 @@ class FluidStrategy:
         return []
 
 
-def _to_host(tables: Sequence[Tensor], *, packed: bool) -> list[list[list[Any]]]:
+def _to_host(tables: Sequence[Tensor], *, packed: bool) -> list[list[Any]]:
     """Tables as lists. packed: in one transfer, where float32 travel as the bits of integers."""
     if not packed:
         return [table.tolist() for table in tables]
@@ -266,17 +265,10 @@ class _Said:
     tokens and how sure they are, (masks, candidates) each, the surest first.
     """
 
-    following: list[list[int]]
+    tokens: list[int]
+    strides: list[int]
     likeliest: list[list[int]]
     sure: list[list[float]]
-
-    @property
-    def tokens(self) -> list[int]:
-        return [token for token, _ in self.following]
-
-    @property
-    def strides(self) -> list[int]:
-        return [stride for _, stride in self.following]
 
     def drafts(self, mask: int) -> list[Draft]:
         """What a mask drafts."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import native
 from ..settings import Rule
 
 
@@ -43,6 +44,15 @@ def likeliest(logits: Tensor) -> Tensor:
     fast as torch.
     """
     return torch.from_numpy(logits.numpy().argmax(-1)) if logits.device.type == "cpu" else logits.argmax(-1)
+
+
+def surest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens of each row, the surest first, and their probabilities: (n, V) -> (n, count) each."""
+    found = native.surest(logits, count) if logits.device.type == "cpu" else None
+    if found is not None:
+        return found
+    sure, tokens = logits.softmax(-1).topk(count)
+    return tokens, sure
 
 
 def nucleus(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
