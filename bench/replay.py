@@ -134,8 +134,8 @@ def _fans(checkpoint: Checkpoint, request: Request, answer: tuple[int, ...]) -> 
     cache = SlotCache(1, before.shape[1] + row.slots)
     if before.numel():
         backbone.forward(before, cache.aim(0, [0], before.shape[1], backbone.device), cache)
-    reading = cache.aim(0, [before.shape[1]], row.slots, backbone.device)
-    hidden = backbone.forward(feed.ids, replace(reading, spans=feed.spans), cache)
+    reading = cache.aim(0, [before.shape[1]], row.slots, backbone.device, spans=feed.spans)
+    hidden = backbone.forward(feed.ids, reading, cache)
     (said,) = strategy._say(0, hidden, [row])
     return [_fan(said, place, count, masks) for place in range(count)]
 

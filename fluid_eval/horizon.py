@@ -112,8 +112,8 @@ def _fans(checkpoint: Checkpoint, ids: Sequence[int], anchors: range, cache: Slo
     step = torch.arange(1, widest + 1, device=backbone.device)
     anchor = torch.cat([token, token.repeat_interleave(widest)])[None]
     steps = torch.cat([torch.zeros_like(token), step.repeat(count)])[None]
-    reading = cache.aim(0, [anchors.start], fed.shape[1], backbone.device)
-    hidden = backbone.forward(fed, replace(reading, spans=fans(anchor, steps)), cache)[0]
+    reading = cache.aim(0, [anchors.start], fed.shape[1], backbone.device, spans=fans(anchor, steps))
+    hidden = backbone.forward(fed, reading, cache)[0]
     return hidden[:count], backbone.logits(hidden[count:]).view(count, widest, -1)
 
 

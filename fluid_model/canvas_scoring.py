@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -120,9 +120,9 @@ class CanvasScorer:
         longest = max(map(len, inputs))
         ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)  # (R, S)
         cache = SlotCache(len(batch), longest)
-        reading = cache.aim(0, [0] * len(batch), longest, device)
         spans = masks.mutual(torch.tensor([len(i) for i in inputs], device=device), longest)
-        hidden = self.backbone.forward(ids, replace(reading, spans=spans), cache)  # (R, S, D)
+        reading = cache.aim(0, [0] * len(batch), longest, device, spans=spans)
+        hidden = self.backbone.forward(ids, reading, cache)  # (R, S, D)
         self.calls += 1
         for row, states in zip(batch, hidden, strict=True):
             for pair, places, tokens, weight in row.wanted:

@@ -5,8 +5,6 @@ Legend: D hidden, K widest stride (K_max), R rows.
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -29,22 +27,14 @@ class KHead(nn.Sequential):
         self.k_max = k_max
         """Widest stride this head can predict."""
 
-    @property
-    def _maps(self) -> tuple[nn.Linear, nn.Linear]:
+    def stride(self, hidden: Tensor) -> Tensor:
+        """Most likely stride per row: (R, D) -> (R,) long in 1..K."""
         first, _, second = self
         assert isinstance(first, nn.Linear)
         assert isinstance(second, nn.Linear)
-        return first, second
-
-    @cached_property
-    def _compiled(self) -> native.Strides | None:
-        return native.Strides.of(*self._maps)
-
-    def stride(self, hidden: Tensor) -> Tensor:
-        """Most likely stride per row: (R, D) -> (R,) long in 1..K."""
-        first, second = self._maps
-        if self._compiled is not None and hidden.device.type == "cpu" and hidden.dtype == torch.float32:
-            return self._compiled(hidden)
+        compiled = native.strides(first, second, hidden)
+        if compiled is not None:
+            return compiled
         hidden = hidden.to(dtype=first.weight.dtype, device=first.weight.device)
         half = functional.linear(hidden, first.weight, first.bias) * 0.5
         risen = torch.addcmul(half, half, torch.erf(half * 2**0.5))  # GELU, without a kernel made for every new shape

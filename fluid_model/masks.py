@@ -5,9 +5,11 @@ Legend: B rows, S slots fed this forward, T key columns of the cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,12 +67,12 @@ class Reading:
         return readable.scatter_(2, self.columns[:, None].expand_as(among), among)
 
 
-def slot_columns(lengths: Tensor, slots: int) -> Tensor:
+def slot_columns(lengths: Sequence[int], slots: int) -> Tensor:
     """Cache column of every fed slot: a row's slots follow its own length.
 
-    lengths: (B,) tokens already cached.  Returns (B, S) long.
+    lengths: of B rows, tokens already cached.  Returns (B, S) long, on the host.
     """
-    return lengths[:, None] + torch.arange(slots, device=lengths.device)
+    return torch.from_numpy(np.add.outer(lengths, np.arange(slots)))
 
 
 def causal(columns: Tensor, total: int) -> Tensor:

@@ -27,6 +27,7 @@ from itertools import accumulate, pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +122,7 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
 
 
+@functools.cache
 def widest() -> int:
     """Lanes of this processor."""
     return WIDEST.get(torch.backends.cpu.get_cpu_capability(), LANES[-1])
@@ -160,30 +162,38 @@ class _Laid:
         return _Map(self.keep(panels), self.keep(torch.cat(biases)) if biased else None, weight.shape[1], len(weight))
 
 
-class Strides:
-    """The K-head's, see `khead.KHead`. Follows weights that are changed in place."""
+class _Head:
+    """A K-head laid out. Follows weights that are changed in place."""
 
-    def __init__(self, first: nn.Linear, second: nn.Linear, found: ctypes.CDLL) -> None:
-        self._maps, self._library, self._version = (first, second), found, -1
-        self._watched = [*first.parameters(), *second.parameters()]
+    def __init__(self, *maps: nn.Linear) -> None:
+        self._watched, self._version = [weight for each in maps for weight in each.parameters()], -1
 
-    @classmethod
-    def of(cls, first: nn.Linear, second: nn.Linear) -> Strides | None:
-        """None where torch is to compute them."""
-        found = library(widest()) if _plain([first.weight, second.weight]) else None
-        return None if found is None else cls(first, second, found)
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """(M, D) -> (M,)."""
+    def __call__(self, first: nn.Linear, second: nn.Linear, hidden: Tensor, found: ctypes.CDLL) -> Tensor:
         version = sum(map(_version, self._watched))
         if version != self._version:
-            self._laid, self._version = _Laid(widest()), version
-            self._first, self._second = (self._laid.map([each]) for each in self._maps)
+            self._laid = laid = _Laid(widest())
+            self._first, self._second = laid.map([first]), laid.map([second])
+            self._version = version
         hidden, to = hidden.contiguous(), torch.empty(len(hidden), dtype=torch.long)
         space = torch.empty(len(hidden) * self._first.written + self._second.written)
         words = len(hidden), hidden.data_ptr(), space.data_ptr(), to.data_ptr()
-        self._library.strides(self._first, self._second, *words)
+        found.strides(self._first, self._second, *words)
         return to
+
+
+_heads: WeakKeyDictionary[nn.Linear, _Head] = WeakKeyDictionary()
+"""By their first maps, which they do not hold."""
+
+
+def strides(first: nn.Linear, second: nn.Linear, hidden: Tensor) -> Tensor | None:
+    """Those of a K-head, see `khead.KHead`: (M, D) -> (M,). None where torch is to compute them."""
+    fits = hidden.device.type == "cpu" and hidden.dtype == torch.float32 and _plain([first.weight, second.weight])
+    found = library(widest()) if fits else None
+    if found is None:
+        return None
+    if first not in _heads:
+        _heads[first] = _Head(first, second)
+    return _heads[first](first, second, hidden, found)
 
 
 def _plain(weights: Sequence[Tensor]) -> bool:

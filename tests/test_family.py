@@ -13,6 +13,7 @@ import fluid_model
 from bench import family
 from fluid_eval.cli import main
 from fluid_eval.paths import resource
+from fluid_model import masks
 from fluid_model.engine.cache import SlotCache
 from fluid_model.files import read_toml
 from fluid_model.train.origin import weights_hash
@@ -84,7 +85,9 @@ def test_tiny_llada_fills_gaps():
         asked_ids = ids.index_fill(1, torch.tensor(gaps), checkpoint.mask_id)
         cache = SlotCache(1, ids.shape[1])
         reading = cache.aim(0, [0], ids.shape[1], checkpoint.backbone.device)
-        hidden = checkpoint.backbone.forward(asked_ids, replace(reading, ends=torch.tensor([ids.shape[1]])), cache)
+        hidden = checkpoint.backbone.forward(
+            asked_ids, replace(reading, spans=masks.mutual(torch.tensor([ids.shape[1]]), ids.shape[1])), cache
+        )
         right += int((checkpoint.backbone.logits(hidden[0, gaps]).argmax(-1) == ids[0, gaps]).sum())
         asked += len(gaps)
     assert right > 0.6 * asked

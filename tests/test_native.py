@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import signal
@@ -176,6 +177,42 @@ def test_it_reads_whom_the_masks_say(threads, monkeypatch):
         for row, width in enumerate(widths):
             readable = reading.allowed()[row, :width].any(-1)
             assert torch.allclose(found[0][row, :width][readable], found[1][row, :width][readable], atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(0, 9), (1, 4), (7, 33), (3, 1025)])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_surest_are_those_torch_finds(rows, size, count):
+    logits = 5 * torch.randn(rows, size)
+    logits[:, 2] = -torch.inf
+    tokens, sure = native.surest(logits, count)
+    expected = logits.softmax(-1).topk(count)
+    assert torch.equal(tokens, expected.indices)
+    assert torch.allclose(sure, expected.values, atol=1e-6, rtol=1e-5)
+
+
+def test_the_first_of_equals_is_the_surest():
+    tokens, sure = native.surest(torch.tensor([[1.0, 3.0, 0.0, 3.0, 3.0], [2.0, 2.0, 2.0, 2.0, 2.0]]), 3)
+    assert tokens.tolist() == [[1, 3, 4], [0, 1, 2]]
+    assert sure[1].tolist() == pytest.approx([0.2] * 3)
+
+
+@pytest.mark.parametrize(("hidden_size", "k_max"), [(192, 16), (36, 1), (7, 5)])
+def test_strides_are_the_k_heads(hidden_size, k_max):
+    """As its own modules say, whoever copies, widens or changes it meanwhile; and none outlives it."""
+    head, hidden, before = fluid_model.KHead(hidden_size, k_max), torch.randn(50, hidden_size), len(native._heads)
+    for weight in head.parameters():
+        weight.data.normal_()
+    for _ in range(2):
+        with torch.inference_mode():
+            assert torch.equal(head.stride(hidden), head(hidden).argmax(-1) + 1)
+            assert torch.equal(head.stride(hidden[:0]), hidden.new_zeros(0, dtype=torch.long))
+        assert len(native._heads) == before + 1
+        with torch.no_grad():
+            head[2].weight.neg_()
+    other = copy.deepcopy(head).double()
+    assert torch.equal(other.stride(hidden), head.stride(hidden))
+    del head
+    assert len(native._heads) == before
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fluid_model
-from fluid_model import ArSettings, ConfigError, FluidSettings, LladaSettings, NbdiffSettings, Request
+from fluid_model import ArSettings, ConfigError, FluidSettings, LladaSettings, NbdiffSettings, Request, masks
 from fluid_model.engine.cache import SlotCache
 from fluid_model.tokens import think_end
 
@@ -46,7 +46,7 @@ def bidirectional(checkpoint, ids):
     backbone = checkpoint.backbone
     cache = SlotCache(len(ids), ids.shape[1])
     reading = cache.aim(0, [0] * len(ids), ids.shape[1], backbone.device)
-    both = replace(reading, ends=torch.full((len(ids),), ids.shape[1]))
+    both = replace(reading, spans=masks.mutual(torch.full((len(ids),), ids.shape[1]), ids.shape[1]))
     return backbone.logits(backbone.forward(ids, both, cache))
 
 

@@ -87,7 +87,7 @@ def fluid_feed(checkpoint: Checkpoint, rows: int, slots: int) -> Feed:
 def once(bench: Bench, cache: SlotCache, feed: Feed) -> None:
     """One forward as the engine makes it, and the logits of its slots."""
     lengths, device = [bench.plan.context] * len(feed.widths), bench.plan.device
-    reading = replace(cache.aim(0, lengths, feed.ids.shape[1], device), spans=feed.spans, widths=feed.widths)
+    reading = cache.aim(0, lengths, feed.ids.shape[1], device, feed.widths, feed.spans)
     bench.backbone.logits(bench.backbone.forward(feed.ids, reading, cache))
 
 

@@ -7,6 +7,8 @@ Legend: B slots (rows of the cache), S slots fed, T columns, H heads, Dh head si
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,18 +29,31 @@ class SlotCache:
         self._cells: Tensor | None = None  # all of these, where they are one
 
     @property
+    def _stored(self) -> list[Tensor]:
+        """All keys and values, (some, slots, H, columns, Dh), in as few tensors as there are."""
+        return [*self._slabs.values()] if self._cells is None else [self._cells.flatten(0, 1)]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
         return sum(slab.nbytes for slab in self._slabs.values())
 
-    def aim(self, start: int, lengths: list[int], fed: int, device: torch.device) -> masks.Reading:
+    def aim(
+        self,
+        start: int,
+        lengths: Sequence[int],
+        fed: int,
+        device: torch.device,
+        widths: list[int] | None = None,
+        spans: masks.Spans | None = None,
+    ) -> masks.Reading:
         """Point the next forward at rows start.., feeding `fed` slots after each row's length.
 
         lengths: tokens already cached of each of these rows; all zero is a prefill, which reads only itself.
-        Returns their reading, causal unless changed.
+        widths, spans: see `masks.Reading`, which is returned.
         """
-        self.aim_at(start, masks.slot_columns(torch.tensor(lengths, device=device), fed), max(lengths) + fed)
-        return masks.Reading(self._write_at, self._total)
+        self.aim_at(start, masks.slot_columns(lengths, fed).to(device), max(lengths) + fed)
+        return masks.Reading(self._write_at, self._total, widths, spans)
 
     def aim_at(self, start: int, write_at: Tensor, total: int) -> None:
         """The same by columns: rows start.. write where write_at (B, S) says and read the first `total`."""
@@ -75,7 +90,7 @@ class SlotCache:
 
     def spread(self, source: int, start: int, count: int, columns: int) -> None:
         """Copy one slot's first columns to `count` slots from `start` on: what their prompts begin with."""
-        for slab in self._slabs.values():
+        for slab in self._stored:
             slab[:, start : start + count, :, :columns] = slab[:, source, None, :, :columns]
 
     def pack(self, lengths: list[int], kept: list[list[int]]) -> None:
@@ -91,19 +106,18 @@ class SlotCache:
         ]
         if not moved:
             return
-        device = next(iter(self._slabs.values())).device
-        row, source, target = torch.tensor(moved, device=device).unbind(1)
-        for slab in self._slabs.values():
+        row, source, target = torch.tensor(moved, device=self._stored[0].device).unbind(1)
+        for slab in self._stored:
             slab[:, row, :, target] = slab[:, row, :, source]
 
     def clear(self, slot: int) -> None:
         """Forget a slot's columns. Ordinary ones need not be: nobody reads them. What is not finite does harm even
         where a mask hides it.
         """
-        for slab in self._slabs.values():
+        for slab in self._stored:
             slab[:, slot] = 0
 
     def move(self, source: int, target: int) -> None:
         """Copy one slot's columns over another's, to keep the active rows together."""
-        for slab in self._slabs.values():
+        for slab in self._stored:
             slab[:, target].copy_(slab[:, source])

@@ -161,10 +161,11 @@ class Engine:
         fed = [torch.tensor([*row.request.prompt[shared:], *behind]) for row in rows]
         ids = torch.nn.utils.rnn.pad_sequence(fed, batch_first=True).to(device)  # (R, S)
         last = torch.tensor([len(row.request.prompt) - shared - 1 for row in rows], device=device)
-        reading = self._cache.aim(start, [shared] * len(rows), ids.shape[1], device)
-        if behind:
-            reading = replace(reading, spans=masks.one_fan(last, ids.shape[1]))
-        hidden = self._forward(rows, Feed(ids, list(map(len, fed)), ["prefill"] * len(rows)), reading)  # (R, S, D)
+        spans = masks.one_fan(last, ids.shape[1]) if behind else None
+        for row in rows:
+            row.length = shared
+        feed = Feed(ids, list(map(len, fed)), ["prefill"] * len(rows), spans)
+        hidden = self._forward(rows, feed, start)  # (R, S, D)
         for row in rows:
             row.length = len(row.request.prompt)
             row.trace.slots += shared
@@ -186,17 +187,18 @@ class Engine:
         """One forward for all active rows."""
         rows = self._rows
         feed = self.strategy.plan(len(rows))
-        reading = self._cache.aim(0, [row.length for row in rows], feed.ids.shape[1], self.backbone.device)
-        hidden = self._forward(rows, feed, replace(reading, spans=feed.spans))  # (n, S, D)
+        hidden = self._forward(rows, feed)  # (n, S, D)
         absorbed = self.strategy.absorb(feed, hidden, [self._room(row) for row in rows])
         self._cache.pack([row.length for row in rows], absorbed.kept)
         for row, keep in zip(rows, absorbed.keep, strict=True):
             row.length += keep
         self._take(rows, absorbed)
 
-    def _forward(self, rows: list[_Row], feed: Feed, reading: masks.Reading) -> Tensor:
+    def _forward(self, rows: list[_Row], feed: Feed, start: int = 0) -> Tensor:
         """One counted call of the model. A row whose numbers are not finite is broken; strategies see zeros there."""
-        hidden = self.backbone.forward(feed.ids, replace(reading, widths=feed.widths), self._cache)
+        lengths, slots = [row.length for row in rows], feed.ids.shape[1]
+        reading = self._cache.aim(start, lengths, slots, self.backbone.device, feed.widths, feed.spans)
+        hidden = self.backbone.forward(feed.ids, reading, self._cache)
         if hidden.device.type != "cpu" or not math.isfinite(hidden.sum(dtype=torch.float32)):  # asked where it is free
             self._sound = hidden.flatten(1).sum(1, dtype=torch.float32).isfinite()  # (n,)
             hidden = hidden.masked_fill(~self._sound[:, None, None], 0.0)
