@@ -1,5 +1,5 @@
-/* The forward of Llama-shaped models in float32 on a CPU. Compiled and called by native.py, which holds the other halves
-   of these structures.
+/* The forward of Llama-shaped models in float32 on a CPU, the K-head, and the choice of drafts. Compiled and called by
+   native.py, which holds the other halves of these structures.
 
    Every number is summed in one order, whatever is computed beside it, and what a slot may not read is left out, not
    masked: a token's numbers are the same to the last bit in every batch, and among drafts and fans as alone.

@@ -1,8 +1,8 @@
 """The forward of Llama-shaped models in float32 on a CPU, compiled: `native.c` by the C compiler at hand.
 
-Torch takes longer to be called than a model of a few million weights takes to compute. Here a forward is one call. Its
-numbers are the same to the last bit in every batch, and those of tokens among drafts and fans the same as AR's. Where
-there is no compiler, or the model is another, torch's own way is taken.
+Torch takes longer to be called than a model of a few million weights takes to compute. Here a forward is one call, and
+so is each question a round asks of its numbers. They are the same to the last bit in every batch, and those of tokens
+among drafts and fans the same as AR's. Where there is no compiler, or the model is another, torch's own way is taken.
 
 Legend: B rows, S slots fed, M slots that count, T columns, D hidden, V vocabulary, N numbers a map writes.
 """
@@ -129,8 +129,8 @@ def widest() -> int:
 
 
 def surest(scores: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
-    """The likeliest of each row of logits on the CPU, see `sampling.surest`; None where there is no compiled code."""
-    found = library(widest())
+    """The likeliest of each row of logits, see `sampling.surest`; None where torch is to look for them."""
+    found = library(widest()) if _plain([scores]) else None
     if found is None:
         return None
     scores, rows = scores.contiguous(), len(scores)
@@ -187,8 +187,8 @@ _heads: WeakKeyDictionary[nn.Linear, _Head] = WeakKeyDictionary()
 
 def strides(first: nn.Linear, second: nn.Linear, hidden: Tensor) -> Tensor | None:
     """Those of a K-head, see `khead.KHead`: (M, D) -> (M,). None where torch is to compute them."""
-    fits = hidden.device.type == "cpu" and hidden.dtype == torch.float32 and _plain([first.weight, second.weight])
-    found = library(widest()) if fits else None
+    weights = first.weight, second.weight
+    found = library(widest()) if _plain([hidden, *weights]) and not _frozen(weights) else None
     if found is None:
         return None
     if first not in _heads:
@@ -196,10 +196,14 @@ def strides(first: nn.Linear, second: nn.Linear, hidden: Tensor) -> Tensor | Non
     return _heads[first](first, second, hidden, found)
 
 
-def _plain(weights: Sequence[Tensor]) -> bool:
-    return all(
-        each.device.type == "cpu" and each.dtype == torch.float32 and not each.is_inference() for each in weights
-    )
+def _plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether compiled code can read these."""
+    return all(each.device.type == "cpu" and each.dtype == torch.float32 for each in tensors)
+
+
+def _frozen(weights: Sequence[Tensor]) -> bool:
+    """Whether nobody could tell that they were changed."""
+    return any(weight.is_inference() for weight in weights)
 
 
 class Forward:
@@ -220,7 +224,12 @@ class Forward:
     def of(cls, model: Any, cos: Tensor, sin: Tensor) -> Forward | None:
         """For a model that `llama.fits`; None where torch is to run it.  cos, sin: (W, 1, E) each."""
         config, weights, size = model.config, list(model.parameters()), cos.shape[-1]
-        if not _plain(weights) or sum(weight.nbytes for weight in weights) > MOST_BYTES or size > MOST_HEAD:
+        if (
+            not _plain(weights)
+            or _frozen(weights)
+            or sum(weight.nbytes for weight in weights) > MOST_BYTES
+            or size > MOST_HEAD
+        ):
             return None
         sizes = (config.hidden_size, config.intermediate_size, size)
         lanes = next((n for n in LANES if n <= widest() and not any(size % n for size in sizes)), 0)

@@ -149,6 +149,14 @@ def test_what_lies_outside_is_refused_and_nothing_written(ids, place, column, ro
     assert not any(slab.any() for slab in cache._slabs.values())
 
 
+def test_columns_that_do_not_follow_one_another_are_refused():
+    """Two columns cached and two fed are more than three."""
+    backbone, cache, columns = Backbone(model_of(CONFIGS["llama"])), SlotCache(1, 3), torch.tensor([[2, 1]])
+    cache.aim_at(0, columns, 3)
+    with pytest.raises(IndexError, match="outside the cache"):
+        backbone.native(torch.tensor([[5, 5]]), masks.Reading(columns, 3), cache)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_it_reads_whom_the_masks_say(threads, monkeypatch):
     """Ragged rows of fans, of texts that part, both ways, padded; a row of no slots; drafts behind the window."""

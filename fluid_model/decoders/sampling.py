@@ -48,7 +48,7 @@ def likeliest(logits: Tensor) -> Tensor:
 
 def surest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The likeliest tokens of each row, the surest first, and their probabilities: (n, V) -> (n, count) each."""
-    found = native.surest(logits, count) if logits.device.type == "cpu" else None
+    found = native.surest(logits, count)
     if found is not None:
         return found
     sure, tokens = logits.softmax(-1).topk(count)
