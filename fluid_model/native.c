@@ -273,6 +273,39 @@ long workspace(const Model *model, long count, long total) {
     return count * each + total + LANES;
 }
 
+/* Whether a slot reads another of its row, see masks.Spans. */
+static int may_read(const Fed *fed, long slot, long key) {
+    if (!fed->order) return key <= slot;
+    return fed->order[key] <= fed->order[slot] && fed->order[slot] < fed->until[key];
+}
+
+/* What slots bring, M of them: their embeddings x (M, D), where in (B, S) they stand, their places, and the columns
+   they read, `reads` of `seen` (M, T). Returns 0 if an id, a place or a column is out of bounds. */
+static int take(const Model *model, const Fed *fed, long window, float *x, int *where, int *place, int *reads,
+                int *seen)
+{
+    const long total = fed->total;
+    if (fed->first < 0 || fed->first + fed->rows > fed->held || total > fed->room) return 0;
+    for (long b = 0; b < fed->rows; b++) {
+        const long row = b * fed->slots, width = fed->widths[b], cached = fed->columns[row];
+        if (width && (cached < 0 || cached + width > total)) return 0;
+        for (long slot = row; slot < row + width; slot++, x += model->hidden, seen += total) {
+            long id = fed->ids[slot], column = fed->columns[slot], stands = column;
+            if (fed->order) stands = cached + fed->places[slot];
+            if (id < 0 || id >= model->vocabulary || stands < 0 || column < 0 || column >= total) return 0;
+            memcpy(x, model->embed + id * model->hidden, model->hidden * sizeof *x);
+            *where++ = slot;
+            *place++ = stands < window ? stands : window - 1;
+            int count = 0;
+            for (; count < cached; count++) seen[count] = count;
+            for (long key = row; key < row + width; key++)
+                if (may_read(fed, slot, key)) seen[count++] = fed->columns[key];
+            *reads++ = count;
+        }
+    }
+    return 1;
+}
+
 /* Hidden states after the final norm, of slots that count: to (B, S, D).  space: see `workspace`.
    What stands behind the window stands at its end.  Returns 0; or 1 if an id, a place or a column is out of bounds,
    before anything is written. */
@@ -286,24 +319,7 @@ int forward(const Model *model, const Fed *fed, long window, float *space, float
     float *open = got + count * heads * size, *shares = open + count * 2 * inner;
     int *where = (int *)(shares + total + LANES), *place = where + count, *reads = place + count, *seen = reads + count;
 
-    if (fed->first < 0 || fed->first + fed->rows > fed->held || total > fed->room) return 1;
-    for (long b = 0; b < fed->rows; b++) {
-        const long row = b * fed->slots, *columns = fed->columns + row, cached = columns[0];
-        const long *order = fed->order + row, *until = fed->until + row; /* not looked at where there are none */
-        if (fed->widths[b] && (cached < 0 || cached + fed->widths[b] > total)) return 1;
-        for (long s = 0; s < fed->widths[b]; s++, i++) {
-            long id = fed->ids[row + s], stands = fed->order ? cached + fed->places[row + s] : columns[s];
-            if (id < 0 || id >= model->vocabulary || stands < 0 || columns[s] < 0 || columns[s] >= total) return 1;
-            memcpy(x + i * hidden, model->embed + id * hidden, hidden * sizeof *x);
-            where[i] = row + s;
-            place[i] = stands < window ? stands : window - 1;
-            int *mine = seen + i * total, count = 0;
-            while (count < cached) mine[count] = count, count++;
-            for (long k = 0; k < fed->widths[b]; k++)
-                if (fed->order ? order[k] <= order[s] && order[s] < until[k] : k <= s) mine[count++] = columns[k];
-            reads[i] = count;
-        }
-    }
+    if (!take(model, fed, window, x, where, place, reads, seen)) return 1;
     for (const Layer *layer = model->layer; layer < model->layer + model->layers; layer++) {
         float *keys = fed->cache + (2 * (layer - model->layer) * fed->held + fed->first) * groups * fed->room * size;
         normed(count, x, layer->before, model->eps, hidden, normal);
