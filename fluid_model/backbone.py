@@ -134,20 +134,19 @@ class Backbone:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) hidden states -> (..., V) float32 logits."""
-        flat = hidden.flatten(0, -2)
-        if self.native is not None and self.native.says_tokens and self.graphs is None:
-            return self.native.logits(flat).view(*hidden.shape[:-1], -1)
-        with self._threads(len(flat)):
-            logits = self._projected(flat).float().view(*hidden.shape[:-1], -1)
+        logits = self._projected(hidden.flatten(0, -2)).float().view(*hidden.shape[:-1], -1)
         return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
 
     def _projected(self, flat: Tensor) -> Tensor:
         """(M, D) -> (M, V): at once, or as many at a time as a row of the one shape has slots."""
-        if self.graphs is None or self.graphs.only is None:
-            return self._head(flat)  # type: ignore[no-any-return]
-        size = self.graphs.only[1]
-        filled = functional.pad(flat, (0, 0, 0, -len(flat) % size)).view(-1, size, flat.shape[-1])
-        return torch.cat([self._head(part) for part in filled])[: len(flat)]
+        if self.native is not None and self.native.says_tokens and self.graphs is None:
+            return self.native.logits(flat)
+        with self._threads(len(flat)):
+            if self.graphs is None or self.graphs.only is None:
+                return self._head(flat)  # type: ignore[no-any-return]
+            size = self.graphs.only[1]
+            filled = functional.pad(flat, (0, 0, 0, -len(flat) % size)).view(-1, size, flat.shape[-1])
+            return torch.cat([self._head(part) for part in filled])[: len(flat)]
 
     @contextmanager
     def _threads(self, slots: int) -> Iterator[None]:
