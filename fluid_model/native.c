@@ -18,6 +18,7 @@
 #endif
 #define MOST_HEAD 256
 #define SHORT 64 /* products summed in one go */
+#define MANY 8   /* queries that read keys and values together, at most */
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int whole __attribute__((vector_size(4 * LANES)));
@@ -43,28 +44,33 @@ static inline lanes pick(whole which, lanes yes, lanes no) {
     return (lanes)((which & (whole)yes) | (~which & (whole)no));
 }
 
+/* Where each number stands. */
+#if LANES == 16
+static const whole LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif LANES == 8
+static const whole LANE = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+static const whole LANE = {0, 1, 2, 3};
+#endif
+
 /* Each lane has that of the lane `half` away. */
 static inline lanes crossed(lanes of, int half) {
-    whole lane;
-    for (int i = 0; i < LANES; i++) lane[i] = i ^ half;
 #if __has_builtin(__builtin_shuffle)
-    return __builtin_shuffle(of, lane);
+    return __builtin_shuffle(of, LANE ^ half);
 #else
     lanes to;
-    for (int i = 0; i < LANES; i++) to[i] = of[lane[i]];
+    for (int i = 0; i < LANES; i++) to[i] = of[i ^ half];
     return to;
 #endif
 }
 
 /* LANES sums of LANES vectors, all in one order. */
 static inline lanes sums(lanes *of) {
-    whole lane;
-    for (int i = 0; i < LANES; i++) lane[i] = i;
 #pragma GCC unroll 4
     for (int half = LANES / 2; half; half /= 2)
 #pragma GCC unroll 8
         for (int i = 0; i < half; i++) {
-            whole upper = (lane & half) != 0;
+            whole upper = (LANE & half) != 0;
             of[i] = pick(upper, of[i + half], of[i]) + crossed(pick(upper, of[i], of[i + half]), half);
         }
     return of[0];
@@ -81,12 +87,8 @@ static inline lanes exponential(lanes x) {
     lanes near = pick(x > 88.0f, (lanes){0} + 88.0f, pick(x < -87.0f, (lanes){0} - 87.0f, x));
     lanes power = near * 1.44269504f + 12582912.0f - 12582912.0f; /* rounded to a whole number */
     lanes rest = near - power * 0.693359375f + power * 2.12194440e-4f;
-    lanes y = rest * (1.0f / 5040) + 1.0f / 720;
-    y = y * rest + 1.0f / 120;
-    y = y * rest + 1.0f / 24;
-    y = y * rest + 1.0f / 6;
-    y = y * rest + 0.5f;
-    y = y * rest * rest + rest + 1.0f;
+    lanes y = ((rest * (1.0f / 5040) + 1.0f / 720) * rest + 1.0f / 120) * rest + 1.0f / 24;
+    y = ((y * rest + 1.0f / 6) * rest + 0.5f) * rest * rest + rest + 1.0f;
     y = (lanes)((whole)y + (__builtin_convertvector(power, whole) << 23));
     return pick(x == x, y, x);
 }
@@ -115,19 +117,11 @@ static inline __attribute__((always_inline)) void tile(const int tall, long size
 }
 
 static void tiles(long tall, long size, const float *in, const float *panel, float *to) {
+#define TALL_IS(n) case n: tile(n, size, in, panel, to); break;
     switch (tall) { /* each with its sums in registers */
-    case 1: tile(1, size, in, panel, to); break;
-    case 2: tile(2, size, in, panel, to); break;
-    case 3: tile(3, size, in, panel, to); break;
+        TALL_IS(1) TALL_IS(2) TALL_IS(3)
 #if TALL == 12
-    case 4: tile(4, size, in, panel, to); break;
-    case 5: tile(5, size, in, panel, to); break;
-    case 6: tile(6, size, in, panel, to); break;
-    case 7: tile(7, size, in, panel, to); break;
-    case 8: tile(8, size, in, panel, to); break;
-    case 9: tile(9, size, in, panel, to); break;
-    case 10: tile(10, size, in, panel, to); break;
-    case 11: tile(11, size, in, panel, to); break;
+        TALL_IS(4) TALL_IS(5) TALL_IS(6) TALL_IS(7) TALL_IS(8) TALL_IS(9) TALL_IS(10) TALL_IS(11)
 #endif
     default: tile(TALL, size, in, panel, to);
     }
@@ -211,58 +205,95 @@ static void turn(float *head, const float *cos, const float *sin, long size) {
     for (long e = 0; e < size; e += LANES) put(head + e, at(head + e) * at(cos + e) + at(other + e) * at(sin + e));
 }
 
-/* One query over the columns `seen`, `count` of them. shares: room for them, LANES more at most. */
-static inline __attribute__((always_inline)) void attend(const int parts, const int *seen, long count,
-                                                         const float *query, const float *keys, const float *values,
-                                                         float *shares, float *to)
+/* One head's query of a slot: over the columns `seen`, `count` of them.  shares: room for them, LANES more at most. */
+typedef struct { const float *query; const int *seen; long count; float *shares, *to; } Asked;
+
+/* Scores of LANES columns from t on, the last one's again where there are no more. */
+static inline __attribute__((always_inline)) lanes score(const int parts, const Asked *asked, long t,
+                                                         const float *keys)
 {
-    const long size = parts * LANES;
-    if (count == 0) { memset(to, 0, size * sizeof *to); return; }
-    const float scale = 1.0f / sqrtf(size);
-    lanes most = (lanes){0} - INFINITY, all = {0}, even[MOST_HEAD / LANES], odd[MOST_HEAD / LANES];
-    for (long t = 0; t < count; t += LANES) {
-        lanes dots[LANES];
+    const long size = parts * LANES, last = asked->count - 1;
+    const int *seen = asked->seen;
+    lanes dots[LANES];
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) {
-            const float *key = keys + seen[t + i < count ? t + i : count - 1] * size;
-            dots[i] = at(query) * at(key);
-            for (int e = 1; e < parts; e++) dots[i] += at(query + e * LANES) * at(key + e * LANES);
-        }
-        lanes found = sums(dots) * scale;
-        for (long i = count - t; i < LANES; i++) found[i] = -INFINITY;
-        put(shares + t, found);
-        most = pick(found > most, found, most);
+    for (int i = 0; i < LANES; i++) {
+        const float *key = keys + seen[t + i < last ? t + i : last] * size;
+        dots[i] = at(asked->query) * at(key);
+        for (int e = 1; e < parts; e++) dots[i] += at(asked->query + e * LANES) * at(key + e * LANES);
     }
-    float highest = most[0];
-    for (int i = 1; i < LANES; i++) highest = most[i] > highest ? most[i] : highest;
-    for (long t = 0; t < count; t += LANES) {
-        lanes share = exponential(at(shares + t) - highest);
-        for (long i = count - t; i < LANES; i++) share[i] = 0;
-        put(shares + t, share);
-        all += share;
-    }
-    for (int e = 0; e < parts; e++) even[e] = odd[e] = (lanes){0};
-    for (long t = 0; t + 1 < count; t += 2)
-        for (int e = 0; e < parts; e++) {
-            even[e] += shares[t] * at(values + seen[t] * size + e * LANES);
-            odd[e] += shares[t + 1] * at(values + seen[t + 1] * size + e * LANES);
-        }
-    if (count % 2)
-        for (int e = 0; e < parts; e++) even[e] += shares[count - 1] * at(values + seen[count - 1] * size + e * LANES);
-    float whole_share = sum(all);
-    for (int e = 0; e < parts; e++) put(to + e * LANES, (even[e] + odd[e]) / whole_share);
+    lanes found = sums(dots) * (1.0f / sqrtf(size));
+    put(asked->shares + t, found);
+    return found;
 }
 
-static void attention(long size, const int *seen, long count, const float *query, const float *keys,
-                      const float *values, float *shares, float *to)
+/* Scores to shares that are not divided by their sum yet, which is returned. */
+static float share(const Asked *asked, lanes most) {
+    lanes all = {0};
+    float highest = most[0];
+    for (int i = 1; i < LANES; i++) highest = most[i] > highest ? most[i] : highest;
+    for (long t = 0; t < asked->count; t += LANES) {
+        lanes found = exponential(at(asked->shares + t) - highest);
+        found = pick(LANE < (int)(asked->count - t), found, (lanes){0});
+        put(asked->shares + t, found);
+        all += found;
+    }
+    return sum(all);
+}
+
+/* Add the values of columns t to end, shared out, to the sums of every other one: both (2, parts) of LANES. */
+static inline __attribute__((always_inline)) void add(const int parts, const Asked *asked, long t, long end,
+                                                      const float *values, float *both)
 {
+    const long size = parts * LANES;
+    lanes even[MOST_HEAD / LANES], odd[MOST_HEAD / LANES];
+    for (int e = 0; e < parts; e++) even[e] = at(both + e * LANES), odd[e] = at(both + size + e * LANES);
+    for (; t + 1 < end; t += 2)
+        for (int e = 0; e < parts; e++) {
+            even[e] += asked->shares[t] * at(values + asked->seen[t] * size + e * LANES);
+            odd[e] += asked->shares[t + 1] * at(values + asked->seen[t + 1] * size + e * LANES);
+        }
+    if (t < end)
+        for (int e = 0; e < parts; e++) even[e] += asked->shares[t] * at(values + asked->seen[t] * size + e * LANES);
+    for (int e = 0; e < parts; e++) put(both + e * LANES, even[e]), put(both + size + e * LANES, odd[e]);
+}
+
+/* Queries of one row and of one head's keys, MANY at most. What they read is mostly the same, so the first of their
+   columns, of which each has `least`, are read for all of them while they are near. */
+static inline __attribute__((always_inline)) void attend(const int parts, const Asked *asked, long many, long least,
+                                                         const float *keys, const float *values)
+{
+    const long size = parts * LANES, together = least - least % LANES;
+    lanes most[MANY];
+    float all[MANY], both[MANY * 2 * MOST_HEAD];
+    for (long q = 0; q < many; q++) most[q] = (lanes){0} - INFINITY;
+    for (long t = 0; t < together; t += LANES)
+        for (long q = 0; q < many; q++) {
+            lanes found = score(parts, asked + q, t, keys);
+            most[q] = pick(found > most[q], found, most[q]);
+        }
+    for (long q = 0; q < many; q++) {
+        for (long t = together; t < asked[q].count; t += LANES) {
+            lanes found = score(parts, asked + q, t, keys);
+            most[q] = pick(found > most[q], found, most[q]);
+        }
+        all[q] = asked[q].count ? share(asked + q, most[q]) : 1.0f;
+        memset(both + q * 2 * size, 0, 2 * size * sizeof *both);
+    }
+    for (long t = 0; t < together; t += LANES)
+        for (long q = 0; q < many; q++) add(parts, asked + q, t, t + LANES, values, both + q * 2 * size);
+    for (long q = 0; q < many; q++) {
+        const float *even = both + q * 2 * size, *odd = even + size;
+        add(parts, asked + q, together, asked[q].count, values, both + q * 2 * size);
+        for (int e = 0; e < size; e += LANES)
+            put(asked[q].to + e, (at(even + e) + at(odd + e)) / all[q]);
+    }
+}
+
+static void attention(long size, const Asked *asked, long many, long least, const float *keys, const float *values) {
+#define PARTS_ARE(n) case n: attend(n, asked, many, least, keys, values); break;
     switch (size / LANES) {
-    case 1: attend(1, seen, count, query, keys, values, shares, to); break;
-    case 2: attend(2, seen, count, query, keys, values, shares, to); break;
-    case 3: attend(3, seen, count, query, keys, values, shares, to); break;
-    case 4: attend(4, seen, count, query, keys, values, shares, to); break;
-    case 8: attend(8, seen, count, query, keys, values, shares, to); break;
-    default: attend(size / LANES, seen, count, query, keys, values, shares, to);
+        PARTS_ARE(1) PARTS_ARE(2) PARTS_ARE(3) PARTS_ARE(4) PARTS_ARE(8)
+    default: attend(size / LANES, asked, many, least, keys, values);
     }
 }
 
@@ -270,7 +301,7 @@ static void attention(long size, const int *seen, long count, const float *query
 long workspace(const Model *model, long count, long total) {
     long read = (model->heads + 2 * model->key_heads) * model->head;
     long each = 2 * model->hidden + read + model->heads * model->head + 2 * model->inner + total + 3;
-    return count * each + total + LANES;
+    return count * each + MANY * (total + LANES);
 }
 
 /* Whether a slot reads another of its row, see masks.Spans. */
@@ -317,7 +348,8 @@ int forward(const Model *model, const Fed *fed, long window, float *space, float
     for (long b = 0; b < fed->rows; b++) count += fed->widths[b];
     float *x = space, *normal = x + count * hidden, *fresh = normal + count * hidden, *got = fresh + count * read;
     float *open = got + count * heads * size, *shares = open + count * 2 * inner;
-    int *where = (int *)(shares + total + LANES), *place = where + count, *reads = place + count, *seen = reads + count;
+    int *where = (int *)(shares + MANY * (total + LANES)), *place = where + count, *reads = place + count;
+    int *seen = reads + count;
 
     if (!take(model, fed, window, x, where, place, reads, seen)) return 1;
     for (const Layer *layer = model->layer; layer < model->layer + model->layers; layer++) {
@@ -336,11 +368,22 @@ int forward(const Model *model, const Fed *fed, long window, float *space, float
             }
         }
         for (long b = 0, first = 0; b < fed->rows; first += fed->widths[b++])
-            for (long h = 0; h < heads; h++) { /* keys of one head are read by all slots of a row, then left */
-                float *these = keys + (b * groups + h / (heads / groups)) * fed->room * size;
+            for (long g = 0; g < groups; g++) {
+                const float *these = keys + (b * groups + g) * fed->room * size;
+                Asked asked[MANY];
+                long many = 0, least = total;
                 for (i = first; i < first + fed->widths[b]; i++)
-                    attention(size, seen + i * total, reads[i], fresh + i * read + h * size, these, these + values,
-                              shares, got + (i * heads + h) * size);
+                    for (long h = g * (heads / groups); h < (g + 1) * (heads / groups); h++) {
+                        if (many == MANY) {
+                            attention(size, asked, many, least, these, these + values);
+                            many = 0, least = total;
+                        }
+                        if (reads[i] < least) least = reads[i];
+                        asked[many] = (Asked){fresh + i * read + h * size, seen + i * total, reads[i],
+                                              shares + many * (total + LANES), got + (i * heads + h) * size};
+                        many++;
+                    }
+                attention(size, asked, many, least, these, these + values);
             }
         through(&layer->out, count, got, x, x);
         normed(count, x, layer->after, model->eps, hidden, normal);
