@@ -105,11 +105,8 @@ class Replay(FluidStrategy):
                 tried += [rivals[: self._candidates] for rivals in drafts[:count]]
             tokens = [self._tape.after(token) for token in row.tokens]
             likeliest = [[token for token, _ in rivals] for rivals in tried]
-            found.append(
-                _Said(
-                    tokens, [self.horizon] * len(tokens), likeliest, [[sure for _, sure in rivals] for rivals in tried]
-                )
-            )
+            sure = [[sure for _, sure in rivals] for rivals in tried]
+            found.append(_Said(tokens, [self.horizon] * len(tokens), likeliest, sure))
         return found
 
 

@@ -284,8 +284,7 @@ static inline __attribute__((always_inline)) void attend(const int parts, const 
     for (long q = 0; q < many; q++) {
         const float *even = both + q * 2 * size, *odd = even + size;
         add(parts, asked + q, together, asked[q].count, values, both + q * 2 * size);
-        for (int e = 0; e < size; e += LANES)
-            put(asked[q].to + e, (at(even + e) + at(odd + e)) / all[q]);
+        for (int e = 0; e < size; e += LANES) put(asked[q].to + e, (at(even + e) + at(odd + e)) / all[q]);
     }
 }
 

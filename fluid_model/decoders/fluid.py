@@ -31,7 +31,7 @@ from ..backbone import Backbone
 from ..engine.records import Request
 from ..engine.strategy import Absorbed, Feed
 from ..khead import KHead
-from ..masks import FAN, Spans
+from ..masks import FAN, NOBODY, Spans
 from ..settings import FluidSettings
 from .sampling import Draws, choose, likeliest, surest
 from .tree import Draft, Tree, grow
@@ -144,7 +144,7 @@ class FluidStrategy:
                     until += [(at + 1) * FAN] * masks
                     places += range(places[at] + 1, places[at] + masks + 1)
             ids = row.tokens + [self.mask_id] * (widest - count)
-            found.append((ids, order + padding, until + padding, places + padding))
+            found.append((ids, order + padding, until + [NOBODY] * len(padding), places + padding))
         fed, *spans = torch.from_numpy(np.array(found)).to(self.backbone.device).unbind(1)  # (n, S) each
         return Feed(fed, widths, kinds=["round"] * rows, spans=Spans(*spans))
 
