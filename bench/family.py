@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def training_seconds(checkpoint: Path) -> float:
 def mean_score(found: dict[str, Any]) -> float:
     """Mean over the tasks, in percent."""
     scores = [float(line["score"]) for line in found["tasks"].values()]
-    return 100 * sum(scores) / len(scores)
+    return 100 * math.fsum(scores) / len(scores)
 
 
 def interval(line: dict[str, Any]) -> str:
@@ -127,9 +128,8 @@ def cost_table(results: dict[str, dict[str, Any]]) -> str:
     rows = []
     for label, found in results.items():
         written = [line for line in found["tasks"].values() if line["tokens_per_forward"] is not None]
-        tokens, forwards, slots, seconds = (
-            sum(line[name] for line in written) for name in ("tokens", "forwards", "slots", "seconds")
-        )
+        tokens, forwards, slots = (sum(line[name] for line in written) for name in ("tokens", "forwards", "slots"))
+        seconds = math.fsum(line["seconds"] for line in written)
         kinds = [sum(line["forwards_by_kind"].get(kind, 0) for line in written) for kind in KINDS]
         counts = [f"{count:,}" if count else "" for count in (tokens, *kinds, forwards)]
         rows.append([label, *counts, f"{tokens / forwards:.2f}", f"{slots / tokens:.1f}", f"{tokens / seconds:,.0f}"])

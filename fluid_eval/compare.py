@@ -27,7 +27,7 @@ from .store import ENVIRONMENT, SPEC, Record, read_finished
 Doc = tuple[str, int]
 """Leaf task and document."""
 _SAME = 1e-9
-"""Means over tasks are rounded; differences up to this are none."""
+"""Scores and their means are rounded; differences up to this are none."""
 SPOKEN = {"source", "about"}
 """Fields of a task's protocol that say where it is from, not what it is."""
 
@@ -263,7 +263,7 @@ def _compared(tasks: Sequence[_Scores]) -> Nested:
     """Scores, difference, tests and flips over tasks, each counting the same."""
     base, other = [task.base for task in tasks], [task.other for task in tasks]
     pairs = [(a, b, key) for t in tasks for a, b, key in zip(t.base, t.other, t.keys, strict=True)]
-    gained, lost = ([key for a, b, key in pairs if (b - a) * sign > 0] for sign in (1, -1))
+    gained, lost = ([key for a, b, key in pairs if (b - a) * sign > _SAME] for sign in (1, -1))
     counts = all(score in (0, 1) for a, b, _ in pairs for score in (a, b))
     n = len(pairs)
     # the mean over tasks varies as one task of this many documents, with this share of discordant ones, would

@@ -217,7 +217,7 @@ def play(name: str, rule: Rule, texts: Sequence[Places], slot_budget: int) -> di
         "name": name,
         "forwards_per_token": forwards / tokens,
         "slots_per_token": slots / tokens,
-        "cost_per_token": (forwards + slots / slot_budget) / tokens,
+        "cost_per_token": (forwards * slot_budget + slots) / (slot_budget * tokens),  # equal costs are equal to the bit
     }
 
 

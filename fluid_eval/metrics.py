@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,20 +55,28 @@ class Line:
         return {**{k: v for k, v in values.items() if k != "cost"}, **values["cost"]}
 
 
+def in_order(records: Iterable[dict[str, Any]], tasks: Iterable[str]) -> list[dict[str, Any]]:
+    """Samples by task, those of other tasks last, and document, in whatever order answers came: what is drawn by place,
+    or listed, is the same for the same samples.
+    """
+    places = {task: place for place, task in enumerate(tasks)}
+    return sorted(records, key=lambda r: (places.get(r["task"], len(places)), r["task"], r["doc_id"], r["key"]))
+
+
 def cost(records: Sequence[Record]) -> Cost:
-    """Sum what the samples cost."""
+    """Sum what the samples cost, in whatever order they come."""
     wrote = [r for r in records if r["finish"] is not None]
     tokens = sum(len(r["output_ids"]) for r in wrote)
     kinds = dict.fromkeys(kind for r in records for kind in r["trace"]["forwards"])
     by_kind = {kind: sum(r["trace"]["forwards"].get(kind, 0) for r in records) for kind in kinds}
     writing = sum(sum(r["trace"]["forwards"].values()) for r in wrote)
-    writing_slots, writing_seconds = sum(r["trace"]["slots"] for r in wrote), sum(r["seconds"] for r in wrote)
+    writing_slots, writing_seconds = sum(r["trace"]["slots"] for r in wrote), math.fsum(r["seconds"] for r in wrote)
     return Cost(
         tokens=tokens,
         forwards=sum(by_kind.values()),
         forwards_by_kind=by_kind,
         slots=sum(r["trace"]["slots"] for r in records),
-        seconds=sum(r["seconds"] for r in records),
+        seconds=math.fsum(r["seconds"] for r in records),
         slots_per_token=writing_slots / tokens if tokens else None,
         tokens_per_forward=tokens / writing if writing else None,
         tokens_per_second=tokens / writing_seconds if writing_seconds else None,

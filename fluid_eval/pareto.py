@@ -20,7 +20,7 @@ from fluid_model.errors import ConfigError
 from fluid_model.fields import at_least
 from fluid_model.settings import check_range
 
-from .stats import Interval, drawn, mean_over_tasks, percentiles
+from .stats import Interval, drawn, mean_over_tasks, percentiles, sums
 
 if TYPE_CHECKING:
     from numpy import bool_, float64, int64
@@ -36,7 +36,9 @@ LEAST = 20
 SURE = 0.95
 """Share of the draws in which a point must be beaten to count as dominated."""
 _SAME = 1e-9
-"""Sums of equal numbers may differ by rounding; differences up to this are none."""
+"""Equal numbers that were reached in two ways may differ by rounding; differences up to this, of speeds up to this part
+of them, are none.
+"""
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,15 @@ def frontier(placed: Sequence[Placed], by: Speed = "tokens_per_second") -> list[
     Points that were stopped early are left out, as their means are of other documents, and points without that speed.
     """
     _check(by)
-    found: list[tuple[float, float, str]] = []
-    ranked = ((speed, p.score.mean, p.name) for p in placed if p.stopped is None and (speed := pace(p, by)) is not None)
-    for speed, score, name in sorted(ranked, key=lambda one: (-one[0], -one[1])):
-        if not found or score > found[-1][1] + _SAME or found[-1][:2] == (speed, score):
-            found.append((speed, score, name))
-    return [name for _, _, name in reversed(found)]
+    ranked = [(speed, p) for p in placed if p.stopped is None and (speed := pace(p, by)) is not None]
+
+    def passed(speed: float, score: float) -> bool:
+        """Whether another point gains in one and loses in neither."""
+        margin = _SAME * abs(speed)
+        gains = ((other - speed, p.score.mean - score) for other, p in ranked)
+        return any(a >= -margin and b >= -_SAME and (a > margin or b > _SAME) for a, b in gains)
+
+    return [p.name for speed, p in sorted(ranked, key=lambda one: one[0]) if not passed(speed, p.score.mean)]
 
 
 def best(
@@ -164,7 +169,7 @@ def best(
     if baseline is None:
         if not whole:
             return None
-        baseline = max(whole.values(), key=lambda p: p.score.mean).name
+        baseline = _greatest({p.name: p.score.mean for p in whole.values()}, _SAME)
     if baseline not in whole:
         raise ConfigError(f"baseline={baseline!r} must be a point that was not stopped early: {', '.join(whole)}")
     if points is None:
@@ -176,7 +181,7 @@ def best(
         losses = _greatest_losses([p for p in points if p.name in whole], baseline, draws, seed)
     near = [p for p in whole.values() if losses[p.name] <= within / 100 + _SAME]
     paces = {p.name: speed for p in near if (speed := pace(p, by)) is not None}
-    return whole[max(paces, key=lambda name: paces[name])] if paces else None
+    return whole[_greatest(paces)] if paces else None
 
 
 def aup(pairs: Iterable[tuple[float, float]], *, y_max: float | None = None, published: bool = False) -> float:
@@ -184,16 +189,17 @@ def aup(pairs: Iterable[tuple[float, float]], *, y_max: float | None = None, pub
 
     From the least to the most tokens per forward, by trapezoids over y w(y): w(y) = min(exp(-3 (1 - y / y_max)), 1)
     makes lost accuracy cost more than itself. y_max: the best accuracy among the pairs unless given, such as the AR
-    parent's. Of pairs with the same tokens per forward the most accurate one counts; where that leaves fewer than two
-    the area is 0.
+    parent's. Of pairs with the same tokens per forward, but for rounding, the most accurate one counts; where that
+    leaves fewer than two the area is 0.
     published: as the d3LLM leaderboard has it (AUP, arXiv 2601.07568; alpha 3). Pairs more than 5 points below the one
     with the least tokens per forward are dropped, and that one's tokens per forward times its accuracy is added, for
     the way from 0 to it. Only such areas may stand beside published ones.
     """
     curve: dict[float, float] = {}
-    for x, y in pairs:
+    for x, y in sorted(pairs):
         check_range("tokens per forward", x, 0, math.inf, open_low=True)
         check_range("accuracy (percent)", y, 0, 100)
+        x = next((held for held in curve if math.isclose(held, x, rel_tol=_SAME)), x)
         curve[x] = max(y, curve.get(x, 0.0))
     if not curve:
         raise ConfigError("pairs=[]: an area needs (tokens per forward, accuracy) pairs")
@@ -204,7 +210,7 @@ def aup(pairs: Iterable[tuple[float, float]], *, y_max: float | None = None, pub
         return 0.0
     steps = sorted(curve.items())
     if published:
-        steps = [(x, y) for x, y in steps if y >= steps[0][1] - 5]
+        steps = [(x, y) for x, y in steps if y >= steps[0][1] - 5 - 100 * _SAME]
     head = steps[0][0] * steps[0][1] if published else 0.0
     heights = [(x, y * min(math.exp(-3 * (1 - y / top)), 1.0)) for x, y in steps]
     return head + math.fsum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in pairwise(heights))
@@ -277,8 +283,9 @@ def _replicas(board: _Board, who: Sequence[int], docs: NDArray[bool_], draws: in
     _, sizes = np.unique(board.task[docs], return_counts=True)
     values = board.values[np.ix_(np.asarray(who), np.flatnonzero(docs))]  # (P, D, 5)
     values[:, :, 0] /= np.repeat(sizes * len(sizes), sizes)  # so that the scores' sum is the mean of the tasks' means
-    sums = np.tensordot(drawn(sizes.tolist(), draws, seed), values, axes=(1, 1))  # (1 + R, P, 5)
-    score, tokens, seconds, forwards, answers = np.moveaxis(sums, -1, 0)
+    columns = values.transpose(1, 2, 0).reshape(len(values[0]), -1)  # (D, 5 P)
+    found = sums(drawn(sizes.tolist(), draws, seed), columns)
+    score, tokens, seconds, forwards, answers = np.moveaxis(found.reshape(-1, 5, len(who)), 1, 0)
 
     def ratio(over: Floats, under: Floats) -> Floats:
         return np.divide(over, under, out=np.full_like(over, np.nan), where=under > 0)
@@ -345,7 +352,14 @@ def _with_best(placed: Mapping[int, Placed], i: int, better: Sequence[int], by: 
     from dataclasses import replace
 
     paces = {placed[b].name: speed for b in better if (speed := pace(placed[b], by)) is not None}
-    return replace(placed[i], dominated_by=max(paces, key=lambda name: paces[name], default=None))
+    return replace(placed[i], dominated_by=_greatest(paces) if paces else None)
+
+
+def _greatest(values: Mapping[str, float], margin: float | None = None) -> str:
+    """The first of those that nothing passes by more than the margin, by default that of speeds."""
+    top = max(values.values())
+    least = top - (_SAME * abs(top) if margin is None else margin)
+    return next(name for name, value in values.items() if value >= least)
 
 
 def _greatest_losses(points: Sequence[Point], baseline: str, draws: int, seed: int) -> dict[str, float]:

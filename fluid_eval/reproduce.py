@@ -22,6 +22,7 @@ from fluid_model.settings import DECODERS
 from . import data, harness
 from .claims import UNSTATED_CONVENTION, Claim, Ledger, System
 from .lint import lint
+from .metrics import in_order
 from .paths import resource
 from .protocol import chat_of
 from .run import default_folder, run
@@ -231,9 +232,9 @@ def _score(claim: Claim, result: Nested) -> Interval:
 def _speed(claim: Claim, folder: Path) -> Interval:
     """Tokens a second, a forward or a round of the written answers of a task, or of all tasks of a group."""
     leaves = harness.inside(claim.task) or {claim.task}
-    records = sorted(
+    records = in_order(
         (r for r in read_samples(folder) if r["task"] in leaves and r["finish"] is not None and "lost" not in r),
-        key=lambda record: str(record["task"]),
+        sorted(leaves),
     )
     found = None
     if records:

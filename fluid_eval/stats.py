@@ -1,6 +1,7 @@
 """Intervals and paired tests. Counts get Wilson's interval, their paired differences Bonett and Price's, other means
 and differences the normal one; over tasks, their limits are combined. Ratios get the percentile bootstrap's, over
 documents drawn again with replacement, as many of each task as there are (Efron and Tibshirani 1993, chapter 13).
+No figure depends on the order of what it is of: sums are exact before they are rounded, once.
 
 Legend: D documents sorted by task, R draws.
 """
@@ -73,6 +74,20 @@ def drawn(sizes: Sequence[int], draws: int, seed: int) -> Floats:
         picks = rng.integers(size, size=(draws, size)) + size * np.arange(draws)[:, None]
         found.append(np.bincount(picks.ravel(), minlength=draws * size).reshape(draws, size))
     return np.vstack([np.ones((1, sum(sizes))), np.hstack(found)])
+
+
+def sums(counts: Floats, columns: Floats) -> Floats:
+    """Sums of columns over documents that are drawn so often, in whatever order both stand: (1 + R, C).
+
+    counts: (1 + R, D) of `drawn`.  columns: (D, C), finite. A product of matrices adds in an order of its own, which
+    the place of a column decides. So each column is rounded to a grid on which every sum is exact: D times its largest
+    number is 2^52 steps at most. Whole numbers stay as they are; others change by 2^-52 D of the largest.
+    """
+    import numpy as np
+
+    _, power = np.frexp(len(columns) * abs(columns).max(axis=0, initial=0.0))
+    found: Floats = np.ldexp(counts @ np.rint(np.ldexp(columns, 52 - power)), power - 52)
+    return found
 
 
 def percentiles(values: Floats, n: int) -> Interval | None:
@@ -155,7 +170,7 @@ def ratio_of_sums(
     if wrong := [len(column) for column in (*over, *under) if len(column) != sum(sizes)]:
         raise ConfigError(f"a column of {wrong[0]} numbers: there are {sum(sizes)} documents")
     counts = drawn(sizes, draws, seed)
-    above, below = ((counts @ np.asarray(columns, dtype=float).T).prod(axis=1) for columns in (over, under))
+    above, below = (sums(counts, np.asarray(columns, dtype=float).T).prod(axis=1) for columns in (over, under))
     return percentiles(np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0), sum(sizes))
 
 

@@ -25,6 +25,7 @@ from fluid_model.errors import ConfigError, RunError
 from fluid_model.files import Nested, bounded, parse_json, read_json
 from fluid_model.tokens import encodable
 
+from .metrics import in_order
 from .spec import RunSpec, build_spec
 
 if TYPE_CHECKING:
@@ -221,7 +222,8 @@ def read_samples(folder: Path, *, torn: int = 0) -> Iterator[Record]:
 
 
 def read_finished(folder: Path, needed: Iterable[str] = ()) -> tuple[Nested, list[Record]]:
-    """A finished run's result and samples. needed: what its result must tell, `members` and `lines` in any case.
+    """A finished run's result and its samples in task and document order. needed: what its result must tell, `members`
+    and `lines` in any case.
 
     Raises ConfigError if the folder holds no finished run, the samples are not those of its result, or one's score is
     no finite number.
@@ -235,8 +237,8 @@ def read_finished(folder: Path, needed: Iterable[str] = ()) -> tuple[Nested, lis
     result = read_json(folder / RESULT)
     if missing := sorted({"members", "lines", *needed} - result.keys()):
         raise ConfigError(f"{folder / RESULT}: lacks {', '.join(missing)}; run again into another --out")
-    records = list(read_samples(folder))
     owners = {leaf: task for task, leaves in result["members"].items() for leaf in leaves}
+    records = in_order(read_samples(folder), owners)
     counts = Counter(owners.get(record["task"]) for record in records)
     for line in result["lines"]:
         if counts[line["task"]] < line["n"]:

@@ -7,11 +7,18 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ["OMP_NUM_THREADS"] = "1"  # small models: threads only wait for one another
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TQDM_DISABLE="1", TRANSFORMERS_VERBOSITY="error")
 os.environ.pop("FLUID_DATA_DIR", None)
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # slot budgets measured here are nobody else's
+
+HASTE = HealthCheck.too_slow
+"""A busy machine is no fault of a test."""
+settings.register_profile("suite", derandomize=True, deadline=None, database=None, suppress_health_check=[HASTE])
+settings.register_profile("random", settings.get_profile("suite"), derandomize=False, print_blob=True)
+settings.load_profile("suite")  # the same inputs every time; nox -s properties draws others
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -25,6 +32,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device here"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which tiers of isolation programs were judged in and which not, with the reason: what is skipped has not passed.
+
+    The suite judges in the strongest that holds here; the attacks of nox -s security name their tier in brackets.
+    """
+    reports = [r for outcome in ("passed", "failed", "skipped") for r in terminalreporter.stats.get(outcome, [])]
+    judging = [
+        r for r in reports if r.nodeid.startswith(("tests/test_security", "tests/test_sandbox", "tests/test_ward"))
+    ]
+    if not judging:
+        return
+    from fluid_eval.sandbox.ladder import found, tried
+    from fluid_eval.sandbox.tiers import LADDER
+
+    terminalreporter.section("isolation", sep="-")
+    for tier in LADDER:
+        attacks = [r for r in judging if f"[{tier.name}-" in r.nodeid]
+        done = sum(r.when == "call" and r.outcome != "skipped" for r in attacks)
+        if why := tried(tier):
+            told = f"NOT TRIED ({len(attacks)} attacks skipped): {why}; to have it: {tier.needs}"
+        elif done or tier.name == found().name:
+            told = f"holds; tried with {done} attacks" if done else "holds; this suite's programs were judged in it"
+        else:
+            told = "holds; NOT TRIED here: nox -s security attacks it"
+        terminalreporter.write_line(f"{tier.name:10} {told}")
 
 
 def _shared(name: str) -> Path:

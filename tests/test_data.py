@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import time
+import threading
 
 import pytest
 
@@ -99,19 +99,17 @@ def test_the_hub_is_given_up_soon(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
     monkeypatch.setattr(data, "HUB_TIMEOUT", 0.5)
-    started = time.perf_counter()
-    assert not data.hub_reachable()
-    assert time.perf_counter() - started < 3
+    assert not data.hub_reachable(), "else this never ends"
     silent.close()
 
 
 def test_a_name_lookup_that_hangs_is_given_up_too(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(data, "HUB_TIMEOUT", 0.2)
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_args, **_more: time.sleep(3))
-    started = time.perf_counter()
-    assert not data.hub_reachable()
-    assert time.perf_counter() - started < 2
+    end = threading.Event()
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_args, **_more: end.wait())
+    assert not data.hub_reachable(), "else this never ends"
+    end.set()
 
 
 def test_clients_of_the_hub_that_are_imported_already_go_offline_too(monkeypatch):

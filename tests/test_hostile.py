@@ -30,9 +30,7 @@ RECORD = {
     "key": "gsm8k/0", "task": "gsm8k", "doc_id": 0, "prompt": "p", "prompt_hash": "0" * 16, "output": "o",
     "output_ids": [1], "finish": "eos", "trace": TRACE, "seconds": 0.1, "scores": {"exact_match,none": 1.0},
 }  # fmt: skip
-FUZZ = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FUZZ = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),

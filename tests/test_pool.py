@@ -190,7 +190,7 @@ class Slow:
         self.threads.add(threading.get_ident())
         yield work[0]
         yield work[1]
-        assert self.go.wait(10)
+        assert self.go.wait(120)
         yield from work[2:]
         raise ValueError("no more")
 

@@ -46,7 +46,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def page(browser: Browser) -> Iterator[Page]:
     """A fresh page; no error and no word on the console is forgiven, nor a request for anything but the page."""
     with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
-        context.set_default_timeout(3000)
+        context.set_default_timeout(30_000)
         opened, complaints = context.new_page(), list[str]()
         opened.on("console", lambda message: complaints.append(message.text))
         opened.on("pageerror", lambda error: complaints.append(str(error)))

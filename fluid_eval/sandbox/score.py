@@ -5,6 +5,7 @@ result and passed out, and pass@k.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -53,7 +54,9 @@ def held(judges: Judges, trials: Iterable[Trial]) -> list[Verdict]:
 def pass_rates(outcomes: Mapping[str, Sequence[bool]], ks: Sequence[int]) -> dict[str, float]:
     """Mean unbiased pass@k over problems, for each k that every problem has samples for: none without problems."""
     enough = [k for k in ks if outcomes and all(len(passed) >= k for passed in outcomes.values())]
-    return {f"pass@{k}": sum(pass_at_k(len(o), sum(o), k) for o in outcomes.values()) / len(outcomes) for k in enough}
+    return {
+        f"pass@{k}": math.fsum(pass_at_k(len(o), sum(o), k) for o in outcomes.values()) / len(outcomes) for k in enough
+    }
 
 
 def score_file(
