@@ -5,7 +5,9 @@ Only `wheel` makes one of its own: it installs the built wheel elsewhere and run
 
 from __future__ import annotations
 
+import argparse
 import json
+import secrets
 import sys
 from pathlib import Path
 
@@ -37,6 +39,22 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The test suite, two files at a time; words after -- go to pytest."""
     python(session, "pytest", "-n", "2", "--dist", "loadfile", *session.posargs)
+
+
+@nox.session
+def properties(session: nox.Session) -> None:
+    """Property tests on inputs drawn anew, in several rounds: -- [--seed N] [--rounds N] [words for pytest].
+
+    Prints each round's seed; `-- --seed N --rounds 1` draws the same again.
+    """
+    parser = argparse.ArgumentParser(prog="nox -s properties --")
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(10**9))
+    parser.add_argument("--rounds", type=int, default=10)
+    asked, words = parser.parse_known_args(session.posargs)
+    for seed in range(asked.seed, asked.seed + asked.rounds):
+        session.log(f"seed {seed}")
+        drawn = ["--hypothesis-profile", "random", "--hypothesis-seed", str(seed)]
+        python(session, "pytest", "-m", "hypothesis", "-n", "2", "--dist", "loadfile", *drawn, *words)
 
 
 @nox.session

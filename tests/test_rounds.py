@@ -47,11 +47,11 @@ def forward(checkpoint: Checkpoint, done: list[int], fans: dict[Text, int]):
     slots = [((), -at) for at in range(len(done), 0, -1)]
     slots += [(text, 0) for text in fans] + [(text, s) for text, masks in fans.items() for s in range(1, masks + 1)]
     ids = done + [text[-1] for text in fans] + [checkpoint.mask_id] * sum(fans.values())
-    may = torch.zeros(len(slots), len(slots), dtype=torch.bool)
-    for q, (text, step) in enumerate(slots):
-        for k, (other, other_step) in enumerate(slots):
-            own = text == other and other_step <= step
-            may[q, k] = own or (other_step <= 0 and len(other) < len(text) and text[: len(other)] == other)
+    rows = []
+    for text, step in slots:
+        begins = {text[:length] for length in range(len(text))}
+        rows.append([(text == other and at <= step) or (at <= 0 and other in begins) for other, at in slots])
+    may = torch.tensor(rows)
     bias = torch.zeros(may.shape).masked_fill(~may, torch.finfo(torch.float32).min)[None, None]
     out = checkpoint.model(
         input_ids=torch.tensor([ids]),
