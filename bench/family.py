@@ -18,7 +18,8 @@ from fluid_eval import run as job
 from fluid_eval.paths import resource
 from fluid_eval.spec import build_spec
 from fluid_model.engine.records import KINDS
-from fluid_model.train.origin import TRAINING_FILE, cpu_name
+from fluid_model.manifest import TRAINING_FILE
+from fluid_model.train.origin import cpu_name
 
 from . import bars
 from .bars import Bar

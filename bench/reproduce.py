@@ -20,7 +20,7 @@ from fluid_eval.spec import build_spec
 from fluid_eval.store import read_samples
 from fluid_model.fields import assign
 from fluid_model.files import read_toml
-from fluid_model.train.origin import TRAINING_FILE
+from fluid_model.manifest import TRAINING_FILE
 from fluid_model.train.recipe import build_chain
 
 from .bars import Bar, told

@@ -6,7 +6,6 @@ Strict in, atomic out.
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from . import legacy
+from . import folders, legacy
 from .backbone import Backbone, context_window
 from .errors import ConfigError
 from .khead import KHead
-from .manifest import ADAPTER_FOLDER, HEAD_FILE, MASK_FILE, Manifest, Method, write_manifest
+from .manifest import ADAPTER_FOLDER, CHECKPOINT_FILES, HEAD_FILE, MASK_FILE, Manifest, Method, write_manifest
 from .source import Source, find, from_pretrained
 from .tokens import Tokenizer, end_ids, single_id
 
@@ -164,13 +163,24 @@ def load(
     ).with_tau(tau)
 
 
-def save(checkpoint: Checkpoint, path: str | os.PathLike[str], beside: Mapping[str, str] | None = None) -> None:
+def save(
+    checkpoint: Checkpoint,
+    path: str | os.PathLike[str],
+    beside: Mapping[str, str] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
     """Write a folder, all or nothing: a failure leaves what stood there before.
 
     A checkpoint without a manifest becomes an ordinary Hugging Face folder.  beside: further text files by name.
-    Raises ConfigError if heads and manifest do not fit.
+    overwrite: a checkpoint that stands there is replaced; one with files of somebody else's beside it is not.
+    Raises ConfigError if heads and manifest do not fit, or if the folder holds what may not be replaced.
     """
-    manifest, target = checkpoint.manifest, Path(path)
+    manifest, target = checkpoint.manifest, Path(path).resolve()
+    if not folders.is_free(target):
+        if not overwrite:
+            raise ConfigError(f"cannot save {target}: it is not empty; pass overwrite=True, or choose another folder")
+        folders.check_ours("cannot save: path", target, CHECKPOINT_FILES)
     if len(checkpoint.heads) != len(manifest.tau if manifest else ()):
         raise ConfigError(f"cannot save {target}: a FLUID checkpoint needs a manifest and one K-head per tau")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -187,9 +197,9 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str], beside: Mapping[s
             _save_adapter(checkpoint, draft)
         else:
             checkpoint.model.save_pretrained(draft)
-        _swap(draft, target)
+        folders.swap(draft, target, CHECKPOINT_FILES)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        folders.discard(draft)
 
 
 def add_mask_token(model: PreTrainedModel, tokenizer: Tokenizer, text: str) -> int:
@@ -362,18 +372,3 @@ def _wrap(model: PreTrainedModel, folder: Path) -> PeftModel:
             return PeftModel.from_pretrained(model, str(folder), key_mapping=legacy.ADAPTER_KEYS)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, UserWarning) as error:
         raise ConfigError(f"{folder}: {str(error).splitlines()[0][:200]}") from error
-
-
-def _swap(draft: Path, target: Path) -> None:
-    """Put the finished draft in the target's place by renames."""
-    os.chmod(draft, 0o755)  # mkdtemp makes it private
-    old = draft.with_name(draft.name + "-old")
-    if target.exists():
-        os.rename(target, old)
-    try:
-        os.rename(draft, target)
-    except OSError:
-        if old.exists():
-            os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Files that nobody vouches for: JSON, TOML and lines of text, of bounded size and depth. No torch.
+"""Files that nobody vouches for: JSON, TOML and lines of text, of bounded size and depth; a new one written. No torch.
 
 Whatever is wrong with a file is a ConfigError that names it; nothing of it is ever run.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import tomllib
 import zlib
 from collections.abc import Iterator
@@ -93,6 +94,25 @@ def bounded(handle: IO[bytes], file: Path) -> Iterator[tuple[int, bytes]]:
         if len(line) > MOST_LINE:
             raise ConfigError(f"{file}, line {number}: longer than {MOST_LINE >> 20} MiB")
         yield number, line
+
+
+def write_new(file: Path, text: str) -> None:
+    """Write a file that is not there yet, all or nothing. Raises ConfigError if it is there, or cannot be written."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with file.open("x"):  # claims the name: nobody's file is replaced
+            pass
+        try:
+            draft.write_text(text, encoding="utf-8")
+            os.replace(draft, file)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            file.unlink()
+            raise
+    except FileExistsError as error:
+        raise ConfigError(f"{file}: exists already; name another file, or remove it") from error
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager

@@ -111,11 +111,17 @@ class HybridFans:
 
 @dataclass(frozen=True)
 class MaskFans:
-    """FLUID's stage 2: a full fan of masks with probability `probability`, none restored."""
+    """FLUID's stage 2: a full fan of masks with probability `probability`, none restored.
+
+    past_end: slots past the end of the response are laid too, with no label. FLUID's public code (Oli-lab-nun/FLUID at
+    9093c11, models/model_head.py) feeds them so: their loss is 0 and counts in the mean that K* is taken from, so that
+    K* grows to k_max towards the end of a response. Without it the mean is over slots that have a token to say.
+    """
 
     mask_id: int
     k_max: int
     probability: float = 0.5
+    past_end: bool = False
 
     def lay(self, example: Example, rng: random.Random, step: int) -> Expanded:
         return expand(example, self, rng)
@@ -141,15 +147,19 @@ def expand(example: Example, rule: HybridFans | MaskFans, rng: random.Random) ->
     """The row with a fan after some of the tokens that a response token follows (the last prompt token is the first).
 
     A slot's label is the token after its position, the same next-token shift as a real token's. Slots whose label would
-    lie past the end of the response are left out: nothing reads them and they carry no loss.
+    lie past the end of the response are left out: nothing reads them and they carry no loss.  (but see `MaskFans`)
     """
     row, ids = plain(example), example.ids
+    past = isinstance(rule, MaskFans) and rule.past_end
     for start, end in example.spans:
-        for anchor in range(max(0, start - 1), end - 2):
-            width = min(rule.open(rng), end - 2 - anchor)
+        for anchor in range(max(0, start - 1), end - (1 if past else 2)):
+            opened = rule.open(rng)
+            width = min(opened, end - 2 - anchor)  # slots with a token to say
             fan = rule.fill(ids[anchor + 1 : anchor + 1 + width], rng)
             for s, token in enumerate(fan, 1):
                 row.add(token, anchor + s, ids[anchor + s + 1], anchor, s, diff=1.0)
+            for s in range(width + 1, (opened if past else width) + 1):
+                row.add(rule.mask_id, anchor + s, IGNORE, anchor, s)
             row.targets += width
     return row
 
@@ -213,7 +223,8 @@ class Canvas:
     """LLaDA: t ~ U[0, 1] per row masks response tokens, which are to be said where they stand; all read all.
 
     The response is followed by a random number of end tokens, up to a canvas of `length`, so that the model learns
-    where an answer ends. Weight of a masked token: 1/t.  level: a fixed t.
+    where an answer ends (LLaDA's guidelines, ML-GSAI/LLaDA at b7e6c35, fill every row up to the longest of its batch).
+    Weight of a masked token: 1/t. What its mean is over, `LossSpec.per` says.  level: a fixed t.
     """
 
     mask_id: int

@@ -23,6 +23,14 @@ MANIFEST_FILE = "fluid.json"
 HEAD_FILE = "khead.safetensors"
 ADAPTER_FOLDER = "adapter"
 MASK_FILE = "mask_embedding.safetensors"
+TRAINING_FILE = "training.json"
+CHECKPOINT_FILES = (
+    MANIFEST_FILE, HEAD_FILE, MASK_FILE, TRAINING_FILE, f"{ADAPTER_FOLDER}/*", "config.json", "generation_config.json",
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "tokenizer*.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "additional_chat_templates/*", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+"""Names of what a saved checkpoint consists of: this project's files, a tokenizer's, transformers'."""
 
 
 @dataclass(frozen=True)

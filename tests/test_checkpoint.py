@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import fluid_model
-from fluid_model import ArSettings, ConfigError, FluidSettings, Request
+from fluid_model import ArSettings, ConfigError, FluidSettings, Request, folders
 from fluid_model.backbone import context_window
 
 from .tiny import MASK, fluid_checkpoint, llama_config, save_model
@@ -281,6 +281,44 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     other = fluid_checkpoint(seed=5)
     monkeypatch.setattr(type(other.model), "save_pretrained", full)
     with pytest.raises(OSError, match="No space left"):
-        fluid_model.save(other, target)
+        fluid_model.save(other, target, overwrite=True)
     assert {f.name: f.read_bytes() for f in target.iterdir()} == before
     assert [f.name for f in tmp_path.iterdir()] == ["c"], "no draft is left behind"
+
+
+def test_a_save_replaces_a_checkpoint_only_when_told_and_nothing_else_ever(tmp_path):
+    target, link = tmp_path / "c", tmp_path / "link"
+    target.mkdir()
+    fluid_model.save(fluid_checkpoint(), target)
+    first = (target / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="is not empty; pass overwrite=True"):
+        fluid_model.save(fluid_checkpoint(seed=5), target)
+    assert (target / "model.safetensors").read_bytes() == first
+    link.symlink_to(target)
+    fluid_model.save(fluid_checkpoint(seed=5), link, overwrite=True)
+    assert link.is_symlink()
+    assert (target / "model.safetensors").read_bytes() != first
+    (target / "adapter").mkdir()
+    for theirs in ("thesis.tex", "model-notes.md", ".hidden", "notes/config.json"):
+        (target / theirs).parent.mkdir(exist_ok=True)
+        (target / theirs).write_text("years of work")
+        with pytest.raises(ConfigError, match=f"{theirs}, which was not written here"):
+            fluid_model.save(fluid_checkpoint(), target, overwrite=True)
+        assert (target / theirs).read_text() == "years of work"
+        (target / theirs).unlink()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="is no folder"):
+        fluid_model.save(fluid_checkpoint(), tmp_path / "file", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "file", "link"]
+
+
+def test_what_comes_between_a_check_and_a_swap_stays(tmp_path):
+    """A file put beside ours at the last moment is set aside, not removed."""
+    target, draft = tmp_path / "c", tmp_path / ".c-x"
+    for folder in (target, draft):
+        folder.mkdir()
+        (folder / "config.json").write_text(folder.name)
+    (target / "thesis.tex").write_text("years of work")
+    folders.swap(draft, target, ("config.json",))
+    assert (target / "config.json").read_text() == ".c-x"
+    assert [path.name for path in (tmp_path / ".c-x-old").iterdir()] == ["thesis.tex"]

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from fluid_model import ConfigError
 from fluid_model.layout import Example, plain
 from fluid_model.train.data import Rows, encode, packs
-from fluid_model.train.llamafactory import as_toml, convert, read_yaml
-from fluid_model.train.recipe import DataSpec, build_chain
+from fluid_model.train.recipe import DataSpec
 from fluid_model.train.rows import Columns, Row, Source, Turn, load_rows, read_rows, sources
 
 from .tiny import byte_tokenizer
@@ -87,7 +86,7 @@ def test_a_register_of_llama_factory(tmp_path):
     assert load_rows(spec("mine", "talk")) == ([CHAT_ROW], [CHAT_ROW])
     for name, message in (
         ("other", "'other' is not in .*known: mine, talk, hub, pairs"),
-        ("hub", "hub has no file_name"),
+        ("hub", "hub: hf_hub_url is not fetched here"),
         ("pairs", "ranked pairs"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -117,9 +116,173 @@ def test_missing_files_and_columns_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.jsonl: no such file"):
         load_rows(DataSpec(files=(str(tmp_path / "nowhere.jsonl"),)))
     file = written(tmp_path / "a.jsonl", [{"ask": "x", "say": "y"}])
-    with pytest.raises(ConfigError, match="line 1: not a training row: missing 'prompt'"):
+    with pytest.raises(ConfigError, match="line 1: not a training row: missing 'completion'"):
         list(read_rows(Source(file)))
     assert next(read_rows(Source(file, Columns(prompt="ask", response="say")))).chat[0].text == "x"
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"instruction": "q", "output": "a", "text": "q a"}, "text and output: which is to be learnt?"),
+        ({"prompt": "q", "completion": "a", "text": "q a"}, "completion and text: which"),
+        ({**MESSAGES, **SHAREGPT}, "conversations and messages: which"),
+        ({**MESSAGES, "tools": [{"name": "add"}]}, "tools: no stage here shows tools"),
+        ({**SHAREGPT, "images": ["a.jpg"]}, "images: no stage here shows images"),
+        ({"prompt": "q", "completion": "a", "label": False}, "label: no stage here trains on feedback"),
+        ({**MESSAGES, "kto_tag": True}, "kto_tag: no stage here trains on feedback"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "chosen: no stage here trains on feedback or ranked"),
+        ({"prompt": "q", "completion": "a", "weight": 0.5}, "weight=0.5 must be 0 or 1"),
+        ({"messages": [{"role": "assistant", "content": "a", "weight": "0"}]}, "weight='0' must be 0 or 1"),
+        ({"messages": [{"role": "user", "content": "q", "weight": 1}]}, "role 'user' is weighed 1"),
+        ({"messages": [{"role": "tool", "content": "3"}]}, "role 'tool': no stage here writes it"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "tool_calls: no stage here"),
+        ({"conversations": [{"from": "function_call", "value": "{}"}]}, "role 'function_call': no stage here"),
+        ({"conversations": [{"from": "observation", "value": "3"}]}, "role 'observation': no stage here"),
+        ({"messages": [{"role": "assistant", "content": "a", "reasoning_content": "hm"}]}, "reasoning_content: no"),
+        ({"messages": "q"}, "messages must be a list of turns"),
+        ({"instruction": "q", "output": "a", "history": [["x", None]]}, "history must be a list of pairs of texts"),
+        ({"instruction": ["q"], "output": "a"}, "instruction must be text"),
+        ({"instruction": "q", "output": "a", "system": 3}, "system must be text"),
+    ],
+)
+def test_a_row_that_cannot_be_honoured_is_refused(tmp_path, row, what):
+    with pytest.raises(ConfigError) as caught:
+        list(read_rows(Source(written(tmp_path / "a.jsonl", [row]))))
+    assert f"a.jsonl, line 1: not a training row: {what}" in str(caught.value)
+
+
+def test_empty_fields_say_nothing(tmp_path):
+    bare = {"text": None, "tools": [], "images": None, "tool_calls": None, "weight": None}
+    rows = [{**MESSAGES, **bare}, {**MESSAGES, "prompt": "its first question"}]
+    assert list(read_rows(Source(written(tmp_path / "a.jsonl", rows)))) == [CHAT_ROW, CHAT_ROW]
+
+
+def test_a_system_message_stands_for_the_system_field(tmp_path):
+    row = {"system": "field", "conversations": [{"from": "system", "value": "turn"}, *SHAREGPT["conversations"]]}
+    (read,) = read_rows(Source(written(tmp_path / "a.jsonl", [row])))
+    assert [turn.text for turn in read.chat] == ["turn", "1+1?", "2"]
+
+
+@pytest.mark.parametrize("silent", [{"weight": 0}, {"loss_weight": 0.0}, {"train": False}, {"training": False}])
+def test_what_weighs_nothing_carries_no_loss(tmp_path, silent):
+    tokenizer = byte_tokenizer()
+    turns = [
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **silent},
+        {"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "weight": 1},
+    ]  # fmt: skip
+    rows = [{"messages": turns}, {"messages": turns[:2]}, {"prompt": "x", "completion": "y", "weight": 0}]
+    (row,) = read_rows(Source(written(tmp_path / "a.jsonl", rows)))
+    end = tokenizer.eos_token
+    for loss_on, learnt in (("responses", ["d" + end]), ("last", ["d" + end]), ("all", ["a\n", "\nc\nd" + end])):
+        (example,) = encode(tokenizer, [row], 64, loss_on)
+        assert [text.replace(tokenizer.bos_token or "", "") for text in said(tokenizer, example)] == learnt
+        assert "b" in tokenizer.decode(example.ids), "it is read all the same"
+    assert encode(tokenizer, [Row(chat=(Turn("user", "a"), Turn("assistant", "b", False)))], 64, "last") == []
+
+
+def test_what_of_a_row_is_learnt():
+    tokenizer = byte_tokenizer()
+    rows = [Row(chat=(Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")))]
+    assert [len(encode(tokenizer, rows, 64, loss_on)[0].spans) for loss_on in ("responses", "last", "all")] == [2, 1, 1]
+    (whole,) = encode(tokenizer, [Row("12", "34")], 64, "all")
+    assert whole.spans == ((0, len(whole.ids)),)
+
+
+def test_json_is_told_by_its_text_not_its_name(tmp_path):
+    """As by the `datasets` library: an array or lines, in .json and .jsonl alike."""
+    row = {"prompt": "Q", "completion": "A"}
+    for name in ("lines.json", "lines.json.gz", "array.jsonl"):
+        text = json.dumps([row, row], indent=1) if "array" in name else json.dumps(row) + "\n" + json.dumps(row)
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+        assert list(read_rows(Source(tmp_path / name))) == [Row("Q", "A")] * 2
+    (tmp_path / "empty.json").write_text("\n")
+    assert list(read_rows(Source(tmp_path / "empty.json"))) == []
+
+
+def registered(folder, entry, rows, **more):
+    written(folder / "set.json", rows)
+    (folder / "dataset_info.json").write_text(json.dumps({"set": {"file_name": "set.json", **entry}}))
+    spec = DataSpec(dataset_info=str(folder / "dataset_info.json"), datasets=("set",), **more)
+    return [row for source in sources(spec) for row in read_rows(source)]
+
+
+def test_a_register_says_which_columns_are_read(tmp_path):
+    """What it does not name is not read, as in LLaMA-Factory."""
+    both = {"instruction": "1+1?", "output": "2", "text": "rendered", "system": "s", "ask": "3?"}
+    assert registered(tmp_path, {}, [both]) == [CHAT_ROW]
+    assert registered(tmp_path, {"columns": {"prompt": "text"}}, [both]) == [Row("", "rendered")]
+    mapped = {"columns": {"prompt": "ask", "response": "output", "system": "system"}, "split": "train"}
+    (row,) = registered(tmp_path, mapped, [both])
+    assert [turn.text for turn in row.chat] == ["s", "3?", "2"]
+    chat = {"formatting": "openai", "columns": {"messages": "messages"}}
+    assert registered(tmp_path, chat, [{**MESSAGES, "text": "rendered"}]) == [CHAT_ROW]
+
+
+def test_num_samples_and_max_rows_cap_a_set(tmp_path):
+    rows = [{"instruction": f"{n}?", "output": str(n)} for n in range(20)]
+    drawn = registered(tmp_path, {"num_samples": 5}, rows)
+    texts = [row.chat[1].text for row in drawn]
+    assert drawn == registered(tmp_path, {"num_samples": 5}, rows), "the same ones every time"
+    assert len(set(texts)) == 5
+    assert texts != [str(n) for n in range(5)], "drawn, not the first ones"
+    with pytest.raises(ConfigError, match="num_samples=21, and it holds 20 rows"):
+        registered(tmp_path, {"num_samples": 21}, rows)
+    files = (str(written(tmp_path / "a.jsonl", rows)), str(written(tmp_path / "b.jsonl", rows)))
+    train, held = load_rows(DataSpec(files=files, max_rows=3, held_out=0.25))
+    assert [row.chat[1].text for row in (*train, *held)] == ["0", "1", "2"] * 2
+    assert len(held) == 2, "a share is rounded up"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"split": "validation"}, "split='validation': a file has no split but train"),
+        ({"subset": "x"}, "subset='x': a file has none"),
+        ({"folder": "x"}, "folder='x': a file has none"),
+        ({"columns": {"promt": "q"}}, "columns.promt is no setting; known: columns.prompt, columns.query"),
+        ({"colums": {"prompt": "q"}}, "colums is no setting; known: file_name, formatting"),
+        ({"columns": {"response": "a"}}, "columns.prompt is missing"),
+        ({"columns": {"prompt": "q", "system": "s"}}, "columns.system needs columns.response"),
+        ({"columns": {"prompt": 3}}, "columns.prompt=3 must be text"),
+        ({"columns": {"messages": "m", "kto_tag": "label"}, "formatting": "sharegpt"}, "columns.kto_tag: no stage"),
+        ({"formatting": "sharegpt", "columns": {"prompt": "q"}}, "columns.messages is missing"),
+        ({"formatting": "sharegpt", "tags": {"roll_tag": "x"}}, "tags.roll_tag is no setting; known: tags.role_tag"),
+        ({"formatting": "csv"}, "formatting='csv' is unknown; known: alpaca, sharegpt, openai"),
+        ({"ranking": True}, "ranked pairs"),
+        ({"ranking": "no"}, "ranking='no' must be true or false"),
+        ({"num_samples": 0}, "num_samples=0 must be at least 1"),
+        ({"num_samples": "2"}, "num_samples='2' must be"),
+        ({"ms_hub_url": "a/b"}, "ms_hub_url is not fetched here"),
+        ({"script_url": "a"}, "script_url is not fetched here"),
+        ({"file_sha1": "0" * 40}, "file_sha1=0000000000000000000000000000000000000000 is not that of"),
+    ],
+)
+def test_an_entry_that_cannot_be_honoured_is_refused(tmp_path, entry, message):
+    with pytest.raises(ConfigError) as caught:
+        registered(tmp_path, entry, [{"instruction": "q", "output": "a"}])
+    assert "dataset_info.json: set: " in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_a_folder_of_files_is_one_set(tmp_path):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    spec = DataSpec(dataset_info=str(tmp_path / "dataset_info.json"), datasets=("set",), held_out=1)
+    (tmp_path / "dataset_info.json").write_text('{"set": {"file_name": "parts"}}')
+    with pytest.raises(ConfigError, match="parts: an empty folder"):
+        sources(spec)
+    for n in (1, 0):
+        written(folder / f"{n}.json", [{"instruction": f"{n}?", "output": str(n)}])
+    assert [row.chat[1].text for row in (*load_rows(spec)[0], *load_rows(spec)[1])] == ["0", "1"]
+    (folder / "notes.txt").write_text("x")
+    with pytest.raises(ConfigError, match=r"files of several kinds \(\.json, \.txt\)"):
+        sources(spec)
+    with pytest.raises(ConfigError, match="parts is a folder; name its files"):
+        sources(DataSpec(files=(str(folder),)))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match=r"\.parquet is not read here"):
+        sources(DataSpec(files=(str(tmp_path / "a.parquet"),)))
 
 
 def said(tokenizer, example):
@@ -177,64 +340,3 @@ def test_draws_depend_on_their_number_alone():
     assert [rows[i] for i in reversed(range(len(rows)))] == forward[::-1]
     assert [row.ids[0] % 100 for row in forward] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3], "a layout knows its step"
     assert {row.ids[1] for row in forward[:5]} == set(range(5)), "every example once before any twice"
-
-
-YAML = """
-model_name_or_path: parents/pangu
-stage: sft
-finetuning_type: lora
-lora_rank: 16
-lora_alpha: 32
-dataset: alpaca_en, mine
-dataset_dir: data
-cutoff_len: 1024
-per_device_train_batch_size: 2
-gradient_accumulation_steps: 4
-learning_rate: 2e-4
-max_steps: 32000
-lr_scheduler_type: cosine
-warmup_ratio: 0.1
-bf16: true
-output_dir: saves/fluid
-k_masks: 16
-template: default
-"""
-
-
-def test_a_llama_factory_file_becomes_a_recipe(tmp_path):
-    import tomllib
-
-    (tmp_path / "train.yaml").write_text(YAML)
-    values, unused = convert(read_yaml(tmp_path / "train.yaml"), devices=8)
-    assert unused == ["template: default"]
-    (recipe,) = build_chain(tomllib.loads(as_toml(values, unused)))
-    assert (recipe.stage, recipe.out, recipe.model.parent) == ("fluid-hybrid", "saves/fluid", "parents/pangu")
-    assert (recipe.lora.rank, recipe.lora.alpha, recipe.fans.k_max, recipe.data.max_length) == (16, 32, 16, 1024)
-    assert (recipe.optim.batch_size, recipe.optim.accumulate, recipe.optim.steps) == (64, 4, 32000)
-    assert (recipe.optim.learning_rate, recipe.optim.warmup, recipe.optim.schedule) == (2e-4, 0.1, "cosine")
-    assert (recipe.data.datasets, recipe.data.dataset_info) == (("alpaca_en", "mine"), "data/dataset_info.json")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("stage: dpo", "stage=dpo: only sft and pt"),
-        ("finetuning_type: freeze", "finetuning_type=freeze: known are lora and full"),
-        ("learning_rate: fast", "learning_rate='fast' must be a number"),
-        ("lr_scheduler_type: polynomial", "optim.schedule='polynomial' is unknown"),
-    ],
-)
-def test_what_cannot_be_carried_over_is_said(tmp_path, change, message):
-    (tmp_path / "train.yaml").write_text(YAML + change + "\n")
-    with pytest.raises(ConfigError) as caught:
-        convert(read_yaml(tmp_path / "train.yaml"))
-    assert message in str(caught.value)
-
-
-def test_epochs_are_no_steps(tmp_path):
-    (tmp_path / "train.yaml").write_text(YAML.replace("max_steps: 32000", "num_train_epochs: 3"))
-    with pytest.raises(ConfigError, match=r"max_steps is missing \(num_train_epochs=3\)"):
-        convert(read_yaml(tmp_path / "train.yaml"))
-    (tmp_path / "bad.yaml").write_text("a: [1")
-    with pytest.raises(ConfigError, match=r"bad\.yaml: not a training file"):
-        read_yaml(tmp_path / "bad.yaml")

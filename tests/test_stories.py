@@ -13,7 +13,7 @@ import pytest
 import fluid_model
 from fluid_eval.paths import resource
 from fluid_model import ArSettings, FluidSettings, Request
-from fluid_model.train.origin import TRAINING_FILE
+from fluid_model.manifest import TRAINING_FILE
 
 
 def tokens_per_forward(answers) -> float:

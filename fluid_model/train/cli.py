@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, RunError
 from ..fields import assign
-from ..files import read_toml
+from ..files import read_toml, write_new
 from .recipe import build_chain
 
 IMPORT = "import-llamafactory"
@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("recipe", type=Path, metavar="RECIPE.toml")
     top.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a setting of the recipe")
     top.add_argument("--resume", action="store_true", help="go on from the last saved step")
+    top.add_argument("--overwrite", action="store_true", help="replace this recipe's own earlier result at its out")
     top.add_argument("--dry-run", action="store_true", help="tell tokens, FLOPs, memory and time; train nothing")
     top.add_argument("--gpu", default="h100", metavar="KIND", help="GPU a dry run reckons eight of (default h100)")
     return top
@@ -34,10 +35,11 @@ def parser() -> argparse.ArgumentParser:
 def import_parser() -> argparse.ArgumentParser:
     """The command line for a LLaMA-Factory file."""
     top = argparse.ArgumentParser(
-        prog=f"fluid-train {IMPORT}", description="Print the recipe of a LLaMA-Factory training file."
+        prog=f"fluid-train {IMPORT}", description="Write the recipe of a LLaMA-Factory training file."
     )
     top.add_argument("file", type=Path, metavar="FILE.yaml")
     top.add_argument("--devices", type=int, default=1, help="how many the file was written for (default 1)")
+    top.add_argument("--out", type=Path, metavar="RECIPE.toml", help="a new file to write, in place of standard output")
     return top
 
 
@@ -73,7 +75,7 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     from .run import train_chain
 
-    told = train_chain(recipes, resume=options.resume)
+    told = train_chain(recipes, resume=options.resume, overwrite=options.overwrite)
     final = ", ".join(f"{name} {value:.4g}" for name, value in told["final"].items())
     seconds = told["seconds"] + sum(stage["seconds"] for stage in told["before"])
     if os.environ.get("RANK", "0") == "0":
@@ -84,8 +86,14 @@ def _train(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> int:
     from .llamafactory import as_toml, convert, read_yaml
 
-    recipe, unused = convert(read_yaml(options.file), options.devices)
-    print(as_toml(recipe, [f"from {options.file.name}", *(f"not used: {line}" for line in unused)]), end="")
+    recipe, notes = convert(read_yaml(options.file), options.devices)
+    text = as_toml(recipe, [f"from {options.file.name}", *notes])
+    for note in notes:
+        print(f"fluid-train: {note}", file=sys.stderr)
+    if options.out is None:
+        print(text, end="")
+    else:
+        write_new(options.out, text)
     return 0
 
 

@@ -11,18 +11,21 @@ from .. import layout
 from ..errors import ConfigError
 from ..layout import Example, Expanded, Layout
 from ..tokens import Tokenizer
+from .recipe import LossOn
 from .rows import Row
 
 Pack = tuple[Example, ...]
+Response = tuple[int, int, bool]
+"""Start and end of what an assistant says, and whether it carries loss."""
 OPEN_PACKS = 64
 """Packs that wait for a fitting example while others are filled."""
 
 
-def encode(tokenizer: Tokenizer, rows: Sequence[Row], max_length: int) -> list[Example]:
+def encode(tokenizer: Tokenizer, rows: Sequence[Row], max_length: int, loss_on: LossOn = "responses") -> list[Example]:
     """Token ids of rows, cut at max_length. Rows whose response is cut away whole are left out.
 
     A plain row ends with an end-of-sequence id; a chat is written by the tokenizer's chat template (without one: turns
-    joined by newlines), and carries loss where the assistant speaks.
+    joined by newlines), and carries loss where the assistant speaks. loss_on: see `DataSpec`.
     """
     plain = [row for row in rows if not row.chat]
     prompts = tokenizer([row.prompt for row in plain])["input_ids"] if plain else []
@@ -32,11 +35,12 @@ def encode(tokenizer: Tokenizer, rows: Sequence[Row], max_length: int) -> list[E
     found = []
     for row in rows:
         if row.chat:
-            ids, spans = _chat(tokenizer, row)
+            ids, responses = _chat(tokenizer, row)
         else:
             prompt, answer = next(pairs)
             ids = [*prompt, *answer, *end]
-            spans = [(len(prompt), len(ids))]
+            responses = [(len(prompt), len(ids), True)]
+        spans = _learnt(responses, len(ids), loss_on)
         ids = ids[:max_length]
         kept = [(start, min(stop, len(ids))) for start, stop in spans if start < len(ids)]
         if kept and kept[-1][1] > max(1, kept[0][0]):  # a first token is nobody's to say
@@ -44,11 +48,19 @@ def encode(tokenizer: Tokenizer, rows: Sequence[Row], max_length: int) -> list[E
     return found
 
 
-def _chat(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a chat and the spans the assistant says, each with the end its template writes."""
+def _learnt(responses: Sequence[Response], length: int, loss_on: LossOn) -> list[tuple[int, int]]:
+    """Half-open ranges that carry loss, in order and apart."""
+    if loss_on == "all":
+        edges = [0, *(edge for start, end, loss in responses if not loss for edge in (start, end)), length]
+        return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
+    return [(start, end) for start, end, loss in (responses[-1:] if loss_on == "last" else responses) if loss]
+
+
+def _chat(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[Response]]:
+    """Ids of a chat and what the assistant says, each with the end its template writes."""
     messages = [{"role": turn.role, "content": turn.text} for turn in row.chat]
     ids: list[int] = []
-    spans = []
+    responses = []
     written = ""
     for number, turn in enumerate(row.chat):
         if turn.role != "assistant":
@@ -62,10 +74,10 @@ def _chat(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[tuple[int, in
         said = tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"]
         if tokenizer.chat_template is None and tokenizer.eos_token_id is not None:
             said = [*said, tokenizer.eos_token_id]
-        spans.append((len(ids), len(ids) + len(said)))
+        responses.append((len(ids), len(ids) + len(said), turn.loss))
         ids += said
         written = after
-    return ids, spans
+    return ids, responses
 
 
 def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], *, ask: bool) -> str:

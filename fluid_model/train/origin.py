@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from .recipe import Recipe, as_table
-from .rows import fingerprint, sources
+from .register import sources
+from .rows import fingerprint
 
-TRAINING_FILE = "training.json"
 PACKAGES = ("fluid-eval", "torch", "transformers", "peft", "accelerate", "tokenizers")
 
 
@@ -33,7 +33,7 @@ def told(
         "recipe": as_table(recipe),
         "recipe_hash": recipe.hash,
         "commit": code_commit(),
-        "data": [fingerprint(source.file) for source in sources(recipe.data)],
+        "data": [fingerprint(file) for source in sources(recipe.data) for file in source.files],
         "seed": recipe.seed,
         "parent_hash": weights_hash(Path(parent)) if parent is not None and Path(parent).is_dir() else None,
         "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},

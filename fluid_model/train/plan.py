@@ -32,10 +32,12 @@ GPUS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """tokens: of text.  slots: fed, all steps together.  labels: slots with a loss.  flops: of the whole training.
-    weights, moving, activations: bytes of weights, of gradients and optimiser, and of one device's activations.
+    """steps: of the whole training.  tokens: of text.  slots: fed, all steps together.  labels: slots with a loss.
+    flops: of the whole training.  weights, moving, activations: bytes of weights, of gradients and optimiser, and of
+    one device's activations.
     """
 
+    steps: int
     parameters: int
     trained: int
     tokens: float
@@ -51,14 +53,17 @@ class Plan:
 def plan(recipe: Recipe, origin: ParentSpec) -> Plan:
     """Count what the recipe asks for. origin: what its chain starts from.
 
-    Raises ConfigError if the shape of that cannot be known.
+    Raises ConfigError if the shape of that cannot be known, or how many steps the epochs are.
     """
     model = outline(origin)
     config = model.config.get_text_config(decoder=True)
-    rows, assumed = _sample(recipe, origin)
+    rows, packs_in_all, assumed = _sample(recipe, origin)
     count = len(rows)
+    if recipe.optim.steps is None and assumed:
+        raise ConfigError(f"optim.epochs={recipe.optim.epochs}: set optim.steps for a dry run without data ({assumed})")
+    steps = recipe.optim.total(packs_in_all)
     slots, labels, tokens, reads = (
-        sum(map(measure, rows)) / count * recipe.optim.batch_size * recipe.optim.steps
+        sum(map(measure, rows)) / count * recipe.optim.batch_size * steps
         for measure in (_slots, _labels, _tokens, _reads)
     )
     parameters = sum(p.numel() for p in model.parameters())
@@ -68,12 +73,12 @@ def plan(recipe: Recipe, origin: ParentSpec) -> Plan:
     forward = 2 * blocks * slots + 2 * vocabulary * labels + 4 * config.num_hidden_layers * config.hidden_size * reads
     passes = 1 if recipe.stage == "fluid-horizon" else 2 if recipe.lora is not None else 3
     width = 2 if recipe.optim.bf16 else 4
-    per_step = 1 / recipe.optim.steps / recipe.optim.accumulate
+    per_step = 1 / steps / recipe.optim.accumulate
     layer = 34 * config.hidden_size * width / 2  # bytes a slot leaves in a layer (Korthikanti et al. 2022, eq. 2)
     kept = 1 if passes == 1 else config.num_hidden_layers
     activations = (layer * kept * slots + 12 * config.vocab_size * labels) * per_step
     return Plan(
-        parameters, trained, tokens, slots, labels, passes * forward, parameters * 4.0 if trained == parameters
+        steps, parameters, trained, tokens, slots, labels, passes * forward, parameters * 4.0 if trained == parameters
         else parameters * float(width), trained * 12.0, activations, assumed,
     )  # fmt: skip
 
@@ -94,7 +99,7 @@ def _tell(recipe: Recipe, found: Plan, gpu: str, here: float) -> str:
     there = found.flops / (8 * peak * UTILISATION)
     device = "one GPU" if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     lines = [
-        f"recipe {recipe.hash}: stage {recipe.stage}, {recipe.optim.steps:,} steps of {recipe.optim.batch_size} rows",
+        f"recipe {recipe.hash}: stage {recipe.stage}, {found.steps:,} steps of {recipe.optim.batch_size} rows",
         f"parameters  {found.parameters:,}, of which {found.trained:,} are trained",
         f"tokens      {found.tokens:.3g} of text, {found.slots:.3g} slots fed, {found.labels:.3g} of them with a loss",
         f"FLOPs       {found.flops:.3g}",
@@ -122,9 +127,12 @@ def machine_flops(seconds: float = 0.5) -> float:
     return done * 2 * size**3 / (time.perf_counter() - started) * (UTILISATION if cuda else 0.5)
 
 
-def _sample(recipe: Recipe, origin: ParentSpec) -> tuple[list[Expanded], str | None]:
-    """Laid-out rows as a step would be fed, from the data if it is at hand, else full ones."""
-    assumed = None
+def _sample(recipe: Recipe, origin: ParentSpec) -> tuple[list[Expanded], int, str | None]:
+    """Laid-out rows as a step would be fed, from the data if it is at hand, else full ones.
+
+    Returns some of them, how many there are in all, and what was assumed where there is no data.
+    """
+    assumed, in_all = None, 0
     try:
         rows, _ = load_rows(recipe.data)
         texts = [row.text for row in rows]
@@ -132,18 +140,20 @@ def _sample(recipe: Recipe, origin: ParentSpec) -> tuple[list[Expanded], str | N
             tokenizer = learn_tokenizer(texts[:2000], origin.scratch.vocab_size)
         else:
             tokenizer = checkpoints.load_tokenizer(str(origin.parent))
-        examples = encode(tokenizer, random.Random(0).sample(rows, min(len(rows), 8 * SAMPLE)), recipe.data.max_length)
+        some = random.Random(0).sample(rows, min(len(rows), 8 * SAMPLE))
+        examples = encode(tokenizer, some, recipe.data.max_length, recipe.data.loss_on)
         packed: Sequence[Pack] = (
             packs(examples, recipe.data.max_length, 0) if recipe.data.pack else [(e,) for e in examples]
         )
+        in_all = round(len(rows) * len(packed) / len(some))
     except ConfigError as error:
         assumed = f"every row holds {recipe.data.max_length} tokens, three quarters of them response ({error})"
         length = recipe.data.max_length
         packed = [(Example((0,) * length, ((length // 4, length),)),)] * 4
     lay: Layout = layouts(recipe, mask=1, end=0, ids=range(2, 3))
-    rng, last = random.Random(0), recipe.optim.steps - 1
+    rng, last = random.Random(0), (recipe.optim.steps or 1 << 30) - 1
     laid = [pack([lay.lay(e, rng, last) for e in one]) for one in packed[:SAMPLE]]
-    return laid, assumed
+    return laid, in_all, assumed
 
 
 def _slots(row: Expanded) -> float:
@@ -170,8 +180,15 @@ def _trained(recipe: Recipe, model: PreTrainedModel, parameters: int) -> int:
         return len(recipe.tau) * (hidden * quarter + quarter + quarter * recipe.fans.k_max + recipe.fans.k_max)
     if recipe.lora is None:
         return parameters
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
-    return sum(recipe.lora.rank * (m.in_features + m.out_features) for m in linear) + hidden
+    targets, head = recipe.lora.targets, model.get_output_embeddings()
+    linear = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and (name.rpartition(".")[2] in targets if targets else module is not head)
+    ]
+    adapter = sum(recipe.lora.rank * (m.in_features + m.out_features) for m in linear)
+    return adapter + (hidden if recipe.lora.train_mask else 0)
 
 
 def _gib(size: float) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigError
@@ -13,6 +15,8 @@ from ..fields import at_least, build
 from ..files import Nested
 from ..settings import check_range
 
+LossOn = Literal["responses", "last", "all"]
+"""What of a row is learnt: every response, the last one, or all of it."""
 Stage = Literal["ar", "fluid-hybrid", "fluid-horizon", "nbdiff", "llada"]
 ADAPTS = ("fluid-hybrid", "nbdiff", "llada")
 """Stages that give a parent a mask token and teach it to fill masks."""
@@ -75,16 +79,20 @@ class DataSpec:
     """Training rows, see `rows` for the forms.
 
     files: their paths.  dataset_info, datasets: LLaMA-Factory's register and the names to take from it.
-    max_length: tokens; longer rows lose their end.  pack: put short rows together up to max_length; they do not see one
-    another.  held_out: rows at the end of the last file that are only measured on.
+    max_rows: of each file or set, its first ones.  max_length: tokens; longer rows lose their end.  pack: put short
+    rows together up to max_length; they do not see one another.  loss_on: every response (of a plain row its
+    completion), the last one, or prompts too.  held_out: rows at the end of the last file that are only measured on, or
+    (0.05) their share of all rows.
     """
 
     files: tuple[str, ...] = ()
     dataset_info: str | None = None
     datasets: tuple[str, ...] = ()
+    max_rows: int | None = None
     max_length: int = 1024
     pack: bool = False
-    held_out: int = 64
+    loss_on: LossOn = "responses"
+    held_out: int | float = 64
 
     def __post_init__(self) -> None:
         if not self.files and not self.datasets:
@@ -92,28 +100,43 @@ class DataSpec:
         if bool(self.datasets) != (self.dataset_info is not None):
             raise ConfigError("data.datasets and data.dataset_info need one another")
         at_least("data.max_length", self.max_length, 2)
-        at_least("data.held_out", self.held_out, 1)
+        at_least("data.max_rows", self.max_rows, 1)
+        if isinstance(self.held_out, float) and not 0 < self.held_out < 1:
+            raise ConfigError(f"data.held_out={self.held_out} must be a number of rows or a share between 0 and 1")
+        if isinstance(self.held_out, int):
+            at_least("data.held_out", self.held_out, 1)
 
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """LoRA on all linear layers.  (FLUID: rank 16, alpha 32)"""
+    """LoRA.  (FLUID: rank 16, alpha 32, all linear layers)
+
+    targets: names of the layers it is put on; none: all linear layers.  train_mask: train the mask token's embedding
+    with it; FLUID's public code does not (Oli-lab-nun/FLUID at 9093c11: its mask, an unused token of the parent's,
+    keeps the parent's embedding).
+    """
 
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    train_mask: bool = True
 
 
 @dataclass(frozen=True)
 class FanSpec:
     """Fans of mask slots. k_max, probability, noise, restore: as FLUID's stage 1 (16, 0.5, 10%, all); see
     `layout.HybridFans`.
+
+    past_end: in stage fluid-horizon, slots past the end of a response are fed and count in K*'s mean with loss 0, as in
+    FLUID's public code; see `layout.MaskFans`.
     """
 
     k_max: int = 16
     probability: float = 0.5
     noise: float = 0.1
     restore: float = 1.0
+    past_end: bool = False
 
     def __post_init__(self) -> None:
         at_least("fans.k_max", self.k_max, 1)
@@ -151,9 +174,11 @@ class CanvasSpec:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What is minimised: ar * L_AR + diff * L_Diff. Unset: as the stage's method published it.
+    """What is minimised: ar * L_AR + diff * L_Diff. Unset: the weights the stage's method published, see `LOSSES`.
 
-    per: what a mean is over: every labelled slot the same (slot), or every row the same (row).
+    per: what a mean is over: every labelled slot of a step the same (slot), or every row the same (row). FLUID's public
+    code and SMDM's (ML-GSAI/SMDM at 583aa47, sft/finetune_mdm.py) take slot, LLaDA's guidelines (ML-GSAI/LLaDA at
+    b7e6c35, GUIDELINES.md) take row; NBDiff published no training code.
     """
 
     ar: float | None = None
@@ -167,13 +192,17 @@ class LossSpec:
 
 @dataclass(frozen=True)
 class OptimSpec:
-    """How long and how fast. batch_size: rows a step, all devices together.  warmup: share of the steps."""
+    """How long and how fast. steps, or epochs: times every row is seen.  batch_size: rows (packs) a step, all devices
+    together.  warmup: share of the steps; warmup_steps: their number, in its place.
+    """
 
-    steps: int
+    steps: int | None = None
+    epochs: float | None = None
     batch_size: int = 16
     learning_rate: float = 2e-4
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     warmup: float = 0.1
+    warmup_steps: int | None = None
     weight_decay: float = 0.0
     clip: float = 1.0
     bf16: bool = False
@@ -185,10 +214,25 @@ class OptimSpec:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "save_every", "report_every", "measure_every"):
             at_least(f"optim.{name}", getattr(self, name), 1)
+        at_least("optim.warmup_steps", self.warmup_steps, 0)
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError("optim: needs either steps or epochs")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ConfigError(f"optim.epochs={self.epochs} must be above 0")
         check_range("optim.learning_rate", self.learning_rate, 0.0, 1.0, open_low=True)
         check_range("optim.warmup", self.warmup, 0.0, 1.0)
         if self.batch_size % self.accumulate:
             raise ConfigError(f"optim.batch_size={self.batch_size} must be a multiple of accumulate={self.accumulate}")
+
+    def total(self, rows: int) -> int:
+        """Steps in all, with so many rows (or packs) to train on."""
+        if self.steps is not None:
+            return self.steps
+        return math.ceil((self.epochs or 0) * rows / self.batch_size)
+
+    def warming(self, steps: int) -> int:
+        """How many of so many steps warm up."""
+        return round(self.warmup * steps) if self.warmup_steps is None else self.warmup_steps
 
 
 @dataclass(frozen=True)
@@ -215,6 +259,8 @@ class Recipe:
     seed: int = 1
 
     def __post_init__(self) -> None:
+        if Path(self.out).name in ("", ".."):
+            raise ConfigError(f"out={self.out!r} must name a folder")
         if self.stage != "ar" and self.model.scratch is not None:
             raise ConfigError(f"model.scratch: stage {self.stage} adapts a parent; set model.parent")
         if (self.stage == "fluid-horizon") != bool(self.tau):
@@ -288,8 +334,14 @@ def build_chain(values: Mapping[str, Any]) -> list[Recipe]:
         parent = {"model": {"parent": recipe.out}}
         kept = {name: value for name, value in values.items() if name not in ("lora", "loss", "model")}
         values = _merged({**kept, **parent}, after)
+        optim = after.get("optim")
+        for given, other in EITHER:
+            if isinstance(optim, Mapping) and given in optim and other not in optim:
+                values["optim"].pop(other, None)
 
 
+EITHER = (("steps", "epochs"), ("epochs", "steps"), ("warmup", "warmup_steps"))
+"""Settings of `optim` of which a further stage's stands for the other of the stage before."""
 STEP = ".stage-"
 """Between a recipe's `out` and the number of a stage, in the folder of a result that is not the last."""
 

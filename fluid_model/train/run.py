@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -30,17 +29,19 @@ from transformers import (
 from transformers.utils import logging
 
 from .. import checkpoint as checkpoints
+from .. import folders
 from ..backbone import Backbone
 from ..checkpoint import Checkpoint
 from ..errors import ConfigError, RunError
 from ..layout import Blocks, Canvas, HybridFans, Layout, MaskFans, Plain
-from ..manifest import Manifest
+from ..manifest import CHECKPOINT_FILES, TRAINING_FILE, Manifest
 from .data import Pack, Rows, encode, packs
 from .measure import HeldOut
-from .origin import TRAINING_FILE, told
+from .origin import told
 from .parent import start
+from .places import CLOCK_FILE, WORK_FILES, check_out, finished, is_first, latest, work_folder
 from .progress import Progress
-from .recipe import ADAPTS, Recipe
+from .recipe import ADAPTS, LoraSpec, Recipe
 from .rows import Row, load_rows
 from .stages import FLEX_MULTIPLE, Batch, Horizons, collate, row_loss
 
@@ -120,43 +121,46 @@ class Clock(TrainerCallback):
             (folder / CLOCK_FILE).write_text(str(self.seconds()))
 
 
-def train_chain(recipes: Sequence[Recipe], *, resume: bool = False) -> dict[str, Any]:
+def train_chain(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Train stage after stage; what stands between the first parent and the last result is removed in the end.
 
     Returns and raises as `train` does. A resumed chain goes on after the stages that are done.
     """
+    done = [finished(recipe) if resume else None for recipe in recipes]
+    if (whole := done[-1]) is not None:
+        return whole
+    for recipe, stage in zip(recipes, done, strict=True):
+        if stage is None:
+            check_out(recipe, overwrite=overwrite)
     stages: list[dict[str, Any]] = []
-    for recipe in recipes:
-        done = finished(recipe) if resume else None
-        stages.append(done or train(recipe, resume=resume, before=stages))
-    for recipe in recipes[:-1]:
-        shutil.rmtree(recipe.out, ignore_errors=True)
+    for recipe, stage in zip(recipes, done, strict=True):
+        stages.append(stage or train(recipe, resume=resume, overwrite=overwrite, before=stages))
+    if is_first():
+        for recipe in recipes[:-1]:
+            folders.remove(Path(recipe.out), CHECKPOINT_FILES)
     return stages[-1]
 
 
-def finished(recipe: Recipe) -> dict[str, Any] | None:
-    """What training.json at `recipe.out` says if this very recipe made it."""
-    try:
-        manifest: dict[str, Any] = json.loads((Path(recipe.out) / TRAINING_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return manifest if manifest.get("recipe_hash") == recipe.hash else None
-
-
-def train(recipe: Recipe, *, resume: bool = False, before: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+def train(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, before: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
     """Train one stage, save `recipe.out` all or nothing, and return what its training.json says.
 
-    before: what the stages before it said.  Raises ConfigError for data or a parent that cannot be used, and for a
-    half-done training of another recipe; RunError if the disk fails, with what is saved kept.
+    overwrite: the recipe's own result may be replaced; nothing else ever is.  before: what the stages before it said.
+    Raises ConfigError for data or a parent that cannot be used, an `out` that is taken, a half-done training of another
+    recipe; RunError if the result cannot be written, with what is saved kept.
     """
     set_seed(recipe.seed)
     logging.disable_progress_bar()  # of loading and saving; the training's own stays
     started = time.perf_counter()
-    work = _work_folder(recipe, resume)
+    check_out(recipe, overwrite=overwrite)
+    work = work_folder(recipe, resume)
     arguments = _arguments(recipe, work)
     rows, held_out = load_rows(recipe.data)
     parts = prepare(recipe, [row.text for row in rows])
     packed, measured = (_packs(recipe, parts, part) for part in (rows, held_out[:MEASURED_ROWS]))
+    steps = recipe.optim.total(len(packed))
+    arguments.max_steps, arguments.warmup_steps = steps, recipe.optim.warming(steps)
     flex = parts.checkpoint.model.config._attn_implementation == "flex_attention"
     multiple = FLEX_MULTIPLE if flex else 1
     optim, per_row = recipe.optim, recipe.loss.per == "row"
@@ -165,25 +169,26 @@ def train(recipe: Recipe, *, resume: bool = False, before: Sequence[dict[str, An
         parts, recipe, _held_out(parts, measured, arguments, multiple),
         model=parts.module, args=arguments, data_collator=partial(collate, multiple=multiple),
         train_dataset=Rows(
-            packed, parts.lay, steps=optim.steps, batch=optim.batch_size, seed=recipe.seed, per_row=per_row
+            packed, parts.lay, steps=steps, batch=optim.batch_size, seed=recipe.seed, per_row=per_row
         ),
         eval_dataset=Rows(measured, _final(parts.lay), steps=1, batch=len(measured), seed=recipe.seed + 1),
     )  # fmt: skip
-    latest = _latest(work) if resume else None
-    clock = Clock(work, started, latest)
+    last = latest(work) if resume else None
+    clock = Clock(work, started, last)
     trainer.add_callback(clock)
     for shown in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown)
     trainer.add_callback(Progress())
     with _told_disk(work):
-        trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     _round(parts.module, recipe)
     final = trainer.evaluate()
-    manifest = told(recipe, final, trainer.state.log_history, clock.seconds(), before)
+    manifest = told(recipe, final, trainer.state.log_history, clock.seconds(), before) | {"steps": steps}
     if trainer.is_world_process_zero():
         with _told_disk(work):
+            check_out(recipe, overwrite=overwrite)  # hours have passed
             _save(parts.checkpoint, recipe, manifest)
-        shutil.rmtree(work, ignore_errors=True)
+        folders.remove(work, WORK_FILES)
     trainer.accelerator.wait_for_everyone()
     return manifest
 
@@ -229,12 +234,20 @@ def _adapt(checkpoint: Checkpoint, recipe: Recipe, parent: str) -> Parts:
         checkpoint.manifest = Manifest(parent, text, method="llada")
     module: nn.Module = checkpoint.model
     if recipe.lora is not None:
-        lora = LoraConfig(
-            r=recipe.lora.rank, lora_alpha=recipe.lora.alpha, lora_dropout=recipe.lora.dropout,
-            target_modules="all-linear", trainable_token_indices=[mask],
-        )  # fmt: skip
-        module = checkpoint.adapter = get_peft_model(checkpoint.model, lora)
+        module = checkpoint.adapter = _lora(checkpoint, recipe.lora, mask)
     return Parts(checkpoint, module, lay, full)
+
+
+def _lora(checkpoint: Checkpoint, spec: LoraSpec, mask: int) -> PeftModel:
+    lora = LoraConfig(
+        r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout,
+        target_modules=list(spec.targets) or "all-linear",
+        trainable_token_indices=[mask] if spec.train_mask else None,
+    )  # fmt: skip
+    try:
+        return get_peft_model(checkpoint.model, lora)
+    except ValueError as error:
+        raise ConfigError(f"lora.targets={list(spec.targets)}: {error}") from error
 
 
 def layouts(recipe: Recipe, mask: int, end: int, ids: Sequence[int]) -> Layout:
@@ -243,7 +256,7 @@ def layouts(recipe: Recipe, mask: int, end: int, ids: Sequence[int]) -> Layout:
     if recipe.stage == "fluid-hybrid":
         return HybridFans(mask, fans.k_max, ids, fans.probability, fans.noise, fans.restore)
     if recipe.stage == "fluid-horizon":
-        return MaskFans(mask, fans.k_max, fans.probability)
+        return MaskFans(mask, fans.k_max, fans.probability, fans.past_end)
     if recipe.stage == "nbdiff":
         return Blocks(mask, end, blocks.length, blocks.first, blocks.every, blocks.by_noise)
     if recipe.stage == "llada":
@@ -270,7 +283,7 @@ def _parent_name(recipe: Recipe) -> str:
 
 
 def _packs(recipe: Recipe, parts: Parts, rows: Sequence[Row]) -> list[Pack]:
-    examples = encode(parts.checkpoint.tokenizer, rows, recipe.data.max_length)
+    examples = encode(parts.checkpoint.tokenizer, rows, recipe.data.max_length, recipe.data.loss_on)
     if not examples:
         raise ConfigError(f"data.max_length={recipe.data.max_length}: no row keeps any of its response")
     if recipe.data.pack:
@@ -298,20 +311,21 @@ def _arguments(recipe: Recipe, work: Path) -> TrainingArguments:
     if left or not rows:
         raise ConfigError(f"optim.batch_size={optim.batch_size} does not divide over {devices} devices")
     ours: dict[str, Any] = {
-        "output_dir": str(work), "max_steps": optim.steps, "per_device_train_batch_size": rows,
+        "output_dir": str(work), "max_steps": optim.steps or 1, "per_device_train_batch_size": rows,
         "per_device_eval_batch_size": rows, "gradient_accumulation_steps": optim.accumulate,
         "learning_rate": optim.learning_rate, "lr_scheduler_type": optim.schedule,
-        "warmup_steps": round(optim.warmup * optim.steps), "weight_decay": optim.weight_decay,
+        "weight_decay": optim.weight_decay,
         "max_grad_norm": optim.clip, "bf16": optim.bf16, "save_steps": optim.save_every, "save_total_limit": 2,
         "logging_steps": optim.report_every, "eval_strategy": "steps", "eval_steps": optim.measure_every,
         "train_sampling_strategy": "sequential", "remove_unused_columns": False, "report_to": "none",
         "seed": recipe.seed, "dataloader_pin_memory": False, "prediction_loss_only": True, "label_names": ["labels"],
         "use_cpu": not torch.cuda.is_available(),
     }  # fmt: skip
-    known = {f.name for f in fields(TrainingArguments)} - (ours.keys() - {"report_to"})
+    set_here = {*ours, "warmup_steps", "warmup_ratio", "num_train_epochs"}
+    known = {f.name for f in fields(TrainingArguments)} - (set_here - {"report_to"})
     if unknown := recipe.trainer.keys() - known:
         name = min(unknown)
-        why = "is set by the recipe" if name in ours else "is no argument of transformers' Trainer"
+        why = "is set by the recipe" if name in set_here else "is no argument of transformers' Trainer"
         raise ConfigError(f"trainer.{name} {why}")
     try:
         return TrainingArguments(**{**ours, **recipe.trainer})
@@ -319,49 +333,19 @@ def _arguments(recipe: Recipe, work: Path) -> TrainingArguments:
         raise ConfigError(f"trainer: {error}") from error
 
 
-RECIPE_FILE, CLOCK_FILE = "recipe_hash", "seconds"
-
-
-def _work_folder(recipe: Recipe, resume: bool) -> Path:
-    """Where steps are saved: beside `out`. Another recipe's steps are not gone on with, saved ones not thrown away."""
-    out = Path(recipe.out)
-    work = out.with_name(f"{out.name}.training")
-    mark = work / RECIPE_FILE
-    if resume and mark.is_file() and mark.read_text() != recipe.hash:
-        raise ConfigError(f"{work} holds steps of another recipe ({mark.read_text()}, this one is {recipe.hash})")
-    if not resume and (latest := _latest(work)) is not None:
-        raise ConfigError(f"{work} holds saved steps ({latest.name}): pass --resume to go on, or remove the folder")
-    if int(os.environ.get("RANK", "0")) == 0:
-        if not resume:
-            shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True, exist_ok=True)
-        mark.write_text(recipe.hash)
-    return work
-
-
 @contextmanager
 def _told_disk(work: Path) -> Iterator[None]:
-    """Turns a disk that is full or gone into one line and the way out."""
+    """Turns a disk that is full or gone, and an `out` that is taken, into one line and the way out."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, ConfigError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
-        latest = _latest(work)
-        back = f"--resume goes on from {latest.name}" if latest else "no step was saved yet"
+        last = latest(work)
+        back = f"--resume goes on from {last.name}" if last else "no step was saved yet"
+        if isinstance(error, ConfigError):  # `out` was filled meanwhile
+            raise RunError(f"{error}; {back}") from error
         raise RunError(f"{work}: cannot be written: {error}; {back}") from error
-
-
-def _latest(work: Path) -> Path | None:
-    """The last step that was saved whole: Trainer writes its state after all else."""
-    whole = []
-    for file in work.glob("checkpoint-*/trainer_state.json"):
-        try:
-            json.loads(file.read_text())
-        except ValueError:
-            continue  # cut off in the middle
-        whole.append(file.parent)
-    return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
 
 
 @torch.no_grad()
@@ -377,4 +361,5 @@ def _save(checkpoint: Checkpoint, recipe: Recipe, manifest: dict[str, Any]) -> N
         checkpoint.backbone.model = checkpoint.adapter.merge_and_unload()
         checkpoint.adapter = None
     checkpoint.model.to(getattr(torch, recipe.save_dtype))
-    checkpoints.save(checkpoint, recipe.out, {TRAINING_FILE: json.dumps(manifest, indent=2) + "\n"})
+    beside = {TRAINING_FILE: json.dumps(manifest, indent=2) + "\n"}
+    checkpoints.save(checkpoint, recipe.out, beside, overwrite=True)
