@@ -11,6 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fluid_eval import run as job
 from fluid_eval.paths import resource
 from fluid_eval.spec import build_spec
 from fluid_eval.store import read_samples
+from fluid_model import ConfigError
 from fluid_model.fields import assign
 from fluid_model.files import read_toml
 from fluid_model.manifest import TRAINING_FILE
@@ -50,7 +52,10 @@ def rows(build: Path, count: int) -> Path:
 
 
 def train(name: str, out: Path, data: Path, settings: tuple[str, ...]) -> dict[str, Any]:
-    """Train a recipe into `out`, going on with what an interrupted attempt left."""
+    """Train a recipe into `out`, going on with what an interrupted attempt left.
+
+    Raises ConfigError where another recipe's result stands there.
+    """
     from fluid_model.train.run import train_chain
 
     values = read_toml(resource("recipes") / f"{name}.toml")
@@ -82,7 +87,9 @@ def whole(name: str, build: Path) -> list[Bar]:
 
 def short(name: str, build: Path) -> list[Bar]:
     """The same chain with a few steps, from nothing."""
-    data, parent = rows(build, SHORT_ROWS), build / "short-tiny-ar"
+    data = rows(build, SHORT_ROWS)
+    build = Path(tempfile.mkdtemp(prefix="short-", dir=build))  # what an older recipe left is not gone on with
+    parent = build / "short-tiny-ar"
     first = train("tiny-ar", parent, data, (*SHORT, "next.optim.steps=20"))
     stages = [*first["before"], first]
     if name != "tiny-ar":
@@ -118,7 +125,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     options.build.mkdir(parents=True, exist_ok=True)
-    found = (short if options.short else whole)(options.name, options.build)
+    try:
+        found = (short if options.short else whole)(options.name, options.build)
+    except ConfigError as error:
+        print(f"bench.reproduce: {error}; --build names another folder", file=sys.stderr)
+        return 2
     if options.json:
         print(told(found, as_json=True))
     else:

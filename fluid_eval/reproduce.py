@@ -7,7 +7,6 @@ published number never stands in for a measured one.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+from fluid_model import folders
 from fluid_model.errors import ConfigError, RunError
 from fluid_model.files import Nested, read_json
 from fluid_model.settings import DECODERS
@@ -29,7 +29,7 @@ from .run import default_folder, run
 from .sandbox.ladder import found as isolation
 from .spec import DEFAULT_PROFILE, RunSpec, build_spec
 from .stats import Interval, ratio_of_sums
-from .store import ENVIRONMENT, Record, held_spec, read_samples, write_json
+from .store import ENVIRONMENT, RUN_FILES, Record, held_spec, read_samples, write_json
 
 REPRODUCED, NOT_REPRODUCED, OTHER, NOT_RUN = "reproduced", "not reproduced", "different convention", "not run"
 CLAIMS = "claims.json"
@@ -177,12 +177,14 @@ def run_values(claim: Claim, system: System, place: Place) -> Nested:
 def measure(spec: RunSpec, claims: Sequence[Claim], out: Path, *, resume: bool = False) -> list[Row]:
     """Run what these claims share and judge each. A run that fails leaves its claims unmeasured, with the reason.
 
-    What an earlier run of the same spec left below `out` is removed first, or gone on with if `resume`.
+    What an earlier run of the same spec left below `out` is removed first, or gone on with if `resume`; a folder that
+    holds other files beside is left alone.
     """
     folder = out / default_folder(spec).name
     try:
         if not resume and held_spec(folder) is not None:
-            shutil.rmtree(folder)
+            folders.check_ours("out", folder, RUN_FILES)
+            folders.remove(folder, RUN_FILES)
         result = run(spec, folder, resume=resume)
     except (ConfigError, RunError, OSError) as error:
         return [Row(claim, f"{NOT_RUN}: {error}") for claim in claims]

@@ -48,6 +48,8 @@ MAYBE: dict[str, type | tuple[type, ...]] = {
 }
 """Fields that some samples have."""
 SPEC, ENVIRONMENT, SAMPLES, RESULT = "spec.json", "environment.json", "samples.jsonl", "result.json"
+RUN_FILES = (SPEC, ENVIRONMENT, SAMPLES, RESULT, f".{SAMPLES}.tmp", ".*.json.tmp", "report.html")
+"""What this package writes into a run folder; anything else there is the user's."""
 AUDIT, KHEAD = "audit.json", "khead.json"
 """What `audit` and `khead` leave beside a run."""
 POINTS = "points"

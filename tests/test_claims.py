@@ -206,6 +206,10 @@ def test_what_was_measured_before_is_shown_only_on_request(tmp_path):
     assert anew["measured"]["score"] == 1.0
     assert anew["run"] == str(folder)
     assert anew["taken"]["started"] > "2026"
+    (folder / "notes.md").write_text("mine")
+    held = (folder / "samples.jsonl").read_bytes()
+    assert "holds notes.md, which was not written here" in first("--data-dir", str(tmp_path))["verdict"]
+    assert (folder / "samples.jsonl").read_bytes() == held
 
 
 def test_a_claim_that_cannot_be_asked_for_is_named_before_the_first_run(tmp_path, monkeypatch, capsys):

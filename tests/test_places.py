@@ -102,7 +102,7 @@ def test_what_fills_out_during_a_training_stays(tmp_path, monkeypatch):
         return loss(self, *arguments, **options)
 
     monkeypatch.setattr(StageTrainer, "compute_loss", late)
-    with pytest.raises(RunError, match="holds something else.*--resume goes on from checkpoint-1"):
+    with pytest.raises(RunError, match=r"holds something else.*--resume goes on from checkpoint-1"):
         train(recipe)
     assert tree(out) == {"thesis.tex": b"years of work"}
     monkeypatch.setattr(StageTrainer, "compute_loss", loss)

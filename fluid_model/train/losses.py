@@ -32,8 +32,9 @@ def weighted(
 def best_stride(losses: Tensor, counted: Tensor, tau: Tensor) -> Tensor:
     """K*: the largest k whose mean loss over the first k slots is below tau, 1 if there is none.
 
-    losses: (A, K) cross-entropy of a fan's slots in nats.  counted: (A, K) bool, False past the end of the row.
-    tau: (T,).  Returns (T, A) long in 1..K.  (FLUID, horizon calibration)
+    losses: (A, K) cross-entropy of a fan's slots in nats.  counted: (A, K) bool, False where the fan has no slot: past
+    the end of the response, but see `layout.MaskFans`.  tau: (T,).  Returns (T, A) long in 1..K.  (FLUID, horizon
+    calibration)
     """
     kept = torch.where(counted, losses, 0.0)
     mean = kept.cumsum(-1) / counted.cumsum(-1).clamp(min=1)  # (A, K)
