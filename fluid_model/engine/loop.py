@@ -227,7 +227,7 @@ class Engine:
                 row.trace.accepted += [len(row.ids) - before] if absorbed.predicted else []
                 row.trace.write(since[: len(row.ids) - before])
             if drafts:
-                self._reject(row, before + kept, drafts)
+                self._reject(row, before + kept, drafts, *since[kept : kept + 1])
         for row, full in zip(rows, absorbed.full, strict=False):
             if full and row.finish is None:
                 row.finish = "length"
@@ -268,11 +268,14 @@ class Engine:
         elif len(row.ids) >= request.max_new_tokens:
             row.finish = "length"
 
-    def _reject(self, row: _Row, place: int, drafts: list[int]) -> None:
-        """Book drafts that the answer could have had: none behind its end."""
+    def _reject(self, row: _Row, place: int, drafts: list[int], ago: int = 0) -> None:
+        """Book drafts that the answer could have had: none behind its end.
+
+        ago: forwards since the token that took the place of the first was written.
+        """
         drafts = drafts[: row.request.max_new_tokens - place]
         if drafts and place < len(row.ids) + (row.finish in (None, "eos")):
-            row.trace.reject(place, drafts)
+            row.trace.reject(place, drafts, ago)
 
     def _first_stop(self, row: _Row, before: int) -> int | None:
         """Length of the shortest prefix that holds a stop string after its thinking, if longer than `before` tokens."""

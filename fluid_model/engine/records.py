@@ -67,9 +67,9 @@ class Trace:
         latest = sum(self.forwards.values())
         self.written += [latest - each for each in ago]
 
-    def reject(self, place: int, ids: list[int]) -> None:
-        """Book drafts that the latest forward threw out."""
-        self.rejected.append((sum(self.forwards.values()), place, ids))
+    def reject(self, place: int, ids: list[int], ago: int = 0) -> None:
+        """Book drafts that were thrown out so many forwards ago."""
+        self.rejected.append((sum(self.forwards.values()) - ago, place, ids))
 
     def forget(self) -> None:
         """There is no answer: only what was spent stays."""

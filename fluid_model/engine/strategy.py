@@ -35,7 +35,8 @@ class Absorbed:
     predicted: stride of a round that opened (before its tokens are there) or closed (with them); None if neither.
     full: whether the decoder has no place left for more tokens (empty: it always has).
     ago: how many forwards ago each of `tokens` was written (empty: just now, all of them).
-    rejected: drafts thrown out now, and how many of `tokens` stand before the first (empty: no row has any).
+    rejected: drafts thrown out when the token in place of the first was written, and how many of `tokens` stand before
+    it (empty: no row has any).
     """
 
     tokens: list[list[int]]
