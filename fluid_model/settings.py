@@ -166,7 +166,13 @@ class LladaSettings:
     temperature: float = 0.0
     """Of Gumbel noise on the logits; 0 is greedy."""
     suppress_end: bool = False
-    """Write end tokens last."""
+    """Take end tokens out of what confidences are taken from, so that they are written last (the public code's
+    `confidence_eos_eot_inf`); at temperatures above 0 all but the tokenizer's own, as there. For low_confidence.
+    """
+    logits_eos_inf: bool = False
+    """Never write the tokenizer's end of sequence (the public code's name)."""
+    whole_canvas: bool = False
+    """Go on to the canvas's end, as the public code does, also where the answer has ended before. Text is the same."""
     mc_num: int = 128
     """Samples of a log-likelihood; a continuation of one token needs none."""
 

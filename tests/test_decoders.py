@@ -1,4 +1,4 @@
-"""NBDiff and LLaDA decode and score as plain, slow versions of their public code do, alone or in batches."""
+"""NBDiff and LLaDA: canvases and windows, random numbers, sureness, settings, likelihoods."""
 
 from __future__ import annotations
 
@@ -8,138 +8,17 @@ from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from fluid_model import ArSettings, ConfigError, Request
+from fluid_model import ConfigError, Request
 from fluid_model.canvas_scoring import CanvasScorer
-from fluid_model.checkpoint import Checkpoint
 from fluid_model.decoders import scorer_for, strategy_for
 from fluid_model.decoders.sampling import choose
 from fluid_model.engine.records import ScoreRequest
 from fluid_model.settings import LladaSettings, NbdiffSettings
 
 from .test_laws import CHECKPOINT, calls_of, requests, write
+from .test_samplers import NEW, cut, forward
 from .tiny import fluid_checkpoint
-
-NEW = 13
-
-
-def forward(checkpoint: Checkpoint, ids: list[int], both_from: int) -> torch.Tensor:
-    """Logits of a row that reads causally, but in both directions from `both_from` on."""
-    size = len(ids)
-    may = torch.ones(size, size).tril().bool()
-    may[both_from:, both_from:] = True
-    bias = torch.zeros(1, 1, size, size).masked_fill(~may, torch.finfo(torch.float32).min)
-    with torch.inference_mode():
-        logits: torch.Tensor = checkpoint.model(input_ids=torch.tensor([ids]), attention_mask=bias).logits[0]
-    return logits
-
-
-def cut(checkpoint: Checkpoint, answer: list[int], new_tokens: int) -> tuple[int, ...]:
-    answer = answer[:new_tokens]
-    end = next((i for i, token in enumerate(answer) if token in checkpoint.end_ids), None)
-    return tuple(answer[:end])
-
-
-def plain_nbdiff(checkpoint: Checkpoint, prompt, decoder: NbdiffSettings, new_tokens: int):
-    """NBDiff's decoder for one row, without a cache: the answer and its forwards by kind."""
-    length, mask = decoder.block_length, checkpoint.mask_id
-    small = -(-length // min(decoder.small_blocks, length))
-    done, count = list(prompt), {"prefill": 0, "denoise": 0, "commit": 0}
-    kind = "prefill"
-    while True:
-        answer = done[len(prompt) :]
-        if len(answer) >= new_tokens or any(token in checkpoint.end_ids for token in answer):
-            return cut(checkpoint, answer, new_tokens), count
-        count[kind] += 1
-        kind = "commit"
-        block = [int(forward(checkpoint, done, len(done))[-1].argmax())] + [mask] * (length - 1)
-        open_ = list(range(1, length))
-        while open_:
-            count["denoise"] += 1
-            logits = forward(checkpoint, done + block, len(done))[len(done) :]
-            current = [j for j in open_ if j // small == open_[0] // small]
-            score = {}
-            for j in current:
-                probabilities = logits[j - 1].softmax(-1)
-                top = probabilities.topk(2).values
-                entropy = -float((probabilities * probabilities.log()).sum())
-                score[j] = {"probability": float(top[0]), "margin": float(top[0] - top[1]), "entropy": -entropy}[
-                    decoder.rule
-                ]
-            least = -decoder.max_entropy if decoder.max_entropy is not None else decoder.confidence
-            if decoder.rule == "entropy" and decoder.max_entropy is None:
-                least = None
-            best = max(current, key=lambda j: score[j])
-            for j in current:
-                if j == best or (least is not None and score[j] > least):
-                    block[j] = int(logits[j - 1].argmax())
-                    open_.remove(j)
-        done += block
-
-
-def plain_llada(checkpoint: Checkpoint, prompt, decoder: LladaSettings, new_tokens: int):
-    """LLaDA's decoder for one row, all blocks to the end."""
-    block, mask = decoder.block_length, checkpoint.mask_id
-    length = decoder.gen_length or -(-new_tokens // block) * block
-    row = [*prompt, *[mask] * length]
-    steps = min(block, max(1, (decoder.steps or length) // (length // block)))
-    forwards = 0
-    for low in range(len(prompt), len(row), block):
-        for step in range(steps):
-            count = block // steps + (1 if step < block % steps else 0)  # the remainder to the first steps
-            logits = forward(checkpoint, row, 0)
-            if decoder.guidance:
-                unguided = forward(checkpoint, [mask] * len(prompt) + row[len(prompt) :], 0)
-                logits = unguided + (decoder.guidance + 1) * (logits - unguided)
-            forwards += 1 + (decoder.guidance > 0)
-            sure = {i: float(logits[i].softmax(-1).max()) for i in range(low, low + block) if row[i] == mask}
-            for i in sorted(sure, key=lambda i: -sure[i])[:count]:
-                row[i] = int(logits[i].argmax())
-    return cut(checkpoint, row[len(prompt) :], new_tokens), forwards
-
-
-@settings(max_examples=12, deadline=None)
-@given(
-    rule=st.sampled_from(["probability", "margin", "entropy"]),
-    threshold=st.sampled_from([None, 0.02, 0.2]),
-    parts=st.sampled_from([(1, 1), (1, 8), (3, 3), (4, 1), (6, 2), (7, 1), (8, 4), (8, 8)]),
-)
-def test_nbdiff_is_the_public_decoder(rule, threshold, parts):
-    length, small = parts
-    if rule == "entropy":
-        bounds = {"max_entropy": None if threshold is None else 4.5 + threshold}
-    else:
-        bounds = {"confidence": threshold}
-    decoder = NbdiffSettings(block_length=length, small_blocks=small, rule=rule, **bounds)
-    found = write(CHECKPOINT, decoder, requests(4, NEW), slots=3)
-    for request in requests(4, NEW):
-        ids, count = plain_nbdiff(CHECKPOINT, request.prompt, decoder, NEW)
-        assert found[request.key].ids == ids
-        used = {kind: n for kind, n in found[request.key].trace.forwards.items() if kind in count}
-        assert sum(found[request.key].trace.forwards.values()) == sum(count.values())
-        assert used == count
-
-
-@pytest.mark.parametrize(
-    "decoder",
-    [
-        LladaSettings(block_length=4),
-        LladaSettings(block_length=8, steps=4),
-        LladaSettings(gen_length=16, block_length=16, steps=6),
-        LladaSettings(block_length=4, guidance=0.5),
-    ],
-)
-def test_llada_is_the_public_decoder(decoder):
-    found = write(CHECKPOINT, decoder, requests(4, NEW), slots=3)
-    for request in requests(4, NEW):
-        ids, forwards = plain_llada(CHECKPOINT, request.prompt, decoder, NEW)
-        got = found[request.key]
-        assert got.ids == ids
-        if got.finish == "length" and not decoder.gen_length:
-            assert got.trace.forwards["denoise"] == forwards
-        assert got.trace.forwards["prefill"] == got.trace.forwards["commit"] == 0
 
 
 def test_an_answer_ends_with_its_canvas():
@@ -168,13 +47,6 @@ def test_nothing_outside_the_nucleus_is_drawn_where_sums_round_down():
     logits[0, :3] = 20.0
     token, _ = choose(logits, torch.tensor([1 - 2**-25]), 1.0, 0.5, "probability")
     assert token.item() < 3
-
-
-def test_blocks_of_one_are_ar():
-    ar = write(CHECKPOINT, ArSettings(), requests())
-    blocks = write(CHECKPOINT, NbdiffSettings(block_length=1, small_blocks=1), requests())
-    assert {key: g.ids for key, g in blocks.items()} == {key: g.ids for key, g in ar.items()}
-    assert {key: g.trace.forwards for key, g in blocks.items()} == {key: g.trace.forwards for key, g in ar.items()}
 
 
 def test_llada_fills_left_to_right_one_a_step_in_blocks_of_one():

@@ -49,6 +49,8 @@ def calls_of(checkpoint: Checkpoint) -> list[int]:
 def reference_fluid(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tokens: int):
     """FLUID's sampler written plainly: one row, no cache, a full forward whenever something is asked.
 
+    As the cached generation of github.com/Oli-lab-nun/FLUID at 9093c11bf437 asks it. The forward that fed a round's
+    last form also opens the next round, and runs for the last round too.
     Returns the answer and how often each kind of forward was needed.
     """
     model, head, mask = checkpoint.model, checkpoint.head, checkpoint.mask_id
@@ -62,17 +64,16 @@ def reference_fluid(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_
     def ended(answer):
         return len(answer) >= new_tokens or any(token in checkpoint.end_ids for token in answer)
 
-    done, answer, kind = list(prompt), [], "prefill"
+    done, answer = list(prompt), []
     with torch.inference_mode():
+        hidden = ask(done, "prefill")[1]
         while not ended(answer):
-            hidden = ask(done + answer, kind)[1]
-            kind = "commit"
             start = len(done + answer)
             stride = int(head(hidden[-1:]).argmax()) + 1
             stride = min(max(stride, decoder.min_horizon), decoder.max_horizon)
             canvas: list[int | None] = [None] * stride
             pointer = 0
-            while None in canvas:
+            while pointer < stride and any(token in (None, mask) for token in canvas):
                 row = done + answer + [mask if token is None else token for token in canvas]
                 guesses = ask(row, "denoise")[0][start - 1 :]  # guesses[j] predicts canvas slot j
                 sure = guesses.softmax(-1).max(-1).values > decoder.confidence
@@ -83,12 +84,16 @@ def reference_fluid(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_
                 pointer += 1
                 while pointer < stride and sure[pointer]:
                     pointer += 1
+            wrong = None
             if decoder.verify:
-                right = ask(done + answer + canvas, "verify")[0][start - 1 :].argmax(-1).tolist()
+                logits, hidden = ask(done + answer + canvas, "verify")
+                right = logits[start - 1 :].argmax(-1).tolist()
                 wrong = next((j for j in range(stride) if canvas[j] != right[j]), None)
-                if wrong is not None:
-                    canvas = [*canvas[:wrong], right[wrong]]
+            if wrong is not None:
+                canvas = [*canvas[:wrong], right[wrong]]
             answer += canvas
+            if wrong is not None or not decoder.verify:
+                hidden = ask(done + answer, "commit")[1]
     answer = answer[:new_tokens]
     end = next((i for i, token in enumerate(answer) if token in checkpoint.end_ids), None)
     return answer[:end], count

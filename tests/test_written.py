@@ -62,7 +62,10 @@ def test_causal_decoders_write_from_left_to_right_what_the_watcher_sees(decoder)
     for key, answer in answers.items():
         when = answer.trace.written
         assert when == sorted(when)
-        told = [number for number, step in enumerate(steps[key], 1) for _ in step.tokens]
+        late = not isinstance(decoder, ArSettings)  # a commit hands out what the forward before it has written
+        told = [
+            number - (late and step.kind == "commit") for number, step in enumerate(steps[key], 1) for _ in step.tokens
+        ]
         assert when == told[: len(when)]
         if isinstance(decoder, ArSettings):
             assert when == list(range(1, len(when) + 1))

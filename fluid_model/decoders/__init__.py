@@ -26,8 +26,9 @@ def strategy_for(checkpoint: Checkpoint, settings: DecoderSettings) -> Strategy:
         raise ConfigError(f"decoder={settings.name} needs a mask token, and this model has none; use --decoder ar")
     if isinstance(settings, NbdiffSettings):
         length = settings.length(checkpoint.manifest.block_length if checkpoint.manifest else None)
-        return NbdiffStrategy(checkpoint.backbone, checkpoint.mask_id, length, settings)
-    return LladaStrategy(checkpoint.backbone, checkpoint.mask_id, checkpoint.end_ids, settings)
+        return NbdiffStrategy(checkpoint.backbone, checkpoint.mask_id, checkpoint.end_ids, length, settings)
+    eos_id = checkpoint.tokenizer.eos_token_id
+    return LladaStrategy(checkpoint.backbone, checkpoint.mask_id, eos_id, checkpoint.end_ids, settings)
 
 
 def _fluid(checkpoint: Checkpoint, settings: FluidSettings) -> Strategy:

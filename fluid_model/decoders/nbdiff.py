@@ -1,9 +1,10 @@
 """NBDiff's public decoder, batched: block after block, bidirectional inside the active one.  (arXiv 2512.06776)
 
-Blocks count from the end of the prompt. The token before a block says its first one; inside, slot j is said at slot
-j - 1. A block's small blocks are filled in turn: every pass writes the surest masked slot and all that pass the
-threshold. A full block is fed once more under the causal mask, which caches its keys and opens the next block; for the
-block an answer ends in that forward is not run, nothing would read it.
+Blocks count from the end of the prompt. The token before a block predicts its first one; inside, slot j is predicted at
+slot j - 1. A block's small blocks are filled in turn: every pass writes the surest masked slot and all that pass the
+threshold. After each of them the end of the answer is looked for, and nothing more is fed once it is there. A full
+block without an end is fed once more under the causal mask, which caches its keys, hands its tokens out and opens the
+next.
 
 Legend: n active rows, R rows just admitted, S slots fed, D hidden, V vocabulary.
 """
@@ -27,8 +28,10 @@ class NbdiffStrategy:
     reads_prompt = True
     behind_prompt: tuple[int, ...] = ()
 
-    def __init__(self, backbone: Backbone, mask_id: int, block_length: int, settings: NbdiffSettings) -> None:
-        self.backbone, self.mask_id, self.settings = backbone, mask_id, settings
+    def __init__(
+        self, backbone: Backbone, mask_id: int, end_ids: tuple[int, ...], block_length: int, settings: NbdiffSettings
+    ) -> None:
+        self.backbone, self.mask_id, self.end_ids, self.settings = backbone, mask_id, frozenset(end_ids), settings
         self.widest = block_length
         self.small = settings.part(block_length)
 
@@ -47,7 +50,9 @@ class NbdiffStrategy:
             self._random[slot] = torch.Generator().manual_seed(request.seed)
         rows = torch.arange(start, start + len(requests), device=hidden.device)
         self._open(rows, self.backbone.logits(hidden[:, 0]), rooms)
-        return self._report(start, len(requests), [0] * len(requests))
+        absorbed = Absorbed(tokens=[[] for _ in requests], keep=[0] * len(requests), ago=[[] for _ in requests])
+        self._look(start, absorbed)
+        return absorbed
 
     def plan(self, rows: int) -> Feed:
         full, widths = zip(*self._host[:rows], strict=True)
@@ -61,18 +66,26 @@ class NbdiffStrategy:
         )
 
     def absorb(self, feed: Feed, hidden: Tensor, rooms: list[int]) -> Absorbed:
-        rows = len(feed.ids)
-        before = self._host[:rows]
-        filling = [row for row, (full, _) in enumerate(before) if not full]
-        committed = [row for row, (full, _) in enumerate(before) if full]
+        rows, before = len(feed.ids), self._host[: len(feed.ids)]
+        committed, filling = ([row for row in range(rows) if before[row][0] == full] for full in (True, False))
+        absorbed = Absorbed(tokens=[[] for _ in before], keep=[0] * rows, ago=[[] for _ in before])
+        # 1) fill blocks
         if filling:
             at = torch.tensor(filling, device=hidden.device)
-            self._fill(at, self.backbone.logits(hidden[at, :-1]))
+            fed = hidden[at]
+            self._fill(at, self.backbone.logits(torch.cat([fed[:, :1], fed[:, :-1]], 1)))
+        # 2) hand out those that are cached now, and open the next
         if committed:
             at = torch.tensor(committed, device=hidden.device)
+            for row, tokens, ago in zip(committed, self._block[at].tolist(), self._ago[at].tolist(), strict=True):
+                width = absorbed.keep[row] = before[row][1]
+                absorbed.tokens[row] += tokens[:width]
+                absorbed.ago[row] += [passes + 1 for passes in ago[:width]]
             last = hidden[at, self._width[at] - 1]
-            self._open(at, self.backbone.logits(last), [rooms[row] - before[row][1] for row in committed])
-        return self._report(0, rows, [width if full else 0 for full, width in before])
+            self._open(at, self.backbone.logits(last), [rooms[row] - absorbed.keep[row] for row in committed])
+        # 3) look for the end
+        self._look(0, absorbed)
+        return absorbed
 
     def move(self, source: int, target: int) -> None:
         for state in (self._block, self._written, self._ago, self._width):
@@ -80,33 +93,35 @@ class NbdiffStrategy:
         self._host[target], self._random[target] = self._host[source], self._random[source]
 
     def _open(self, rows: Tensor, logits: Tensor, rooms: list[int]) -> None:
-        """Start a block with its first token, said by the token before it. logits: (R, V)."""
+        """Start a block with its first token, predicted by the token before it. logits: (R, V)."""
         first, _ = self._choose(rows, logits[:, None])
         self._width[rows] = torch.tensor(rooms, device=rows.device).clamp(max=self.widest)
         self._block[rows] = self.mask_id
         self._written[rows] = False
         self._ago[rows] = 0
         self._block[rows, 0] = first[:, 0]
-        self._written[rows, 0] = True
+        self._written[rows, 0] = first[:, 0] != self.mask_id
 
     def _fill(self, rows: Tensor, logits: Tensor) -> None:
         """Write the surest masked slot of each row's current small block, and all its slots that are sure enough.
 
-        logits: (n, S - 1, V) at slots 0.., which say slots 1.. .
+        A slot whose token is the mask itself stays open, unless the pass wrote nothing else: the public code would
+        not end there.  logits: (n, S, V), each at the slot it predicts; slot 0, where the token before the block
+        predicted a mask, predicts itself.
         """
         token, sureness = self._choose(rows, logits)
-        reach = logits.shape[1] + 1
+        reach = logits.shape[1]
         slot = torch.arange(reach, device=rows.device)
         masked = ~self._written[rows, :reach] & (slot < self._width[rows, None])
         current = masked.int().argmax(-1, keepdim=True) // self.small  # (n, 1)
         masked &= slot // self.small == current
-        score = sureness.masked_fill(~masked[:, 1:], -torch.inf)
-        write = torch.zeros_like(masked)
-        write[:, 1:] = score > self.settings.least_sureness
-        write.scatter_(1, score.argmax(-1, keepdim=True) + 1, value=True)
+        score = sureness.masked_fill(~masked, -torch.inf)
+        write = score > self.settings.least_sureness
+        write.scatter_(1, score.argmax(-1, keepdim=True), value=True)
         write &= masked
-        said = torch.cat([self._block[rows, :1], token], 1)
-        self._block[rows, :reach] = torch.where(write, said, self._block[rows, :reach])
+        real = write & (token != self.mask_id)
+        write = torch.where(real.any(-1, keepdim=True), real, write)
+        self._block[rows, :reach] = torch.where(write, token, self._block[rows, :reach])
         self._written[rows, :reach] |= write
         self._ago[rows, :reach] = (self._ago[rows, :reach] + 1).masked_fill(write, 0)
 
@@ -121,15 +136,19 @@ class NbdiffStrategy:
         token, sureness = choose(logits.reshape(-1, vocabulary), flat, *how)
         return token.reshape(n, slots), sureness.reshape(n, slots)
 
-    def _report(self, start: int, count: int, keep: list[int]) -> Absorbed:
-        """Blocks that have just become full are the answer's; read back once a round."""
+    def _look(self, start: int, absorbed: Absorbed) -> None:
+        """Hand out blocks that hold an end in a small block that is full; the host hears how rows go on.
+
+        absorbed: of rows start.., gets the tokens.
+        """
         slot = torch.arange(self.widest, device=self._block.device)
-        at = slice(start, start + count)
-        full = (self._written[at] | (slot >= self._width[at, None])).all(1)
-        state = torch.cat([full[:, None].long(), self._width[at, None], self._block[at], self._ago[at]], 1).tolist()
-        tokens, ago = [], []
-        for row, (done, width, *slots) in enumerate(state, start):
-            tokens.append(slots[:width] if done else [])
-            ago.append(slots[self.widest :][:width] if done else [])
-            self._host[row] = (bool(done), width)
-        return Absorbed(tokens, keep, ago=ago)
+        at = slice(start, start + len(absorbed.tokens))
+        filled = (self._written[at] | (slot >= self._width[at, None])).cumprod(1).sum(1)  # slots before the first mask
+        state = torch.cat([filled[:, None], self._width[at, None], self._block[at], self._ago[at]], 1).tolist()
+        for number, (reached, width, *slots) in enumerate(state):
+            full = reached >= width
+            done = width if full else reached // self.small * self.small
+            if not self.end_ids.isdisjoint(slots[:done]):
+                absorbed.tokens[number] += slots[:done]
+                absorbed.ago[number] += slots[self.widest :][:done]
+            self._host[start + number] = (full, width)

@@ -11,6 +11,9 @@ from torch import Tensor
 from .. import native
 from ..settings import Rule
 
+ENTROPY_FLOOR = 1e-10
+"""What is added to a probability whose logarithm is taken.  (NBDiff, public decoder)"""
+
 
 class Draws:
     """Uniform random numbers of each row, one a place of its text: the token there is drawn by it, whoever does."""
@@ -72,7 +75,8 @@ def choose(logits: Tensor, draws: Tensor, temperature: float, top_p: float, rule
     """
     scaled = logits / temperature if temperature > 0 else logits
     probabilities, order = nucleus(scaled, top_p)
-    probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    if top_p < 1:  # else they are whole: to divide by their rounded sum would part slots that are equally sure
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     if temperature > 0:
         rank = (probabilities.cumsum(-1) <= draws[:, None]).sum(-1, keepdim=True)
         rank = torch.minimum(rank, (probabilities > 0).sum(-1, keepdim=True) - 1)  # a sum may round to below the draw
@@ -83,4 +87,4 @@ def choose(logits: Tensor, draws: Tensor, temperature: float, top_p: float, rule
         return token, probabilities.gather(-1, rank)[:, 0]
     if rule == "margin":
         return token, probabilities[:, 0] - probabilities[:, 1]
-    return token, torch.special.xlogy(probabilities, probabilities).sum(-1)
+    return token, (probabilities * (probabilities + ENTROPY_FLOOR).log()).sum(-1)
