@@ -123,20 +123,24 @@ class FluidLM(TemplateLM):
                     self._tell(instance.task_name, instance.doc, text)
         return texts
 
+    def to_time(self, requests: Sequence[Instance]) -> list[Request]:
+        """All that is written, held or not, but for samples that were given up."""
+        writes = [instance for instance in requests if instance.request_type == "generate_until"]
+        prompts = self._encode_all(instance.args[0] for instance in writes)
+        return [
+            self._request(key, prompts[instance.args[0]], dict(instance.args[1]), len(writes))
+            for key, instance in zip(keys_of(writes), writes, strict=True)
+            if key in self._run.samples
+        ]
+
     def _to_write(self, requests: Sequence[Instance]) -> tuple[list[str], list[Request]]:
         """Keys of all, and what is missing."""
         prompts = self._encode_all(instance.args[0] for instance in requests)
-        keys, work = [], []
-        seen: Counter[str] = Counter()
-        for instance in requests:
+        keys, work = keys_of(requests), []
+        for key, instance in zip(keys, requests, strict=True):
             text, options = instance.args
-            key = f"{instance.task_name}/{instance.doc_id}"
-            seen[key] += 1
-            if seen[key] > 1:
-                key += f"/{seen[key]}"
-            keys.append(key)
             if not self._held(key, text):
-                work.append(self._request(key, prompts[text], dict(options)))
+                work.append(self._request(key, prompts[text], dict(options), len(requests)))
                 self._asked[key] = text
                 self._documents[key] = instance.task_name, instance.doc
             elif self._tell is not None:
@@ -197,8 +201,8 @@ class FluidLM(TemplateLM):
             raise ConfigError(f"{self._run.folder}: the prompt of {key} is not the one stored; start another run")
         return held is not None
 
-    def _request(self, key: str, prompt: Ids, options: dict[str, Any]) -> Request:
-        """Cut a prompt from the left so that its answer fits the window; say how much was cut."""
+    def _request(self, key: str, prompt: Ids, options: dict[str, Any], asked: int) -> Request:
+        """Cut a prompt from the left so that its answer fits the window; say how much was cut. asked: in the run."""
         settings = normalize_gen_kwargs(options)
         stops = handle_stop_sequences(settings["until"], eos=self._eos)
         room = self._window - answer_slots(self._run.spec.decoder, settings["max_gen_toks"])
@@ -211,6 +215,7 @@ class FluidLM(TemplateLM):
             seed=row_seed(self._run.spec.seed, key),
             truncated=max(0, len(prompt) - len(fed)),
             end_of_thinking=self._end_of_thinking,
+            asked=asked,
         )
 
     def _written(self, answer: Generation, prompt: str) -> Record:
@@ -224,6 +229,8 @@ class FluidLM(TemplateLM):
             "rejected": rejected,
             "finish": answer.finish,
         }
+        if answer.draft_policy is not None:
+            record["draft_policy"] = vars(answer.draft_policy)
         if self._end_of_thinking is not None:
             record["raw_output"] = self.tokenizer.decode(answer.ids)
             record["thinking_ended"] = self._end_of_thinking in record["raw_output"]
@@ -267,6 +274,17 @@ class FluidLM(TemplateLM):
                 begin = (self.prefix_token_id,)
                 pairs[args] = (tail[:1], tail[1:]) if tail[:1] == begin else (begin, tail)
         return pairs
+
+
+def keys_of(requests: Sequence[Instance]) -> list[str]:
+    """A sample's name, TASK/DOCUMENT, with a number behind it from a document's second answer on."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for instance in requests:
+        key = f"{instance.task_name}/{instance.doc_id}"
+        seen[key] += 1
+        keys.append(key if seen[key] == 1 else f"{key}/{seen[key]}")
+    return keys
 
 
 def prompt_hash(prompt: str) -> str:

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import combinations
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Protocol
@@ -20,8 +21,11 @@ from fluid_model.errors import ConfigError
 from fluid_model.files import Nested, read_json
 from fluid_model.settings import check_range
 
+from . import repeats
+from .repeats import Repeat
 from .spec import RunSpec
-from .stats import Interval, difference_over_tasks, mcnemar, mean_over_tasks, minimum_detectable, ratio_of_sums
+from .speeds import Clocked, speeds
+from .stats import Interval, difference_over_tasks, mcnemar, mean_over_tasks, minimum_detectable
 from .store import ENVIRONMENT, SPEC, Record, read_finished
 
 Doc = tuple[str, int]
@@ -44,13 +48,14 @@ class Asked(Protocol):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A finished run folder. answers: by document, without those that were given up."""
+    """A finished run folder. answers: by document, without those that were given up.  held: its speed repeats."""
 
     folder: str
     spec: Nested
     result: Nested
     environment: Nested
     answers: Mapping[Doc, Record]
+    held: Sequence[Repeat] = ()
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,10 @@ class Pair:
     left: Mapping[str, list[str]]
 
 
-def compare(folders: Sequence[Path], *, across_protocols: bool = False) -> Nested:
+def compare(folders: Sequence[Path], *, across_protocols: bool = False, all_pairs: bool = False) -> Nested:
     """Every run against the first, as `fluid-eval compare --json` prints it (see docs/comparing.md).
 
+    all_pairs: every two of them instead, the one named earlier as the base.
     A task counts by its first metric, all tasks together by the mean of the tasks' means.
     across_protocols: compare runs that were asked or read in different ways too; then a document is the same if its
     target is. Raises ConfigError if a folder holds no finished run, two runs share no document, or their protocols
@@ -79,18 +85,19 @@ def compare(folders: Sequence[Path], *, across_protocols: bool = False) -> Neste
         raise ConfigError(f"{twice[0]}: is named twice; name each run once")
     runs = [load(folder) for folder in folders]
     differences: list[str] = []
-    for other in runs[1:]:
-        found = protocol_difference(runs[0], other)
+    sides = list(combinations(runs, 2)) if all_pairs else [(runs[0], other) for other in runs[1:]]
+    for base, other in sides:
+        found = protocol_difference(base, other)
         if found and not across_protocols:
             first, more = (
                 shorten(found[0], 160, placeholder=" …"),
                 f"; and {len(found) - 1} more" if len(found) > 1 else "",
             )
             raise ConfigError(
-                f"{runs[0].folder} and {other.folder} follow different protocols ({first}{more}): their scores do "
+                f"{base.folder} and {other.folder} follow different protocols ({first}{more}): their scores do "
                 "not compare; --across-protocols does it all the same, and tells every difference"
             )
-        differences += [f"{other.folder}: {line}" if len(runs) > 2 else line for line in found]
+        differences += [f"{base.folder} / {other.folder}: {line}" if len(runs) > 2 else line for line in found]
     return {
         "runs": [
             {
@@ -102,7 +109,7 @@ def compare(folders: Sequence[Path], *, across_protocols: bool = False) -> Neste
             for run in runs
         ],
         "protocol_difference": differences,
-        "pairs": [measure(pair_up(runs[0], other, across_protocols)) for other in runs[1:]],
+        "pairs": [measure(pair_up(base, other, across_protocols)) for base, other in sides],
     }
 
 
@@ -115,7 +122,7 @@ def load(folder: Path) -> Loaded:
         for record in records
         if "lost" not in record and record.get("scores")
     }
-    return Loaded(str(folder), read_json(folder / SPEC), result, environment, answers)
+    return Loaded(str(folder), read_json(folder / SPEC), result, environment, answers, repeats.read(folder))
 
 
 def protocol_difference(base: Asked, other: Asked) -> list[str]:
@@ -182,16 +189,15 @@ def measure(pair: Pair) -> Nested:
     """A pair's scores and speeds with 95% intervals, tests and flips."""
     tasks = {name: _scores(pair, docs) for name, docs in pair.tasks.items()}
     metrics = {name: next(iter(pair.base.answers[docs[0]]["scores"])) for name, docs in pair.tasks.items()}
-    reasons = not_as_fast(pair.base, pair.other)
     return {
         "base": pair.base.folder,
         "other": pair.other.folder,
         "tasks": [
-            {"task": name, "metric": metrics[name], **_compared([scores]), "speed": _speeds(pair, [name], reasons)}
+            {"task": name, "metric": metrics[name], **_compared([scores]), "speed": _speeds(pair, [name])}
             for name, scores in tasks.items()
         ],
         "all": {"task": "all", "metric": None, **_compared(list(tasks.values()))},
-        "speed": {**_speeds(pair, list(pair.tasks), reasons), "not_compared": reasons},
+        "speed": _speeds(pair, list(pair.tasks)),
         "unpaired": pair.left,
         "unhealthy": {
             run.folder: [f"{g['gate']} in {g['task']}" for g in run.result.get("health", []) if not g["ok"]]
@@ -287,43 +293,12 @@ def _told(found: Interval) -> Nested:
     return {name: value for name, value in asdict(found).items() if name != "n"}
 
 
-def not_as_fast(base: Loaded, other: Loaded) -> list[str]:
-    """Why tokens/s of two runs do not compare: what of where they ran differs or is not known. Empty if they do."""
-
-    def facts(run: Loaded) -> Nested:
-        where, engine = run.environment, run.environment.get("engine", {})
-        found = {name: engine.get(name) for name in ("device", "dtype", "threads", "workers", "forward")}
-        return {**found, **{name: where.get(name) for name in ("processor", "cpus")}}
-
-    ours, theirs = facts(base), facts(other)
-    unknown = [name for name in ours if ours[name] is None or theirs[name] is None]
-    if unknown:
-        return [f"{', '.join(unknown)}: not recorded"]
-    ours["batch_size"], theirs["batch_size"] = (run.spec.get("batch_size") for run in (base, other))
-    return _differing("", ours, theirs)
-
-
-def _speeds(pair: Pair, tasks: Sequence[str], reasons: Sequence[str]) -> Nested:
-    """Ratios of both speeds, other over base, over the tasks that both wrote answers to; None where there is none."""
-
-    def wrote(docs: Sequence[Doc]) -> bool:
-        return all(any(run.answers[doc]["output_ids"] for doc in docs) for run in (pair.base, pair.other))
-
-    writing = [pair.tasks[name] for name in tasks if wrote(pair.tasks[name])]
-    sizes, docs = [len(task) for task in writing], [doc for task in writing for doc in task]
-    columns = [
-        [
-            [float(len(run.answers[doc]["output_ids"])) for doc in docs],
-            [float(run.answers[doc]["seconds"]) for doc in docs],
-            [float(sum(run.answers[doc]["trace"]["forwards"].values())) for doc in docs],
-        ]
+def _speeds(pair: Pair, tasks: Sequence[str]) -> Nested:
+    """See `speeds.speeds`; over these tasks."""
+    sides = (
+        Clocked(
+            run.spec, run.environment, run.result, run.held, [[run.answers[d] for d in pair.tasks[t]] for t in tasks]
+        )
         for run in (pair.base, pair.other)
-    ]
-    found: Nested = {}
-    for name, by in (("tokens_per_second", 1), ("tokens_per_forward", 2)):
-        (a, under_a), (b, under_b) = ((tokens_and[0], tokens_and[by]) for tokens_and in columns)
-        found[name] = None
-        if docs and not (by == 1 and reasons) and (ratio := ratio_of_sums([b, under_a], [under_b, a], sizes)):
-            speeds = {"base": math.fsum(a) / math.fsum(under_a), "other": math.fsum(b) / math.fsum(under_b)}
-            found[name] = {"ratio": ratio.mean, "low": ratio.low, "high": ratio.high, **speeds}
-    return found
+    )
+    return speeds(*sides)

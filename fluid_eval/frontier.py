@@ -5,6 +5,7 @@ Drawn with matplotlib's object interface: no display, no global state, the same 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -75,12 +76,13 @@ def table(placed: Sequence[Placed]) -> pandas.DataFrame:
     rows = pandas.DataFrame({"name": [p.name for p in placed]})
     for key in _settings(placed):
         rows[key] = _column([p.settings.get(key) for p in placed])
-    numbers: dict[str, list[Any]] = {"n": [p.n for p in placed]}
+    numbers: dict[str, list[Any]] = {"n": [p.n for p in placed], "speed_repeats": [p.repeats for p in placed]}
     for measure in ("score", *SPEEDS):
         scale = 100 if measure == "score" else 1
         for end, suffix in (("mean", ""), ("low", "_low"), ("high", "_high")):
             found: list[Interval | None] = [getattr(p, measure) for p in placed]
-            values = [None if v is None else round(scale * getattr(v, end), 10) for v in found]
+            bounds = [math.nan if v is None else getattr(v, end) for v in found]
+            values = [None if math.isnan(bound) else round(scale * bound, 10) for bound in bounds]
             numbers[measure + suffix] = pandas.array(values, dtype="Float64")
     texts = {name: _column([getattr(p, name) for p in placed], "string") for name in ("dominated_by", "stopped")}
     if clash := rows.columns.intersection([*numbers, *texts]).tolist():
@@ -149,7 +151,8 @@ def figure(
     with rc_context(STYLE):
         drawn = Figure(figsize=size, dpi=150, layout="constrained")
         axes = drawn.subplots()
-        axes.set_xlabel(NAMES[by])
+        alone = not any(getattr(p, by).bounded for p in shown)
+        axes.set_xlabel(NAMES[by] + (" (no interval)" if alone else ""))
         axes.set_ylabel("score (%)")
         if title:
             axes.set_title(title, fontsize=10)
@@ -202,7 +205,8 @@ def _cells(placed: Sequence[Placed]) -> tuple[list[str], list[list[str]]]:
     for p in placed:
         found = (bracketed(getattr(p, by), _DIGITS[by]) for by in speeds)
         settings = ("–" if (value := p.settings.get(key)) is None else str(value) for key in keys)
-        notes = [f"dominated by {p.dominated_by}"] * (p.dominated_by is not None)
+        notes = ["tokens/s of one run, no interval"] * (p.tokens_per_second is not None and p.repeats < 2)
+        notes += [f"dominated by {p.dominated_by}"] * (p.dominated_by is not None)
         notes += [f"stopped: {p.stopped}"] * (p.stopped is not None)
         rows.append([p.name, *settings, str(p.n), bracketed(p.score, 1, 100), *found, "; ".join(notes)])
     return heads, rows
@@ -248,8 +252,18 @@ def _crosses(axes: Axes, points: Sequence[Placed], by: Speed, *, bars: tuple[str
 
 def _reach(found: Sequence[Interval], scale: int = 1) -> list[list[float]]:
     """How far intervals go below and above their means."""
-    ends = [(v.mean - v.low, v.high - v.mean) for v in found]
+    ends = [(v.mean - _least(v), _most(v) - v.mean) for v in found]
     return [[scale * max(0.0, low) for low, _ in ends], [scale * max(0.0, high) for _, high in ends]]
+
+
+def _least(found: Interval) -> float:
+    """Where an interval begins, or the mean where there is none."""
+    return found.low if found.bounded else found.mean
+
+
+def _most(found: Interval) -> float:
+    """Where an interval ends, or the mean where there is none."""
+    return found.high if found.bounded else found.mean
 
 
 def _limits(axes: Axes, shown: Sequence[Placed], by: Speed, base: Placed | None) -> None:
@@ -261,7 +275,7 @@ def _limits(axes: Axes, shown: Sequence[Placed], by: Speed, base: Placed | None)
     axes.set_ylim(bottom, top)
     axes.set_yticks([tick for tick in axes.get_yticks() if max(bottom, 0) <= tick <= min(top, 100)])
     paces: list[Interval] = [getattr(p, by) for p in shown]
-    left, right = min(s.low for s in paces), max(s.high for s in paces)
+    left, right = (end(bound(s) for s in paces) for end, bound in ((min, _least), (max, _most)))
     room = max(0.02 * right, 0.08 * (right - left))
     axes.set_xlim(max(0, left - room), right + 2.5 * room)
 
@@ -312,7 +326,8 @@ def _marks(axes: Axes, p: Placed, by: Speed, radius: float) -> list[Box]:
     """What a point covers: itself and its two intervals."""
     speed: Interval = getattr(p, by)
     x, y = axes.transData.transform(_spot(p, by))
-    (x0, y0), (x1, y1) = axes.transData.transform([(speed.low, 100 * p.score.low), (speed.high, 100 * p.score.high)])
+    ends = [(_least(speed), 100 * p.score.low), (_most(speed), 100 * p.score.high)]
+    (x0, y0), (x1, y1) = axes.transData.transform(ends)
     return [(x - radius, y - radius, x + radius, y + radius), (x0, y - 1, x1, y + 1), (x - 1, y0, x + 1, y1)]
 
 

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .pareto import Point, Sample
-from .stats import interval
+from .repeats import Repeat, paces
+from .stats import geometric, interval
 
 Record = Mapping[str, Any]
 
@@ -18,8 +19,9 @@ class Cost:
     """What a set of answers cost. Every forward counts, prefill and commit too; only ids before the end count.
 
     slots: fed in all forwards, prompts included.  tokens_per_second is per worker: tokens over the engine's time,
-    summed over samples. What is per token is over the written answers alone: likelihood tasks of a group do not dilute
-    it, and it is None where nothing was written.
+    summed over samples; where the answers were timed again (speed_repeats), the repeats' geometric mean with its 95%
+    interval, which one run does not have. What is per token is over the written answers alone: likelihood tasks of a
+    group do not dilute it, and it is None where nothing was written.
     unended_thinking: answers of a thinking model that came to no answer.
     """
 
@@ -31,6 +33,9 @@ class Cost:
     slots_per_token: float | None
     tokens_per_forward: float | None
     tokens_per_second: float | None
+    tokens_per_second_low: float | None
+    tokens_per_second_high: float | None
+    speed_repeats: int
     truncated_prompts: int
     length_limit_hits: int
     unended_thinking: int
@@ -63,14 +68,17 @@ def in_order(records: Iterable[dict[str, Any]], tasks: Iterable[str]) -> list[di
     return sorted(records, key=lambda r: (places.get(r["task"], len(places)), r["task"], r["doc_id"], r["key"]))
 
 
-def cost(records: Sequence[Record]) -> Cost:
-    """Sum what the samples cost, in whatever order they come."""
+def cost(records: Sequence[Record], repeats: Sequence[Repeat] = ()) -> Cost:
+    """Sum what the samples cost, in whatever order they come. repeats: the same answers timed again."""
     wrote = [r for r in records if r["finish"] is not None]
     tokens = sum(len(r["output_ids"]) for r in wrote)
     kinds = dict.fromkeys(kind for r in records for kind in r["trace"]["forwards"])
     by_kind = {kind: sum(r["trace"]["forwards"].get(kind, 0) for r in records) for kind in kinds}
     writing = sum(sum(r["trace"]["forwards"].values()) for r in wrote)
     writing_slots, writing_seconds = sum(r["trace"]["slots"] for r in wrote), math.fsum(r["seconds"] for r in wrote)
+    again = paces(records, repeats)
+    speed = geometric(list(again.values())).to_dict() if again else {"low": None, "high": None}
+    alone = tokens / writing_seconds if writing_seconds else None
     return Cost(
         tokens=tokens,
         forwards=sum(by_kind.values()),
@@ -79,7 +87,10 @@ def cost(records: Sequence[Record]) -> Cost:
         seconds=math.fsum(r["seconds"] for r in records),
         slots_per_token=writing_slots / tokens if tokens else None,
         tokens_per_forward=tokens / writing if writing else None,
-        tokens_per_second=tokens / writing_seconds if writing_seconds else None,
+        tokens_per_second=speed.get("mean", alone),
+        tokens_per_second_low=speed["low"],
+        tokens_per_second_high=speed["high"],
+        speed_repeats=len(again),
         truncated_prompts=sum(r["truncated"] > 0 for r in records),
         length_limit_hits=sum(r["finish"] == "length" for r in records),
         unended_thinking=sum(not r.get("thinking_ended", True) for r in records),
@@ -91,25 +102,36 @@ def first_scores(records: Sequence[Record]) -> dict[str, float]:
     return {r["key"]: float(next(iter(r["scores"].values()))) for r in records if "lost" not in r}
 
 
-def as_point(name: str, settings: Mapping[str, Any], records: Sequence[Record], stopped: str | None = None) -> Point:
-    """Samples as a frontier wants them: a document's score is that of its task's first metric."""
+def as_point(
+    name: str,
+    settings: Mapping[str, Any],
+    records: Sequence[Record],
+    owners: Mapping[str, str],
+    *,
+    stopped: str | None = None,
+    repeats: Sequence[Repeat] = (),
+) -> Point:
+    """Samples as a frontier wants them: a document's score is that of its task's first metric.
+
+    owners: leaf task -> the task that was asked for, which is what counts as one.  repeats: see `cost`.
+    """
     scores = first_scores(records)
     samples = [
         Sample(
-            task=record["task"], doc=record["doc_id"], score=scores[record["key"]],
+            task=owners[record["task"]], doc=record["key"], score=scores[record["key"]],
             tokens=len(record["output_ids"]), forwards=sum(record["trace"]["forwards"].values()),
             seconds=record["seconds"],
         )
         for record in records
         if record["key"] in scores and record["key"].count("/") == 1  # a document's first answer, where it has several
     ]  # fmt: skip
-    return Point(name, dict(settings), samples, stopped)
+    return Point(name, dict(settings), samples, stopped, paces([r for r in records if "lost" not in r], repeats))
 
 
-def lines(task: str, records: Sequence[Record]) -> list[Line]:
+def lines(task: str, records: Sequence[Record], repeats: Sequence[Repeat] = ()) -> list[Line]:
     """One line per metric and filter of a task or group, over all its samples but those that were given up."""
     records = [record for record in records if "lost" not in record]
-    spent = cost(records)
+    spent = cost(records, repeats)
     found = []
     for name in dict.fromkeys(name for r in records for name in r["scores"]):
         values = interval([r["scores"][name] for r in records if name in r["scores"]])

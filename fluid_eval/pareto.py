@@ -1,8 +1,9 @@
 """Quality against speed: what each point of a sweep reaches, and which points another one beats at both. No torch.
 
-Intervals of speeds, and comparisons, rest on a bootstrap: documents are drawn again with replacement, as many of each
-task as there are, and every point is measured on the same drawn documents, for all points answer the same ones. What is
-hard for one is mostly hard for another, so that their difference is surer than their two intervals let one think.
+Comparisons rest on a bootstrap: documents are drawn again with replacement, as many of each task as there are, and
+every point is measured on the same drawn documents, for all points answer the same ones. What is hard for one is mostly
+hard for another, so that their difference is surer than their two intervals let one think. Of tokens/s the machine
+varies too, and documents do not tell of that: they compare by repeats in which points took turns.
 
 Legend: P points, D documents, R draws.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -20,7 +21,8 @@ from fluid_model.errors import ConfigError
 from fluid_model.fields import at_least
 from fluid_model.settings import check_range
 
-from .stats import Interval, drawn, mean_over_tasks, percentiles, sums
+from .repeats import Turn
+from .stats import Interval, drawn, geometric, mean_over_tasks, ratio_of_sums, sums, sureness
 
 if TYPE_CHECKING:
     from numpy import bool_, float64, int64
@@ -46,7 +48,7 @@ class Sample:
     """One document as a point answered it. score: 0 to 1.  tokens: of the written answer, 0 for likelihood tasks."""
 
     task: str
-    doc: int
+    doc: int | str
     score: float
     tokens: int
     forwards: int
@@ -60,24 +62,30 @@ class Sample:
 
 @dataclass(frozen=True)
 class Point:
-    """One choice of settings and the documents it answered. stopped: why it was ended before it had answered all."""
+    """One choice of settings and the documents it answered. stopped: why it was ended before it had answered all.
+
+    paces: tokens/s of repeats, those of points that took turns under the same name.
+    """
 
     name: str
     settings: Mapping[str, Any]
     samples: Sequence[Sample]
     stopped: str | None = None
+    paces: Mapping[Turn, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Placed:
-    """One point, measured on the documents it answered, each number with its 95% interval, of speeds the percentile
-    bootstrap's.
+    """One point, measured on the documents it answered, each number with its 95% interval.
 
     n: documents answered.  score: mean over tasks of each task's mean, so that a task with many documents does not
     outweigh the others.  tokens_per_second and tokens_per_forward: sum over sum, and forwards_per_answer: a mean, over
     the answers of tasks that write (those in which the point wrote a token at all; an empty answer among them counts
     with its cost). None where nothing was written.
-    dominated_by: the fastest point that scores no less and is faster, both in 95% of the draws.
+    repeats: how often the same answers were timed again. tokens_per_second is their geometric mean, and its interval
+    theirs; without repeats it has none.
+    dominated_by: the fastest point that scores no less and is faster, both in 95% of the draws; faster in tokens/s: in
+    repeats taken in turns, sure to 95% by Student's t.
     """
 
     name: str
@@ -87,6 +95,7 @@ class Placed:
     tokens_per_second: Interval | None
     tokens_per_forward: Interval | None
     forwards_per_answer: Interval | None
+    repeats: int = 0
     dominated_by: str | None = None
     stopped: str | None = None
 
@@ -102,13 +111,7 @@ def measure(
     _check(by, draws)
     _check_names(points)
     board = _lay_out(points)
-    alike: dict[bytes, list[int]] = {}
-    for i in range(len(points)):
-        alike.setdefault(board.held[i].tobytes(), []).append(i)
-    placed: dict[int, Placed] = {}
-    for who in alike.values():
-        found = _replicas(board, who, board.held[who[0]], draws, seed)
-        placed |= {i: _place(points[i], board, i, {k: v[:, j] for k, v in found.items()}) for j, i in enumerate(who)}
+    placed = [_place(point) for point in points]
     better = _dominators(board, points, by, draws, seed)
     return [_with_best(placed, i, better[i], by) for i in range(len(points))]
 
@@ -118,13 +121,16 @@ def below(
 ) -> bool:
     """Whether b scores more and is faster than a, both in a share of at least `sure` of the draws: a may be stopped.
 
-    Over the documents both answered; False while those are fewer than LEAST.
+    Faster in tokens/s: as sure by the points' paces.  Over the documents both answered; False while those are fewer
+    than LEAST.
     """
     _check(by, draws)
     check_range("sure", sure, 0, 1)
     board = _lay_out([a, b])
     docs = board.held[0] & board.held[1]
     if docs.sum() < LEAST:
+        return False
+    if by == "tokens_per_second" and _faster(a, b) < sure:
         return False
     return _ahead(_replicas(board, [0, 1], docs, draws, seed), 0, 1, by, strictly=True) >= sure
 
@@ -244,8 +250,8 @@ def _check(by: Speed, draws: int = 1) -> None:
 class _Board:
     """Points and documents side by side, the documents sorted by task.
 
-    task: (D,) number of each document's task.  held: (P, D) who answered what.  values: (P, D, 5) score; tokens,
-    seconds, forwards, answers of tasks that write.
+    task: (D,) number of each document's task.  held: (P, D) who answered what.  values: (P, D, 4) score; tokens,
+    forwards, answers of tasks that write.
     """
 
     task: NDArray[int64]
@@ -263,7 +269,7 @@ def _lay_out(points: Sequence[Point]) -> _Board:
     place = {key: i for i, key in enumerate(keys)}
     number = {task: i for i, task in enumerate(dict.fromkeys(task for task, _ in keys))}
     held = np.zeros((len(points), len(keys)), dtype=bool)
-    values = np.zeros((*held.shape, 5))
+    values = np.zeros((*held.shape, 4))
     for i, p in enumerate(points):
         writing = {s.task for s in p.samples if s.tokens}
         for s in p.samples:
@@ -271,7 +277,7 @@ def _lay_out(points: Sequence[Point]) -> _Board:
             if held[i, at]:
                 raise ConfigError(f"point {p.name!r} has two samples of document {s.doc} of {s.task}")
             held[i, at] = True
-            cost = (s.tokens, s.seconds, s.forwards, 1) if s.task in writing else (0, 0, 0, 0)
+            cost = (s.tokens, s.forwards, 1) if s.task in writing else (0, 0, 0)
             values[i, at] = (s.score, *cost)
     return _Board(np.array([number[task] for task, _ in keys]), held, values)
 
@@ -281,38 +287,43 @@ def _replicas(board: _Board, who: Sequence[int], docs: NDArray[bool_], draws: in
     import numpy as np
 
     _, sizes = np.unique(board.task[docs], return_counts=True)
-    values = board.values[np.ix_(np.asarray(who), np.flatnonzero(docs))]  # (P, D, 5)
+    values = board.values[np.ix_(np.asarray(who), np.flatnonzero(docs))]  # (P, D, 4)
     values[:, :, 0] /= np.repeat(sizes * len(sizes), sizes)  # so that the scores' sum is the mean of the tasks' means
-    columns = values.transpose(1, 2, 0).reshape(len(values[0]), -1)  # (D, 5 P)
+    columns = values.transpose(1, 2, 0).reshape(len(values[0]), -1)  # (D, 4 P)
     found = sums(drawn(sizes.tolist(), draws, seed), columns)
-    score, tokens, seconds, forwards, answers = np.moveaxis(found.reshape(-1, 5, len(who)), 1, 0)
+    score, tokens, forwards, answers = np.moveaxis(found.reshape(-1, 4, len(who)), 1, 0)
 
     def ratio(over: Floats, under: Floats) -> Floats:
         return np.divide(over, under, out=np.full_like(over, np.nan), where=under > 0)
 
     return {
         "score": score,
-        "tokens_per_second": ratio(tokens, seconds),
         "tokens_per_forward": ratio(tokens, forwards),
         "forwards_per_answer": ratio(forwards, answers),
     }
 
 
-def _place(point: Point, board: _Board, row: int, found: Mapping[str, Floats]) -> Placed:
-    answers = int(board.values[row, :, 4].sum())
+def _place(point: Point) -> Placed:
     scores: dict[str, list[float]] = {}
     for sample in point.samples:
         scores.setdefault(sample.task, []).append(sample.score)
-    second, forward, answer = (percentiles(found[name], answers) for name in SPEEDS)
-    n = len(point.samples)
+    writing = {sample.task for sample in point.samples if sample.tokens}
+    wrote = sorted((s for s in point.samples if s.task in writing), key=lambda sample: sample.task)
+    sizes = list(Counter(sample.task for sample in wrote).values())
+    tokens, forwards = [float(s.tokens) for s in wrote], [float(s.forwards) for s in wrote]
+    seconds = math.fsum(sample.seconds for sample in wrote)
+    pace = Interval(math.fsum(tokens) / seconds, math.nan, math.nan, len(wrote)) if seconds else None
+    if point.paces:
+        pace = geometric(list(point.paces.values()))
     return Placed(
         point.name,
         point.settings,
-        n,
+        len(point.samples),
         mean_over_tasks(list(scores.values())),
-        second,
-        forward,
-        answer,
+        pace,
+        ratio_of_sums([tokens], [forwards], sizes) if wrote else None,
+        ratio_of_sums([forwards], [[1.0] * len(wrote)], sizes) if wrote else None,
+        len(point.paces),
         stopped=point.stopped,
     )
 
@@ -334,23 +345,33 @@ def _dominators(board: _Board, points: Sequence[Point], by: Speed, draws: int, s
         column = {i: j for j, i in enumerate(who)}
         drawn = _replicas(board, who, docs, draws, seed)
         for a, b in pairs:
+            if by == "tokens_per_second" and _faster(points[a], points[b]) < SURE:
+                continue
             if _ahead(drawn, column[a], column[b], by, strictly=False) >= SURE:
                 found[a].append(b)
     return found
 
 
 def _ahead(drawn: Mapping[str, Floats], a: int, b: int, by: Speed, *, strictly: bool) -> float:
-    """Share of the draws in which b is faster than a and scores no less (`strictly`: more)."""
+    """Share of the draws in which b is faster than a and scores no less (`strictly`: more). In tokens/s no draw says
+    which is faster: that is for `_faster`.
+    """
     gain = drawn["score"][1:, b] - drawn["score"][1:, a]
+    more = gain > _SAME if strictly else gain >= -_SAME
+    if by == "tokens_per_second":
+        return float(more.mean())
     speed = _sign(by) * drawn[by][1:]
     faster = speed[:, b] - speed[:, a] > _SAME * abs(speed[:, a])
-    return float((faster & (gain > _SAME if strictly else gain >= -_SAME)).mean())
+    return float((faster & more).mean())
 
 
-def _with_best(placed: Mapping[int, Placed], i: int, better: Sequence[int], by: Speed) -> Placed:
+def _faster(a: Point, b: Point) -> float:
+    """How sure it is that b writes more tokens/s than a, by the repeats in which both took turns."""
+    return sureness([pace / a.paces[turn] for turn, pace in b.paces.items() if turn in a.paces])
+
+
+def _with_best(placed: Sequence[Placed], i: int, better: Sequence[int], by: Speed) -> Placed:
     """Point i with the fastest of those that dominate it."""
-    from dataclasses import replace
-
     paces = {placed[b].name: speed for b in better if (speed := pace(placed[b], by)) is not None}
     return replace(placed[i], dominated_by=_greatest(paces) if paces else None)
 

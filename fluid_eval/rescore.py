@@ -6,6 +6,7 @@ protocol says so ("lm-eval prompts, fluid-paper extractors").
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -18,7 +19,7 @@ from lm_eval.api.model import LM
 from fluid_model.errors import ConfigError
 from fluid_model.files import Nested, read_json
 
-from . import harness, protocol
+from . import harness, protocol, repeats
 from .run import result_of
 from .spec import RunSpec
 from .store import ENVIRONMENT, POINTS, RESULT, Record, Run, held_spec, read_samples
@@ -90,13 +91,16 @@ def rescore(folder: Path, profile: str, out: Path | None = None, *, data_dir: st
     opened = Run(out or folder.with_name(f"{folder.name}-read-as-{reader.name}"), spec, resume=False)
     records, before = _scored(folder, spec, tasks), read_json(folder / RESULT)
     result = {
-        **result_of(spec, tasks, records, before.get("chat")),
+        **result_of(spec, tasks, records, before.get("chat"), repeats.read(folder)),
+        **({"conditions": before["conditions"]} if "conditions" in before else {}),
         "started": started,
         "remote_code": before.get("remote_code", []),
         "notices": [*before["notices"], *_notices(folder, held, reader, reads)],
     }
     opened.begin({**read_json(folder / ENVIRONMENT), "rescored": {"from": str(folder), "started": started}})
     result["wall_seconds"] = round(time.perf_counter() - clock, 3)
+    if (folder / repeats.REPEATS).is_file():
+        shutil.copyfile(folder / repeats.REPEATS, opened.folder / repeats.REPEATS)
     opened.finish(records, result)
     return result, opened.folder
 

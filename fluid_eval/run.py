@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -15,13 +16,14 @@ from fluid_model.files import Nested, read_json
 from fluid_model.settings import FluidSettings, NbdiffSettings
 from fluid_model.tokens import single_id
 
-from . import chat, data, environment, harness, health, protocol
+from . import chat, conditions, data, environment, harness, health, protocol, repeats
 from .metrics import lines
 from .pool import Pool, open_pool
 from .progress import Bar
 from .sandbox import passing
 from .spec import RunSpec
-from .store import RESULT, Record, Run
+from .store import ENVIRONMENT, RESULT, Record, Run
+from .timing import time_in_turns
 
 if TYPE_CHECKING:
     from fluid_model.checkpoint import ModelInfo
@@ -34,19 +36,22 @@ def default_folder(spec: RunSpec) -> Path:
     return Path("runs") / f"{tasks}-{model}-{spec.decoder.name}-{spec.id[:8]}"
 
 
-def run(spec: RunSpec, folder: Path, *, resume: bool = False) -> Nested:
+def run(spec: RunSpec, folder: Path, *, resume: bool = False, speed_repeats: int = 0) -> Nested:
     """Run a spec to its end and return the result, as stored in result.json.
 
+    speed_repeats: how often all answers are written again for their time, at least, in one session (0: not at all).
     Raises ConfigError, with nothing written, if the spec cannot be run here.
     """
+    repeats.check_count(speed_repeats or None)
     check_tasks(spec)
     opened = Run(folder, spec, resume=resume)
-    if (folder / RESULT).exists() and not (held := read_json(folder / RESULT)).get("lost"):
+    timed = repeats.enough(repeats.read(folder), speed_repeats)
+    if (folder / RESULT).exists() and timed and not (held := read_json(folder / RESULT)).get("lost"):
         return {**held, "health": health.judge_again(held.get("health", []), spec.health)}
     go_offline_unless_needed(spec)
     job = Job(spec, opened, prepare(spec, harness.load_tasks(spec)))
     try:
-        return job.work()
+        return job.work(0 if timed else speed_repeats)
     finally:
         job.close()
 
@@ -147,11 +152,12 @@ class Job:
             self.begin(self._pool)
         return self._pool
 
-    def begin(self, pool: Pool) -> None:
-        """Write the run folder's head: only now is the model known to load."""
+    def begin(self, pool: Pool, session: str | None = None) -> None:
+        """Write the run folder's head: only now is the model known to load. session: of runs answered in turns."""
         facts = pool.facts(self.spec)
         self.lm.at_once = facts["device"] != "cpu"
         where = {**environment.describe(), "started": self._started.isoformat(timespec="seconds")}
+        where["session"] = session or secrets.token_hex(6)
         where["engine"] = {**facts, "workers": pool.size}
         where["same"] = {name: facts.get(name) for name in ("weights", "device", "dtype")}
         where["same"] |= {name: where["versions"][name] for name in ("torch", "transformers", "lm-eval")}
@@ -162,10 +168,13 @@ class Job:
         )
         self.opened.begin(where)
 
-    def work(self) -> Nested:
-        """Have everything answered and scored; write and return the result."""
+    def work(self, speed_repeats: int = 0) -> Nested:
+        """Have everything answered and scored, and timed so often; write and return the result."""
         clock = time.perf_counter()
         records = self.score()
+        if speed_repeats:
+            asked = harness.requests(self.spec, self.ready.tasks, self.lm)
+            time_in_turns(self.pool(), {"": self}, {"": asked}, speed_repeats)
         result = self._result(records)
         result["wall_seconds"] = round(time.perf_counter() - clock, 3)
         self.opened.finish(records, result)
@@ -181,11 +190,19 @@ class Job:
         return _health(self.spec, self.ready.tasks, records)
 
     def _result(self, records: list[Record]) -> Nested:
+        held = repeats.read(self.opened.folder)
+        where = read_json(self.opened.folder / ENVIRONMENT)
+        talk = self._chat.describe() if self._chat else None
         return {
-            **result_of(self.spec, self.ready.tasks, records, self._chat.describe() if self._chat else None),
+            **result_of(self.spec, self.ready.tasks, records, talk, held),
+            "conditions": conditions.describe(where, self.spec.to_dict(), records),
             "started": self._started.isoformat(timespec="seconds"),
             "remote_code": list(self.ready.remote_code),
-            "notices": self.opened.notices + (self._chat.notices(records) if self._chat else []),
+            "notices": [
+                *self.opened.notices,
+                *(self._chat.notices(records) if self._chat else []),
+                *repeats.notices(held),
+            ],
         }
 
     def close(self) -> None:
@@ -194,13 +211,15 @@ class Job:
             self._pool.close()
 
 
-def result_of(spec: RunSpec, tasks: harness.Tasks, records: list[Record], chat: Nested | None) -> Nested:
-    """What scored samples come to: lines, members, parts, protocol. chat: the conversation's settings."""
+def result_of(
+    spec: RunSpec, tasks: harness.Tasks, records: list[Record], chat: Nested | None, held: Sequence[repeats.Repeat]
+) -> Nested:
+    """What scored samples come to: lines, members, parts, protocol. chat: the conversation's.  held: speed repeats."""
     members = _members(spec, tasks)
 
     def table(name: str) -> list[dict[str, Any]]:
         leaves = set(members.get(name) or harness.members(tasks, name))
-        return [line.to_dict() for line in lines(name, [r for r in records if r["task"] in leaves])]
+        return [line.to_dict() for line in lines(name, [r for r in records if r["task"] in leaves], held)]
 
     parts = [*tasks["groups"], *(n for n in tasks["tasks"] if n not in spec.tasks)]
     return {

@@ -52,8 +52,8 @@ RUN_FILES = (SPEC, ENVIRONMENT, SAMPLES, RESULT, f".{SAMPLES}.tmp", ".*.json.tmp
 """What this package writes into a run folder; anything else there is the user's."""
 AUDIT, KHEAD = "audit.json", "khead.json"
 """What `audit` and `khead` leave beside a run."""
-POINTS = "points"
-"""Folder of a sweep that holds its runs."""
+POINTS, SWEEP = "points", "sweep.json"
+"""Folder of a sweep that holds its runs, and the file that says which they are."""
 _STEP = 1 << 20
 """Bytes read at a time, from a file's end."""
 CHECKSUM = b', "crc32": "'
@@ -147,6 +147,8 @@ class Run:
                 raise
             self._mend_last_line()
             (self.folder / RESULT).unlink(missing_ok=True)  # it is not of all samples
+            before = read_json(file) if (file := self.folder / ENVIRONMENT).exists() else {}
+            environment["sessions"] = 1 + (before.get("sessions", 1) if self.samples else 0)
             write_json(self.folder / SPEC, {"id": self.spec.id, **self.spec.to_dict()})
             write_json(self.folder / ENVIRONMENT, environment)
 

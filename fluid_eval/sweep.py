@@ -7,30 +7,33 @@ the documents each, so that an early stop still compares; workers hold what they
 from __future__ import annotations
 
 import json
-import math
+import secrets
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from fluid_model.engine.records import Generation
 from fluid_model.errors import ConfigError, RunError
 from fluid_model.files import Nested, read_json
 
-from . import harness, pareto
+from . import harness, pareto, repeats
 from .grid import Plan, PlannedPoint
-from .metrics import as_point
+from .points import Under, by_turn, held_share, point_of
 from .pool import Chunk, Lost, Pool, chunks_of, open_pool
 from .progress import Bar, Board
 from .run import Job, check_tasks, go_offline_unless_needed, prepare
 from .spec import RunSpec
-from .store import POINTS, RESULT, Record, Run, lock, read_samples, write_json
+from .stats import Interval
+from .store import POINTS, RESULT, SWEEP, Record, Run, lock, read_samples, write_json
+from .timing import time_in_turns
 
 if TYPE_CHECKING:
-    from .worker import Work
+    pass
 
 TURNS, TURN = 8, 64
 """Shares of the documents that points take in turns, at most, and samples of a turn at least: few fill no batch."""
@@ -40,21 +43,6 @@ PILOT_POINTS = 6
 """Points that a pilot tries, spread over the sweep."""
 OTHER_FILES = 500
 """Files that a process has open beside the points' own: libraries, Ray."""
-SWEEP = "sweep.json"
-
-
-@dataclass
-class _Under:
-    """A point under way. work: what it has not answered, by turn.  stopped: why it was ended early."""
-
-    planned: PlannedPoint
-    job: Job
-    work: dict[int, list[Work]]
-    stopped: str | None = None
-
-    @property
-    def name(self) -> str:
-        return self.planned.name
 
 
 @dataclass(frozen=True)
@@ -118,7 +106,7 @@ class Sweep:
         first = plan.points[0].spec
         check_tasks(first)
         go_offline_unless_needed(first)
-        self._under: list[_Under] = []
+        self._under: list[Under] = []
         self._turns = 2
         shared = _Shared({}, {}, defaultdict(dict))
         for point in plan.points:
@@ -126,7 +114,7 @@ class Sweep:
             job = shared.job(point, run)
             asked, documents = shared.asked(point, job)
             self._turns = max(2, min(TURNS, len({(i.task_name, i.doc_id) for i in asked}) // TURN))
-            self._under.append(_Under(point, job, _by_turn(point, job, asked, documents, self._turns)))
+            self._under.append(Under(point, job, asked, by_turn(point, job, asked, documents, self._turns)))
 
     def _check_folder(self, resume: bool) -> None:
         file = self.folder / SWEEP
@@ -176,15 +164,25 @@ class Sweep:
         return Estimate(len(self._under), self.missing, forwards * share, seconds * share / size, tried)
 
     def work(
-        self, *, stop_dominated: bool = False, by: pareto.Speed = "tokens_per_second", within: float = 1.0
+        self,
+        *,
+        stop_dominated: bool = False,
+        by: pareto.Speed = "tokens_per_second",
+        within: float = 1.0,
+        speed_repeats: int = 0,
     ) -> Nested:
         """Answer, score, place; returns the sweep's result, as stored in result.json.
+
+        speed_repeats: how often all points' answers are written again for their time, in turns, at least.
 
         stop_dominated: end points that another one beats at score and speed, as far as both have come.  within: points
         of score that the best point may lie below AR, or where there is no AR below the best score.
         """
+        repeats.check_count(speed_repeats or None)
         held = read_json(self.folder / RESULT) if (self.folder / RESULT).exists() else {}
-        if (held.get("by"), held.get("within")) == (by, within) and (stop_dominated or not self.missing):
+        ended = {point["name"] for point in held.get("points", []) if point["stopped"]} if stop_dominated else set()
+        timed = all(u.timed(speed_repeats) for u in self._under if u.name not in ended)
+        if (held.get("by"), held.get("within")) == (by, within) and (stop_dominated or not self.missing) and timed:
             return held
         _open_enough(len(self._under))
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -193,10 +191,13 @@ class Sweep:
             self._write_head(head)
             started, before = time.perf_counter(), self.missing
             try:
-                if before:
-                    with self._pool() as pool, Board([u.name for u in self._under], self._counts()) as board:
-                        self._begin(pool)
-                        self._answer(pool, board, stop_dominated, by)
+                if before or not timed:
+                    with self._pool() as pool:
+                        self._begin(pool, timed)
+                        with Board([u.name for u in self._under], self._counts()) as board:
+                            self._answer(pool, board, stop_dominated, by)
+                        if not timed:
+                            self._time(pool, speed_repeats)
                 return self._finish(by, within, before, time.perf_counter() - started)
             finally:
                 for under in self._under:
@@ -219,10 +220,17 @@ class Sweep:
             found.append((held, held + sum(map(len, under.work.values()))))
         return found
 
-    def _begin(self, pool: Pool) -> None:
+    def _begin(self, pool: Pool, timed: bool) -> None:
+        session = secrets.token_hex(6)
         for under in self._under:
-            if under.work:
-                under.job.begin(pool)
+            if under.work or not timed:
+                under.job.begin(pool, session)
+
+    def _time(self, pool: Pool, count: int) -> None:
+        """Time all points that have answered everything, in turns."""
+        going = {under.name: under for under in self._under if under.stopped is None}
+        jobs, asked = ({name: getattr(u, of) for name, u in going.items()} for of in ("job", "asked"))
+        time_in_turns(pool, jobs, asked, count)
 
     def _answer(self, pool: Pool, board: Board, stop_dominated: bool, by: pareto.Speed) -> None:
         under = {each.name: each for each in self._under}
@@ -231,9 +239,14 @@ class Sweep:
             turns = [[chunk for turn in turns for chunk in turn]]
         for turn, chunks in enumerate(turns):
             left = [chunk for chunk in chunks if under[chunk.point].stopped is None]
+            spent: dict[str, list[tuple[int, float]]] = defaultdict(list)
             for name, answer in pool.run(left):
                 under[name].job.lm.keep(answer)
                 board.advance(name, failed=isinstance(answer, Lost))
+                if isinstance(answer, Generation):
+                    spent[name].append((len(answer.ids), answer.seconds))
+            for name, each in spent.items():
+                under[name].note_pace(turn, each)
             if stop_dominated and turn + 1 < self._turns:
                 self._stop_dominated((turn + 1) / self._turns, by, board)
 
@@ -248,9 +261,7 @@ class Sweep:
     def _stop_dominated(self, share: float, by: pareto.Speed, board: Board) -> None:
         """End points that another one surely beats at both so far."""
         going = [each for each in self._under if each.stopped is None]
-        points = {
-            each.name: as_point(each.name, each.planned.settings, each.job.score(share), each.stopped) for each in going
-        }
+        points = {each.name: replace(point_of(each, each.job.score(share)), paces=each.paces) for each in going}
         for each in going:
             if each.name == self._baseline:
                 continue  # all others are held against it
@@ -279,7 +290,7 @@ class Sweep:
         for under in self._under:
             folder = under.job.opened.folder
             if under.stopped is not None:
-                records = under.job.score(_held_share(under, self._turns))
+                records = under.job.score(held_share(under, self._turns))
             else:
                 if not (folder / RESULT).exists():
                     under.job.work()
@@ -290,12 +301,12 @@ class Sweep:
         write_json(self.folder / RESULT, result)
         return result
 
-    def _place(self, scored: list[tuple[_Under, list[Record]]], by: pareto.Speed, within: float) -> Nested:
+    def _place(self, scored: list[tuple[Under, list[Record]]], by: pareto.Speed, within: float) -> Nested:
         """Points by score and speed; writes tables and figure."""
         from . import frontier
 
         lost = {f"{under.name}: {r['key']}": r["lost"] for under, records in scored for r in records if "lost" in r}
-        points = [as_point(under.name, under.planned.settings, records, under.stopped) for under, records in scored]
+        points = [point_of(under, records) for under, records in scored]
         for point in points:
             if not point.samples:
                 raise RunError(f"{point.name}: every sample was given up ({next(iter(lost.values()), '')})")
@@ -333,41 +344,7 @@ def _open_enough(points: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
 
 
-def _held_share(under: _Under, turns: int) -> float:
-    """The share of the documents a stopped point has answered."""
-    done = [turn for turn in range(turns) if not _left(under, turn)]
-    return len(done) / turns
-
-
-def _left(under: _Under, turn: int) -> bool:
-    """Whether a turn's work is not all answered."""
-    held = under.job.opened.samples
-    return any(item.key not in held for item in under.work.get(turn, []))
-
-
-def _by_turn(
-    point: PlannedPoint, job: Job, asked: harness.Asked, documents: Mapping[str, int], turns: int
-) -> dict[int, list[Work]]:
-    """What a point has not answered, by the turn its document is in. documents: how many each task has."""
-    ends = {
-        name: [_count(point, count, (turn + 1) / turns) for turn in range(turns)] for name, count in documents.items()
-    }
-    found: dict[int, list[Work]] = defaultdict(list)
-    for item in job.lm.missing(asked):
-        task, doc = item.key.split("/")[:2]
-        found[next(turn for turn, end in enumerate(ends[task]) if int(doc) < end)].append(item)
-    return dict(found)
-
-
-def _count(point: PlannedPoint, documents: int, share: float) -> int:
-    """Documents of a task that lie in that share of a run."""
-    limit = harness.limit_for(point.spec, share)
-    if limit is None:
-        return documents
-    return min(documents, math.ceil(documents * limit) if limit < 1 else int(limit))
-
-
-def _areas(placed: list[pareto.Placed], under: list[_Under]) -> dict[str, float]:
+def _areas(placed: list[pareto.Placed], under: list[Under]) -> dict[str, float]:
     """Area under the accuracy-parallelism curve of each decoder's points (see `pareto.aup`)."""
     pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for place, each in zip(placed, under, strict=True):
@@ -378,7 +355,7 @@ def _areas(placed: list[pareto.Placed], under: list[_Under]) -> dict[str, float]
     return {decoder: pareto.aup(found) for decoder, found in pairs.items() if len(dict(found)) > 1}
 
 
-def _row(place: pareto.Placed, under: _Under) -> Mapping[str, Any]:
+def _row(place: pareto.Placed, under: Under) -> Mapping[str, Any]:
     """A point of the result."""
-    values = asdict(place)
+    values = {name: found.to_dict() if isinstance(found, Interval) else found for name, found in vars(place).items()}
     return {**values, "settings": dict(place.settings), "folder": f"{POINTS}/{under.planned.spec.id}"}

@@ -14,11 +14,11 @@ _ESCAPES = str.maketrans({
 
 
 def bracketed(value: Interval | None, digits: int, scale: int = 1) -> str:
-    """A mean with its interval, such as "78.2 [76.1, 80.3]", a dash for None."""
+    """A mean with its interval, such as "78.2 [76.1, 80.3]", without brackets where there is none; a dash for None."""
     if value is None:
         return "–"
     mean, low, high = (f"{scale * number:,.{digits}f}" for number in (value.mean, value.low, value.high))
-    return f"{mean} [{low}, {high}]"
+    return f"{mean} [{low}, {high}]" if value.bounded else mean
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -13,7 +13,16 @@ from fluid_model.errors import ConfigError
 
 def placed(name, score, speed, settings=None, **rest):
     pace = None if speed is None else Interval(speed, 0.9 * speed, 1.1 * speed, 50)
-    return Placed(name, settings or {}, 50, Interval(score, score - 0.05, score + 0.05, 50), pace, pace, pace, **rest)
+    return Placed(
+        name,
+        settings or {},
+        50,
+        Interval(score, score - 0.05, score + 0.05, 50),
+        pace,
+        pace,
+        pace,
+        **{"repeats": 5, **rest},
+    )
 
 
 @pytest.fixture

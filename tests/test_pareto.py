@@ -15,14 +15,17 @@ from fluid_eval.stats import Interval
 from fluid_model.errors import ConfigError
 
 
-def point(name, scores, seconds=1.0, *, tokens=10, forwards=10, task="t", stopped=None):
-    """A point that answered documents 0, 1, … of one task; seconds for all or for each."""
-    each = [seconds] * len(scores) if isinstance(seconds, float) else seconds
+def point(name, scores, seconds=1.0, *, tokens=10, forwards=10, task="t", stopped=None, again=(1.0, 1.1, 0.9)):
+    """A point that answered documents 0, 1, … of one task in so many seconds each; all timed again in turns that took
+    `again` times as long, for all points alike.
+    """
+    each = [seconds] * len(scores)
     samples = [
         Sample(task, doc, score, tokens, forwards, s)
         for doc, (score, s) in enumerate(zip(scores, each, strict=True))
     ]  # fmt: skip
-    return Point(name, {}, samples, stopped)
+    paces = {("s", turn): tokens / seconds / by for turn, by in enumerate(again)}
+    return Point(name, {}, samples, stopped, paces)
 
 
 def placed(name, score, speed, **rest):
@@ -51,8 +54,8 @@ def sweeps(draw):
 
 def test_intervals_cover():
     rng = np.random.default_rng(0)
-    repetitions, covered = 300, dict.fromkeys(("score", *SPEEDS), 0)
-    true = {"score": 0.55, "tokens_per_second": 20.0, "tokens_per_forward": 2.0, "forwards_per_answer": 25.0}
+    repetitions, covered = 300, dict.fromkeys(("score", *SPEEDS[1:]), 0)
+    true = {"score": 0.55, "tokens_per_forward": 2.0, "forwards_per_answer": 25.0}
     for seed in range(repetitions):
         samples = []
         for task, share, n in (("easy", 0.7, 25), ("hard", 0.4, 40)):
@@ -65,7 +68,7 @@ def test_intervals_cover():
             interval = getattr(found, name)
             assert interval.low <= interval.mean <= interval.high
             covered[name] += interval.low <= value <= interval.high
-    assert all(0.9 <= count / repetitions <= 0.98 for count in covered.values()), covered
+    assert all(0.92 <= count / repetitions <= 0.98 for count in covered.values()), covered
 
 
 def test_a_loss_is_called_small_for_sure_only_where_it_is():
@@ -128,9 +131,8 @@ def test_points_answer_the_same_drawn_documents():
 def test_with_equal_scores_speed_decides():
     """A verified decoder writes what its parent writes: clearly faster dominates, sometimes faster does not."""
     scores = [1 / 3, 0.0, 1.0] * 20
-    ar, fluid, wavering = (
-        point("ar", scores), point("fluid", scores, 0.9), point("wavering", scores, [0.5, 1.5] * 30),
-    )  # fmt: skip
+    ar, fluid = point("ar", scores), point("fluid", scores, 0.9)
+    wavering = point("wavering", scores, 0.9, again=(0.5, 2.0, 0.9))
     found = {p.name: p.dominated_by for p in measure([ar, fluid, wavering])}
     assert found == {"ar": "fluid", "fluid": None, "wavering": None}
     assert not below(ar, fluid), "a point is only stopped by one that scores more"

@@ -121,7 +121,7 @@ def test_samples_keep_what_matters(page: str, folder: Path) -> None:
     assert (second["answers"][0]["cut"], second["answers"][0]["finish"]) == (7, "stop")
     assert last["answers"][0]["loglikelihoods"][0] == "-inf"  # JSON has no infinities
     assert "cut" not in last["answers"][0]
-    for record, sample in zip(read_runs([folder])[0].records, data["samples"][:WRITTEN], strict=False):
+    for record, sample in zip(read_runs([folder])[0][0].records, data["samples"][:WRITTEN], strict=False):
         (found,) = sample["answers"]
         if not record["pieces"]:
             continue
@@ -189,7 +189,7 @@ def test_a_run_of_a_thousand_samples_stays_below_5_mb(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_cut_and_said(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = read_runs([folder])
+    runs, _ = read_runs([folder])
     whole = samples.block(runs)
     assert (whole.clip, whole.drafts) == (6000, True)
     monkeypatch.setattr(samples, "PAGE_BYTES", len(whole.json) - 10)
@@ -306,7 +306,7 @@ def test_what_was_audited_and_possible_is_told(tmp_path: Path) -> None:
     assert ["1", "7", "", "1.00"] in rows
     assert ["2", "2", "11", "1.85"] in rows
     assert "3.1% less a token than the best fixed stride, 4" in page
-    records = read_runs([folder])[0].records
+    records = read_runs([folder])[0][0].records
     rounds = [pair for r in records for pair in zip(r["trace"]["predicted"], r["trace"]["accepted"], strict=True)]
     drafted, kept = (sum(pair[i] for pair in rounds) / len(rounds) for i in (0, 1))
     told = [str(len(rounds)), f"{drafted:.2f}", f"{kept:.2f}", f"{100 * kept / drafted:.0f}%"]
@@ -340,10 +340,10 @@ def test_names_tell_runs_apart_and_a_sweep_stands_for_its_points(folder: Path, t
         spec["decoder"] |= settings
         write_json(run / "spec.json", spec)
     (tmp_path / "points" / "begun").mkdir()
-    names = [run.name for run in read_runs([tmp_path])]
+    names = [run.name for run in read_runs([tmp_path])[0]]
     same = "FLUID <b>7B · fluid · verify"
     assert names == ["FLUID <b>7B · fluid · no verify", f"{same} · twin", f"{same} · two"]
-    assert [run.mark for run in read_runs([folder, tmp_path])] == ["A", "B", "C", "D"]
+    assert [run.mark for run in read_runs([folder, tmp_path])[0]] == ["A", "B", "C", "D"]
     with pytest.raises(ConfigError, match="named twice"):
         read_runs([folder, folder])
 

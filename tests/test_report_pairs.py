@@ -38,7 +38,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_runs_asked_otherwise_are_not_compared_unasked(pair: list[Path], tmp_path: Path) -> None:
-    found = facts.gather(read_runs(pair), None)
+    found = facts.gather(read_runs(pair)[0], None)
     assert found.verdicts[0].state == "good"
     assert found.placed[0].dominated_by == found.placed[1].name
     file = pair[1] / "result.json"
@@ -57,7 +57,7 @@ def test_runs_asked_otherwise_are_not_compared_unasked(pair: list[Path], tmp_pat
                 assert "Protocols differ" in text
             assert ('id="compare"' in page, "## Differences" in markdown) == (compared, compared)
             assert markdown.index("Protocols differ (") < (markdown + "## Differences").index("## Differences")
-            found = facts.gather(read_runs(pair), None, across_protocols=compared)
+            found = facts.gather(read_runs(pair)[0], None, across_protocols=compared)
             assert (found.verdicts[0].state, found.verdicts[0].word) == ("warn", "Protocols differ")
             scores = [one for one in found.verdicts if one.about.startswith("Score")]
             assert [one.state for one in scores] == ["none"] * compared
@@ -118,7 +118,7 @@ def test_claims_that_are_none_are_refused(pair: list[Path], tmp_path: Path, text
 
 
 def test_a_protocol_says_once_what_all_tasks_have_in_common(pair: list[Path]) -> None:
-    (run,) = read_runs(pair[:1])
+    ((run,), _) = read_runs(pair[:1])
     tasks = {"x": {"shots": 5, "until": ["a"], "chat": None}, "y": {"shots": 0, "until": ["a"], "chat": None}}
     run.result["protocol"]["tasks"] = tasks
     shared = {"until": "a", "chat": "–"}

@@ -19,6 +19,7 @@ def add(compare: argparse.ArgumentParser) -> None:
         help="exit code 4 if a task, or all together, is surely worse than the base, by more than that many points",
     )  # fmt: skip
     compare.add_argument("--across-protocols", action="store_true", help="also if asked or read in different ways")
+    compare.add_argument("--all-pairs", action="store_true", help="every two of the runs, not each against the first")
     compare.add_argument("--flips", action="store_true", help="name every answer that became right or wrong")
     compare.add_argument("--json", action="store_true", help="print the comparison as JSON")
 
@@ -28,7 +29,7 @@ def main(options: argparse.Namespace) -> int:
     from ..show import difference
     from ..show.pairs import print_comparison
 
-    comparison = compare(options.runs, across_protocols=options.across_protocols)
+    comparison = compare(options.runs, across_protocols=options.across_protocols, all_pairs=options.all_pairs)
     found = worse(comparison, options.fail_if_worse) if options.fail_if_worse is not None else []
     if options.json:
         print(json.dumps(comparison, indent=2))

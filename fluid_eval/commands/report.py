@@ -14,9 +14,12 @@ def add(report: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="RUN",
-        help="run folder, or a sweep's; the first is what others are held to",
+        help="run folder, or a sweep's",
     )
     report.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: report.html in the first folder")
+    report.add_argument(
+        "--base", type=Path, metavar="RUN", help="what others are held to; default: the first, of a sweep its first AR"
+    )
     report.add_argument("--across-protocols", action="store_true", help="compare runs that were asked otherwise too")
     report.add_argument("--claims", type=Path, metavar="FILE", help="claims.json, as fluid-eval reproduce writes it")
     report.add_argument("--markdown", type=Path, metavar="FILE", help="also an appendix: protocol, tables, verdicts")
@@ -29,7 +32,7 @@ def main(options: argparse.Namespace) -> int:
     output = options.output or options.runs[0] / "report.html"
     write_report(
         options.runs, output, claims=options.claims, markdown=options.markdown, latex=options.latex,
-        across_protocols=options.across_protocols,
+        base=options.base, across_protocols=options.across_protocols,
     )  # fmt: skip
     for file in (output, options.markdown, options.latex):
         if file is not None:

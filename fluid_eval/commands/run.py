@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .settings import add_settings, exit_code, values_of
+from .settings import add_settings, add_speed_repeats, exit_code, values_of
 
 HELP = "run tasks with a model: table, run folder, result"
 
@@ -16,6 +16,7 @@ def add(run: argparse.ArgumentParser) -> None:
     where.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/TASKS-MODEL-DECODER-ID")
     where.add_argument("--resume", action="store_true", help="go on with a run folder")
     where.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_speed_repeats(where)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -26,7 +27,7 @@ def main(options: argparse.Namespace) -> int:
     from ..show.results import print_result
 
     folder = options.out or job.default_folder(spec)
-    result = job.run(spec, folder, resume=options.resume)
+    result = job.run(spec, folder, resume=options.resume, speed_repeats=options.speed_repeats)
     if options.json:
         print(json.dumps(result, indent=2))
     else:

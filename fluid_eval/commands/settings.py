@@ -81,6 +81,14 @@ def add_settings(run: argparse.ArgumentParser, spec: str = "SPEC.toml") -> argpa
     return where
 
 
+def add_speed_repeats(where: argparse._ArgumentGroup) -> None:
+    """For commands that measure speeds."""
+    where.add_argument(
+        "--speed-repeats", type=int, default=0, metavar="N",
+        help="write all answers N times more for their time; without, tokens/s have no interval",
+    )  # fmt: skip
+
+
 def exit_code(lost: Mapping[str, str], health: Sequence[Mapping[str, Any]]) -> int:
     """Of a run that ended: samples given up are worse than gates over their thresholds."""
     unhealthy = any(not gate["ok"] for gate in health)

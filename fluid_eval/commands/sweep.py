@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .settings import add_settings, exit_code, values_of, whole
+from .settings import add_settings, add_speed_repeats, exit_code, values_of, whole
 
 HELP = "many runs over settings: frontier of score against speed"
 SPEEDS = ("tokens_per_second", "tokens_per_forward", "forwards_per_answer")
@@ -17,6 +17,7 @@ def add(sweep: argparse.ArgumentParser) -> None:
     where.add_argument("--out", type=Path, metavar="DIR", help="folder; default: sweeps/TASKS-MODEL-ID")
     where.add_argument("--resume", action="store_true", help="go on with a sweep's folder")
     where.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_speed_repeats(where)
     points = sweep.add_argument_group("which points")
     points.add_argument(
         "--sweep", action="append", default=[], metavar="A.B=C,D",
@@ -57,7 +58,10 @@ def main(options: argparse.Namespace) -> int:
     if options.so_far:
         print_sweep(job.so_far(by=options.by, within=options.within), folder)
         return 0
-    result = job.work(stop_dominated=options.stop_dominated, by=options.by, within=options.within)
+    result = job.work(
+        stop_dominated=options.stop_dominated, by=options.by, within=options.within,
+        speed_repeats=options.speed_repeats,
+    )  # fmt: skip
     if options.json:
         print(json.dumps(result, indent=2))
     else:

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .settings import add_settings, exit_code, values_of
+from .settings import add_settings, add_speed_repeats, exit_code, values_of
 
 HELP = "what an adaptation costs, from the AR parent to unchecked diffusion"
 PARENT = "tiny-ar"
@@ -19,6 +19,7 @@ def add(tax: argparse.ArgumentParser) -> None:
     where.add_argument("--out", type=Path, metavar="DIR", help="folder; default: sweeps/tax-TASKS-MODEL-ID")
     where.add_argument("--resume", action="store_true", help="go on with a folder")
     where.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_speed_repeats(where)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -45,7 +46,7 @@ def main(options: argparse.Namespace) -> int:
 
     first = default_folder(planned.points[-1].spec).name.rsplit("-", 2)[0]
     folder = options.out or Path("sweeps") / f"tax-{first}-{planned.id[:8]}"
-    swept = Sweep(planned, folder, resume=options.resume).work()
+    swept = Sweep(planned, folder, resume=options.resume).work(speed_repeats=options.speed_repeats)
     result = measure(steps, [folder / POINTS / point.spec.id for point in planned.points])
     if options.json:
         print(json.dumps(result, indent=2))

@@ -11,7 +11,7 @@ from typing import Literal
 from .. import pareto
 from ..compare import compare, protocol_difference, surely
 from ..metrics import as_point
-from ..show import difference, probability
+from ..show import difference, probability, ratio
 from ..stats import Interval
 from ..strides import strides
 from ..verdicts import kind, summary
@@ -57,14 +57,16 @@ class Verdict:
 class Facts:
     """Runs with what follows from them. comparison: as `compare` gives it, None where there is no pair.
 
-    claims: of reproduce.  apart: letters of the runs that answered the first run's documents under another protocol,
-    with what differs. No verdict holds one of them against a run that was asked otherwise, compared or not.
+    why: why the first run is the base.  claims: of reproduce.  apart: letters of the runs that answered the first run's
+    documents under another protocol, with what differs. No verdict holds one of them against a run that was asked
+    otherwise, compared or not.
     """
 
     runs: Sequence[Stored]
     comparison: Nested | None
     claims: Nested | None
     apart: Mapping[str, Sequence[str]]
+    why: str = "the run named first"
 
     @cached_property
     def verdicts(self) -> list[Verdict]:
@@ -108,6 +110,11 @@ class Facts:
         """Mean of numbers from `first` on that were met so often."""
         return sum(n * count for n, count in enumerate(counts, first)) / max(1, sum(counts))
 
+    @property
+    def timed(self) -> bool:
+        """Whether every run's answers were timed again, so that tokens/s have intervals."""
+        return all(place.repeats > 1 for place in self.placed if place.tokens_per_second is not None)
+
     @cached_property
     def marks(self) -> dict[str, str]:
         """Folder, as the comparison names it -> the run's letter."""
@@ -121,7 +128,12 @@ class Facts:
         alike: dict[tuple[str, ...], list[Stored]] = {}
         for run in self.runs:
             alike.setdefault(tuple(self.apart.get(run.mark, ())), []).append(run)
-        groups = [[as_point(f"{run.mark} {run.name}", {}, run.records) for run in those] for those in alike.values()]
+        groups = [
+            [
+                as_point(f"{run.mark} {run.name}", {}, run.records, run.owners, repeats=run.repeats) for run in those
+            ]
+            for those in alike.values()
+        ]  # fmt: skip
         found = {place.name: place for group in groups for place in pareto.measure(group)}
         return [found[f"{run.mark} {run.name}"] for run in self.runs]
 
@@ -137,7 +149,9 @@ def claim_state(verdict: str) -> State:
     return CLAIM_STATES.get(kind(verdict), "none")
 
 
-def gather(runs: Sequence[Stored], claims: Nested | None, *, across_protocols: bool = False) -> Facts:
+def gather(
+    runs: Sequence[Stored], claims: Nested | None, *, across_protocols: bool = False, why: str = "the run named first"
+) -> Facts:
     """Hold every run to the first, but those that answered none of its documents.
 
     across_protocols: hold those that were asked otherwise to it too.
@@ -153,7 +167,7 @@ def gather(runs: Sequence[Stored], claims: Nested | None, *, across_protocols: b
     if not across_protocols:
         held = [run for run in held if run.mark not in apart and share(run, "prompt_hash")]
     folders = [base.folder, *(run.folder for run in held)]
-    return Facts(runs, compare(folders, across_protocols=across_protocols) if held else None, claims, apart)
+    return Facts(runs, compare(folders, across_protocols=across_protocols) if held else None, claims, apart, why)
 
 
 def _tasks_placed(run: Stored) -> list[pareto.Placed]:
@@ -162,7 +176,7 @@ def _tasks_placed(run: Stored) -> list[pareto.Placed]:
     points = []
     for task in reversed(lines):
         records = [record for record in run.records if run.owners[record["task"]] == task]
-        points.append(as_point(task, {}, records))
+        points.append(as_point(task, {}, records, run.owners, repeats=run.repeats))
     return [
         replace(
             place,
@@ -265,9 +279,12 @@ def _of_comparison(comparison: Nested, marks: Mapping[str, str]) -> list[Verdict
         text = f"{difference(gain)} points"
         if mde is not None and not sure:
             text += f"; detectable with 80% power: {100 * mde:.1f}"
-        speed = (pair.get("speed") or {}).get("tokens_per_second")
-        if speed:
-            text += f"; tokens/s × {speed['ratio']:.2f} [{speed['low']:.2f}, {speed['high']:.2f}]"
+        speed = pair.get("speed") or {}
+        if second := speed.get("tokens_per_second"):
+            text += f"; tokens/s × {ratio(second)}{'' if second['low'] is not None else ', one run each: no interval'}"
+            text += "" if second["interleaved"] else ", not interleaved"
+        if unequal := speed.get("unequal"):
+            text += f"; tokens/forward under unequal conditions ({'; '.join(unequal)})"
         base, other = (marks.get(pair[name], pair[name]) for name in ("base", "other"))
         found.append(Verdict(state, f"Score against {base}", word, text, "compare", (other,)))
     return found

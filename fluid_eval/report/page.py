@@ -18,7 +18,7 @@ from ..compare import entries
 from ..pareto import Speed
 from ..paths import resource
 from ..plots import score_speed, tokens_per_forward
-from ..show import difference, number, probability, score
+from ..show import difference, number, probability, ratio, score, speed
 from . import facts as state
 from . import setup
 from .facts import SIGNS, Facts
@@ -47,6 +47,7 @@ def render(facts: Facts) -> str:
         "in_tables": verdicts.in_tables,
     }
     house.filters |= {"quoted": partial(json.dumps, ensure_ascii=False)}  # a space is seen
+    house.filters |= {"ratio": ratio, "speed": speed}
     house.filters |= {"difference": difference, "probability": probability, "entries": entries}
     script = _script(folder)
     return house.get_template(TEMPLATE).render(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from .. import tables, verdicts
 from ..compare import entries
-from ..show import difference, metric, number, probability, score
+from ..show import difference, metric, number, probability, score, speed
 from .facts import Facts, told
 from .setup import environment, protocol, settings, value, versions
 from .stored import Nested, Stored
@@ -36,13 +36,20 @@ def _sections(facts: Facts) -> Iterator[str]:
     yield tables.markdown(["question", "runs", "verdict", "what it rests on"], rows)
     yield "## Scores"
     yield tables.markdown(*_scores(facts))
-    yield "Score in percent with its 95% interval: Wilson's for counts, normal otherwise. Tokens/s per worker."
+    yield (
+        "Score in percent with its 95% interval: Wilson's for counts, normal otherwise. Tokens/s per worker: with "
+        "Student's interval over repeats of the same answers where there were any, else of one run, without one."
+    )
     for mark, lines in facts.apart.items():
         yield "\n".join([f"{_against(facts, mark)}:\n", *(f"- {tables.plain(line)}" for line in lines)])
     if facts.comparison:
         yield "## Differences"
         yield tables.markdown(*_differences(facts, facts.comparison))
-        yield "Paired, in points, with 95% bootstrap intervals; p by McNemar's test; detectable at 80% power and 5%."
+        yield (
+            f"Every run against {facts.runs[0].mark}, {facts.why}. Paired, in points, with 95% intervals: Bonett and "
+            "Price's for counts, normal otherwise, combined over tasks as variances are; p by McNemar's test; "
+            "detectable at 80% power and 5%."
+        )
     if facts.claims:
         yield "## Claims"
         yield tables.markdown(*_claims(facts.claims))
@@ -82,10 +89,15 @@ def _scores(facts: Facts) -> Table:
     rows = []
     for task in facts.tasks:
         for run, line, first, _ in facts.lines_of(task):
-            speed = [number(line["tokens_per_forward"], 2), number(line["tokens_per_second"])] if first else ["", ""]
+            costs = [number(line["tokens_per_forward"], 2), _speed(line)] if first else ["", ""]
             name = [run.name] * several
-            rows.append([task, *name, metric(line), score(line), number(line["n"]), *speed])
+            rows.append([task, *name, metric(line), score(line), number(line["n"]), *costs])
     return heads, rows
+
+
+def _speed(line: Nested) -> str:
+    ends = {end: line.get(f"tokens_per_second_{end}") for end in ("low", "high")}
+    return speed({"mean": line["tokens_per_second"], **ends})
 
 
 def _differences(facts: Facts, comparison: Nested) -> Table:

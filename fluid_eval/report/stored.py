@@ -12,8 +12,10 @@ from typing import Any
 from fluid_model.errors import ConfigError
 from fluid_model.files import read_json
 
+from .. import repeats
 from ..frontier import short
-from ..store import AUDIT, ENVIRONMENT, KHEAD, POINTS, RESULT, SPEC, Record, read_finished
+from ..repeats import Repeat
+from ..store import AUDIT, ENVIRONMENT, KHEAD, POINTS, RESULT, SPEC, SWEEP, Record, read_finished
 
 Nested = dict[str, Any]
 _NEEDED = {"model", "decoder", "started", "wall_seconds", "lines", "members", "parts", "data", "notices"}
@@ -24,6 +26,7 @@ class Stored:
     """A run folder, read. mark: its letter on the page.  name: what tells it from the others of the page.
 
     owners: leaf task -> task of the spec.  audit, khead: None where that was not done.
+    repeats: of its answers, for their time.
     """
 
     folder: Path
@@ -36,23 +39,47 @@ class Stored:
     owners: Mapping[str, str]
     audit: Nested | None
     khead: Nested | None
+    repeats: Sequence[Repeat] = ()
 
 
-def read_runs(folders: Sequence[Path]) -> list[Stored]:
-    """The runs of these folders, in order; a sweep's folder stands for its finished points.
+def read_runs(folders: Sequence[Path], base: Path | None = None) -> tuple[list[Stored], str]:
+    """The runs of these folders, the base first, the others in order, and why it is the base.
 
+    A sweep's folder stands for its finished points, in its spec's order. base: one of the run folders; else it is the
+    first of a sweep's points that writes token by token, if a sweep is named first, else the first run.
     Raises ConfigError naming the folder that holds no run, an unfinished one, or not the samples of its result.
     """
-    found = [run for folder in folders for run in _runs_of(folder)]
+    found, why = _base_first([run for folder in folders for run in _runs_of(folder)], folders[0], base)
     if twice := [folder for folder, count in Counter(folder.resolve() for folder in found).items() if count > 1]:
         raise ConfigError(f"{twice[0]}: is named twice; name each run once")
     finished = [read_finished(folder, _NEEDED) for folder in found]
     specs = [read_json(folder / SPEC) for folder in found]
     named = zip(found, specs, _names(found, specs), finished, strict=True)
-    return [
+    runs = [
         _with_rest(folder, _mark(place), name, spec, result, records)
         for place, (folder, spec, name, (result, records)) in enumerate(named)
     ]
+    return runs, why
+
+
+def _base_first(found: list[Path], first: Path, base: Path | None) -> tuple[list[Path], str]:
+    """Run folders with the base in front, and why it is. first: the folder that was named first."""
+    if base is not None:
+        chosen = next((run for run in found if run.resolve() == base.resolve()), None)
+        if chosen is None:
+            raise ConfigError(f"--base {base}: is none of the runs: {', '.join(map(str, found))}")
+        why = "as --base says"
+    elif (first / POINTS).is_dir():
+        token_by_token = (run for run in found if first in run.parents and _decoder(run) == "ar")
+        chosen = next(token_by_token, found[0])
+        why = "the sweep's first AR point" if _decoder(chosen) == "ar" else "the sweep's first point"
+    else:
+        chosen, why = found[0], "the run named first"
+    return [chosen, *(run for run in found if run != chosen)], why
+
+
+def _decoder(run: Path) -> Any:
+    return read_json(run / SPEC).get("decoder", {}).get("name") if (run / SPEC).is_file() else None
 
 
 def flat(values: Nested, where: str = "") -> Iterator[tuple[str, Any]]:
@@ -68,7 +95,10 @@ def _runs_of(folder: Path) -> list[Path]:
     points = folder / POINTS
     if not points.is_dir():
         return [folder]
-    found = sorted(point for point in points.iterdir() if (point / RESULT).is_file())
+    held = read_json(folder / SWEEP).get("points", []) if (folder / SWEEP).is_file() else []
+    order = [Path(str(point["folder"])).name for point in held]
+    finished = sorted(point for point in points.iterdir() if (point / RESULT).is_file())
+    found = sorted(finished, key=lambda run: order.index(run.name) if run.name in order else len(order))
     if not found:
         raise ConfigError(f"{folder}: no point of this sweep is finished; go on with fluid-eval sweep --resume")
     return found
@@ -79,7 +109,8 @@ def _with_rest(folder: Path, mark: str, name: str, spec: Nested, result: Nested,
     owners = {leaf: task for task, leaves in result["members"].items() for leaf in leaves}
     others = [folder / ENVIRONMENT, folder / AUDIT, folder / KHEAD]
     environment, audit, khead = (read_json(file) if file.is_file() else None for file in others)
-    return Stored(folder, mark, name, spec, result, environment or {}, records, owners, audit, khead)
+    again = repeats.read(folder)
+    return Stored(folder, mark, name, spec, result, environment or {}, records, owners, audit, khead, again)
 
 
 def _mark(place: int) -> str:

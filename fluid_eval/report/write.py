@@ -23,15 +23,18 @@ def write_report(
     claims: Path | None = None,
     markdown: Path | None = None,
     latex: Path | None = None,
+    base: Path | None = None,
     across_protocols: bool = False,
 ) -> None:
     """Write the page of finished runs, their Markdown appendix and their LaTeX table, each all or nothing if named.
 
-    folders: of runs, or of sweeps, which stand for their points; the first run is what the others are compared to.
+    folders: of runs, or of sweeps, which stand for their points.  base: the run that the others are held against; else
+    the first run, of a sweep its first AR point.
     claims: what `fluid-eval reproduce` wrote.  across_protocols: compare runs that were asked otherwise too.
     Raises ConfigError if a folder holds no run or an unfinished one, or a file cannot be written.
     """
-    facts = gather(read_runs(folders), read_claims(claims) if claims else None, across_protocols=across_protocols)
+    runs, why = read_runs(folders, base)
+    facts = gather(runs, read_claims(claims) if claims else None, across_protocols=across_protocols, why=why)
     for file, make in ((output, render), (markdown, markdown_appendix), (latex, latex_table)):
         if file is not None:
             _write(file, make(facts))

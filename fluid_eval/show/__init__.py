@@ -37,6 +37,20 @@ def difference(found: Line) -> str:
     return f"{mean:+.1f} [{low:.1f}, {high:.1f}]"
 
 
+def ratio(found: Line) -> str:
+    """A ratio with its interval, where it has one, such as "1.05 [1.02, 1.07]"."""
+    if found["low"] is None:
+        return f"{found['ratio']:.2f}"
+    return f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def speed(found: Line, digits: int = 0) -> str:
+    """A speed with its interval, where it has one, such as "7,325 [7,100, 7,560]"."""
+    if found.get("low") is None:
+        return number(found["mean"], digits)
+    return f"{number(found['mean'], digits)} [{number(found['low'], digits)}, {number(found['high'], digits)}]"
+
+
 def probability(p: float | None) -> str:
     """A p value, as far as it says something; a dash where there is none."""
     return "–" if p is None else f"{p:.3f}" if p >= 0.001 else "<.001"

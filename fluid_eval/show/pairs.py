@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..compare import entries
-from . import bare_table, difference, number, probability, score, screen
+from . import bare_table, difference, number, probability, ratio, score, screen
 
-MACHINE = "tok/s: per worker; the interval covers documents, not how busy a machine was"
+MACHINE = "tok/s: per worker; an interval is of repeats taken in turns, without them there is none"
 
 
 def print_comparison(comparison: Mapping[str, Any], *, flips: bool = False) -> None:
@@ -20,6 +20,9 @@ def print_comparison(comparison: Mapping[str, Any], *, flips: bool = False) -> N
     console = screen()
     models = {run["folder"]: f"{Path(run['model']).name}, {run['decoder']['name']}" for run in comparison["runs"]}
     _print_protocols(console, comparison["protocol_difference"])
+    if len(comparison["runs"]) > 2 and len(comparison["pairs"]) < len(comparison["runs"]):
+        console.print("each against the first; --all-pairs holds every two against each other")
+        console.print()
     for pair in comparison["pairs"]:
         console.print(f"base:  {pair['base']}  ({models[pair['base']]})", soft_wrap=True)
         console.print(f"other: {pair['other']}  ({models[pair['other']]})", soft_wrap=True)
@@ -103,7 +106,7 @@ def _paces(table: Table, task: str, names: Sequence[str], entries: Sequence[Mapp
 
 
 def _ratio(speed: Mapping[str, Any] | None) -> str:
-    return f"{speed['ratio']:.2f} [{speed['low']:.2f}, {speed['high']:.2f}]" if speed else "–"
+    return "–" if not speed else ratio(speed) if speed["low"] is not None else f"{speed['ratio']:.2f} no interval"
 
 
 def _differences(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -145,6 +148,13 @@ def _notes(console: Console, pair: Mapping[str, Any], flips: bool) -> None:
             console.print(f"left out, {why}: {_listed(keys, 3)}")
     if pair["speed"]["tokens_per_forward"] and pair["speed"]["not_compared"]:
         console.print(f"tok/s do not compare: {'; '.join(pair['speed']['not_compared'])}")
+    for caution in pair["speed"]["cautions"]:
+        console.print(f"tok/s: {caution}")
+    if pair["speed"]["unequal"]:
+        console.print(f"tok/fwd under unequal conditions: {'; '.join(pair['speed']['unequal'])}")
+    for run, told in pair["speed"]["conditions"].items():
+        if told:
+            console.print(f"tok/fwd of {run}: at {told}")
     for folder, over in pair["unhealthy"].items():
         if over:
             console.print(f"over a health gate's threshold in {folder}: {', '.join(over)}")

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .. import conditions
 from ..health import RULES
 from . import Line, bare_table, metric, number, score, screen
 
@@ -27,9 +28,16 @@ def print_result(result: Mapping[str, Any], folder: Path, *, settable: bool = Tr
     console.print()
     console.print(_costs(result["lines"]))
     console.print()
+    if repeats := max((line.get("speed_repeats", 0) for line in result["lines"]), default=0):
+        console.print(_speeds(result["lines"]))
+        console.print()
     console.print("score: % and its 95% interval   cut: prompts cut from the left to fit the window")
     console.print("tok/s: per worker               limit: answers that hit the length limit")
     console.print("tokens: of answers before their end; forwards by kind, summed over samples")
+    if not repeats and any(line["tokens_per_second"] for line in result["lines"]):
+        console.print("tok/s of one run have no interval: a machine is never as fast twice (--speed-repeats 5)")
+    if (under := result.get("conditions")) and (held := conditions.told(under)):
+        console.print(f"tok/fwd at {held}")
     print_health(console, result.get("health", []), settable=settable)
     for message in result["data"]:
         console.print(f"data: {message}")
@@ -77,6 +85,18 @@ def _costs(lines: Sequence[Line]) -> Table:
         by_kind = line["forwards_by_kind"]
         counts = (line["tokens"], *(by_kind.get(kind, 0) for kind in kinds), line["forwards"])
         table.add_row(line["task"], *(f"{count:,}" for count in counts), number(line["slots_per_token"], 1))
+    return table
+
+
+def _speeds(lines: Sequence[Line]) -> Table:
+    """Tokens/s of the tasks that were timed again, with the interval of the repeats."""
+    table = bare_table()
+    table.add_column("task", no_wrap=True)
+    for name in ("tok/s", "95% interval", "repeats"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for task, line in {line["task"]: line for line in reversed(lines) if line.get("speed_repeats")}.items():
+        low, high = (number(line[f"tokens_per_second_{end}"]) for end in ("low", "high"))
+        table.add_row(task, number(line["tokens_per_second"]), f"[{low}, {high}]", str(line["speed_repeats"]))
     return table
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..pareto import SPEEDS as PACES
 from . import bare_table, number, score, screen
+from . import speed as pace
 
 if TYPE_CHECKING:
     from ..grid import Plan
@@ -51,10 +52,12 @@ def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
     sign = 1 if by == "forwards_per_answer" else -1
     for point in sorted(result["points"], key=lambda p: sign * speed[p["name"]]):
         place = score({"score": point["score"]["mean"], **point["score"]})
-        means = [(point[name] or {"mean": None})["mean"] for name in PACES]
+        second, forward, answer = (point[name] or {"mean": None} for name in PACES)
         mark = "*" if point["name"] in result["frontier"] else "-" if point["dominated_by"] else ""
         mark = ("x" if point["stopped"] else mark) + ("!" if point["name"] in unhealthy else "")
-        table.add_row(mark, point["name"], place, number(means[0]), number(means[1], 2), number(means[2], 1))
+        table.add_row(
+            mark, point["name"], place, pace(second), number(forward["mean"], 2), number(answer["mean"], 1)
+        )  # fmt: skip
         if point["stopped"]:
             notes.append(f"{point['name']}: ended early, {point['stopped']}")
     console.print(table)
@@ -62,6 +65,9 @@ def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
     if "so_far" in result:
         console.print(f"so far: the first {result['so_far']:.0%} of each task's documents")
     console.print("*: on the frontier   -: surely beaten: another is no worse, and faster")
+    if any(point["tokens_per_second"] and not point.get("repeats") for point in result["points"]):
+        console.print("tok/s of one run have no interval: which point writes more a second is not sure,")
+        console.print("and none is surely beaten in it; --resume --speed-repeats 5 times all in turns")
     if notes:
         console.print("x: ended early")
     if unhealthy:

@@ -21,6 +21,7 @@ class ArStrategy:
     widest = 1
     reads_prompt = True
     behind_prompt: tuple[int, ...] = ()
+    draft_policy = None
 
     def __init__(self, backbone: Backbone, settings: ArSettings) -> None:
         self.backbone = backbone

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..backbone import Backbone
-from ..engine.records import Request
+from ..engine.records import DraftPolicy, Request
 from ..engine.strategy import Absorbed, Feed
 from ..khead import KHead
 from ..masks import FAN, NOBODY, Spans
@@ -93,6 +93,7 @@ class FluidStrategy:
     """Rounds of one forward each. The newest token is pending, as in AR."""
 
     reads_prompt = True
+    draft_policy: DraftPolicy | None = None
 
     def __init__(self, backbone: Backbone, head: KHead, mask_id: int, settings: FluidSettings) -> None:
         self.backbone = backbone
@@ -106,6 +107,7 @@ class FluidStrategy:
 
     def allocate(self, slots: int) -> None:
         self._slots = slots
+        self.draft_policy = DraftPolicy(self._budget, slots) if self.settings.verify else None
         self.widest = max(2 * self.horizon, min(self._budget // slots, MOST_SLOTS))
         self._rows = [_Row() for _ in range(slots)]
         self._draws = Draws(slots)

@@ -47,6 +47,7 @@ class FluidReferenceStrategy:
 
     reads_prompt = True
     behind_prompt: tuple[int, ...] = ()
+    draft_policy = None
 
     def __init__(self, backbone: Backbone, head: KHead, mask_id: int, settings: FluidSettings) -> None:
         self.backbone = backbone

@@ -53,6 +53,7 @@ class LladaStrategy:
 
     reads_prompt = False
     behind_prompt: tuple[int, ...] = ()
+    draft_policy = None
 
     def __init__(
         self,

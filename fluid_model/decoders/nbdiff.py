@@ -27,6 +27,7 @@ class NbdiffStrategy:
 
     reads_prompt = True
     behind_prompt: tuple[int, ...] = ()
+    draft_policy = None
 
     def __init__(
         self, backbone: Backbone, mask_id: int, end_ids: tuple[int, ...], block_length: int, settings: NbdiffSettings

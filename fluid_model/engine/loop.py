@@ -53,6 +53,8 @@ class Engine:
     """Continues prompts with one strategy over one backbone, `slots` rows at a time.
 
     A finished row's slot is given to the next waiting request at once; active rows are kept packed at the front.
+    What drafts cost is reckoned for the rows that the whole run would keep active (`Request.asked`), not for those it
+    has left, so that an answer's forwards are the same however often the run was broken off.
     `calls` counts model forwards since construction.  `watch`, if set, is told every forward of every row.
     """
 
@@ -96,7 +98,7 @@ class Engine:
             self._check(request)
         waiting = self._queue(asked)
         slots = min(self.slots, len(waiting))
-        self.strategy.allocate(slots)
+        self.strategy.allocate(max(slots, min(self.slots, max(r.asked or 0 for r in asked))))
         columns = max(len(r.prompt) + r.max_new_tokens for r in asked) + self.strategy.widest
         self._cache = self.backbone.cache(slots + any(row.shared for row in waiting), columns)  # one for what is shared
         self._rows, self._held = [], ()
@@ -341,6 +343,7 @@ class Engine:
             seconds=row.seconds,
             prompt_tokens=len(request.prompt),
             truncated=request.truncated,
+            draft_policy=self.strategy.draft_policy,
         )
 
 

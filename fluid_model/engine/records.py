@@ -25,6 +25,7 @@ class Request:
     end_of_thinking: text that ends a row's thinking (None: it does not think). Only what follows counts as the
     answer, and stop strings count only there.
     truncated: prompt tokens that were cut from the left to make room.
+    asked: requests of the whole run this one is part of, answered or not (None: those it comes with).
     """
 
     key: str
@@ -34,6 +35,17 @@ class Request:
     seed: int = 0
     truncated: int = 0
     end_of_thinking: str | None = None
+    asked: int | None = None
+
+
+@dataclass(frozen=True)
+class DraftPolicy:
+    """What the number of drafts of an answer depended on, beside weights and prompt: the slot budget in force, and the
+    rows that each slot's cost was reckoned for.
+    """
+
+    slot_budget: int
+    rows: int
 
 
 @dataclass
@@ -101,6 +113,7 @@ class Generation:
     completes a stop string.  text: theirs after the thinking, before the stop string.  prompt_tokens, truncated: as
     fed, as cut.
     seconds: this row's share of the engine's time, so that a sum over rows is time spent, whatever the batch was.
+    draft_policy: None where drafts depend on nothing but weights and prompt.
     """
 
     key: str
@@ -111,6 +124,7 @@ class Generation:
     seconds: float
     prompt_tokens: int = 0
     truncated: int = 0
+    draft_policy: DraftPolicy | None = None
 
 
 @dataclass(frozen=True)

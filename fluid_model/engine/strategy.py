@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..masks import Spans
-from .records import Kind, Request
+from .records import DraftPolicy, Kind, Request
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,12 @@ class Strategy(Protocol):
     behind_prompt: tuple[int, ...]
     """Ids fed with each prompt, M of them, as a fan on its last token (see `masks.fans`); they are not kept."""
 
+    @property
+    def draft_policy(self) -> DraftPolicy | None:
+        """What the number of drafts depends on, known once rows are allocated; None if on weights and prompt alone."""
+
     def allocate(self, slots: int) -> None:
-        """Make state for `slots` rows."""
+        """Make state for `slots` rows: as many as share a forward where a whole run is answered at once."""
 
     def admit(self, start: int, requests: list[Request], hidden: Tensor | None, rooms: list[int]) -> Absorbed:
         """Rows start.. have come in. hidden: (R, 1 + M, D) at each prompt's last token and at what was fed behind it,
