@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fluid_eval import repeats
 from fluid_eval.cli import main
 from fluid_eval.report import facts, setup, write_report
 from fluid_eval.report.stored import read_runs
@@ -25,16 +26,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A slow run that is always wrong, and a fast one that is always right."""
     top, rng = tmp_path_factory.mktemp("pair"), random.Random(4)
     answers = [written(n, "fluid", rng) for n in range(WRITTEN)]
-    return [
-        write_run(
-            top / name,
-            records=[
-                {**one, "scores": dict.fromkeys(one["scores"], right), "seconds": one["seconds"] * slower}
-                for one in answers
-            ],
-        )
-        for name, right, slower in (("base", 0.0, 9), ("other", 1.0, 1))
-    ]
+    for name, right, slower in (("base", 0.0, 9), ("other", 1.0, 1)):
+        write_run(top / name, records=[{**one, "scores": dict.fromkeys(one["scores"], right)} for one in answers])
+        for turn in range(3):  # timed in turns
+            seconds = {one["key"]: one["seconds"] * slower * (turn + 1) for one in answers}
+            repeats.append(top / name, repeats.Repeat("s", turn, seconds))
+    return [top / "base", top / "other"]
 
 
 def test_runs_asked_otherwise_are_not_compared_unasked(pair: list[Path], tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_other_values_get_the_normal_interval():
 @pytest.mark.parametrize("skew", [0.3, 0.8])
 def test_speed_ratios_cover(n, skew):
     """The interval of a ratio of two speeds holds the true one in 93 to 98% of simulated comparisons, of few documents
-    too, some of which are much longer than others. (The percentile bootstrap: 86 to 90% of 10.)
+    too, some of which are much longer than others. (The percentile bootstrap: 83 to 90% of 10.)
     """
     rng, times = np.random.default_rng(2), 400
     tokens = np.exp(rng.normal(3.5, skew, (times, n)))

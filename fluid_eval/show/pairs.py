@@ -12,7 +12,7 @@ from rich.table import Table
 from ..compare import entries
 from . import bare_table, difference, number, probability, ratio, score, screen
 
-MACHINE = "tok/s: per worker; an interval is of repeats taken in turns, without them there is none"
+MACHINE = "tok/s: per worker; intervals are of repeats in turns, without them there are none"
 
 
 def print_comparison(comparison: Mapping[str, Any], *, flips: bool = False) -> None:

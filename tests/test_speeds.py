@@ -1,0 +1,168 @@
+"""Speeds: what they hold under is recorded, repeats taken in turns say how sure they are, and one run says nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from fluid_eval import conditions, pareto, repeats, store
+from fluid_eval.cli import main
+from fluid_eval.compare import compare
+from fluid_eval.grid import plan
+from fluid_eval.paths import resource
+from fluid_eval.report.stored import read_runs
+from fluid_eval.run import run
+from fluid_eval.spec import build_spec
+from fluid_eval.sweep import Sweep
+from fluid_model.errors import ConfigError
+
+from .test_compare import ENGINE, answers, write_run
+
+FLUID = {"name": "fluid", "rounds": "one", "verify": True}
+
+
+def drafted(scores, *, slot_budget=64, rows=32, **changes):
+    return answers(scores, draft_policy={"slot_budget": slot_budget, "rows": rows}, **changes)
+
+
+def pair_of(folders):
+    return compare(folders)["pairs"][0]["speed"]
+
+
+def test_a_resumed_run_feeds_what_an_unbroken_one_does(tmp_path):
+    """Each slot's cost is reckoned for the rows of the whole run, not for those that are left."""
+    values = {
+        "tasks": "mini_gsm8k_1", "model": str(resource("checkpoints") / "tiny-fluid"), "limit": 6, "max_new_tokens": 16,
+        "decoder": {"name": "fluid", "slot_budget": 40},
+    }  # fmt: skip
+    spec = build_spec(values)
+    whole = run(spec, tmp_path / "whole")
+    (broken := tmp_path / "broken").mkdir()
+    for name in (store.SPEC, store.ENVIRONMENT):
+        (broken / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    records = list(store.read_samples(tmp_path / "whole"))
+    (broken / store.SAMPLES).write_bytes(b"".join(map(store.encode, records[:4])))
+    resumed = run(spec, broken, resume=True)
+    again = list(store.read_samples(broken))
+    assert [r["trace"] for r in again] == [r["trace"] for r in records]
+    assert {json.dumps(r["draft_policy"]) for r in again} == {json.dumps({"slot_budget": 40, "rows": 6})}
+    assert (whole["conditions"]["rows"], whole["conditions"]["slot_budget"]) == ([6], [40])
+    assert {**whole["conditions"], "sessions": 2} == resumed["conditions"]
+
+
+def test_what_forwards_hold_under_is_marked_where_it_differs(tmp_path, capsys):
+    """Budget, rows, a run that changed under way, another forward; what was not recorded is not equal."""
+    cases = {
+        "slot budget: 64 / 7": {"slot_budget": 7},
+        "rows a forward: 32 / 1": {"rows": 1},
+        "slot budget: not recorded; rows a forward: not recorded": None,
+    }
+    made = {"decoder": FLUID, "spec": {"decoder": FLUID}}
+    base = write_run(tmp_path / "base", drafted([1.0] * 12), **made)
+    for place, (told, changes) in enumerate(cases.items()):
+        records = answers([1.0] * 12) if changes is None else drafted([1.0] * 12, **changes)
+        other = write_run(tmp_path / str(place), records, **made)
+        assert "; ".join(pair_of([base, other])["unequal"]) == told
+        assert pair_of([base, other])["tokens_per_forward"]["ratio"] == 1, "marked, not hidden"
+        assert main(["compare", str(base), str(other)]) == 0
+        assert f"tok/fwd under unequal conditions: {told}" in " ".join(capsys.readouterr().out.split())
+    assert pair_of([base, write_run(tmp_path / "same", drafted([1.0] * 12), **made)])["unequal"] == []
+    mixed = write_run(tmp_path / "mixed", [*drafted([1.0] * 6), *drafted([1.0] * 12, rows=6)[6:]], **made)
+    assert pair_of([base, mixed])["unequal"][-1] == "rows a forward changed while the other ran"
+    ar = write_run(tmp_path / "ar", answers([1.0] * 12))
+    assert pair_of([ar, base])["unequal"] == [], "AR's forwards depend on neither"
+    assert pair_of([ar, base])["conditions"] == {"base": None, "other": "slot budget 64, rows a forward 32"}
+    torch = write_run(tmp_path / "torch", drafted([1.0] * 12), engine={**ENGINE, "forward": "torch"}, **made)
+    assert pair_of([ar, torch])["unequal"] == ["forward: compiled / torch"]
+    llada = {"drafts_by_cost": False, "forward": None, "slot_budget": None, "rows": None}
+    assert conditions.unequal_forwards(llada, llada) == []
+
+
+def timed(folder, records, paces, *, session="s"):
+    """Repeats of a run in which every answer took so long."""
+    write_run(folder, records)
+    for turn, pace in enumerate(paces):
+        repeats.append(folder, repeats.Repeat(session, turn, {r["key"]: pace for r in records}))
+    return folder
+
+
+def test_only_repeats_in_turns_say_how_sure_a_ratio_is(tmp_path, capsys):
+    """The machine is three times as slow in the second turn, for both: the ratio holds."""
+    records = answers([1.0] * 12)
+    base = timed(tmp_path / "base", records, [1.0, 3.0, 1.1])
+    other = timed(tmp_path / "other", records, [0.5, 1.5, 0.5])
+    second = pair_of([base, other])["tokens_per_second"]
+    logs = [math.log(x) for x in (2.0, 2.0, 2.2)]
+    assert (second["ratio"], second["repeats"]) == (pytest.approx(math.exp(sum(logs) / 3)), 3)
+    assert 1.7 < second["low"] < 2 < second["high"] < 2.5
+    assert pair_of([base, other])["cautions"] == []
+    apart = timed(tmp_path / "apart", records, [0.5, 1.5, 0.5], session="another")
+    found = pair_of([base, apart])
+    assert (found["tokens_per_second"]["low"], found["tokens_per_second"]["interleaved"]) == (None, False)
+    assert [text.split(":")[0] for text in found["cautions"]] == ["not interleaved", "one run each, no interval"]
+    assert main(["compare", str(base), str(apart)]) == 0
+    assert "tok/s: not interleaved: the machine's drift" in " ".join(capsys.readouterr().out.split())
+
+
+def test_one_run_beats_no_point_in_seconds():
+    """Equal work, timed once: ten times as fast by the clock is not surely faster. In turns it is."""
+    samples = [pareto.Sample("t", doc, 1.0, 10, 10, 1.0) for doc in range(40)]
+    fast = [pareto.Sample("t", doc, 1.0, 10, 10, 0.1) for doc in range(40)]
+    once = pareto.measure([pareto.Point("a", {}, samples), pareto.Point("b", {}, fast)])
+    assert [p.dominated_by for p in once] == [None, None]
+    assert [p.tokens_per_second.bounded for p in once] == [False, False]
+    slow, quick = ({("s", turn): pace * by for turn, by in enumerate((1.0, 0.3, 1.1))} for pace in (10.0, 100.0))
+    turns = [pareto.Point("a", {}, samples, paces=slow), pareto.Point("b", {}, fast, paces=quick)]
+    assert [p.dominated_by for p in pareto.measure(turns)] == ["b", None]
+    assert pareto.measure(turns)[0].tokens_per_second.high > 20, "alone the machine's spread is all in it"
+
+
+def test_a_sweep_is_timed_in_turns(tiny_fluid, tmp_path, capsys):
+    """Afterwards too; samples are stored once, and a report holds all against the AR point, whatever its id."""
+    values = {
+        "tasks": ["mini_gsm8k_1"], "model": str(tiny_fluid), "decoder": "fluid", "limit": 3, "max_new_tokens": 4,
+        "sweep": {"grid": {"decoder.verify": [True, False]}, "point": [{"decoder.name": "ar"}]},
+    }  # fmt: skip
+    first = Sweep(plan(values), tmp_path / "s").work()
+    assert [p["repeats"] for p in first["points"]] == [0] * 3
+    assert first["points"][0]["tokens_per_second"]["low"] is None
+    result = Sweep(plan(values), tmp_path / "s", resume=True).work(speed_repeats=2)
+    folders = [tmp_path / "s" / p["folder"] for p in result["points"]]
+    held = [repeats.read(folder) for folder in folders]
+    assert len({tuple((r.session, r.turn) for r in each) for each in held}) == 1, "the same turns"
+    assert [len(each) for each in held] == [2] * 3
+    assert not any(r.unequal for each in held for r in each)
+    assert result["answered_now"] == 0
+    for point in result["points"]:
+        speed = point["tokens_per_second"]
+        assert (point["repeats"], point["n"]) == (2, 3)
+        assert speed["low"] <= speed["mean"] <= speed["high"]
+    assert Sweep(plan(values), tmp_path / "s", resume=True).work(speed_repeats=2) == result, "timed already"
+    line = json.loads((folders[2] / "result.json").read_text())["lines"][0]
+    assert (line["speed_repeats"], line["tokens_per_second_low"] > 0) == (2, True)
+    runs, why = read_runs([tmp_path / "s"])
+    assert [run.folder for run in runs] == [folders[2], folders[0], folders[1]]
+    assert why == "the sweep's first AR point"
+    assert read_runs([tmp_path / "s"], folders[1])[0][0].folder == folders[1]
+    with pytest.raises(ConfigError, match="is none of the runs"):
+        read_runs([tmp_path / "s"], tmp_path / "elsewhere")
+    pairs = compare(folders, all_pairs=True)["pairs"]
+    assert [pair["speed"]["tokens_per_second"]["repeats"] for pair in pairs] == [2] * 3
+
+
+def test_repeats_that_cannot_be_read_are_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="speed_repeats=1 must be at least 2"):
+        repeats.check_count(1)
+    repeats.append(tmp_path, repeats.Repeat("s", 0, {"t/0": 1.0}))
+    file = tmp_path / repeats.REPEATS
+    with file.open("ab") as torn:
+        torn.write(b'{"session": "s", "tu')
+    assert len(repeats.read(tmp_path)) == 1, "what a crash left is no repeat"
+    repeats.append(tmp_path, repeats.Repeat("s", 1, {"t/0": 2.0}, ["t/0"]))
+    assert [r.turn for r in repeats.read(tmp_path)] == [0, 1]
+    assert repeats.notices(repeats.read(tmp_path))[0].startswith("speed repeats: 1 answers were not written")
+    file.write_bytes(file.read_bytes() + b"{}\n")
+    with pytest.raises(ConfigError, match=r"repeats.jsonl, line 3: not a repeat"):
+        repeats.read(tmp_path)
