@@ -7,6 +7,7 @@ published number never stands in for a measured one.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from fluid_model.errors import ConfigError, RunError
 from fluid_model.files import Nested, read_json
 from fluid_model.settings import DECODERS
 
-from . import data, harness
+from . import data, harness, repeats
 from .claims import UNSTATED_CONVENTION, Claim, Ledger, System
 from .lint import lint
 from .metrics import in_order
@@ -28,11 +29,13 @@ from .protocol import chat_of
 from .run import default_folder, run
 from .sandbox.ladder import found as isolation
 from .spec import DEFAULT_PROFILE, RunSpec, build_spec
-from .stats import Interval, ratio_of_sums
+from .stats import Interval, geometric, ratio_of_sums
 from .store import ENVIRONMENT, RUN_FILES, Record, held_spec, read_samples, write_json
 
 REPRODUCED, NOT_REPRODUCED, OTHER, NOT_RUN = "reproduced", "not reproduced", "different convention", "not run"
 CLAIMS = "claims.json"
+SPEED_REPEATS = 5
+"""How often answers are timed again where a claim is in tokens/s."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,8 @@ def measure(spec: RunSpec, claims: Sequence[Claim], out: Path, *, resume: bool =
         if not resume and held_spec(folder) is not None:
             folders.check_ours("out", folder, RUN_FILES)
             folders.remove(folder, RUN_FILES)
-        result = run(spec, folder, resume=resume)
+        times = SPEED_REPEATS if any(claim.unit == "tok/s" for claim in claims) else 0
+        result = run(spec, folder, resume=resume, speed_repeats=times)
     except (ConfigError, RunError, OSError) as error:
         return [Row(claim, f"{NOT_RUN}: {error}") for claim in claims]
     taken = _taken(folder)
@@ -244,6 +248,11 @@ def _speed(claim: Claim, folder: Path) -> Interval:
         found = ratio_of_sums([over], [under], list(Counter(record["task"] for record in records).values()))
     if found is None:
         raise ConfigError(f"its run wrote nothing to measure {claim.metric} by")
+    if claim.unit == "tok/s":
+        again = list(repeats.paces(records, repeats.read(folder)).values())
+        found = geometric(again) if again else Interval(found.mean, math.nan, math.nan, found.n)
+    if not found.bounded:
+        raise ConfigError(f"too little was measured to say how sure {claim.metric} is")
     return found
 
 

@@ -162,7 +162,8 @@ def ratio_of_sums(
     over, under: columns of D numbers. Of several columns their sums are multiplied: the ratio of two runs' speeds on
     the same documents is `ratio_of_sums([tokens, base_forwards], [forwards, base_tokens], sizes)`.
     The interval is the jackknife's, of the logarithm (Efron and Tibshirani 1993, chapter 11), by Student's t with
-    Satterthwaite's degrees of freedom; there is none below FEWEST documents, where it would hold the truth too seldom.
+    Satterthwaite's degrees of freedom; there is none below FEWEST documents that differ, where it would hold the truth
+    too seldom.
     Raises ConfigError if there is no document or a column has another length.
     """
     _check_tasks(sizes)
@@ -174,7 +175,7 @@ def ratio_of_sums(
         return None
     mean = math.prod(total**sign for _, total, sign in columns)
     without = [[(total - column[doc], sign) for column, total, sign in columns] for doc in range(n)]
-    if n < FEWEST or any(rest <= 0 for each in without for rest, _ in each):
+    if n < 2 or any(rest <= 0 for each in without for rest, _ in each):
         return Interval(mean, math.nan, math.nan, n)
 
     # 1) what each document does to the logarithm, within its task
@@ -187,8 +188,10 @@ def ratio_of_sums(
 
     # 2) how sure their sum, the variance, is: few documents that decide it make it less so
     variance = math.fsum(squares)
-    if variance <= _ROUNDING:
+    if variance <= _ROUNDING:  # all documents alike, such as AR's tokens a forward without ends
         return Interval(mean, mean, mean, n)
+    if n < FEWEST:
+        return Interval(mean, math.nan, math.nan, n)
     kurtosis = n * math.fsum(square**2 for square in squares) / variance**2
     # Satterthwaite's 2 n / (kurtosis - 1), halved: of few documents the kurtosis comes out too small
     freedom = min(max(n / max(kurtosis - 1, _ROUNDING), 1.0), max(n - len(sizes), 1))
