@@ -107,10 +107,10 @@ def test_two_at_once_are_refused(values, tmp_path):
     first = Sweep(plan(values), tmp_path / "s")
     real = first._begin
 
-    def second(pool):
+    def second(pool, timed):
         with pytest.raises(ConfigError, match="another process writes here"):
             Sweep(plan(values), tmp_path / "s", resume=True).work()
-        real(pool)
+        real(pool, timed)
 
     first._begin = second  # type: ignore[method-assign]
     first.work()

@@ -75,7 +75,8 @@ def _base_first(found: list[Path], first: Path, base: Path | None) -> tuple[list
         why = "the sweep's first AR point" if _decoder(chosen) == "ar" else "the sweep's first point"
     else:
         chosen, why = found[0], "the run named first"
-    return [chosen, *(run for run in found if run != chosen)], why
+    at = found.index(chosen)
+    return [chosen, *found[:at], *found[at + 1 :]], why
 
 
 def _decoder(run: Path) -> Any:
