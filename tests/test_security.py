@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fluid_eval.sandbox import Trial, Verdict, spaces
+from fluid_eval.sandbox import Trial, Verdict, calls
 from fluid_eval.sandbox.ladder import found, tried
 from fluid_eval.sandbox.pool import Judges
 from fluid_eval.sandbox.tiers import LADDER, Unsafe
@@ -101,7 +101,7 @@ def verdicts(
     """Of all attacks on one tier."""
     (tier,) = (each for each in LADDER if each.name == request.param)
     if why := tried(tier):
-        uncounted = os.geteuid() == 0 and spaces.system_call_filter(processes=False) is None
+        uncounted = os.geteuid() == 0 and calls.system_call_filter(processes=False) is None
         assert uncounted or not why.startswith("did "), f"{tier.name} is here and {why}"
         pytest.skip(f"{tier.name} does not hold here: {why}")
     with attacked(tuple(ATTACKS), tier.name, tmp_path_factory.mktemp("host")) as submitted:

@@ -86,7 +86,7 @@ def test_what_cannot_be_looked_at_or_ended_is_the_programs_verdict(monkeypatch):
     try:
         here._open_judge()
         with monkeypatch.context() as patch:
-            patch.setattr(warden.Line, "_watch", lambda self: None if self._jailed is here._judge else 1 / 0)
+            patch.setattr(warden.Watch, "look", lambda self, **_: self._jailed and 1 / 0)
             told = here.judge(ADD, "", "assert add(1, 2) == 3", "", 2.0)
             assert told == ("failed", "its judge gave up: division by zero")
         monkeypatch.setattr(tiers.Jailed, "overfull", lambda self: False)
@@ -103,7 +103,7 @@ def test_interpreters_that_ended_before_a_program_had_begun_are_replaced():
             here._judge.end()
             here._next.end()
             (here._judge, here._next) = (None, None) if n else (dead(here._judge), dead(here._next))
-            here._to_judge = None if n else warden.Line(here._judge)
+            here._to_judge = None if n else warden.Line(here._judge, here._watch)
     finally:
         here.close()
 

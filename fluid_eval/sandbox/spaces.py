@@ -1,75 +1,28 @@
-"""Linux namespaces and system-call filters, for the tiers that have no library for them. Called in forked children."""
+"""Linux namespaces, for the tiers that have no library for them, and what a process takes upon itself for good."""
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import inspect
 import os
+import select
 import signal
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 _LIBC = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
 _NEW = {"NS": 0x20000, "CGROUP": 0x2000000, "UTS": 0x4000000, "IPC": 0x8000000, "USER": 0x10000000,
         "PID": 0x20000000, "NET": 0x40000000}  # fmt: skip
 """unshare(2): CLONE_NEW..."""
 _READ_ONLY, _NO_SUID, _NO_DEV, _NO_EXEC, _REMOUNT, _BIND, _RECURSIVE, _PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
-_DETACH, _DEATH_SIGNAL, _NO_NEW_PRIVILEGES, _THREAD = 2, 1, 38, 0x10000
+_KILL = signal.SIGKILL
+_DETACH, _DEATH_SIGNAL, _NO_NEW_PRIVILEGES = 2, 1, 38
 
 _DESCRIPTORS = 4096
-PROCESSES = ("fork", "vfork")
-"""Calls that make processes; `clone` does too, unless it makes a thread."""
-DENIED = (
-    "socket", "socketpair", "ptrace", "process_vm_readv", "process_vm_writev", "kcmp", "pidfd_getfd", "unshare",
-    "setns", "mount", "umount2", "pivot_root", "chroot", "open_tree", "move_mount", "fsopen", "fsmount", "fsconfig",
-    "mount_setattr", "name_to_handle_at", "open_by_handle_at", "bpf", "perf_event_open", "userfaultfd",
-    "io_uring_setup", "io_uring_enter", "io_uring_register", "add_key", "request_key", "keyctl", "shmget", "msgget",
-    "semget", "mq_open", "memfd_create", "memfd_secret", "shmat", "shmctl", "shmdt", "msgsnd", "msgrcv", "msgctl",
-    "semop", "semtimedop", "semctl", "mq_unlink", "setpriority", "sched_setaffinity", "sched_setscheduler",
-    "sched_setparam", "sched_setattr", "ioprio_set", "inotify_init", "inotify_init1", "personality", "quotactl", "acct",
-    "swapon", "swapoff", "reboot", "init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load",
-    "syslog", "vhangup", "fanotify_init", "settimeofday", "clock_settime", "clock_adjtime", "adjtimex", "sethostname",
-    "setdomainname", "vmsplice", "chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat",
-    "utime", "utimes", "utimensat", "futimesat", "setxattr", "lsetxattr", "fsetxattr", "removexattr", "lremovexattr",
-    "fremovexattr", "setuid", "setgid", "setreuid", "setregid", "setresuid", "setresgid", "setgroups", "setfsuid",
-    "setfsgid",
-)  # fmt: skip
-"""Calls that no program of a benchmark needs: to the network, other processes, the kernel's far corners, who one is,
-and those that change a file's marks, which Landlock lets pass.
-"""
-
-
-def system_call_filter(*, processes: bool) -> bytes | None:
-    """A seccomp filter as BPF: the calls above fail. processes: whether it may make processes.
-
-    None where pyseccomp, or the libseccomp it needs, is missing.
-    """
-    try:
-        import pyseccomp as seccomp
-    except (ImportError, RuntimeError, OSError):
-        return None
-    allowed = seccomp.SyscallFilter(defaction=seccomp.ALLOW)
-    refuse, absent = seccomp.ERRNO(errno.EPERM), seccomp.ERRNO(errno.ENOSYS)
-    allowed.add_rule(absent, "clone3")  # its flags lie in memory, out of a filter's sight; libraries fall back on clone
-    for name in DENIED:
-        try:
-            allowed.add_rule(refuse, name)
-        except OSError:
-            continue  # not a call of this machine's
-    allowed.add_rule(refuse, "prlimit64", seccomp.Arg(0, seccomp.NE, 0))  # of others; 0 is the caller
-    if not processes:
-        for name in PROCESSES:
-            try:
-                allowed.add_rule(refuse, name)
-            except OSError:
-                continue
-        allowed.add_rule(refuse, "clone", seccomp.Arg(0, seccomp.MASKED_EQ, _THREAD, 0))
-    with tempfile.TemporaryFile() as file:
-        allowed.export_bpf(file)
-        file.seek(0)
-        return file.read()
+SHARED = "/dev/shm"
+"""Where the C library keeps named semaphores, which locks of `multiprocessing` are."""
 
 
 def apply_filter(program: bytes) -> None:
@@ -84,19 +37,23 @@ def apply_filter(program: bytes) -> None:
     _call("prctl", 22, 2, ctypes.byref(found), 0, 0)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 
-def confining(filtered: bytes) -> str:
-    """Source of what an interpreter runs to give up its capabilities and put itself under a filter, where nothing that
-    starts it does so.
+def confining(filtered: bytes, parent: int) -> str:
+    """Source of what an interpreter runs to give up its capabilities, end with its parent and put itself under a
+    filter, where nothing that starts it does so.
     """
-    parts = [inspect.getsource(part) for part in (_call, drop_privileges, apply_filter)]
+    parts = [inspect.getsource(part) for part in (_call, drop_privileges, die_with_parent, apply_filter)]
     head = "from __future__ import annotations\nimport ctypes, os\n"  # each import costs every program milliseconds
-    values = f"_LIBC, _NO_NEW_PRIVILEGES = ctypes.CDLL(None, use_errno=True), {_NO_NEW_PRIVILEGES}\n"
-    return "\n".join([head, values, *parts, f"drop_privileges()\napply_filter({filtered!r})\n"])
+    values = (
+        f"_LIBC, _NO_NEW_PRIVILEGES = ctypes.CDLL(None, use_errno=True), {_NO_NEW_PRIVILEGES}\n"
+        f"_DEATH_SIGNAL, _KILL = {_DEATH_SIGNAL}, {int(_KILL)}\n"
+    )
+    ran = f"drop_privileges()\ndie_with_parent({parent})\napply_filter({filtered!r})\n"
+    return "\n".join([head, values, *parts, ran])
 
 
 def enter(binds: Sequence[tuple[str, str]], hidden: Sequence[str], root: Path, work: str, disk: int) -> None:
     """Move this process into namespaces of its own: no network, no processes of others, and for files only `binds`
-    (source, place), read-only, without `hidden`, and an empty folder `work` of `disk` bytes.
+    (source, place), read-only, without `hidden`, and an empty folder `work` of `disk` bytes, named /dev/shm too.
 
     root: an empty folder, covered meanwhile.  Only a child of this process is in its own process namespace.  Raises
     OSError where the kernel refuses.
@@ -116,12 +73,46 @@ def enter(binds: Sequence[tuple[str, str]], hidden: Sequence[str], root: Path, w
     old = root / "old"
     old.mkdir()
     _mount("tmpfs", str(here), "tmpfs", _NO_SUID | _NO_DEV | _NO_EXEC, f"size={disk},nr_inodes=1024,mode=777")
+    shared = Path(f"{root}{SHARED}")
+    shared.mkdir()
+    _mount(str(here), str(shared), None, _BIND)
     _call("syscall", _pivot_root(), str(root).encode(), str(old).encode())
     os.chdir("/")
     _call("umount2", b"/old", _DETACH)
     os.rmdir("/old")
     _mount("none", "/", None, _BIND | _REMOUNT | _READ_ONLY | _NO_SUID | _NO_DEV)
     os.chdir(work)
+
+
+def own_mounts() -> None:
+    """Give this process a view of the file system that it may change. Raises OSError where the kernel refuses, as it
+    does an ordinary user where user namespaces are off. For processes with a single thread.
+    """
+    user, group = os.geteuid(), os.getegid()
+    if user == 0:
+        _call("unshare", _NEW["NS"])
+    else:
+        _call("unshare", _NEW["USER"] | _NEW["NS"])
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+            Path("/proc/self", name).write_text(text)
+    _mount("none", "/", None, _RECURSIVE | _PRIVATE)
+
+
+@contextmanager
+def covered(folder: str, disk: int) -> Iterator[None]:
+    """What is started within finds an empty folder, and /dev/shm, to be new and of `disk` bytes; nobody else does.
+
+    For processes with mounts of their own. Raises OSError where the kernel refuses.
+    """
+    _call("unshare", _NEW["NS"])
+    _mount("tmpfs", folder, "tmpfs", _NO_SUID | _NO_DEV | _NO_EXEC, f"size={disk},nr_inodes=1024,mode=700")
+    _mount(folder, SHARED, None, _BIND)
+    try:
+        yield
+    finally:
+        _call("unshare", _NEW["NS"])  # a copy, in which it is taken away again
+        for place in (SHARED, folder):
+            _call("umount2", place.encode(), _DETACH)
 
 
 def drop_privileges() -> None:
@@ -140,30 +131,41 @@ def drop_privileges() -> None:
     _call("capset", ctypes.byref(Header(0x20080522, 0)), ctypes.byref(none))
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that made it ends."""
-    _call("prctl", _DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends. parent: its id, 0 where it is out of this one's sight."""
+    _call("prctl", _DEATH_SIGNAL, _KILL, 0, 0, 0)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(127)
 
 
 def spawn(words: Sequence[str], stdin: int, stdout: int, prepare: Callable[[], None], filtered: bytes | None) -> int:
-    """Run words, without environment, as the first process of the namespaces that `prepare` makes and under a filter.
+    """Run words, without environment, as the first process of namespaces that `prepare` makes and under a filter.
 
-    Returns the id of a process, leader of a group, that ends when that one does and with which that one ends.  For
-    callers with a single thread.
+    Returns the id of a process, leader of a group, that ends when that one does. When it is killed, or this one is, the
+    kernel ends all that words have made, whatever they did to be spared: each process namespace ends with its first
+    process, and theirs lies within one whose first process is ours alone.  For callers with a single thread.
     """
-    waiting = os.fork()
-    if waiting:
-        return waiting
+    caller = os.getpid()
+    leader = os.fork()
+    if leader:
+        return leader
     try:
+        # 1) outside: in sight of the caller, and with nothing of words' in sight of it
         os.setsid()
-        die_with_parent()
+        die_with_parent(caller)
         null = os.open(os.devnull, os.O_RDWR)
+        ours = os.pidfd_open(os.getpid())
         prepare()
-        inner = os.fork()
-        if inner:
-            os.closerange(0, _DESCRIPTORS)
-            os._exit(0 if os.waitpid(inner, 0)[1] == 0 else 1)
-        die_with_parent()
+        if (keeper := os.fork()) != 0:
+            _wait_for(keeper)
+        # 2) the keeper: first of a process namespace, which ends with it
+        die_with_parent(0)
+        if select.select([ours], [], [], 0)[0]:
+            os._exit(127)
+        _call("unshare", _NEW["PID"])
+        if (first := os.fork()) != 0:
+            _wait_for(first)
+        # 3) words: first of a namespace of their own, in which they see nobody
         for source, target in ((stdin, 0), (stdout, 1), (null, 2)):
             os.dup2(source, target)
         os.closerange(3, _DESCRIPTORS)
@@ -173,6 +175,11 @@ def spawn(words: Sequence[str], stdin: int, stdout: int, prepare: Callable[[], N
         os.execve(words[0], list(words), {})
     finally:
         os._exit(127)
+
+
+def _wait_for(child: int) -> NoReturn:
+    os.closerange(0, _DESCRIPTORS)
+    os._exit(0 if os.waitpid(child, 0)[1] == 0 else 1)
 
 
 def _bind(source: str, place: Path) -> None:

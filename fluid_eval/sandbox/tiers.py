@@ -13,13 +13,13 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from . import spaces
+from . import calls, spaces
 from .files import NO_SITE, Files
 
 DISK = 8 << 20
@@ -27,8 +27,19 @@ DISK = 8 << 20
 FILE = 1 << 20
 DEEPEST = 64
 """Folders in each other."""
-LIMITS = {"AS": 1 << 30, "CPU": 60, "FSIZE": FILE, "NOFILE": 64, "CORE": 0}
-"""Bytes of memory, seconds of processor time, bytes of a file, open files, bytes of a core dump."""
+LIMITS = {
+    "AS": 1 << 30,
+    "CPU": 60,
+    "FSIZE": FILE,
+    "NOFILE": 64,
+    "CORE": 0,
+    "MEMLOCK": 0,
+    "MSGQUEUE": 0,
+    "SIGPENDING": 64,
+}
+"""Bytes of memory, seconds of processor time, bytes of a file, open files, bytes of a core dump, of memory that stays in
+memory and of messages between processes, and signals that wait: the last four are the user's, and not to be used up.
+"""
 _NAMESPACED = {"NPROC": 64}
 """Processes and threads, where the kernel counts them by user namespace (and not at all for root)."""
 BOOT = """import marshal, resource, sys
@@ -63,20 +74,21 @@ class Jailed:
 
 
 def _overfull(folder: str) -> bool:
-    size = 0
-
-    def unseen(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):  # gone meanwhile
-            raise error
-
+    """A look ends where it has seen too much, so that many files do not make it long."""
+    size, waiting = 0, [(folder, 0)]
     try:
-        for place, folders, files in os.walk(folder, onerror=unseen):
-            size += FILE * len(folders) // 64
-            for name in files:
-                with suppress(FileNotFoundError):
-                    size += max(4096, os.lstat(os.path.join(place, name)).st_blocks * 512)
-            if size > DISK or place.count(os.sep) - folder.count(os.sep) > DEEPEST:
-                return True
+        while waiting:
+            place, depth = waiting.pop()
+            with suppress(FileNotFoundError), os.scandir(place) as entries:  # gone meanwhile
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        size += FILE // 64
+                        waiting.append((entry.path, depth + 1))
+                    else:
+                        with suppress(FileNotFoundError):
+                            size += max(4096, entry.stat(follow_symlinks=False).st_blocks * 512)
+                    if size > DISK or depth >= DEEPEST:
+                        return True
     except OSError:
         return True
     return False
@@ -127,6 +139,9 @@ class Tier:
         boot = BOOT.replace("LIMITS", repr(self.limits)).replace("CONFINING", repr(confining))
         return [self.files.executable, *NO_SITE, "-c", boot]
 
+    def settle(self) -> None:
+        """Make ready what holds for a whole process, which is the tier's alone."""
+
     def start(self, *, processes: bool) -> Jailed:
         """Start an interpreter. processes: whether it may fork (the judge does).  Raises OSError where it cannot."""
         raise NotImplementedError
@@ -136,9 +151,10 @@ class Sandlock(Tier):
     """Landlock and seccomp, by the library of that name.
 
     That library's filter takes no orders about most of the network's calls, and leaves root its capabilities: before it
-    reads a program, the interpreter gives these up and puts itself under our filter too.  The library's copy-on-write
-    folder, which would have a quota, is not used: with it the calls that change a file's marks are let through,
-    wherever the file is.
+    reads a program, the interpreter gives these up, puts itself under our filter too, and has the kernel end it with
+    the warden, since no process namespace does. The library's copy-on-write folder, which would have a quota, is not
+    used: with it the calls that change a file's marks are let through, wherever the file is. The private folder is a
+    file system of its own where mounts can be made, and is watched where they cannot.
     """
 
     name = "sandlock"
@@ -150,37 +166,50 @@ class Sandlock(Tier):
 
         if sandlock.landlock_abi_version() < sandlock.min_landlock_abi():
             raise OSError(f"this kernel's Landlock is of version {sandlock.landlock_abi_version()}, 6 is needed")
+        self._mounts = False
         self._commands = {}
         for processes in (False, True):
-            if (filtered := spaces.system_call_filter(processes=processes)) is None:
+            if (filtered := calls.system_call_filter(processes=processes, programs=False)) is None:
                 raise OSError("pyseccomp, or the libseccomp it needs, is missing")
-            self._commands[processes] = self.booting(spaces.confining(filtered))
+            self._commands[processes] = self.booting(spaces.confining(filtered, os.getpid()))
+
+    def settle(self) -> None:
+        with suppress(OSError):
+            spaces.own_mounts()
+            self._mounts = True
 
     def start(self, *, processes: bool) -> Jailed:
         import sandlock
 
         folder = tempfile.mkdtemp(prefix="fluid-eval-")
+        shared = [spaces.SHARED] if self._mounts else []
         try:
             box = sandlock.Sandbox(
                 fs_readable=sorted({source for source, _ in self.files.binds}),
-                fs_writable=[folder, os.devnull],
+                fs_writable=[folder, os.devnull, *shared],
                 fs_denied=list(self.files.hidden),
                 max_processes=8 if processes else 1,
                 clean_env=True,
                 cwd=folder,
             )
             pipe = sandlock.StdioMode.PIPED
-            process = box.popen(self._commands[processes], stdin=pipe, stdout=pipe, stderr=sandlock.StdioMode.NULL)
+            with spaces.covered(folder, DISK) if self._mounts else nullcontext():
+                process = box.popen(self._commands[processes], stdin=pipe, stdout=pipe, stderr=sandlock.StdioMode.NULL)
+                number = os.pidfd_open(process.pid)
         except BaseException as error:
             remove(folder)
             raise OSError(f"sandlock: {error}") from error
-        return Jailed(process.stdin.fileno(), process.stdout.fileno(), partial(_end_sandlock, process, folder), folder)
+        end = partial(_end_sandlock, process, number, folder)
+        return Jailed(process.stdin.fileno(), process.stdout.fileno(), end, None if self._mounts else folder)
 
 
-def _end_sandlock(process: Any, folder: str) -> None:
-    for ended in (process.kill, partial(process.wait, timeout=5)):
+def _end_sandlock(process: Any, number: int, folder: str) -> None:
+    """Kill it, its group and what became of its group's leader; reap it."""
+    by_number = partial(signal.pidfd_send_signal, number, signal.SIGKILL)
+    for ended in (by_number, process.kill, partial(process.wait, timeout=5)):
         with suppress(OSError, RuntimeError):
             ended()
+    os.close(number)
     for stream in (process.stdin, process.stdout):
         with suppress(OSError):
             stream.close()
@@ -205,9 +234,10 @@ class Bubblewrap(Tier):
             words += ["--ro-bind", source, place]
         for folder in files.hidden:
             words += ["--tmpfs", folder, "--remount-ro", folder]
-        words += ["--perms", "0700", "--size", str(DISK), "--tmpfs", _WORK, "--chdir", _WORK, "--remount-ro", "/"]
+        words += ["--perms", "0700", "--size", str(DISK), "--tmpfs", _WORK, "--chdir", _WORK]
+        words += ["--perms", "0700", "--size", str(FILE), "--tmpfs", spaces.SHARED, "--remount-ro", "/"]
         self._words = words
-        self._filters = {processes: spaces.system_call_filter(processes=processes) for processes in (False, True)}
+        self._filters = {processes: calls.system_call_filter(processes=processes) for processes in (False, True)}
 
     def start(self, *, processes: bool) -> Jailed:
         words = list(self._words)
@@ -258,7 +288,7 @@ class Unshare(Tier):
     def __init__(self, files: Files) -> None:
         super().__init__(files)
         self._root = tempfile.TemporaryDirectory(prefix="fluid-eval-")
-        self._filters = {processes: spaces.system_call_filter(processes=processes) for processes in (False, True)}
+        self._filters = {processes: calls.system_call_filter(processes=processes) for processes in (False, True)}
 
     def start(self, *, processes: bool) -> Jailed:
         (read, stdin), (stdout, write) = os.pipe(), os.pipe()

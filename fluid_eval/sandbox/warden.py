@@ -51,11 +51,31 @@ class NotUp(Exception):  # noqa: N818
     """An interpreter that ended before the program had begun."""
 
 
+class Watch:
+    """Looks at a program's folder by the clock, whatever is said or awaited meanwhile."""
+
+    def __init__(self) -> None:
+        self._jailed: Jailed | None = None
+        self._due = 0.0
+
+    def on(self, jailed: Jailed | None) -> None:
+        """Watch this one from now on."""
+        self._jailed, self._due = jailed, 0.0
+
+    def look(self, *, now: bool = False) -> None:
+        """Raises Gone where the folder holds too much. now: whether or not it is time for it."""
+        if self._jailed is None or not (now or time.monotonic() >= self._due):
+            return
+        if self._jailed.overfull():
+            raise Gone("the program filled its folder")
+        self._due = time.monotonic() + WATCH  # from its end: a slow look leaves time for others
+
+
 class Line:
     """Length-prefixed messages to and from a jailed interpreter, by a deadline (of time.monotonic)."""
 
-    def __init__(self, jailed: Jailed) -> None:
-        self._jailed = jailed
+    def __init__(self, jailed: Jailed, watch: Watch) -> None:
+        self._jailed, self._watch = jailed, watch
         self._left = b""
         os.set_blocking(jailed.stdin, False)
         os.set_blocking(jailed.stdout, False)
@@ -74,12 +94,8 @@ class Line:
     def receive(self, deadline: float) -> bytes:
         """The next message. Raises Gone or Late."""
         message = self._message(deadline)
-        self._watch()
+        self._watch.look(now=True)
         return message
-
-    def _watch(self) -> None:
-        if self._jailed.overfull():
-            raise Gone("the program filled its folder")
 
     def _message(self, deadline: float) -> bytes:
         size = int.from_bytes(self._exactly(4, deadline), "big")
@@ -91,14 +107,15 @@ class Line:
         poll = select.poll()
         poll.register(number, what)
         while (left := deadline - time.monotonic()) > 0:
+            self._watch.look()
             if poll.poll(min(left, WATCH) * 1000):
                 return
-            self._watch()
         raise Late
 
     def _exactly(self, size: int, deadline: float) -> bytes:
         parts, held = [self._left], len(self._left)
         while held < size:
+            self._watch.look()
             try:
                 part = os.read(self._jailed.stdout, 1 << 16)
             except BlockingIOError:
@@ -128,6 +145,7 @@ class Warden:
         self._next: Jailed | None = None
         self._judge: Jailed | None = None
         self._to_judge: Line | None = None
+        self._watch = Watch()
 
     def judge(self, program: str, setup: str, tests: str, entry: str, timeout: float) -> tuple[str, str]:
         """(passed, failed or timed out; why). Raises OSError where no jail can be started; whatever happens after that
@@ -165,14 +183,16 @@ class Warden:
     def _run(self, code: bytes, timeout: float) -> tuple[str, str]:
         """Raises OSError where no jail can be started, NotUp, Late, or Gone where the judge ends."""
         jailed, self._next = self._next or self._tier.start(processes=False), None
+        self._watch.on(jailed)
         try:
-            verdict = self._judged(Line(jailed), code, timeout)
+            verdict = self._judged(Line(jailed, self._watch), code, timeout)
         except (NotUp, Late, Gone):
             raise
         except Exception as error:  # such as an OSError of looking at what the program has made
             self._end_judge()
             verdict = "failed", f"its judge gave up: {error or type(error).__name__}"
         finally:
+            self._watch.on(None)
             with suppress(Exception):  # what is left goes with the warden's own folder
                 jailed.end()
         return verdict
@@ -214,7 +234,7 @@ class Warden:
     def _open_judge(self) -> Line:
         if self._to_judge is None:
             self._judge = self._tier.start(processes=True)
-            self._to_judge = Line(self._judge)
+            self._to_judge = Line(self._judge, self._watch)
             self._to_judge.send(self._judges, time.monotonic() + START)
         return self._to_judge
 
@@ -238,6 +258,7 @@ def serve(requests: Iterator[str]) -> None:
     head = json.loads(next(requests))
     try:
         tier = tier_named(head["tier"], Files(**head["files"]))
+        tier.settle()
     except (OSError, ImportError) as error:
         _tell({"error": str(error)})
         return
