@@ -44,7 +44,7 @@ class Place:
 
     def _open(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="fluid-eval-")  # the warden's to remove where we end first
-        kept = {"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": self._folder}
+        kept = {"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": self._folder, "HOME": self._folder}
         paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "fluid_eval.sandbox.warden"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,

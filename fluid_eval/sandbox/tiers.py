@@ -37,8 +37,8 @@ LIMITS = {
     "MSGQUEUE": 0,
     "SIGPENDING": 64,
 }
-"""Bytes of memory, seconds of processor time, bytes of a file, open files, bytes of a core dump, of memory that stays in
-memory and of messages between processes, and signals that wait: the last four are the user's, and not to be used up.
+"""Bytes of memory, seconds of processor time, bytes of a file, open files, bytes of a core dump, of memory that is not
+paged out and of messages between processes, and signals that wait: these last are the user's quotas, not a program's.
 """
 _NAMESPACED = {"NPROC": 64}
 """Processes and threads, where the kernel counts them by user namespace (and not at all for root)."""

@@ -261,6 +261,39 @@ FORGED = {
                 os.mkdir(name)
                 os.chdir(name)
             def add(a, b): return 0""",
+        "files: while it answers byte by byte": """
+            import os, stat, threading, time
+            pipes = [n for n in range(3, 64) if os.path.exists(n) and stat.S_ISFIFO(os.fstat(n).st_mode)]
+            def dribble():
+                while True:
+                    for number in pipes:
+                        try: os.write(number, b"\\0")
+                        except OSError: pass
+                    time.sleep(0.01)
+            threading.Thread(target=dribble, daemon=True).start()
+            for number in range(64):
+                try: open(f"f{number}", "wb", 0).write(bytes(1 << 20))
+                except OSError: pass
+            def add(a, b): return 0""",
+        "time: outlives its group, its parent and its verdict": """
+            import ctypes, os, threading, time
+            def alone():
+                for leave in (os.setsid, lambda: os.setpgid(0, 0), lambda: os.execv("/proc/self/exe", ["x"])):
+                    try: leave()
+                    except OSError: pass
+            libc = ctypes.CDLL(None)
+            alone()
+            libc.prctl(1, 0, 0, 0, 0)
+            threading.Thread(target=time.sleep, args=(60,)).start()
+            def add(a, b): time.sleep(60)""",
+        "time: outlives its wrong answer": """
+            import ctypes, os, threading, time
+            ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)
+            try: os.setsid()
+            except OSError: pass
+            held = bytearray(1 << 26)
+            threading.Thread(target=time.sleep, args=(60,)).start()
+            def add(a, b): return 0""",
         "a surrogate in the source": "def add(a, b): return '\ud800'",
         "no Python at all": "def add(a, b) return \x00",
     },

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+_IOCTL = (  # of a file of its owner's: what it is set to is what it was
+    "import ctypes, os\nf, held = os.open(os.__file__, 0), ctypes.create_string_buffer({2})\n"
+    "return call(16, f, {0}, held) == 0 and call(16, f, {1}, held) == 0"
+)
+
 # fmt: off
 REACHED = {
     "reads": {
@@ -32,7 +37,8 @@ REACHED = {
         "empties a file": "import os\nos.truncate(SECRET, 0)\nreturn True",
         "the standard library": "import os\nreturn open(os.__file__, 'a').write('#')",
         "bytecode of the standard library": "import os\nreturn open(os.path.dirname(os.__file__) + '/__pycache__/x.pyc', 'w')",
-        "shared memory": "return open('/dev/shm/fluid-eval-x', 'w').write('x')",
+        "shared memory of another's": "return open(SHARED, 'a').write('x')",
+        "shared memory that others see": "open(SHARED + '.new', 'w').write('x')\nreturn False",
         "too large a file": "return open('large', 'wb', 0).write(bytes(4 << 20)) > 1 << 20",
         "too large a file, by seeking": "f = open('large', 'wb')\nf.seek(1 << 30)\nf.write(b'x')\nf.flush()\nreturn True",
         "too many files": "for n in range(64):\n  open(str(n), 'wb').write(bytes(1 << 20))\nreturn True",
@@ -54,6 +60,12 @@ REACHED = {
         "TCP by an address of IPv6": "import socket, time\ns = socket.socket(socket.AF_INET6)\ntry: s.sendto(b'x', 0x20000000, ('::ffff:127.0.0.1', PORT))\nexcept OSError: pass\ntime.sleep(0.2)\nreturn s.send(b'x')",
         "serves without an address": "import socket\nsocket.socket().listen()\nreturn True",
         "the kernel's network settings": "import socket\nsocket.socket(16, socket.SOCK_RAW, 0).bind((0, 0))\nreturn True",
+        "a datagram from a pair of sockets": "import socket\na, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\nreturn a.sendto(b'x', SOCKET + '.datagrams')",
+        "a datagram from a pair without a name": "import socket\na, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\nreturn a.sendto(b'x', '\\0' + SOCKET + '.datagrams')",
+        "a packet from a pair of sockets": "import socket\na, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)\nreturn a.send(b'x')",
+        "from a pair of sockets": "import socket\na, b = socket.socketpair()\ntry: a.connect(SOCKET)\nexcept OSError: b.bind('here')\nreturn True",
+        "a descriptor through a pair of sockets": "import array, socket\na, b = socket.socketpair()\nreturn a.sendmsg([b'x'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [0]))])",
+        "a filter on a pair of sockets": "import ctypes, socket\na, b = socket.socketpair()\nreturn call(54, a.fileno(), 1, 7, ctypes.byref(ctypes.c_int(1 << 20)), 4) == 0",
         "a socket of any kind": "import socket\nreturn [socket.socket(family) for family in (1, 2, 10)]",
     },
     "touches processes": {
@@ -75,6 +87,10 @@ REACHED = {
         "multiprocessing": "import multiprocessing as m\np = m.get_context('fork').Process(target=print)\np.start()\nreturn True",
         "traces its parent": "return call(101, 16, PID, 0, 0) == 0",
         "reads a process's memory": "import ctypes\nreturn call(310, PID, 0, 0, 0, 0, 0) == 0",
+        "leaves its group": "import os\nos.setsid()\nreturn True",
+        "a group of its own": "import os\nif os.getpgrp() == os.getpid(): return False\nos.setpgid(0, 0)\nreturn True",
+        "queues signals": "import ctypes\nreturn call(129, __import__('os').getpid(), 34, ctypes.create_string_buffer(b'\\x22' + bytes(7) + b'\\xff' * 4 + bytes(116))) == 0",
+        "who is how important": "import os\nreturn os.getpriority(os.PRIO_PROCESS, PID) is not None",
         "takes a descriptor of a process": "return call(438, call(434, PID, 0), 1, 0) >= 0",
     },
     "asks the kernel": {
@@ -95,6 +111,26 @@ REACHED = {
         "to be told of files": "return call(294, 0) >= 0",
         "for secret memory": "return call(447, 0) >= 0",
         "how the clock is set": "import ctypes\nreturn call(305, 0, ctypes.create_string_buffer(512)) >= 0",
+        "for the machine's asynchronous reads": "import ctypes\nreturn call(206, 4096, ctypes.byref(ctypes.c_ulong())) == 0",
+        "for a lease on the standard library": "import fcntl, os\nreturn fcntl.fcntl(os.open(os.__file__, os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_RDLCK) == 0",
+        "to be told of a folder": "import fcntl, os\nreturn fcntl.fcntl(os.open(os.path.dirname(os.__file__), os.O_RDONLY), fcntl.F_NOTIFY, 1) == 0",
+        "who is to have a file's signals": "import fcntl, os\nreturn fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid()) == 0",
+        "for a larger pipe": "import fcntl\nreturn fcntl.fcntl(0, 1031, 1 << 20) > 0",
+        "how a file is used": "import ctypes, os\nreturn call(72, os.open('x', 66), 1036, ctypes.byref(ctypes.c_uint64(2))) == 0",
+        "for a file's flags": _IOCTL.format(0x80086601, 0x40086602, 8),
+        "for a file's attributes": _IOCTL.format(0x801C581F, 0x401C5820, 28),
+        "for a file's version": _IOCTL.format(0x80087601, 0x40087602, 8),
+        "for disk at once": "import os\nf = os.open('x', os.O_RDWR | os.O_CREAT)\nreturn call(285, f, 1, 0, 4 << 20) == 0",
+        "to keep memory in memory": "import ctypes\nreturn call(149, ctypes.create_string_buffer(8192), 8192) == 0",
+        "for timers": "import ctypes\nreturn call(222, 1, 0, ctypes.byref(ctypes.c_int())) == 0",
+        "what others have read": "import ctypes, mmap, os\nm = mmap.mmap(os.open(os.__file__, 0), 4096, prot=1)\na = ctypes.c_uint64.from_address(id(m) + 16).value\nreturn call(27, a, 4096, ctypes.create_string_buffer(1)) == 0",
+        "to forget what others have read": "import os\nos.posix_fadvise(os.open(os.__file__, 0), 0, 0, os.POSIX_FADV_DONTNEED)\nreturn True",
+        "for another's personality": "return call(135, 0x0040000) >= 0",
+        "to compare processes": "import os\nreturn call(312, os.getpid(), os.getpid(), 1, 0, 0) >= 0",
+        "for a file in memory": "import os\nreturn os.memfd_create('x') >= 0",
+        "for queues of messages": "return call(68, 0, 0o1666) >= 0 or call(64, 0, 1, 0o1666) >= 0",
+        "for a file's marks": "import os\nos.setxattr(SECRET, 'user.x', b'x')\nreturn True",
+        "to change a file's times": "import os\nos.utime(os.__file__)\nreturn True",
         "for capabilities": "import ctypes\nheld = (ctypes.c_uint32 * 6)()\ncall(125, ctypes.create_string_buffer(b'\\x22\\x05\\x08\\x20' + bytes(4)), held)\nreturn any(held)",
     },
 }
