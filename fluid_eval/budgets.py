@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from fluid_model import caches, files
 
 if TYPE_CHECKING:
     from fluid_model.backbone import Backbone
 
 
 def file() -> Path:
-    """Where they are kept."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "fluid-eval" / "slot_budgets.json"
+    """Where they are kept. Raises OSError where there is no place that is the user's alone."""
+    return caches.folder() / "slot_budgets.json"
 
 
 def known() -> dict[str, int]:
-    """Budgets by device and model; none where the file is missing or damaged."""
+    """Budgets by device and model; none where the file is missing, damaged or another's."""
     try:
-        values = json.loads(file().read_text(encoding="utf-8"))
+        held = caches.kept(file().name)
+        values = json.loads(held.read_text(encoding="utf-8")) if held else {}
         return {str(name): int(value) for name, value in values.items()}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
@@ -41,11 +42,5 @@ def recall(backbone: Backbone, device: str, model: str) -> int:
 
 
 def _keep(budgets: dict[str, int]) -> None:
-    try:
-        file().parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=file().parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            json.dump(budgets, out, indent=1)
-        os.replace(draft, file())
-    except OSError:
-        return  # it is measured again next time
+    with suppress(OSError):  # then it is measured again next time
+        files.write(file(), json.dumps(budgets, indent=1))

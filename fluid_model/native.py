@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import caches
 from .engine.cache import SlotCache
 from .masks import Reading
 
@@ -84,23 +85,22 @@ class _Fed(Structure):
 def library(lanes: int) -> ctypes.CDLL | None:
     """The compiled code for this processor; None where there is no compiler, or it fails.
 
-    It is compiled once and kept in the user's cache folder, under a name made of all that it depends on.
+    It is compiled once and kept in the user's cache folder, under a name made of all that it depends on; where that
+    folder cannot be trusted, for this process alone.
     """
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None or os.environ.get(OFF) == "0":
         return None
     words = [compiler, *FLAGS, f"-DLANES={lanes}"]
     name = hashlib.sha256("\n".join([SOURCE.read_text(), *words, _processor()]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fluid-eval"
-    file = folder / f"native-{name}.so"
+    file = f"native-{name}.so"
     try:
-        if not file.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                made = Path(scratch) / file.name
-                subprocess.run([*words, "-o", made, SOURCE, "-lm"], check=True, capture_output=True, text=True)
-                made.replace(file)  # whole or not at all, whoever else compiles it now
-        found = ctypes.CDLL(str(file))
+        try:
+            found = _kept(file, words)
+        except OSError as error:
+            _log.warning("%s; compiled for this process alone", error)
+            with tempfile.TemporaryDirectory() as scratch:
+                found = ctypes.CDLL(str(_compiled(Path(scratch, file), words)))
     except (OSError, subprocess.CalledProcessError) as error:
         _log.warning("no compiled forward: %s", getattr(error, "stderr", None) or error)
         return None
@@ -111,6 +111,20 @@ def library(lanes: int) -> ctypes.CDLL | None:
     found.surest.argtypes = (c_long, c_long, c_void_p, c_long, c_void_p, c_void_p)
     found.strides.restype = found.surest.restype = None
     return found
+
+
+def _kept(name: str, words: list[str]) -> ctypes.CDLL:
+    """The code of that name in the cache, compiled if it is not there. Raises OSError where nothing can be kept."""
+    if (file := caches.kept(name)) is None:
+        file = caches.folder() / name
+        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+            _compiled(Path(scratch, name), words).replace(file)  # whole or not at all, whoever else compiles it now
+    return ctypes.CDLL(str(file))
+
+
+def _compiled(file: Path, words: list[str]) -> Path:
+    subprocess.run([*words, "-o", file, SOURCE, "-lm"], check=True, capture_output=True, text=True)
+    return file
 
 
 def _processor() -> str:

@@ -257,7 +257,8 @@ def test_samples_are_scored_in_human_evals_form(judges, tmp_path):
     ]  # fmt: skip
     file = tmp_path / "samples.jsonl"
     file.write_text("\n\n".join(map(json.dumps, samples)) + "\n")
-    rates = score_file(file, problems, [1, 2, 3], judges)
+    rates, fewest = score_file(file, problems, [1, 2, 3], judges)
+    assert fewest == 2
     assert rates == pytest.approx({"pass@1": (1 / 3 + 1 / 2) / 2, "pass@2": (2 / 3 + 1) / 2})
     rows = [json.loads(row) for row in (tmp_path / "samples.jsonl_results.jsonl").read_text().splitlines()]
     assert [row["passed"] for row in rows] == [True, False, False, True, False]
@@ -287,7 +288,7 @@ def test_samples_that_cannot_be_read_are_refused_by_name(judges, tmp_path):
         with pytest.raises(ConfigError, match=f"{name}.*{why}"):
             score_file(tmp_path / name, problems, [1], judges)
     (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + sample)
-    assert score_file(tmp_path / "marked.jsonl", problems, [1], judges) == {"pass@1": 1.0}
+    assert score_file(tmp_path / "marked.jsonl", problems, [1], judges).rates == {"pass@1": 1.0}
 
 
 def test_results_are_written_whole_or_not_at_all(judges, tmp_path, monkeypatch, capsys):
@@ -307,9 +308,14 @@ def test_results_are_written_whole_or_not_at_all(judges, tmp_path, monkeypatch, 
     monkeypatch.setattr(score, "held", lambda judges, trials: [Verdict("passed", "", 0.0, Unsafe.name) for _ in trials])
     assert cli.main(["score", str(samples), "--incomplete", "--workers", "1", "--k", "1,10"]) == 0
     told = capsys.readouterr()
-    assert "no pass@10: not every problem has as many samples" in told.err
-    assert "pass@1" in told.out
+    assert "pass@10 cannot be estimated: a problem has only 1 sample" in told.err
+    assert "pass@1 " in told.out
     assert json.loads(results.read_text())["passed"]
+    monkeypatch.setattr(score, "held", lambda *_: pytest.fail("nothing can come of it"))
+    assert cli.main(["score", str(samples), "--incomplete", "--k", "10,100"]) == 2
+    told = capsys.readouterr()
+    assert "pass@10, pass@100 cannot be estimated: a problem has only 1 sample; pass --k 1" in told.err
+    assert not told.out
 
 
 def test_no_programs_give_no_rates():

@@ -261,7 +261,10 @@ def test_every_call_that_is_not_listed_is_refused(numbers):
     """Also those that a later kernel brings."""
     listed = {*" ".join(calls.FREE.values()).split(), *calls.PRETENDED, *calls.conditions(processes=False)}
     known = {numbers(name) for name in listed}
-    probes = {335, 336}  # of x86-64, where a traced function returns: no filter is asked, a stray call kills its process
+    probes = {
+        335,
+        336,
+    }  # of x86-64, where a traced function returns: no filter is asked, a stray call kills its process
     others = [n for n in range(600) if n not in known | probes]
     made = errors(f"print({{n: tried(n, 0, 0, 0, 0, 0, 0) for n in {others}}})")
     assert set(made.values()) == {errno.ENOSYS}

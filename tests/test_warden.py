@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -9,9 +10,10 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fluid_eval.sandbox import Trial, child, judge, ladder, pool, tiers, warden
@@ -19,7 +21,7 @@ from fluid_eval.sandbox.files import interpreter_files
 from fluid_eval.sandbox.ladder import tier_named
 from fluid_eval.sandbox.pool import Judges
 from fluid_eval.sandbox.score import held
-from fluid_eval.sandbox.tiers import Unsafe
+from fluid_eval.sandbox.tiers import Sandlock, Unsafe
 from fluid_model.errors import ConfigError
 
 ADD = "def add(a, b):\n    return a + b\n"
@@ -156,3 +158,88 @@ def test_a_timeout_is_seconds(timeout):
 
 def child_source() -> str:
     return Path(child.__file__).read_text()
+
+
+DRIBBLES = """import os, threading, time
+def dribble():
+    data = (1 << 20).to_bytes(4, 'big')  # so many bytes are said to come
+    while True:
+        for n in range(3, 16):
+            try: os.write(n, data)
+            except OSError: pass
+        time.sleep(0.01)
+        data = b'x'
+"""
+FILLS = """import threading
+def fill():
+    for n in range(48):
+        with open(str(n), 'wb') as file: file.write(bytes(1 << 20))
+"""
+SILENT = f"{FILLS}fill()\nimport time\ntime.sleep(9)\n"
+DRIBBLING = f"{DRIBBLES}threading.Thread(target=dribble, daemon=True).start()\n{SILENT}"
+LATER = f"""{FILLS}import time
+def later():
+    time.sleep(0.2)
+    fill()
+def f(): threading.Thread(target=later, daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "tests"),
+    [(SILENT, ""), (DRIBBLING, ""), (LATER, "f()\nimport time\ntime.sleep(9)")],
+    ids=["in silence", "while it answers byte by byte", "while the tests are at work"],
+)
+@pytest.mark.parametrize("name", [Unsafe.name, "sandlock"])
+def test_a_folder_without_a_limit_is_watched_by_the_clock(name, program, tests):
+    if name != Unsafe.name and (why := ladder.tried(Sandlock)):
+        pytest.skip(f"{name} does not hold here: {why}")
+    here = warden.Warden(tier_named(name, interpreter_files()))  # no mounts of its own in this process
+    started = time.monotonic()
+    try:
+        assert here.judge(program, "", tests, "", 8.0) == ("failed", "the program filled its folder")
+        assert time.monotonic() - started < 6
+        assert here.judge(ADD, "", "assert add(1, 2) == 3", "", 2.0) == ("passed", "")
+    finally:
+        here.close()
+
+
+STAYS = """import ctypes, os, threading, time
+libc = ctypes.CDLL(None)
+libc.prctl(1, 0, 0, 0, 0)
+for leave in (os.setsid, lambda: os.setpgid(0, 0)):
+    try: leave()
+    except OSError: pass
+def other():
+    libc.prctl(1, 0, 0, 0, 0)
+    try: os.execv(EXECUTABLE, ["x", "-I", "-S", "-c", "import time; time.sleep(50)"])
+    except OSError: time.sleep(50)
+threading.Thread(target=other).start()
+def f(): time.sleep(50)
+"""
+
+
+@pytest.mark.parametrize("tier", ladder.LADDER, ids=lambda tier: tier.name)
+def test_a_killed_warden_takes_all_of_its_jails_along(tier):
+    if why := ladder.tried(tier):
+        pytest.skip(f"{tier.name} does not hold here: {why}")
+    program = f"EXECUTABLE = {interpreter_files().executable!r}\n{STAYS}"
+    with pool.Place(tier.name) as place:
+        place._open()
+        trial = Trial(program, "def g():\n    while True: pass\nf\ng()", timeout=50)
+        place._process.stdin.write(json.dumps(asdict(trial)) + "\n")
+        place._process.stdin.flush()
+        of_warden = psutil.Process(place._process.pid)
+        until(lambda: len(of_warden.children(recursive=True)) >= 4)  # program, next, judge and its fork
+        time.sleep(0.3)
+        below = of_warden.children(recursive=True)
+        of_warden.kill()
+        left = psutil.wait_procs(below, timeout=10)[1]
+    assert not left
+
+
+def test_verdicts_need_no_home(monkeypatch):
+    """As where a container runs under a number without a name."""
+    monkeypatch.delenv("HOME", raising=False)
+    with pool.Place(ladder.chosen(allow_unsafe=True)) as place:
+        assert place.judge(Trial("import os\ndef f(): return 'HOME' in os.environ", "assert not f()")).passed

@@ -33,6 +33,8 @@ def add(reproduce: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
+    from fluid_model import files
+
     from ..claims import read_claims
     from ..reproduce import Place, reproduce
     from ..verdicts import page, print_verdicts
@@ -45,7 +47,7 @@ def main(options: argparse.Namespace) -> int:
     text = page(found)
     for file in (options.out / "claims.md", options.docs):
         if file is not None:
-            file.write_text(text, encoding="utf-8")
+            files.write(file, text)
     pages = _report(found, options.out)
     if options.json:
         print(json.dumps(found, indent=2))

@@ -30,7 +30,7 @@ def add(score: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     from ..sandbox.ladder import chosen
     from ..sandbox.pool import Judges
-    from ..sandbox.score import RESULTS, load_problems, score_file
+    from ..sandbox.score import RESULTS, load_problems, score_file, unmet
 
     asked = _KS if options.k is None else options.k
     ks = [int(k) if k.strip().isdecimal() else 0 for k in asked.split(",")]
@@ -45,15 +45,15 @@ def main(options: argparse.Namespace) -> int:
         problems = load_problems(options.problems)
         tier = chosen(allow_unsafe=options.allow_unsafe_code)
         with closing(Judges(tier, options.workers)) as judges:
-            rates = score_file(
+            rates, fewest = score_file(
                 options.samples, problems, ks, judges, timeout=options.timeout, incomplete=options.incomplete
             )
     except KeyboardInterrupt:
         print("fluid-eval: interrupted; no results were written", file=sys.stderr)
         return EXIT_INTERRUPTED
     results = f"{options.samples}{RESULTS}"
-    if unmet := [str(k) for k in ks if options.k is not None and f"pass@{k}" not in rates]:
-        print(f"fluid-eval: no pass@{', pass@'.join(unmet)}: not every problem has as many samples", file=sys.stderr)
+    if options.k is not None and (missing := unmet(ks, fewest)):
+        print(f"fluid-eval: {missing}", file=sys.stderr)
     if options.json:
         print(json.dumps({**rates, "isolation": tier, "results": results}))
     else:

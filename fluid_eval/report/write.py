@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
+from fluid_model import files
 from fluid_model.errors import ConfigError
 
 from ..verdicts import read_claims
@@ -43,14 +42,10 @@ def write_report(
 def _write(output: Path, text: str) -> None:
     if output.is_dir():
         raise ConfigError(f"{output}: is a folder; pass a file's name")
-    draft = output.with_name(f".{output.name}.tmp")
     try:
         # lone surrogates, which a model can write, exist in no encoding
-        draft.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
-        os.replace(draft, output)
+        files.write(output, text, errors="xmlcharrefreplace")
     except OSError as error:
-        with suppress(OSError):  # there may be none
-            draft.unlink()
         raise ConfigError(f"{output}: cannot be written ({error.strerror}); name another file") from error
 
 

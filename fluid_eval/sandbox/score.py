@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fluid_model import files
 from fluid_model.errors import ConfigError, RunError
@@ -59,6 +59,19 @@ def pass_rates(outcomes: Mapping[str, Sequence[bool]], ks: Sequence[int]) -> dic
     }
 
 
+class Scored(NamedTuple):
+    """rates: pass@k by name, of each k that can be estimated.  fewest: samples of the problem that has fewest."""
+
+    rates: dict[str, float]
+    fewest: int
+
+
+def unmet(ks: Sequence[int], fewest: int) -> str:
+    """Which k cannot be estimated; "" if all can."""
+    names = ", ".join(f"pass@{k}" for k in ks if k > fewest)
+    return names and f"{names} cannot be estimated: a problem has only {fewest} sample{'s' if fewest > 1 else ''}"
+
+
 def score_file(
     samples: Path,
     problems: Mapping[str, Row],
@@ -67,11 +80,12 @@ def score_file(
     *,
     timeout: float = TIMEOUT,
     incomplete: bool = False,
-) -> dict[str, float]:
-    """Judge every sample, write SAMPLES_results.jsonl beside it at the end and return pass@k.
+) -> Scored:
+    """Judge every sample, write SAMPLES_results.jsonl beside it at the end.
 
-    incomplete: let problems go without samples; they do not count.  Raises ConfigError for a sample of no known problem
-    and, unless `incomplete`, for a problem without samples; RunError where results cannot be written.
+    incomplete: let problems go without samples; they do not count.  Raises ConfigError for a sample of no known
+    problem, for a problem without samples unless `incomplete`, and where no k can be estimated from so few; RunError
+    where results cannot be written.
     """
     rows = list(read_lines(samples, _SAMPLE))
     if not rows:
@@ -85,19 +99,21 @@ def score_file(
             f"{samples}: {len(absent)} of {len(problems)} problems have no sample, {absent[0]} first; "
             "pass --incomplete to score the others alone"
         )
+    counts = Counter(row["task_id"] for row in rows)
+    fewest = min(counts.values())
+    if fewest < min(ks):
+        raise ConfigError(f"{samples}: {unmet(ks, fewest)}; pass --k {fewest}")
     trials = [_trial(problems[row["task_id"]], row["completion"], timeout) for row in rows]
     outcomes: dict[str, list[bool]] = {}
     for row, verdict in zip(rows, held(judges, trials), strict=True):
         outcomes.setdefault(row["task_id"], []).append(verdict.passed)
         row |= {"result": verdict.told, "passed": verdict.passed, "isolation": verdict.isolation}
     results = samples.with_name(samples.name + RESULTS)
-    unfinished = results.with_name(f"{results.name}.tmp")
     try:
-        unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(unfinished, results)
+        files.write(results, "".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
         raise RunError(f"{results}: {error.strerror or error}") from error
-    return pass_rates(outcomes, ks)
+    return Scored(pass_rates(outcomes, ks), fewest)
 
 
 def _trial(problem: Row, completion: str, timeout: float) -> Trial:

@@ -262,13 +262,11 @@ FORGED = {
                 os.chdir(name)
             def add(a, b): return 0""",
         "files: while it answers byte by byte": """
-            import os, stat, threading, time
-            pipes = [n for n in range(3, 64) if os.path.exists(n) and stat.S_ISFIFO(os.fstat(n).st_mode)]
+            import os, threading, time
             def dribble():
+                everywhere((1 << 20).to_bytes(4, "big"))
                 while True:
-                    for number in pipes:
-                        try: os.write(number, b"\\0")
-                        except OSError: pass
+                    everywhere(b"x")
                     time.sleep(0.01)
             threading.Thread(target=dribble, daemon=True).start()
             for number in range(64):

@@ -37,7 +37,7 @@ REACHED = {
         "empties a file": "import os\nos.truncate(SECRET, 0)\nreturn True",
         "the standard library": "import os\nreturn open(os.__file__, 'a').write('#')",
         "bytecode of the standard library": "import os\nreturn open(os.path.dirname(os.__file__) + '/__pycache__/x.pyc', 'w')",
-        "shared memory of another's": "return open(SHARED, 'a').write('x')",
+        "shared memory of another's": "return open(SHARED, 'r+').write('x')",
         "shared memory that others see": "open(SHARED + '.new', 'w').write('x')\nreturn False",
         "too large a file": "return open('large', 'wb', 0).write(bytes(4 << 20)) > 1 << 20",
         "too large a file, by seeking": "f = open('large', 'wb')\nf.seek(1 << 30)\nf.write(b'x')\nf.flush()\nreturn True",

@@ -1,0 +1,157 @@
+"""What is kept between runs is read back only from a place that is the user's alone; files are replaced whole."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from fluid_eval import budgets
+from fluid_model import caches, files
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="by users and modes of files")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_it_is_made_for_the_user_alone(home):
+    assert caches.folder() == home / "fluid-eval"
+    assert stat.S_IMODE(caches.folder().stat().st_mode) == 0o700
+    caches.folder().chmod(0o755)  # as earlier versions made it: others could read it, and no more
+    assert stat.S_IMODE(caches.folder().stat().st_mode) == 0o700
+    assert caches.kept("x") is None
+    (caches.folder() / "x").touch()
+    assert caches.kept("x") == home / "fluid-eval" / "x"
+
+
+def open_to_a_group(home: Path) -> None:
+    caches.folder().chmod(0o770)
+
+
+def open_to_all(home: Path) -> None:
+    caches.folder().chmod(0o707)
+
+
+def below_what_all_may_write(home: Path) -> None:
+    caches.folder()
+    home.chmod(0o777)
+
+
+def a_link(home: Path) -> None:
+    home.mkdir()
+    (home / "other").mkdir()
+    (home / "fluid-eval").symlink_to(home / "other")
+
+
+def anothers(home: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a folder away")
+    os.chown(caches.folder(), 54321, -1)
+
+
+@pytest.mark.parametrize("spoil", [open_to_a_group, open_to_all, below_what_all_may_write, a_link, anothers])
+def test_what_others_may_write_is_not_trusted(home, spoil, monkeypatch):
+    spoil(home)
+    (home / "fluid-eval" / "slot_budgets.json").write_text('{"m on d": 7}')
+    with pytest.raises(OSError, match=r"XDG_CACHE_HOME"):
+        caches.folder()
+    assert budgets.known() == {}
+    budgets._keep({"m on d": 9})
+    assert (home / "fluid-eval" / "slot_budgets.json").read_text() == '{"m on d": 7}'
+
+
+def test_a_file_that_others_may_write_is_not_trusted():
+    (caches.folder() / "slot_budgets.json").write_text('{"m on d": 7}')
+    assert budgets.known() == {"m on d": 7}
+    (caches.folder() / "slot_budgets.json").chmod(0o666)
+    assert budgets.known() == {}
+
+
+def test_a_folder_in_what_all_may_write_but_not_rename_is_trusted(home):
+    home.mkdir()
+    home.chmod(0o1777)
+    assert caches.folder().is_dir()
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(OSError, match="no home directory"):
+        caches.folder()
+    assert budgets.known() == {}
+
+
+def test_compiled_code_of_others_is_not_loaded(tmp_path, monkeypatch, caplog):
+    from fluid_model import native
+
+    source = tmp_path / "small.c"
+    source.write_text(
+        "".join(f"void {name}() {{}}\n" for name in ("forward", "through", "workspace", "strides", "surest"))
+    )
+    monkeypatch.setattr(native, "SOURCE", source)
+    if (made := native.library.__wrapped__(4)) is None:
+        pytest.skip("no compiler here")
+    (file,) = caches.folder().glob("native-*.so")
+    os.truncate(file, 0)
+    file.chmod(0o777)
+    with caplog.at_level(logging.WARNING):
+        again = native.library.__wrapped__(4)
+    assert again is not None
+    assert again._name != made._name
+    assert "compiled for this process alone" in caplog.text
+    assert not Path(again._name).exists()
+
+
+def test_a_link_is_followed_and_stays(tmp_path):
+    real, link, broken = tmp_path / "real", tmp_path / "link", tmp_path / "broken"
+    real.write_text("before")
+    link.symlink_to(real)
+    broken.symlink_to(tmp_path / "new")
+    files.write(link, "after\udc80", errors="xmlcharrefreplace")
+    files.write(broken, "new")
+    assert link.is_symlink()
+    assert real.read_text() == "after&#56448;"
+    assert (tmp_path / "new").read_text() == "new"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["broken", "link", "new", "real"]
+
+
+def test_what_is_no_regular_file_is_written_into(tmp_path):
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reading = threading.Thread(target=lambda: got.append(pipe.read_text()))
+    reading.start()
+    files.write(pipe, "through")
+    reading.join(5)
+    assert got == ["through"]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    link = tmp_path / "null"
+    link.symlink_to(os.devnull)
+    for null in (link, Path(os.devnull)):
+        files.write(null, "away")
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+    with pytest.raises(IsADirectoryError):
+        files.write(tmp_path, "x")
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("before")
+    with pytest.raises(UnicodeEncodeError):
+        files.write(file, "\udc80")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        files.write(file, "after")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    assert file.read_text() == "before"
