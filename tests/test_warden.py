@@ -173,7 +173,9 @@ def dribble():
 FILLS = """import threading
 def fill():
     for n in range(48):
-        with open(str(n), 'wb') as file: file.write(bytes(1 << 20))
+        try:
+            with open(str(n), 'wb') as file: file.write(bytes(1 << 19))
+        except OSError: pass
 """
 SILENT = f"{FILLS}fill()\nimport time\ntime.sleep(9)\n"
 DRIBBLING = f"{DRIBBLES}threading.Thread(target=dribble, daemon=True).start()\n{SILENT}"
