@@ -12,6 +12,7 @@ import pytest
 
 from fluid_eval import budgets
 from fluid_model import caches, files
+from fluid_model.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="by users and modes of files")
 
@@ -155,3 +156,20 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         files.write(file, "after")
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
     assert file.read_text() == "before"
+
+
+def test_a_page_is_written_into_what_is_no_file(tmp_path):
+    """Such as /dev/null, which root could replace."""
+    from fluid_eval.report import write
+
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reading = threading.Thread(target=lambda: got.append(pipe.read_text()))
+    reading.start()
+    write._write(pipe, "page \udc80")
+    reading.join(5)
+    assert got == ["page &#56448;"]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "page")
+    with pytest.raises(ConfigError, match="link: cannot be written"):
+        write._write(tmp_path / "link", "page")

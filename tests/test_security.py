@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from fluid_eval.sandbox import Trial, Verdict, calls
-from fluid_eval.sandbox.ladder import found, tried
+from fluid_eval.sandbox.ladder import found, report
 from fluid_eval.sandbox.pool import Judges
 from fluid_eval.sandbox.tiers import LADDER, Unsafe
 from fluid_model.errors import ConfigError
@@ -123,7 +123,7 @@ def verdicts(
 ) -> Iterator[dict[str, Future[Verdict]]]:
     """Of all attacks on one tier."""
     (tier,) = (each for each in LADDER if each.name == request.param)
-    if why := tried(tier):
+    if why := report()[tier.name]:
         uncounted = os.geteuid() == 0 and calls.system_call_filter(processes=False) is None
         assert uncounted or not why.startswith("did "), f"{tier.name} is here and {why}"
         pytest.skip(f"{tier.name} does not hold here: {why}")
@@ -133,7 +133,10 @@ def verdicts(
 
 @pytest.mark.security
 def test_some_tier_holds_here():
-    assert found().name, f"nothing was attacked, since no isolation holds here: {found()}"
+    """Without one the session of attacks would succeed with nothing tried."""
+    print("\n".join(f"{name}: {why or 'holds'}" for name, why in report().items()))
+    assert not all(report().values()), f"nothing was attacked, since no isolation holds here: {report()}"
+    assert found().name == next(name for name, why in report().items() if not why)
 
 
 @pytest.mark.security
@@ -209,12 +212,6 @@ def test_the_metric_has_code_evals_interface():
     assert rates == {"pass@1": 0.5, "pass@2": 1.0}
     assert [(n, told["passed"], told["task_id"]) for n, told in results[0]] == [(0, False, 0), (1, True, 0)]
     assert results[1][0][1]["result"] == "failed: AssertionError"
-
-
-@pytest.mark.security
-def test_a_tier_holds_here():
-    """Without one the session of attacks would succeed with nothing tried."""
-    assert found().name, str(found())
 
 
 @pytest.mark.security

@@ -124,6 +124,12 @@ def tried(tier: type[Tier]) -> str:
 
 
 @functools.cache
+def report() -> dict[str, str]:
+    """All tiers, and why each does not hold here, "" where it does: for those who must know what was not tried."""
+    return {tier.name: tried(tier) for tier in LADDER}
+
+
+@functools.cache
 def found() -> Found:
     """The strongest tier that holds here. Takes about a second, once."""
     failed: list[tuple[str, str]] = []
