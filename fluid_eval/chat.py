@@ -45,6 +45,7 @@ class Chat:
         try:
             prompt = self.tokenizer.apply_chat_template(
                 turns,
+                chat_template=self.settings.template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
@@ -81,8 +82,15 @@ def open_chat(settings: ChatSpec | None, tokenizer: Tokenizer, model: str) -> Ch
     """
     if settings is None:
         return None
+    if isinstance(names := tokenizer.chat_template, dict) and (settings.template or "default") not in names:
+        raise ConfigError(
+            f"chat.template={settings.template}: {model} has chat templates by name: {', '.join(sorted(names))}; "
+            "--set chat.template=NAME picks one"
+        )
+    if settings.template is not None and not isinstance(names, dict):
+        raise ConfigError(f"chat.template={settings.template}: {model} has no chat templates by name; leave it out")
     try:
-        template = str(tokenizer.get_chat_template())
+        template = str(tokenizer.get_chat_template(settings.template))
     except ValueError:
         raise ConfigError(
             f"chat: {model} has no chat template; leave --chat out, as for any base model, or put its "

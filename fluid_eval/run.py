@@ -90,9 +90,9 @@ def prepare(spec: RunSpec, tasks: harness.Tasks) -> Ready:
 
     pick_device(spec.model.device)
     trust = spec.model.trust_remote_code
-    info = describe(spec.model.path, spec.model.method, trust_remote_code=trust)
+    info = describe(spec.model.path, spec.model.method, trust_remote_code=trust, base=spec.model.base)
     check_decoder(spec, info)
-    tokenizer = load_tokenizer(spec.model.path, trust_remote_code=trust)
+    tokenizer = load_tokenizer(spec.model.path, trust_remote_code=trust, base=spec.model.base)
     if spec.model.mask_token is not None:
         single_id(tokenizer, spec.model.mask_token)
     for text in spec.model.end_tokens or ():

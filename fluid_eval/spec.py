@@ -38,6 +38,8 @@ class ModelSpec:
     """What the model was adapted to, where its files do not tell."""
     trust_remote_code: bool = False
     """Whether code of the model's repository may run, with all the rights of the user."""
+    base: str | None = None
+    """Folder or hub id that an adapter is put into, instead of the one it names."""
 
     def __post_init__(self) -> None:
         if self.end_tokens == ():
@@ -67,7 +69,7 @@ class ChatSpec:
     multiturn: few-shot examples as turns of their own (else all in the one user turn).  thinking: whether the model
     is to think first, told to the template as `enable_thinking`; then only what follows the thinking is the answer.
     end_of_thinking: the text that ends it (None: looked up).  suffix: put at the end of the question, such as
-    " /no_think".  variables: further ones for the template.
+    " /no_think".  variables: further ones for the template.  template: name of one, where the tokenizer has several.
     """
 
     system: str | None = None
@@ -76,6 +78,7 @@ class ChatSpec:
     end_of_thinking: str | None = None
     suffix: str = ""
     variables: dict[str, Any] = field(default_factory=dict)
+    template: str | None = None
 
     def __post_init__(self) -> None:
         if self.end_of_thinking == "":
@@ -163,6 +166,10 @@ class RunSpec:
                 del values[name]
         if not self.model.trust_remote_code:
             del values["model"]["trust_remote_code"]
+        if self.model.base is None:
+            del values["model"]["base"]
+        if self.chat is not None and self.chat.template is None:
+            del values["chat"]["template"]
         return values
 
     @property

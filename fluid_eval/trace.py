@@ -40,7 +40,8 @@ class Line:
 
 def watch(spec: RunSpec, prompt: str) -> tuple[list[Line], Generation]:
     """Write one answer and keep what happened. Raises ConfigError as a run would."""
-    check_decoder(spec, describe(spec.model.path, spec.model.method, trust_remote_code=spec.model.trust_remote_code))
+    model = spec.model
+    check_decoder(spec, describe(model.path, model.method, trust_remote_code=model.trust_remote_code, base=model.base))
     checkpoint = load_for(spec)
     engine = engine_for(checkpoint, spec.decoder, slots=1)
     steps: list[Step] = []

@@ -74,6 +74,7 @@ class Worker:
             self._held[key] = load(
                 key.path, dtype=key.dtype, device=key.device, mask_token=key.mask_token,
                 end_tokens=key.end_tokens, method=key.method, trust_remote_code=key.trust_remote_code,
+                base=key.base,
             )  # fmt: skip
         self._checkpoint = self._held[key].with_tau(self._spec.model.tau)
         price_slots(self._checkpoint, self._spec)
@@ -155,6 +156,7 @@ def load_for(spec: RunSpec) -> Checkpoint:
     checkpoint = load(
         model.path, dtype=model.dtype, device=model.device, tau=model.tau, mask_token=model.mask_token,
         end_tokens=model.end_tokens, method=model.method, trust_remote_code=model.trust_remote_code,
+        base=model.base,
     )  # fmt: skip
     price_slots(checkpoint, spec)
     return checkpoint

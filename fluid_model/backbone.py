@@ -18,18 +18,35 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from . import budget, graphs, llama, masks, native
 from .engine.cache import SlotCache
-from .errors import ConfigError
+from .errors import ConfigError, reason
 
 PROBE_LENGTHS = (8, 5)
-"""Prompt tokens of the two rows a probe feeds; each is then continued by PROBE_MORE."""
+"""Prompt tokens of the two rows a probe feeds, the first more where masks reach further; each is then continued by
+PROBE_MORE.
+"""
 PROBE_MORE = 3
+PROBE_SLIDING = 4
+"""Sliding window of a probe, in tokens, where the model's own is wider: both rows pass it."""
 PROBE_TOLERANCE = {torch.float32: 1e-3}
 """Largest allowed difference from the model's own logits, relative to their largest magnitude."""
 PROBE_TOLERANCE_HALF = 5e-2
+MOST_WINDOW = 2**31
+"""Tokens; a configuration that says more says nothing."""
 SHORT = 2e8
 """Multiplications and additions up to which a forward runs on one thread."""
 TIMED_CONTEXT, TIMED_SLOTS, TIMED_RUNS, TIMED_SECONDS = 128, 4096, 9, 0.05
 """Of forwards that are timed: tokens read, slots fed at most, and how often each, and how long, at least."""
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference of logits, relative to the largest expected one; nan where some are not finite."""
+    error = (expected.float() - found.float()).abs().max() / expected.float().abs().max().clamp(min=1e-6)
+    return float(error)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest `difference` that arithmetic of this precision explains."""
+    return PROBE_TOLERANCE.get(dtype, PROBE_TOLERANCE_HALF)
 
 
 def context_window(config: PretrainedConfig) -> int:
@@ -47,9 +64,22 @@ def context_window(config: PretrainedConfig) -> int:
         return int(unscaled or text.max_position_embeddings)
     for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length"):
         value = getattr(text, name, None)
-        if isinstance(value, int) and value > 0:
+        if isinstance(value, int) and 0 < value <= MOST_WINDOW:
             return value
     return 2048
+
+
+def _own_window(model: PreTrainedModel) -> int:
+    """Tokens after which a mask of the model's own hides the first (GPT-Neo's local attention); 0 without such masks.
+
+    They are buffers, (..., N, N) of query and key, true where readable.
+    """
+    hides = [
+        mask.reshape(-1, *mask.shape[-2:])[0, :, 0] == 0
+        for mask in model.buffers()
+        if mask.dtype in (torch.bool, torch.uint8) and mask.ndim > 1 and mask.shape[-1] == mask.shape[-2]
+    ]
+    return min((int(rows.nonzero()[0, 0]) for rows in hides if rows.any()), default=0)
 
 
 class Backbone:
@@ -199,36 +229,51 @@ class Backbone:
 
     @torch.inference_mode()
     def probe(self) -> None:
-        """Check on two short rows that this engine's forward, batched, ragged and cached, is the model's own.
+        """Check on two rows, one past every window, that this engine's forward, batched, ragged and cached, is the
+        model's own.
 
         Catches architectures whose attention, positions or logits need more than this engine gives (recurrent state,
         ALiBi, masks of their own, logit scaling). Raises ConfigError naming the architecture.
         """
         name = type(self.model).__name__
         generator = torch.Generator().manual_seed(0)
-        longest = max(PROBE_LENGTHS) + PROBE_MORE
-        ids = torch.randint(0, self.vocabulary, (len(PROBE_LENGTHS), longest), generator=generator).to(self.device)
+        lengths = (max(PROBE_LENGTHS[0], min(_own_window(self.model) + 1, self.window - PROBE_MORE)), PROBE_LENGTHS[1])
+        shape = (len(lengths), max(lengths) + PROBE_MORE)
+        ids = torch.randint(0, self.vocabulary, shape, generator=generator).to(self.device)
+        errors = []
         try:
-            ours = self._probe_cached(ids)
-            worst = 0.0
-            for row, length in enumerate(PROBE_LENGTHS):
-                alone = ids[row : row + 1, : length + PROBE_MORE]
-                plain = self.model(input_ids=alone, use_cache=False).logits[0].float()
-                error = (plain - ours[row]).abs().max() / plain.abs().max().clamp(min=1e-6)
-                worst = max(worst, float(error)) if not error.isnan() else float("nan")
+            with self._narrowed():
+                ours = self._probe_cached(ids, lengths)
+                for row, length in enumerate(lengths):
+                    alone = ids[row : row + 1, : length + PROBE_MORE]
+                    plain = self.model(input_ids=alone, use_cache=False).logits[0]
+                    errors.append(difference(ours[row], plain))
         except (TypeError, AttributeError, RuntimeError, ValueError, KeyError, IndexError) as error:
-            raise ConfigError(f"{name} does not run in this engine: {type(error).__name__}: {error}") from error
-        if worst != worst:
+            raise ConfigError(f"{name} does not run in this engine: {type(error).__name__}: {reason(error)}") from error
+        if any(error != error for error in errors):
             raise ConfigError(f"{name}: its logits are not finite; its weights may be damaged, or dtype too narrow")
-        if not worst < PROBE_TOLERANCE.get(self.dtype, PROBE_TOLERANCE_HALF):
+        if not (worst := max(errors)) < tolerance(self.dtype):
             raise ConfigError(f"{name} does not run in this engine: logits differ from the model's own by {worst:.2g}")
 
-    def _probe_cached(self, ids: Tensor) -> list[Tensor]:
+    @contextmanager
+    def _narrowed(self) -> Iterator[None]:
+        """A sliding window that a probe can afford to pass: masks are made of what the configuration says."""
+        window = self._sliding
+        if window is None or window <= PROBE_SLIDING:
+            yield
+            return
+        self._sliding = self.config.sliding_window = PROBE_SLIDING
+        try:
+            yield
+        finally:
+            self._sliding = self.config.sliding_window = window
+
+    def _probe_cached(self, ids: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         """Prompts of different length together, then more tokens after each. ids: (2, longest)."""
         cache = SlotCache(len(ids) + 1, 2 * ids.shape[1])
-        reading = cache.aim(1, [0] * len(ids), max(PROBE_LENGTHS), self.device)
-        prompts = self.forward(ids[:, : max(PROBE_LENGTHS)], reading, cache)
-        more = torch.stack([row[n : n + PROBE_MORE] for row, n in zip(ids, PROBE_LENGTHS, strict=True)])
-        tails = self.forward(more, cache.aim(1, list(PROBE_LENGTHS), PROBE_MORE, self.device), cache)
-        rows = zip(prompts, tails, PROBE_LENGTHS, strict=True)
+        reading = cache.aim(1, [0] * len(ids), max(lengths), self.device)
+        prompts = self.forward(ids[:, : max(lengths)], reading, cache)
+        more = torch.stack([row[n : n + PROBE_MORE] for row, n in zip(ids, lengths, strict=True)])
+        tails = self.forward(more, cache.aim(1, list(lengths), PROBE_MORE, self.device), cache)
+        rows = zip(prompts, tails, lengths, strict=True)
         return [self.logits(torch.cat([prompt[:length], tail])) for prompt, tail, length in rows]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,15 +16,16 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from . import folders, legacy
+from . import adapters, folders, legacy
 from .backbone import Backbone, context_window
 from .errors import ConfigError
 from .khead import KHead
 from .manifest import ADAPTER_FOLDER, CHECKPOINT_FILES, HEAD_FILE, MASK_FILE, Manifest, Method, write_manifest
-from .source import Source, find, from_pretrained
+from .source import Source, find
 from .tokens import Tokenizer, end_ids, single_id
+from .weights import embedding_tables, grow, load_weights
 
 LEGACY_K_MAX = 16
 """Widest stride of FLUID's published training, for adapters that do not say it."""
@@ -36,7 +36,7 @@ class Checkpoint:
     """A loaded model with all it needs to write.
 
     heads: one K-head per entry of manifest.tau (none for a plain AR model).  head: the chosen one.
-    model: the transformers model, with LoRA layers inside if the folder holds an adapter.
+    model: the transformers model, with LoRA layers inside where the manifest says weights="adapter".
     folder: where the files lie.
     """
 
@@ -86,30 +86,38 @@ class ModelInfo:
         return self.k_max is not None
 
 
-def describe(path: str, method: Method | None = None, *, trust_remote_code: bool = False) -> ModelInfo:
-    """Read configuration, manifest and heads, no weights.  method, trust_remote_code: see `load`.
+def describe(
+    path: str, method: Method | None = None, *, trust_remote_code: bool = False, base: str | None = None
+) -> ModelInfo:
+    """Read configuration, manifest and heads, no weights.  method, trust_remote_code, base: see `load`.
 
     Raises ConfigError if it is no causal LM or a bad checkpoint.
     """
-    source = find(path, weights=False, method=method, trust=trust_remote_code)
+    source = find(path, weights=False, method=method, trust=trust_remote_code, base=base)
     config = source.config
     heads = _heads_of(source, _hidden_size(config))
     tau: tuple[float | None, ...] = source.manifest.tau if source.manifest else (None,) * len(heads)
-    architecture = (getattr(config, "architectures", None) or [config.model_type])[0]
+    named = getattr(config, "architectures", None)
+    architecture = str(named[0] if named and isinstance(named, list) else config.model_type)
     k_max = heads[0].k_max if heads else None
     block_length = source.manifest.block_length if source.manifest else source.published.block_length
     code = tuple(source.remote_code)
     return ModelInfo(architecture, context_window(config), k_max, tau, source.method, block_length, code)
 
 
-def read_config(path: str) -> PretrainedConfig:
-    """The configuration of a folder or hub id (for an adapter: its parent's)."""
-    return find(path, weights=False).config
+def read_config(path: str, base: str | None = None) -> PretrainedConfig:
+    """The configuration of a folder or hub id (for an adapter: its parent's).  base: see `load`."""
+    return find(path, weights=False, base=base).config
 
 
-def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
+def is_adapter(path: str) -> bool:
+    """Whether a folder or hub id is a PEFT adapter that anyone may have saved."""
+    return find(path, weights=False).adapted
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False, base: str | None = None) -> Tokenizer:
     """The tokenizer of a folder or hub id (for an adapter: the folder's own, which knows the mask token)."""
-    return find(path, weights=False, trust=trust_remote_code).tokenizer
+    return find(path, weights=False, trust=trust_remote_code, base=base).tokenizer
 
 
 def load(
@@ -122,41 +130,46 @@ def load(
     end_tokens: Sequence[str] | None = None,
     method: Method | None = None,
     trust_remote_code: bool = False,
+    base: str | None = None,
 ) -> Checkpoint:
-    """Load a plain causal LM, a folder of this project, a published layout, or a bare PEFT adapter, as LLaMA-Factory
-    saves stage 1. path: a folder or a hub id.
+    """Load a plain causal LM, a folder of this project, a published layout, or a PEFT adapter, which is merged into the
+    weights it names. path: a folder or a hub id.
 
     dtype: auto (float32 on CPU, the checkpoint's own elsewhere), float32, bfloat16.  device: auto, cpu, cuda.
     tau: which K-head to use, by its training-time bound.  mask_token: overrides the checkpoint's mask token text.
     end_tokens: texts of the tokens that end an answer, instead of what configuration and tokenizer say.
     method: what the model was adapted to, where its files do not tell.  trust_remote_code: whether code of the model's
-    repository may run, with all the rights of this process, where no layout known here is its own.
+    repository may run, with all the rights of this process, where no layout known here is its own.  base: folder or hub
+    id that an adapter is put into, instead of the one it names.
     Raises ConfigError for missing or misshapen parts, unknown format versions and unsupported architectures.
     """
     if end_tokens is not None and not end_tokens:
         raise ConfigError("end_tokens=[] leaves nothing that ends an answer; name one text at least")
-    source = find(path, weights=True, method=method, trust=trust_remote_code)
+    source = find(path, weights=True, method=method, trust=trust_remote_code, base=base)
     target = pick_device(device)
     tokenizer = source.tokenizer
     heads = _heads_of(source, _hidden_size(source.config))
     manifest = source.manifest or _manifest_for(source, path, tokenizer, heads, mask_token)
-    model = _load_weights(source, dtype, target)
+    model = load_weights(source, dtype, target)
     adapter = None
-    if manifest is not None and manifest.weights == "adapter":
-        if source.manifest is None:
-            _grow(model, single_id(tokenizer, manifest.mask_token))
-            adapter = _wrap(model, source.folder)
-        else:
-            adapter = _load_adapter(model, tokenizer, source.folder, manifest)
+    if source.manifest is not None and source.manifest.weights == "adapter":
+        adapter = _load_adapter(model, tokenizer, source.folder, source.manifest)
         model = adapter.get_base_model()
+    elif source.adapted:
+        model = adapters.merge(adapters.put(model, source.folder), source.folder)
     backbone = Backbone(model)
     backbone.probe()
+    mask_id = single_id(tokenizer, mask_token or manifest.mask_token) if manifest else None
+    if mask_id is not None and mask_id >= backbone.vocabulary:
+        raise ConfigError(
+            f"model={path}: the mask token is {mask_id}, and its {backbone.vocabulary} embeddings end before"
+        )
     return Checkpoint(
         backbone=backbone,
         tokenizer=tokenizer,
         end_ids=_end_ids(tokenizer, model, manifest, end_tokens),
         manifest=manifest,
-        mask_id=single_id(tokenizer, mask_token or manifest.mask_token) if manifest else None,
+        mask_id=mask_id,
         heads=heads,
         adapter=adapter,
         folder=source.folder,
@@ -211,9 +224,9 @@ def add_mask_token(model: PreTrainedModel, tokenizer: Tokenizer, text: str) -> i
         return single_id(tokenizer, text)
     tokenizer.add_special_tokens({"additional_special_tokens": [text]}, replace_extra_special_tokens=False)
     token = single_id(tokenizer, text)
-    _grow(model, token)
+    grow(model, token + 1)
     with torch.no_grad():
-        for table in _embedding_tables(model).values():
+        for table in embedding_tables(model).values():
             table[token] = table[:token].mean(0)
     return token
 
@@ -249,7 +262,6 @@ def _manifest_for(
         mask_token=mask_token or legacy.mask_text(tokenizer, source.published),
         k_max=(heads[0].k_max if heads else LEGACY_K_MAX) if is_fluid else None,
         tau=(None,) * len(heads),
-        weights="merged" if source.parent is None else "adapter",
         method=source.method,
         block_length=source.published.block_length,
     )
@@ -265,28 +277,6 @@ def _end_ids(
     vocabulary = tokenizer.get_vocab()
     more = {vocabulary[text] for text in known if text in vocabulary}
     return tuple(sorted(more.union(end_ids(tokenizer, model.config, model.generation_config))))
-
-
-def _load_weights(source: Source, dtype: str, device: torch.device) -> PreTrainedModel:
-    """The base's weights. A published layout must name exactly Llama's; elsewhere a surplus (other heads) is left."""
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ConfigError(f"dtype={dtype!r}: known are auto, float32, bfloat16")
-    number = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
-        dtype, torch.float32 if device.type == "cpu" else "auto"
-    )
-    foreign = source.published.llama is not None
-    options = {"config": source.config, "key_mapping": dict(source.published.keys)} if foreign else {}
-    model, info = from_pretrained(
-        AutoModelForCausalLM, source.base, source.trust, dtype=number, output_loading_info=True, **options
-    )
-    wrong = {"missing or misshapen": [*info["missing_keys"], *map(str, info["mismatched_keys"])]}
-    wrong |= {"unknown": [*info["unexpected_keys"]]} if foreign else {}
-    for what, keys in wrong.items():
-        if keys:
-            raise ConfigError(f"model={source.base}: {len(keys)} weights are {what}, first {min(keys)}")
-    if foreign:
-        model._weight_conversions = None  # else transformers would save under the published names, which fit no config
-    return model.to(device)
 
 
 def _hidden_size(config: Any) -> int:
@@ -326,49 +316,25 @@ def _head_tensors(heads: list[KHead]) -> dict[str, torch.Tensor]:
     return {f"{i}.{name}": t.contiguous().cpu() for i, h in enumerate(heads) for name, t in h.state_dict().items()}
 
 
-def _embedding_tables(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Input and output embedding tables; one entry where they are tied."""
-    tables = {"input": model.get_input_embeddings().weight, "output": model.get_output_embeddings().weight}
-    if tables["output"] is tables["input"]:
-        del tables["output"]
-    return tables
-
-
-def _grow(model: PreTrainedModel, token: int) -> None:
-    """Make room for a token the embedding tables have no row for."""
-    if token >= model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(token + 1, mean_resizing=False)
-
-
 def _save_adapter(checkpoint: Checkpoint, draft: Path) -> None:
     if checkpoint.adapter is None or checkpoint.mask_id is None:
         raise ConfigError(f"cannot save {draft.name}: weights=adapter needs a PEFT adapter and a mask token")
     checkpoint.adapter.save_pretrained(draft / ADAPTER_FOLDER, save_embedding_layers=False)
-    rows = {n: t[checkpoint.mask_id].detach().clone().cpu() for n, t in _embedding_tables(checkpoint.model).items()}
+    rows = {n: t[checkpoint.mask_id].detach().clone().cpu() for n, t in embedding_tables(checkpoint.model).items()}
     save_file(rows, draft / MASK_FILE)
 
 
 def _load_adapter(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, manifest: Manifest) -> PeftModel:
     """Put LoRA layers into the parent and the mask token's embedding into its tables."""
     token = add_mask_token(model, tokenizer, manifest.mask_token)
-    _grow(model, token)
+    grow(model, token + 1)
     file = folder / MASK_FILE
     if not file.is_file():
         raise ConfigError(f"{file}: missing; an adapter folder needs its mask token's embedding")
     with torch.no_grad():
         for name, row in _read_tensors(file).items():
-            table = _embedding_tables(model)[name]
+            table = embedding_tables(model)[name]
             table[token] = row.to(table)
     if not (folder / ADAPTER_FOLDER / "adapter_config.json").is_file():
         raise ConfigError(f"{folder / ADAPTER_FOLDER}: missing; the manifest says weights=adapter")
-    return _wrap(model, folder / ADAPTER_FOLDER)
-
-
-def _wrap(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """The model with the folder's PEFT adapter. Raises ConfigError if some of the adapter's weights found no place."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "Found missing adapter keys")
-            return PeftModel.from_pretrained(model, str(folder), key_mapping=legacy.ADAPTER_KEYS)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, UserWarning) as error:
-        raise ConfigError(f"{folder}: {str(error).splitlines()[0][:200]}") from error
+    return adapters.put(model, folder / ADAPTER_FOLDER)

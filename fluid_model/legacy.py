@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .errors import ConfigError
+from .errors import ConfigError, reason
 from .files import read_json
 from .khead import KHead
 from .manifest import Method
@@ -29,11 +29,13 @@ HEAD_FILE = "model_head.bin"
 ADAPTER_FILE = "adapter_config.json"
 HEAD_PREFIX = "diffusion_k_head."
 MASK_TEXTS: dict[Method, tuple[str, ...]] = {
-    "fluid": ("[unused32]", "<unused32>", "unused32"),
+    "fluid": ("[unused32]", "<unused32>", "unused32", "<mask>"),
     "nbdiff": ("[unused0]", "<unused0>", "unused0"),
     "llada": ("<|mdm_mask|>",),
 }
-"""How published checkpoints spell their mask token."""
+"""How published checkpoints spell their mask token. FLUID's code (commit 9093c11) has openPangu's unused32, and <mask>
+over other parents.
+"""
 END_TEXTS: dict[Method, tuple[str, ...]] = {"llada": ("<|eot_id|>",)}
 """What ends an answer beside the end of sequence: LLaDA-Instruct closes a turn first."""
 NBDIFF_NAMES = ("nbdiff-7b-base", "nbdiff-7b-instruct", "openpangu-7b-diffusion-base", "openpangu-r-7b-diffusion")
@@ -145,6 +147,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 def own_classes(folder: Path, file: str) -> list[str]:
     """Classes of the repository's own code that a file of it names."""
     named = _read_json(folder / file).get("auto_map") or {}
+    if not isinstance(named, dict):
+        raise ConfigError(f"{folder / file}: auto_map={named!r} is no table of classes")
     found = [each for value in named.values() for each in (value if isinstance(value, list) else [value])]
     return [str(each) for each in found if each]
 
@@ -158,7 +162,7 @@ def read_head(file: Path, hidden_size: int) -> KHead:
         state = torch.load(file, map_location="cpu", weights_only=True)
         state = {k.removeprefix(HEAD_PREFIX): v for k, v in state.items() if k.startswith(HEAD_PREFIX)}
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
-        raise ConfigError(f"{file}: cannot be read as a state dict of tensors: {error}".splitlines()[0]) from error
+        raise ConfigError(f"{file}: cannot be read as a state dict of tensors: {reason(error)}") from error
     return head_from_state(state, hidden_size, file)
 
 
@@ -202,14 +206,17 @@ def mask_text(tokenizer: Tokenizer, found: Published) -> str:
     raise ConfigError(f"no mask token: none of {', '.join(spellings)} is in the tokenizer; set model.mask_token")
 
 
-def adapter_parent(folder: Path) -> str | None:
-    """What a bare PEFT adapter's folder says it adapts; None if it is no such folder. Raises ConfigError if it says
-    nothing.
+def adapter_parent(folder: Path, given: str | None = None) -> str | None:
+    """What a bare PEFT adapter's folder says it adapts, or what is given instead; None if it is no such folder.
+
+    Raises ConfigError if neither names anything.
     """
     file = folder / ADAPTER_FILE
     if not file.is_file() or (folder / "config.json").is_file():
         return None
-    parent = _read_json(file).get("base_model_name_or_path")
-    if not parent:
-        raise ConfigError(f"{file}: base_model_name_or_path is missing; it names what the adapter changes")
-    return str(parent)
+    parent = given or _read_json(file).get("base_model_name_or_path")
+    if not parent or not isinstance(parent, str):
+        raise ConfigError(
+            f"{file}: base_model_name_or_path={parent!r} names nothing that it adapts; --set model.base=FOLDER does"
+        )
+    return parent

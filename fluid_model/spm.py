@@ -1,5 +1,6 @@
-"""A SentencePiece model as a fast tokenizer, for repositories that ship `tokenizer.model` and code of their own to read
-it (openPangu and its children). What the file itself says decides: scores rank merges, its own rules normalise.
+"""A SentencePiece model as a fast tokenizer, for folders that ship `tokenizer.model` alone: plain Llamas, and openPangu
+and its children, whose class is code of the repository. What the file itself says decides: scores rank merges, its own
+rules normalise.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import import_protobuf
 from transformers.tokenization_utils_base import generate_merges
 
-from .errors import ConfigError
+from .errors import ConfigError, reason
 from .files import read_json, read_text
 from .tokens import Tokenizer
 
 MODEL_FILE = "tokenizer.model"
 SPACE = "\u2581"
 """How SentencePiece writes a space."""
-NORMAL, OWN, BPE = 1, 4, 2
-"""Of sentencepiece_model.proto: a piece that text is made of; one that is never split; the kind of model read here."""
+NORMAL, UNKNOWN, CONTROL, OWN, BPE = 1, 2, 3, 4, 2
+"""Of sentencepiece_model.proto: a piece that text is made of; what stands for others; one that text never spells; one
+that is never split; the kind of model read here.
+"""
 TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
 OPTIONS = ("add_bos_token", "add_eos_token", "model_max_length", "clean_up_tokenization_spaces", "chat_template")
 
@@ -40,13 +43,18 @@ def load_sentencepiece(folder: Path) -> Tokenizer:
     template = folder / "chat_template.jinja"
     if template.is_file():
         config["chat_template"] = read_text(template)
-    stated = {int(i): _token(t) for i, t in config.get("added_tokens_decoder", {}).items()}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_convert(proto),
-        added_tokens_decoder=stated,
-        **{name: _token(config[name]) for name in TOKENS if config.get(name) is not None},
-        **{name: config[name] for name in OPTIONS if config.get(name) is not None},
-    )
+    config = _defaults(proto, folder) | {name: value for name, value in config.items() if value is not None}
+    try:
+        stated = {int(i): _token(t) for i, t in config.get("added_tokens_decoder", {}).items()}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=_convert(proto),
+            added_tokens_decoder=stated,
+            **{name: _token(config[name]) for name in TOKENS if name in config},
+            **{name: config[name] for name in OPTIONS if name in config},
+        )
+        tokenizer("a")
+    except Exception as error:  # whatever values of a wrong kind trip up
+        raise ConfigError(f"{file}: no tokenizer can be made of it: {type(error).__name__}: {reason(error)}") from error
     vocabulary = tokenizer.get_vocab()
     for token, added in stated.items():
         if vocabulary.get(str(added)) != token:
@@ -56,12 +64,29 @@ def load_sentencepiece(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def _defaults(proto: Any, folder: Path) -> dict[str, Any]:
+    """What holds where tokenizer_config.json does not say: the model's own special pieces, a beginning-of-text before
+    every text (as LlamaTokenizer has it), and the tokens of older folders' added_tokens.json.
+    """
+    spec, pieces = proto.trainer_spec, proto.pieces
+    marks = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id}
+    found: dict[str, Any] = {
+        name: pieces[i].piece
+        for name, i in marks.items()
+        if 0 <= i < len(pieces) and pieces[i].type in (UNKNOWN, CONTROL)
+    }
+    file = folder / "added_tokens.json"
+    if file.is_file():
+        found["added_tokens_decoder"] = {str(i): {"content": text} for text, i in read_json(file).items()}
+    return {**found, "add_bos_token": "bos_token" in found}
+
+
 def _read(file: Path) -> Any:
     proto = import_protobuf().ModelProto()
     try:
         proto.ParseFromString(file.read_bytes())
     except Exception as error:  # protobuf's own type, which it keeps to itself
-        raise ConfigError(f"{file}: not a SentencePiece model: {type(error).__name__}") from error
+        raise ConfigError(f"{file}: not a SentencePiece model; convert it to tokenizer.json") from error
     if proto.trainer_spec.model_type != BPE:
         raise ConfigError(f"{file}: only BPE models are read here; convert it to tokenizer.json")
     return proto

@@ -16,6 +16,7 @@ MODULES = {
 }
 DOORS = {
     "transformers": {
+        "fluid_model.adapters",
         "fluid_model.backbone",
         "fluid_model.checkpoint",
         "fluid_model.source",
@@ -26,9 +27,10 @@ DOORS = {
         "fluid_model.train.progress",
         "fluid_model.train.run",
         "fluid_model.train.stages",
+        "fluid_model.weights",
     },
     "huggingface_hub": {"fluid_model.hub"},
-    "peft": {"fluid_model.checkpoint", "fluid_model.train.run"},
+    "peft": {"fluid_model.adapters", "fluid_model.checkpoint", "fluid_model.train.run"},
     "lm_eval": {"fluid_eval.adapter", "fluid_eval.harness", "fluid_eval.rescore"},
     "ray": {"fluid_eval.pool"},
     "matplotlib": {"fluid_eval.plots", "fluid_eval.frontier"},

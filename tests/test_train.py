@@ -108,11 +108,12 @@ def test_an_adapter_as_llama_factory_saves_it_is_a_stage_1_result(tmp_path, own_
     recipe = recipe_for(tmp_path, "out", "fluid-horizon", tmp_path / "adapter", tau=[1.0])
     train(replace(recipe, model=replace(recipe.model, mask_token=mask)))
     made = fluid_model.load(str(tmp_path / "out"))
-    assert (made.mask_id, made.manifest.tau, made.manifest.weights) == (7, (1.0,), "adapter")
+    assert (made.mask_id, made.manifest.tau, made.manifest.weights) == (7, (1.0,), "merged")
     ids = torch.tensor([[3, 4, 5]])
     assert torch.allclose(made.model(ids).logits, adapted.eval()(ids).logits, atol=1e-5)
-    with pytest.raises(ConfigError, match=r"no mask token: none of .*unused32.* set model\.mask_token"):
-        fluid_model.load(str(tmp_path / "adapter"))
+    assert fluid_model.load(str(tmp_path / "adapter")).manifest is None, "its files do not tell it from any other LoRA"
+    with pytest.raises(ConfigError, match=r"no mask token: none of .*unused32.*<mask>.* set model\.mask_token"):
+        train(recipe)
 
 
 @pytest.mark.parametrize("stage", ["nbdiff", "llada"])

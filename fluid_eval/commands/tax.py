@@ -35,7 +35,7 @@ def main(options: argparse.Namespace) -> int:
     parent = options.parent or str(resource("checkpoints") / PARENT)
     model = values["model"]
     trusted = model.get("trust_remote_code", False)
-    info = describe(model["path"], model.get("method"), trust_remote_code=trusted)
+    info = describe(model["path"], model.get("method"), trust_remote_code=trusted, base=model.get("base"))
     if adapted := describe(parent, trust_remote_code=trusted).method:
         raise ConfigError(f"tax: the parent {parent} was itself adapted to {adapted}; name the AR model before that")
     steps, planned = plan_tax(values, parent, info.method)

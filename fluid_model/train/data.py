@@ -83,6 +83,9 @@ def _chat(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[Response]]:
 def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], *, ask: bool) -> str:
     if tokenizer.chat_template is None:
         return "\n".join(message["content"] for message in messages) + ("\n" if ask else "")
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(sorted(tokenizer.chat_template))
+        raise ConfigError(f"the parent's tokenizer has chat templates by name ({names}), and none is its default")
     text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
     return text
 

@@ -17,14 +17,19 @@ from transformers import (
 from .. import checkpoint as checkpoints
 from ..backbone import Backbone
 from ..checkpoint import Checkpoint
+from ..manifest import Method
 from ..tokens import Tokenizer, end_ids
 from .recipe import LlamaSpec, ParentSpec
 
 
-def start(spec: ParentSpec, texts: Iterable[str], dtype: str) -> Checkpoint:
-    """Load the parent, or make one. texts: what a new tokenizer is learnt from.  dtype: of a parent's weights."""
+def start(spec: ParentSpec, texts: Iterable[str], dtype: str, *, calibrates: bool = False) -> Checkpoint:
+    """Load the parent, or make one. texts: what a new tokenizer is learnt from.  dtype: of a parent's weights.
+    calibrates: whether FLUID's stage 2 is to follow: then an adapter is a stage 1, which its own files do not tell.
+    """
     if spec.scratch is None:
-        return checkpoints.load(str(spec.parent), dtype=dtype, device="cpu", mask_token=spec.mask_token)
+        path = str(spec.parent)
+        method: Method | None = "fluid" if calibrates and checkpoints.is_adapter(path) else None
+        return checkpoints.load(path, dtype=dtype, device="cpu", mask_token=spec.mask_token, method=method)
     tokenizer = learn_tokenizer(islice(texts, spec.tokenizer_rows), spec.scratch.vocab_size)
     config = llama_config(spec.scratch)
     config.vocab_size = len(tokenizer)

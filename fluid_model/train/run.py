@@ -196,7 +196,8 @@ def train(
 def prepare(recipe: Recipe, texts: Sequence[str]) -> Parts:
     """Load or make the parent and set its stage up. texts: what a new tokenizer is learnt from."""
     half = recipe.optim.bf16 and torch.cuda.is_available() and (recipe.lora is not None or bool(recipe.tau))
-    checkpoint = start(recipe.model, texts, dtype="bfloat16" if half else "float32")  # what is trained stays float32
+    dtype = "bfloat16" if half else "float32"  # what is trained stays float32
+    checkpoint = start(recipe.model, texts, dtype, calibrates=recipe.stage == "fluid-horizon")
     _check_attention(checkpoint, recipe)
     if recipe.stage == "ar":
         return Parts(checkpoint, checkpoint.model, Plain())
