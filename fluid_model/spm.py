@@ -87,6 +87,8 @@ def _read(file: Path) -> Any:
         proto.ParseFromString(file.read_bytes())
     except Exception as error:  # protobuf's own type, which it keeps to itself
         raise ConfigError(f"{file}: not a SentencePiece model; convert it to tokenizer.json") from error
+    if not proto.pieces:  # other files pass for one that says nothing
+        raise ConfigError(f"{file}: not a SentencePiece model; convert it to tokenizer.json")
     if proto.trainer_spec.model_type != BPE:
         raise ConfigError(f"{file}: only BPE models are read here; convert it to tokenizer.json")
     return proto

@@ -266,3 +266,20 @@ def test_an_instructed_function_ends_with_its_fence():
     docs = [{"prompt": "def one():\n"}]
     bodies = [["    return 1\n```\nIt returns 1, as ```python``` would.", "    return 1\n"]]
     assert build_predictions_instruct(bodies, docs) == [["def one():\n    return 1\n"] * 2]
+
+
+def test_a_template_is_picked_by_name(tmp_path, tiny_model):
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_model, folder)
+    file = folder / "tokenizer_config.json"
+    named = [{"name": "tool_use", "template": TEMPLATE}, {"name": "rag", "template": "{{ messages[0].content }}"}]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": named}))
+    tokenizer = load_tokenizer(str(folder))
+    for settings in (ChatSpec(), ChatSpec(template="default")):
+        with pytest.raises(ConfigError, match=r"chat\.template=\w+: m has chat templates by name: rag, tool_use; "):
+            open_chat(settings, tokenizer, "m")
+    asked = [{"role": "user", "content": "hi"}]
+    assert open_chat(ChatSpec(template="rag"), tokenizer, "m").render(asked) == "hi"
+    assert "<|user|>" in open_chat(ChatSpec(template="tool_use"), tokenizer, "m").render(asked)
+    with pytest.raises(ConfigError, match="has no chat templates by name"):
+        open_chat(ChatSpec(template="rag"), byte_tokenizer(), "m")

@@ -279,7 +279,7 @@ def put_weight(folder, name, tensor):
         (lambda f: change(f, mask_token_id=V - 1), f"mask_token_id={V - 1} is no token of this tokenizer"),
         (
             lambda f: (f / "tokenizer.model").unlink(),
-            r"no tokenizer\.json and no tokenizer\.model; its tokenizer is code",
+            r"neither tokenizer\.json nor tokenizer\.model; its tokenizer is code",
         ),
         (lambda f: (f / "tokenizer.model").write_bytes(b"\xff"), r"tokenizer\.model: not a SentencePiece model"),
     ],

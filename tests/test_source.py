@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -220,3 +222,37 @@ def test_a_tokenizer_of_the_repositorys_code_with_a_file_of_its_own(tmp_path):
     assert tokenizer.encode("hi") == byte_tokenizer().encode("hi")
     tokenizer.save_pretrained(tmp_path / "t")
     assert "auto_map" not in (tmp_path / "t" / "tokenizer_config.json").read_text()
+
+
+def test_a_plain_llama_with_tokenizer_model_alone(tmp_path):
+    """Neither tokenizer.json nor a configuration: the file's own pieces say what begins and ends a text."""
+    folder = save_model(tmp_path / "m", llama_config(vocab_size=400))
+    for file in folder.glob("*token*"):
+        file.unlink()
+    save_pieces(folder)
+    for config in (None, {"tokenizer_class": "LlamaTokenizer", "model_max_length": 64}):
+        (folder / "tokenizer_config.json").unlink(missing_ok=True)
+        if config is not None:
+            (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        tokenizer = fluid_model.load(str(folder)).tokenizer
+        assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+        for text in ("hello world", "lo\n[unused9] é"):
+            assert tokenizer.encode(text) == by_scores(text)
+    (folder / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    with pytest.raises(
+        ConfigError, match=r"tokenizer\.model: not a SentencePiece model; convert it to tokenizer\.json"
+    ):
+        fluid_model.load_tokenizer(str(folder))
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(ConfigError, match=r"no tokenizer here: neither tokenizer\.json nor tokenizer\.model$"):
+        fluid_model.load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("value", ["", None, "abc", -1, float("nan"), 10**40, [], {}])
+@pytest.mark.parametrize("name", ["model_max_length", "eos_token", "added_tokens_decoder", "auto_map"])
+def test_odd_values_are_one_line_or_harmless(tmp_path, name, value):
+    folder = save_model(tmp_path / "m")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with suppress(ConfigError):
+        assert fluid_model.load_tokenizer(str(folder)).encode("hi")
