@@ -66,7 +66,7 @@ class FluidLM(TemplateLM):
         self._bar = bar
         self._chat = chat
         self._asked: dict[str, str | list[tuple[str, str]]] = {}
-        self._end_of_thinking = chat.end_of_thinking if chat and chat.settings.thinking else None
+        self._end_of_thinking = chat.cut if chat else None
         self._eos = None if tokenizer.eos_token_id is None else tokenizer.decode(tokenizer.eos_token_id)
 
     @property

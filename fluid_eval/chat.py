@@ -30,6 +30,11 @@ class Chat:
     end_of_thinking: str | None
 
     @property
+    def cut(self) -> str | None:
+        """The text up to which an answer is thought and not read; None where all of it is read."""
+        return self.end_of_thinking if self.settings.thinking and not self.settings.read_thoughts else None
+
+    @property
     def system_turn(self) -> list[dict[str, str]]:
         """What a conversation begins with: the system prompt, where the run sets one."""
         return [] if self.settings.system is None else [{"role": "system", "content": self.settings.system}]
@@ -58,12 +63,16 @@ class Chat:
 
     def describe(self) -> Nested:
         """For the result: the settings, the end of thinking that was used, and which template (by its hash)."""
-        end = self.end_of_thinking if self.settings.thinking else None
         template = hashlib.sha256(self.template.encode()).hexdigest()[:12]
-        return {**asdict(self.settings), "end_of_thinking": end, "template": template}
+        told = {**asdict(self.settings), "end_of_thinking": self.cut, "template": template}
+        if not self.settings.read_thoughts:  # results from before there was any keep their protocol's hash
+            del told["read_thoughts"]
+        return told
 
     def notices(self, records: Iterable[Record]) -> list[str]:
         """What a reader must know of answers that did not end their thinking, or thought unasked, by task."""
+        if self.settings.read_thoughts:
+            return []
         written = [record for record in records if record["finish"] is not None]
         if self.settings.thinking:
             found, of = _count(r for r in written if not r["thinking_ended"]), _count(written)
@@ -97,7 +106,7 @@ def open_chat(settings: ChatSpec | None, tokenizer: Tokenizer, model: str) -> Ch
             "chat_template.jinja into the folder"
         ) from None
     end = settings.end_of_thinking or think_end(tokenizer)
-    if settings.thinking and end is None:
+    if settings.thinking and end is None and not settings.read_thoughts:
         raise ConfigError(
             f"chat.thinking=true: {model} has no token known to end thinking ({', '.join(THINK_ENDS)}); "
             "name the text that does: --set chat.end_of_thinking=TEXT"

@@ -9,7 +9,7 @@ about = "…"
 source = "where this is published"
 num_fewshot = 4
 doc_to_text = "…"             # Jinja, or "!function module.name", as in lm-eval's files
-fewshot_target = "…"          # how the examples are answered, where not as the task's target
+fewshot_config = { … }        # how the examples are chosen, asked and answered, where not as lm-eval's file says
 until = ["…"]
 max_gen_toks = 512
 chat = { thinking = true }    # written as a chat with these settings
@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, Literal
 
 from fluid_model.errors import ConfigError
 from fluid_model.fields import at_least, build
@@ -61,6 +61,21 @@ class Extractor:
 
 
 @dataclass(frozen=True)
+class Shots:
+    """How examples are chosen, asked and answered, by lm-eval's names for it; None keeps the task's.
+
+    sampler: default (drawn) or first_n (the first rows, in order).  process_docs: function from the rows to those that
+    examples are taken from.  target_delimiter: what stands between an example's question and answer.
+    """
+
+    sampler: Literal["default", "first_n"] | None = None
+    process_docs: str | None = None
+    doc_to_text: str | None = None
+    doc_to_target: str | None = None
+    target_delimiter: str | None = None
+
+
+@dataclass(frozen=True)
 class TaskProtocol:
     """What a profile changes of a task; None keeps lm-eval's."""
 
@@ -68,7 +83,7 @@ class TaskProtocol:
     num_fewshot: int | None = None
     description: str | None = None
     doc_to_text: str | None = None
-    fewshot_target: str | None = None
+    fewshot_config: Shots | None = None
     gen_prefix: str | None = None
     until: tuple[str, ...] | None = None
     max_gen_toks: int | None = None
@@ -173,8 +188,9 @@ def _asked(told: TaskProtocol) -> Nested:
     """A profile's prompts, stops and lengths as fields of a task file."""
     same = ("num_fewshot", "description", "doc_to_text", "gen_prefix")
     found = {name: _function(value) for name in same if (value := getattr(told, name)) is not None}
-    if told.fewshot_target is not None:
-        found["fewshot_config"] = {"doc_to_target": told.fewshot_target}
+    if told.fewshot_config is not None:
+        shots = asdict(told.fewshot_config)
+        found["fewshot_config"] = {name: _function(value) for name, value in shots.items() if value is not None}
     kwargs = {"until": None if told.until is None else list(told.until), "max_gen_toks": told.max_gen_toks}
     if kept := {name: value for name, value in kwargs.items() if value is not None}:
         found["generation_kwargs"] = kept

@@ -126,7 +126,7 @@ def _notices(folder: Path, held: RunSpec, reader: protocol.Profile, reads: list[
         "num_fewshot",
         "description",
         "doc_to_text",
-        "fewshot_target",
+        "fewshot_config",
         "gen_prefix",
         "until",
         "max_gen_toks",

@@ -68,14 +68,17 @@ class ChatSpec:
 
     multiturn: few-shot examples as turns of their own (else all in the one user turn).  thinking: whether the model
     is to think first, told to the template as `enable_thinking`; then only what follows the thinking is the answer.
-    end_of_thinking: the text that ends it (None: looked up).  suffix: put at the end of the question, such as
-    " /no_think".  variables: further ones for the template.  template: name of one, where the tokenizer has several.
+    end_of_thinking: the text that ends it (None: looked up).  read_thoughts: the answer is the whole text, thoughts
+    included, as harnesses have it that do not know the model's end of thinking.  suffix: put at the end of the
+    question, such as " /no_think".  variables: further ones for the template. template: name of
+    one, where the tokenizer has several.
     """
 
     system: str | None = None
     multiturn: bool = True
     thinking: bool = False
     end_of_thinking: str | None = None
+    read_thoughts: bool = False
     suffix: str = ""
     variables: dict[str, Any] = field(default_factory=dict)
     template: str | None = None
@@ -83,6 +86,8 @@ class ChatSpec:
     def __post_init__(self) -> None:
         if self.end_of_thinking == "":
             raise ConfigError("chat.end_of_thinking='' must be a text; leave it out to have it looked up")
+        if self.read_thoughts and (not self.thinking or self.end_of_thinking):
+            raise ConfigError("chat.read_thoughts=true: reads thoughts as answers; it needs chat.thinking=true, no end")
         for name, value in self.variables.items():
             if name in _TEMPLATE_OWN:
                 raise ConfigError(f"chat.variables.{name}: the run sets it itself ({_TEMPLATE_OWN[name]})")
@@ -168,8 +173,9 @@ class RunSpec:
             del values["model"]["trust_remote_code"]
         if self.model.base is None:
             del values["model"]["base"]
-        if self.chat is not None and self.chat.template is None:
-            del values["chat"]["template"]
+        for name in ("template", "read_thoughts"):
+            if self.chat is not None and not getattr(self.chat, name):
+                del values["chat"][name]
         return values
 
     @property

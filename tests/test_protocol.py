@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
 
-from fluid_eval import harness, protocol, store
+from fluid_eval import evalscope, harness, protocol, store
 from fluid_eval.cli import main
 from fluid_eval.commands import EXIT_UNHEALTHY
 from fluid_eval.commands.settings import BUNDLED
@@ -17,6 +18,8 @@ from fluid_eval.spec import build_spec
 from fluid_model import ConfigError
 
 BASE = {"tasks": ["gsm8k"], "model": "m"}
+AS_FLUID = {"thinking": True, "read_thoughts": True, "multiturn": False}
+PUBLIC_PROMPT = "68883d40479c68012540ea5084092bd9b0c60792bb92a38f560f319968b75b9a"
 LAST = """
 about = "the last number"
 metric_list = [{ metric = "exact_match", aggregation = "mean", higher_is_better = true, regexes_to_ignore = ["(?s).*#### "] }]
@@ -73,17 +76,82 @@ def test_profiles_change_what_they_say_and_nothing_else(rows, tmp_path):
     assert (told["name"], told["tasks"]["gsm8k"]["num_fewshot"], told["tasks"]["gsm8k"]["max_gen_toks"]) == (
         "lm-eval", 5, 512,
     )  # fmt: skip
-    task, paper = built(rows, profile="fluid-paper", chat={"thinking": True})
+    task, paper = built(rows, profile="fluid-paper", chat=AS_FLUID)
     one = paper["tasks"]["gsm8k"]
-    assert (one["num_fewshot"], one["max_gen_toks"], one["until"], list(one["extractors"])) == (4, 7000, [], ["boxed"])
+    assert (one["num_fewshot"], one["max_gen_toks"], one["until"]) == (4, 7000, [])
+    assert one["extractors"] == {"none": "fluid_eval.evalscope.results"}
     assert task.get_config("generation_kwargs")["do_sample"] is False, "what a profile leaves out stays"
     assert one["version"] == told["tasks"]["gsm8k"]["version"]
-    shown = task.fewshot_context(next(iter(task.test_docs())), num_fewshot=2)
-    assert shown.count("\n\\boxed{") == 2, "its examples are answered as its answers are read"
-    assert "####" not in shown
     _, silent = built(rows, profile=write(tmp_path, 'about = "x"\n[tasks.mmlu]\nsource = "y"\n'))
     assert silent["tasks"]["gsm8k"]["source"] == "not stated; lm-eval's used"
     assert silent["hash"] == told["hash"]
+
+
+def test_fluids_prompt_is_that_of_its_public_evaluation(rows):
+    """EvalScope at commit fde259d2 (its words since ae18072a, v1.3.0) builds this from the same rows: one user turn, the
+    first four train rows in order; its text's SHA-256 was taken from that code.
+    """
+    spec = build_spec(protocol.chat_of({**BASE, "data_dir": str(rows), "profile": "fluid-paper"}))
+    turns = []
+    task = harness.load_tasks(spec)["tasks"]["gsm8k"]
+    for doc in task.test_docs():
+        task.fewshot_context(
+            doc,
+            num_fewshot=4,
+            apply_chat_template=True,
+            fewshot_as_multiturn=spec.chat.multiturn,
+            chat_template=lambda messages, **_: turns.append(messages) or "",
+        )
+    assert [[turn["role"] for turn in each] for each in turns] == [["user"], ["user"]]
+    first, second = (each[0]["content"] for each in turns)
+    shown = "\n\n".join(
+        f"What is {n} + 1?\n\nReasoning:\n{n} + 1\n\nANSWER: \\boxed{{{n + 1}}}" for n in range(4)
+    )
+    asked = "What is {} + 1?\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+    head = "Here are some examples of how to solve similar problems:\n\n"
+    assert first == f"{head}{shown}\n\n{asked.format(0)}"
+    assert second == f"{head}{shown}\n\n{asked.format(1)}"
+    assert hashlib.sha256(first.encode()).hexdigest() == PUBLIC_PROMPT
+    assert spec.chat.thinking and spec.chat.read_thoughts, "</think> is not what openPangu writes: nothing is cut"
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "right"),
+    [
+        ("so 7. \\boxed{5} no: $\\boxed{18}$ dollars", "18", True),
+        ("thoughts \\boxed{18} [unused17] Done.", "18", True),
+        ("\\boxed{18", "18", True),
+        ("The answer is 20. ANSWER: 18", "20ANSWER:18", False),
+        ("Then the answer is $18.00.", "18", True),
+        ("ANSWER: 5\nANSWER: 18", "18", True),
+        ("18 eggs, which are 1,800 cents", "1800", True),
+        ("It is 1,801", "1801", False),
+        ("\\boxed{\\text{18}}", "18", True),
+        ("\\boxed{18\\%}", "18", True),
+        ("\\boxed{\\frac{36}{2}}", "\\frac{36}{2}", True),
+        ("\\boxed{0.18}", "0.18", True),
+        ("\\boxed{x = 18}", "18", True),
+        ("\\boxed{18 apples}", "18apples", False),
+        ("nothing", "", False),
+        ("", "", False),
+    ],
+)
+def test_answers_are_read_as_evalscope_reads_them(text, said, right):
+    """As EvalScope's parser at fde259d2 scored each of these texts against 18."""
+    assert evalscope.answer(text) == said
+    assert evalscope.results({"answer": "10 + 8\n#### 18"}, [text]) == {"exact_match": int(right)}
+
+
+def test_thoughts_are_read_only_where_the_convention_reads_them():
+    """The setting is part of a run's identity where it is used, and runs from before there was any keep theirs."""
+    for chat, message in (({"read_thoughts": True}, "needs chat.thinking=true"), (
+        {**AS_FLUID, "end_of_thinking": "%"}, "no end"
+    )):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            build_spec({**BASE, "chat": chat})
+    thinks = build_spec({**BASE, "chat": {"thinking": True}})
+    assert "read_thoughts" not in thinks.identity()["chat"]
+    assert build_spec({**BASE, "chat": {**AS_FLUID, "multiturn": True}}).id != thinks.id
 
 
 def test_every_bundled_profile_is_read_and_says_where_it_is_from():
@@ -101,7 +169,7 @@ def test_one_hash_means_asked_and_read_alike(rows, tmp_path):
     assert same["hash"] == plain["hash"], "neither name nor source is part of what was done"
     hashes = {plain["hash"]}
     for change in (
-        "num_fewshot = 4", 'doc_to_text = "{{question}}"', "until = []", "max_gen_toks = 9", 'fewshot_target = "x"',
+        "num_fewshot = 4", 'doc_to_text = "{{question}}"', "until = []", "max_gen_toks = 9", 'fewshot_config = { doc_to_target = "x" }',
         'description = "x"', f"[tasks.gsm8k.extractor]{LAST}",
     ):  # fmt: skip
         _, other = built(rows, profile=write(tmp_path, f'about = "x"\n[tasks.gsm8k]\nsource = "y"\n{change}\n'))
