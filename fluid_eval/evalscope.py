@@ -29,8 +29,8 @@ def examples(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def answer(text: str) -> str:
     """The part of an answer that is compared, spaces and units taken away; empty where there is none.
 
-    The last box (an unclosed one to the end); else what follows the last "answer is" or "ANSWER:"; else the last number.
-    The whole text is searched, thoughts too.
+    The last box (an unclosed one to the end); else what follows the last "answer is" or "ANSWER:"; else the last
+    number. The whole text is searched, thoughts too.
     """
     if "final answer is $" in text and "$. I hope" in text:
         found = text.partition("final answer is $")[2].partition("$. I hope")[0].strip()
@@ -64,9 +64,9 @@ def results(doc: Mapping[str, Any], answers: list[str]) -> dict[str, int]:
     said, wanted = answer(answers[0]), number(_plain(str(doc["answer"]).rpartition("####")[2]))
     if wanted is None:
         return {"exact_match": 0}
-    given, expected = number(said), (wanted / 100, wanted, wanted * 100)
+    given, expected = number(said), [wanted / 100, wanted, wanted * 100]
     if given is None:  # as EvalScope has it, a fraction is compared by algebra, and not as percent
-        given, expected = fraction(said), (wanted,)
+        given, expected = fraction(said), [wanted]
     close = given is not None and any(math.isclose(one, given, rel_tol=CLOSE) for one in expected)
     return {"exact_match": int(close)}
 

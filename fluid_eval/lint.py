@@ -6,12 +6,12 @@ held against, and is not itself held against anything.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .claims import Claim, Ledger
-from .data import SOURCES
+from .claims import Claim, Ledger, Ranking, Source, published_n
 from .stats import Z95
 
 SAME = 0.05
@@ -65,7 +65,7 @@ def contradicted(ledger: Ledger) -> Iterator[Clash]:
                 (claim.cell, *(other.cell for other in own)),
                 "contradicts the system's own report",
                 f"{claim.value:g} against {theirs}: {nearest:.1f} points from the nearest, where the 95% half-width at "
-                f"{task_size(claim.task):,} questions is {half:.1f}",
+                f"{published_n(claim):,} questions is {half:.1f}; its own convention: {claim.stated}",
             )
 
 
@@ -127,19 +127,112 @@ def unlike_the_main_row(ledger: Ledger) -> Iterator[Clash]:
                 )
 
 
+def two_numbers_of_one_author(ledger: Ledger) -> Iterator[Clash]:
+    """A cell that one author gives two numbers for, in two places; not where stated conventions or decoders tell them
+    apart.
+    """
+    for claim, other in _pairs(ledger):
+        here, there = (ledger.sources[one.source] for one in (claim, other))
+        cell = (claim.system, claim.task, claim.unit) == (other.system, other.task, other.unit)
+        one_author = claim.source != other.source and here.by and here.by == there.by
+        if cell and one_author and not _equal(claim, other) and not _told_apart(claim, other):
+            yield Clash(
+                (claim.cell, other.cell),
+                "one author, two numbers",
+                f"{claim.value:g} in {_read(here)} and {other.value:g} in {_read(there)}, both by {here.by}; "
+                + _conventions(claim, other),
+            )
+
+
+def text_against_table(ledger: Ledger) -> Iterator[Clash]:
+    """A source that gives one cell two numbers in two places, or whose text ranks what its table has the other way."""
+    for claim, other in _pairs(ledger):
+        cell = (claim.source, claim.system, claim.task, claim.unit)
+        if cell != (other.source, other.system, other.task, other.unit) or claim.where == other.where:
+            continue
+        if not _equal(claim, other) and not _told_apart(claim, other):
+            yield Clash(
+                (claim.cell, other.cell),
+                "text against table",
+                f"{claim.value:g} in {claim.where or 'its table'} and {other.value:g} in {other.where or 'its table'} "
+                f"of {_read(ledger.sources[claim.source])}; {_conventions(claim, other)}",
+            )
+    for ranking, better, than in _ranked(ledger):
+        if better.value < than.value - SAME:
+            yield Clash(
+                (better.cell, than.cell),
+                "text against table",
+                f"{_says(ledger, ranking)}; on {better.task} its table has {better.value:g} below {than.value:g}",
+            )
+
+
+def ranked_inside_chance(ledger: Ledger) -> Iterator[Clash]:
+    """A ranking whose difference is inside its own 95% interval at the task's size."""
+    for ranking, better, than in _ranked(ledger):
+        halves = [half_width(one) for one in (better, than)]
+        if None in halves or better.value < than.value - SAME:
+            continue
+        half, n = math.hypot(*(one or 0.0 for one in halves)), published_n(better) or 0
+        if better.value - than.value <= half:
+            yield Clash(
+                (better.cell, than.cell),
+                "ranking inside its own interval",
+                f"{_says(ledger, ranking)}; {better.value - than.value:.1f} points apart, where the difference's 95% "
+                f"half-width at {n:,} questions is {half:.1f}, unpaired; paired answers, not published, may tell more",
+            )
+
+
+def moves_with_stride(ledger: Ledger) -> Iterator[Clash]:
+    """Scores that differ between systems that differ in stride alone, where what is written is verified."""
+    for claim, other in _pairs(ledger):
+        strides = {ledger.systems[claim.system].stride_of, ledger.systems[other.system].stride_of}
+        alike = (claim.source, claim.table, claim.task, claim.unit) == (
+            other.source,
+            other.table,
+            other.task,
+            other.unit,
+        )
+        if not alike or not strides & {claim.system, other.system} or _equal(claim, other) or claim.unit != "%":
+            continue
+        means = [ledger.decoders.get(one.decoder) for one in (claim, other)]
+        verified = all(one is not None and one.verifies for one in means)
+        if verified or any(one.decoder_unknown for one in (claim, other)):
+            unsure = "" if verified else "unsure: which decoder wrote them is not stated; "
+            yield Clash(
+                (claim.cell, other.cell),
+                "accuracy moves with stride",
+                f"{unsure}verified greedy text does not depend on the stride, so {claim.value:g} and {other.value:g} "
+                + ("cannot both be of it" if verified else "are of unverified text, or of weights that differ too"),
+            )
+
+
+def not_the_mean(ledger: Ledger) -> Iterator[Clash]:
+    """A mean that is not that of its parts, beyond what rounding explains; only where the ledger has every part."""
+    for claim in (claim for claim in ledger.claims if claim.parts):
+        row = (claim.system, claim.source, claim.table, claim.where)
+        held = {c.task: c for c in ledger.claims if (c.system, c.source, c.table, c.where) == row}
+        if not held.keys() >= set(claim.parts):
+            continue
+        parts = [held[task] for task in claim.parts]
+        mean = math.fsum(part.value for part in parts) / len(parts)
+        allowed = claim.rounding + math.fsum(part.rounding for part in parts) / len(parts)
+        if abs(mean - claim.value) > allowed + 1e-9:
+            yield Clash(
+                (claim.cell, *(part.cell for part in parts)),
+                "mean is not its parts'",
+                f"{claim.value:g} is given as the mean of {', '.join(claim.parts)}, whose mean is {mean:.2f}",
+            )
+
+
 RULES: tuple[Callable[[Ledger], Iterator[Clash]], ...] = (
     shifted_columns, contradicted, missing_parents, unscored_parents, no_hardware, unlike_the_main_row,
+    two_numbers_of_one_author, text_against_table, ranked_inside_chance, moves_with_stride, not_the_mean,
 )  # fmt: skip
-
-
-def task_size(task: str) -> int | None:
-    """Questions of a benchmark's canonical test set; None where this package does not know it."""
-    return SOURCES[task].known["test"][0] if task in SOURCES else None
 
 
 def half_width(claim: Claim) -> float | None:
     """Half of the 95% normal interval of a score, in points, at the size of its task."""
-    n, share = task_size(claim.task), claim.value / 100
+    n, share = published_n(claim), claim.value / 100
     return None if n is None else 100 * Z95 * math.sqrt(share * (1 - share) / n)
 
 
@@ -156,3 +249,43 @@ def _own(ledger: Ledger, claim: Claim) -> list[Claim]:
 
 def _equal(one: Claim, other: Claim) -> bool:
     return abs(one.value - other.value) < SAME
+
+
+def _pairs(ledger: Ledger) -> Iterator[tuple[Claim, Claim]]:
+    """Claims two by two, each pair once, in the ledger's order."""
+    return itertools.combinations(ledger.claims, 2)
+
+
+def _told_apart(claim: Claim, other: Claim) -> bool:
+    """Whether both state how they were asked, or how they were written, and not alike."""
+    asked = {one.profile or one.convention for one in (claim, other)}
+    written = {one.decoder for one in (claim, other) if one.decoder and not one.decoder_unknown}
+    return ("" not in asked and len(asked) > 1) or len(written) > 1
+
+
+def _conventions(claim: Claim, other: Claim) -> str:
+    """Whether the convention may be what is between them."""
+    stated = [one.profile or one.convention for one in (claim, other)]
+    return "one convention, as stated" if all(stated) else "unsure: conventions are not stated for both, and may differ"
+
+
+def _read(source: Source) -> str:
+    """A source's name, and whether it was read itself."""
+    return f"{source.name}{' (read at second hand)' if source.second_hand else ''}"
+
+
+def _ranked(ledger: Ledger) -> Iterator[tuple[Ranking, Claim, Claim]]:
+    """Each ranking with the pairs of scores it is about, of one source, table and task."""
+    for ranking in ledger.rankings:
+        scores = [c for c in ledger.claims if c.source == ranking.source and c.unit == "%" and not c.parts]
+        for better in (c for c in scores if c.system == ranking.better):
+            for than in (c for c in scores if c.system == ranking.than):
+                same = (better.table, better.task, better.where) == (than.table, than.task, than.where)
+                if same and (not ranking.tasks or better.task in ranking.tasks):
+                    yield ranking, better, than
+
+
+def _says(ledger: Ledger, ranking: Ranking) -> str:
+    """What a text says, and whether it was read itself."""
+    known = ", read at second hand," if ledger.sources[ranking.source].second_hand else ""
+    return f"its text{known} says: {ranking.says}"

@@ -11,7 +11,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -20,8 +20,9 @@ from fluid_model.errors import ConfigError, RunError
 from fluid_model.files import Nested, read_json
 from fluid_model.settings import DECODERS
 
-from . import data, harness, repeats
-from .claims import UNSTATED_CONVENTION, Claim, Ledger, System
+from . import data, harness, protocol, repeats
+from .claims import Claim, Ledger, System
+from .judgement import NOT_RUN, Finding, Judgement, Margins, judge
 from .lint import lint
 from .metrics import in_order
 from .paths import resource
@@ -32,10 +33,11 @@ from .spec import DEFAULT_PROFILE, RunSpec, build_spec
 from .stats import Interval, geometric, ratio_of_sums
 from .store import ENVIRONMENT, RUN_FILES, Record, held_spec, read_samples, write_json
 
-REPRODUCED, NOT_REPRODUCED, OTHER, NOT_RUN = "reproduced", "not reproduced", "different convention", "not run"
 CLAIMS = "claims.json"
 SPEED_REPEATS = 5
 """How often answers are timed again where a claim is in tokens/s."""
+STATES = ("num_fewshot", "max_new_tokens", "chat")
+"""Settings of a claim's own run that are part of the convention it states."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,16 @@ class Place:
 class Row:
     """A claim and what became of it.
 
-    measured: with its 95% interval, shares for scores, else in the claim's unit; None where nothing was run.
-    protocol: what it was measured under, "name hash".  run: the folder.  taken: when that run was begun, and at which
-    commit of this package: `started`, `commit`, `dirty`, `version`.
+    judged: its verdict; "" until the whole table is.  measured: with its 95% interval, shares for scores, else in the
+    claim's unit; None where nothing was run.  as_stated: by the convention that the claim states.  protocol: what it was
+    measured under, "name hash".  run: the folder.  taken: when that run was begun, and at which commit of this package:
+    `started`, `commit`, `dirty`, `version`.
     """
 
     claim: Claim
-    verdict: str
+    judged: Judgement
     measured: Interval | None = None
+    as_stated: bool = True
     protocol: str | None = None
     run: Path | None = None
     taken: Nested | None = None
@@ -86,22 +90,43 @@ class Row:
         return {
             **{
                 name: getattr(claim, name)
-                for name in ("table", "system", "task", "metric", "unit", "profile", "source", "note")
-            },
+                for name in (
+                    "table",
+                    "system",
+                    "task",
+                    "metric",
+                    "unit",
+                    "profile",
+                    "decoder",
+                    "source",
+                    "where",
+                    "note",
+                )
+            },  # fmt: skip
             "published": claim.value,
             "published_to": claim.to,
             "decimals": claim.decimals,
             "measured": found and {"score": found.mean, "low": found.low, "high": found.high, "n": found.n},
             "convention": {"published": claim.stated, "measured": self.protocol},
-            "verdict": self.verdict,
+            "verdict": self.judged.verdict,
+            "margin": self.judged.margin,
+            "p": {"within": self.judged.p_within, "beyond": self.judged.p_beyond},
             "run": None if self.run is None else str(self.run),
             "taken": self.taken,
         }
 
 
-def reproduce(ledger: Ledger, claims: Sequence[Claim], out: Path, place: Place, *, resume: bool = False) -> Nested:
-    """Measure those of the claims that can be; returns what claims.json holds: their rows, the linter's
-    findings, and the sources.
+def reproduce(
+    ledger: Ledger,
+    claims: Sequence[Claim],
+    out: Path,
+    place: Place,
+    *,
+    resume: bool = False,
+    margins: Margins | None = None,
+) -> Nested:
+    """Measure those of the claims that can be; returns what claims.json holds: their rows, how many claims are others'
+    and how many of those were measured, the linter's findings, and the sources.
 
     Run folders are kept below `out`: replaced, or gone on with if `resume`, where what is finished is not measured
     again. The whole ledger is linted, whichever claims are measured.
@@ -112,10 +137,10 @@ def reproduce(ledger: Ledger, claims: Sequence[Claim], out: Path, place: Place, 
     groups: dict[str, list[int]] = {}
     for number, claim in enumerate(claims):
         system = ledger.systems[claim.system]
-        if needs := missing(claim, system, place):
-            rows[number] = Row(claim, f"{NOT_RUN}: needs {', '.join(needs)}")
+        if needs := missing(claim, run_settings(claim, ledger), place, system):
+            rows[number] = not_run(claim, f"needs {', '.join(needs)}")
         else:
-            values = json.dumps(run_values(claim, system, place), sort_keys=True, default=str)
+            values = json.dumps(run_values(claim, ledger, place), sort_keys=True, default=str)
             groups.setdefault(values, []).append(number)
     specs: list[tuple[RunSpec, list[int]]] = []
     for values, numbers in groups.items():  # all of them before the first run: a slip is told at once
@@ -124,13 +149,19 @@ def reproduce(ledger: Ledger, claims: Sequence[Claim], out: Path, place: Place, 
             specs.append((build_spec(chat_of({**json.loads(values), "tasks": tasks})), numbers))
         except ConfigError as error:
             print(f"{claims[numbers[0]].cell}: {error}", file=sys.stderr)
-            rows |= {number: Row(claims[number], f"{NOT_RUN}: {error}") for number in numbers}
+            rows |= {number: not_run(claims[number], str(error)) for number in numbers}
     for done, (spec, numbers) in enumerate(specs, 1):
         print(f"run {done} of {len(specs)}: {claims[numbers[0]].system}", file=sys.stderr)
         measured = measure(spec, [claims[number] for number in numbers], out, resume=resume)
         rows |= dict(zip(numbers, measured, strict=True))
+    settled = settle(ledger, [rows[number] for number in range(len(claims))], margins)
+    external = [claim for claim in ledger.claims if not ledger.ours(claim)]
     found = {
-        "rows": [rows[number].to_dict() for number in range(len(claims))],
+        "rows": [row.to_dict() for row in settled],
+        "external": {
+            "claims": len(external),
+            "measured": sum(row.measured is not None and not ledger.ours(row.claim) for row in settled),
+        },
         "lint": [asdict(clash) for clash in lint(ledger)],
         "sources": {claim.source: ledger.sources[claim.source].cite for claim in claims},
     }
@@ -139,9 +170,31 @@ def reproduce(ledger: Ledger, claims: Sequence[Claim], out: Path, place: Place, 
     return found
 
 
-def missing(claim: Claim, system: System, place: Place) -> list[str]:
+def settle(ledger: Ledger, rows: Sequence[Row], margins: Margins | None = None) -> list[Row]:
+    """The rows with the verdicts of what was measured, which depend on how many there are."""
+    found = {place: row.measured for place, row in enumerate(rows) if row.measured is not None}
+    findings = [
+        Finding(rows[place].claim, measured, rows[place].as_stated, ledger.ours(rows[place].claim))
+        for place, measured in found.items()
+    ]
+    judged = dict(zip(found, judge(findings, margins), strict=True))
+    return [replace(row, judged=judged.get(place, row.judged)) for place, row in enumerate(rows)]
+
+
+def not_run(claim: Claim, why: str, run: Path | None = None, taken: Nested | None = None) -> Row:
+    """A claim of which nothing was measured."""
+    return Row(claim, Judgement(f"{NOT_RUN}: {why}"), run=run, taken=taken)
+
+
+def run_settings(claim: Claim, ledger: Ledger) -> Nested:
+    """Settings of the run that measures a claim: the system's, the decoder's it means, its own."""
+    means = ledger.decoders.get(claim.decoder)
+    return {**ledger.systems[claim.system].run, **({"decoder": means.run} if means else {}), **claim.run}
+
+
+def missing(claim: Claim, settings: Nested, place: Place, system: System) -> list[str]:
     """What would have to be here for the claim to be measured: what this package lacks, else what this machine does."""
-    decoder = {**system.run, **claim.run}.get("decoder", "ar")
+    decoder = settings.get("decoder", "ar")
     decoder = decoder.get("name", "ar") if isinstance(decoder, dict) else decoder
     if decoder not in DECODERS:
         return [f"decoder {decoder}"]
@@ -166,11 +219,12 @@ def missing(claim: Claim, system: System, place: Place) -> list[str]:
     return needs
 
 
-def run_values(claim: Claim, system: System, place: Place) -> Nested:
-    """Settings of the run that measures a claim, tasks apart."""
-    values: Nested = {"profile": claim.profile or DEFAULT_PROFILE, **system.run, **claim.run}
+def run_values(claim: Claim, ledger: Ledger, place: Place) -> Nested:
+    """All values of the run that measures a claim, tasks apart."""
+    system = ledger.systems[claim.system]
     return {
-        **values,
+        "profile": claim.profile or DEFAULT_PROFILE,
+        **run_settings(claim, ledger),
         "model": str(place.model(system)),
         "data_dir": place.data_dir,
         "allow_unsafe_code": place.may_run_code(system),
@@ -178,7 +232,7 @@ def run_values(claim: Claim, system: System, place: Place) -> Nested:
 
 
 def measure(spec: RunSpec, claims: Sequence[Claim], out: Path, *, resume: bool = False) -> list[Row]:
-    """Run what these claims share and judge each. A run that fails leaves its claims unmeasured, with the reason.
+    """Run what these claims share. A run that fails leaves its claims unmeasured, with the reason.
 
     What an earlier run of the same spec left below `out` is removed first, or gone on with if `resume`; a folder that
     holds other files beside is left alone.
@@ -191,7 +245,7 @@ def measure(spec: RunSpec, claims: Sequence[Claim], out: Path, *, resume: bool =
         times = SPEED_REPEATS if any(claim.unit == "tok/s" for claim in claims) else 0
         result = run(spec, folder, resume=resume, speed_repeats=times)
     except (ConfigError, RunError, OSError) as error:
-        return [Row(claim, f"{NOT_RUN}: {error}") for claim in claims]
+        return [not_run(claim, str(error)) for claim in claims]
     taken = _taken(folder)
     used = result.get("protocol")  # none in folders from before there were any
     told = f"{used['name']} {used['hash']}" if used else None
@@ -199,24 +253,37 @@ def measure(spec: RunSpec, claims: Sequence[Claim], out: Path, *, resume: bool =
     for claim in claims:
         try:
             found = _score(claim, result) if claim.unit == "%" else _speed(claim, folder)
+            stated = as_stated(claim, spec, result)
         except ConfigError as error:
-            rows.append(Row(claim, f"{NOT_RUN}: {error}", run=folder, taken=taken))
+            rows.append(not_run(claim, str(error), folder, taken))
         else:
-            rows.append(Row(claim, judge(claim, found, spec.profile), found, told, folder, taken))
+            rows.append(Row(claim, Judgement(""), found, stated, told, folder, taken))
     return rows
 
 
-def judge(claim: Claim, found: Interval, profile: str) -> str:
-    """Whether the published value, rounded as it is, lies in the measured 95% interval (a range: reaches into it).
+def as_stated(claim: Claim, spec: RunSpec, result: Nested) -> bool:
+    """Whether a run asked and read as the claim states: by what the result says it did, not by a profile's name.
 
-    Only where it was measured by the convention it states; of one that states none, the verdict says so.
+    A claim that states nothing is held against whatever was run; one that states it in words alone, against nothing.
     """
-    if claim.profile != profile and (claim.profile or claim.convention):
-        return OTHER
-    scale = 100 if claim.unit == "%" else 1
-    low, high = claim.value - claim.rounding, (claim.value if claim.to is None else claim.to) + claim.rounding
-    verdict = REPRODUCED if scale * found.low <= high and low <= scale * found.high else NOT_REPRODUCED
-    return verdict if claim.profile else f"{verdict} ({UNSTATED_CONVENTION})"
+    if not claim.profile:
+        return not claim.convention
+    if (used := result.get("protocol")) is None:
+        return False
+    values = {"profile": claim.profile, **{name: claim.run[name] for name in STATES if name in claim.run}}
+    wanted = build_spec(chat_of({**values, "tasks": list(spec.tasks), "model": spec.model.path}))
+    chat = result.get("chat") if wanted.chat == spec.chat else wanted.chat and asdict(wanted.chat)
+    built = json.dumps(replace(wanted, data_dir=spec.data_dir).to_dict(), sort_keys=True)
+    return bool(_expected(built, json.dumps(chat)) == used["hash"])
+
+
+@cache
+def _expected(values: str, chat: str) -> str:
+    """The hash of a protocol as its tasks are built here and now. values, chat: a spec's, a conversation's, as JSON."""
+    spec = build_spec(json.loads(values))
+    tasks = harness.load_tasks(spec)
+    members = {name: harness.members(tasks, name) for name in spec.tasks}
+    return str(protocol.describe(spec, tasks["tasks"], members, json.loads(chat))["hash"])
 
 
 def _taken(folder: Path) -> Nested:

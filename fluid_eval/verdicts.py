@@ -29,9 +29,12 @@ _OF_ROW = {
     "verdict", "source", "note", "run",
 }  # fmt: skip
 LEGEND = (
-    "reproduced: the published value lies in the measured 95% interval; different convention: measured under another "
-    f"protocol than the one stated, so neither reproduced nor not; {UNSTATED_CONVENTION}: judged by the convention "
-    "it was measured under, for want of its own, so that a miss may be the convention's; scores in %"
+    f"reproduced: surely within the margin named, by two one-sided tests of 5% each; not reproduced: surely further off, "
+    "the published number's own chance at its n counted too, and corrected for how many were judged (Holm: at most 5% of "
+    "tables hold one by chance); cannot tell: neither, with the n it would take; "
+    f"{UNSTATED_CONVENTION}, decoder {UNSTATED}: judged by those it was measured with, so that a miss may be for them; "
+    "different convention: measured under another protocol than the one stated, by what the run did, so not judged; "
+    "re-run: this project's own figures, equal to the last digit published or not, which no one else claims; scores in %"
 )
 
 
@@ -76,8 +79,13 @@ def convention(row: Row) -> str:
     return f"{told['published']} → {name}" if name else str(told["published"])
 
 
+def stands(row: Row) -> str:
+    """Where a published number stands: its source, and the place in it."""
+    return ", ".join(part for part in (row["source"], row.get("where")) if part)
+
+
 def kind(verdict: str) -> str:
-    """Which of the four a verdict is, without what it adds."""
+    """Which a verdict is, without what it adds."""
     return verdict.partition(":")[0].partition(" (")[0]
 
 
@@ -107,9 +115,18 @@ def in_tables(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """How many of each verdict."""
+    """How many of each verdict, and how many of them chance alone may have made."""
     kinds = [row["verdict"].partition(":")[0] for row in rows]
-    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    tested = sum(bool(row.get("p") and row["p"]["within"] is not None) for row in rows)
+    chance = f"; of {tested} judged, chance alone: one 'not reproduced' in at most 5% of such tables" if tested else ""
+    return counted + chance
+
+
+def external(found: Mapping[str, Any]) -> str:
+    """How many of others' claims were measured; empty in files from before that was counted."""
+    counted = found.get("external")
+    return f"Claims of others measured here: {counted['measured']} of {counted['claims']}" if counted else ""
 
 
 def print_verdicts(found: Mapping[str, Any]) -> None:
@@ -119,7 +136,8 @@ def print_verdicts(found: Mapping[str, Any]) -> None:
         console.print(f"{title}\n")
         _print_table(console, rows)
         console.print()
-    console.print("\n".join([summary(found["rows"]), *occasions(found["rows"])]) + f"\n\n{LEGEND}")
+    lines = [summary(found["rows"]), external(found), *occasions(found["rows"])]
+    console.print("\n".join(line for line in lines if line) + f"\n\n{LEGEND}")
     console.print("convention: a profile of docs/protocols.md; other: in the claim's own words (claims.md has them)")
     console.print("NAME/: the model's folder below --models-dir (or FLUID_MODELS_DIR)")
     if found["lint"]:
@@ -159,7 +177,7 @@ def page(found: Mapping[str, Any]) -> str:
         "Written by `fluid-eval reproduce --docs docs/claims.md`: every cell of `reports/claims.toml` beside what was "
         f"measured, on the day and at the commit that its row tells. {LEGEND[0].upper()}{LEGEND[1:]}.\n\n"
         "Conventions are told in [protocols.md](protocols.md).\n",
-        f"{summary(found['rows'])}.\n",
+        f"{summary(found['rows'])}. {external(found)}.\n",
     ]
     for title, rows in in_tables(found["rows"]):
         parts.append(f"## {title}\n")
@@ -171,6 +189,7 @@ def page(found: Mapping[str, Any]) -> str:
             "measured",
             "n",
             "convention",
+            "decoder",
             "verdict",
             "measured at",
             "source",
@@ -181,7 +200,7 @@ def page(found: Mapping[str, Any]) -> str:
             n = str(row["measured"]["n"]) if row["measured"] else ""
             cells = (
                 row["system"], row["task"], row["metric"], published(row), measured(row), n, convention(row),
-                row["verdict"], taken(row), row["source"], row["note"],
+                row.get("decoder", ""), row["verdict"], taken(row), stands(row), row["note"],
             )  # fmt: skip
             parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts.append("")

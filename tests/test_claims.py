@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
@@ -12,18 +11,19 @@ from pathlib import Path
 import pytest
 
 from bench.family import SYSTEMS
-from fluid_eval import reproduce, verdicts
+from fluid_eval import harness, protocol, reproduce, verdicts
 from fluid_eval.claims import Claim, System, read_claims
 from fluid_eval.cli import main
+from fluid_eval.judgement import Finding, Judgement, judge
 from fluid_eval.paths import resource
-from fluid_eval.reproduce import Place, judge
+from fluid_eval.reproduce import Place
 from fluid_eval.sandbox.ladder import Found
 from fluid_eval.spec import build_spec
-from fluid_eval.stats import Interval, interval
+from fluid_eval.stats import Interval
 from fluid_model import ConfigError
 
 LEDGER = """
-source = [{ name = "here", cite = "measured" }]
+source = [{ name = "here", cite = "measured" }, { name = "ours", cite = "our own", ours = true }]
 system = [
   { name = "tiny", weights = "tiny-ar", device = "cpu" },
   { name = "seven", weights = "seven-7b", run = { decoder = "fluid" } },
@@ -34,6 +34,7 @@ claim = [
   { table = "tiny", system = "tiny", task = "mini_gsm8k_1", metric = "tokens_per_forward", unit = "tok/forward", value = 0.96, to = 0.98, source = "here", run = { limit = 3 } },
   { table = "tiny", system = "tiny", task = "mini_gsm8k_1", metric = "exact_match,strict-match", value = 100.0, source = "here", convention = "another", run = { limit = 3 } },
   { table = "tiny", system = "tiny", task = "mini_gsm8k_1", metric = "f1", value = 3.0, source = "here", run = { limit = 3 } },
+  { table = "tiny", system = "tiny", task = "mini_gsm8k_1", metric = "exact_match,strict-match", value = 100.0, source = "ours", profile = "lm-eval", run = { limit = 3 } },
   { table = "main", system = "seven", task = "gsm8k", metric = "exact_match,flexible-extract", value = 91.9, source = "here" },
   { table = "main", system = "seven", task = "mbpp", metric = "pass@1", value = 50.0, source = "here" },
   { table = "speed", system = "seven", task = "gsm8k", metric = "speed-up", unit = "times", value = 2.3, source = "here" },
@@ -48,10 +49,10 @@ def claim(system="s", task="gsm8k", value=50.0, source="paper", **more):
 def test_every_bundled_claim_is_whole_and_can_be_asked_for():
     """Settings that no run takes, or that a later version would not know, are found here and not after hours."""
     found = read_claims()
-    assert len(found.claims) >= 90
+    assert len(found.claims) >= 170
     assert {c.table for c in found.claims} == {"tiny", "main", "ablation", "speed", "own"}
     for one in found.claims:
-        settings = {**found.systems[one.system].run, **one.run}
+        settings = reproduce.run_settings(one, found)
         if settings.get("decoder") in (None, "ar", "fluid", "nbdiff", "llada") or isinstance(settings["decoder"], dict):
             build_spec({"tasks": [one.task], "model": "m", "profile": one.profile or "lm-eval", **settings})
 
@@ -74,18 +75,33 @@ def test_the_ledger_claims_of_the_tiny_family_what_its_page_says():
             assert f"{one.value:.2f}" == row.split("|")[7].strip(), one.cell
 
 
+def test_the_readme_says_how_many_claims_of_others_were_measured():
+    """The number in the ledger, and the number on the page of what was measured last."""
+    found = read_claims()
+    others = {(c.system, c.source) for c in found.claims if not found.ours(c)}
+    root = resource("checkpoints").parent
+    page = (root / "docs" / "claims.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")] for line in page if line.startswith("| ")]
+    measured = sum(
+        any(cell.startswith("20") for cell in row) and not row[1].startswith(("tiny", "stories")) for row in rows
+    )
+    total = sum(not found.ours(c) for c in found.claims)
+    assert others
+    assert f"Of the {total} claims of others, {measured} have been measured" in (root / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("value = 91.9", "value = 191.9", r"mine\.toml, claim 6 \(seven gsm8k\): value=191.9 must lie in"),
-        ("value = 91.9", 'value = "many"', r"claim 6 \(seven gsm8k\): value='many' must be a number"),
-        ("value = 91.9, ", "", r"claim 6 \(seven gsm8k\): value is missing"),
-        ("value = 91.9", "value = 91.9, shots = 5", "claim 6 .*: shots is no setting; known: table, system"),
-        ('table = "speed"', 'table = "x"', r"claim 8 \(seven gsm8k\): table='x' is unknown; known: tiny, main"),
-        ('system = "seven", task = "mbpp"', 'system = "eight", task = "mbpp"', "claim 7 .*: system='eight' is not in"),
-        ('value = 50.0, source = "here"', 'value = 50.0, source = "there"', "claim 7 .*: source='there' is not in"),
+        ("value = 91.9", "value = 191.9", r"mine\.toml, claim 7 \(seven gsm8k\): value=191.9 must lie in"),
+        ("value = 91.9", 'value = "many"', r"claim 7 \(seven gsm8k\): value='many' must be a number"),
+        ("value = 91.9, ", "", r"claim 7 \(seven gsm8k\): value is missing"),
+        ("value = 91.9", "value = 91.9, shots = 5", "claim 7 .*: shots is no setting; known: table, system"),
+        ('table = "speed"', 'table = "x"', r"claim 9 \(seven gsm8k\): table='x' is unknown; known: tiny, main"),
+        ('system = "seven", task = "mbpp"', 'system = "eight", task = "mbpp"', "claim 8 .*: system='eight' is not in"),
+        ('value = 50.0, source = "here"', 'value = 50.0, source = "there"', "claim 8 .*: source='there' is not in"),
         ('task = "mbpp", metric = "pass@1"', 'task = "gsm8k", metric = "exact_match,flexible-extract"', "stands twice"),
-        ('metric = "speed-up"', 'metric = "tempo"', "claim 8 .*: metric='tempo': unit times is of speed-up"),
+        ('metric = "speed-up"', 'metric = "tempo"', "claim 9 .*: metric='tempo': unit times is of speed-up"),
         ("to = 0.98", "to = 0.5", "claim 3 .*: to=0.5 must lie in"),
         ('convention = "another"', 'convention = "another", profile = "lm-eval"', "claim 4 .*: convention='another'"),
         ('name = "seven"', 'name = "seven", parent = "nine"', "system seven: parent='nine' is not in the ledger"),
@@ -102,32 +118,35 @@ def test_a_bad_entry_is_named_with_its_file(tmp_path, old, new, message):
         read_claims(file)
 
 
-def test_a_claim_changed_by_ten_points_flips_its_verdict():
-    """At the sizes of the benchmarks: what lies in the middle is reproduced, ten points off it is not."""
-    for n, share in itertools.product((210, 500, 1319), (0.3, 0.62, 0.9)):
-        found = interval([1.0] * round(n * share) + [0.0] * (n - round(n * share)))
-        one = claim(value=100 * found.mean, profile="lm-eval")
-        assert judge(one, found, "lm-eval") == "reproduced"
-        for points in (-10, 10):
-            other = replace(one, value=min(100.0, one.value + points))
-            assert judge(other, found, "lm-eval") == "not reproduced", (n, share, points)
+def test_a_protocol_is_told_by_what_ran_and_not_by_its_name(tmp_path):
+    """The same name over other shots is another convention; another name over the same content is the same."""
+    data = tmp_path / "data" / "gsm8k"
+    data.mkdir(parents=True)
+    for split in ("train", "test"):
+        rows = [{"question": f"{n}?", "answer": f"so\n#### {n}"} for n in range(8)]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.toml").write_text('about = "x"\n[tasks.gsm8k]\nsource = "y"\nnum_fewshot = 5\n')
+    base = {"tasks": ["gsm8k"], "model": "m", "data_dir": str(data.parent)}
 
+    def ran(**more):
+        spec = build_spec({**base, **more})
+        tasks = harness.load_tasks(spec)
+        return spec, {"protocol": protocol.describe(spec, tasks["tasks"], {"gsm8k": ["gsm8k"]}, None)}
 
-def test_only_what_was_measured_as_stated_is_judged():
-    found = Interval(0.5, 0.45, 0.55, 400)
-    assert judge(claim(profile="lm-eval"), found, "lm-eval") == "reproduced"
-    assert judge(claim(), found, "lm-eval") == "reproduced (convention not stated)"
-    assert judge(claim(value=99.0), found, "lm-eval") == "not reproduced (convention not stated)"
-    for other in (claim(profile="fluid-paper"), claim(convention="0-shot"), claim(value=99.0, convention="0-shot")):
-        assert judge(other, found, "lm-eval") == "different convention"
-    exact = Interval(0.9731, 0.9727, 0.9735, 630)
-    speed = claim(unit="tok/forward", metric="tokens_per_forward", profile="lm-eval")
-    rounded = [judge(replace(speed, value=value), exact, "lm-eval") for value in (0.97, 0.973, 0.97001, 0.98)]
-    assert rounded == ["reproduced", "reproduced", "not reproduced", "not reproduced"], "0.97 may be 0.9731, 0.98 not"
-    ratio = Interval(5.0, 4.8, 5.2, 9)
-    ends = [(4.0, 4.7), (4.0, 4.9), (4.9, 5.0), (5.1, 6.0), (5.3, 6.0)]
-    told = [judge(replace(speed, value=v, to=to), ratio, "lm-eval") for v, to in ends]
-    assert told == ["not reproduced", "reproduced", "reproduced", "reproduced", "not reproduced"]
+    plain, other = ran(), ran(num_fewshot=0)
+    stated = claim(profile="lm-eval")
+    assert reproduce.as_stated(stated, *plain)
+    assert not reproduce.as_stated(stated, *other), "lm-eval by name, 0-shot by content"
+    assert reproduce.as_stated(replace(stated, run={"num_fewshot": 0}), *other), "the claim says so itself"
+    assert reproduce.as_stated(replace(stated, profile=str(tmp_path / "mine.toml")), *plain), (
+        "another name, one content"
+    )
+    assert reproduce.as_stated(stated, *ran(profile=str(tmp_path / "mine.toml")))
+    stale = {"protocol": {**plain[1]["protocol"], "hash": "0" * 12}}
+    assert not reproduce.as_stated(stated, plain[0], stale), "stored under what the profile was once"
+    assert not reproduce.as_stated(stated, plain[0], {}), "not recorded"
+    assert reproduce.as_stated(claim(), *other), "it states none"
+    assert not reproduce.as_stated(claim(convention="0-shot"), *other), "words are not compared"
 
 
 @pytest.fixture(scope="module")
@@ -144,29 +163,33 @@ def test_claims_are_measured_where_they_can_be_and_else_say_what_they_need(measu
     _, found = measured
     rows = found["rows"]
     assert [row["verdict"] for row in rows] == [
-        "reproduced",
-        "not reproduced (convention not stated)",
-        "reproduced (convention not stated)",
+        "cannot tell: n = 3 is too few for 3.0 points, about 99 would do if it is right",
+        "not reproduced (convention not stated): 100.0 points off, surely more than 3.0 points",
+        "reproduced (convention not stated): within 0.048 tok/forward",
         "different convention",
         "not run: its task has no metric 'f1'; known: exact_match,flexible-extract, exact_match,strict-match",
+        "re-run, equal",
         "not run: needs weights seven-7b/, a CUDA device, data gsm8k",
         "not run: needs task mbpp",
         "not run: needs the system it is faster than",
     ]
-    assert [bool(row["measured"]) for row in rows] == [True, True, True, True, False, False, False, False]
+    assert [bool(row["measured"]) for row in rows] == [True, True, True, True, False, True, False, False, False]
     assert rows[0]["measured"]["n"] == 3
     assert rows[0]["measured"]["score"] == rows[1]["measured"]["score"] == 1.0, "measured, not copied"
-    assert len({row["run"] for row in rows[:5]}) == 1, "claims that share a run share it"
-    assert rows[5]["run"] is None
+    assert len({row["run"] for row in rows[:6]}) == 1, "claims that share a run share it"
+    assert rows[6]["run"] is None
+    assert found["external"] == {"claims": 8, "measured": 4}, "our own are no claims of others"
     assert rows[0]["convention"]["measured"].startswith("lm-eval ")
-    assert rows[5]["convention"] == {"published": "not stated", "measured": None}
+    assert rows[6]["convention"] == {"published": "not stated", "measured": None}
 
 
 def test_the_tables_tell_what_was_found(measured, capsys):
     out, found = measured
     page = (out / "page.md").read_text()
     assert page == (out / "out" / "claims.md").read_text() == verdicts.page(found)
-    assert "| seven | gsm8k | exact_match,flexible-extract | 91.9 | – |  | not stated | not run: needs weights" in page
+    assert (
+        "| seven | gsm8k | exact_match,flexible-extract | 91.9 | – |  | not stated |  | not run: needs weights" in page
+    )
     assert "another → lm-eval" in page
     assert "- here: measured" in page
     assert str(out) not in page, "no path of this machine"
@@ -174,8 +197,10 @@ def test_the_tables_tell_what_was_found(measured, capsys):
     verdicts.print_verdicts(found)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
-    counted = "1 reproduced, 1 not reproduced (convention not stated), 1 reproduced (convention"
+    counted = "1 cannot tell, 1 not reproduced (convention not stated), 1 reproduced (convention"
     assert counted in " ".join(printed.split())
+    assert "Claims of others measured here: 4 of 8" in printed
+    assert "Claims of others measured here: 4 of 8" in page
     day, sha = found["rows"][0]["taken"]["started"][:10], found["rows"][0]["taken"]["commit"]
     at = f"commit {sha[:7]}" if sha else "version"
     assert f"measured {day}, {at}" in printed
@@ -219,7 +244,7 @@ def test_a_claim_that_cannot_be_asked_for_is_named_before_the_first_run(tmp_path
 
     def measure(spec, claims, out, *, resume):
         told.append(capsys.readouterr().err)
-        return [reproduce.Row(one, "reproduced") for one in claims]
+        return [reproduce.Row(one, Judgement("reproduced")) for one in claims]
 
     monkeypatch.setattr(reproduce, "measure", measure)
     rows = reproduce.reproduce(held, held.claims[:5], tmp_path / "out", Place(tmp_path, str(tmp_path)))["rows"]
@@ -266,10 +291,11 @@ def test_a_value_may_be_off_by_its_own_rounding():
     assert speed.rounding == pytest.approx(0.5)
     two = claim(unit="tok/forward", metric="tokens_per_forward", value=2.0, decimals=2, profile="lm-eval")
     assert two.rounding == pytest.approx(0.005)
-    found = Interval(1.97, 1.96, 1.98, 9)
-    assert judge(two, found, "lm-eval") == "not reproduced"
-    assert judge(replace(two, decimals=1), found, "lm-eval") == "reproduced"
-    shown = [verdicts.published(reproduce.Row(one, "").to_dict()) for one in (speed, two, replace(two, to=2.5))]
+    ours = [Finding(one, Interval(1.97, 1.96, 1.98, 9), own=True) for one in (two, replace(two, decimals=1))]
+    assert [told.verdict for told in judge(ours)] == ["re-run, differs: by 0.03 tok/forward", "re-run, equal"]
+    shown = [
+        verdicts.published(reproduce.Row(one, Judgement("")).to_dict()) for one in (speed, two, replace(two, to=2.5))
+    ]
     assert shown == ["3700 tok/s", "2.00 tok/fwd", "2.00–2.50 tok/fwd"]
     for one in read_claims().claims:
         if one.source == "tiny family" or one.value >= 100:
@@ -288,7 +314,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     system = System("s", "big", hub="who/big")
 
     def needs(one, system=system, **place):
-        return reproduce.missing(one, system, Place(tmp_path / "models", **place))
+        return reproduce.missing(one, {**system.run, **one.run}, Place(tmp_path / "models", **place), system)
 
     code = claim(task="humaneval")
     speed = claim(unit="tok/s", metric="tokens_per_second", hardware="H100")

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fluid_eval.claims import Ledger, Source, System, read_claims
+from fluid_eval.claims import Decoder, Ledger, Ranking, Source, System, read_claims
 from fluid_eval.lint import lint
 
 from .test_claims import claim
 
 SEVERAL = (System("s", "w", own=("report",)), System("t", "w", parent="s"), System("whole s", "w", same_as="s"))
 
+WAYS = {
+    "verified": Decoder("verified", "", {"name": "fluid"}),
+    "unverified": Decoder("unverified", "", {"name": "fluid", "verify": False}),
+}
 
-def ledger(*claims, whole=(), generated=False):
-    sources = {c.source: Source(c.source, "", whole, generated) for c in claims}
-    return Ledger(tuple(claims), {system.name: system for system in SEVERAL}, sources)
+
+def ledger(*claims, whole=(), generated=False, about=None, rankings=(), systems=()):
+    about = about or {}
+    sources = {
+        c.source: Source(c.source, "", whole=whole, generated=generated, **about.get(c.source, {})) for c in claims
+    }
+    named = {system.name: system for system in (*SEVERAL, *systems)}
+    return Ledger(tuple(claims), named, sources, WAYS, rankings)
 
 
 def kinds(*claims, **more):
@@ -43,7 +52,7 @@ def test_a_value_far_from_the_systems_own_is_flagged():
         "near one of several"
     )
     assert kinds(claim(task="humaneval", value=56.0), claim(task="humaneval", source="report")) == [], "164 questions"
-    assert kinds(claim(task="mbpp", value=90.0), claim(task="mbpp", source="report")) == [], "of unknown size"
+    assert kinds(claim(task="cmmlu", value=90.0), claim(task="cmmlu", source="report")) == [], "of unknown size"
     assert kinds(claim(value=90.0), claim(value=50.0, source="elsewhere")) == [], "not its authors'"
 
 
@@ -85,17 +94,114 @@ def test_an_ablation_must_end_where_the_main_table_is():
     assert kinds(main_row, replace(whole, value=50.4, task="math500")) == []
 
 
+BY_ONE = {"card": {"by": "we"}, "paper": {"by": "we", "second_hand": True}, "other": {"by": "they"}}
+
+
+def test_one_author_with_two_numbers_for_a_cell_is_flagged():
+    card, paper = claim(source="card", value=36.2), claim(value=78.6)
+    assert kinds(card, paper, about=BY_ONE) == ["one author, two numbers"]
+    (clash,) = lint(ledger(card, paper, about=BY_ONE))
+    assert clash.reason == (
+        "36.2 in card and 78.6 in paper (read at second hand), both by we; unsure: conventions are not stated for both, "
+        "and may differ"
+    )
+    asked = replace(card, convention="0-shot")
+    assert kinds(asked, replace(paper, convention="5-shot"), about=BY_ONE) == [], "they say what is between them"
+    assert kinds(asked, replace(paper, convention="0-shot"), about=BY_ONE) == ["one author, two numbers"]
+    written = replace(card, decoder="verified"), replace(paper, decoder="unverified")
+    assert kinds(*written, about=BY_ONE) == []
+    assert kinds(card, replace(paper, value=36.2), about=BY_ONE) == []
+    for other in (replace(paper, source="other"), replace(paper, task="mmlu"), replace(paper, system="whole s")):
+        assert kinds(card, other, about=BY_ONE) == []
+    assert kinds(card, paper) == [], "nobody is named"
+
+
+def test_text_against_its_own_table_is_flagged():
+    table, text = claim(where="Table 4", value=59.1), claim(where="appendix text", value=52.7)
+    assert kinds(table, text) == ["text against table"]
+    assert kinds(table, replace(text, value=59.1)) == []
+    assert kinds(table, replace(text, source="other")) == [], "two sources"
+    assert kinds(replace(table, convention="a"), replace(text, convention="b")) == []
+
+
+def test_a_ranking_is_held_against_its_own_numbers():
+    """HumanEval at 31.7 and 42.7: the wrong way round. 60.4 and 59.8: inside chance. 90 and 30: as said."""
+    better = Ranking("paper", "whole s", "u", "ours is better")
+    systems = (System("u", "w"),)
+
+    def found(ours, theirs, **more):
+        cells = [claim(system=name, task="humaneval", value=v) for name, v in (("whole s", ours), ("u", theirs))]
+        return kinds(*cells, rankings=(replace(better, **more),), systems=systems)
+
+    assert found(31.7, 42.7) == ["text against table"]
+    assert found(60.4, 59.8) == ["ranking inside its own interval"]
+    assert found(60.0, 60.0) == ["ranking inside its own interval"], "equal is not better"
+    assert found(90.0, 30.0) == []
+    assert found(31.7, 42.7, tasks=("gsm8k",)) == [], "it is not said of this task"
+    assert found(31.7, 42.7, source="other") == []
+    unknown = [claim(system=name, task="none", value=v) for name, v in (("whole s", 60.4), ("u", 59.8))]
+    assert kinds(*unknown, rankings=(better,), systems=systems) == [], "of a test set of unknown size"
+
+
+def test_accuracy_that_moves_with_stride_under_verification_is_flagged():
+    systems = (System("u", "w", stride_of="s"),)
+
+    def found(one, other, value=51.0, **more):
+        cells = claim(system="s", decoder=one), claim(system="u", value=value, decoder=other, **more)
+        return [clash.reason for clash in lint(ledger(*cells, systems=systems))]
+
+    (sure,) = found("verified", "verified")
+    assert sure.endswith("so 50 and 51 cannot both be of it")
+    (unsure,) = found("unknown: x", "unknown: x")
+    assert unsure.startswith("unsure: which decoder")
+    assert found("unverified", "unverified") == []
+    assert found("verified", "unverified") == []
+    assert found("verified", "verified", value=50.0) == []
+    assert found("verified", "verified", task="mmlu") == []
+    speeds = {"unit": "tok/round", "metric": "stride"}
+    assert found("verified", "verified", **speeds) == [], "speed is what a stride is for"
+
+
+def test_a_mean_that_is_not_its_parts_is_flagged():
+    cells = [claim(task=task, value=value) for task, value in (("gsm8k", 70.05), ("math", 35.46), ("mbpp", 45.0))]
+    mean = claim(task="average", metric="mean", value=50.17, parts=("gsm8k", "math", "mbpp"))
+    assert kinds(*cells, mean) == [], "rounded"
+    assert kinds(*cells, replace(mean, value=51.2)) == ["mean is not its parts'"]
+    assert kinds(*cells[:2], replace(mean, value=51.2)) == [], "a part is not known"
+    assert kinds(*cells, replace(mean, value=51.2, source="other")) == [], "parts of another table"
+
+
+def test_the_new_rules_find_what_is_known_in_the_bundled_ledger():
+    found = {(clash.kind, clash.cells[0], clash.cells[1]) for clash in lint(read_claims()) if len(clash.cells) == 2}
+    noise = "FLUID-7B noise 10% {} (FLUID paper, noise)", "FLUID-7B noise {} (FLUID paper, noise)"
+    base = "NBDiff-7B-Base {} (NBDiff, {})"
+    assert {
+        ("one author, two numbers", "LLaDA-8B gsm8k 36.2 (FLUID README and card)",
+         "LLaDA-8B gsm8k 78.6 (FLUID paper, main table)"),
+        ("text against table", base.format("mmlu_pro 59.1", "Table 4"), base.format("mmlu_pro 52.7", "appendix text")),
+        ("text against table", base.format("bbh 77.3", "Table 4"), base.format("bbh 69.4", "appendix text")),
+        ("text against table", "NBDiff Qwen3-8B: ours humaneval 31.71 (NBDiff, Table 2)",
+         "NBDiff Qwen3-8B: plain humaneval 42.68 (NBDiff, Table 2)"),
+        ("ranking inside its own interval", noise[0].format("gsm8k 91.9"), noise[1].format("0% gsm8k 91")),
+        ("accuracy moves with stride", "FLUID-7B causal fixed gsm8k 90.6 (FLUID paper, attention and horizon)",
+         "FLUID-7B causal elastic gsm8k 91.9 (FLUID paper, attention and horizon)"),
+    } <= found  # fmt: skip
+    assert not any("LLaDA EVAL" in a and "LLaDA EVAL" in b for kind, a, b in found if kind == "one author, two numbers")
+    assert not any(kind == "mean is not its parts'" for kind, *_ in found), "Table 2's averages are those of its cells"
+    assert sum(kind == "text against table" for kind, *_ in found) == 6 + 2
+
+
 def test_what_clashes_in_the_bundled_ledger():
     found = lint(read_claims())
     told = {(clash.kind, clash.cells[0]) for clash in found}
     assert {
-        ("equals another column", "Qwen-2.5-7B humaneval 79.2 (FLUID)"),
-        ("equals another column", "Qwen-2.5-7B math500 84.8 (FLUID)"),
-        ("equals another column", "LLaDA-8B math500 34.2 (FLUID)"),
-        ("contradicts the system's own report", "LLaDA-8B gsm8k 36.2 (FLUID)"),
-        ("no row of its parent", "FLUID-7B (FLUID, main table)"),
+        ("equals another column", "Qwen-2.5-7B humaneval 79.2 (FLUID README and card)"),
+        ("equals another column", "Qwen-2.5-7B math500 84.8 (FLUID README and card)"),
+        ("equals another column", "LLaDA-8B math500 34.2 (FLUID README and card)"),
+        ("contradicts the system's own report", "LLaDA-8B gsm8k 36.2 (FLUID README and card)"),
+        ("no row of its parent", "FLUID-7B (FLUID README and card, main table)"),
         ("no score of its parent", "NBDiff-7B-Instruct (NBDiff)"),
-        ("speed without hardware", "FLUID-7B mmlu 18.82 tok/s (FLUID)"),
+        ("speed without hardware", "FLUID-7B mmlu 18.82 tok/s (FLUID paper)"),
     } <= told
     assert not any("tiny" in cell for clash in found for cell in clash.cells)
     held = read_claims()
@@ -106,6 +212,7 @@ def test_what_clashes_in_the_bundled_ledger():
             assert any(cell.startswith(f"{one.system} {one.task} ") for cell in new), one.cell
             (main_row,) = [
                 other for other in held.claims
-                if (other.system, other.task, other.table) == (held.systems[one.system].same_as, one.task, "main")
+                if (other.system, other.task, other.table, other.source)
+                == (held.systems[one.system].same_as, one.task, "main", one.source)
             ]  # fmt: skip
             assert (one.metric, one.stated) == (main_row.metric, main_row.stated), "one number, one convention"

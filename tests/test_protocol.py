@@ -88,8 +88,8 @@ def test_profiles_change_what_they_say_and_nothing_else(rows, tmp_path):
 
 
 def test_fluids_prompt_is_that_of_its_public_evaluation(rows):
-    """EvalScope at commit fde259d2 (its words since ae18072a, v1.3.0) builds this from the same rows: one user turn, the
-    first four train rows in order; its text's SHA-256 was taken from that code.
+    """EvalScope at commit fde259d2 (its words since ae18072a, v1.3.0) builds this from the same rows: one user turn,
+    the first four train rows in order; its text's SHA-256 was taken from that code.
     """
     spec = build_spec(protocol.chat_of({**BASE, "data_dir": str(rows), "profile": "fluid-paper"}))
     turns = []
@@ -104,15 +104,14 @@ def test_fluids_prompt_is_that_of_its_public_evaluation(rows):
         )
     assert [[turn["role"] for turn in each] for each in turns] == [["user"], ["user"]]
     first, second = (each[0]["content"] for each in turns)
-    shown = "\n\n".join(
-        f"What is {n} + 1?\n\nReasoning:\n{n} + 1\n\nANSWER: \\boxed{{{n + 1}}}" for n in range(4)
-    )
+    shown = "\n\n".join(f"What is {n} + 1?\n\nReasoning:\n{n} + 1\n\nANSWER: \\boxed{{{n + 1}}}" for n in range(4))
     asked = "What is {} + 1?\nPlease reason step by step, and put your final answer within \\boxed{{}}."
     head = "Here are some examples of how to solve similar problems:\n\n"
     assert first == f"{head}{shown}\n\n{asked.format(0)}"
     assert second == f"{head}{shown}\n\n{asked.format(1)}"
     assert hashlib.sha256(first.encode()).hexdigest() == PUBLIC_PROMPT
-    assert spec.chat.thinking and spec.chat.read_thoughts, "</think> is not what openPangu writes: nothing is cut"
+    assert spec.chat.thinking
+    assert spec.chat.read_thoughts, "</think> is not what openPangu writes: nothing is cut"
 
 
 @pytest.mark.parametrize(
@@ -169,7 +168,8 @@ def test_one_hash_means_asked_and_read_alike(rows, tmp_path):
     assert same["hash"] == plain["hash"], "neither name nor source is part of what was done"
     hashes = {plain["hash"]}
     for change in (
-        "num_fewshot = 4", 'doc_to_text = "{{question}}"', "until = []", "max_gen_toks = 9", 'fewshot_config = { doc_to_target = "x" }',
+        "num_fewshot = 4", 'doc_to_text = "{{question}}"', "until = []", "max_gen_toks = 9",
+        'fewshot_config = { doc_to_target = "x" }',
         'description = "x"', f"[tasks.gsm8k.extractor]{LAST}",
     ):  # fmt: skip
         _, other = built(rows, profile=write(tmp_path, f'about = "x"\n[tasks.gsm8k]\nsource = "y"\n{change}\n'))

@@ -26,6 +26,12 @@ def add(reproduce: argparse.ArgumentParser) -> None:
     reproduce.add_argument("--ledger", type=Path, metavar="FILE", help="default: the bundled reports/claims.toml")
     reproduce.add_argument("--out", type=Path, default=Path("runs/claims"), metavar="DIR", help="default: runs/claims")
     reproduce.add_argument(
+        "--margin", type=float, metavar="POINTS", help="how far a score may be off and be reproduced (default: 3)"
+    )
+    reproduce.add_argument(
+        "--speed-margin", type=float, metavar="PERCENT", help="the same for speeds, of the published value (default: 5)"
+    )
+    reproduce.add_argument(
         "--resume", action="store_true", help="go on with the runs in --out: what is finished is not measured again"
     )
     reproduce.add_argument("--docs", type=Path, metavar="FILE", help="write the page docs/claims.md, too")
@@ -36,6 +42,7 @@ def main(options: argparse.Namespace) -> int:
     from fluid_model import files
 
     from ..claims import read_claims
+    from ..judgement import Margins
     from ..reproduce import Place, reproduce
     from ..verdicts import page, print_verdicts
 
@@ -43,7 +50,9 @@ def main(options: argparse.Namespace) -> int:
     claims = _wanted(ledger.claims, options)
     models = Path(options.models_dir or os.environ.get("FLUID_MODELS_DIR") or "models")
     place = Place(models, options.data_dir or os.environ.get("FLUID_DATA_DIR"), options.allow_unsafe_code)
-    found = reproduce(ledger, claims, options.out, place, resume=options.resume)
+    given = {"points": options.margin, "percent": options.speed_margin}
+    margins = Margins(**{name: value for name, value in given.items() if value is not None})
+    found = reproduce(ledger, claims, options.out, place, resume=options.resume, margins=margins)
     text = page(found)
     for file in (options.out / "claims.md", options.docs):
         if file is not None:

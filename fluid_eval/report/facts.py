@@ -14,7 +14,7 @@ from ..metrics import as_point
 from ..show import difference, probability, ratio
 from ..stats import Interval
 from ..strides import strides
-from ..verdicts import kind, summary
+from ..verdicts import external, kind, summary
 from .stored import Nested, Stored
 
 State = Literal["good", "bad", "warn", "none"]
@@ -23,7 +23,10 @@ SIGNS: Mapping[State, str] = {"good": "✓", "bad": "✗", "warn": "!", "none": 
 CLAIM_STATES: Mapping[str, State] = {
     "reproduced": "good",
     "not reproduced": "bad",
+    "cannot tell": "warn",
     "different convention": "warn",
+    "re-run, equal": "good",
+    "re-run, differs": "bad",
 }
 AUDIT_STATES: Mapping[str, State] = {
     "identical": "good",
@@ -244,9 +247,17 @@ def _of_claims(claims: Nested, runs: Sequence[Stored]) -> list[Verdict]:
     text = summary(rows)
     if claims.get("lint"):
         text += f"; {len(claims['lint'])} published cells clash"
-    worst: State = "bad" if "not reproduced" in kinds else "good" if "reproduced" in kinds else "none"
-    word = {"bad": "not all hold", "good": "reproduced", "none": "none measured"}[worst]
-    return [Verdict(worst, "Claims", word, text, "claims")]
+    if counted := external(claims):
+        text += f"; {counted[0].lower()}{counted[1:]}"
+    words: dict[str, tuple[State, str]] = {  # the worst first
+        "not reproduced": ("bad", "not all hold"),
+        "re-run, differs": ("bad", "own figures differ"),
+        "cannot tell": ("warn", "not all can be told"),
+        "reproduced": ("good", "reproduced"),
+        "re-run, equal": ("good", "own figures, re-run"),
+    }
+    state, word = next((words[each] for each in words if each in kinds), ("none", "none judged"))
+    return [Verdict(state, "Claims", word, text, "claims")]
 
 
 def _of_protocols(

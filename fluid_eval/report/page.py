@@ -45,6 +45,7 @@ def render(facts: Facts) -> str:
         "audit_state": state.audit_state,
         "claim_state": state.claim_state,
         "in_tables": verdicts.in_tables,
+        "stands": verdicts.stands,
     }
     house.filters |= {"quoted": partial(json.dumps, ensure_ascii=False)}  # a space is seen
     house.filters |= {"ratio": ratio, "speed": speed}
@@ -52,6 +53,7 @@ def render(facts: Facts) -> str:
     script = _script(folder)
     return house.get_template(TEMPLATE).render(
         facts=facts,
+        claims_legend=verdicts.LEGEND,
         runs=facts.runs,
         several=len(facts.runs) > 1,
         title=_title(facts),
