@@ -110,8 +110,8 @@ class Claim:
     profile: the convention it follows, if that is one of this package's; else convention tells it in words, and with
     neither it is not stated.  decoder: the way of writing it means, by name, or "unknown: " and why that is.  where: in
     its source.  parts: tasks that a mean is over.  n: questions behind it, where not the whole test set.  margin:
-    within which a measured value is the same, in its unit.  hardware: of speeds.  decimals: as published, where the value as a
-    number does not show them (2.00, 3700).  run: settings beside the system's.
+    within which a measured value is the same, in its unit.  hardware: of speeds.  decimals: as published, where the
+    value as a number does not show them (2.00, 3700).  run: settings beside the system's.
     """
 
     table: Table

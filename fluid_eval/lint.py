@@ -186,13 +186,8 @@ def moves_with_stride(ledger: Ledger) -> Iterator[Clash]:
     """Scores that differ between systems that differ in stride alone, where what is written is verified."""
     for claim, other in _pairs(ledger):
         strides = {ledger.systems[claim.system].stride_of, ledger.systems[other.system].stride_of}
-        alike = (claim.source, claim.table, claim.task, claim.unit) == (
-            other.source,
-            other.table,
-            other.task,
-            other.unit,
-        )
-        if not alike or not strides & {claim.system, other.system} or _equal(claim, other) or claim.unit != "%":
+        cells = {(one.source, one.table, one.task, one.unit) for one in (claim, other)}
+        if len(cells) > 1 or not strides & {claim.system, other.system} or _equal(claim, other) or claim.unit != "%":
             continue
         means = [ledger.decoders.get(one.decoder) for one in (claim, other)]
         verified = all(one is not None and one.verifies for one in means)

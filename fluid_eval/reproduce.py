@@ -36,6 +36,8 @@ from .store import ENVIRONMENT, RUN_FILES, Record, held_spec, read_samples, writ
 CLAIMS = "claims.json"
 SPEED_REPEATS = 5
 """How often answers are timed again where a claim is in tokens/s."""
+CELL = ("table", "system", "task", "metric", "unit", "profile", "decoder", "source", "where", "note")
+"""What a row says of its claim as the ledger has it."""
 STATES = ("num_fewshot", "max_new_tokens", "chat")
 """Settings of a claim's own run that are part of the convention it states."""
 
@@ -71,8 +73,8 @@ class Row:
     """A claim and what became of it.
 
     judged: its verdict; "" until the whole table is.  measured: with its 95% interval, shares for scores, else in the
-    claim's unit; None where nothing was run.  as_stated: by the convention that the claim states.  protocol: what it was
-    measured under, "name hash".  run: the folder.  taken: when that run was begun, and at which commit of this package:
+    claim's unit; None where nothing was run.  as_stated: by the convention that the claim states.  protocol: what it
+    was measured under, "name hash".  run: the folder.  taken: when that run was begun, and at which commit of this package:
     `started`, `commit`, `dirty`, `version`.
     """
 
@@ -88,21 +90,7 @@ class Row:
         """As claims.json holds it."""
         claim, found = self.claim, self.measured
         return {
-            **{
-                name: getattr(claim, name)
-                for name in (
-                    "table",
-                    "system",
-                    "task",
-                    "metric",
-                    "unit",
-                    "profile",
-                    "decoder",
-                    "source",
-                    "where",
-                    "note",
-                )
-            },  # fmt: skip
+            **{name: getattr(claim, name) for name in CELL},
             "published": claim.value,
             "published_to": claim.to,
             "decimals": claim.decimals,

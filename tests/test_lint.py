@@ -102,8 +102,8 @@ def test_one_author_with_two_numbers_for_a_cell_is_flagged():
     assert kinds(card, paper, about=BY_ONE) == ["one author, two numbers"]
     (clash,) = lint(ledger(card, paper, about=BY_ONE))
     assert clash.reason == (
-        "36.2 in card and 78.6 in paper (read at second hand), both by we; unsure: conventions are not stated for both, "
-        "and may differ"
+        "36.2 in card and 78.6 in paper (read at second hand), both by we; unsure: conventions are not stated for "
+        "both, and may differ"
     )
     asked = replace(card, convention="0-shot")
     assert kinds(asked, replace(paper, convention="5-shot"), about=BY_ONE) == [], "they say what is between them"
