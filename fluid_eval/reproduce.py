@@ -74,8 +74,8 @@ class Row:
 
     judged: its verdict; "" until the whole table is.  measured: with its 95% interval, shares for scores, else in the
     claim's unit; None where nothing was run.  as_stated: by the convention that the claim states.  protocol: what it
-    was measured under, "name hash".  run: the folder.  taken: when that run was begun, and at which commit of this package:
-    `started`, `commit`, `dirty`, `version`.
+    was measured under, "name hash".  run: the folder.  taken: when that run was begun, and at which commit of this
+    package: `started`, `commit`, `dirty`, `version`.
     """
 
     claim: Claim

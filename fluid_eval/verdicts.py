@@ -30,8 +30,8 @@ _OF_ROW = {
 }  # fmt: skip
 LEGEND = (
     "reproduced: surely within the margin named, by two one-sided tests of 5% each; not reproduced: surely further "
-    "off, the published number's own chance at its n counted too, and corrected for how many were judged (Holm: at most "
-    "5% of tables hold one by chance); cannot tell: neither, with the n it would take; "
+    "off, the published number's own chance at its n counted too, and corrected for how many were judged (Holm: at "
+    "most 5% of tables hold one by chance); cannot tell: neither, with the n it would take; "
     f"{UNSTATED_CONVENTION}, decoder {UNSTATED}: judged by those it was measured with, so that a miss may be for them; "
     "different convention: measured under another protocol than the one stated, by what the run did, so not judged; "
     "re-run: this project's own figures, equal to the last digit published or not, which no one else claims; "
