@@ -207,6 +207,12 @@ def hub_reachable() -> bool:
     return answered.is_set()
 
 
+def go_offline_if_unreachable() -> None:
+    """Have nobody wait for a hub that is not there."""
+    if not hub_reachable():
+        go_offline()
+
+
 def go_offline() -> None:
     """Let the hub's clients use their cache only, at once; those imported already read no environment again."""
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"

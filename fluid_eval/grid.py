@@ -26,8 +26,10 @@ from typing import Any
 
 from fluid_model.errors import ConfigError
 from fluid_model.fields import at_least, put, read_value
+from fluid_model.files import Nested
 from fluid_model.settings import DECODERS
 
+from .decoder_choice import with_decoder
 from .spec import RunSpec, build_spec, tables
 
 KNOWN = {"grid", "point", "sample", "seed"}
@@ -138,24 +140,41 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, An
 
 def _spec(values: Mapping[str, Any], point: Mapping[str, Any]) -> tuple[dict[str, Any], RunSpec]:
     """A point's run, and what of its settings means something to its decoder."""
-    merged = copy.deepcopy(tables(values))
-    base = merged.get("decoder", {}).get("name", "ar")
-    decoder = point.get("decoder.name", base)
     kept = dict(point)
-    if decoder in DECODERS:
-        known = {f"decoder.{f.name}" for f in fields(DECODERS[decoder])} | {"decoder.name"}
-        several = "decoder.name" in point
-        kept = {n: v for n, v in point.items() if not (several and n.startswith("decoder.") and n not in known)}
-        if several and decoder != "fluid":
-            kept.pop("model.tau", None)  # no K-head to choose
-        if decoder != base:
-            merged["decoder"] = {}
     try:
+        merged = copy.deepcopy(tables(values))
+        if "decoder.name" not in point:
+            merged["decoder"] = _own_decoder(merged, point)
+        else:  # what means nothing to it is left out
+            kept = _known_to(point["decoder.name"], point)
+            if point["decoder.name"] != _own_decoder(merged, point).get("name"):
+                merged["decoder"] = {}
         for name, value in kept.items():
             put(merged, name, value)
         return kept, build_spec(merged)
     except ConfigError as error:
         raise ConfigError(f"sweep point {_name(point)}: {error}") from error
+
+
+def _own_decoder(values: Nested, point: Mapping[str, Any]) -> Nested:
+    """The base's decoder, named as the model of a point would have it where the base names none."""
+    values = copy.deepcopy(values)
+    for name, value in point.items():
+        if name.partition(".")[0] == "model":
+            put(values, name, value)
+    decoder: Nested = with_decoder(values).get("decoder", {})
+    return decoder if isinstance(decoder, dict) else {"name": decoder}
+
+
+def _known_to(decoder: Any, point: Mapping[str, Any]) -> dict[str, Any]:
+    """A point's settings without those of other decoders."""
+    if not isinstance(decoder, str) or decoder not in DECODERS:
+        return dict(point)
+    known = {f"decoder.{f.name}" for f in fields(DECODERS[decoder])} | {"decoder.name"}
+    kept = {name: value for name, value in point.items() if not name.startswith("decoder.") or name in known}
+    if decoder != "fluid":
+        kept.pop("model.tau", None)  # no K-head to choose
+    return kept
 
 
 def _check_same_questions(points: Sequence[PlannedPoint] | Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from fluid_model.settings import FluidSettings, NbdiffSettings
 from fluid_model.tokens import single_id
 
 from . import chat, conditions, data, environment, harness, health, protocol, repeats
+from .decoder_choice import reason
 from .metrics import lines
 from .pool import Pool, open_pool
 from .progress import Bar
@@ -49,7 +51,9 @@ def run(spec: RunSpec, folder: Path, *, resume: bool = False, speed_repeats: int
     if (folder / RESULT).exists() and timed and not (held := read_json(folder / RESULT)).get("lost"):
         return {**held, "health": health.judge_again(held.get("health", []), spec.health)}
     go_offline_unless_needed(spec)
-    job = Job(spec, opened, prepare(spec, harness.load_tasks(spec)))
+    ready = prepare(spec, harness.load_tasks(spec))
+    print(ready.decoder, file=sys.stderr)
+    job = Job(spec, opened, ready)
     try:
         return job.work(0 if timed else speed_repeats)
     finally:
@@ -68,20 +72,23 @@ def check_tasks(spec: RunSpec) -> None:
 
 
 def go_offline_unless_needed(spec: RunSpec) -> None:
-    """Have nobody wait for a hub that is not there."""
-    if not (spec.data_dir and Path(spec.model.path).expanduser().is_dir()) and not data.hub_reachable():
-        data.go_offline()
+    """Have nobody wait for a hub that is not there, where model or data are to come from it."""
+    if not (spec.data_dir and Path(spec.model.path).expanduser().is_dir()):
+        data.go_offline_if_unreachable()
 
 
 @dataclass(frozen=True)
 class Ready:
-    """What a run needs beside weights. window: tokens the model reads.  remote_code: classes of its repository."""
+    """What a run needs beside weights. window: tokens the model reads.  remote_code: classes of its repository.
+    decoder: which writes, and why, in a line.
+    """
 
     tasks: harness.Tasks
     tokenizer: Any
     window: int
     conversation: chat.Chat | None
     remote_code: tuple[str, ...]
+    decoder: str
 
 
 def prepare(spec: RunSpec, tasks: harness.Tasks) -> Ready:
@@ -99,7 +106,7 @@ def prepare(spec: RunSpec, tasks: harness.Tasks) -> Ready:
         single_id(tokenizer, text, "end token")
     conversation = chat.open_chat(spec.chat, tokenizer, spec.model.path)
     harness.check_settings(spec, tasks, info.window)
-    return Ready(tasks, tokenizer, info.window, conversation, info.remote_code)
+    return Ready(tasks, tokenizer, info.window, conversation, info.remote_code, reason(spec, info))
 
 
 def check_decoder(spec: RunSpec, info: ModelInfo) -> None:

@@ -217,6 +217,13 @@ def _decoder(values: Any) -> DecoderSettings:
     name = values.pop("name", "ar")
     if not isinstance(name, str) or name not in DECODERS:
         raise ConfigError(f"decoder={name!r} is unknown; known: {', '.join(DECODERS)}")
+    known = {decoder: {f.name for f in fields(settings)} for decoder, settings in DECODERS.items()}
+    for setting in values.keys() - known[name]:
+        if others := [decoder for decoder in DECODERS if setting in known[decoder]]:
+            raise ConfigError(
+                f"decoder.{setting} is no setting of decoder {name!r} but of {' and '.join(others)}; "
+                f"pass --decoder {' or '.join(others)}"
+            )
     settings: ArSettings | FluidSettings = build(DECODERS[name], values, "decoder.")
     return settings
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from fluid_model.engine.records import Generation
 from fluid_model.errors import ConfigError, RunError
@@ -31,9 +32,6 @@ from .spec import RunSpec
 from .stats import Interval
 from .store import POINTS, RESULT, SWEEP, Record, Run, lock, read_samples, write_json
 from .timing import time_in_turns
-
-if TYPE_CHECKING:
-    pass
 
 TURNS, TURN = 8, 64
 """Shares of the documents that points take in turns, at most, and samples of a turn at least: few fill no batch."""
@@ -115,6 +113,7 @@ class Sweep:
             asked, documents = shared.asked(point, job)
             self._turns = max(2, min(TURNS, len({(i.task_name, i.doc_id) for i in asked}) // TURN))
             self._under.append(Under(point, job, asked, by_turn(point, job, asked, documents, self._turns)))
+        print(*dict.fromkeys(under.job.ready.decoder for under in self._under), sep="\n", file=sys.stderr)
 
     def _check_folder(self, resume: bool) -> None:
         file = self.folder / SWEEP

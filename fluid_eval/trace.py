@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,6 +17,7 @@ from fluid_model.decoders import engine_for
 from fluid_model.engine.records import Generation, Request, Step
 
 from .chat import open_chat
+from .decoder_choice import reason
 from .run import check_decoder
 from .spec import RunSpec
 from .worker import load_for
@@ -41,7 +43,9 @@ class Line:
 def watch(spec: RunSpec, prompt: str) -> tuple[list[Line], Generation]:
     """Write one answer and keep what happened. Raises ConfigError as a run would."""
     model = spec.model
-    check_decoder(spec, describe(model.path, model.method, trust_remote_code=model.trust_remote_code, base=model.base))
+    info = describe(model.path, model.method, trust_remote_code=model.trust_remote_code, base=model.base)
+    check_decoder(spec, info)
+    print(reason(spec, info), file=sys.stderr)
     checkpoint = load_for(spec)
     engine = engine_for(checkpoint, spec.decoder, slots=1)
     steps: list[Step] = []

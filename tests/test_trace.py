@@ -100,7 +100,7 @@ def test_bad_input_is_one_line(capsys):
     assert main(["trace", "--prompt", "x", "--set", "decoder.slot_budget=0"]) == 2
     assert capsys.readouterr().err == "fluid-eval: slot_budget=0 must lie in [1, 1000000]\n"
     llada = str(resource("checkpoints") / "tiny-llada")
-    assert main(["trace", "--prompt", "x", "--model", llada]) == 2
+    assert main(["trace", "--prompt", "x", "--decoder", "ar", "--model", llada]) == 2
     assert "reads in both directions; use --decoder llada" in capsys.readouterr().err
     assert main(["trace", "--prompt", "x", "--set", 'model.end_tokens=["no such"]']) == 2
     assert "end token 'no such' is not one token" in capsys.readouterr().err

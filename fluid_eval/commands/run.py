@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .settings import add_settings, add_speed_repeats, exit_code, values_of
+from .settings import add_settings, add_speed_repeats, exit_code, spec_of
 
 HELP = "run tasks with a model: table, run folder, result"
 
@@ -20,9 +20,7 @@ def add(run: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    from ..spec import build_spec
-
-    spec = build_spec(values_of(options))
+    spec = spec_of(options)
     from .. import run as job
     from ..show.results import print_result
 

@@ -9,11 +9,14 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fluid_model.errors import ConfigError
 
 from . import EXIT_FAILED, EXIT_OK, EXIT_UNHEALTHY
+
+if TYPE_CHECKING:
+    from ..spec import RunSpec
 
 BUNDLED = "tiny-fluid"
 """The checkpoint a run takes if none is named."""
@@ -53,7 +56,7 @@ def add_settings(run: argparse.ArgumentParser, spec: str = "SPEC.toml") -> argpa
         metavar="PATH_OR_HUB_ID",
         help="any Hugging Face causal LM, or a FLUID folder; default: the bundled tiny-fluid",
     )
-    what.add_argument("--decoder", metavar="ar|fluid|nbdiff|llada", help="default: ar (fluid for the bundled model)")
+    what.add_argument("--decoder", metavar="ar|fluid|nbdiff|llada", help="default: what the model was adapted to, else ar")
     what.add_argument("--set", action="append", default=[], metavar="A.B=C", help="e.g. decoder.confidence=0.9")
     what.add_argument("--limit", type=whole, metavar="N", help="first N documents of each task")
     what.add_argument("--num-fewshot", type=whole, metavar="N", help="default: the task's own")
@@ -115,12 +118,10 @@ def looked_into(options: argparse.Namespace) -> Iterator[Path]:
             raise ConfigError(f"{options.spec} is a stored run, read as it is: drop {flags}, or name no run")
         yield options.spec
         return
-    from ..spec import build_spec
-
     if options.spec is None and options.tasks is None:
         options.tasks = WRITTEN_TASKS
         options.limit = options.limit or WRITTEN_LIMIT
-    spec = build_spec(values_of(options))
+    spec = spec_of(options)
     from ..run import run
 
     with tempfile.TemporaryDirectory() as spare:
@@ -135,6 +136,14 @@ def whole(text: str) -> int | str:
         return int(text)
     except ValueError:
         return text
+
+
+def spec_of(options: argparse.Namespace) -> RunSpec:
+    """What is to run, with the decoder of its model where none is named."""
+    from ..decoder_choice import with_decoder
+    from ..spec import build_spec
+
+    return build_spec(with_decoder(values_of(options)))
 
 
 def values_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -168,7 +177,6 @@ def _take_bundled(values: dict[str, Any], options: argparse.Namespace) -> None:
     from ..paths import resource
 
     values["model"] = {"path": str(resource("checkpoints") / BUNDLED)}
-    values.setdefault("decoder", {"name": "fluid"})
     if options.tasks is None and "tasks" not in values:
         values["tasks"] = BUNDLED_TASKS
         values["allow_unsafe_code"] = (

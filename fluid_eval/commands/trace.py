@@ -12,7 +12,7 @@ HELP = "how one answer comes about, forward by forward"
 
 def add(trace: argparse.ArgumentParser) -> None:
     trace.add_argument("--model", metavar="PATH_OR_HUB_ID", help="default: the bundled tiny-fluid")
-    trace.add_argument("--decoder", metavar="ar|fluid|nbdiff|llada", help="default: ar (fluid for the bundled model)")
+    trace.add_argument("--decoder", metavar="ar|fluid|nbdiff|llada", help="default: what the model was adapted to, else ar")
     trace.add_argument("--prompt", required=True, metavar="TEXT", help="what the answer continues; \\n is a new line")
     trace.add_argument("--set", action="append", default=[], metavar="A.B=C", help="e.g. decoder.confidence=0.9")
     trace.add_argument("--max-new-tokens", type=whole, default=64, metavar="N", help="default: 64")
@@ -22,16 +22,18 @@ def add(trace: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     from fluid_model.fields import assign, put
 
+    from ..decoder_choice import with_decoder
     from ..paths import resource
     from ..spec import build_spec
 
     bundled = {"path": str(resource("checkpoints") / BUNDLED)}
     values: dict[str, Any] = {"tasks": "mini", "model": {"path": options.model} if options.model else bundled}
-    put(values, "decoder.name", options.decoder or ("ar" if options.model else "fluid"))
+    if options.decoder:
+        put(values, "decoder.name", options.decoder)
     put(values, "max_new_tokens", options.max_new_tokens)
     for setting in options.set:
         assign(values, setting)
-    spec = build_spec(values)
+    spec = build_spec(with_decoder(values))
     from ..trace import markdown, show, watch
 
     found, answer = watch(spec, options.prompt.replace("\\n", "\n"))
