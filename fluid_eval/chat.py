@@ -6,11 +6,10 @@ Prompts are those of lm-eval's apply_chat_template; only what it leaves to the b
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-
-import jinja2
+from dataclasses import asdict, dataclass, field
 
 from fluid_model.errors import ConfigError
 from fluid_model.files import Nested
@@ -18,6 +17,9 @@ from fluid_model.tokens import THINK_ENDS, Tokenizer, think_end
 
 from .spec import ChatSpec
 from .store import Record
+
+MARK = "qz7turn"
+"""Begins a text that no template writes of itself."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Chat:
     settings: ChatSpec
     template: str
     end_of_thinking: str | None
+    _whole: set[tuple[str, ...]] = field(default_factory=set, repr=False, compare=False)
+    """Roles of conversations that the template is known to write out whole."""
 
     @property
     def cut(self) -> str | None:
@@ -42,11 +46,34 @@ class Chat:
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The prompt of a conversation; without a generation prompt the last turn, an answer's beginning, stays open.
 
-        Raises ConfigError where the template refuses the conversation or the variables.
+        Raises ConfigError where the template refuses the conversation or the variables, or leaves one of the turns out.
         """
         turns = [dict(turn) for turn in messages]
         question = next(turn for turn in reversed(turns) if turn["role"] == "user")
         question["content"] += self.settings.suffix
+        roles = (*(turn["role"] for turn in turns), str(add_generation_prompt))
+        if roles not in self._whole:
+            marked = [{**turn, "content": f"{MARK}{place}z"} for place, turn in enumerate(turns)]
+            self._check(self._write(marked, add_generation_prompt), marked, marked)
+            self._whole.add(roles)
+        prompt = self._write(turns, add_generation_prompt)
+        self._check(prompt, turns, [question])
+        return prompt
+
+    def _check(self, prompt: str, turns: list[dict[str, str]], wanted: list[dict[str, str]]) -> None:
+        """Raise ConfigError unless a prompt holds these of its turns; spaces around them are the template's."""
+        for turn in wanted:
+            text = turn["content"].strip()
+            if text not in prompt and json.dumps(text)[1:-1] not in prompt:
+                place = next(place for place, each in enumerate(turns, 1) if each is turn)
+                way = "; examples in one turn: --set chat.multiturn=false" if place < len(turns) - 1 else ""
+                raise ConfigError(
+                    f"chat: the model's template leaves out turn {place} of {len(turns)} ({turn['role']}), so that the "
+                    f"prompt would not hold what is asked; mend the template, or leave --chat out{way}"
+                )
+
+    def _write(self, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        """A conversation by the template."""
         try:
             prompt = self.tokenizer.apply_chat_template(
                 turns,
@@ -56,7 +83,7 @@ class Chat:
                 continue_final_message=not add_generation_prompt,
                 **{"enable_thinking": self.settings.thinking, **self.settings.variables},
             )
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
+        except Exception as error:  # a template is somebody's program, and fails as it likes
             roles = ", ".join(dict.fromkeys(turn["role"] for turn in turns))
             raise ConfigError(f"chat: the model's template refuses a conversation of {roles} turns: {error}") from error
         return str(prompt)

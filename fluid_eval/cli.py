@@ -8,11 +8,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from fluid_model.errors import ConfigError, RunError
-
 from .commands import (
-    EXIT_CONFIG,
-    EXIT_FAILED,
     EXIT_INTERRUPTED,
     audit,
     compare,
@@ -27,6 +23,7 @@ from .commands import (
     tax,
     trace,
 )
+from .outermost import in_one_line, tolerate_any_output
 
 COMMANDS: dict[str, ModuleType] = {
     "run": run,
@@ -58,25 +55,26 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code (see commands): of bad input and failures one line says which."""
+    tolerate_any_output()
     options = parser().parse_args(arguments)
     os.environ.setdefault("TQDM_DISABLE", "1")  # our own bars are enough
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # on a shared machine threads must not spin for one another
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        return int(COMMANDS[options.command].main(options))
-    except ConfigError as error:
-        print(f"fluid-eval: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_CONFIG
-    except RunError as error:
-        print(f"fluid-eval: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_FAILED
+        code = int(COMMANDS[options.command].main(options))
+        sys.stdout.flush()  # else what cannot be written is found after the last line of this program
+        return code
     except KeyboardInterrupt:
         print("fluid-eval: interrupted; what is finished is stored, --resume goes on", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output is gone; nothing to tell it
-        return EXIT_FAILED
+    except Exception as error:
+        reason, code = in_one_line(error)
+        if reason is None:
+            raise
+        if reason:
+            print(f"fluid-eval: {reason}", file=sys.stderr)
+        return code
 
 
 if __name__ == "__main__":

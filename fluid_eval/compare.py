@@ -23,6 +23,7 @@ from fluid_model.settings import check_range
 
 from . import repeats
 from .repeats import Repeat
+from .results import read_environment
 from .spec import RunSpec
 from .speeds import Clocked, speeds
 from .stats import Interval, difference_over_tasks, mcnemar, mean_over_tasks, minimum_detectable
@@ -116,7 +117,7 @@ def compare(folders: Sequence[Path], *, across_protocols: bool = False, all_pair
 def load(folder: Path) -> Loaded:
     """Raises ConfigError if the folder holds no finished run, or not the samples of its result."""
     result, records = read_finished(folder, ("model", "decoder", "members", "lines"))
-    environment = read_json(folder / ENVIRONMENT) if (folder / ENVIRONMENT).is_file() else {}
+    environment = read_environment(folder / ENVIRONMENT)
     answers = {
         (record["task"], record["doc_id"]): record
         for record in records

@@ -13,6 +13,8 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from typing import Any
 from fluid_model.errors import ConfigError
 from fluid_model.files import parse_json, read_lines
 from fluid_model.tokens import encodable
+
+from .answers import choice_of, first_digit, meaning
 
 Row = dict[str, Any]
 HUB_TIMEOUT = 6.0
@@ -144,26 +148,42 @@ def _find(name: str, split: str, data_dir: str | None) -> tuple[str, list[Row]]:
 
 def _read_jsonl(name: str, file: Path) -> list[Row]:
     rows: list[Row] = []
+    numbers: list[int] = []
     wanted = SOURCES[name].fields
     for number, line in read_lines(file):
-        try:
+        with _named(file, number, wanted):
             row = parse_json(line)
-            rows.append({field: _checked(field, row[field]) for field in wanted})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{file}, line {number}: not a row with {', '.join(wanted)} ({error})") from error
+            rows.append({field: _checked(name, field, row[field]) for field in wanted})
+            numbers.append(number)
+            if problem := meaning(name, rows[-1]):
+                raise ValueError(problem)
     if not rows:
         raise ConfigError(f"{file}: holds no rows")
+    if name == "mmlu":
+        first = first_digit([row["answer"] for row in rows])
+        for number, row in zip(numbers, rows, strict=True):
+            with _named(file, number, wanted):
+                row["answer"] = choice_of(row["answer"], row["choices"], first)
     return rows
 
 
-def _checked(field: str, value: Any) -> Any:
+@contextmanager
+def _named(file: Path, number: int, wanted: tuple[str, ...]) -> Iterator[None]:
+    """What is wrong with a row as ConfigError naming its file and line."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}, line {number}: not a row with {', '.join(wanted)} ({error})") from error
+
+
+def _checked(name: str, field: str, value: Any) -> Any:
     """A field's value as tables can hold it, or ValueError if it cannot be what the field means."""
     if field == "level":
         right = isinstance(value, int)
     elif field == "choices":
         right = isinstance(value, list) and len(value) == 4 and all(isinstance(choice, str) for choice in value)
-    elif field == "answer":
-        right = isinstance(value, str) or (type(value) is int and 0 <= value <= 3)
+    elif field == "answer" and name == "mmlu":
+        right = isinstance(value, str | int | float)  # the whole file says how it is meant
     else:
         right = isinstance(value, str)
     if not right:

@@ -17,9 +17,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from fluid_model.errors import ConfigError
-from fluid_model.files import Nested, read_json
+from fluid_model.files import Nested
 
 from . import harness, protocol, repeats
+from .results import read_environment, read_result
 from .run import result_of
 from .spec import RunSpec
 from .store import ENVIRONMENT, POINTS, RESULT, Record, Run, held_spec, read_samples
@@ -81,6 +82,7 @@ def rescore(folder: Path, profile: str, out: Path | None = None, *, data_dir: st
     reader = protocol.read_profile(profile)
     own = held.extractor or held.profile
     spec = replace(held, extractor=None if profile == held.profile else profile, data_dir=data_dir or held.data_dir)
+    harness.check_names(held.tasks)
     tasks = harness.load_tasks(spec)
     reads = [name for name in tasks["tasks"] if _extracts(name, profile) or _extracts(name, own)]
     if profile != own and not reads:
@@ -89,7 +91,7 @@ def rescore(folder: Path, profile: str, out: Path | None = None, *, data_dir: st
         )
     clock, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     opened = Run(out or folder.with_name(f"{folder.name}-read-as-{reader.name}"), spec, resume=False)
-    records, before = _scored(folder, spec, tasks), read_json(folder / RESULT)
+    records, before = _scored(folder, spec, tasks), read_result(folder / RESULT, ("notices",))
     result = {
         **result_of(spec, tasks, records, before.get("chat"), repeats.read(folder)),
         **({"conditions": before["conditions"]} if "conditions" in before else {}),
@@ -97,7 +99,7 @@ def rescore(folder: Path, profile: str, out: Path | None = None, *, data_dir: st
         "remote_code": before.get("remote_code", []),
         "notices": [*before["notices"], *_notices(folder, held, reader, reads)],
     }
-    opened.begin({**read_json(folder / ENVIRONMENT), "rescored": {"from": str(folder), "started": started}})
+    opened.begin({**read_environment(folder / ENVIRONMENT), "rescored": {"from": str(folder), "started": started}})
     result["wall_seconds"] = round(time.perf_counter() - clock, 3)
     if (folder / repeats.REPEATS).is_file():
         shutil.copyfile(folder / repeats.REPEATS, opened.folder / repeats.REPEATS)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluid_model.errors import ConfigError
-from fluid_model.files import Nested, read_json
+from fluid_model.files import Nested
 from fluid_model.settings import FluidSettings, NbdiffSettings
 from fluid_model.tokens import single_id
 
@@ -22,6 +22,7 @@ from .decoder_choice import reason
 from .metrics import lines
 from .pool import Pool, open_pool
 from .progress import Bar
+from .results import read_environment, read_result
 from .sandbox import passing
 from .spec import RunSpec
 from .store import ENVIRONMENT, RESULT, Record, Run
@@ -29,6 +30,10 @@ from .timing import time_in_turns
 
 if TYPE_CHECKING:
     from fluid_model.checkpoint import ModelInfo
+
+
+_PRINTED = ("model", "decoder", "lines", "data", "notices")
+"""What a run that is finished already must tell of itself."""
 
 
 def default_folder(spec: RunSpec) -> Path:
@@ -48,11 +53,11 @@ def run(spec: RunSpec, folder: Path, *, resume: bool = False, speed_repeats: int
     check_tasks(spec)
     opened = Run(folder, spec, resume=resume)
     timed = repeats.enough(repeats.read(folder), speed_repeats)
-    if (folder / RESULT).exists() and timed and not (held := read_json(folder / RESULT)).get("lost"):
+    held = read_result(folder / RESULT, _PRINTED, shown=True) if timed and (folder / RESULT).exists() else None
+    if held is not None and not held.get("lost"):
         return {**held, "health": health.judge_again(held.get("health", []), spec.health)}
     go_offline_unless_needed(spec)
     ready = prepare(spec, harness.load_tasks(spec))
-    print(ready.decoder, file=sys.stderr)
     job = Job(spec, opened, ready)
     try:
         return job.work(0 if timed else speed_repeats)
@@ -155,6 +160,7 @@ class Job:
     def pool(self) -> Pool:
         """The workers, started when the first answer is missing."""
         if self._pool is None:
+            print(self.ready.decoder, file=sys.stderr)
             self._pool = open_pool(self.spec)
             self.begin(self._pool)
         return self._pool
@@ -198,7 +204,7 @@ class Job:
 
     def _result(self, records: list[Record]) -> Nested:
         held = repeats.read(self.opened.folder)
-        where = read_json(self.opened.folder / ENVIRONMENT)
+        where = read_environment(self.opened.folder / ENVIRONMENT)
         talk = self._chat.describe() if self._chat else None
         return {
             **result_of(self.spec, self.ready.tasks, records, talk, held),

@@ -13,40 +13,25 @@ from __future__ import annotations
 import json
 import math
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import NoneType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from fluid_model.errors import ConfigError, RunError
-from fluid_model.files import Nested, bounded, parse_json, read_json
+from fluid_model.files import Nested, bounded, read_json
 from fluid_model.tokens import encodable
 
 from .metrics import in_order
+from .records import Record as Record
+from .records import check_record, encode, parse
+from .results import read_environment, read_result
 from .spec import RunSpec, build_spec
 
 if TYPE_CHECKING:
     import pandas
 
-Record = dict[str, Any]
-FIELDS: dict[str, type | tuple[type, ...]] = {
-    "key": str, "task": str, "doc_id": int, "prompt": str, "prompt_hash": str, "output": str, "output_ids": list,
-    "finish": (str, NoneType), "trace": dict, "seconds": (int, float),
-}  # fmt: skip
-"""Fields every sample has, and what they hold."""
-COUNTS: dict[str, type] = {"forwards": dict, "slots": int, "predicted": list, "accepted": list}
-"""Fields of every trace."""
-MAYBE: dict[str, type | tuple[type, ...]] = {
-    "scores": dict,
-    "extracted": dict,
-    "lost": str,
-    "truncated": int,
-    "broken": bool,
-}
-"""Fields that some samples have."""
 SPEC, ENVIRONMENT, SAMPLES, RESULT = "spec.json", "environment.json", "samples.jsonl", "result.json"
 RUN_FILES = (SPEC, ENVIRONMENT, SAMPLES, RESULT, f".{SAMPLES}.tmp", ".*.json.tmp", "report.html")
 """What this package writes into a run folder; anything else there is the user's."""
@@ -54,10 +39,9 @@ AUDIT, KHEAD = "audit.json", "khead.json"
 """What `audit` and `khead` leave beside a run."""
 POINTS, SWEEP = "points", "sweep.json"
 """Folder of a sweep that holds its runs, and the file that says which they are."""
+_JUST_NOW = "another process wrote here just now, or removed it; try again with --resume"
 _STEP = 1 << 20
 """Bytes read at a time, from a file's end."""
-CHECKSUM = b', "crc32": "'
-"""Begins a line's last field: of the line without it."""
 
 
 class Samples(Mapping[str, Record]):
@@ -67,6 +51,14 @@ class Samples(Mapping[str, Record]):
         self._file = file
         self._open: IO[bytes] | None = None
         self._places: dict[str, tuple[int, int, str]] = {}
+        self.origin: tuple[int, int] | None = None
+        """Which file the places are in: another one may bear its name by now."""
+
+    def read(self, torn: int) -> Iterator[tuple[Record, int, int]]:
+        """All samples with the place and size of their lines, but for the last `torn` bytes. None is noted yet."""
+        with _opened(self._file) as handle:
+            self.origin = _identity(handle)
+            yield from _read(handle, self._file, torn)
 
     def note(self, record: Record, start: int, size: int) -> None:
         """A sample stands at these bytes of the file."""
@@ -79,7 +71,9 @@ class Samples(Mapping[str, Record]):
     def __getitem__(self, key: str) -> Record:
         start, size, _ = self._places[key]
         if self._open is None:
-            self._open = self._file.open("rb")
+            self._open = _opened(self._file)
+            if _identity(self._open) != self.origin:
+                raise ConfigError(f"{self._file.parent}: {_JUST_NOW}")
         self._open.seek(start)
         return parse(self._open.read(size))
 
@@ -118,11 +112,12 @@ class Run:
             state = "a finished run" if (folder / RESULT).exists() else "a run that was not finished"
             raise ConfigError(f"{folder} holds {state} of this spec; pass --resume to go on, or another --out")
         else:
-            self._torn = torn_bytes(folder / SAMPLES)
-            for record, start, size in _read(folder / SAMPLES, self._torn):
-                self._end = start + size
-                if "lost" not in record:  # what was given up is tried again
-                    self.samples.note(record, start, size)
+            if (folder / SAMPLES).exists():
+                self._torn = torn_bytes(folder / SAMPLES)
+                for record, start, size in self.samples.read(self._torn):
+                    self._end = start + size
+                    if "lost" not in record:  # what was given up is tried again
+                        self.samples.note(record, start, size)
             if self.samples:
                 self.notices.append(
                     f"{len(self.samples)} samples are from an earlier session; wall time is the last session's"
@@ -137,20 +132,29 @@ class Run:
         self._check_same(environment)
         with _enough_room(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = (self.folder / SAMPLES).open("ab", buffering=0)
-            try:
-                lock(self._file, self.folder)
-                if self._file.tell() != self._end + self._torn:
-                    raise ConfigError(f"{self.folder}: another process wrote here just now; try again with --resume")
-            except ConfigError:
-                self._file.close()
-                raise
+            self._hold()
             self._mend_last_line()
             (self.folder / RESULT).unlink(missing_ok=True)  # it is not of all samples
-            before = read_json(file) if (file := self.folder / ENVIRONMENT).exists() else {}
+            before = read_environment(self.folder / ENVIRONMENT)
             environment["sessions"] = 1 + (before.get("sessions", 1) if self.samples else 0)
             write_json(self.folder / SPEC, {"id": self.spec.id, **self.spec.to_dict()})
             write_json(self.folder / ENVIRONMENT, environment)
+
+    def _hold(self) -> None:
+        """Lock the samples for this process. Raises ConfigError if another has them, or has written since they were
+        read: a run that ends puts another file in their place.
+        """
+        self._file = (self.folder / SAMPLES).open("ab", buffering=0)
+        try:
+            lock(self._file, self.folder)
+            found, there = _identity(self._file), (self.folder / SAMPLES).stat()
+            same = found == (there.st_dev, there.st_ino) and self.samples.origin in (None, found)
+            if not same or self._file.tell() != self._end + self._torn:
+                raise ConfigError(f"{self.folder}: {_JUST_NOW}")
+            self.samples.origin = found
+        except (ConfigError, OSError):
+            self._file.close()
+            raise
 
     def append(self, record: Record) -> None:
         """Keep one sample: it is with the operating system before this returns.
@@ -170,10 +174,14 @@ class Run:
         """Replace the samples by their scored form, then write the result."""
         draft = self.folder / f".{SAMPLES}.tmp"
         with _enough_room(draft):
+            if self._file is None:  # nothing was missing, and so nothing begun
+                self._hold()
             with draft.open("wb") as file:
+                lock(file, self.folder)  # held until the result is there: it is the samples' file from here on
                 file.writelines(encode(record) for record in records)
-            os.replace(draft, self.folder / SAMPLES)
-            write_json(self.folder / RESULT, result)
+                file.flush()
+                os.replace(draft, self.folder / SAMPLES)
+                write_json(self.folder / RESULT, result)
         self.close()
 
     def close(self) -> None:
@@ -184,9 +192,9 @@ class Run:
 
     def _check_same(self, environment: Nested) -> None:
         file = self.folder / ENVIRONMENT
-        if not self.samples or not file.exists():
+        if not self.samples:
             return
-        before, now = (values.get("same", {}) for values in (read_json(file), environment))
+        before, now = (values.get("same", {}) for values in (read_environment(file), environment))
         for name in now:
             if name in before and before[name] != now[name]:
                 raise ConfigError(
@@ -206,7 +214,7 @@ def torn_bytes(file: Path) -> int:
     """Bytes after the last newline: what a crash left of a line."""
     if not file.exists():
         return 0
-    with file.open("rb") as handle:
+    with _opened(file) as handle:
         size = start = handle.seek(0, os.SEEK_END)
         while start > 0:
             start = max(0, start - _STEP)
@@ -221,13 +229,15 @@ def read_samples(folder: Path, *, torn: int = 0) -> Iterator[Record]:
 
     Raises ConfigError naming file and line of one that is no sample.
     """
-    for record, _, _ in _read(folder / SAMPLES, torn):
-        yield record
+    if (folder / SAMPLES).exists():
+        with _opened(folder / SAMPLES) as handle:
+            for record, _, _ in _read(handle, folder / SAMPLES, torn):
+                yield record
 
 
-def read_finished(folder: Path, needed: Iterable[str] = ()) -> tuple[Nested, list[Record]]:
+def read_finished(folder: Path, needed: Iterable[str] = (), *, shown: bool = False) -> tuple[Nested, list[Record]]:
     """A finished run's result and its samples in task and document order. needed: what its result must tell, `members`
-    and `lines` in any case.
+    and `lines` in any case.  shown: see `read_result`.
 
     Raises ConfigError if the folder holds no finished run, the samples are not those of its result, or one's score is
     no finite number.
@@ -238,9 +248,7 @@ def read_finished(folder: Path, needed: Iterable[str] = ()) -> tuple[Nested, lis
     ):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder}: {what.format(name)}")
-    result = read_json(folder / RESULT)
-    if missing := sorted({"members", "lines", *needed} - result.keys()):
-        raise ConfigError(f"{folder / RESULT}: lacks {', '.join(missing)}; run again into another --out")
+    result = read_result(folder / RESULT, {"members", "lines", *needed}, shown=shown)
     owners = {leaf: task for task, leaves in result["members"].items() for leaf in leaves}
     records = in_order(read_samples(folder), owners)
     counts = Counter(owners.get(record["task"]) for record in records)
@@ -262,50 +270,35 @@ def read_finished(folder: Path, needed: Iterable[str] = ()) -> tuple[Nested, lis
     return result, records
 
 
-def _read(file: Path, torn: int) -> Iterator[tuple[Record, int, int]]:
-    """Samples with the place and size of their lines."""
-    if not file.exists():
-        return
-    end, start = file.stat().st_size - torn, 0
-    with file.open("rb") as handle:
-        for number, line in bounded(handle, file):
-            if start >= end:
-                return
-            try:
-                record = parse(line)
-                _check_record(record)
-            except ValueError as error:
-                raise ConfigError(
-                    f"{file}, line {number}: not a sample ({error}); without that line, --resume writes it again"
-                ) from error
-            yield record, start, len(line)
-            start += len(line)
+def _read(handle: IO[bytes], file: Path, torn: int) -> Iterator[tuple[Record, int, int]]:
+    """Samples with the place and size of their lines.  file: for messages."""
+    end, start = os.fstat(handle.fileno()).st_size - torn, 0
+    for number, line in bounded(handle, file):
+        if start >= end:
+            return
+        try:
+            record = parse(line)
+            check_record(record)
+        except ValueError as error:
+            raise ConfigError(
+                f"{file}, line {number}: not a sample ({error}); without that line, --resume writes it again"
+            ) from error
+        yield record, start, len(line)
+        start += len(line)
 
 
-def _check_record(record: Record) -> None:
-    """Raise ValueError unless a record has what every sample has."""
-    if missing := FIELDS.keys() - record.keys():
-        raise ValueError(f"no {', '.join(sorted(missing))}")
-    trace = record["trace"] if isinstance(record["trace"], dict) else {}
-    for name, kind in (FIELDS | MAYBE).items():
-        if name in record and not isinstance(record[name], kind):
-            raise ValueError(f"{name} is {record[name]!r:.40}")
-    for name, kind in COUNTS.items():
-        if not isinstance(trace.get(name), kind):
-            raise ValueError(f"its trace's {name} is {trace.get(name)!r:.40}")
+def _opened(file: Path) -> IO[bytes]:
+    """Open for reading. Raises ConfigError where that cannot be."""
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
 
 
-def parse(line: bytes) -> Record:
-    """A line's record. Raises ValueError where it is none, or not what was written."""
-    body, sign, check = line.rstrip(b"\n").rpartition(CHECKSUM)
-    if not sign:
-        raise ValueError("no checksum")
-    if check != f'{zlib.crc32(body):08x}"}}'.encode():
-        raise ValueError("its checksum is another")
-    record = parse_json(body + b"}")
-    if not isinstance(record, dict):
-        raise ValueError("no object")
-    return record
+def _identity(file: IO[bytes]) -> tuple[int, int]:
+    """What tells an open file from another one of its name."""
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino
 
 
 def lock(file: IO[bytes], folder: Path) -> None:
@@ -358,12 +351,6 @@ def load_results(path: str | os.PathLike[str]) -> pandas.DataFrame:
     return pandas.DataFrame(rows)
 
 
-def encode(record: Record) -> bytes:
-    """A record's line, which `parse` reads."""
-    body = json.dumps(record, ensure_ascii=True)[:-1].encode()
-    return body + CHECKSUM + f'{zlib.crc32(body):08x}"}}\n'.encode()
-
-
 def held_spec(folder: Path) -> RunSpec | None:
     """The spec of the run in a folder, None where there is no such folder or it is empty.
 
@@ -384,8 +371,8 @@ def held_spec(folder: Path) -> RunSpec | None:
 
 def _difference(held: RunSpec, asked: RunSpec) -> str:
     ours, theirs = held.identity(), asked.identity()
-    name = next((n for n in theirs if ours.get(n) != theirs[n]), "spec")
-    return f"{name} is {json.dumps(ours.get(name))} there, {json.dumps(theirs[name])} here"
+    name = next((n for n in {**theirs, **ours} if ours.get(n) != theirs.get(n)), "spec")
+    return f"{name} is {json.dumps(ours.get(name))} there, {json.dumps(theirs.get(name))} here"
 
 
 def _check_writable(folder: Path) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from fluid_model.checkpoint import Checkpoint
 from fluid_model.errors import ConfigError
-from fluid_model.files import Nested, read_json
+from fluid_model.files import Nested
 from fluid_model.tokens import Tokenizer
 
 from .adapter import Ids, encode_prompts, row_seed
+from .results import read_environment, read_result
 from .spec import RunSpec
 from .store import ENVIRONMENT, RESULT, SPEC, Record, held_spec, read_samples
 from .worker import load_for, weights_name
@@ -58,16 +59,25 @@ def open_stored(folder: Path) -> Stored:
             "mini_gsm8k"
         )
     checkpoint = load_for(spec)
-    before = read_json(folder / ENVIRONMENT).get("same", {}).get("weights")
+    before = read_environment(folder / ENVIRONMENT).get("same", {}).get("weights")
     if checkpoint.folder is not None and before not in (None, weights_name(checkpoint.folder)):
         raise ConfigError(f"{folder}: the weights at {spec.model.path} are others now than those of this run")
-    asked = (read_json(folder / RESULT).get("protocol") or {}).get("tasks", {})
+    asked = (read_result(folder / RESULT).get("protocol") or {}).get("tasks", {})
     encoded = encode_prompts(checkpoint.tokenizer, list({r["prompt"] for r in written}), chat=spec.chat is not None)
+    vocabulary, window = checkpoint.model.get_input_embeddings().num_embeddings, checkpoint.backbone.window
     texts = []
     for record in written:
+        if missing := {"prompt_tokens", "truncated"} - record.keys():
+            raise ConfigError(f"{folder}: {record['key']} does not tell its {' and '.join(sorted(missing))}")
         ids, count = encoded[record["prompt"]], record["prompt_tokens"]
         if len(ids) != count + record["truncated"]:
             raise ConfigError(f"{folder}: the prompt of {record['key']} has other tokens now than in this run")
+        if (
+            not count
+            or count + len(record["output_ids"]) > window
+            or max(record["output_ids"], default=0) >= vocabulary
+        ):
+            raise ConfigError(f"{folder}: {record['key']} cannot be this model's: its window or vocabulary is smaller")
         when = tuple(record["trace"].get("written", ()))
         seed, ended = row_seed(spec.seed, record["key"]), not was_cut(record, asked, checkpoint.tokenizer)
         answer = tuple(record["output_ids"])
@@ -85,5 +95,6 @@ def was_cut(record: Record, asked: Nested, tokenizer: Tokenizer) -> bool:
         return len(record["output_ids"]) >= (told.get("max_gen_toks") or 0)
     if record["finish"] == "stop":
         stops, text = told.get("until"), tokenizer.decode(record["output_ids"])
+        stops = [stops] if isinstance(stops, str) else stops
         return stops is None or any(stop in text for stop in (*stops, tokenizer.eos_token) if stop)
     return False

@@ -112,8 +112,38 @@ def test_settings_reach_the_template():
     suffixed = chat_of(suffix=" /no_think").render(TURNS)
     assert suffixed.endswith(f"2+2? /no_think{end}At once: ")
     assert suffixed.count("/no_think") == 1
-    assert chat_of(template="{{ mood }}", variables={"mood": "merry"}).render(TURNS) == "merry"
+    moody = "{{ mood }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert chat_of(template=moody, variables={"mood": "merry"}).render(TURNS) == "merry1+1?22+2?"
     assert TURNS[2]["content"] == "2+2?", "lm-eval's turns are left alone"
+
+
+@pytest.mark.parametrize(
+    ("template", "turn"),
+    [
+        ("{{ bos_token }}", "turn 1 of 3"),
+        ("{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}", "turn 1 of 3"),
+        ("{{ messages[-1].content }}", r"turn 1 of 3 .* --set chat\.multiturn=false"),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", r"turn 2 of 3 \(assistant\)"),
+        ("{% for m in messages %}{{ m.content[:9] }}{% endfor %}", "turn 3 of 3"),
+        ("{% for m in messages %}{{ m.content[3] }}{% endfor %}{{ messages[9].content }}", "refuses a conversation"),
+        ("{{ 1 // 0 }}", "refuses a conversation"),
+    ],
+)
+def test_a_prompt_without_its_turns_is_refused(template, turn):
+    """By marked texts of the same roles, so that a short one is not taken for another's letters."""
+    long = [*TURNS[:2], {"role": "user", "content": "What is the sum of two and two?"}]
+    with pytest.raises(ConfigError, match=turn):
+        chat_of(template=template).render(long)
+
+
+def test_a_system_prompt_that_is_dropped_is_refused():
+    quiet = "{% for m in messages if m.role != 'system' %}{{ m.content | trim }}{% endfor %}"
+    chat = chat_of(template=quiet, system="Be brief.")
+    assert chat.render(TURNS) == "1+1?22+2?"
+    with pytest.raises(ConfigError, match=r"leaves out turn 1 of 4 \(system\)"):
+        chat.render([*chat.system_turn, *TURNS])
+    written = chat_of(template="{% for m in messages %}{{ m.content | tojson }}{% endfor %}")
+    assert 'a \\"b\\"' in written.render([{"role": "user", "content": 'a "b"'}]), "escaped is not left out"
 
 
 def test_one_bos_whoever_writes_it(tmp_path):
@@ -163,7 +193,7 @@ def test_a_model_that_thinks_unasked_is_noticed():
 @pytest.mark.parametrize("decoder", ["ar", "fluid", "nbdiff", "llada"])
 def test_thinking_through_the_main_job(tiny_fluid, tmp_path, capsys, decoder):
     """Only what follows the last end of thinking counts, and every decoder's answers are cut alike."""
-    model = with_template(tiny_fluid, tmp_path / "m", "{{ messages[-1].content }}")
+    model = with_template(tiny_fluid, tmp_path / "m", "{% for m in messages %}{{ m.content }}{% endfor %}")
     if decoder in ("nbdiff", "llada"):
         manifest = json.loads((model / "fluid.json").read_text())
         (model / "fluid.json").write_text(json.dumps({**manifest, "method": decoder, "k_max": None, "tau": []}))

@@ -53,7 +53,7 @@ def test_plain_and_gzipped_files(tmp_path):
 @pytest.mark.parametrize("line", ["{oops", '{"question": "x"}', "3"])
 def test_a_bad_row_names_file_and_line(tmp_path, line):
     (tmp_path / "gsm8k").mkdir()
-    (tmp_path / "gsm8k" / "test.jsonl").write_text(json.dumps({"question": "q", "answer": "a"}) + "\n" + line)
+    (tmp_path / "gsm8k" / "test.jsonl").write_text(json.dumps({"question": "q", "answer": "#### 1"}) + "\n" + line)
     with pytest.raises(ConfigError, match=r"test\.jsonl, line 2: not a row with question, answer"):
         data.load_rows("gsm8k", "test", str(tmp_path))
 
@@ -70,6 +70,66 @@ def test_values_that_cannot_be_are_refused(tmp_path, name, row):
     (tmp_path / name).mkdir()
     (tmp_path / name / "test.jsonl").write_text(json.dumps(row))
     with pytest.raises(ConfigError, match=r"test\.jsonl, line 1: not a row with .* cannot be one"):
+        data.load_rows(name, "test", str(tmp_path))
+
+
+CHOICES = ["red", "green", "blue", "B"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ([0, 3, 2.0], [0, 3, 2]),
+        (["A", "d", " C "], [0, 3, 2]),
+        (["green", "blue", "A"], [1, 2, 0]),
+        (["0", "3", "1"], [0, 3, 1]),
+        (["4", "1", "3"], [3, 0, 2]),
+        (["3", "2"], "line 1: .*answer='3' may count from 0 or from 1"),
+        (["0", "4"], "line 1: .*may count from 0 or from 1"),
+        ([1, "3"], "line 2: .*may count from 0 or from 1"),
+        (["A", "B"], "line 2: .*answer='B' names two choices"),
+        (["yellow"], "line 1: .*answer='yellow' is no choice"),
+        (["7"], "line 1: .*answer='7' is no choice"),
+        ([2.5], "line 1: .*answer=2.5 cannot be one"),
+        ([True], "line 1: .*answer=True cannot be one"),
+    ],
+)
+def test_answers_of_mmlu_name_one_choice_or_are_refused(tmp_path, answers, expected):
+    (tmp_path / "mmlu").mkdir()
+    rows = [{"question": "q", "subject": "s", "choices": CHOICES, "answer": answer} for answer in answers]
+    (tmp_path / "mmlu" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=r"test\.jsonl, " + expected):
+            data.load_rows("mmlu", "test", str(tmp_path))
+    else:
+        assert [row["answer"] for row in data.load_rows("mmlu", "test", str(tmp_path))] == expected
+
+
+PROGRAM = {
+    "task_id": "t/0",
+    "prompt": "def f():\n",
+    "entry_point": "f",
+    "canonical_solution": "",
+    "test": "def check(c):",
+}
+SOLVED = {"problem": "p", "solution": "s", "answer": "1", "subject": "x", "level": 1, "unique_id": "u"}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("gsm8k", {"question": "q", "answer": "42"}, "has no '####' before the number"),
+        ("gsm8k", {"question": "q", "answer": "so #### "}, "nothing after '####'"),
+        ("math500", {**SOLVED, "answer": " "}, "answer is empty"),
+        ("humaneval", {**PROGRAM, "entry_point": ""}, "entry_point='' is no name"),
+        ("humaneval", {**PROGRAM, "test": "assert f()"}, "test defines no check"),
+        ("humaneval", {k: v for k, v in PROGRAM.items() if k != "entry_point"}, r"\('entry_point'\)"),
+    ],
+)
+def test_rows_that_no_answer_could_be_right_for_are_refused(tmp_path, name, row, message):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "test.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ConfigError, match=r"test\.jsonl, line 1: .*" + message):
         data.load_rows(name, "test", str(tmp_path))
 
 

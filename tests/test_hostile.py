@@ -109,7 +109,7 @@ def test_a_line_without_end_is_refused_before_it_is_held(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"samples\.jsonl, line 2: longer than"):
         list(read_samples(tmp_path))
     zipped = tmp_path / "test.jsonl.gz"
-    zipped.write_bytes(gzip.compress(b'{"question": "q", "answer": "a"}\n' + b" " * 10**6))
+    zipped.write_bytes(gzip.compress(b'{"question": "q", "answer": "#### 1"}\n' + b" " * 10**6))
     with pytest.raises(ConfigError, match=r"test\.jsonl\.gz, line 2: longer than"):
         data._read_jsonl("gsm8k", zipped)
     with pytest.raises(ConfigError, match="longer than"):

@@ -56,7 +56,7 @@ def add_settings(run: argparse.ArgumentParser, spec: str = "SPEC.toml") -> argpa
         metavar="PATH_OR_HUB_ID",
         help="any Hugging Face causal LM, or a FLUID folder; default: the bundled tiny-fluid",
     )
-    what.add_argument("--decoder", metavar="ar|fluid|nbdiff|llada", help="default: what the model was adapted to, else ar")
+    what.add_argument("--decoder", metavar="ar|fluid|nbdiff|llada", help="default: as the model was adapted, else ar")
     what.add_argument("--set", action="append", default=[], metavar="A.B=C", help="e.g. decoder.confidence=0.9")
     what.add_argument("--limit", type=whole, metavar="N", help="first N documents of each task")
     what.add_argument("--num-fewshot", type=whole, metavar="N", help="default: the task's own")

@@ -12,7 +12,7 @@ HELP = "how one answer comes about, forward by forward"
 
 def add(trace: argparse.ArgumentParser) -> None:
     trace.add_argument("--model", metavar="PATH_OR_HUB_ID", help="default: the bundled tiny-fluid")
-    trace.add_argument("--decoder", metavar="ar|fluid|nbdiff|llada", help="default: what the model was adapted to, else ar")
+    trace.add_argument("--decoder", metavar="ar|fluid|nbdiff|llada", help="default: as the model was adapted, else ar")
     trace.add_argument("--prompt", required=True, metavar="TEXT", help="what the answer continues; \\n is a new line")
     trace.add_argument("--set", action="append", default=[], metavar="A.B=C", help="e.g. decoder.confidence=0.9")
     trace.add_argument("--max-new-tokens", type=whole, default=64, metavar="N", help="default: 64")

@@ -15,6 +15,7 @@ from fluid_model.files import read_json
 from .. import repeats
 from ..frontier import short
 from ..repeats import Repeat
+from ..results import read_environment
 from ..store import AUDIT, ENVIRONMENT, KHEAD, POINTS, RESULT, SPEC, SWEEP, Record, read_finished
 
 Nested = dict[str, Any]
@@ -52,7 +53,7 @@ def read_runs(folders: Sequence[Path], base: Path | None = None) -> tuple[list[S
     found, why = _base_first([run for folder in folders for run in _runs_of(folder)], folders[0], base)
     if twice := [folder for folder, count in Counter(folder.resolve() for folder in found).items() if count > 1]:
         raise ConfigError(f"{twice[0]}: is named twice; name each run once")
-    finished = [read_finished(folder, _NEEDED) for folder in found]
+    finished = [read_finished(folder, _NEEDED, shown=True) for folder in found]
     specs = [read_json(folder / SPEC) for folder in found]
     named = zip(found, specs, _names(found, specs), finished, strict=True)
     runs = [
@@ -108,10 +109,9 @@ def _runs_of(folder: Path) -> list[Path]:
 def _with_rest(folder: Path, mark: str, name: str, spec: Nested, result: Nested, records: Sequence[Record]) -> Stored:
     """A finished run with what else its folder holds."""
     owners = {leaf: task for task, leaves in result["members"].items() for leaf in leaves}
-    others = [folder / ENVIRONMENT, folder / AUDIT, folder / KHEAD]
-    environment, audit, khead = (read_json(file) if file.is_file() else None for file in others)
-    again = repeats.read(folder)
-    return Stored(folder, mark, name, spec, result, environment or {}, records, owners, audit, khead, again)
+    audit, khead = (read_json(file) if file.is_file() else None for file in (folder / AUDIT, folder / KHEAD))
+    environment, again = read_environment(folder / ENVIRONMENT), repeats.read(folder)
+    return Stored(folder, mark, name, spec, result, environment, records, owners, audit, khead, again)
 
 
 def _mark(place: int) -> str:

@@ -59,7 +59,7 @@ def print_health(console: Console, health: Sequence[Mapping[str, Any]], *, setta
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("first of them", overflow="fold")
     for gate in (gate for gate in health if gate["count"]):
-        keys = gate["keys"][0] + (", …" if gate["count"] > 1 else "")
+        keys = "".join(gate["keys"][:1]) + (", …" if gate["count"] > 1 else "")
         counts = f"{gate['count']}/{gate['n']}", f"{gate['share']:.1%}", f"{gate['threshold']:.0%}"
         table.add_row("" if gate["ok"] else "!", gate["gate"], gate["task"], *counts, keys)
     if table.row_count:
