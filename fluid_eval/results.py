@@ -54,6 +54,40 @@ ENVIRONMENT_HOLDS: dict[str, Check] = {
 }  # fmt: skip
 
 
+_DIVERGENCE: dict[str, Check] = {
+    "key": text, "place": count, "forward": maybe(count), "context": text, "ours": text, "theirs": text,
+    "margin": number, "margin_recheck": number, "agrees_in_recheck": flag, "verdict": text,
+}  # fmt: skip
+AUDIT_HOLDS: dict[str, Check] = {
+    "verdict": text, "promises": flag, "n": count, "identical": count, "tokens": count, "agreeing_tokens": count,
+    "dtype": text, "recheck": maybe(text), "tolerance": maybe(number), "divergences": each(table(_DIVERGENCE)),
+    "distribution": maybe(table({"n": count, "p": number, "ok": flag, "enough": count})),
+}  # fmt: skip
+_POLICY: dict[str, Check] = {
+    "name": text, "forwards_per_token": amount, "slots_per_token": amount, "cost_per_token": amount,
+}  # fmt: skip
+KHEAD_HOLDS: dict[str, Check] = {
+    "tau": maybe(number), "k_max": count, "slot_budget": count,
+    "tasks": by_name(table({
+        "positions": count, "predicted": amount, "possible": amount, "k_star": maybe(amount),
+        "joint": each(each(count)), "calibration": each(table({"predicted": count, "n": count})),
+        "by_step": each(table({"step": count, "n": count, "accepted": amount})),
+        "policies": each(table(_POLICY)), "best_fixed": count, "regret": number,
+    })),
+}  # fmt: skip
+"""What audit.json and khead.json must hold to be shown."""
+
+
+def read_beside(file: Path, holds: dict[str, Check]) -> Nested | None:
+    """What an audit or a K-head's look left beside a run; None where there was none. Raises ConfigError naming both."""
+    if not file.exists():
+        return None
+    values = read_json(file)
+    if problem := wrong(values, holds):
+        raise ConfigError(f"{file}: not as fluid-eval {file.stem} writes it ({problem}); remove it, or make it anew")
+    return values
+
+
 def read_result(file: Path, needed: Iterable[str] = (), *, shown: bool = False) -> Nested:
     """A run's result.  needed: what it must tell.  shown: whether its lines are, and so must tell all.
 

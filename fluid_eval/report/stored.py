@@ -15,7 +15,7 @@ from fluid_model.files import read_json
 from .. import repeats
 from ..frontier import short
 from ..repeats import Repeat
-from ..results import read_environment
+from ..results import AUDIT_HOLDS, KHEAD_HOLDS, read_beside, read_environment
 from ..store import AUDIT, ENVIRONMENT, KHEAD, POINTS, RESULT, SPEC, SWEEP, Record, read_finished
 
 Nested = dict[str, Any]
@@ -109,7 +109,7 @@ def _runs_of(folder: Path) -> list[Path]:
 def _with_rest(folder: Path, mark: str, name: str, spec: Nested, result: Nested, records: Sequence[Record]) -> Stored:
     """A finished run with what else its folder holds."""
     owners = {leaf: task for task, leaves in result["members"].items() for leaf in leaves}
-    audit, khead = (read_json(file) if file.is_file() else None for file in (folder / AUDIT, folder / KHEAD))
+    audit, khead = read_beside(folder / AUDIT, AUDIT_HOLDS), read_beside(folder / KHEAD, KHEAD_HOLDS)
     environment, again = read_environment(folder / ENVIRONMENT), repeats.read(folder)
     return Stored(folder, mark, name, spec, result, environment, records, owners, audit, khead, again)
 
