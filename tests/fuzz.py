@@ -82,7 +82,9 @@ def spec_case(root: Path, rng: random.Random) -> list[str]:
         text = text[:place] + rng.choice("\"'[]{}=\n\0\ufeff") + text[place + 1 :]
     file = root / "spec.toml"
     file.write_bytes(text.encode("utf-8", "surrogatepass"))
-    return [rng.choice(("run", "sweep", "audit")), str(file), "--out", str(root / "out")]
+    named = isinstance(values, dict) and "model" in values  # else the bundled one would go to work
+    model = [] if named else ["--model=nowhere"]
+    return [rng.choice(("run", "sweep", "audit")), str(file), "--out", str(root / "out"), *model]
 
 
 def words_case(root: Path, rng: random.Random) -> list[str]:
