@@ -29,10 +29,11 @@ def with_decoder(values: Mapping[str, Any]) -> Nested:
     decoder, model = values.get("decoder", {}), values.get("model")
     if not isinstance(decoder, Mapping) or "name" in decoder or not isinstance(model, Mapping):
         return values
-    path, method, trust = (model.get(name) for name in ("path", "method", "trust_remote_code"))
-    if not isinstance(path, str) or not isinstance(method, str | None) or not isinstance(trust, bool | None):
+    path, method, trust, base = (model.get(name) for name in ("path", "method", "trust_remote_code", "base"))
+    named = isinstance(path, str) and all(isinstance(name, str | None) for name in (method, base))
+    if not named or not isinstance(trust, bool | None):
         return values
-    return {**values, "decoder": {"name": _named(path, method, bool(trust)), **decoder}}
+    return {**values, "decoder": {"name": _named(path, method, bool(trust), base), **decoder}}
 
 
 def adapted_for(info: ModelInfo) -> str:
@@ -53,10 +54,10 @@ def reason(spec: RunSpec, info: ModelInfo) -> str:
 
 
 @cache
-def _named(path: str, method: Any, trust: bool) -> str:
+def _named(path: str, method: Any, trust: bool, base: str | None) -> str:
     """Looked at once a process: a sweep asks for each of its points."""
     from fluid_model.checkpoint import describe
 
     if not Path(path).expanduser().is_dir():
         data.go_offline_if_unreachable()
-    return adapted_for(describe(path, method, trust_remote_code=trust))
+    return adapted_for(describe(path, method, trust_remote_code=trust, base=base))

@@ -20,10 +20,11 @@ from typing import Any
 from fluid_model.errors import ConfigError
 from fluid_model.fields import at_least
 
+from .records import encode, parse
 from .stats import Interval, geometric
-from .store import encode, parse, torn_bytes
+from .store import REPEATS as REPEATS
+from .store import torn_bytes
 
-REPEATS = "repeats.jsonl"
 Turn = tuple[str, int]
 """Session and turn: repeats of several runs with the same ones took turns in one process."""
 

@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     import pandas
 
 SPEC, ENVIRONMENT, SAMPLES, RESULT = "spec.json", "environment.json", "samples.jsonl", "result.json"
-RUN_FILES = (SPEC, ENVIRONMENT, SAMPLES, RESULT, f".{SAMPLES}.tmp", ".*.json.tmp", "report.html")
+AUDIT, KHEAD, REPEATS = "audit.json", "khead.json", "repeats.jsonl"
+"""What `audit`, `khead` and `--speed-repeats` leave beside a run."""
+RUN_FILES = (
+    SPEC, ENVIRONMENT, SAMPLES, RESULT, AUDIT, KHEAD, REPEATS, "report.html", ".*.tmp"
+)  # fmt: skip
 """What this package writes into a run folder; anything else there is the user's."""
-AUDIT, KHEAD = "audit.json", "khead.json"
-"""What `audit` and `khead` leave beside a run."""
 POINTS, SWEEP = "points", "sweep.json"
 """Folder of a sweep that holds its runs, and the file that says which they are."""
 _JUST_NOW = "another process wrote here just now, or removed it; try again with --resume"
