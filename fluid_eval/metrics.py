@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -58,14 +58,6 @@ class Line:
         """Plain values, the cost's among them."""
         values = asdict(self)
         return {**{k: v for k, v in values.items() if k != "cost"}, **values["cost"]}
-
-
-def in_order(records: Iterable[dict[str, Any]], tasks: Iterable[str]) -> list[dict[str, Any]]:
-    """Samples by task, those of other tasks last, and document, in whatever order answers came: what is drawn by place,
-    or listed, is the same for the same samples.
-    """
-    places = {task: place for place, task in enumerate(tasks)}
-    return sorted(records, key=lambda r: (places.get(r["task"], len(places)), r["task"], r["doc_id"], r["key"]))
 
 
 def cost(records: Sequence[Record], repeats: Sequence[Repeat] = ()) -> Cost:

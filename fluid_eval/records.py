@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 from fluid_model.files import parse_json
@@ -82,3 +83,11 @@ def encode(record: Record) -> bytes:
     """A record's line, which `parse` reads."""
     body = json.dumps(record, ensure_ascii=True)[:-1].encode()
     return body + CHECKSUM + f'{zlib.crc32(body):08x}"}}\n'.encode()
+
+
+def in_order(records: Iterable[Record], tasks: Iterable[str]) -> list[Record]:
+    """Samples by task, those of other tasks last, and document, in whatever order answers came: what is drawn by place,
+    or listed, is the same for the same samples.
+    """
+    places = {task: place for place, task in enumerate(tasks)}
+    return sorted(records, key=lambda r: (places.get(r["task"], len(places)), r["task"], r["doc_id"], r["key"]))

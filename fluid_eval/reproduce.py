@@ -24,9 +24,9 @@ from . import data, harness, protocol, repeats
 from .claims import Claim, Ledger, System
 from .judgement import NOT_RUN, Finding, Judgement, Margins, judge
 from .lint import lint
-from .metrics import in_order
 from .paths import resource
 from .protocol import chat_of
+from .records import in_order
 from .run import default_folder, run
 from .sandbox.ladder import found as isolation
 from .spec import DEFAULT_PROFILE, RunSpec, build_spec

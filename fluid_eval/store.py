@@ -23,9 +23,8 @@ from fluid_model.errors import ConfigError, RunError
 from fluid_model.files import Nested, bounded, read_json
 from fluid_model.tokens import encodable
 
-from .metrics import in_order
 from .records import Record as Record
-from .records import check_record, encode, parse
+from .records import check_record, encode, in_order, parse
 from .results import read_environment, read_result
 from .spec import RunSpec, build_spec
 

@@ -113,7 +113,7 @@ def test_an_adapter_as_llama_factory_saves_it_is_a_stage_1_result(tmp_path, own_
     assert torch.allclose(made.model(ids).logits, adapted.eval()(ids).logits, atol=1e-5)
     assert fluid_model.load(str(tmp_path / "adapter")).manifest is None, "its files do not tell it from any other LoRA"
     with pytest.raises(ConfigError, match=r"no mask token: none of .*unused32.*<mask>.* set model\.mask_token"):
-        train(recipe)
+        train(replace(recipe, out=str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize("stage", ["nbdiff", "llada"])
