@@ -27,6 +27,8 @@ from .bars import Bar
 from .prompts import mini, real
 
 REFERENCE = FluidSettings(rounds="reference")
+CACHED = FluidSettings(rounds="reference", min_horizon=4)
+"""The public samplers, (c) and (b) of docs/decoders.md: uncached, strides of 1 at least; cached, of 4 at least."""
 CHEAP = FluidSettings(slot_budget=100_000, min_horizon=4)
 """Ours where slots cost nothing: the fewest forwards."""
 NEW = 160
@@ -134,8 +136,8 @@ def alone(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
 def fewer(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
     """Forwards, and how few they could be."""
     work = requests(checkpoint, mini(plan.many))
-    systems = {"reference": (REFERENCE, 8), "ours": (CHEAP, 1), "ours here": (FluidSettings(), 1)}
-    systems["AR"] = (ArSettings(), 32)
+    systems = {"reference": (REFERENCE, 8), "reference, stride 4 at least": (CACHED, 8), "ours": (CHEAP, 1)}
+    systems |= {"ours here": (FluidSettings(), 1), "AR": (ArSettings(), 32)}
     found = {name: write(checkpoint, decoder, work, batch) for name, (decoder, batch) in systems.items()}
     assert checkpoint.head is not None
     stride = checkpoint.head.k_max
@@ -146,11 +148,11 @@ def fewer(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
     ]
     rows.append(("oracle: every draft right", f"{oracle:,}", f"{tokens(found['AR']) / oracle:.2f}"))
     print(bars.table(["", "forwards", "tokens/forward"], rows), file=sys.stderr)
-    ratio = forwards(found["reference"]) / forwards(found["ours"])
-    here = forwards(found["reference"]) / forwards(found["ours here"])
+    least = min(forwards(answers) for name, answers in found.items() if name.startswith("reference"))
+    ratio, here = least / forwards(found["ours"]), least / forwards(found["ours here"])
     return [
-        bars.at_least("forwards: reference decoder / ours, slots free", ratio, 2.5),
-        Bar("forwards: reference decoder / ours, slots priced here", round(here, 3), "", None),
+        bars.at_least("forwards: the better reference decoder / ours, slots free", ratio, 2.5),
+        Bar("forwards: the better reference decoder / ours, slots priced here", round(here, 3), "", None),
     ]
 
 
