@@ -91,9 +91,11 @@ def judge(findings: Sequence[Finding], margins: Margins | None = None) -> list[J
 def _judgement(finding: Finding, margin: float, p_beyond: float) -> Judgement:
     claim, found = finding.claim, finding.measured
     share, low, high = _bounds(claim, margin)
-    p_within = within(found, low, high, share=share)
+    p_within = within(found, low, high, share=share) if found.bounded else 1.0
     said = f"{_number(claim, margin)}"
-    if p_within <= LEVEL:
+    if not found.bounded:
+        told = f"{CANNOT_TELL}{_unstated(claim)}: n = {found.n:,} is too few for an interval"
+    elif p_within <= LEVEL:
         told = f"{REPRODUCED}{_unstated(claim)}: within {said}"
     elif p_beyond <= LEVEL:
         told = f"{NOT_REPRODUCED}{_unstated(claim)}: {_number(claim, _off(finding))} off, surely more than {said}"
@@ -119,6 +121,8 @@ def _enough(finding: Finding, margin: float) -> str:
 
 
 def _beyond(finding: Finding, margin: float) -> float:
+    if not finding.measured.bounded:
+        return 1.0
     share, low, high = _bounds(finding.claim, margin)
     n = published_n(finding.claim) if share else None
     return beyond(finding.measured, low, high, share=share, published_n=n)

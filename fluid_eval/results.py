@@ -55,19 +55,20 @@ ENVIRONMENT_HOLDS: dict[str, Check] = {
 
 
 _DIVERGENCE: dict[str, Check] = {
-    "key": text, "place": count, "forward": maybe(count), "context": text, "ours": text, "theirs": text,
-    "margin": number, "margin_recheck": number, "agrees_in_recheck": flag, "verdict": text,
+    "key": text, "place": count, "context": text, "ours": text, "theirs": text, "margin": number, "verdict": text,
 }  # fmt: skip
+_DIVERGENCE_MAYBE: dict[str, Check] = {"forward": maybe(count), "margin_recheck": number, "agrees_in_recheck": flag}
 AUDIT_HOLDS: dict[str, Check] = {
-    "verdict": text, "promises": flag, "n": count, "identical": count, "tokens": count, "agreeing_tokens": count,
-    "dtype": text, "recheck": maybe(text), "tolerance": maybe(number), "divergences": each(table(_DIVERGENCE)),
+    "verdict": text, "n": count, "identical": count, "tokens": count, "agreeing_tokens": count,
+    "dtype": text, "recheck": maybe(text), "tolerance": maybe(number),
+    "divergences": each(table(_DIVERGENCE, _DIVERGENCE_MAYBE)),
     "distribution": maybe(table({"n": count, "p": number, "ok": flag, "enough": count})),
 }  # fmt: skip
 _POLICY: dict[str, Check] = {
     "name": text, "forwards_per_token": amount, "slots_per_token": amount, "cost_per_token": amount,
 }  # fmt: skip
 KHEAD_HOLDS: dict[str, Check] = {
-    "tau": maybe(number), "k_max": count, "slot_budget": count,
+    "slot_budget": count,
     "tasks": by_name(table({
         "positions": count, "predicted": amount, "possible": amount, "k_star": maybe(amount),
         "joint": each(each(count)), "calibration": each(table({"predicted": count, "n": count})),
@@ -76,6 +77,8 @@ KHEAD_HOLDS: dict[str, Check] = {
     })),
 }  # fmt: skip
 """What audit.json and khead.json must hold to be shown."""
+BESIDE_MAYBE: dict[str, Check] = {"promises": flag, "tau": maybe(number), "k_max": count}
+"""What they may hold besides: earlier versions did not write all of it."""
 
 
 def read_beside(file: Path, holds: dict[str, Check]) -> Nested | None:
@@ -83,7 +86,7 @@ def read_beside(file: Path, holds: dict[str, Check]) -> Nested | None:
     if not file.exists():
         return None
     values = read_json(file)
-    if problem := wrong(values, holds):
+    if problem := wrong(values, holds, BESIDE_MAYBE):
         raise ConfigError(f"{file}: not as fluid-eval {file.stem} writes it ({problem}); remove it, or make it anew")
     return values
 

@@ -62,13 +62,15 @@ def published(row: Row) -> str:
 
 
 def measured(row: Row) -> str:
-    """As measured, with its interval; a dash where nothing was."""
+    """As measured, with its interval where it has one; a dash where nothing was."""
     found = row["measured"]
     if found is None:
         return "–"
     scale, digits = (100, 1) if row["unit"] == "%" else (1, 2)
-    value, low, high = (f"{scale * found[name]:.{digits}f}" for name in ("score", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    value, low, high = (
+        None if found[name] is None else f"{scale * found[name]:.{digits}f}" for name in ("score", "low", "high")
+    )
+    return f"{value}" if low is None else f"{value} [{low}, {high}]"
 
 
 def convention(row: Row) -> str:

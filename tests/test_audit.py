@@ -302,7 +302,8 @@ def test_the_command_on_a_stored_run(tiny_fluid, tmp_path, capsys):
     assert only["place"] == 3
     assert only["agrees_in_recheck"], "the decoder itself is sound"
     records[1]["output_ids"][3] ^= 1
-    records[1]["output_ids"] = records[1]["output_ids"][:5]
+    records[1]["output_ids"], trace = records[1]["output_ids"][:5], records[1]["trace"]
+    trace["written"] = trace["written"][:5]
     records[1]["finish"] = "length"
     (tmp_path / "run" / "samples.jsonl").write_bytes(b"".join(map(encode, records)))
     assert main(["audit", str(tmp_path / "run")]) == 1, "cut before its length"

@@ -54,7 +54,10 @@ def test_scores_and_costs(drawn_records, chance):
 @settings(max_examples=30)
 def test_points_of_a_sweep(answers, chance, by):
     """Twins stand at other places among the points, with their samples in another order."""
-    points = [as_point(f"p{i}", {}, [record(d, *each) for d, each in enumerate(a)]) for i, a in enumerate(answers)]
+    points = [
+        as_point(f"p{i}", {}, [record(d, *each) for d, each in enumerate(a)], {"t0": "t0", "t1": "t1"})
+        for i, a in enumerate(answers)
+    ]
     turned = [replace(p, name=f"{p.name} again", samples=chance.sample(p.samples, len(p.samples))) for p in points]
     together = {p.name: p for p in measure(chance.sample([*points, *turned], 2 * len(points)), by=by, draws=40)}
     for alone in (placed for p in points for placed in measure([p], by=by, draws=40)):
@@ -69,7 +72,7 @@ def test_stored_runs(tmp_path):
     folders = [write_run(tmp_path / name, decoder, model="m") for name, decoder in (("a", "ar"), ("b", "fluid"))]
 
     def told():
-        facts = gather(read_runs(folders), None)
+        facts = gather(read_runs(folders)[0], None)
         return json.dumps(compare(folders)), facts.placed, facts.strides, facts.verdicts, facts.comparison
 
     before = told()
@@ -96,16 +99,17 @@ def test_sums_are_the_same_wherever_a_column_stands():
 
 @given(st.lists(st.tuples(st.integers(0, 50), SECONDS), min_size=2, max_size=20), st.randoms(use_true_random=False))
 def test_a_ratio_as_it_stands(pairs, chance):
-    """What is drawn again goes by documents' places, which callers sort; the ratio itself by none."""
-    found = ratio_of_sums(*([column] for column in zip(*pairs, strict=True)), [len(pairs)], draws=1)
-    shuffled = chance.sample(pairs, len(pairs))
-    again = ratio_of_sums(*([column] for column in zip(*shuffled, strict=True)), [len(pairs)], draws=1)
-    assert (found and found.mean) == (again and again.mean)
+    """The ratio and its interval."""
+    found, again = (
+        ratio_of_sums(*([column] for column in zip(*each, strict=True)), [len(pairs)])
+        for each in (pairs, chance.sample(pairs, len(pairs)))
+    )
+    assert (found and found.to_dict()) == (again and again.to_dict())
 
 
 def placed(name, score, speed):
     pace = Interval(speed, speed, speed, 1)
-    return Placed(name, {}, 1, Interval(score, score, score, 1), pace, pace, pace)
+    return Placed(name, {}, 1, Interval(score, score, score, 1), pace, pace, pace, repeats=2)
 
 
 def test_what_differs_by_rounding_alone_is_a_tie():
