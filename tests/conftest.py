@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, settings
 os.environ["OMP_NUM_THREADS"] = "1"  # small models: threads only wait for one another
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TQDM_DISABLE="1", TRANSFORMERS_VERBOSITY="error")
 os.environ.pop("FLUID_DATA_DIR", None)
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # slot budgets measured here are nobody else's
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have their parent's: what one compiles is there for all
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # slot budgets measured here are nobody else's
 
 HASTE = HealthCheck.too_slow
 """A busy machine is no fault of a test."""

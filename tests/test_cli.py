@@ -133,7 +133,8 @@ def test_no_hub_and_no_data_is_one_error_in_time(tmp_path, tiny_model):
     import os
 
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
-    words = [sys.executable, "-m", "fluid_eval", "run", "--tasks", "gsm8k", "--model", str(tiny_model), "--out", "r"]
+    program = "import sys; from fluid_eval import cli, data; data.HUB_TIMEOUT = 1.5; sys.exit(cli.main())"
+    words = [sys.executable, "-c", program, "run", "--tasks", "gsm8k", "--model", str(tiny_model), "--out", "r"]
     with socket.create_server(("127.0.0.1", 0)) as silent:
         hub = f"http://127.0.0.1:{silent.getsockname()[1]}"
         environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT), "NO_PROXY": "*"}

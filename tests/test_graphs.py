@@ -97,7 +97,7 @@ def test_what_is_larger_than_all_buckets_runs_as_it_is(checkpoint, monkeypatch):
     assert found == [g.ids for g in engine_for(checkpoint, decoder, 1).generate(requests(checkpoint))]
 
 
-def heard(checkpoint, decoder, slots):
+def heard(checkpoint, decoder, slots, work=None):
     """Every answer's ids, and the likeliest logit of each of its slots that came to be tokens, to the last bit."""
     found: dict[tuple[str, int], float] = {}
     engine = engine_for(checkpoint, decoder, slots)
@@ -115,7 +115,7 @@ def heard(checkpoint, decoder, slots):
 
     checkpoint.backbone.forward = listen
     try:
-        answers = {g.key: g.ids for g in engine.generate(requests(checkpoint, 10))}
+        answers = {g.key: g.ids for g in engine.generate(work or requests(checkpoint, 10))}
     finally:
         del checkpoint.backbone.forward
     return answers, found
@@ -126,13 +126,14 @@ def heard(checkpoint, decoder, slots):
 def test_one_shape_makes_numbers_independent_of_the_batch(dtype, decoder):
     """What a token's logits are alone, they are in every batch, to the last bit; without, they are not."""
     checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype=dtype)
-    checkpoint.backbone.capture(on=True, only=(5, 40, 256))
-    answers, numbers = heard(checkpoint, decoder, 1)
-    for slots in (2, 5):
-        again, others = heard(checkpoint, decoder, slots)
+    work = requests(checkpoint, 6)[1:5]
+    checkpoint.backbone.capture(on=True, only=(4, 32, 128))
+    answers, numbers = heard(checkpoint, decoder, 1, work)
+    for slots in (2, 4):
+        again, others = heard(checkpoint, decoder, slots, work)
         assert again == answers
         shared = numbers.keys() & others.keys()
-        assert len(shared) > 30
+        assert len(shared) > 12
         assert all(others[place] == numbers[place] for place in shared)
     checkpoint.backbone.capture(on=False)
     checkpoint.backbone.native = None  # which needs no shape for that

@@ -6,8 +6,6 @@ import copy
 import os
 import random
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -256,15 +254,20 @@ def test_without_a_compiler_torch_runs_it(compiler, tmp_path, monkeypatch, caplo
     assert not [*tmp_path.rglob("*.so")]
 
 
-def test_it_is_compiled_once_whoever_asks(tmp_path):
-    """Three processes at the same time, and one later."""
-    words = [sys.executable, "-c", "from fluid_model import native; assert native.library(4) is not None"]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    running = [subprocess.Popen(words, env=environment) for _ in range(3)]
-    assert [process.wait() for process in running] == [0, 0, 0]
+def test_it_is_compiled_once_whoever_asks(tmp_path, monkeypatch):
+    """Three processes at the same time, and one later; not optimised, which takes the compiler least time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "FLAGS", [flag for flag in native.FLAGS if flag != "-O3"])
+    running = []
+    for _ in range(3):
+        running.append(os.fork())
+        if running[-1] == 0:
+            signal.alarm(60)
+            os._exit(native.library.__wrapped__(4) is None)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in running] == [0, 0, 0]
     (made,) = (tmp_path / "fluid-eval").iterdir()
     when = made.stat().st_mtime_ns
-    assert subprocess.run(words, env=environment, check=False).returncode == 0
+    assert native.library.__wrapped__(4) is not None
     assert made.stat().st_mtime_ns == when
 
 

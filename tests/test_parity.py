@@ -10,7 +10,7 @@ from fluid_eval import data, store
 from fluid_eval.run import run
 from fluid_eval.spec import build_spec
 
-LIMIT = 6
+LIMIT = 3
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +46,11 @@ def ours(stories, tasks, data_dir, folder, limit, new_tokens=None, num_fewshot=N
     return result, {record["key"]: record for record in store.read_samples(folder)}
 
 
-@pytest.mark.parametrize(("shots", "length"), [(0, 48), (None, 48)])
-def test_generated_text_and_scores(hf, stories, data_dir, tmp_path, shots, length):
+@pytest.mark.parametrize("shots", [0, None])
+def test_generated_text_and_scores(hf, stories, data_dir, tmp_path, shots):
     """At the tasks' own five and four shots most prompts are cut, by both in the same way."""
     tasks = ["gsm8k", "math500", "humaneval"]
+    length = 32
     expected = theirs(hf, tasks, data_dir, LIMIT, length, shots)
     result, samples = ours(stories, tasks, data_dir, tmp_path / "r", LIMIT, length, shots)
     for task in tasks:
@@ -65,9 +66,11 @@ def test_generated_text_and_scores(hf, stories, data_dir, tmp_path, shots, lengt
         assert all(samples[f"gsm8k/{n}"]["truncated"] > 0 for n in range(LIMIT))
 
 
-def test_mmlu_log_likelihoods(hf, stories, data_dir, tmp_path):
-    expected = theirs(hf, ["mmlu"], data_dir, 1)
-    result, samples = ours(stories, ["mmlu"], data_dir, tmp_path / "r", 1)
+@pytest.mark.parametrize(("name", "shots", "subjects"), [("mmlu", 0, 57), ("mmlu_anatomy", None, 1)])
+def test_mmlu_log_likelihoods(hf, stories, data_dir, tmp_path, name, shots, subjects):
+    """Of every subject, and their groups; at the task's own five shots, whose prompts are cut, of one."""
+    expected = theirs(hf, [name], data_dir, 1, num_fewshot=shots)
+    result, samples = ours(stories, [name], data_dir, tmp_path / "r", 1, num_fewshot=shots)
     seen = 0
     for task, examples in expected["samples"].items():
         for example in examples:
@@ -76,7 +79,7 @@ def test_mmlu_log_likelihoods(hf, stories, data_dir, tmp_path):
             assert record["loglikelihoods"] == pytest.approx(values, abs=1e-4)
             assert record["greedy"] == [greedy for ((_, greedy),) in example["resps"]]
             seen += 1
-    assert seen == 57
+    assert seen == subjects
     parts = {line["task"]: line["score"] for line in result["lines"] + result["parts"]}
     assert parts == {name: pytest.approx(found["acc,none"]) for name, found in expected["results"].items()}
 
