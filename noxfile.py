@@ -38,7 +38,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The test suite, two files at a time; words after -- go to pytest."""
-    python(session, "pytest", "-n", "2", "--dist", "loadfile", *session.posargs)
+    python(session, "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *session.posargs)
 
 
 @nox.session

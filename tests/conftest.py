@@ -21,11 +21,14 @@ settings.register_profile("suite", derandomize=True, deadline=None, database=Non
 settings.register_profile("random", settings.get_profile("suite"), derandomize=False, print_blob=True)
 settings.load_profile("suite")  # the same inputs every time; nox -s properties draws others
 
+LONGEST = ("run", "train", "sweep", "parity", "laws", "graphs", "plan", "rounds", "report_browser", "gpu_bench", "chat")
+"""Files that take longest begin first, so that no worker is left alone with one at the end (--no-loadscope-reorder)."""
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped, with the reason, where torch sees no CUDA device."""
+    """The longest files first. Tests marked gpu are skipped, with the reason, where torch sees no CUDA device."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         import torch

@@ -23,7 +23,7 @@ from bench.gpu.plan import Found, Plan
 from bench.prompts import mini
 from fluid_model import ConfigError, Engine, FluidSettings, Request
 
-QUICK = ["--quick", "--device", "cpu", "--concurrency", "1,2", "--context", "40"]
+QUICK = ["--quick", "--device", "cpu", "--concurrency", "1,2", "--context", "40", "--tokens", "6"]
 OURS, HIDDEN = {"bench", "fluid_model"}, {"fluid_eval", "lm_eval", "ray", "pandas"}
 
 

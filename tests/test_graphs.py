@@ -27,7 +27,7 @@ def checkpoint():
     return fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype="float32")
 
 
-def requests(checkpoint, new=24):
+def requests(checkpoint, new=16):
     texts = [*TEXTS, *(TEXTS[0][:n] for n in (30, 45, 60))]
     return [Request(text, tuple(checkpoint.tokenizer(text)["input_ids"]), new) for text in texts]
 

@@ -24,7 +24,7 @@ from fluid_model.train.llamafactory import read_yaml
 from fluid_model.train.recipe import build_chain
 from fluid_model.train.rows import Source, read_rows
 
-DEEP = "[" * 30_000
+DEEP = "[" * 100_000
 TRACE = {"forwards": {"prefill": 1}, "slots": 1, "predicted": [], "accepted": []}
 RECORD = {
     "key": "gsm8k/0", "task": "gsm8k", "doc_id": 0, "prompt": "p", "prompt_hash": "0" * 16, "output": "o",
