@@ -18,12 +18,12 @@ from textwrap import shorten
 from typing import Any, Protocol
 
 from fluid_model.errors import ConfigError
-from fluid_model.files import Nested, read_json
+from fluid_model.files import Nested
 from fluid_model.settings import check_range
 
 from . import repeats
 from .repeats import Repeat
-from .results import read_environment
+from .results import read_environment, read_spec
 from .spec import RunSpec
 from .speeds import Clocked, speeds
 from .stats import Interval, difference_over_tasks, mcnemar, mean_over_tasks, minimum_detectable
@@ -123,7 +123,7 @@ def load(folder: Path) -> Loaded:
         for record in records
         if "lost" not in record and record.get("scores")
     }
-    return Loaded(str(folder), read_json(folder / SPEC), result, environment, answers, repeats.read(folder))
+    return Loaded(str(folder), read_spec(folder / SPEC), result, environment, answers, repeats.read(folder))
 
 
 def protocol_difference(base: Asked, other: Asked) -> list[str]:

@@ -78,7 +78,10 @@ def plan(values: Mapping[str, Any]) -> Plan:
     if not isinstance(sweep, Mapping) or (unknown := set(sweep) - KNOWN):
         what = f"sweep.{sorted(unknown)[0]} is no setting" if isinstance(sweep, Mapping) else "sweep must be a table"
         raise ConfigError(f"{what}; known: {', '.join(f'sweep.{name}' for name in sorted(KNOWN))}")
-    settings = [*_grid(sweep), *(dict(_flat(point)) for point in sweep.get("point", []))]
+    points = sweep.get("point", [])
+    if not isinstance(points, Sequence) or not all(isinstance(point, Mapping) for point in points):
+        raise ConfigError(f"sweep.point={points!r} must be tables: [[sweep.point]]")
+    settings = [*_grid(sweep), *(dict(_flat(point)) for point in points)]
     if not any(settings):
         raise ConfigError(
             "a sweep needs settings to vary: --sweep decoder.confidence=0.5,0.9, or a file's [sweep.grid]"

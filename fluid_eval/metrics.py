@@ -112,7 +112,7 @@ def as_point(
         Sample(
             task=owners[record["task"]], doc=record["key"], score=scores[record["key"]],
             tokens=len(record["output_ids"]), forwards=sum(record["trace"]["forwards"].values()),
-            seconds=record["seconds"],
+            seconds=record["seconds"], written=record["finish"] is not None,
         )
         for record in records
         if record["key"] in scores and record["key"].count("/") == 1  # a document's first answer, where it has several

@@ -1,9 +1,8 @@
 """Quality against speed: what each point of a sweep reaches, and which points another one beats at both. No torch.
 
 Comparisons rest on a bootstrap: documents are drawn again with replacement, as many of each task as there are, and
-every point is measured on the same drawn documents, for all points answer the same ones. What is hard for one is mostly
-hard for another, so that their difference is surer than their two intervals let one think. Of tokens/s the machine
-varies too, and documents do not tell of that: they compare by repeats in which points took turns.
+every point is measured on the same ones: what is hard for one is mostly hard for another, so their difference is surer
+than two intervals let one think. Tokens/s vary with the machine: they compare by repeats in which points took turns.
 
 Legend: P points, D documents, R draws.
 """
@@ -45,7 +44,7 @@ of them, are none.
 
 @dataclass(frozen=True)
 class Sample:
-    """One document as a point answered it. score: 0 to 1.  tokens: of the written answer, 0 for likelihood tasks."""
+    """One document as a point answered it. score: 0 to 1.  tokens: of the answer.  written: False if scored instead."""
 
     task: str
     doc: int | str
@@ -53,6 +52,7 @@ class Sample:
     tokens: int
     forwards: int
     seconds: float
+    written: bool = True
 
     def __post_init__(self) -> None:
         check_range("score", self.score, 0, 1)
@@ -277,7 +277,7 @@ def _lay_out(points: Sequence[Point]) -> _Board:
             if held[i, at]:
                 raise ConfigError(f"point {p.name!r} has two samples of document {s.doc} of {s.task}")
             held[i, at] = True
-            cost = (s.tokens, s.forwards, 1) if s.task in writing else (0, 0, 0)
+            cost = (s.tokens, s.forwards, 1) if s.written and s.task in writing else (0, 0, 0)
             values[i, at] = (s.score, *cost)
     return _Board(np.array([number[task] for task, _ in keys]), held, values)
 
@@ -308,7 +308,7 @@ def _place(point: Point) -> Placed:
     for sample in point.samples:
         scores.setdefault(sample.task, []).append(sample.score)
     writing = {sample.task for sample in point.samples if sample.tokens}
-    wrote = sorted((s for s in point.samples if s.task in writing), key=lambda sample: sample.task)
+    wrote = sorted((s for s in point.samples if s.written and s.task in writing), key=lambda sample: sample.task)
     sizes = list(Counter(sample.task for sample in wrote).values())
     tokens, forwards = [float(s.tokens) for s in wrote], [float(s.forwards) for s in wrote]
     seconds = math.fsum(sample.seconds for sample in wrote)

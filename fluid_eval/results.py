@@ -1,4 +1,4 @@
-"""What result.json and environment.json hold, checked as they are read: neither has a checksum, and both are looked up.
+"""What spec.json, result.json and environment.json hold, checked as they are read: none of them has a checksum.
 
 A field that is there must be what its name says; which fields must be there is up to who reads. No torch, no lm-eval.
 """
@@ -46,8 +46,13 @@ RESULT_HOLDS: dict[str, Check] = {
     "started": text, "wall_seconds": amount, "notices": each(text), "remote_code": each(text),
     "conditions": table(CONDITIONS),
 }  # fmt: skip
+SPEC_HOLDS: dict[str, Check] = {
+    "id": text, "tasks": each(text), "model": table({"path": text}), "decoder": table({"name": text}),
+    "limit": maybe(count),
+}  # fmt: skip
 ENVIRONMENT_HOLDS: dict[str, Check] = {
-    "same": by_name(anything), "versions": by_name(maybe(text)), "git": by_name(anything),
+    "same": by_name(anything), "versions": by_name(maybe(text)),
+    "git": table({}, {"commit": maybe(text), "dirty": maybe(flag)}),
     "engine": by_name(anything), "started": text, "command": each(text), "cpus": maybe(count),
     "memory_bytes": amount, "data": each(by_name(anything)), "isolation": maybe(text),
     "sessions": count,
@@ -101,6 +106,17 @@ def read_result(file: Path, needed: Iterable[str] = (), *, shown: bool = False) 
         raise ConfigError(f"{file}: lacks {', '.join(missing)}; run again into another --out")
     lines = {name: each(table(LINE)) for name in ("lines", "parts")} if shown else {}
     return _checked(file, result, {**RESULT_HOLDS, **lines})
+
+
+def read_spec(file: Path, needed: Iterable[str] = ()) -> Nested:
+    """A run's spec as it was written, by whatever version.  needed: what it must tell.
+
+    Raises ConfigError naming file and field.
+    """
+    values = read_json(file)
+    if problem := wrong(values, {name: SPEC_HOLDS[name] for name in needed}, SPEC_HOLDS):
+        raise ConfigError(f"{file}: no run's spec ({problem}); run again into another --out")
+    return values
 
 
 def read_environment(file: Path) -> Nested:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fluid_model.files import Nested
@@ -53,7 +53,7 @@ def speeds(base: Clocked, other: Clocked) -> Nested:
         if all(any(record["output_ids"] for record in task) for task in tasks)
     ]
     ours, theirs = (
-        Clocked(run.spec, run.environment, run.result, run.held, [run.records[place] for place in wrote])
+        replace(run, records=[[r for r in run.records[place] if r["finish"] is not None] for place in wrote])
         for run in (base, other)
     )
     reasons = conditions.unequal_seconds(

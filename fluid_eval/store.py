@@ -262,6 +262,8 @@ def read_finished(folder: Path, needed: Iterable[str] = (), *, shown: bool = Fal
     if None in counts:
         raise ConfigError(f"{folder / SAMPLES}: holds samples of tasks that the result does not have")
     for record in records:
+        if "lost" not in record and not record.get("scores"):
+            raise ConfigError(f"{folder / SAMPLES}: {record['key']} has no score; run it again into another --out")
         for name, score in record.get("scores", {}).items():
             if not math.isfinite(score):
                 raise ConfigError(

@@ -11,10 +11,12 @@ from fluid_eval import conditions, pareto, repeats, store
 from fluid_eval.cli import main
 from fluid_eval.compare import compare
 from fluid_eval.grid import plan
+from fluid_eval.metrics import as_point, cost
 from fluid_eval.paths import resource
 from fluid_eval.report.stored import read_runs
 from fluid_eval.run import run
 from fluid_eval.spec import build_spec
+from fluid_eval.speeds import Clocked, speeds
 from fluid_eval.sweep import Sweep
 from fluid_model.errors import ConfigError
 
@@ -166,3 +168,20 @@ def test_repeats_that_cannot_be_read_are_one_line(tmp_path):
     file.write_bytes(file.read_bytes() + b"{}\n")
     with pytest.raises(ConfigError, match=r"repeats.jsonl, line 3: not a repeat"):
         repeats.read(tmp_path)
+
+
+def test_a_group_of_written_and_scored_documents_has_one_speed_everywhere():
+    """A forward that scores a choice writes no token: it counts in no speed, whatever group it is asked in."""
+    written = answers([1.0, 0.0] * 10)
+    scored = [
+        record | {"key": f"choices/{n}", "task": "choices", "output_ids": [], "finish": None}
+        for n, record in enumerate(written)
+    ]
+    together, apart = [*written, *scored], cost(written)
+    owners = dict.fromkeys({record["task"] for record in together}, "all")
+    (placed,) = pareto.measure([as_point("p", {}, together, owners)], draws=10)
+    assert placed.tokens_per_forward.mean == pytest.approx(apart.tokens_per_forward)
+    assert placed.tokens_per_second.mean == pytest.approx(apart.tokens_per_second)
+    assert placed.n == 40
+    run = Clocked({}, {}, {}, [], [together])
+    assert speeds(run, run)["tokens_per_forward"]["base"] == pytest.approx(apart.tokens_per_forward)

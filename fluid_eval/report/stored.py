@@ -15,10 +15,11 @@ from fluid_model.files import read_json
 from .. import repeats
 from ..frontier import short
 from ..repeats import Repeat
-from ..results import AUDIT_HOLDS, KHEAD_HOLDS, read_beside, read_environment
+from ..results import AUDIT_HOLDS, KHEAD_HOLDS, read_beside, read_environment, read_spec
 from ..store import AUDIT, ENVIRONMENT, KHEAD, POINTS, RESULT, SPEC, SWEEP, Record, read_finished
 
 Nested = dict[str, Any]
+_SPEC_NEEDED = ("id", "tasks", "model", "decoder")
 _NEEDED = {"model", "decoder", "started", "wall_seconds", "lines", "members", "parts", "data", "notices"}
 
 
@@ -54,7 +55,7 @@ def read_runs(folders: Sequence[Path], base: Path | None = None) -> tuple[list[S
     if twice := [folder for folder, count in Counter(folder.resolve() for folder in found).items() if count > 1]:
         raise ConfigError(f"{twice[0]}: is named twice; name each run once")
     finished = [read_finished(folder, _NEEDED, shown=True) for folder in found]
-    specs = [read_json(folder / SPEC) for folder in found]
+    specs = [read_spec(folder / SPEC, _SPEC_NEEDED) for folder in found]
     named = zip(found, specs, _names(found, specs), finished, strict=True)
     runs = [
         _with_rest(folder, _mark(place), name, spec, result, records)
@@ -81,7 +82,7 @@ def _base_first(found: list[Path], first: Path, base: Path | None) -> tuple[list
 
 
 def _decoder(run: Path) -> Any:
-    return read_json(run / SPEC).get("decoder", {}).get("name") if (run / SPEC).is_file() else None
+    return str(read_spec(run / SPEC, _SPEC_NEEDED)["decoder"]["name"]) if (run / SPEC).is_file() else None
 
 
 def flat(values: Nested, where: str = "") -> Iterator[tuple[str, Any]]:
