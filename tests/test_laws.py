@@ -17,7 +17,7 @@ from fluid_model.khead import KHead
 
 from .tiny import fluid_checkpoint
 
-NEW = 28
+NEW = 40
 CHECKPOINT = fluid_checkpoint()
 PROMPTS = [f"Question {'?' * n}: what is {n} + {n}?".encode() for n in range(7)]
 
