@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from fluid_model import files
 from fluid_model.errors import ConfigError, RunError
 from fluid_model.files import Nested, bounded, read_json
 from fluid_model.tokens import encodable
@@ -325,11 +326,7 @@ def _enough_room(path: Path) -> Iterator[None]:
 
 def write_json(file: Path, values: Nested) -> None:
     """Write a JSON file, all or nothing."""
-    draft = file.with_name(f".{file.name}.tmp")
-    draft.write_text(
-        json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace"
-    )
-    os.replace(draft, file)
+    files.write(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n", errors="backslashreplace")
 
 
 def load_results(path: str | os.PathLike[str]) -> pandas.DataFrame:

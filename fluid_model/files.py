@@ -98,17 +98,39 @@ def bounded(handle: IO[bytes], file: Path) -> Iterator[tuple[int, bytes]]:
         yield number, line
 
 
+def write(file: Path, text: str, errors: str = "strict") -> None:
+    """Write a file, all or nothing: until all of it is written, what was there stays. Raises OSError.
+
+    A link stays one: what it leads to is replaced. What is there and is no regular file, such as a device or a pipe, is
+    written into.  errors: of the encoding, UTF-8.
+    """
+    data = text.encode("utf-8", errors)
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            with file.open("wb") as there:
+                there.write(data)
+            return
+    except FileNotFoundError:
+        pass  # a new one, or a link to one
+    target = Path(os.path.realpath(file))
+    draft = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.tmp")  # nobody else knows its name before
+    try:
+        with draft.open("xb") as new:
+            new.write(data)
+        os.replace(draft, target)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
 def write_new(file: Path, text: str) -> None:
     """Write a file that is not there yet, all or nothing. Raises ConfigError if it is there, or cannot be written."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with file.open("x"):  # claims the name: nobody's file is replaced
             pass
         try:
-            draft.write_text(text, encoding="utf-8")
-            os.replace(draft, file)
-        except OSError:
-            draft.unlink(missing_ok=True)
+            write(file, text)
+        except BaseException:
             file.unlink()
             raise
     except FileExistsError as error:
@@ -135,28 +157,3 @@ def _decoded(content: bytes, where: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where}: not text: {error}") from error
-
-
-def write(file: Path, text: str, errors: str = "strict") -> None:
-    """Write a file, all or nothing: until all of it is written, what was there stays. Raises OSError.
-
-    A link stays one: what it leads to is replaced. What is there and is no regular file, such as a device or a pipe, is
-    written into.  errors: of the encoding, UTF-8.
-    """
-    data = text.encode("utf-8", errors)
-    try:
-        if not stat.S_ISREG(file.stat().st_mode):
-            with file.open("wb") as there:
-                there.write(data)
-            return
-    except FileNotFoundError:
-        pass  # a new one, or a link to one
-    target = Path(os.path.realpath(file))
-    draft = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.tmp")  # nobody else knows its name before
-    try:
-        with draft.open("xb") as new:
-            new.write(data)
-        os.replace(draft, target)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
