@@ -124,15 +124,20 @@ def test_a_link_is_followed_and_stays(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["broken", "link", "new", "real"]
 
 
-def test_what_is_no_regular_file_is_written_into(tmp_path):
-    pipe, got = tmp_path / "pipe", []
+def through_a_pipe(pipe, write):
+    """What arrives at a pipe that `write` is given as its file; the pipe must still be one."""
+    got = []
     os.mkfifo(pipe)
-    reading = threading.Thread(target=lambda: got.append(pipe.read_text()))
-    reading.start()
-    files.write(pipe, "through")
-    reading.join(5)
-    assert got == ["through"]
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()), daemon=True)  # it waits for ever if not met
+    reader.start()
+    write(pipe)
+    reader.join(5)
     assert stat.S_ISFIFO(pipe.stat().st_mode)
+    return got
+
+
+def test_what_is_no_regular_file_is_written_into(tmp_path):
+    assert through_a_pipe(tmp_path / "pipe", lambda pipe: files.write(pipe, "through")) == ["through"]
     link = tmp_path / "null"
     link.symlink_to(os.devnull)
     for null in (link, Path(os.devnull)):
@@ -162,14 +167,8 @@ def test_a_page_is_written_into_what_is_no_file(tmp_path):
     """Such as /dev/null, which root could replace."""
     from fluid_eval.report import write
 
-    pipe, got = tmp_path / "pipe", []
-    os.mkfifo(pipe)
-    reading = threading.Thread(target=lambda: got.append(pipe.read_text()))
-    reading.start()
-    write._write(pipe, "page \udc80")
-    reading.join(5)
+    got = through_a_pipe(tmp_path / "pipe", lambda pipe: write._write(pipe, "page \udc80"))
     assert got == ["page &#56448;"]
-    assert stat.S_ISFIFO(pipe.stat().st_mode)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "page")
     with pytest.raises(ConfigError, match="link: cannot be written"):
         write._write(tmp_path / "link", "page")

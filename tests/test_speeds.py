@@ -125,7 +125,7 @@ def test_a_sweep_is_timed_in_turns(tiny_fluid, tmp_path, capsys):
     """Afterwards too; samples are stored once, and a report holds all against the AR point, whatever its id."""
     values = {
         "tasks": ["mini_gsm8k_1"], "model": str(tiny_fluid), "decoder": "fluid", "limit": 3, "max_new_tokens": 4,
-        "sweep": {"grid": {"decoder.verify": [True, False]}, "point": [{"decoder.name": "ar"}]},
+        "sweep": {"point": [{"decoder.verify": True}, {"decoder.name": "ar"}, {"decoder.verify": False}]},
     }  # fmt: skip
     first = Sweep(plan(values), tmp_path / "s").work()
     assert [p["repeats"] for p in first["points"]] == [0] * 3
@@ -142,12 +142,12 @@ def test_a_sweep_is_timed_in_turns(tiny_fluid, tmp_path, capsys):
         assert (point["repeats"], point["n"]) == (2, 3)
         assert speed["low"] <= speed["mean"] <= speed["high"]
     assert Sweep(plan(values), tmp_path / "s", resume=True).work(speed_repeats=2) == result, "timed already"
-    line = json.loads((folders[2] / "result.json").read_text())["lines"][0]
+    line = json.loads((folders[1] / "result.json").read_text())["lines"][0]
     assert (line["speed_repeats"], line["tokens_per_second_low"] > 0) == (2, True)
     runs, why = read_runs([tmp_path / "s"])
-    assert [run.folder for run in runs] == [folders[2], folders[0], folders[1]]
+    assert [run.folder for run in runs] == [folders[1], folders[0], folders[2]], "not the first, and not the last"
     assert why == "the sweep's first AR point"
-    assert read_runs([tmp_path / "s"], folders[1])[0][0].folder == folders[1]
+    assert read_runs([tmp_path / "s"], folders[2])[0][0].folder == folders[2]
     with pytest.raises(ConfigError, match="is none of the runs"):
         read_runs([tmp_path / "s"], tmp_path / "elsewhere")
     pairs = compare(folders, all_pairs=True)["pairs"]
@@ -185,3 +185,8 @@ def test_a_group_of_written_and_scored_documents_has_one_speed_everywhere():
     assert placed.n == 40
     run = Clocked({}, {}, {}, [], [together])
     assert speeds(run, run)["tokens_per_forward"]["base"] == pytest.approx(apart.tokens_per_forward)
+    again = [repeats.Repeat("s", turn, {record["key"]: 0.5 for record in written}) for turn in range(2)]
+    paces = as_point("p", {}, together, owners, repeats=again).paces
+    assert list(paces.values()) == pytest.approx([apart.tokens / (0.5 * len(written))] * 2), (
+        "what was timed is all there is"
+    )
