@@ -101,6 +101,8 @@ def test_axes_of_the_command_line(text, expected):
         ({"point": [{}]}, "needs settings to vary"),
         ({"grid": {"decoder.confidence": 0.5}}, r"sweep.grid.decoder.confidence=0.5 must be a list of values"),
         ({"grid": {"decoder.confidence": []}}, "must be a list of values"),
+        ({"point": -1}, r"sweep.point=-1 must be tables"),
+        ({"point": [3]}, r"sweep.point=\[3\] must be tables"),
         ({"grid": {"decoder.confidenz": [1]}}, r"sweep point confidenz=1: decoder.confidenz is no setting"),
         ({"grid": {"decoder.confidence": [0.5, 7]}}, r"sweep point γ=7: .*confidence=7"),
         ({"grids": {}}, r"sweep.grids is no setting; known: sweep.grid"),
