@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 import fluid_model
-from fluid_eval.paths import resource
+from fluid_eval.common.paths import resource
 from fluid_model import ArSettings, Checkpoint, FluidSettings, Generation, Request
-from fluid_model.backbone import Backbone
+from fluid_model.forward.backbone import Backbone
 from fluid_model.settings import DecoderSettings
 
 from . import bars

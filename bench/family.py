@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluid_eval import run as job
-from fluid_eval.paths import resource
-from fluid_eval.spec import build_spec
+from fluid_eval.common.paths import resource
+from fluid_eval.common.spec import build_spec
+from fluid_eval.running import job as job
+from fluid_model.checkpoints.manifest import TRAINING_FILE
 from fluid_model.engine.records import KINDS
-from fluid_model.manifest import TRAINING_FILE
 from fluid_model.train.origin import cpu_name
 
 from . import bars

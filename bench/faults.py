@@ -24,14 +24,14 @@ from typing import Any
 
 import psutil
 
-from fluid_eval.commands import EXIT_OK, EXIT_UNHEALTHY
-from fluid_eval.grid import plan
-from fluid_eval.paths import resource as bundled
-from fluid_eval.pool import Actor, Pool, RayPool, open_pool
-from fluid_eval.spec import RunSpec
-from fluid_eval.store import read_samples
-from fluid_eval.sweep import Sweep
-from fluid_eval.worker import Worker
+from fluid_eval.cli import EXIT_OK, EXIT_UNHEALTHY
+from fluid_eval.common.paths import resource as bundled
+from fluid_eval.common.spec import RunSpec
+from fluid_eval.results.run_folder import read_samples
+from fluid_eval.running.worker import Worker
+from fluid_eval.running.workers import Actor, Pool, RayPool, open_pool
+from fluid_eval.sweeps.grid import plan
+from fluid_eval.sweeps.sweep import Sweep
 
 from . import bars
 from .bars import Bar

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import fluid_model
-from fluid_eval.audit import in_float64
-from fluid_eval.paths import resource
+from fluid_eval.analysis.losslessness import in_float64
+from fluid_eval.common.paths import resource
 from fluid_model import Checkpoint, Scorer, ScoreRequest
 
 from . import bars

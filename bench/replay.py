@@ -20,10 +20,10 @@ from torch import Tensor
 
 import fluid_model
 from fluid_model import ArSettings, Checkpoint, ConfigError, FluidSettings, Request
+from fluid_model.decoders.draft_tree import Draft, Tree
 from fluid_model.decoders.fluid import CHEAPEST, FluidStrategy, _Row, _Said
-from fluid_model.decoders.tree import Draft, Tree
-from fluid_model.engine.cache import SlotCache
 from fluid_model.engine.strategy import Absorbed
+from fluid_model.forward.kv_cache import SlotCache
 
 FILE = Path(__file__).with_name("accepted.json")
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,14 +15,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fluid_eval import run as job
-from fluid_eval.paths import resource
-from fluid_eval.spec import build_spec
-from fluid_eval.store import read_samples
+from fluid_eval.common.paths import resource
+from fluid_eval.common.spec import build_spec
+from fluid_eval.results.run_folder import read_samples
+from fluid_eval.running import job as job
 from fluid_model import ConfigError
-from fluid_model.fields import assign
-from fluid_model.files import read_toml
-from fluid_model.manifest import TRAINING_FILE
+from fluid_model.checkpoints.manifest import TRAINING_FILE
+from fluid_model.common.fields import assign
+from fluid_model.common.files import read_toml
 from fluid_model.train.recipe import build_chain
 
 from .bars import Bar, told

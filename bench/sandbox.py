@@ -24,9 +24,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from fluid_eval.benchmarks.humaneval_samples import RESULTS, load_problems, score_file
 from fluid_eval.sandbox.ladder import found
 from fluid_eval.sandbox.pool import Judges
-from fluid_eval.sandbox.score import RESULTS, load_problems, score_file
 
 from .bars import Bar, at_most, told
 

@@ -20,12 +20,12 @@ from typing import Any
 import psutil
 
 import fluid_model
-from fluid_eval.adapter import base_record
-from fluid_eval.paths import resource
-from fluid_eval.pool import Actor, Chunk, Pool, RayPool, chunks_of
-from fluid_eval.spec import RunSpec, build_spec
-from fluid_eval.store import Run, Samples
-from fluid_eval.worker import Answer, Work
+from fluid_eval.common.paths import resource
+from fluid_eval.common.spec import RunSpec, build_spec
+from fluid_eval.results.run_folder import Run, Samples
+from fluid_eval.running.lm_eval_model import base_record
+from fluid_eval.running.worker import Answer, Work
+from fluid_eval.running.workers import Actor, Chunk, Pool, RayPool, chunks_of
 from fluid_model import Generation, Request
 from fluid_model.engine.records import Trace
 

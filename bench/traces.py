@@ -9,8 +9,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from fluid_eval.cli import main as command_line
-from fluid_eval.paths import resource
+from fluid_eval.cli.main import main as command_line
+from fluid_eval.common.paths import resource
 
 PAGE = resource("docs") / "decoders.md"
 BLOCK = re.compile(r"<!-- (fluid-eval trace .*?) -->\n.*?<!-- end -->", re.DOTALL)

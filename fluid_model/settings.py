@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
-from .errors import ConfigError
+from .common.errors import ConfigError
 
 Rule = Literal["probability", "margin", "entropy"]
 """How sure a decoder is of a token."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
-from .errors import ConfigError
+from .common.errors import ConfigError
 
 Tokenizer = Any
 """A Hugging Face tokenizer (transformers is imported elsewhere)."""

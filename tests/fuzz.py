@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fluid_eval.cli import main
-from fluid_eval.store import encode
+from fluid_eval.cli.main import main
+from fluid_eval.results.run_folder import encode
 
 from .runs import write_run
 

@@ -7,7 +7,7 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
-from fluid_eval.report import samples
+from fluid_eval.output.report import samples
 
 
 class Outline(HTMLParser):

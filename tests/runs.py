@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fluid_eval.health import gates
-from fluid_eval.metrics import lines
-from fluid_eval.spec import HealthSpec, build_spec
-from fluid_eval.store import encode, write_json
+from fluid_eval.common.spec import HealthSpec, build_spec
+from fluid_eval.results.health import gates
+from fluid_eval.results.metrics import lines
+from fluid_eval.results.run_folder import encode, write_json
 
 HOSTILE = (
     "</script><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">"

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig
 
 import fluid_model
 from fluid_model import ArSettings, ConfigError, Request
-from fluid_model.errors import reason
+from fluid_model.common.errors import reason
 
 from .tiny import llama_config, save_model
 

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 import fluid_model
 from fluid_model import ConfigError
-from fluid_model.layout import IGNORE, Canvas, Example, MaskFans, by_row, expand, pack
 from fluid_model.train.losses import best_stride
+from fluid_model.train.row_layouts import IGNORE, Canvas, Example, MaskFans, by_row, expand, pack
 from fluid_model.train.run import train
 from fluid_model.train.stages import Horizons, collate, row_loss, slot_losses
 

@@ -11,19 +11,19 @@ import pytest
 import torch
 
 import fluid_model
-from fluid_eval.audit import BINS, LEAST_P, audit, distribution, in_float64, parting, rounding, tail
-from fluid_eval.cli import main
-from fluid_eval.paths import resource
-from fluid_eval.store import encode, read_samples
-from fluid_eval.stored import Text, was_cut
+from fluid_eval.analysis.losslessness import BINS, LEAST_P, audit, distribution, in_float64, parting, rounding, tail
+from fluid_eval.analysis.reopen import Text, was_cut
+from fluid_eval.cli.main import main
+from fluid_eval.common.paths import resource
+from fluid_eval.results.run_folder import encode, read_samples
 from fluid_model import ArSettings, FluidSettings, Request, engine_for
-from fluid_model.backbone import Backbone
-from fluid_model.checkpoint import Checkpoint
+from fluid_model.checkpoints.checkpoint import Checkpoint
 from fluid_model.decoders.ar import ArStrategy
 from fluid_model.decoders.fluid import FluidStrategy
 from fluid_model.decoders.sampling import choose
 from fluid_model.engine.loop import Engine
 from fluid_model.engine.records import Generation
+from fluid_model.forward.backbone import Backbone
 
 from .test_laws import CHECKPOINT, requests
 

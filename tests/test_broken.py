@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from fluid_eval.harness import scored_records
-from fluid_eval.run import run
-from fluid_eval.spec import build_spec
-from fluid_eval.store import read_samples
+from fluid_eval.benchmarks.lm_eval_tasks import scored_records
+from fluid_eval.common.spec import build_spec
+from fluid_eval.results.run_folder import read_samples
+from fluid_eval.running.job import run
 from fluid_model import ConfigError, Request, ScoreRequest, load, save
 from fluid_model.decoders import engine_for, scorer_for
 from fluid_model.settings import ArSettings, FluidSettings, LladaSettings, NbdiffSettings

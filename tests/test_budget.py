@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from fluid_eval import budgets
-from fluid_eval.cli import main
-from fluid_eval.spec import build_spec
-from fluid_eval.worker import load_for
-from fluid_model import budget
+from fluid_eval.cli.main import main
+from fluid_eval.common.spec import build_spec
+from fluid_eval.running import slot_budget_cache
+from fluid_eval.running.worker import load_for
+from fluid_model.forward import slot_budget
 
 from .tiny import fluid_checkpoint
 
@@ -28,7 +28,7 @@ def _own_cache(tmp_path, monkeypatch):
     ],
 )
 def test_slots_that_cost_as_much_as_all_else(cost, expected):
-    assert budget.measure(cost, most=200) == expected
+    assert slot_budget.measure(cost, most=200) == expected
 
 
 def test_a_real_one_is_measured():
@@ -38,12 +38,12 @@ def test_a_real_one_is_measured():
 def test_it_is_kept_and_told(tiny_fluid, tmp_path, monkeypatch, capsys, data_dir):
     spec = build_spec({"tasks": "mini", "model": str(tiny_fluid), "decoder": "fluid"})
     first = load_for(spec).backbone.slot_budget
-    monkeypatch.setattr(budget, "measure", lambda *_: pytest.fail("it is known already"))
+    monkeypatch.setattr(slot_budget, "measure", lambda *_: pytest.fail("it is known already"))
     assert load_for(spec).backbone.slot_budget == first
     assert main(["doctor", "--data-dir", str(data_dir)]) == 0
     assert f"slot budget {first}: {tiny_fluid.name}" in capsys.readouterr().out
-    budgets.file().write_text("not json")
-    monkeypatch.setattr(budget, "measure", lambda *_: 77)
+    slot_budget_cache.file().write_text("not json")
+    monkeypatch.setattr(slot_budget, "measure", lambda *_: 77)
     assert load_for(spec).backbone.slot_budget == 77
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     assert load_for(spec).backbone.slot_budget == 77, "a cache that cannot be written is done without"
@@ -53,5 +53,5 @@ def test_it_is_kept_and_told(tiny_fluid, tmp_path, monkeypatch, capsys, data_dir
     "decoder", [{"name": "ar"}, {"name": "fluid", "slot_budget": 5}, {"name": "fluid", "verify": False}]
 )
 def test_nobody_measures_what_nobody_asks(tiny_fluid, monkeypatch, decoder):
-    monkeypatch.setattr(budget, "measure", lambda *_: pytest.fail("not asked"))
+    monkeypatch.setattr(slot_budget, "measure", lambda *_: pytest.fail("not asked"))
     load_for(build_spec({"tasks": "mini", "model": str(tiny_fluid), "decoder": decoder}))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fluid_eval import budgets
-from fluid_model import caches, files
-from fluid_model.errors import ConfigError
+from fluid_eval.running import slot_budget_cache
+from fluid_model.common import cache_folder, files
+from fluid_model.common.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="by users and modes of files")
 
@@ -24,25 +24,25 @@ def home(tmp_path, monkeypatch):
 
 
 def test_it_is_made_for_the_user_alone(home):
-    assert caches.folder() == home / "fluid-eval"
-    assert stat.S_IMODE(caches.folder().stat().st_mode) == 0o700
-    caches.folder().chmod(0o755)  # as earlier versions made it: others could read it, and no more
-    assert stat.S_IMODE(caches.folder().stat().st_mode) == 0o700
-    assert caches.kept("x") is None
-    (caches.folder() / "x").touch()
-    assert caches.kept("x") == home / "fluid-eval" / "x"
+    assert cache_folder.folder() == home / "fluid-eval"
+    assert stat.S_IMODE(cache_folder.folder().stat().st_mode) == 0o700
+    cache_folder.folder().chmod(0o755)  # as earlier versions made it: others could read it, and no more
+    assert stat.S_IMODE(cache_folder.folder().stat().st_mode) == 0o700
+    assert cache_folder.kept("x") is None
+    (cache_folder.folder() / "x").touch()
+    assert cache_folder.kept("x") == home / "fluid-eval" / "x"
 
 
 def open_to_a_group(home: Path) -> None:
-    caches.folder().chmod(0o770)
+    cache_folder.folder().chmod(0o770)
 
 
 def open_to_all(home: Path) -> None:
-    caches.folder().chmod(0o707)
+    cache_folder.folder().chmod(0o707)
 
 
 def below_what_all_may_write(home: Path) -> None:
-    caches.folder()
+    cache_folder.folder()
     home.chmod(0o777)
 
 
@@ -55,7 +55,7 @@ def a_link(home: Path) -> None:
 def anothers(home: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can give a folder away")
-    os.chown(caches.folder(), 54321, -1)
+    os.chown(cache_folder.folder(), 54321, -1)
 
 
 @pytest.mark.parametrize("spoil", [open_to_a_group, open_to_all, below_what_all_may_write, a_link, anothers])
@@ -63,48 +63,48 @@ def test_what_others_may_write_is_not_trusted(home, spoil, monkeypatch):
     spoil(home)
     (home / "fluid-eval" / "slot_budgets.json").write_text('{"m on d": 7}')
     with pytest.raises(OSError, match=r"XDG_CACHE_HOME"):
-        caches.folder()
-    assert budgets.known() == {}
-    budgets._keep({"m on d": 9})
+        cache_folder.folder()
+    assert slot_budget_cache.known() == {}
+    slot_budget_cache._keep({"m on d": 9})
     assert (home / "fluid-eval" / "slot_budgets.json").read_text() == '{"m on d": 7}'
 
 
 def test_a_file_that_others_may_write_is_not_trusted():
-    (caches.folder() / "slot_budgets.json").write_text('{"m on d": 7}')
-    assert budgets.known() == {"m on d": 7}
-    (caches.folder() / "slot_budgets.json").chmod(0o666)
-    assert budgets.known() == {}
+    (cache_folder.folder() / "slot_budgets.json").write_text('{"m on d": 7}')
+    assert slot_budget_cache.known() == {"m on d": 7}
+    (cache_folder.folder() / "slot_budgets.json").chmod(0o666)
+    assert slot_budget_cache.known() == {}
 
 
 def test_a_folder_in_what_all_may_write_but_not_rename_is_trusted(home):
     home.mkdir()
     home.chmod(0o1777)
-    assert caches.folder().is_dir()
+    assert cache_folder.folder().is_dir()
 
 
 def test_without_a_home_nothing_is_kept(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     with pytest.raises(OSError, match="no home directory"):
-        caches.folder()
-    assert budgets.known() == {}
+        cache_folder.folder()
+    assert slot_budget_cache.known() == {}
 
 
 def test_compiled_code_of_others_is_not_loaded(tmp_path, monkeypatch, caplog):
-    from fluid_model import native
+    from fluid_model.forward import compiled
 
     source = tmp_path / "small.c"
     source.write_text(
         "".join(f"void {name}() {{}}\n" for name in ("forward", "through", "workspace", "strides", "surest"))
     )
-    monkeypatch.setattr(native, "SOURCE", source)
-    if (made := native.library.__wrapped__(4)) is None:
+    monkeypatch.setattr(compiled, "SOURCE", source)
+    if (made := compiled.library.__wrapped__(4)) is None:
         pytest.skip("no compiler here")
-    (file,) = caches.folder().glob("native-*.so")
+    (file,) = cache_folder.folder().glob("native-*.so")
     os.truncate(file, 0)
     file.chmod(0o777)
     with caplog.at_level(logging.WARNING):
-        again = native.library.__wrapped__(4)
+        again = compiled.library.__wrapped__(4)
     assert again is not None
     assert again._name != made._name
     assert "compiled for this process alone" in caplog.text
@@ -165,7 +165,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
 
 def test_a_page_is_written_into_what_is_no_file(tmp_path):
     """Such as /dev/null, which root could replace."""
-    from fluid_eval.report import write
+    from fluid_eval.output.report import write
 
     got = through_a_pipe(tmp_path / "pipe", lambda pipe: write._write(pipe, "page \udc80"))
     assert got == ["page &#56448;"]

@@ -8,14 +8,14 @@ import shutil
 import pytest
 
 import fluid_eval
-from fluid_eval import store
-from fluid_eval.chat import Chat, open_chat
-from fluid_eval.cli import main
-from fluid_eval.commands import EXIT_UNHEALTHY
-from fluid_eval.report import write_report
-from fluid_eval.run import run
+from fluid_eval.benchmarks.chat_template import Chat, open_chat
+from fluid_eval.cli import EXIT_UNHEALTHY
+from fluid_eval.cli.main import main
+from fluid_eval.common.spec import ChatSpec, build_spec
+from fluid_eval.output.report import write_report
+from fluid_eval.results import run_folder
+from fluid_eval.running.job import run
 from fluid_eval.sandbox.passing import build_predictions_instruct
-from fluid_eval.spec import ChatSpec, build_spec
 from fluid_model import ConfigError, load_tokenizer
 
 from .test_parity import theirs
@@ -52,7 +52,7 @@ def hf(chatty):
 @pytest.mark.parametrize("multiturn", [True, False])
 def test_prompts_and_answers_are_those_of_lm_evals_backend(hf, chatty, data_dir, tmp_path, multiturn):
     """GSM8K with two shots, HumanEval with a prefilled code fence, MMLU by likelihood; a system turn in each."""
-    from fluid_eval.adapter import FluidLM
+    from fluid_eval.running.lm_eval_model import FluidLM
 
     tasks = ["gsm8k", "humaneval_instruct", "mmlu_anatomy"]
     system = "You answer briefly."
@@ -65,8 +65,8 @@ def test_prompts_and_answers_are_those_of_lm_evals_backend(hf, chatty, data_dir,
     spec = build_spec(values)
     result = run(spec, tmp_path / "r")
     chat = open_chat(spec.chat, load_tokenizer(str(chatty)), "m")
-    lm = FluidLM(chat.tokenizer, 512, None, store.Run(tmp_path / "none", spec), None, chat)
-    records = {record["key"]: record for record in store.read_samples(tmp_path / "r")}
+    lm = FluidLM(chat.tokenizer, 512, None, run_folder.Run(tmp_path / "none", spec), None, chat)
+    records = {record["key"]: record for record in run_folder.read_samples(tmp_path / "r")}
     assert len(records) == 6
     for task in tasks:
         for example in expected["samples"][task]:
@@ -150,7 +150,7 @@ def test_one_bos_whoever_writes_it(tmp_path):
     """The tokenizer adds its own to plain prompts; a template's is not doubled; a template's two are refused."""
     from tokenizers import processors
 
-    from fluid_eval.adapter import FluidLM
+    from fluid_eval.running.lm_eval_model import FluidLM
 
     def encode(text, template):
         tokenizer = byte_tokenizer()
@@ -159,7 +159,7 @@ def test_one_bos_whoever_writes_it(tmp_path):
         )
         spec = build_spec({"tasks": ["gsm8k"], "model": "m"})
         chat = chat_of(tokenizer, template) if template else None
-        lm = FluidLM(tokenizer, 99, None, store.Run(tmp_path / "r", spec), None, chat)
+        lm = FluidLM(tokenizer, 99, None, run_folder.Run(tmp_path / "r", spec), None, chat)
         return lm._encode_all([text])[text].count(0)
 
     assert encode("plain", None) == 1
@@ -220,7 +220,7 @@ def test_thinking_through_the_main_job(tiny_fluid, tmp_path, capsys, decoder):
         assert record.thinking_ended == (end in record.raw_output)
         after = record.raw_output.rpartition(end)[2].replace("<s>", "").replace(MASK, "").lstrip()
         assert record.output == (after if record.thinking_ended else "")
-    line = store.read_json(tmp_path / "some" / "result.json")["lines"][0]
+    line = run_folder.read_json(tmp_path / "some" / "result.json")["lines"][0]
     assert 0 < line["unended_thinking"] == (~frame["thinking_ended"]).sum() < 6
     write_report([tmp_path / "some"], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()

@@ -23,8 +23,9 @@ from transformers import (
 )
 
 import fluid_model
-from fluid_model import ArSettings, ConfigError, FluidSettings, Request, folders
-from fluid_model.backbone import context_window
+from fluid_model import ArSettings, ConfigError, FluidSettings, Request
+from fluid_model.common import replace_folder
+from fluid_model.forward.backbone import context_window
 
 from .tiny import MASK, fluid_checkpoint, llama_config, save_model
 
@@ -319,6 +320,6 @@ def test_what_comes_between_a_check_and_a_swap_stays(tmp_path):
         folder.mkdir()
         (folder / "config.json").write_text(folder.name)
     (target / "thesis.tex").write_text("years of work")
-    folders.swap(draft, target, ("config.json",))
+    replace_folder.swap(draft, target, ("config.json",))
     assert (target / "config.json").read_text() == ".c-x"
     assert [path.name for path in (tmp_path / ".c-x-old").iterdir()] == ["thesis.tex"]

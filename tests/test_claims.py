@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 
 from bench.family import SYSTEMS
-from fluid_eval import harness, protocol, reproduce, verdicts
-from fluid_eval.claims import Claim, System, read_claims
-from fluid_eval.cli import main
-from fluid_eval.judgement import Finding, Judgement, judge
-from fluid_eval.paths import resource
-from fluid_eval.reproduce import Place
+from fluid_eval.benchmarks import lm_eval_tasks, profiles
+from fluid_eval.claims import reproduce
+from fluid_eval.claims.ledger import Claim, System, read_claims
+from fluid_eval.claims.reproduce import Place
+from fluid_eval.claims.verdicts import Finding, Judgement, judge
+from fluid_eval.cli.main import main
+from fluid_eval.common.paths import resource
+from fluid_eval.common.spec import build_spec
+from fluid_eval.common.stats import Interval
+from fluid_eval.output import claims_tables
 from fluid_eval.sandbox.ladder import Found
-from fluid_eval.spec import build_spec
-from fluid_eval.stats import Interval
 from fluid_model import ConfigError
 
 LEDGER = """
@@ -130,8 +132,8 @@ def test_a_protocol_is_told_by_what_ran_and_not_by_its_name(tmp_path):
 
     def ran(**more):
         spec = build_spec({**base, **more})
-        tasks = harness.load_tasks(spec)
-        return spec, {"protocol": protocol.describe(spec, tasks["tasks"], {"gsm8k": ["gsm8k"]}, None)}
+        tasks = lm_eval_tasks.load_tasks(spec)
+        return spec, {"protocol": profiles.describe(spec, tasks["tasks"], {"gsm8k": ["gsm8k"]}, None)}
 
     plain, other = ran(), ran(num_fewshot=0)
     stated = claim(profile="lm-eval")
@@ -186,7 +188,7 @@ def test_claims_are_measured_where_they_can_be_and_else_say_what_they_need(measu
 def test_the_tables_tell_what_was_found(measured, capsys):
     out, found = measured
     page = (out / "page.md").read_text()
-    assert page == (out / "out" / "claims.md").read_text() == verdicts.page(found)
+    assert page == (out / "out" / "claims.md").read_text() == claims_tables.page(found)
     assert (
         "| seven | gsm8k | exact_match,flexible-extract | 91.9 | – |  | not stated |  | not run: needs weights" in page
     )
@@ -194,7 +196,7 @@ def test_the_tables_tell_what_was_found(measured, capsys):
     assert "- here: measured" in page
     assert str(out) not in page, "no path of this machine"
     capsys.readouterr()
-    verdicts.print_verdicts(found)
+    claims_tables.print_verdicts(found)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     counted = "1 cannot tell, 1 not reproduced (convention not stated), 1 cannot tell (convention not stated)"
@@ -226,7 +228,7 @@ def test_what_was_measured_before_is_shown_only_on_request(tmp_path):
     (folder / "environment.json").write_text(json.dumps(where))
     again = first("--data-dir", str(tmp_path), "--resume")
     assert again["measured"]["score"] == 0.25, "taken as it stands"
-    assert verdicts.taken(again) == "2001-02-03, commit abcdef0 with changes"
+    assert claims_tables.taken(again) == "2001-02-03, commit abcdef0 with changes"
     anew = first("--data-dir", str(tmp_path))
     assert anew["measured"]["score"] == 1.0
     assert anew["run"] == str(folder)
@@ -261,7 +263,9 @@ def test_the_hub_is_asked_once_and_before_its_clients_are_there(tmp_path, monkey
     held = read_claims()
     reproduce.reproduce(held, held.claims[:2], tmp_path, Place(tmp_path))
     assert calls == ["hub", "offline", "claim", "claim"]
-    run = "import sys, fluid_eval.reproduce; print({'datasets', 'huggingface_hub', 'lm_eval'} & set(sys.modules))"
+    run = (
+        "import sys, fluid_eval.claims.reproduce; print({'datasets', 'huggingface_hub', 'lm_eval'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True).stdout == "set()\n"
     reproduce._hub.cache_clear()
 
@@ -294,7 +298,8 @@ def test_a_value_may_be_off_by_its_own_rounding():
     ours = [Finding(one, Interval(1.97, 1.96, 1.98, 9), own=True) for one in (two, replace(two, decimals=1))]
     assert [told.verdict for told in judge(ours)] == ["re-run, differs: by 0.03 tok/forward", "re-run, equal"]
     shown = [
-        verdicts.published(reproduce.Row(one, Judgement("")).to_dict()) for one in (speed, two, replace(two, to=2.5))
+        claims_tables.published(reproduce.Row(one, Judgement("")).to_dict())
+        for one in (speed, two, replace(two, to=2.5))
     ]
     assert shown == ["3700 tok/s", "2.00 tok/fwd", "2.00–2.50 tok/fwd"]
     for one in read_claims().claims:

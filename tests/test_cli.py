@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fluid_eval.cli import main
-from fluid_eval.commands import EXIT_UNHEALTHY
-from fluid_eval.data import HUB_TIMEOUT
+from fluid_eval.benchmarks.datasets import HUB_TIMEOUT
+from fluid_eval.cli import EXIT_UNHEALTHY
+from fluid_eval.cli.main import main
 from fluid_eval.sandbox.ladder import found
-from fluid_model import native
+from fluid_model.forward import compiled
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,7 +40,7 @@ def little_data(tmp_path_factory):
 
 
 def test_help_is_quick_and_needs_no_torch():
-    program = "import sys; sys.argv = ['fluid-eval', 'run', '--help']\nfrom fluid_eval.cli import main\n"
+    program = "import sys; sys.argv = ['fluid-eval', 'run', '--help']\nfrom fluid_eval.cli.main import main\n"
     program += (
         "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'lm_eval' not in sys.modules"
     )
@@ -118,7 +118,7 @@ def request_mmlu(folder: Path) -> None:
     """Just enough rows for every subject."""
     if (folder / "mmlu").exists():
         return
-    from fluid_eval.paths import resource
+    from fluid_eval.common.paths import resource
 
     subjects = [f.stem.removeprefix("mmlu_") for f in resource("tasks").glob("mmlu/mmlu_*.yaml")]
     (folder / "mmlu").mkdir()
@@ -175,7 +175,7 @@ def test_doctor(capsys, little_data, data_dir, monkeypatch):
     out = capsys.readouterr().out
     assert "ok: the main job can run here" in out
     assert f"isolation   {found().name or 'none'}" in out
-    assert ("forward     compiled" in out) == (native.library(4) is not None)
+    assert ("forward     compiled" in out) == (compiled.library(4) is not None)
     assert main(["doctor"]) == 0, "the mini suite runs without"
     out = capsys.readouterr().out
     assert "note: no data of some benchmarks: connect to the hub, or pass --data-dir DIR" in out
@@ -185,7 +185,7 @@ def test_doctor(capsys, little_data, data_dir, monkeypatch):
 
 
 def test_an_interrupt_keeps_what_is_finished(capsys, tmp_path, tiny_model, little_data, monkeypatch):
-    from fluid_eval.store import Run
+    from fluid_eval.results.run_folder import Run
 
     keep = Run.append
 

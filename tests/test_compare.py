@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluid_eval.cli import main
-from fluid_eval.commands import EXIT_CONFIG, EXIT_OK, EXIT_WORSE
-from fluid_eval.compare import compare, surely, worse
-from fluid_eval.report import facts
-from fluid_eval.stats import difference_over_tasks, mcnemar, minimum_detectable
-from fluid_eval.store import encode, write_json
-from fluid_model.errors import ConfigError
+from fluid_eval.analysis.compare import compare, surely, worse
+from fluid_eval.cli import EXIT_CONFIG, EXIT_OK, EXIT_WORSE
+from fluid_eval.cli.main import main
+from fluid_eval.common.stats import difference_over_tasks, mcnemar, minimum_detectable
+from fluid_eval.output.report import facts
+from fluid_eval.results.run_folder import encode, write_json
+from fluid_model.common.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE = {"device": "cpu", "dtype": "float32", "threads": 1, "workers": 1, "forward": "compiled"}
@@ -289,7 +289,7 @@ def test_any_scores_give_intervals_that_hold_their_means(tmp_path):
 
 
 def test_comparing_needs_no_torch(runs):
-    program = "import sys; from fluid_eval.cli import main; main(sys.argv[1:])\n"
+    program = "import sys; from fluid_eval.cli.main import main; main(sys.argv[1:])\n"
     program += "assert not {'torch', 'lm_eval', 'transformers', 'pandas'} & set(sys.modules)"
     words = [sys.executable, "-c", program, "compare", *map(str, runs)]
     subprocess.run(words, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)

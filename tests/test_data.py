@@ -8,36 +8,36 @@ import threading
 
 import pytest
 
-from fluid_eval import data
+from fluid_eval.benchmarks import datasets
 from fluid_model import ConfigError
 
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    monkeypatch.setattr(data, "_loaded", {})
+    monkeypatch.setattr(datasets, "_loaded", {})
 
 
-@pytest.mark.parametrize(("name", "split"), [(n, s) for n, source in data.SOURCES.items() for s in source.known])
+@pytest.mark.parametrize(("name", "split"), [(n, s) for n, source in datasets.SOURCES.items() for s in source.known])
 def test_shared_data_are_the_canonical_sets(data_dir, name, split):
-    rows = data.load_rows(name, split, str(data_dir))
-    (found,) = data.fingerprints(str(data_dir))
+    rows = datasets.load_rows(name, split, str(data_dir))
+    (found,) = datasets.fingerprints(str(data_dir))
     assert found.canonical
-    assert found.rows == len(rows) == data.SOURCES[name].known[split][0]
-    assert found.message == f"matches the canonical {data.SOURCES[name].title} {split} set ({len(rows)} rows)"
+    assert found.rows == len(rows) == datasets.SOURCES[name].known[split][0]
+    assert found.message == f"matches the canonical {datasets.SOURCES[name].title} {split} set ({len(rows)} rows)"
 
 
 def test_one_changed_character_is_noticed(data_dir):
-    rows = data.load_rows("math500", "test", str(data_dir))
+    rows = datasets.load_rows("math500", "test", str(data_dir))
     changed = [{**rows[0], "answer": rows[0]["answer"] + " "}, *rows[1:]]
-    found = data.fingerprint("math500", "test", "folder", changed)
+    found = datasets.fingerprint("math500", "test", "folder", changed)
     assert not found.canonical
     assert found.message.startswith("WARNING: 500 rows that are not the canonical MATH500 test set")
 
 
 def test_humaneval_needs_neither_folder_nor_hub(tmp_path):
-    assert len(data.load_rows("humaneval", "test", None)) == 164
-    assert len(data.load_rows("humaneval", "test", str(tmp_path))) == 164
-    assert all(f.canonical and f.origin == "package" for f in data.fingerprints(None))
+    assert len(datasets.load_rows("humaneval", "test", None)) == 164
+    assert len(datasets.load_rows("humaneval", "test", str(tmp_path))) == 164
+    assert all(f.canonical and f.origin == "package" for f in datasets.fingerprints(None))
 
 
 def test_plain_and_gzipped_files(tmp_path):
@@ -47,7 +47,7 @@ def test_plain_and_gzipped_files(tmp_path):
     with gzip.open(tmp_path / "gsm8k" / "train.jsonl.gz", "wt") as file:
         file.write(json.dumps(row))
     for split in ("test", "train"):
-        assert data.load_rows("gsm8k", split, str(tmp_path)) == [{"question": "1+1?", "answer": "#### 2"}]
+        assert datasets.load_rows("gsm8k", split, str(tmp_path)) == [{"question": "1+1?", "answer": "#### 2"}]
 
 
 @pytest.mark.parametrize("line", ["{oops", '{"question": "x"}', "3"])
@@ -55,7 +55,7 @@ def test_a_bad_row_names_file_and_line(tmp_path, line):
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "test.jsonl").write_text(json.dumps({"question": "q", "answer": "#### 1"}) + "\n" + line)
     with pytest.raises(ConfigError, match=r"test\.jsonl, line 2: not a row with question, answer"):
-        data.load_rows("gsm8k", "test", str(tmp_path))
+        datasets.load_rows("gsm8k", "test", str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_values_that_cannot_be_are_refused(tmp_path, name, row):
     (tmp_path / name).mkdir()
     (tmp_path / name / "test.jsonl").write_text(json.dumps(row))
     with pytest.raises(ConfigError, match=r"test\.jsonl, line 1: not a row with .* cannot be one"):
-        data.load_rows(name, "test", str(tmp_path))
+        datasets.load_rows(name, "test", str(tmp_path))
 
 
 CHOICES = ["red", "green", "blue", "B"]
@@ -100,9 +100,9 @@ def test_answers_of_mmlu_name_one_choice_or_are_refused(tmp_path, answers, expec
     (tmp_path / "mmlu" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
     if isinstance(expected, str):
         with pytest.raises(ConfigError, match=r"test\.jsonl, " + expected):
-            data.load_rows("mmlu", "test", str(tmp_path))
+            datasets.load_rows("mmlu", "test", str(tmp_path))
     else:
-        assert [row["answer"] for row in data.load_rows("mmlu", "test", str(tmp_path))] == expected
+        assert [row["answer"] for row in datasets.load_rows("mmlu", "test", str(tmp_path))] == expected
 
 
 PROGRAM = {
@@ -130,26 +130,26 @@ def test_rows_that_no_answer_could_be_right_for_are_refused(tmp_path, name, row,
     (tmp_path / name).mkdir()
     (tmp_path / name / "test.jsonl").write_text(json.dumps(row))
     with pytest.raises(ConfigError, match=r"test\.jsonl, line 1: .*" + message):
-        data.load_rows(name, "test", str(tmp_path))
+        datasets.load_rows(name, "test", str(tmp_path))
 
 
 def test_broken_and_empty_files_are_named(tmp_path):
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "test.jsonl").write_text("")
     with pytest.raises(ConfigError, match=r"test\.jsonl: holds no rows"):
-        data.load_rows("gsm8k", "test", str(tmp_path))
+        datasets.load_rows("gsm8k", "test", str(tmp_path))
     packed = bytearray(gzip.compress(json.dumps({"question": "q" * 500, "answer": "a"}).encode() * 9))
     packed[15:40] = b"x" * 25
     (tmp_path / "gsm8k" / "train.jsonl.gz").write_bytes(packed)
     with pytest.raises(ConfigError, match=r"train\.jsonl\.gz: cannot be read"):
-        data.load_rows("gsm8k", "train", str(tmp_path))
+        datasets.load_rows("gsm8k", "train", str(tmp_path))
 
 
 def test_missing_data_name_both_ways_out(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"gsm8k/test\.jsonl: no such file"):
-        data.load_rows("gsm8k", "test", str(tmp_path))
+        datasets.load_rows("gsm8k", "test", str(tmp_path))
     with pytest.raises(ConfigError, match="connect to the hub, or pass --data-dir DIR"):
-        data.load_rows("gsm8k", "test", None)
+        datasets.load_rows("gsm8k", "test", None)
 
 
 def test_the_hub_is_given_up_soon(monkeypatch):
@@ -158,26 +158,26 @@ def test_the_hub_is_given_up_soon(monkeypatch):
     silent = socket.create_server(("127.0.0.1", 0))  # accepts and never answers
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-    monkeypatch.setattr(data, "HUB_TIMEOUT", 0.5)
-    assert not data.hub_reachable(), "else this never ends"
+    monkeypatch.setattr(datasets, "HUB_TIMEOUT", 0.5)
+    assert not datasets.hub_reachable(), "else this never ends"
     silent.close()
 
 
 def test_a_name_lookup_that_hangs_is_given_up_too(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(data, "HUB_TIMEOUT", 0.2)
+    monkeypatch.setattr(datasets, "HUB_TIMEOUT", 0.2)
     end = threading.Event()
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_args, **_more: end.wait())
-    assert not data.hub_reachable(), "else this never ends"
+    monkeypatch.setattr(datasets.urllib.request, "urlopen", lambda *_args, **_more: end.wait())
+    assert not datasets.hub_reachable(), "else this never ends"
     end.set()
 
 
 def test_clients_of_the_hub_that_are_imported_already_go_offline_too(monkeypatch):
-    import datasets
+    import datasets as hub_datasets
     from huggingface_hub import constants
 
-    for holder in (constants, datasets.config):
+    for holder in (constants, hub_datasets.config):
         monkeypatch.setattr(holder, "HF_HUB_OFFLINE", False)
-    data.go_offline()
+    datasets.go_offline()
     assert constants.HF_HUB_OFFLINE
-    assert datasets.config.HF_HUB_OFFLINE
+    assert hub_datasets.config.HF_HUB_OFFLINE

@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 
-from fluid_eval.cli import main
-from fluid_eval.decoder_choice import with_decoder
-from fluid_eval.grid import plan
-from fluid_eval.spec import build_spec
-from fluid_eval.store import held_spec
+from fluid_eval.cli.main import main
+from fluid_eval.common.spec import build_spec
+from fluid_eval.results.run_folder import held_spec
+from fluid_eval.running.decoder_choice import with_decoder
+from fluid_eval.sweeps.grid import plan
 from fluid_model import ConfigError
 
 

@@ -8,8 +8,8 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
 from fluid_model import ArSettings, FluidSettings, KHead, Request, engine_for
-from fluid_model.backbone import Backbone
-from fluid_model.checkpoint import Checkpoint
+from fluid_model.checkpoints.checkpoint import Checkpoint
+from fluid_model.forward.backbone import Backbone
 from fluid_model.settings import DecoderSettings
 
 from .tiny import byte_tokenizer, llama_config

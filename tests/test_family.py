@@ -11,11 +11,11 @@ import torch
 
 import fluid_model
 from bench import family
-from fluid_eval.cli import main
-from fluid_eval.paths import resource
-from fluid_model import masks
-from fluid_model.engine.cache import SlotCache
-from fluid_model.files import read_toml
+from fluid_eval.cli.main import main
+from fluid_eval.common.paths import resource
+from fluid_model.common.files import read_toml
+from fluid_model.forward import attention_masks
+from fluid_model.forward.kv_cache import SlotCache
 from fluid_model.train.origin import weights_hash
 from fluid_model.train.recipe import build_chain, build_recipe
 
@@ -86,7 +86,7 @@ def test_tiny_llada_fills_gaps():
         cache = SlotCache(1, ids.shape[1])
         reading = cache.aim(0, [0], ids.shape[1], checkpoint.backbone.device)
         hidden = checkpoint.backbone.forward(
-            asked_ids, replace(reading, spans=masks.mutual(torch.tensor([ids.shape[1]]), ids.shape[1])), cache
+            asked_ids, replace(reading, spans=attention_masks.mutual(torch.tensor([ids.shape[1]]), ids.shape[1])), cache
         )
         right += int((checkpoint.backbone.logits(hidden[0, gaps]).argmax(-1) == ids[0, gaps]).sum())
         asked += len(gaps)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pandas
 import pytest
 
-from fluid_eval.frontier import draw, short, table, write_tables
-from fluid_eval.pareto import Placed
-from fluid_eval.stats import Interval
-from fluid_model.errors import ConfigError
+from fluid_eval.common.stats import Interval
+from fluid_eval.sweeps.frontier_files import draw, short, table, write_tables
+from fluid_eval.sweeps.pareto import Placed
+from fluid_model.common.errors import ConfigError
 
 
 def placed(name, score, speed, settings=None, **rest):

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from fluid_eval.cli import main
-from fluid_eval.outermost import in_one_line
-from fluid_eval.spec import build_spec
-from fluid_eval.store import Run, encode, read_samples
+from fluid_eval.cli.console import in_one_line
+from fluid_eval.cli.main import main
+from fluid_eval.common.spec import build_spec
+from fluid_eval.results.run_folder import Run, encode, read_samples
 from fluid_model import ConfigError
 
 from .fuzz import fuzz
@@ -157,17 +157,17 @@ def test_what_the_machine_lacks_is_one_line(error, code, message):
 
 
 def test_no_home_is_no_reason_to_fail(monkeypatch):
-    from fluid_eval import budgets
+    from fluid_eval.running import slot_budget_cache
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    assert budgets.known() == {}
-    budgets._keep({"a": 1})
+    assert slot_budget_cache.known() == {}
+    slot_budget_cache._keep({"a": 1})
     assert not Path("~").exists()
 
 
 def test_letters_that_cannot_be_shown_become_question_marks(monkeypatch):
-    from fluid_eval.outermost import tolerate_any_output
+    from fluid_eval.cli.console import tolerate_any_output
 
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))

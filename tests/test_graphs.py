@@ -6,15 +6,16 @@ import pytest
 import torch
 
 import fluid_model
-from fluid_eval.paths import resource
-from fluid_model import ArSettings, FluidSettings, Request, graphs
+from fluid_eval.common.paths import resource
+from fluid_model import ArSettings, FluidSettings, Request
+from fluid_model.common.errors import ConfigError, RunError
 from fluid_model.decoders import engine_for
-from fluid_model.errors import ConfigError, RunError
+from fluid_model.forward import cuda_graphs
 
 from .test_rounds import TEXTS
 
 
-class Wrong(graphs.Graphs):
+class Wrong(cuda_graphs.Graphs):
     """Whose replays do not say what was captured."""
 
     def _record(self, run, device):
@@ -36,19 +37,22 @@ def requests(checkpoint, new=16):
 @pytest.mark.parametrize("slots", [1, 3, 5])
 def test_replayed_forwards_say_what_plain_ones_say(checkpoint, decoder, slots):
     plain = {g.key: (g.ids, g.trace) for g in engine_for(checkpoint, decoder, slots).generate(requests(checkpoint))}
-    checkpoint.backbone.graphs = captured = graphs.Graphs(checkpoint.backbone.written_out)
+    checkpoint.backbone.graphs = captured = cuda_graphs.Graphs(checkpoint.backbone.written_out)
     engine = engine_for(checkpoint, decoder, slots)
     assert {g.key: (g.ids, g.trace) for g in engine.generate(requests(checkpoint))} == plain
     shapes = captured.captured
     assert shapes
-    assert all(rows in graphs.ROWS and fed in graphs.SLOTS and n % graphs.COLUMNS == 0 for rows, fed, n in shapes)
+    assert all(
+        rows in cuda_graphs.ROWS and fed in cuda_graphs.SLOTS and n % cuda_graphs.COLUMNS == 0
+        for rows, fed, n in shapes
+    )
     assert len(shapes) < engine.calls
     assert {g.key: (g.ids, g.trace) for g in engine.generate(requests(checkpoint))} == plain
     assert captured.captured == shapes, "the cache and what was captured over it are kept"
 
 
 def test_a_longer_answer_takes_another_cache(checkpoint):
-    checkpoint.backbone.graphs = captured = graphs.Graphs(checkpoint.backbone.written_out)
+    checkpoint.backbone.graphs = captured = cuda_graphs.Graphs(checkpoint.backbone.written_out)
     engine = engine_for(checkpoint, ArSettings(), 2)
     list(engine.generate(requests(checkpoint)))
     assert {columns for _, _, columns in captured.captured} == {256}
@@ -76,11 +80,11 @@ def test_a_broken_row_breaks_no_capture():
         hidden[0] = float("nan")
         return hidden
 
-    captured = graphs.Graphs(forward)
+    captured = cuda_graphs.Graphs(forward)
     cache = captured.cache(3, 20)
     cache.aim(0, [5, 5, 5], 1, torch.device("cpu"))
     ids, mask = torch.ones(3, 1, dtype=torch.long), torch.zeros(3, 1, 1, 6)
-    captured._check = lambda key, replayed, plain: graphs.Graphs._check(captured, key, replayed, plain.add(1))
+    captured._check = lambda key, replayed, plain: cuda_graphs.Graphs._check(captured, key, replayed, plain.add(1))
     hidden = captured(ids, ids, mask, cache)
     assert calls == [(3, 1), (4, 1), (4, 1)]
     assert hidden[0].isnan().all()
@@ -88,8 +92,8 @@ def test_a_broken_row_breaks_no_capture():
 
 
 def test_what_is_larger_than_all_buckets_runs_as_it_is(checkpoint, monkeypatch):
-    monkeypatch.setattr(graphs, "SLOTS", (1, 2))
-    checkpoint.backbone.graphs = captured = graphs.Graphs(checkpoint.backbone.written_out)
+    monkeypatch.setattr(cuda_graphs, "SLOTS", (1, 2))
+    checkpoint.backbone.graphs = captured = cuda_graphs.Graphs(checkpoint.backbone.written_out)
     decoder = FluidSettings(slot_budget=64)
     found = [g.ids for g in engine_for(checkpoint, decoder, 1).generate(requests(checkpoint))]
     assert all(fed <= 2 for _, fed, _ in captured.captured)

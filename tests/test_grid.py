@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluid_eval.grid import plan, read_axis
+from fluid_eval.sweeps.grid import plan, read_axis
 from fluid_model import ConfigError
 
 RUN = {"tasks": "mini", "model": "m", "decoder": "fluid"}

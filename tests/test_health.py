@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from fluid_eval.commands import EXIT_FAILED, EXIT_OK, EXIT_UNHEALTHY
-from fluid_eval.commands.settings import exit_code
-from fluid_eval.health import KEYS, RULES, gates, judge_again
-from fluid_eval.spec import HealthSpec, build_spec
-from fluid_model.errors import ConfigError
+from fluid_eval.cli import EXIT_FAILED, EXIT_OK, EXIT_UNHEALTHY
+from fluid_eval.cli.options import exit_code
+from fluid_eval.common.spec import HealthSpec, build_spec
+from fluid_eval.results.health import KEYS, RULES, gates, judge_again
+from fluid_model.common.errors import ConfigError
 
 
 def record(doc, task="t", **changes):

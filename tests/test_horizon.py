@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fluid_model
-from fluid_eval.cli import main
-from fluid_eval.horizon import KHEAD, ORACLE, Places, look, play, rounds, rules, tables
-from fluid_eval.paths import resource
-from fluid_eval.stored import Text
-from fluid_eval.strides import ALL, strides
+from fluid_eval.analysis.acceptance import ALL, strides
+from fluid_eval.analysis.khead import KHEAD, ORACLE, Places, look, play, rounds, rules, tables
+from fluid_eval.analysis.reopen import Text
+from fluid_eval.cli.main import main
+from fluid_eval.common.paths import resource
 from fluid_model import ArSettings, FluidSettings, Request, engine_for
-from fluid_model.checkpoint import Checkpoint
+from fluid_model.checkpoints.checkpoint import Checkpoint
 from fluid_model.decoders import fluid
-from fluid_model.layout import Example, MaskFans
 from fluid_model.train.losses import best_stride
+from fluid_model.train.row_layouts import Example, MaskFans
 from fluid_model.train.stages import Horizons, collate
 
 from .test_audit import QUESTIONS

@@ -11,15 +11,17 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import fluid_eval
-from fluid_eval import data, store
-from fluid_eval.grid import plan, read_axis
-from fluid_eval.spec import build_spec
-from fluid_eval.store import Run, encode, read_samples
-from fluid_model import ConfigError, files
-from fluid_model.fields import assign
-from fluid_model.hub import local
-from fluid_model.manifest import read_manifest
-from fluid_model.source import find
+from fluid_eval.benchmarks import datasets
+from fluid_eval.common.spec import build_spec
+from fluid_eval.results import run_folder
+from fluid_eval.results.run_folder import Run, encode, read_samples
+from fluid_eval.sweeps.grid import plan, read_axis
+from fluid_model import ConfigError
+from fluid_model.checkpoints.hub import local
+from fluid_model.checkpoints.manifest import read_manifest
+from fluid_model.checkpoints.source import find
+from fluid_model.common import files
+from fluid_model.common.fields import assign
 from fluid_model.train.llamafactory import read_yaml
 from fluid_model.train.recipe import build_chain
 from fluid_model.train.rows import Source, read_rows
@@ -54,7 +56,7 @@ READERS = {
     "samples": lambda file: list(read_samples(file.parent)),
     "rows": lambda file: list(read_rows(Source(file))),
     "manifest": lambda file: read_manifest(file.parent),
-    "data": lambda file: data._read_jsonl("gsm8k", file),
+    "data": lambda file: datasets._read_jsonl("gsm8k", file),
 }
 NAMES = {"samples": "samples.jsonl", "manifest": "fluid.json", "rows": "rows.jsonl", "data": "test.jsonl"}
 
@@ -111,7 +113,7 @@ def test_a_line_without_end_is_refused_before_it_is_held(tmp_path, monkeypatch):
     zipped = tmp_path / "test.jsonl.gz"
     zipped.write_bytes(gzip.compress(b'{"question": "q", "answer": "#### 1"}\n' + b" " * 10**6))
     with pytest.raises(ConfigError, match=r"test\.jsonl\.gz, line 2: longer than"):
-        data._read_jsonl("gsm8k", zipped)
+        datasets._read_jsonl("gsm8k", zipped)
     with pytest.raises(ConfigError, match="longer than"):
         files.read_text(zipped, most=10_000)
 
@@ -148,12 +150,12 @@ def test_a_damaged_model_is_refused(tiny_fluid, tmp_path, name, harm):
 
 
 def test_what_a_crash_left_of_a_long_line_is_found_from_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_STEP", 7)
+    monkeypatch.setattr(run_folder, "_STEP", 7)
     file = tmp_path / "samples.jsonl"
     for whole, torn in ((b"", b""), (b"a\n", b""), (b"", b"x" * 20), (b"abc\ndef\n", b"y" * 20), (b"\n" * 8, b"z")):
         file.write_bytes(whole + torn)
-        assert store.torn_bytes(file) == len(torn)
-    assert store.torn_bytes(tmp_path / "none") == 0
+        assert run_folder.torn_bytes(file) == len(torn)
+    assert run_folder.torn_bytes(tmp_path / "none") == 0
 
 
 @pytest.mark.parametrize("model", ["a\0b", "a" * 5000, "../" * 50, "owner/name/more", "", "http://x/y"])
@@ -164,10 +166,10 @@ def test_a_name_that_is_no_model_is_refused(model):
 
 @pytest.mark.parametrize("task", ["../../etc/passwd", "gsm8k/../mmlu", "", "mini\0", "a" * 5000])
 def test_a_task_is_a_name_and_no_path(task):
-    from fluid_eval import harness
+    from fluid_eval.benchmarks import lm_eval_tasks
 
     with pytest.raises(ConfigError, match="is unknown"):
-        harness.check_names((task,))
+        lm_eval_tasks.check_names((task,))
 
 
 def test_any_text_is_stored_as_it_is(tmp_path):
@@ -217,7 +219,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, tiny_model):
 
 def test_any_text_is_a_prompt(tiny_model, data_dir, tmp_path):
     """Lone surrogates, empty texts, zero bytes: asked, answered, stored as they were."""
-    from fluid_eval.run import run
+    from fluid_eval.running.job import run
 
     texts = ["\ud800", "\u202e\U0001f9d1\u200d\U0001f4bb", "a\0b", "", "\u2028"]
     rows = [{"question": text, "answer": f"{text} #### 1"} for text in texts]
@@ -258,7 +260,7 @@ def own_code(tiny_model, tmp_path):
 
 
 def test_code_of_a_repository_runs_only_where_it_is_trusted(own_code, data_dir, tmp_path, capsys):
-    from fluid_eval.cli import main
+    from fluid_eval.cli.main import main
 
     words = ["run", "--tasks", "gsm8k", "--num-fewshot", "0", "--limit", "2", "--max-new-tokens", "4"]
     words += ["--data-dir", str(data_dir), "--set", "health.length_limit=1", "--set", "health.no_answer=1"]
@@ -289,12 +291,12 @@ def test_trust_is_part_of_a_run_only_where_it_is_given():
         ("doc_to_text = '{{ nothing }}'", "template cannot be rendered"),
         ("doc_to_text = '{{ question'", "template cannot be rendered"),
         ("doc_to_text = '!function os.system'", "no function of Python's own"),
-        ("doc_to_text = '!function fluid_eval.store.os'", "is no function"),
+        ("doc_to_text = '!function fluid_eval.results.run_folder.os'", "is no function"),
         ("doc_to_text = '!function fluid_eval.nothing.x'", "no such function"),
     ],
 )
 def test_a_foreign_profile_reaches_the_document_alone(tiny_model, tmp_path, line, message):
-    from fluid_eval.run import run
+    from fluid_eval.running.job import run
 
     (tmp_path / "p.toml").write_text(f"about = 'x'\n[tasks.mini_gsm8k]\nsource = 'x'\n{line}\n")
     values = {"tasks": "mini_gsm8k_1", "model": str(tiny_model), "profile": str(tmp_path / "p.toml"), "limit": 1}

@@ -16,25 +16,29 @@ MODULES = {
 }
 DOORS = {
     "transformers": {
-        "fluid_model.adapters",
-        "fluid_model.backbone",
-        "fluid_model.checkpoint",
-        "fluid_model.source",
-        "fluid_model.spm",
+        "fluid_model.checkpoints.adapters",
+        "fluid_model.forward.backbone",
+        "fluid_model.checkpoints.checkpoint",
+        "fluid_model.checkpoints.source",
+        "fluid_model.checkpoints.sentencepiece",
         "fluid_model.train.measure",
         "fluid_model.train.parent",
         "fluid_model.train.plan",
         "fluid_model.train.progress",
         "fluid_model.train.run",
         "fluid_model.train.stages",
-        "fluid_model.weights",
+        "fluid_model.checkpoints.weights",
     },
-    "huggingface_hub": {"fluid_model.hub"},
-    "peft": {"fluid_model.adapters", "fluid_model.checkpoint", "fluid_model.train.run"},
-    "lm_eval": {"fluid_eval.adapter", "fluid_eval.harness", "fluid_eval.rescore"},
-    "ray": {"fluid_eval.pool"},
-    "matplotlib": {"fluid_eval.plots", "fluid_eval.frontier"},
-    "pandas": {"fluid_eval.store", "fluid_eval.frontier"},
+    "huggingface_hub": {"fluid_model.checkpoints.hub"},
+    "peft": {"fluid_model.checkpoints.adapters", "fluid_model.checkpoints.checkpoint", "fluid_model.train.run"},
+    "lm_eval": {
+        "fluid_eval.running.lm_eval_model",
+        "fluid_eval.benchmarks.lm_eval_tasks",
+        "fluid_eval.analysis.rescore",
+    },
+    "ray": {"fluid_eval.running.workers"},
+    "matplotlib": {"fluid_eval.output.figures", "fluid_eval.sweeps.frontier_files"},
+    "pandas": {"fluid_eval.results.run_folder", "fluid_eval.sweeps.frontier_files"},
 }
 
 
@@ -118,6 +122,27 @@ def test_there_are_no_import_cycles():
         visit(module, ())
 
 
+ROOMS = {
+    "fluid_model": ("common", "settings", "tokens", "forward", "checkpoints", "engine", "scoring", "decoders", "train"),
+    "fluid_eval": (
+        *("common", "sandbox", "results", "benchmarks", "running", "claims", "sweeps", "analysis", "output", "cli"),
+    ),
+}
+"""The rooms at the top of each package, ground first: each imports those before it alone."""
+
+
+def test_imports_go_upwards_only():
+    for package, rooms in ROOMS.items():
+        here = {file.stem for file in (ROOT / package).iterdir() if not file.name.startswith("_")}
+        assert here == set(rooms)
+        assert len(rooms) <= 10
+        for module in MODULES:
+            room = module.split(".")[1] if module.startswith(f"{package}.") else ""
+            for other in modules_of(imports(module)) if room in rooms else ():
+                if other.startswith(f"{package}."):
+                    assert rooms.index(other.split(".")[1]) <= rooms.index(room), f"{module} imports {other}"
+
+
 def test_the_readme_names_every_module_and_every_command():
     readme = (ROOT / "README.md").read_text()
     tree = readme.split("## The tree")[1]
@@ -126,7 +151,7 @@ def test_the_readme_names_every_module_and_every_command():
             package, _, leaf = module.rpartition(".")
             name = package.split(".")[-1] if package.count(".") else leaf
             assert re.search(rf"\b{name}\b", tree), f"{module} is not in the tree"
-    from fluid_eval.cli import parser
+    from fluid_eval.cli.main import parser
 
     (commands,) = [a.choices for a in parser()._actions if hasattr(a, "choices") and isinstance(a.choices, dict)]
     for command in commands:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from fluid_eval.equivalence import beyond, holm, questions_needed, within
-from fluid_eval.judgement import Finding, Margins, judge
-from fluid_eval.stats import Interval, interval
-from fluid_eval.verdicts import kind
+from fluid_eval.claims.equivalence import beyond, holm, questions_needed, within
+from fluid_eval.claims.verdicts import Finding, Margins, judge
+from fluid_eval.common.stats import Interval, interval
+from fluid_eval.output.claims_tables import kind
 from fluid_model import ConfigError
 
 from .test_claims import claim

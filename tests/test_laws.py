@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import fluid_model
 from fluid_model import ArSettings, FluidSettings, Request
-from fluid_model.checkpoint import Checkpoint
-from fluid_model.engine.cache import SlotCache
-from fluid_model.khead import KHead
+from fluid_model.checkpoints.checkpoint import Checkpoint
+from fluid_model.forward.khead import KHead
+from fluid_model.forward.kv_cache import SlotCache
 
 from .tiny import fluid_checkpoint
 

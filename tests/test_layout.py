@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask
 
-from fluid_model import masks
-from fluid_model.layout import (
+from fluid_model.forward import attention_masks as masks
+from fluid_model.train.losses import best_stride, horizon, horizon_target, weighted
+from fluid_model.train.row_layouts import (
     IGNORE,
     Blocks,
     Canvas,
@@ -26,7 +27,6 @@ from fluid_model.layout import (
     pack,
     plain,
 )
-from fluid_model.train.losses import best_stride, horizon, horizon_target, weighted
 from fluid_model.train.stages import Horizons, attention, collate, row_loss, slot_losses
 
 from .tiny import fluid_checkpoint, llama_config

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fluid_eval.claims import Decoder, Ledger, Ranking, Source, System, read_claims
-from fluid_eval.lint import lint
+from fluid_eval.claims.conflicts import lint
+from fluid_eval.claims.ledger import Decoder, Ledger, Ranking, Source, System, read_claims
 
 from .test_claims import claim
 

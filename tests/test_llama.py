@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
-from fluid_model import llama
-from fluid_model.backbone import Backbone
-from fluid_model.engine.cache import SlotCache
+from fluid_model.forward import llama
+from fluid_model.forward.backbone import Backbone
+from fluid_model.forward.kv_cache import SlotCache
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fluid_model.layout import Blocks, Canvas, Example, MaskFans
 from fluid_model.train.measure import HeldOut, leading
+from fluid_model.train.row_layouts import Blocks, Canvas, Example, MaskFans
 
 from .test_decoders import forward
 from .tiny import fluid_checkpoint

@@ -9,12 +9,12 @@ import pytest
 
 import fluid_eval
 import fluid_model
-from fluid_eval import store
-from fluid_eval.adapter import row_seed
-from fluid_eval.report import write_report
-from fluid_eval.run import run
-from fluid_eval.spec import build_spec
-from fluid_eval.worker import Worker
+from fluid_eval.common.spec import build_spec
+from fluid_eval.output.report import write_report
+from fluid_eval.results import run_folder
+from fluid_eval.running.job import run
+from fluid_eval.running.lm_eval_model import row_seed
+from fluid_eval.running.worker import Worker
 from fluid_model import ConfigError, Manifest
 from fluid_model.engine.records import ScoreRequest
 
@@ -51,7 +51,7 @@ def spec_of(path, decoder, **changes):
 def test_the_main_job_runs(adapted, tmp_path, decoder):
     result = run(spec_of(adapted / decoder["name"], decoder), tmp_path / "run")
     assert [line["n"] for line in result["lines"]] == [2, 2, 2, 2]
-    records = {record["task"]: record for record in store.read_samples(tmp_path / "run")}
+    records = {record["task"]: record for record in run_folder.read_samples(tmp_path / "run")}
     written = records["mini_gsm8k_1"]["trace"]["forwards"]
     scored = records["mini_mmlu_1"]["trace"]["forwards"]
     copies = 6  # of two-token choices that share their first: it masked, one for each; the second or both, one for all
@@ -65,7 +65,7 @@ def test_estimates_come_with_their_standard_errors(adapted, tmp_path):
     """As the scorer gives them, in the samples, the loaded frame and the page; exact likelihoods have none."""
     spec = spec_of(adapted / "llada", "llada", tasks=["mini_mmlu_1"])
     run(spec, tmp_path / "llada")
-    record = next(store.read_samples(tmp_path / "llada"))
+    record = next(run_folder.read_samples(tmp_path / "llada"))
     context = tuple(fluid_model.load_tokenizer(str(adapted / "llada"))(record["prompt"])["input_ids"])
     pairs = tuple((context, tuple(byte_tokenizer()(choice)["input_ids"])) for choice in record["choices"])
     (score,) = Worker().run(spec.to_dict(), [ScoreRequest(record["key"], pairs, row_seed(spec.seed, record["key"]))])
@@ -76,13 +76,13 @@ def test_estimates_come_with_their_standard_errors(adapted, tmp_path):
     write_report([tmp_path / "llada"], tmp_path / "page.html")
     assert f'"errors":[{round(record["standard_errors"][0], 5)},' in (tmp_path / "page.html").read_text()
     run(spec_of(adapted / "nbdiff", "nbdiff", tasks=["mini_mmlu_1"]), tmp_path / "nbdiff")
-    assert all(record["standard_errors"] == [] for record in store.read_samples(tmp_path / "nbdiff"))
+    assert all(record["standard_errors"] == [] for record in run_folder.read_samples(tmp_path / "nbdiff"))
 
 
 def test_a_canvas_longer_than_the_answer_is_what_prompts_are_cut_for(adapted, tmp_path):
     decoder = {"name": "llada", "gen_length": 480, "block_length": 480, "steps": 1}
     run(spec_of(adapted / "llada", decoder, tasks=["mini_gsm8k_1"]), tmp_path / "r")
-    records = list(store.read_samples(tmp_path / "r"))
+    records = list(run_folder.read_samples(tmp_path / "r"))
     assert [record["prompt_tokens"] for record in records] == [32, 32]
     assert all(record["truncated"] > 0 and len(record["output_ids"]) <= 10 for record in records)
     decoder |= {"gen_length": 512, "block_length": 512}
@@ -96,7 +96,7 @@ def test_estimates_follow_the_seed(adapted, tmp_path):
     found = []
     for n, seed in enumerate((1, 1, 2)):
         run(spec_of(adapted / "llada", "llada", tasks=["mini_mmlu_1"], limit=1, seed=seed), tmp_path / str(n))
-        found.append(next(store.read_samples(tmp_path / str(n)))["loglikelihoods"])
+        found.append(next(run_folder.read_samples(tmp_path / str(n)))["loglikelihoods"])
     assert found[0] == found[1] != found[2]
 
 
@@ -152,7 +152,7 @@ def test_the_causal_path_of_nbdiff_is_ar(adapted, tmp_path):
     """
     run(spec_of(adapted / "nbdiff", "ar"), tmp_path / "ar")
     run(spec_of(adapted / "nbdiff", {"name": "nbdiff", "block_length": 1}), tmp_path / "ones")
-    ar, ones = ({r["key"]: r for r in store.read_samples(tmp_path / name)} for name in ("ar", "ones"))
+    ar, ones = ({r["key"]: r for r in run_folder.read_samples(tmp_path / name)} for name in ("ar", "ones"))
     assert {key: r["output"] for key, r in ones.items()} == {key: r["output"] for key, r in ar.items()}
     for key, one in ar.items():
         more = sum(ones[key]["trace"]["forwards"].values()) - sum(one["trace"]["forwards"].values())

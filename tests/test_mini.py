@@ -8,14 +8,14 @@ from itertools import islice
 
 import pytest
 
-from fluid_eval import harness
-from fluid_eval.paths import resource
+from fluid_eval.benchmarks import lm_eval_tasks
+from fluid_eval.benchmarks.humaneval_samples import held
+from fluid_eval.common.paths import resource
+from fluid_eval.common.spec import build_spec
 from fluid_eval.sandbox import passing
 from fluid_eval.sandbox.ladder import chosen
 from fluid_eval.sandbox.passing import trial
 from fluid_eval.sandbox.pool import judges
-from fluid_eval.sandbox.score import held
-from fluid_eval.spec import build_spec
 
 spec = importlib.util.spec_from_file_location("suite", resource("tasks") / "mini" / "suite.py")
 suite = importlib.util.module_from_spec(spec)
@@ -59,15 +59,15 @@ def test_the_reference_body_passes_and_another_fails():
 
 @pytest.fixture(scope="module")
 def tasks():
-    return harness.load_tasks(build_spec({"tasks": ["mini"], "model": "m"}))["tasks"]
+    return lm_eval_tasks.load_tasks(build_spec({"tasks": ["mini"], "model": "m"}))["tasks"]
 
 
 def test_an_answer_judged_early_is_not_run_again(tasks, monkeypatch):
     monkeypatch.setitem(passing._allowed, "unsafe", True)
     row, task = TESTS["mini_humaneval", 1][0], tasks["mini_humaneval_1"]
     doc = task.eval_docs[0]
-    harness.begin_judging({"tasks": tasks}, "mini_humaneval_1", doc, row["completion"])
-    harness.begin_judging({"tasks": tasks}, "mini_math_1", tasks["mini_math_1"].eval_docs[0], "no program")
+    lm_eval_tasks.begin_judging({"tasks": tasks}, "mini_humaneval_1", doc, row["completion"])
+    lm_eval_tasks.begin_judging({"tasks": tasks}, "mini_math_1", tasks["mini_math_1"].eval_docs[0], "no program")
     begun = len(judges(passing.isolation())._verdicts)
     assert task.process_results(doc, [[row["prompt"] + row["completion"]]]) == {"pass@1": 1.0}
     assert len(judges(passing.isolation())._verdicts) == begun
@@ -102,13 +102,13 @@ def test_programs_are_judged_beside_workers_that_leave_processors_alone(
     tiny_model, tmp_path, monkeypatch, device, order
 ):
     """k: an answer is kept.  t: it is told to the judges. Of likelihood tasks nothing is told."""
-    from fluid_eval.pool import InlinePool
-    from fluid_eval.run import run
-    from fluid_eval.spec import build_spec
-    from fluid_eval.store import Run
+    from fluid_eval.common.spec import build_spec
+    from fluid_eval.results.run_folder import Run
+    from fluid_eval.running.job import run
+    from fluid_eval.running.workers import InlinePool
 
     seen, facts, keep = [], InlinePool.facts, Run.append
-    monkeypatch.setattr(harness, "begin_judging", lambda *_: seen.append("t"))
+    monkeypatch.setattr(lm_eval_tasks, "begin_judging", lambda *_: seen.append("t"))
     monkeypatch.setattr(InlinePool, "facts", lambda *a: {**facts(*a), "device": device})
     monkeypatch.setattr(Run, "append", lambda *a: (keep(*a), seen.append("k")))
     values = {"tasks": "mini_humaneval_1", "model": str(tiny_model), "limit": 3, "max_new_tokens": 4}

@@ -13,10 +13,12 @@ import torch
 from transformers import LlamaConfig
 
 import fluid_model
-from fluid_eval.paths import resource
-from fluid_model import ArSettings, FluidSettings, Request, masks, native
-from fluid_model.backbone import Backbone
-from fluid_model.engine.cache import SlotCache
+from fluid_eval.common.paths import resource
+from fluid_model import ArSettings, FluidSettings, Request
+from fluid_model.forward import attention_masks
+from fluid_model.forward import compiled as native
+from fluid_model.forward.backbone import Backbone
+from fluid_model.forward.kv_cache import SlotCache
 
 from .test_graphs import heard
 from .test_llama import CONFIGS, SIZES, model_of
@@ -141,9 +143,9 @@ def test_what_lies_outside_is_refused_and_nothing_written(ids, place, column, ro
     backbone, cache = Backbone(model_of(CONFIGS["llama"])), SlotCache(1, 3)
     columns = torch.tensor([[column]])
     cache.aim_at(row, columns, total)
-    spans = masks.Spans(torch.tensor([[0]]), torch.tensor([[masks.ALL]]), torch.tensor([[place]]))
+    spans = attention_masks.Spans(torch.tensor([[0]]), torch.tensor([[attention_masks.ALL]]), torch.tensor([[place]]))
     with pytest.raises(IndexError, match="none of 97"):
-        backbone.native(torch.tensor([[ids]]), masks.Reading(columns, total, spans=spans), cache)
+        backbone.native(torch.tensor([[ids]]), attention_masks.Reading(columns, total, spans=spans), cache)
     assert not any(slab.any() for slab in cache._slabs.values())
 
 
@@ -152,7 +154,7 @@ def test_columns_that_do_not_follow_one_another_are_refused():
     backbone, cache, columns = Backbone(model_of(CONFIGS["llama"])), SlotCache(1, 3), torch.tensor([[2, 1]])
     cache.aim_at(0, columns, 3)
     with pytest.raises(IndexError, match="outside the cache"):
-        backbone.native(torch.tensor([[5, 5]]), masks.Reading(columns, 3), cache)
+        backbone.native(torch.tensor([[5, 5]]), attention_masks.Reading(columns, 3), cache)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -163,18 +165,21 @@ def test_it_reads_whom_the_masks_say(threads, monkeypatch):
     lengths, slots, window = [9, 0, 60, 31, 3], 12, backbone.window
     ids, widths = torch.randint(0, 97, (5, 64)), [12, 5, 12, 0, 7]
     order = torch.tensor(
-        [sorted(chance.randrange(4) * masks.FAN + chance.randrange(3) for _ in range(12)) for _ in ids]
+        [sorted(chance.randrange(4) * attention_masks.FAN + chance.randrange(3) for _ in range(12)) for _ in ids]
     )
-    until = torch.tensor([[chance.choice((0, 2, 3, 9)) * masks.FAN for _ in range(12)] for _ in ids])
+    until = torch.tensor([[chance.choice((0, 2, 3, 9)) * attention_masks.FAN for _ in range(12)] for _ in ids])
     places = torch.tensor([[chance.randrange(9) for _ in range(12)] for _ in ids])
     for row, width in enumerate(widths):
-        until[row, width:] = masks.NOBODY
-    for spans in (masks.Spans(order, until, places), masks.mutual(torch.tensor([12, 5, 3, 0, 0]), slots)):
+        until[row, width:] = attention_masks.NOBODY
+    for spans in (
+        attention_masks.Spans(order, until, places),
+        attention_masks.mutual(torch.tensor([12, 5, 3, 0, 0]), slots),
+    ):
         found = []
         for forward in (backbone.native, by_torch(backbone)):
             cache = SlotCache(5, 80)
             cache.aim(0, [0] * 5, 60, ids.device)
-            forward(ids[:, :60], masks.Reading(cache.aimed[1], 60), cache)
+            forward(ids[:, :60], attention_masks.Reading(cache.aimed[1], 60), cache)
             reading = replace(cache.aim(0, lengths, slots, ids.device), widths=widths, spans=spans)
             monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
             found.append(forward(ids[:, :slots], reading, cache))

@@ -12,13 +12,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluid_eval.compare import compare
-from fluid_eval.metrics import as_point, lines
-from fluid_eval.pareto import LEAST, SPEEDS, Placed, best, frontier, measure
-from fluid_eval.report.facts import gather
-from fluid_eval.report.stored import read_runs
-from fluid_eval.stats import Interval, difference_over_tasks, drawn, interval, mean_over_tasks, ratio_of_sums, sums
-from fluid_eval.store import SAMPLES
+from fluid_eval.analysis.compare import compare
+from fluid_eval.common.stats import (
+    Interval,
+    difference_over_tasks,
+    drawn,
+    interval,
+    mean_over_tasks,
+    ratio_of_sums,
+    sums,
+)
+from fluid_eval.output.report.facts import gather
+from fluid_eval.output.report.stored import read_runs
+from fluid_eval.results.metrics import lines
+from fluid_eval.results.run_folder import SAMPLES
+from fluid_eval.sweeps.pareto import LEAST, SPEEDS, Placed, best, frontier, measure
+from fluid_eval.sweeps.points import as_point
 
 from .runs import write_run
 

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluid_eval.pareto import LEAST, SPEEDS, Placed, Point, Sample, aup, below, best, frontier, measure
-from fluid_eval.stats import Interval
-from fluid_model.errors import ConfigError
+from fluid_eval.common.stats import Interval
+from fluid_eval.sweeps.pareto import LEAST, SPEEDS, Placed, aup, below, best, frontier, measure
+from fluid_eval.sweeps.points import Point, Sample
+from fluid_model.common.errors import ConfigError
 
 
 def point(name, scores, seconds=1.0, *, tokens=10, forwards=10, task="t", stopped=None, again=(1.0, 1.1, 0.9)):

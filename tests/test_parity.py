@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import fluid_model
-from fluid_eval import data, store
-from fluid_eval.run import run
-from fluid_eval.spec import build_spec
+from fluid_eval.benchmarks import datasets
+from fluid_eval.common.spec import build_spec
+from fluid_eval.results import run_folder
+from fluid_eval.running.job import run
 
 LIMIT = 3
 
@@ -25,7 +26,7 @@ def theirs(hf, tasks, data_dir, limit, new_tokens=None, num_fewshot=None, **chat
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
-    from fluid_eval.paths import resource
+    from fluid_eval.common.paths import resource
 
     manager = TaskManager(
         include_path=str(resource("tasks")), include_defaults=False, metadata={"data_dir": str(data_dir)}
@@ -43,7 +44,7 @@ def ours(stories, tasks, data_dir, folder, limit, new_tokens=None, num_fewshot=N
         "max_new_tokens": new_tokens, "num_fewshot": num_fewshot, "allow_unsafe_code": True,
     }  # fmt: skip
     result = run(build_spec(values), folder)
-    return result, {record["key"]: record for record in store.read_samples(folder)}
+    return result, {record["key"]: record for record in run_folder.read_samples(folder)}
 
 
 @pytest.mark.parametrize("shots", [0, None])
@@ -85,8 +86,8 @@ def test_mmlu_log_likelihoods(hf, stories, data_dir, tmp_path, name, shots, subj
 
 
 def test_contexts_and_continuations_are_split_alike(hf, stories, tmp_path):
-    from fluid_eval.adapter import FluidLM
-    from fluid_eval.store import Run
+    from fluid_eval.results.run_folder import Run
+    from fluid_eval.running.lm_eval_model import FluidLM
     from fluid_model import load_tokenizer
 
     spec = build_spec({"tasks": ["gsm8k"], "model": {"path": str(stories)}})
@@ -106,9 +107,9 @@ def test_rolling_log_likelihood(hf, stories, tmp_path):
     """Whole texts, longer than the window, as perplexity tasks ask."""
     from lm_eval.api.instance import Instance
 
-    from fluid_eval.adapter import FluidLM
-    from fluid_eval.pool import open_pool
-    from fluid_eval.store import Run
+    from fluid_eval.results.run_folder import Run
+    from fluid_eval.running.lm_eval_model import FluidLM
+    from fluid_eval.running.workers import open_pool
     from fluid_model import load_tokenizer
 
     spec = build_spec({"tasks": ["gsm8k"], "model": {"path": str(stories)}})
@@ -130,7 +131,7 @@ def test_stop_strings_may_be_special_tokens(tmp_path, data_dir):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     tokenizer.save_pretrained(folder)
     checkpoint = fluid_model.load(str(folder))
-    prompt = data.load_rows("gsm8k", "test", str(data_dir))[0]["question"]
+    prompt = datasets.load_rows("gsm8k", "test", str(data_dir))[0]["question"]
     ids = tuple(tokenizer.encode(f"Question: {prompt}\nAnswer:"))
     engine = fluid_model.engine_for(checkpoint, fluid_model.ArSettings())
     (free,) = engine.generate([fluid_model.Request("x", ids, 12)])
@@ -142,7 +143,7 @@ def test_stop_strings_may_be_special_tokens(tmp_path, data_dir):
     expected = theirs(backend, ["gsm8k"], data_dir, 4, 24, 0)
     values = {"tasks": ["gsm8k"], "model": str(folder), "data_dir": str(data_dir), "limit": 4, "max_new_tokens": 24}
     run(build_spec({**values, "num_fewshot": 0}), tmp_path / "r")
-    records = {record["doc_id"]: record for record in store.read_samples(tmp_path / "r")}
+    records = {record["doc_id"]: record for record in run_folder.read_samples(tmp_path / "r")}
     for example in expected["samples"]["gsm8k"]:
         assert records[example["doc_id"]]["output"] == example["resps"][0][0]
     assert "stop" in {record["finish"] for record in records.values()}
@@ -156,7 +157,7 @@ def test_our_tasks_are_lm_evals_own():
     import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    from fluid_eval.paths import resource
+    from fluid_eval.common.paths import resource
 
     theirs_dir, ours_dir = Path(lm_eval.tasks.__file__).parent, resource("tasks")
     pairs = {

@@ -10,7 +10,7 @@ import torch
 
 import fluid_model
 from fluid_model import ConfigError
-from fluid_model.errors import RunError
+from fluid_model.common.errors import RunError
 from fluid_model.train import run
 from fluid_model.train.cli import main
 from fluid_model.train.llamafactory import as_toml

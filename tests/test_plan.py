@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import fluid_model
-from fluid_eval.paths import resource
+from fluid_eval.common.paths import resource
 from fluid_model import ConfigError
-from fluid_model.fields import assign
-from fluid_model.files import Nested, read_toml
+from fluid_model.common.fields import assign
+from fluid_model.common.files import Nested, read_toml
 from fluid_model.train.cli import main
 from fluid_model.train.parent import llama_config, outline
 from fluid_model.train.plan import plan, tell
@@ -96,8 +96,8 @@ def test_a_plan_counts_the_models_own_products(tmp_path):
     model = outline(recipe.model)
     assert all(p.is_meta for p in model.parameters())
     found = plan(recipe, recipe.model)
-    from fluid_model.layout import Plain
     from fluid_model.train.data import Rows, encode
+    from fluid_model.train.row_layouts import Plain
     from fluid_model.train.rows import load_rows
     from fluid_model.train.stages import collate, row_loss
 

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluid_eval import pool as module
-from fluid_eval.pool import Actor, Chunk, Lost, RayPool
-from fluid_eval.spec import build_spec
-from fluid_eval.sweep import Sweep
+from fluid_eval.common.spec import build_spec
+from fluid_eval.running import workers as module
+from fluid_eval.running.workers import Actor, Chunk, Lost, RayPool
+from fluid_eval.sweeps.sweep import Sweep
 from fluid_model import ConfigError, Generation, Request
+from fluid_model.common.errors import RunError
 from fluid_model.engine.records import Trace
-from fluid_model.errors import RunError
 
 
 class DiedError(Exception):
@@ -222,7 +222,7 @@ def test_two_nodes_share_a_sweep(tiny_fluid, tmp_path, monkeypatch):
     import ray
     from ray.cluster_utils import Cluster
 
-    from fluid_eval.grid import plan
+    from fluid_eval.sweeps.grid import plan
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     values = {

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluid_eval.pool import parts_of
+from fluid_eval.running.workers import parts_of
 from fluid_model import ArSettings, FluidSettings, Request, Scorer, ScoreRequest, engine_for
-from fluid_model.engine.prefixes import SHORTEST, common, group
+from fluid_model.engine.shared_prefixes import SHORTEST, common, group
 
 from .test_laws import calls_of
 from .tiny import fluid_checkpoint

@@ -7,14 +7,15 @@ import json
 
 import pytest
 
-from fluid_eval import evalscope, harness, protocol, store
-from fluid_eval.cli import main
-from fluid_eval.commands import EXIT_UNHEALTHY
-from fluid_eval.commands.settings import BUNDLED
-from fluid_eval.paths import resource
-from fluid_eval.rescore import rescore
-from fluid_eval.run import run
-from fluid_eval.spec import build_spec
+from fluid_eval.analysis.rescore import rescore
+from fluid_eval.benchmarks import evalscope_gsm8k, lm_eval_tasks, profiles
+from fluid_eval.cli import EXIT_UNHEALTHY
+from fluid_eval.cli.main import main
+from fluid_eval.cli.options import BUNDLED
+from fluid_eval.common.paths import resource
+from fluid_eval.common.spec import build_spec
+from fluid_eval.results import run_folder
+from fluid_eval.running.job import run
 from fluid_model import ConfigError
 
 BASE = {"tasks": ["gsm8k"], "model": "m"}
@@ -29,7 +30,7 @@ BOXED = """
 about = "the last box"
 metric_list = [{ metric = "exact_match", aggregation = "mean", higher_is_better = true }]
 process_results = "!function tests.test_protocol.holds_a_box"
-extract = "!function fluid_eval.harness.boxed_answer"
+extract = "!function fluid_eval.benchmarks.lm_eval_tasks.boxed_answer"
 """
 
 
@@ -50,8 +51,8 @@ def rows(tmp_path_factory):
 
 def built(rows, **changes):
     spec = build_spec({**BASE, "data_dir": str(rows), **changes})
-    tasks = harness.load_tasks(spec)
-    told = protocol.describe(spec, tasks["tasks"], {"gsm8k": ["gsm8k"]}, None)
+    tasks = lm_eval_tasks.load_tasks(spec)
+    told = profiles.describe(spec, tasks["tasks"], {"gsm8k": ["gsm8k"]}, None)
     return tasks["tasks"]["gsm8k"], told
 
 
@@ -79,7 +80,7 @@ def test_profiles_change_what_they_say_and_nothing_else(rows, tmp_path):
     task, paper = built(rows, profile="fluid-paper", chat=AS_FLUID)
     one = paper["tasks"]["gsm8k"]
     assert (one["num_fewshot"], one["max_gen_toks"], one["until"]) == (4, 7000, [])
-    assert one["extractors"] == {"none": "fluid_eval.evalscope.results"}
+    assert one["extractors"] == {"none": "fluid_eval.benchmarks.evalscope_gsm8k.results"}
     assert task.get_config("generation_kwargs")["do_sample"] is False, "what a profile leaves out stays"
     assert one["version"] == told["tasks"]["gsm8k"]["version"]
     _, silent = built(rows, profile=write(tmp_path, 'about = "x"\n[tasks.mmlu]\nsource = "y"\n'))
@@ -91,9 +92,9 @@ def test_fluids_prompt_is_that_of_its_public_evaluation(rows):
     """EvalScope at commit fde259d2 (its words since ae18072a, v1.3.0) builds this from the same rows: one user turn,
     the first four train rows in order; its text's SHA-256 was taken from that code.
     """
-    spec = build_spec(protocol.chat_of({**BASE, "data_dir": str(rows), "profile": "fluid-paper"}))
+    spec = build_spec(profiles.chat_of({**BASE, "data_dir": str(rows), "profile": "fluid-paper"}))
     turns = []
-    task = harness.load_tasks(spec)["tasks"]["gsm8k"]
+    task = lm_eval_tasks.load_tasks(spec)["tasks"]["gsm8k"]
     for doc in task.test_docs():
         task.fewshot_context(
             doc,
@@ -137,8 +138,8 @@ def test_fluids_prompt_is_that_of_its_public_evaluation(rows):
 )
 def test_answers_are_read_as_evalscope_reads_them(text, said, right):
     """As EvalScope's parser at fde259d2 scored each of these texts against 18."""
-    assert evalscope.answer(text) == said
-    assert evalscope.results({"answer": "10 + 8\n#### 18"}, [text]) == {"exact_match": int(right)}
+    assert evalscope_gsm8k.answer(text) == said
+    assert evalscope_gsm8k.results({"answer": "10 + 8\n#### 18"}, [text]) == {"exact_match": int(right)}
 
 
 def test_thoughts_are_read_only_where_the_convention_reads_them():
@@ -154,9 +155,9 @@ def test_thoughts_are_read_only_where_the_convention_reads_them():
 
 
 def test_every_bundled_profile_is_read_and_says_where_it_is_from():
-    assert protocol.known_profiles() == ["fluid-paper", "llada", "lm-eval", "minimal"]
-    for name in protocol.known_profiles():
-        profile = protocol.read_profile(name)
+    assert profiles.known_profiles() == ["fluid-paper", "llada", "lm-eval", "minimal"]
+    for name in profiles.known_profiles():
+        profile = profiles.read_profile(name)
         assert profile.about
         assert all(task.source for task in profile.tasks.values())
 
@@ -182,10 +183,10 @@ def test_one_hash_means_asked_and_read_alike(rows, tmp_path):
 
 def test_whatever_decides_what_is_asked_is_in_the_template(rows):
     spec = build_spec({**BASE, "data_dir": str(rows)})
-    task = harness.load_tasks(spec)["tasks"]["gsm8k"]
+    task = lm_eval_tasks.load_tasks(spec)["tasks"]["gsm8k"]
 
     def template():
-        told = protocol.describe(spec, {"gsm8k": task}, {"gsm8k": ["gsm8k"]}, None)
+        told = profiles.describe(spec, {"gsm8k": task}, {"gsm8k": ["gsm8k"]}, None)
         return told["tasks"]["gsm8k"]["template"]
 
     found = {template()}
@@ -201,8 +202,8 @@ def test_whatever_decides_what_is_asked_is_in_the_template(rows):
 
 
 def test_the_longest_name_that_covers_a_task_counts():
-    told = {name: protocol.TaskProtocol(name) for name in ("mmlu", "mmlu_anatomy")}
-    profile = protocol.Profile("x", "", told)
+    told = {name: profiles.TaskProtocol(name) for name in ("mmlu", "mmlu_anatomy")}
+    profile = profiles.Profile("x", "", told)
     assert [profile.key_for(name) for name in ("mmlu_anatomy", "mmlu_virology", "mmlu", "mmlupro")] == [
         "mmlu_anatomy", "mmlu", "mmlu", None,
     ]  # fmt: skip
@@ -210,11 +211,11 @@ def test_the_longest_name_that_covers_a_task_counts():
 
 def test_a_profile_that_writes_chats_makes_the_run_one():
     values = {**BASE, "profile": "fluid-paper"}
-    assert protocol.chat_of(values)["chat"]["thinking"] is True
-    assert protocol.chat_of({**values, "chat": {}})["chat"] == {}, "what the user sets stays"
-    assert "chat" not in protocol.chat_of({**BASE, "profile": "minimal"})
+    assert profiles.chat_of(values)["chat"]["thinking"] is True
+    assert profiles.chat_of({**values, "chat": {}})["chat"] == {}, "what the user sets stays"
+    assert "chat" not in profiles.chat_of({**BASE, "profile": "minimal"})
     with pytest.raises(ConfigError, match="writes gsm8k as a chat and the other tasks not; run them apart"):
-        protocol.chat_of({**values, "tasks": "gsm8k,math500"})
+        profiles.chat_of({**values, "tasks": "gsm8k,math500"})
 
 
 @pytest.mark.parametrize(
@@ -250,10 +251,10 @@ def forbid(*_):
 def test_read_again_by_its_own_extractors_nothing_changes_and_no_model_is_loaded(answered, tmp_path, monkeypatch):
     folder, result = answered
     assert result["protocol"]["name"] == "lm-eval"
-    for door in ("fluid_eval.run.open_pool", "fluid_model.checkpoint.load_tokenizer"):
+    for door in ("fluid_eval.running.job.open_pool", "fluid_model.checkpoints.checkpoint.load_tokenizer"):
         monkeypatch.setattr(door, forbid)
     again, out = rescore(folder, "lm-eval", tmp_path / "again")
-    assert (out / store.SAMPLES).read_bytes() == (folder / store.SAMPLES).read_bytes()
+    assert (out / run_folder.SAMPLES).read_bytes() == (folder / run_folder.SAMPLES).read_bytes()
     for name in ("lines", "protocol", "spec_id", "members", "parts", "health"):
         assert again[name] == result[name], name
 
@@ -269,7 +270,7 @@ def test_another_extractor_flips_what_it_must_and_says_what_it_is(answered, tmp_
     assert boxed["protocol"]["hash"] != result["protocol"]["hash"]
     assert boxed["lines"][-1] == result["lines"][-1], "tasks the profile does not name stay"
     assert any("not applied" in notice and "num_fewshot" in notice for notice in boxed["notices"])
-    assert store.held_spec(out).extractor.endswith("mine.toml")
+    assert run_folder.held_spec(out).extractor.endswith("mine.toml")
     last, _ = rescore(out, write(tmp_path, mine + LAST, "last.toml"), tmp_path / "last")
     assert last["lines"][0]["score"] == 1.0, "a folder that was read again can be read again"
 
@@ -295,10 +296,10 @@ def test_only_the_answers_to_these_questions_are_read(answered, tmp_path):
     for number, change in enumerate(({"prompt": "What else?"}, {"key": "mini_gsm8k_1/99"})):
         other = tmp_path / f"other{number}"
         other.mkdir()
-        for name in (store.SPEC, store.ENVIRONMENT, store.RESULT):
+        for name in (run_folder.SPEC, run_folder.ENVIRONMENT, run_folder.RESULT):
             (other / name).write_bytes((folder / name).read_bytes())
-        first, *rest = store.read_samples(folder)
-        (other / store.SAMPLES).write_bytes(b"".join(map(store.encode, [{**first, **change}, *rest])))
+        first, *rest = run_folder.read_samples(folder)
+        (other / run_folder.SAMPLES).write_bytes(b"".join(map(run_folder.encode, [{**first, **change}, *rest])))
         with pytest.raises(ConfigError, match=r"is not the one that was answered|holds no answer to"):
             rescore(other, "lm-eval", tmp_path / f"out{number}")
         assert not (tmp_path / f"out{number}").exists()

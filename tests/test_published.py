@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fluid_model
-from fluid_model import ArSettings, ConfigError, FluidSettings, LladaSettings, NbdiffSettings, Request, masks
-from fluid_model.engine.cache import SlotCache
+from fluid_model import ArSettings, ConfigError, FluidSettings, LladaSettings, NbdiffSettings, Request
+from fluid_model.forward import attention_masks
+from fluid_model.forward.kv_cache import SlotCache
 from fluid_model.tokens import think_end
 
 from .published import (
@@ -46,7 +47,7 @@ def bidirectional(checkpoint, ids):
     backbone = checkpoint.backbone
     cache = SlotCache(len(ids), ids.shape[1])
     reading = cache.aim(0, [0] * len(ids), ids.shape[1], backbone.device)
-    both = replace(reading, spans=masks.mutual(torch.full((len(ids),), ids.shape[1]), ids.shape[1]))
+    both = replace(reading, spans=attention_masks.mutual(torch.full((len(ids),), ids.shape[1]), ids.shape[1]))
     return backbone.logits(backbone.forward(ids, both, cache))
 
 
@@ -63,7 +64,7 @@ def test_openpangu(tmp_path, bias):
     assert checkpoint.tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello"
     info = fluid_model.describe(str(folder))
     assert (info.architecture, info.window, info.method) == ("PanguEmbeddedForCausalLM", 128, None)
-    config = fluid_model.checkpoint.read_config(str(folder))
+    config = fluid_model.checkpoints.checkpoint.read_config(str(folder))
     assert config.dtype == torch.bfloat16  # what is loaded where the device is no CPU
 
 
@@ -145,8 +146,8 @@ def test_what_files_say_can_be_overridden(tmp_path, weights):
 
 
 def test_overrides_reach_the_model_through_a_spec(tmp_path, weights):
-    from fluid_eval.run import run
-    from fluid_eval.spec import build_spec
+    from fluid_eval.common.spec import build_spec
+    from fluid_eval.running.job import run
 
     from .test_cli import write_gsm8k
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from fluid_eval.cli import main
-from fluid_eval.plots import tokens_per_forward
-from fluid_eval.report import samples, write_report
-from fluid_eval.report.facts import AUDIT_STATES, audit_state
-from fluid_eval.report.stored import read_runs
-from fluid_eval.store import write_json
-from fluid_model.errors import ConfigError
+from fluid_eval.cli.main import main
+from fluid_eval.output.figures import tokens_per_forward
+from fluid_eval.output.report import samples, write_report
+from fluid_eval.output.report.facts import AUDIT_STATES, audit_state
+from fluid_eval.output.report.stored import read_runs
+from fluid_eval.results.run_folder import write_json
+from fluid_model.common.errors import ConfigError
 
 from .pages import Outline, embedded, unpack
 from .runs import HALF, HOSTILE, SCORED, SHARED, WRITTEN, write_run, written
@@ -380,7 +380,7 @@ def test_output_that_cannot_be_written_is_refused(folder: Path, tmp_path: Path, 
 
 def test_a_report_needs_no_torch(folder: Path) -> None:
     code = (
-        "import sys, pathlib, fluid_eval.report as r; r.write_report([pathlib.Path(sys.argv[1])], "
+        "import sys, pathlib, fluid_eval.output.report as r; r.write_report([pathlib.Path(sys.argv[1])], "
         "pathlib.Path(sys.argv[2])); print({'torch', 'lm_eval', 'matplotlib.pyplot'} & set(sys.modules))"
     )
     words = [sys.executable, "-c", code, str(folder), str(folder / "page.html")]

@@ -11,8 +11,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Error, Page, expect, sync_playwright
 
-from fluid_eval.report import write_report
-from fluid_eval.store import write_json
+from fluid_eval.output.report import write_report
+from fluid_eval.results.run_folder import write_json
 
 from .runs import HOSTILE, SCORED, WRITTEN, write_run
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from fluid_eval import repeats
-from fluid_eval.cli import main
-from fluid_eval.report import facts, setup, write_report
-from fluid_eval.report.stored import read_runs
-from fluid_eval.show import difference, probability
-from fluid_eval.store import write_json
-from fluid_model.errors import ConfigError
+from fluid_eval.cli.main import main
+from fluid_eval.output.report import facts, setup, write_report
+from fluid_eval.output.report.stored import read_runs
+from fluid_eval.output.terminal import difference, probability
+from fluid_eval.results import speed_repeats
+from fluid_eval.results.run_folder import write_json
+from fluid_model.common.errors import ConfigError
 
 from .pages import Outline
 from .runs import WRITTEN, write_run, written
@@ -30,7 +30,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         write_run(top / name, records=[{**one, "scores": dict.fromkeys(one["scores"], right)} for one in answers])
         for turn in range(3):  # timed in turns
             seconds = {one["key"]: one["seconds"] * slower * (turn + 1) for one in answers}
-            repeats.append(top / name, repeats.Repeat("s", turn, seconds))
+            speed_repeats.append(top / name, speed_repeats.Repeat("s", turn, seconds))
     return [top / "base", top / "other"]
 
 

@@ -8,9 +8,9 @@ from itertools import takewhile
 import pytest
 import torch
 
-from fluid_eval.paths import resource
+from fluid_eval.common.paths import resource
 from fluid_model import ArSettings, FluidSettings, Request, load
-from fluid_model.checkpoint import Checkpoint
+from fluid_model.checkpoints.checkpoint import Checkpoint
 from fluid_model.decoders import engine_for, fluid
 from fluid_model.decoders.sampling import choose
 from fluid_model.engine.records import Step

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluid_model import ConfigError
-from fluid_model.layout import Example, plain
 from fluid_model.train.data import Rows, encode, packs
 from fluid_model.train.recipe import DataSpec
+from fluid_model.train.row_layouts import Example, plain
 from fluid_model.train.rows import Columns, Row, Source, Turn, load_rows, read_rows, sources
 
 from .tiny import byte_tokenizer

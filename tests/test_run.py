@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import fluid_eval
-from fluid_eval import run as job
-from fluid_eval import store
-from fluid_eval.pool import RayPool, open_pool
-from fluid_eval.run import run
-from fluid_eval.spec import build_spec
+from fluid_eval.common.spec import build_spec
+from fluid_eval.results import run_folder
+from fluid_eval.running import job as job
+from fluid_eval.running.job import run
+from fluid_eval.running.workers import RayPool, open_pool
 
 LIMIT = 2
 """Documents of a task, and of each of MMLU's 57 subjects."""
@@ -50,7 +50,7 @@ def test_four_tasks_from_one_call(four_tasks):
     assert all(message.startswith("matches the canonical") for message in result["data"])
     gsm8k = result["lines"][0]
     assert (gsm8k["tokens"], gsm8k["forwards"], gsm8k["tokens_per_forward"]) == (24 * LIMIT, 24 * LIMIT, 1.0)
-    where = store.read_json(folder / "environment.json")
+    where = run_folder.read_json(folder / "environment.json")
     assert where["versions"]["torch"]
     assert (where["engine"]["device"], where["engine"]["dtype"], where["engine"]["parameters"]) == (
         "cpu",
@@ -61,7 +61,7 @@ def test_four_tasks_from_one_call(four_tasks):
 
 def test_a_sample_says_all_about_itself(four_tasks):
     folder, _ = four_tasks
-    records = {record["key"]: record for record in store.read_samples(folder)}
+    records = {record["key"]: record for record in run_folder.read_samples(folder)}
     assert len(records) == (3 + 57) * LIMIT
     first = records["gsm8k/0"]
     assert first["prompt"].startswith("Question: Janet")
@@ -89,7 +89,7 @@ def test_group_scores_are_means_over_all_samples(four_tasks):
 
 def test_long_prompts_are_cut_from_the_left_and_counted(four_tasks):
     folder, result = four_tasks
-    records = list(store.read_samples(folder))
+    records = list(run_folder.read_samples(folder))
     cut = [record for record in records if record["truncated"]]
     assert cut, "some MMLU questions are longer than 512 tokens here"
     assert all(record["prompt_tokens"] in (512 - 24, 512) for record in cut)
@@ -100,23 +100,23 @@ def test_a_resumed_run_equals_an_unbroken_one(four_tasks, stories, data_dir, tmp
     folder, unbroken = four_tasks
     broken = tmp_path / "r"
     broken.mkdir()
-    for name in (store.SPEC, store.ENVIRONMENT):
+    for name in (run_folder.SPEC, run_folder.ENVIRONMENT):
         (broken / name).write_bytes((folder / name).read_bytes())
-    kept = [record for n, record in enumerate(store.read_samples(folder)) if n % 3]
+    kept = [record for n, record in enumerate(run_folder.read_samples(folder)) if n % 3]
     for record in kept:
         del record["scores"], record["extracted"], record["target"]
-    (broken / store.SAMPLES).write_bytes(b"".join(map(store.encode, kept)) + b'{"torn')
+    (broken / run_folder.SAMPLES).write_bytes(b"".join(map(run_folder.encode, kept)) + b'{"torn')
     resumed = run(spec_for(stories, data_dir), broken, resume=True)
     for ours, theirs in zip(resumed["lines"] + resumed["parts"], unbroken["lines"] + unbroken["parts"], strict=True):
         for name in ("task", "score", "low", "high", "n", "tokens", "forwards"):
             assert ours[name] == theirs[name]
-    assert same_samples(folder, broken) == len(list(store.read_samples(folder)))
+    assert same_samples(folder, broken) == len(list(run_folder.read_samples(folder)))
     assert resumed["notices"][1].endswith("dropped 6 bytes")
 
 
 def same_samples(ours, theirs) -> int:
     """How many they are: equal texts, ids, scores and forwards; log-likelihoods to rounding (batches differ)."""
-    ours, theirs = ({r["key"]: r for r in store.read_samples(f)} for f in (ours, theirs))
+    ours, theirs = ({r["key"]: r for r in run_folder.read_samples(f)} for f in (ours, theirs))
     assert list(theirs) == [key for key in ours if key in theirs]
     for key, b in theirs.items():
         a = ours[key]
@@ -168,7 +168,7 @@ def test_ray_gives_the_same_numbers(four_tasks, stories, data_dir, tmp_path, clo
     for line in result["lines"]:
         assert line["score"] == before[line["task"], line["metric"], line["filter"]]["score"]
     assert same_samples(folder, tmp_path / "ray") == 4 * LIMIT
-    assert store.read_json(tmp_path / "ray" / "environment.json")["engine"]["workers"] == 2
+    assert run_folder.read_json(tmp_path / "ray" / "environment.json")["engine"]["workers"] == 2
 
 
 def test_what_a_worker_finds_wrong_is_told_as_it_is(tmp_path, tiny_model, data_dir, closed):

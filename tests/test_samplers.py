@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluid_model import ArSettings, Request
-from fluid_model.checkpoint import Checkpoint
+from fluid_model.checkpoints.checkpoint import Checkpoint
 from fluid_model.decoders import strategy_for
 from fluid_model.engine.records import KINDS
 from fluid_model.settings import LladaSettings, NbdiffSettings

@@ -19,14 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.sandbox import mutated
-from fluid_eval import cli
-from fluid_eval.data import load_rows
-from fluid_eval.sandbox import Trial, Verdict, child, judge, ladder, score
+from fluid_eval.benchmarks import humaneval_samples
+from fluid_eval.benchmarks.datasets import load_rows
+from fluid_eval.benchmarks.humaneval_samples import held, load_problems, pass_rates, score_file
+from fluid_eval.cli import main
+from fluid_eval.sandbox import Trial, Verdict, child, judge, ladder
 from fluid_eval.sandbox.passing import build_predictions_instruct, pass_at_k, trial
 from fluid_eval.sandbox.pool import Judges
-from fluid_eval.sandbox.score import held, load_problems, pass_rates, score_file
 from fluid_eval.sandbox.tiers import DISK, Jailed, Unsafe, remove
-from fluid_model.errors import ConfigError
+from fluid_model.common.errors import ConfigError
 
 ADD = "def add(a, b):\n    return a + b\n"
 
@@ -299,20 +300,22 @@ def test_results_are_written_whole_or_not_at_all(judges, tmp_path, monkeypatch, 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(score, "held", interrupted)
+    monkeypatch.setattr(humaneval_samples, "held", interrupted)
     monkeypatch.setattr(ladder, "chosen", lambda **_: Unsafe.name)
-    assert cli.main(["score", str(samples), "--incomplete", "--workers", "1"]) == 130
+    assert main.main(["score", str(samples), "--incomplete", "--workers", "1"]) == 130
     assert "no results were written" in capsys.readouterr().err
     assert sorted(file.name for file in tmp_path.iterdir()) == [samples.name, results.name]
     assert results.read_text() == "earlier\n"
-    monkeypatch.setattr(score, "held", lambda judges, trials: [Verdict("passed", "", 0.0, Unsafe.name) for _ in trials])
-    assert cli.main(["score", str(samples), "--incomplete", "--workers", "1", "--k", "1,10"]) == 0
+    monkeypatch.setattr(
+        humaneval_samples, "held", lambda judges, trials: [Verdict("passed", "", 0.0, Unsafe.name) for _ in trials]
+    )
+    assert main.main(["score", str(samples), "--incomplete", "--workers", "1", "--k", "1,10"]) == 0
     told = capsys.readouterr()
     assert "pass@10 cannot be estimated: a problem has only 1 sample" in told.err
     assert "pass@1 " in told.out
     assert json.loads(results.read_text())["passed"]
-    monkeypatch.setattr(score, "held", lambda *_: pytest.fail("nothing can come of it"))
-    assert cli.main(["score", str(samples), "--incomplete", "--k", "10,100"]) == 2
+    monkeypatch.setattr(humaneval_samples, "held", lambda *_: pytest.fail("nothing can come of it"))
+    assert main.main(["score", str(samples), "--incomplete", "--k", "10,100"]) == 2
     told = capsys.readouterr()
     assert "pass@10, pass@100 cannot be estimated: a problem has only 1 sample; pass --k 1" in told.err
     assert not told.out

@@ -24,7 +24,7 @@ from fluid_eval.sandbox import Trial, Verdict, calls
 from fluid_eval.sandbox.ladder import found, report
 from fluid_eval.sandbox.pool import Judges
 from fluid_eval.sandbox.tiers import LADDER, Unsafe
-from fluid_model.errors import ConfigError
+from fluid_model.common.errors import ConfigError
 
 from . import adversarial
 
@@ -214,11 +214,11 @@ def test_the_docs_count_the_attacks():
 
 @pytest.mark.security
 def test_the_metric_has_code_evals_interface():
-    from fluid_eval.sandbox import metric  # evaluate takes seconds to import
+    from fluid_eval.benchmarks import humaneval_metric  # evaluate takes seconds to import
 
     if found().name is None:
         pytest.skip(f"no isolation here: {found()}")
-    rates, results = metric.CodeEval().compute(
+    rates, results = humaneval_metric.CodeEval().compute(
         predictions=[["def add(a, b): return a * b", "def add(a, b): return a + b"], ["x = 1", "x = 2"]],
         references=["assert add(2, 3) == 5", "assert x == 2"], k=[1, 2, 3], num_workers=2, timeout=2.0,
     )  # fmt: skip
@@ -229,11 +229,13 @@ def test_the_metric_has_code_evals_interface():
 
 @pytest.mark.security
 def test_a_metric_without_programs_has_no_rates(monkeypatch):
-    from fluid_eval.sandbox import metric
+    from fluid_eval.benchmarks import humaneval_metric
 
-    monkeypatch.setattr(metric, "chosen", lambda **_: Unsafe.name)
-    monkeypatch.setattr(metric, "held", lambda judges, trials: [Verdict("passed", "", 0.0, "") for _ in trials])
-    compute = metric.CodeEval()._compute
+    monkeypatch.setattr(humaneval_metric, "chosen", lambda **_: Unsafe.name)
+    monkeypatch.setattr(
+        humaneval_metric, "held", lambda judges, trials: [Verdict("passed", "", 0.0, "") for _ in trials]
+    )
+    compute = humaneval_metric.CodeEval()._compute
     assert compute([], []) == compute([[]], ["f()"]) == ({}, {})
     assert compute([[], ["x"]], ["f()", "f()"], k=[1])[0] == {}
     with pytest.raises(ConfigError, match="1 lists of predictions for 2 references"):

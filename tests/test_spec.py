@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluid_eval.spec import ChatSpec, EngineSpec, ModelSpec, RunSpec, build_spec
+from fluid_eval.common.spec import ChatSpec, EngineSpec, ModelSpec, RunSpec, build_spec
 from fluid_model import ArSettings, ConfigError, FluidSettings
-from fluid_model.fields import assign
-from fluid_model.files import read_toml
+from fluid_model.common.fields import assign
+from fluid_model.common.files import read_toml
 
 BASE = {"tasks": ["gsm8k"], "model": {"path": "m"}}
 MAYBE = st.none() | st.integers(1, 10**6)

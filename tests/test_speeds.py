@@ -7,18 +7,20 @@ import math
 
 import pytest
 
-from fluid_eval import conditions, pareto, repeats, store
-from fluid_eval.cli import main
-from fluid_eval.compare import compare
-from fluid_eval.grid import plan
-from fluid_eval.metrics import as_point, cost
-from fluid_eval.paths import resource
-from fluid_eval.report.stored import read_runs
-from fluid_eval.run import run
-from fluid_eval.spec import build_spec
-from fluid_eval.speeds import Clocked, speeds
-from fluid_eval.sweep import Sweep
-from fluid_model.errors import ConfigError
+from fluid_eval.analysis.compare import compare
+from fluid_eval.analysis.speed_ratios import Clocked, speeds
+from fluid_eval.cli.main import main
+from fluid_eval.common.paths import resource
+from fluid_eval.common.spec import build_spec
+from fluid_eval.output.report.stored import read_runs
+from fluid_eval.results import run_folder, speed_conditions, speed_repeats
+from fluid_eval.results.metrics import cost
+from fluid_eval.running.job import run
+from fluid_eval.sweeps import pareto
+from fluid_eval.sweeps.grid import plan
+from fluid_eval.sweeps.points import Point, Sample, as_point
+from fluid_eval.sweeps.sweep import Sweep
+from fluid_model.common.errors import ConfigError
 
 from .test_compare import ENGINE, answers, write_run
 
@@ -42,12 +44,12 @@ def test_a_resumed_run_feeds_what_an_unbroken_one_does(tmp_path):
     spec = build_spec(values)
     whole = run(spec, tmp_path / "whole")
     (broken := tmp_path / "broken").mkdir()
-    for name in (store.SPEC, store.ENVIRONMENT):
+    for name in (run_folder.SPEC, run_folder.ENVIRONMENT):
         (broken / name).write_bytes((tmp_path / "whole" / name).read_bytes())
-    records = list(store.read_samples(tmp_path / "whole"))
-    (broken / store.SAMPLES).write_bytes(b"".join(map(store.encode, records[:4])))
+    records = list(run_folder.read_samples(tmp_path / "whole"))
+    (broken / run_folder.SAMPLES).write_bytes(b"".join(map(run_folder.encode, records[:4])))
     resumed = run(spec, broken, resume=True)
-    again = list(store.read_samples(broken))
+    again = list(run_folder.read_samples(broken))
     assert [r["trace"] for r in again] == [r["trace"] for r in records]
     assert {json.dumps(r["draft_policy"]) for r in again} == {json.dumps({"slot_budget": 40, "rows": 6})}
     assert (whole["conditions"]["rows"], whole["conditions"]["slot_budget"]) == ([6], [40])
@@ -79,14 +81,14 @@ def test_what_forwards_hold_under_is_marked_where_it_differs(tmp_path, capsys):
     torch = write_run(tmp_path / "torch", drafted([1.0] * 12), engine={**ENGINE, "forward": "torch"}, **made)
     assert pair_of([ar, torch])["unequal"] == ["forward: compiled / torch"]
     llada = {"drafts_by_cost": False, "forward": None, "slot_budget": None, "rows": None}
-    assert conditions.unequal_forwards(llada, llada) == []
+    assert speed_conditions.unequal_forwards(llada, llada) == []
 
 
 def timed(folder, records, paces, *, session="s"):
     """Repeats of a run in which every answer took so long."""
     write_run(folder, records)
     for turn, pace in enumerate(paces):
-        repeats.append(folder, repeats.Repeat(session, turn, {r["key"]: pace for r in records}))
+        speed_repeats.append(folder, speed_repeats.Repeat(session, turn, {r["key"]: pace for r in records}))
     return folder
 
 
@@ -110,13 +112,13 @@ def test_only_repeats_in_turns_say_how_sure_a_ratio_is(tmp_path, capsys):
 
 def test_one_run_beats_no_point_in_seconds():
     """Equal work, timed once: ten times as fast by the clock is not surely faster. In turns it is."""
-    samples = [pareto.Sample("t", doc, 1.0, 10, 10, 1.0) for doc in range(40)]
-    fast = [pareto.Sample("t", doc, 1.0, 10, 10, 0.1) for doc in range(40)]
-    once = pareto.measure([pareto.Point("a", {}, samples), pareto.Point("b", {}, fast)])
+    samples = [Sample("t", doc, 1.0, 10, 10, 1.0) for doc in range(40)]
+    fast = [Sample("t", doc, 1.0, 10, 10, 0.1) for doc in range(40)]
+    once = pareto.measure([Point("a", {}, samples), Point("b", {}, fast)])
     assert [p.dominated_by for p in once] == [None, None]
     assert [p.tokens_per_second.bounded for p in once] == [False, False]
     slow, quick = ({("s", turn): pace * by for turn, by in enumerate((1.0, 0.3, 1.1))} for pace in (10.0, 100.0))
-    turns = [pareto.Point("a", {}, samples, paces=slow), pareto.Point("b", {}, fast, paces=quick)]
+    turns = [Point("a", {}, samples, paces=slow), Point("b", {}, fast, paces=quick)]
     assert [p.dominated_by for p in pareto.measure(turns)] == ["b", None]
     assert pareto.measure(turns)[0].tokens_per_second.high > 20, "alone the machine's spread is all in it"
 
@@ -132,7 +134,7 @@ def test_a_sweep_is_timed_in_turns(tiny_fluid, tmp_path, capsys):
     assert first["points"][0]["tokens_per_second"]["low"] is None
     result = Sweep(plan(values), tmp_path / "s", resume=True).work(speed_repeats=2)
     folders = [tmp_path / "s" / p["folder"] for p in result["points"]]
-    held = [repeats.read(folder) for folder in folders]
+    held = [speed_repeats.read(folder) for folder in folders]
     assert len({tuple((r.session, r.turn) for r in each) for each in held}) == 1, "the same turns"
     assert [len(each) for each in held] == [2] * 3
     assert not any(r.unequal for each in held for r in each)
@@ -156,18 +158,20 @@ def test_a_sweep_is_timed_in_turns(tiny_fluid, tmp_path, capsys):
 
 def test_repeats_that_cannot_be_read_are_one_line(tmp_path):
     with pytest.raises(ConfigError, match="speed_repeats=1 must be at least 2"):
-        repeats.check_count(1)
-    repeats.append(tmp_path, repeats.Repeat("s", 0, {"t/0": 1.0}))
-    file = tmp_path / repeats.REPEATS
+        speed_repeats.check_count(1)
+    speed_repeats.append(tmp_path, speed_repeats.Repeat("s", 0, {"t/0": 1.0}))
+    file = tmp_path / speed_repeats.REPEATS
     with file.open("ab") as torn:
         torn.write(b'{"session": "s", "tu')
-    assert len(repeats.read(tmp_path)) == 1, "what a crash left is no repeat"
-    repeats.append(tmp_path, repeats.Repeat("s", 1, {"t/0": 2.0}, ["t/0"]))
-    assert [r.turn for r in repeats.read(tmp_path)] == [0, 1]
-    assert repeats.notices(repeats.read(tmp_path))[0].startswith("speed repeats: 1 answers were not written")
+    assert len(speed_repeats.read(tmp_path)) == 1, "what a crash left is no repeat"
+    speed_repeats.append(tmp_path, speed_repeats.Repeat("s", 1, {"t/0": 2.0}, ["t/0"]))
+    assert [r.turn for r in speed_repeats.read(tmp_path)] == [0, 1]
+    assert speed_repeats.notices(speed_repeats.read(tmp_path))[0].startswith(
+        "speed repeats: 1 answers were not written"
+    )
     file.write_bytes(file.read_bytes() + b"{}\n")
     with pytest.raises(ConfigError, match=r"repeats.jsonl, line 3: not a repeat"):
-        repeats.read(tmp_path)
+        speed_repeats.read(tmp_path)
 
 
 def test_a_group_of_written_and_scored_documents_has_one_speed_everywhere():
@@ -185,7 +189,7 @@ def test_a_group_of_written_and_scored_documents_has_one_speed_everywhere():
     assert placed.n == 40
     run = Clocked({}, {}, {}, [], [together])
     assert speeds(run, run)["tokens_per_forward"]["base"] == pytest.approx(apart.tokens_per_forward)
-    again = [repeats.Repeat("s", turn, {record["key"]: 0.5 for record in written}) for turn in range(2)]
+    again = [speed_repeats.Repeat("s", turn, {record["key"]: 0.5 for record in written}) for turn in range(2)]
     paces = as_point("p", {}, together, owners, repeats=again).paces
     assert list(paces.values()) == pytest.approx([apart.tokens / (0.5 * len(written))] * 2), (
         "what was timed is all there is"

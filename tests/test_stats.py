@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from fluid_eval.metrics import cost, lines
-from fluid_eval.stats import (
+from fluid_eval.common.stats import (
     difference_over_tasks,
     geometric,
     interval,
@@ -21,7 +20,8 @@ from fluid_eval.stats import (
     ratio_of_sums,
     sureness,
 )
-from fluid_model.errors import ConfigError
+from fluid_eval.results.metrics import cost, lines
+from fluid_model.common.errors import ConfigError
 
 
 def test_wilson_against_published_values():

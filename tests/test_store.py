@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fluid_eval
-from fluid_eval.metrics import lines
-from fluid_eval.spec import build_spec
-from fluid_eval.store import Run, encode, parse, read_samples
+from fluid_eval.common.spec import build_spec
+from fluid_eval.results.metrics import lines
+from fluid_eval.results.run_folder import Run, encode, parse, read_samples
 from fluid_model import ConfigError
-from fluid_model.errors import RunError
-from fluid_model.files import read_json
+from fluid_model.common.errors import RunError
+from fluid_model.common.files import read_json
 
 SPEC = build_spec({"tasks": ["gsm8k"], "model": {"path": "m"}})
 OTHER = build_spec({"tasks": ["gsm8k"], "model": {"path": "m"}, "limit": 3})

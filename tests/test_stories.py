@@ -11,9 +11,9 @@ import sys
 import pytest
 
 import fluid_model
-from fluid_eval.paths import resource
+from fluid_eval.common.paths import resource
 from fluid_model import ArSettings, FluidSettings, Request
-from fluid_model.manifest import TRAINING_FILE
+from fluid_model.checkpoints.manifest import TRAINING_FILE
 
 
 def tokens_per_forward(answers) -> float:

@@ -8,15 +8,15 @@ import pandas
 import pytest
 
 import fluid_eval
-from fluid_eval import pareto
-from fluid_eval import sweep as module
-from fluid_eval.cli import main
-from fluid_eval.commands import EXIT_UNHEALTHY
-from fluid_eval.grid import plan
-from fluid_eval.pool import InlinePool, Lost
-from fluid_eval.run import run
-from fluid_eval.store import Run, read_samples
-from fluid_eval.sweep import Sweep
+from fluid_eval.cli import EXIT_UNHEALTHY
+from fluid_eval.cli.main import main
+from fluid_eval.results.run_folder import Run, read_samples
+from fluid_eval.running.job import run
+from fluid_eval.running.workers import InlinePool, Lost
+from fluid_eval.sweeps import pareto
+from fluid_eval.sweeps import sweep as module
+from fluid_eval.sweeps.grid import plan
+from fluid_eval.sweeps.sweep import Sweep
 from fluid_model import ConfigError
 
 

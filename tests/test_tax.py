@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from fluid_eval.cli import main
-from fluid_eval.commands import EXIT_CONFIG, EXIT_UNHEALTHY
-from fluid_eval.tax import plan_tax
-from fluid_model.errors import ConfigError
+from fluid_eval.analysis.adaptation_cost import plan_tax
+from fluid_eval.cli import EXIT_CONFIG, EXIT_UNHEALTHY
+from fluid_eval.cli.main import main
+from fluid_model.common.errors import ConfigError
 
 VALUES = {"tasks": ["gsm8k"], "model": {"path": "m", "dtype": "float32"}}
 

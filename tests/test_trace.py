@@ -10,10 +10,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 import fluid_model
-from fluid_eval.cli import main
-from fluid_eval.paths import resource
-from fluid_eval.spec import build_spec
-from fluid_eval.trace import runs, watch
+from fluid_eval.analysis.trace import runs, watch
+from fluid_eval.cli.main import main
+from fluid_eval.common.paths import resource
+from fluid_eval.common.spec import build_spec
 
 PROMPT = (
     "Question: There are 17 plates on the table of Omar. He gives Wendy 6. How many plates does Omar have?\nAnswer:"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import fluid_model
 from fluid_model import ArSettings, ConfigError, FluidSettings, Request
-from fluid_model.errors import RunError
+from fluid_model.common.errors import RunError
 from fluid_model.train.origin import weights_hash
 from fluid_model.train.recipe import as_table, build_recipe
 from fluid_model.train.run import StageTrainer, train

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluid_model import masks
+from fluid_model.decoders.draft_tree import Tree, grow
 from fluid_model.decoders.fluid import _to_host
 from fluid_model.decoders.sampling import likeliest
-from fluid_model.decoders.tree import Tree, grow
-from fluid_model.engine.cache import SlotCache
+from fluid_model.forward import attention_masks
+from fluid_model.forward.kv_cache import SlotCache
 
 ROOT = 7
 CHANCES = st.lists(
@@ -90,12 +90,14 @@ def test_a_slot_reads_its_own_text():
     0 1 2      a fan of two masks behind 2
       3        a fan of one mask behind 3
     """
-    order = [at * masks.FAN + step for at, step in ((0, 0), (1, 0), (2, 0), (3, 0), (2, 1), (2, 2), (3, 1), (0, 0))]
-    until = [at * masks.FAN for at in (4, 4, 3, 4, 3, 3, 4, 0)]
-    fed = masks.Spans(*(torch.tensor([each]) for each in (order, until, [0, 1, 2, 2, 3, 4, 3, 0])))
+    order = [
+        at * attention_masks.FAN + step for at, step in ((0, 0), (1, 0), (2, 0), (3, 0), (2, 1), (2, 2), (3, 1), (0, 0))
+    ]
+    until = [at * attention_masks.FAN for at in (4, 4, 3, 4, 3, 3, 4, 0)]
+    fed = attention_masks.Spans(*(torch.tensor([each]) for each in (order, until, [0, 1, 2, 2, 3, 4, 3, 0])))
     cached = 2
     columns = torch.arange(cached, cached + len(order))[None]
-    found = masks.Reading(columns, cached + len(order), spans=fed)
+    found = attention_masks.Reading(columns, cached + len(order), spans=fed)
     assert found.positions.tolist() == [[2, 3, 4, 4, 5, 6, 5, 2]]
     reads = [set(row.nonzero()[:, 0].tolist()) - {0, 1} for row in found.allowed()[0]]
     assert all(found.allowed()[0, :, :cached].all(1)), "all read what is cached"

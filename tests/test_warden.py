@@ -16,13 +16,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fluid_eval.benchmarks.humaneval_samples import held
 from fluid_eval.sandbox import Trial, child, judge, ladder, pool, tiers, warden
 from fluid_eval.sandbox.files import interpreter_files
 from fluid_eval.sandbox.ladder import tier_named
 from fluid_eval.sandbox.pool import Judges
-from fluid_eval.sandbox.score import held
 from fluid_eval.sandbox.tiers import Sandlock, Unsafe
-from fluid_model.errors import ConfigError
+from fluid_model.common.errors import ConfigError
 
 ADD = "def add(a, b):\n    return a + b\n"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fluid_eval import worker
-from fluid_eval.run import run
-from fluid_eval.spec import build_spec
+from fluid_eval.common.spec import build_spec
+from fluid_eval.running import worker
+from fluid_eval.running.job import run
 from fluid_model import Request, ScoreRequest
+from fluid_model.common.errors import RunError
 from fluid_model.engine.loop import Engine
-from fluid_model.errors import RunError
-from fluid_model.scoring import Scorer
+from fluid_model.scoring.loglikelihood import Scorer
 
 
 @pytest.fixture

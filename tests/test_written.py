@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fluid_model
-from fluid_eval.paths import resource
+from fluid_eval.common.paths import resource
 from fluid_model import ArSettings, FluidSettings, LladaSettings, NbdiffSettings
 from fluid_model.engine.records import Generation, Step
 from fluid_model.tokens import Tokenizer, spell

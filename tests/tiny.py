@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 import fluid_model
-from fluid_model.backbone import Backbone
-from fluid_model.checkpoint import Checkpoint
+from fluid_model.checkpoints.checkpoint import Checkpoint
+from fluid_model.forward.backbone import Backbone
 from fluid_model.tokens import end_ids
 
 MASK = "<|mask|>"

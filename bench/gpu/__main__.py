@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from fluid_model import ConfigError
-from fluid_model.checkpoint import pick_device
+from fluid_model.checkpoints.checkpoint import pick_device
 
 from .. import bars, clock, replay
 from . import decode, lossless, scoring, training

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 import fluid_model
-from fluid_model import ArSettings, Checkpoint, Engine, Request, masks
-from fluid_model.engine.cache import SlotCache
+from fluid_model import ArSettings, Checkpoint, Engine, Request
 from fluid_model.engine.strategy import Feed
+from fluid_model.forward import attention_masks
+from fluid_model.forward.kv_cache import SlotCache
 
 from .. import bars, clock
 from .plan import Bench, Bounds, Plan
@@ -81,7 +82,7 @@ def fluid_feed(checkpoint: Checkpoint, rows: int, slots: int) -> Feed:
     step = torch.tensor([0] * tokens + [1, 2, 3] * tokens, device=device)
     ids = torch.where(step > 0, checkpoint.mask_id, anchor)
     ids, anchor, step = (each.repeat(rows, 1) for each in (ids, anchor, step))
-    return Feed(ids, [slots] * rows, ["round"] * rows, spans=masks.fans(anchor, step))
+    return Feed(ids, [slots] * rows, ["round"] * rows, spans=attention_masks.fans(anchor, step))
 
 
 def once(bench: Bench, cache: SlotCache, feed: Feed) -> None:

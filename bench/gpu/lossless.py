@@ -14,7 +14,7 @@ import torch
 
 import fluid_model
 from fluid_model import ArSettings, Checkpoint, Engine, FluidSettings, Generation, Request
-from fluid_model.engine.cache import SlotCache
+from fluid_model.forward.kv_cache import SlotCache
 
 from .. import clock, replay
 from ..prompts import mini

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from fluid_model import Checkpoint, ConfigError, Engine, FluidSettings, KHead
-from fluid_model.backbone import Backbone
+from fluid_model.forward.backbone import Backbone
 
 from .. import bars, replay
 from ..bars import Bar
@@ -118,7 +118,7 @@ def build(plan: Plan) -> Checkpoint:
         head = KHead(plan.hidden, FluidSettings().max_horizon)
     backbone = Backbone(model)
     if backbone.written_out is None:
-        raise ConfigError("this model's forward is not written out; see fluid_model.llama.fits")
+        raise ConfigError("this model's forward is not written out; see fluid_model.forward.llama.fits")
     return Checkpoint(backbone, _Mute(), (), mask_id=plan.vocabulary - 1, head=head)
 
 

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fluid_model.layout import Example, HybridFans, MaskFans
+from fluid_model.train.row_layouts import Example, HybridFans, MaskFans
 from fluid_model.train.stages import FLEX_MULTIPLE, Batch, Horizons, collate, row_loss
 
 from .. import bars, clock

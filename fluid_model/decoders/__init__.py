@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ..canvas_scoring import CanvasScorer
-from ..checkpoint import Checkpoint
+from ..checkpoints.checkpoint import Checkpoint
+from ..common.errors import ConfigError
 from ..engine.loop import Engine
 from ..engine.strategy import Strategy
-from ..errors import ConfigError
-from ..scoring import Scorer
+from ..scoring.loglikelihood import Scorer
+from ..scoring.monte_carlo import CanvasScorer
 from ..settings import ArSettings, DecoderSettings, FluidSettings, LladaSettings, NbdiffSettings
 from .ar import ArStrategy
 from .fluid import FluidStrategy

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backbone import Backbone
 from ..engine.records import Request
 from ..engine.strategy import Absorbed, Feed
+from ..forward.backbone import Backbone
 from ..settings import ArSettings
 from .sampling import Draws, choose, likeliest
 

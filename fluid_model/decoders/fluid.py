@@ -27,14 +27,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backbone import Backbone
 from ..engine.records import DraftPolicy, Request
 from ..engine.strategy import Absorbed, Feed
-from ..khead import KHead
-from ..masks import FAN, NOBODY, Spans
+from ..forward.attention_masks import FAN, NOBODY, Spans
+from ..forward.backbone import Backbone
+from ..forward.khead import KHead
 from ..settings import FluidSettings
+from .draft_tree import Draft, Tree, grow
 from .sampling import Draws, choose, likeliest, surest
-from .tree import Draft, Tree, grow
 
 CHEAPEST, DEAREST = 0.001, 0.9
 """Bounds of a slot's price in tokens."""

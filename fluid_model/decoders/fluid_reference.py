@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backbone import Backbone
 from ..engine.records import Kind, Request
 from ..engine.strategy import Absorbed, Feed
-from ..khead import KHead
+from ..forward.backbone import Backbone
+from ..forward.khead import KHead
 from ..settings import FluidSettings
 
 DENOISE, VERIFY, COMMIT = range(3)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import masks
-from ..backbone import Backbone
+from ..common.errors import ConfigError
 from ..engine.records import Request
 from ..engine.strategy import Absorbed, Feed
-from ..errors import ConfigError
+from ..forward import attention_masks
+from ..forward.backbone import Backbone
 from ..settings import LladaSettings
 
 
@@ -82,7 +82,7 @@ class LladaStrategy:
         ids = [self._unguided(row) if self._asks_unguided(row) else row.ids for row in active]
         widths = [len(row) for row in ids]
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(self.backbone.device)  # (n, S)
-        spans = masks.mutual(torch.tensor(widths, device=padded.device), padded.shape[1])
+        spans = attention_masks.mutual(torch.tensor(widths, device=padded.device), padded.shape[1])
         return Feed(padded, widths, ["denoise"] * rows, spans)
 
     def absorb(self, feed: Feed, hidden: Tensor, rooms: list[int]) -> Absorbed:

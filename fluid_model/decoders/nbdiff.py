@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import masks
-from ..backbone import Backbone
 from ..engine.records import Request
 from ..engine.strategy import Absorbed, Feed
+from ..forward import attention_masks
+from ..forward.backbone import Backbone
 from ..settings import NbdiffSettings
 from .sampling import choose
 
@@ -63,7 +63,7 @@ class NbdiffStrategy:
             ids,
             widths=list(widths),
             kinds=["commit" if done else "denoise" for done in full],
-            spans=masks.mutual(both, ids.shape[1]),
+            spans=attention_masks.mutual(both, ids.shape[1]),
         )
 
     def absorb(self, feed: Feed, hidden: Tensor, rooms: list[int]) -> Absorbed:

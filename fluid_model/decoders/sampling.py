@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import native
+from ..forward import compiled
 from ..settings import Rule
 
 ENTROPY_FLOOR = 1e-10
@@ -51,7 +51,7 @@ def likeliest(logits: Tensor) -> Tensor:
 
 def surest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The likeliest tokens of each row, the surest first, and their probabilities: (n, V) -> (n, count) each."""
-    found = native.surest(logits, count)
+    found = compiled.surest(logits, count)
     if found is not None:
         return found
     sure, tokens = logits.softmax(-1).topk(count)

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .. import masks
-from ..backbone import Backbone
-from ..errors import ConfigError
+from ..common.errors import ConfigError
+from ..forward import attention_masks
+from ..forward.backbone import Backbone
 from ..tokens import Tokenizer, after_last, cut_at_stops, has_stop
-from . import prefixes
+from . import shared_prefixes
 from .records import Finish, Generation, Request, Step, Trace
 from .strategy import Absorbed, Feed, Strategy
 
@@ -133,7 +133,7 @@ class Engine:
         """Rows in the order they are let in: prompts that begin alike together, the longest first."""
         if not self.strategy.reads_prompt:
             return deque(_Row(request) for request in sorted(requests, key=lambda r: -len(r.prompt)))
-        groups = prefixes.group([r.prompt for r in requests], own=[1] * len(requests))
+        groups = shared_prefixes.group([r.prompt for r in requests], own=[1] * len(requests))
         return deque(_Row(requests[place], each.length) for each in groups for place in each.members)
 
     @torch.inference_mode()
@@ -163,7 +163,7 @@ class Engine:
         fed = [torch.tensor([*row.request.prompt[shared:], *behind]) for row in rows]
         ids = torch.nn.utils.rnn.pad_sequence(fed, batch_first=True).to(device)  # (R, S)
         last = torch.tensor([len(row.request.prompt) - shared - 1 for row in rows], device=device)
-        spans = masks.one_fan(last, ids.shape[1]) if behind else None
+        spans = attention_masks.one_fan(last, ids.shape[1]) if behind else None
         for row in rows:
             row.length = shared
         feed = Feed(ids, list(map(len, fed)), ["prefill"] * len(rows), spans)
@@ -347,7 +347,7 @@ class Engine:
         )
 
 
-def _steps(rows: list[_Row], feed: Feed, reading: masks.Reading) -> list[Step]:
+def _steps(rows: list[_Row], feed: Feed, reading: attention_masks.Reading) -> list[Step]:
     """What each row fed in a forward."""
     places, found = reading.positions.tolist(), []
     hung = [[None] * feed.ids.shape[1]] * len(rows)

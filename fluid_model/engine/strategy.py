@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..masks import Spans
+from ..forward.attention_masks import Spans
 from .records import DraftPolicy, Kind, Request
 
 

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import ConfigError, RunError
-from ..fields import assign
-from ..files import read_toml, write_new
+from ..common.errors import ConfigError, RunError
+from ..common.fields import assign
+from ..common.files import read_toml, write_new
 from .recipe import build_chain
 
 IMPORT = "import-llamafactory"

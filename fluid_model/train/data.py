@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from torch.utils.data import Dataset
 
-from .. import layout
-from ..errors import ConfigError
-from ..layout import Example, Expanded, Layout
+from ..common.errors import ConfigError
 from ..tokens import Tokenizer
+from . import row_layouts
 from .recipe import LossOn
+from .row_layouts import Example, Expanded, Layout
 from .rows import Row
 
 Pack = tuple[Example, ...]
@@ -131,7 +131,7 @@ class Rows(Dataset[Expanded]):
         rng = random.Random(f"{self.seed}/{draw}")
         step = draw // self.batch
         laid = [self.rule.lay(example, rng, step) for example in self.packs[self._order(epoch)[place]]]
-        return layout.pack([layout.by_row(row) for row in laid] if self.per_row else laid)
+        return row_layouts.pack([row_layouts.by_row(row) for row in laid] if self.per_row else laid)
 
     def _order(self, epoch: int) -> list[int]:
         if getattr(self, "_epoch", None) != epoch:

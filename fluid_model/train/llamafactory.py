@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from ..errors import ConfigError
-from ..fields import put
-from ..files import Nested, read_text
+from ..common.errors import ConfigError
+from ..common.fields import put
+from ..common.files import Nested, read_text
 from .recipe import build_recipe
 
 PLACES = {

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ..layout import IGNORE, Expanded, Layout, Plain
 from .data import Pack, Rows
+from .row_layouts import IGNORE, Expanded, Layout, Plain
 from .stages import Batch, collate, slot_logits
 
 DRIFT_SLOTS = 1024

@@ -14,10 +14,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .. import checkpoint as checkpoints
-from ..backbone import Backbone
-from ..checkpoint import Checkpoint
-from ..manifest import Method
+from ..checkpoints import checkpoint as checkpoints
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.manifest import Method
+from ..forward.backbone import Backbone
 from ..tokens import Tokenizer, end_ids
 from .recipe import LlamaSpec, ParentSpec
 

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .. import folders
-from ..errors import ConfigError
-from ..manifest import CHECKPOINT_FILES, TRAINING_FILE
+from ..checkpoints.manifest import CHECKPOINT_FILES, TRAINING_FILE
+from ..common import replace_folder
+from ..common.errors import ConfigError
 from .recipe import Recipe
 
 RECIPE_FILE, CLOCK_FILE = "recipe_hash", "seconds"
@@ -26,13 +26,13 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
 def check_out(recipe: Recipe, *, overwrite: bool = False) -> None:
     """Raise ConfigError unless `recipe.out` is free, or this recipe's own result and to be overwritten."""
     out = Path(recipe.out)
-    if folders.is_free(out):
+    if replace_folder.is_free(out):
         return
     if finished(recipe) is None:
         other = _manifest(recipe).get("recipe_hash")
         what = f"the result of another recipe ({other}, this one is {recipe.hash})" if other else "something else"
         raise ConfigError(f"out={out} holds {what}; choose another out, or move it away")
-    folders.check_ours("out", out, CHECKPOINT_FILES)
+    replace_folder.check_ours("out", out, CHECKPOINT_FILES)
     if not overwrite:
         raise ConfigError(f"out={out} holds this recipe's result; pass --overwrite to train it again")
 
@@ -42,7 +42,7 @@ def work_folder(recipe: Recipe, resume: bool) -> Path:
     out = Path(recipe.out)
     work = out.with_name(f"{out.name}.training")
     mark = work / RECIPE_FILE
-    if not folders.is_free(work) and not mark.is_file():
+    if not replace_folder.is_free(work) and not mark.is_file():
         raise ConfigError(f"{work}, where steps are saved, holds something else; choose another out, or move it away")
     if resume and mark.is_file() and mark.read_text() != recipe.hash:
         raise ConfigError(f"{work} holds steps of another recipe ({mark.read_text()}, this one is {recipe.hash})")
@@ -50,7 +50,7 @@ def work_folder(recipe: Recipe, resume: bool) -> Path:
         raise ConfigError(f"{work} holds saved steps ({last.name}): pass --resume to go on, or remove the folder")
     if is_first():
         if not resume:
-            folders.remove(work, WORK_FILES)  # a step that was not saved whole
+            replace_folder.remove(work, WORK_FILES)  # a step that was not saved whole
         work.mkdir(parents=True, exist_ok=True)
         mark.write_text(recipe.hash)
     return work

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from .. import checkpoint as checkpoints
-from ..errors import ConfigError
-from ..layout import Example, Expanded, Layout, pack
+from ..checkpoints import checkpoint as checkpoints
+from ..common.errors import ConfigError
 from .data import Pack, encode, packs
 from .parent import learn_tokenizer, outline
 from .recipe import ParentSpec, Recipe
+from .row_layouts import Example, Expanded, Layout, pack
 from .rows import load_rows
 from .run import layouts
 

@@ -10,9 +10,9 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ConfigError
-from ..fields import at_least, build
-from ..files import Nested
+from ..common.errors import ConfigError
+from ..common.fields import at_least, build
+from ..common.files import Nested
 from ..settings import check_range
 
 LossOn = Literal["responses", "last", "all"]

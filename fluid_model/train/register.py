@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ConfigError
-from ..fields import build
-from ..files import read_json
+from ..common.errors import ConfigError
+from ..common.fields import build
+from ..common.files import read_json
 from .recipe import DataSpec
 
 FOREIGN_KINDS = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")

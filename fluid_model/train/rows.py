@@ -15,8 +15,8 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ConfigError
-from ..files import parse_json, read_lines, read_text
+from ..common.errors import ConfigError
+from ..common.files import parse_json, read_lines, read_text
 from .recipe import DataSpec
 from .register import OPENAI, Columns, Source, Tags, sources
 

@@ -28,13 +28,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .. import checkpoint as checkpoints
-from .. import folders
-from ..backbone import Backbone
-from ..checkpoint import Checkpoint
-from ..errors import ConfigError, RunError
-from ..layout import Blocks, Canvas, HybridFans, Layout, MaskFans, Plain
-from ..manifest import CHECKPOINT_FILES, TRAINING_FILE, Manifest
+from ..checkpoints import checkpoint as checkpoints
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.manifest import CHECKPOINT_FILES, TRAINING_FILE, Manifest
+from ..common import replace_folder
+from ..common.errors import ConfigError, RunError
+from ..forward.backbone import Backbone
 from .data import Pack, Rows, encode, packs
 from .measure import HeldOut
 from .origin import told
@@ -42,6 +41,7 @@ from .parent import start
 from .places import CLOCK_FILE, WORK_FILES, check_out, finished, is_first, latest, work_folder
 from .progress import Progress
 from .recipe import ADAPTS, LoraSpec, Recipe
+from .row_layouts import Blocks, Canvas, HybridFans, Layout, MaskFans, Plain
 from .rows import Row, load_rows
 from .stages import FLEX_MULTIPLE, Batch, Horizons, collate, row_loss
 
@@ -137,7 +137,7 @@ def train_chain(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: b
         stages.append(stage or train(recipe, resume=resume, overwrite=overwrite, before=stages))
     if is_first():
         for recipe in recipes[:-1]:
-            folders.remove(Path(recipe.out), CHECKPOINT_FILES)
+            replace_folder.remove(Path(recipe.out), CHECKPOINT_FILES)
     return stages[-1]
 
 
@@ -188,7 +188,7 @@ def train(
         with _told_disk(work):
             check_out(recipe, overwrite=overwrite)  # hours have passed
             _save(parts.checkpoint, recipe, manifest)
-        folders.remove(work, WORK_FILES)
+        replace_folder.remove(work, WORK_FILES)
     trainer.accelerator.wait_for_everyone()
     return manifest
 

@@ -15,10 +15,10 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
-from .. import masks
-from ..khead import KHead
-from ..layout import IGNORE, Expanded
+from ..forward import attention_masks
+from ..forward.khead import KHead
 from .losses import best_stride, horizon, horizon_target, weighted
+from .row_layouts import IGNORE, Expanded
 
 Batch = dict[str, Tensor]
 FLEX_MULTIPLE = 128
@@ -54,13 +54,13 @@ def attention(batch: Batch, model: PreTrainedModel) -> Tensor | BlockMask | None
         return None
     segment, anchor, step = batch["segment"], batch["anchor"], batch["step"]
     if model.config._attn_implementation != "flex_attention":
-        readable = masks.slots(segment, anchor, step)
+        readable = attention_masks.slots(segment, anchor, step)
         mask = torch.zeros(readable.shape, dtype=model.dtype, device=readable.device)
         return mask.masked_fill_(~readable, torch.finfo(model.dtype).min)[:, None]
 
     def rule(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
         query, key = ((segment[b, i], anchor[b, i], step[b, i]) for i in (q, k))
-        return masks.may_read(query, key) | (q == k)
+        return attention_masks.may_read(query, key) | (q == k)
 
     rows, slots = segment.shape
     return create_block_mask(rule, rows, None, slots, slots, device=segment.device, _compile=segment.is_cuda)

@@ -1,0 +1,1 @@
+"""What finished runs say: comparisons, losslessness, acceptance, the K-head, traces."""

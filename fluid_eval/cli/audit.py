@@ -1,0 +1,30 @@
+"""`fluid-eval audit`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from . import EXIT_FAILED, EXIT_OK
+from .options import add_looked_into, looked_into
+
+HELP = "does a decoder write what greedy AR writes with the same weights"
+
+
+def add(audit: argparse.ArgumentParser) -> None:
+    add_looked_into(audit)
+
+
+def main(options: argparse.Namespace) -> int:
+    with looked_into(options) as folder:
+        from ..analysis.losslessness import FAULTS, audit_run
+        from ..output.terminal_audits import print_audit
+        from ..results.run_folder import AUDIT, write_json
+
+        found = audit_run(folder)
+        write_json(folder / AUDIT, found)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_audit(found)
+    return EXIT_FAILED if found["verdict"] in FAULTS else EXIT_OK

@@ -1,0 +1,67 @@
+"""The `fluid-eval` command: parse, dispatch, exit codes. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from . import EXIT_INTERRUPTED, audit, compare, doctor, khead, report, reproduce, rescore, run, score, sweep, tax, trace
+from .console import in_one_line, tolerate_any_output
+
+COMMANDS: dict[str, ModuleType] = {
+    "run": run,
+    "sweep": sweep,
+    "tax": tax,
+    "trace": trace,
+    "compare": compare,
+    "audit": audit,
+    "khead": khead,
+    "report": report,
+    "score": score,
+    "doctor": doctor,
+    "rescore": rescore,
+    "reproduce": reproduce,
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="fluid-eval",
+        description="Evaluate language models that write in parallel, beside the autoregressive ones they came from.",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.add(commands.add_parser(name, help=command.HELP))
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code (see commands): of bad input and failures one line says which."""
+    tolerate_any_output()
+    options = parser().parse_args(arguments)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # our own bars are enough
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # on a shared machine threads must not spin for one another
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        code = int(COMMANDS[options.command].main(options))
+        sys.stdout.flush()  # else what cannot be written is found after the last line of this program
+        return code
+    except KeyboardInterrupt:
+        print("fluid-eval: interrupted; what is finished is stored, --resume goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        reason, code = in_one_line(error)
+        if reason is None:
+            raise
+        if reason:
+            print(f"fluid-eval: {reason}", file=sys.stderr)
+        return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

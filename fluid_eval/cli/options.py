@@ -1,0 +1,190 @@
+"""What commands that run a model have in common: its settings as flags, files and `--set`, later ones winning."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluid_model.common.errors import ConfigError
+
+from . import EXIT_FAILED, EXIT_OK, EXIT_UNHEALTHY
+
+if TYPE_CHECKING:
+    from ..common.spec import RunSpec
+
+BUNDLED = "tiny-fluid"
+"""The checkpoint a run takes if none is named."""
+BUNDLED_TASKS = "mini_gsm8k,mini_math,mini_humaneval,mini_mmlu"
+WRITTEN_TASKS, WRITTEN_LIMIT = "mini_gsm8k,mini_math", 20
+"""What a model writes to be looked into where no tasks are named, and how much of each."""
+
+_FLAGS = {
+    "tasks": "tasks",
+    "model": "model.path",
+    "decoder": "decoder.name",
+    "dtype": "model.dtype",
+    "device": "model.device",
+    "data_dir": "data_dir",
+    "limit": "limit",
+    "num_fewshot": "num_fewshot",
+    "max_new_tokens": "max_new_tokens",
+    "profile": "profile",
+    "batch_size": "batch_size",
+    "engine": "engine.kind",
+    "workers": "engine.workers",
+    "ray_address": "engine.ray_address",
+    "seed": "seed",
+    "allow_unsafe_code": "allow_unsafe_code",
+    "trust_remote_code": "model.trust_remote_code",
+}
+"""Flag -> setting of the spec."""
+
+
+def add_settings(run: argparse.ArgumentParser, spec: str = "SPEC.toml") -> argparse._ArgumentGroup:
+    """What a run is, and where; returns the group of the latter.  spec: what the argument without a flag may be."""
+    run.add_argument("spec", nargs="?", type=Path, metavar=spec, help="the settings below from a file")
+    what = run.add_argument_group("what to run")
+    what.add_argument("--tasks", metavar="A,B", help="gsm8k, math500, humaneval, mmlu, mmlu_SUBJECT, mini")
+    what.add_argument(
+        "--model",
+        metavar="PATH_OR_HUB_ID",
+        help="any Hugging Face causal LM, or a FLUID folder; default: the bundled tiny-fluid",
+    )
+    what.add_argument("--decoder", metavar="ar|fluid|nbdiff|llada", help="default: as the model was adapted, else ar")
+    what.add_argument("--set", action="append", default=[], metavar="A.B=C", help="e.g. decoder.confidence=0.9")
+    what.add_argument("--limit", type=whole, metavar="N", help="first N documents of each task")
+    what.add_argument("--num-fewshot", type=whole, metavar="N", help="default: the task's own")
+    what.add_argument("--max-new-tokens", type=whole, metavar="N", help="default: the task's own")
+    what.add_argument(
+        "--profile", metavar="NAME|FILE", help="convention: lm-eval (default), fluid-paper, llada, minimal, my.toml"
+    )
+    what.add_argument("--chat", action="store_true", help="prompts by the chat template; --set chat.system=TEXT, ...")
+    what.add_argument("--seed", type=whole, metavar="N", help="default: 1234")
+    what.add_argument(
+        "--trust-remote-code", action="store_const", const=True, help="agree to run code of the model's repository"
+    )
+    what.add_argument("--allow-code", action="store_true", help=argparse.SUPPRESS)  # asked for before code was isolated
+    where = run.add_argument_group("where")
+    where.add_argument("--data-dir", metavar="DIR", help="benchmark data; default: FLUID_DATA_DIR, else the hub")
+    where.add_argument("--batch-size", type=whole, metavar="N|auto", help="rows at a time")
+    where.add_argument("--dtype", metavar="auto|float32|bfloat16")
+    where.add_argument("--device", metavar="auto|cpu|cuda")
+    where.add_argument("--engine", metavar="inline|ray", help="in this process (default), or Ray workers")
+    where.add_argument("--workers", type=whole, metavar="N", help="Ray workers; default: one a GPU")
+    where.add_argument(
+        "--allow-unsafe-code", action="store_const", const=True, help="run the model's code where nothing isolates it"
+    )
+    where.add_argument("--ray-address", metavar="HOST:PORT", help="default: RAY_ADDRESS, else a private cluster")
+    return where
+
+
+def add_speed_repeats(where: argparse._ArgumentGroup) -> None:
+    """For commands that measure speeds."""
+    where.add_argument(
+        "--speed-repeats", type=int, default=0, metavar="N",
+        help="write all answers N times more for their time; without, tokens/s have no interval",
+    )  # fmt: skip
+
+
+def exit_code(lost: Mapping[str, str], health: Sequence[Mapping[str, Any]]) -> int:
+    """Of a run that ended: samples given up are worse than gates over their thresholds."""
+    unhealthy = any(not gate["ok"] for gate in health)
+    return EXIT_FAILED if lost else EXIT_UNHEALTHY if unhealthy else EXIT_OK
+
+
+def add_looked_into(command: argparse.ArgumentParser) -> None:
+    """A stored run, or what a run is, made now."""
+    where = add_settings(command, "RUN|SPEC.toml")
+    where.add_argument("--out", type=Path, metavar="DIR", help="keep the run made now in this folder")
+    where.add_argument("--json", action="store_true", help="print what was found as JSON")
+
+
+@contextmanager
+def looked_into(options: argparse.Namespace) -> Iterator[Path]:
+    """The folder of the stored run that is named, or of a run made now, which is kept where --out says so.
+
+    Raises ConfigError if settings come with a stored run, which has its own.
+    """
+    if options.spec is not None and options.spec.is_dir():
+        given = [name for name in (*_FLAGS, "set", "chat", "out") if getattr(options, name) not in (None, [], False)]
+        if given:
+            flags = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ConfigError(f"{options.spec} is a stored run, read as it is: drop {flags}, or name no run")
+        yield options.spec
+        return
+    if options.spec is None and options.tasks is None:
+        options.tasks = WRITTEN_TASKS
+        options.limit = options.limit or WRITTEN_LIMIT
+    spec = spec_of(options)
+    from ..running.job import run
+
+    with tempfile.TemporaryDirectory() as spare:
+        folder = options.out or Path(spare) / "run"
+        run(spec, folder)
+        yield folder
+
+
+def whole(text: str) -> int | str:
+    """A whole number where it is one; the spec says what is wrong with anything else."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def spec_of(options: argparse.Namespace) -> RunSpec:
+    """What is to run, with the decoder of its model where none is named."""
+    from ..common.spec import build_spec
+    from ..running.decoder_choice import with_decoder
+
+    return build_spec(with_decoder(values_of(options)))
+
+
+def values_of(options: argparse.Namespace) -> dict[str, Any]:
+    """A spec's values: from its file, then flags, then --set."""
+    from fluid_model.common.fields import assign, put
+    from fluid_model.common.files import read_toml
+
+    from ..benchmarks.profiles import chat_of
+    from ..common.spec import tables
+
+    values = read_toml(options.spec) if options.spec else {}
+    if data_dir := os.environ.get("FLUID_DATA_DIR"):
+        values.setdefault("data_dir", data_dir)
+    values = tables(values)
+    if options.model is None and "model" not in values:
+        _take_bundled(values, options)
+    if options.decoder and values.get("decoder", {}).get("name", options.decoder) != options.decoder:
+        values["decoder"] = {}  # another decoder's settings mean nothing to this one
+    for flag, name in _FLAGS.items():
+        if (value := getattr(options, flag)) is not None:
+            put(values, name, value)
+    if options.chat:
+        values.setdefault("chat", {})
+    for setting in options.set:
+        assign(values, setting)
+    return chat_of(values)
+
+
+def _take_bundled(values: dict[str, Any], options: argparse.Namespace) -> None:
+    """No model given: the bundled tiny-fluid, on the mini suite unless tasks are given. Says so."""
+    from ..common.paths import resource
+
+    values["model"] = {"path": str(resource("checkpoints") / BUNDLED)}
+    if options.tasks is None and "tasks" not in values:
+        values["tasks"] = BUNDLED_TASKS
+        values["allow_unsafe_code"] = (
+            True  # weights that come with this package; isolated all the same where that can be
+        )
+    print(
+        f"No model given: the bundled {BUNDLED}, 1.8M parameters, trained on the mini suite's\n"
+        "kind of questions alone. For a real one, a 7B checkpoint for instance:\n"
+        "fluid-eval run --tasks gsm8k,math500 --model FOLDER_OR_HUB_ID\n",
+        file=sys.stderr,
+    )

@@ -1,0 +1,40 @@
+"""`fluid-eval report`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "one self-contained HTML page from run folders; Markdown and LaTeX for a paper"
+
+
+def add(report: argparse.ArgumentParser) -> None:
+    report.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="run folder, or a sweep's",
+    )
+    report.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: report.html in the first folder")
+    report.add_argument(
+        "--base", type=Path, metavar="RUN", help="what others are held to; default: the first, of a sweep its first AR"
+    )
+    report.add_argument("--across-protocols", action="store_true", help="compare runs that were asked otherwise too")
+    report.add_argument("--claims", type=Path, metavar="FILE", help="claims.json, as fluid-eval reproduce writes it")
+    report.add_argument("--markdown", type=Path, metavar="FILE", help="also an appendix: protocol, tables, verdicts")
+    report.add_argument("--latex", type=Path, metavar="FILE", help="also a table of the scores, for booktabs")
+
+
+def main(options: argparse.Namespace) -> int:
+    from ..output.report import write_report
+
+    output = options.output or options.runs[0] / "report.html"
+    write_report(
+        options.runs, output, claims=options.claims, markdown=options.markdown, latex=options.latex,
+        base=options.base, across_protocols=options.across_protocols,
+    )  # fmt: skip
+    for file in (output, options.markdown, options.latex):
+        if file is not None:
+            print(file)
+    return 0

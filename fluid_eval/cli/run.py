@@ -1,0 +1,33 @@
+"""`fluid-eval run`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from .options import add_settings, add_speed_repeats, exit_code, spec_of
+
+HELP = "run tasks with a model: table, run folder, result"
+
+
+def add(run: argparse.ArgumentParser) -> None:
+    where = add_settings(run)
+    where.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/TASKS-MODEL-DECODER-ID")
+    where.add_argument("--resume", action="store_true", help="go on with a run folder")
+    where.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_speed_repeats(where)
+
+
+def main(options: argparse.Namespace) -> int:
+    spec = spec_of(options)
+    from ..output.terminal_results import print_result
+    from ..running import job as job
+
+    folder = options.out or job.default_folder(spec)
+    result = job.run(spec, folder, resume=options.resume, speed_repeats=options.speed_repeats)
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_result(result, folder)
+    return exit_code(result.get("lost", {}), result["health"])

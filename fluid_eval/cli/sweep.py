@@ -1,0 +1,70 @@
+"""`fluid-eval sweep`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from .options import add_settings, add_speed_repeats, exit_code, values_of, whole
+
+HELP = "many runs over settings: frontier of score against speed"
+SPEEDS = ("tokens_per_second", "tokens_per_forward", "forwards_per_answer")
+
+
+def add(sweep: argparse.ArgumentParser) -> None:
+    where = add_settings(sweep)
+    where.add_argument("--out", type=Path, metavar="DIR", help="folder; default: sweeps/TASKS-MODEL-ID")
+    where.add_argument("--resume", action="store_true", help="go on with a sweep's folder")
+    where.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_speed_repeats(where)
+    points = sweep.add_argument_group("which points")
+    points.add_argument(
+        "--sweep", action="append", default=[], metavar="A.B=C,D",
+        help="e.g. decoder.confidence=0.5,0.9; several make a grid",
+    )  # fmt: skip
+    points.add_argument("--sample", type=whole, metavar="N", help="that many points of the grid, at random")
+    points.add_argument("--dry-run", action="store_true", help="say what it would take, from a few samples, and end")
+    points.add_argument("--so-far", action="store_true", help="place points by what is answered, and end")
+    points.add_argument("--stop-dominated", action="store_true", help="end points that others surely beat")
+    points.add_argument(
+        "--within", type=float, default=1.0, metavar="POINTS",
+        help="name the fastest point at most that many below AR; default: 1",
+    )  # fmt: skip
+    points.add_argument("--by", default="tokens_per_second", choices=SPEEDS, help="default: tokens_per_second")
+
+
+def main(options: argparse.Namespace) -> int:
+    from ..sweeps.grid import plan, read_axis
+
+    values = values_of(options)
+    sweep = values.setdefault("sweep", {})
+    for text in options.sweep:
+        name, axis = read_axis(text)
+        sweep.setdefault("grid", {})[name] = axis
+    if options.sample is not None:
+        sweep["sample"] = options.sample
+    planned = plan(values)
+    from ..output.terminal_sweeps import print_plan, print_sweep
+    from ..running.job import default_folder
+    from ..sweeps.sweep import Sweep
+
+    first = default_folder(planned.points[0].spec).name.rsplit("-", 2)[0]
+    folder = options.out or Path("sweeps") / f"{first}-{planned.id[:8]}"
+    job = Sweep(planned, folder, resume=options.resume or options.so_far)
+    if options.dry_run:
+        print_plan(planned, job.estimate(), folder)
+        return 0
+    if options.so_far:
+        print_sweep(job.so_far(by=options.by, within=options.within), folder)
+        return 0
+    result = job.work(
+        stop_dominated=options.stop_dominated, by=options.by, within=options.within,
+        speed_repeats=options.speed_repeats,
+    )  # fmt: skip
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_sweep(result, folder)
+    rests_on = (result["baseline"], result["best"])
+    return exit_code(result["lost"], [gate for gate in result.get("health", []) if gate["point"] in rests_on])

