@@ -23,7 +23,7 @@ from fluid_model import ArSettings, Checkpoint, ConfigError, FluidSettings, Requ
 from fluid_model.decoders.draft_tree import Draft, Tree
 from fluid_model.decoders.fluid import CHEAPEST, FluidStrategy, _Row, _Said
 from fluid_model.engine.strategy import Absorbed
-from fluid_model.forward.kv_cache import SlotCache
+from fluid_model.forward.kv_cache import KVCache
 
 FILE = Path(__file__).with_name("accepted.json")
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,10 +128,10 @@ def _fans(checkpoint: Checkpoint, request: Request, answer: tuple[int, ...]) -> 
     masks = strategy.horizon - 1
     row = strategy._rows[0] = _Row(Tree.chain([request.prompt[-1], *answer]), [masks] * count)
     before, feed = torch.tensor([request.prompt[:-1]]), strategy.plan(1)
-    cache = SlotCache(1, before.shape[1] + row.slots)
+    cache = KVCache(1, before.shape[1] + row.slots)
     if before.numel():
-        backbone.forward(before, cache.aim(0, [0], before.shape[1], backbone.device), cache)
-    reading = cache.aim(0, [before.shape[1]], row.slots, backbone.device, spans=feed.spans)
+        backbone.forward(before, cache.set_write_positions(0, [0], before.shape[1], backbone.device), cache)
+    reading = cache.set_write_positions(0, [before.shape[1]], row.slots, backbone.device, intervals=feed.intervals)
     hidden = backbone.forward(feed.ids, reading, cache)
     (said,) = strategy._say(0, hidden, [row])
     return [_fan(said, place, count, masks) for place in range(count)]

@@ -15,7 +15,7 @@ from fluid_eval.cli.main import main
 from fluid_eval.common.paths import resource
 from fluid_model.common.files import read_toml
 from fluid_model.forward import attention_masks
-from fluid_model.forward.kv_cache import SlotCache
+from fluid_model.forward.kv_cache import KVCache
 from fluid_model.train.origin import weights_hash
 from fluid_model.train.recipe import build_chain, build_recipe
 
@@ -83,10 +83,12 @@ def test_tiny_llada_fills_gaps():
         ids = torch.tensor([[*prompt, *answer, *checkpoint.end_ids]])
         gaps = list(range(len(prompt) + 1, len(prompt) + len(answer), 4))
         asked_ids = ids.index_fill(1, torch.tensor(gaps), checkpoint.mask_id)
-        cache = SlotCache(1, ids.shape[1])
-        reading = cache.aim(0, [0], ids.shape[1], checkpoint.backbone.device)
+        cache = KVCache(1, ids.shape[1])
+        reading = cache.set_write_positions(0, [0], ids.shape[1], checkpoint.backbone.device)
         hidden = checkpoint.backbone.forward(
-            asked_ids, replace(reading, spans=attention_masks.mutual(torch.tensor([ids.shape[1]]), ids.shape[1])), cache
+            asked_ids,
+            replace(reading, intervals=attention_masks.bidirectional(torch.tensor([ids.shape[1]]), ids.shape[1])),
+            cache,
         )
         right += int((checkpoint.backbone.logits(hidden[0, gaps]).argmax(-1) == ids[0, gaps]).sum())
         asked += len(gaps)

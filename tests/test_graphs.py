@@ -82,7 +82,7 @@ def test_a_broken_row_breaks_no_capture():
 
     captured = cuda_graphs.Graphs(forward)
     cache = captured.cache(3, 20)
-    cache.aim(0, [5, 5, 5], 1, torch.device("cpu"))
+    cache.set_write_positions(0, [5, 5, 5], 1, torch.device("cpu"))
     ids, mask = torch.ones(3, 1, dtype=torch.long), torch.zeros(3, 1, 1, 6)
     captured._check = lambda key, replayed, plain: cuda_graphs.Graphs._check(captured, key, replayed, plain.add(1))
     hidden = captured(ids, ids, mask, cache)
@@ -110,10 +110,10 @@ def heard(checkpoint, decoder, slots, work=None):
     def listen(ids, reading, cache):
         hidden = forward(ids, reading, cache)
         best = checkpoint.backbone.logits(hidden).amax(-1)
-        start = cache.aimed[0]
+        start = cache.write_columns[0]
         for row, (places, said) in enumerate(zip(reading.positions.tolist(), best.tolist(), strict=True)):
             rows = engine._rows[start + row :] if start + row < len(engine._rows) else []
-            if (rows and reading.spans is None) or (rows and int(reading.spans.steps[row, 0]) == 0):
+            if (rows and reading.intervals is None) or (rows and int(reading.intervals.steps[row, 0]) == 0):
                 found[rows[0].request.key, places[0]] = said[0]
         return hidden
 

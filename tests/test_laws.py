@@ -13,7 +13,7 @@ import fluid_model
 from fluid_model import ArSettings, FluidSettings, Request
 from fluid_model.checkpoints.checkpoint import Checkpoint
 from fluid_model.forward.khead import KHead
-from fluid_model.forward.kv_cache import SlotCache
+from fluid_model.forward.kv_cache import KVCache
 
 from .tiny import fluid_checkpoint
 
@@ -106,8 +106,8 @@ def test_the_future_never_changes_the_past():
     changed[:, 7] = (changed[:, 7] + 1) % 258
     found = []
     for row in (ids, changed):
-        cache = SlotCache(2, 12)
-        found.append(backbone.forward(row, cache.aim(0, [0, 0], 12, backbone.device), cache))
+        cache = KVCache(2, 12)
+        found.append(backbone.forward(row, cache.set_write_positions(0, [0, 0], 12, backbone.device), cache))
     assert torch.equal(found[0][:, :7], found[1][:, :7])
     assert not torch.allclose(found[0][:, 7:], found[1][:, 7:])
 
@@ -118,15 +118,17 @@ def test_cached_equals_uncached(cut: int, slot: int, junk: int):
     """Feeding in two pieces, after a rejected suffix was overwritten, gives the hidden states of feeding at once."""
     backbone = CHECKPOINT.backbone
     ids = torch.arange(12)[None] * 7 % 258
-    whole = SlotCache(1, 12)
-    expected = backbone.forward(ids, whole.aim(0, [0], 12, backbone.device), whole)
-    cache, pieces = SlotCache(3, 20), []
+    whole = KVCache(1, 12)
+    expected = backbone.forward(ids, whole.set_write_positions(0, [0], 12, backbone.device), whole)
+    cache, pieces = KVCache(3, 20), []
     for start, piece, keep in (
         (0, ids[:, :cut], True),
         (cut, torch.full((1, 5), junk), False),
         (cut, ids[:, cut:], True),
     ):
-        hidden = backbone.forward(piece, cache.aim(slot, [start], piece.shape[1], backbone.device), cache)
+        hidden = backbone.forward(
+            piece, cache.set_write_positions(slot, [start], piece.shape[1], backbone.device), cache
+        )
         pieces += [hidden] if keep else []
     torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=1e-4, rtol=1e-4)
 

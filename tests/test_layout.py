@@ -157,7 +157,7 @@ def test_a_canvas_by_brute_force(example, seed):
         assert row.labels[i] in (IGNORE, true)
         assert row.labels[i] == IGNORE or i in response
     assert row.targets == len(response)
-    assert bool(masks.slots(**batch_of(row)).all()), "all read all"
+    assert bool(masks.training_mask(**batch_of(row)).all()), "all read all"
 
 
 def test_a_canvas_weighs_masked_tokens_by_their_rarity():
@@ -188,7 +188,7 @@ def test_who_reads_whom_by_brute_force(rows, rule, seed):
     """No slot reads another example, another fan or block, or anything after what its decoder would hold."""
     laid = [rule.lay(example, random.Random(seed), 0) for example in rows]
     whole = pack(laid)
-    may = masks.slots(**batch_of(whole))[0]
+    may = masks.training_mask(**batch_of(whole))[0]
     origin = [(n, slot) for n, row in enumerate(laid) for slot in range(len(row.ids))]
     for q, (mine, query) in enumerate(origin):
         for k, (other, key) in enumerate(origin):

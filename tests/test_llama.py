@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from fluid_model.forward import llama
 from fluid_model.forward.backbone import Backbone
-from fluid_model.forward.kv_cache import SlotCache
+from fluid_model.forward.kv_cache import KVCache
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -48,10 +48,10 @@ def test_it_says_what_transformers_says(name):
     backbone = Backbone(model)
     assert backbone.written_out is not None
     ids, lengths = torch.randint(0, 97, (3, 14)), [9, 4, 7]
-    cache = SlotCache(3, 20)
-    prompts = backbone.forward(ids[:, :9], cache.aim(0, [0] * 3, 9, ids.device), cache)
+    cache = KVCache(3, 20)
+    prompts = backbone.forward(ids[:, :9], cache.set_write_positions(0, [0] * 3, 9, ids.device), cache)
     more = torch.stack([row[n : n + 5] for row, n in zip(ids, lengths, strict=True)])
-    tails = backbone.forward(more, cache.aim(0, lengths, 5, ids.device), cache)
+    tails = backbone.forward(more, cache.set_write_positions(0, lengths, 5, ids.device), cache)
     for row, n in enumerate(lengths):
         found = backbone.logits(torch.cat([prompts[row, :n], tails[row]]))
         expected = model(input_ids=ids[row : row + 1, : n + 5]).logits[0]
@@ -64,9 +64,9 @@ def test_padding_changes_nothing(widths):
     backbone, ids, lengths = Backbone(model_of(CONFIGS["llama"])), torch.randint(0, 97, (3, 14)), [9, 4, 7]
     found = []
     for said in (None, widths):
-        cache = SlotCache(3, 20)
-        backbone.forward(ids[:, :9], cache.aim(0, [0] * 3, 9, ids.device), cache)
-        reading = replace(cache.aim(0, lengths, 5, ids.device), widths=said)
+        cache = KVCache(3, 20)
+        backbone.forward(ids[:, :9], cache.set_write_positions(0, [0] * 3, 9, ids.device), cache)
+        reading = replace(cache.set_write_positions(0, lengths, 5, ids.device), widths=said)
         found.append(backbone.forward(ids[:, 9:], reading, cache))
     for row, width in enumerate(widths):
         assert torch.allclose(found[0][row, :width], found[1][row, :width], atol=1e-5)
@@ -78,8 +78,8 @@ def test_it_follows_weights_that_change():
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1.1)
-    cache = SlotCache(1, 6)
-    found = backbone.logits(backbone.forward(ids, cache.aim(0, [0], 6, ids.device), cache))
+    cache = KVCache(1, 6)
+    found = backbone.logits(backbone.forward(ids, cache.set_write_positions(0, [0], 6, ids.device), cache))
     assert torch.allclose(found, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 

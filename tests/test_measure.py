@@ -37,7 +37,7 @@ def test_accepted_counts_right_guesses_in_a_row():
     told = held_out(checkpoint, MaskFans(mask, 3, probability=1.0), causal=True).look(checkpoint.model)
     runs = []
     for example in (*PACKS[0], *PACKS[1]):
-        ((start, end),) = example.spans
+        ((start, end),) = example.intervals
         for anchor in range(start - 1, end - 2):
             runs.append(leading([token == 9 for token in example.ids[anchor + 2 : min(anchor + 5, end)]]))
     assert told["accepted"] == pytest.approx(1 + sum(runs) / len(runs))
@@ -50,7 +50,7 @@ def test_accepted_in_blocks_and_on_a_canvas():
     blocks = held_out(checkpoint, Blocks(mask, 1, 5, level=1.0), causal=True).look(checkpoint.model)
     runs = []
     for example in (*PACKS[0], *PACKS[1]):
-        ((start, end),) = example.spans
+        ((start, end),) = example.intervals
         for low in range(start, end, 5):
             rest = [*example.ids[low + 1 : min(low + 5, end)], *[1] * max(0, low + 5 - max(end, low + 1))]
             runs.append(leading([token == 9 for token in rest[:4]]))
@@ -68,7 +68,7 @@ def test_drift_is_the_divergence_from_the_parent():
     def answers():
         found = []
         for example in (*PACKS[0], *PACKS[1]):
-            ((start, end),) = example.spans
+            ((start, end),) = example.intervals
             found.append(forward(checkpoint, list(example.ids), len(example.ids))[start - 1 : end - 1])
         return torch.cat(found).log_softmax(-1)
 

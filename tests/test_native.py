@@ -18,7 +18,7 @@ from fluid_model import ArSettings, FluidSettings, Request
 from fluid_model.forward import attention_masks
 from fluid_model.forward import compiled as native
 from fluid_model.forward.backbone import Backbone
-from fluid_model.forward.kv_cache import SlotCache
+from fluid_model.forward.kv_cache import KVCache
 
 from .test_graphs import heard
 from .test_llama import CONFIGS, SIZES, model_of
@@ -34,14 +34,14 @@ def by_torch(backbone):
 
 def fed(forward, ids, lengths, fresh, columns, widths=None, threads=1):
     """Hidden states of prompts of these lengths, and of more slots behind each; the cache's slot 0 is another's."""
-    cache, width = SlotCache(len(lengths) + 1, columns), max(lengths)
+    cache, width = KVCache(len(lengths) + 1, columns), max(lengths)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         found = []
         for start, count in (([0] * len(lengths), width), (lengths, fresh)):
             some = torch.stack([row[n : n + count] for row, n in zip(ids, start, strict=True)])
-            reading = cache.aim(1, start, count, ids.device)
+            reading = cache.set_write_positions(1, start, count, ids.device)
             found.append(forward(some, replace(reading, widths=widths if count == fresh else None), cache))
         return found
     finally:
@@ -113,8 +113,8 @@ def test_what_is_no_number_stays_none_and_stays_in_its_row():
     backbone, ids = Backbone(model_of(CONFIGS["llama"])), torch.tensor([[3, 5, 7], [3, 96, 7], [3, 5, 7]])
     with torch.no_grad():
         backbone.model.model.embed_tokens.weight[96] = torch.nan
-    cache = SlotCache(3, 3)
-    hidden = backbone.forward(ids, cache.aim(0, [0] * 3, 3, ids.device), cache)
+    cache = KVCache(3, 3)
+    hidden = backbone.forward(ids, cache.set_write_positions(0, [0] * 3, 3, ids.device), cache)
     assert hidden.isfinite().all(-1).tolist() == [[True] * 3, [True, False, False], [True] * 3]
     assert torch.equal(hidden[0], hidden[2])
 
@@ -140,21 +140,25 @@ def test_scores_without_bounds_are_told():
     ],
 )  # fmt: skip
 def test_what_lies_outside_is_refused_and_nothing_written(ids, place, column, row, total):
-    backbone, cache = Backbone(model_of(CONFIGS["llama"])), SlotCache(1, 3)
+    backbone, cache = Backbone(model_of(CONFIGS["llama"])), KVCache(1, 3)
     columns = torch.tensor([[column]])
-    cache.aim_at(row, columns, total)
-    spans = attention_masks.Spans(torch.tensor([[0]]), torch.tensor([[attention_masks.ALL]]), torch.tensor([[place]]))
+    cache.set_write_columns(row, columns, total)
+    intervals = attention_masks.AttentionIntervals(
+        torch.tensor([[0]]), torch.tensor([[attention_masks.ALWAYS]]), torch.tensor([[place]])
+    )
     with pytest.raises(IndexError, match="none of 97"):
-        backbone.native(torch.tensor([[ids]]), attention_masks.Reading(columns, total, spans=spans), cache)
+        backbone.native(
+            torch.tensor([[ids]]), attention_masks.AttentionPlan(columns, total, intervals=intervals), cache
+        )
     assert not any(slab.any() for slab in cache._slabs.values())
 
 
 def test_columns_that_do_not_follow_one_another_are_refused():
     """Two columns cached and two fed are more than three."""
-    backbone, cache, columns = Backbone(model_of(CONFIGS["llama"])), SlotCache(1, 3), torch.tensor([[2, 1]])
-    cache.aim_at(0, columns, 3)
+    backbone, cache, columns = Backbone(model_of(CONFIGS["llama"])), KVCache(1, 3), torch.tensor([[2, 1]])
+    cache.set_write_columns(0, columns, 3)
     with pytest.raises(IndexError, match="outside the cache"):
-        backbone.native(torch.tensor([[5, 5]]), attention_masks.Reading(columns, 3), cache)
+        backbone.native(torch.tensor([[5, 5]]), attention_masks.AttentionPlan(columns, 3), cache)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -165,29 +169,31 @@ def test_it_reads_whom_the_masks_say(threads, monkeypatch):
     lengths, slots, window = [9, 0, 60, 31, 3], 12, backbone.window
     ids, widths = torch.randint(0, 97, (5, 64)), [12, 5, 12, 0, 7]
     order = torch.tensor(
-        [sorted(chance.randrange(4) * attention_masks.FAN + chance.randrange(3) for _ in range(12)) for _ in ids]
+        [sorted(chance.randrange(4) * attention_masks.MAX_STEPS + chance.randrange(3) for _ in range(12)) for _ in ids]
     )
-    until = torch.tensor([[chance.choice((0, 2, 3, 9)) * attention_masks.FAN for _ in range(12)] for _ in ids])
+    until = torch.tensor([[chance.choice((0, 2, 3, 9)) * attention_masks.MAX_STEPS for _ in range(12)] for _ in ids])
     places = torch.tensor([[chance.randrange(9) for _ in range(12)] for _ in ids])
     for row, width in enumerate(widths):
-        until[row, width:] = attention_masks.NOBODY
-    for spans in (
-        attention_masks.Spans(order, until, places),
-        attention_masks.mutual(torch.tensor([12, 5, 3, 0, 0]), slots),
+        until[row, width:] = attention_masks.NEVER
+    for intervals in (
+        attention_masks.AttentionIntervals(order, until, places),
+        attention_masks.bidirectional(torch.tensor([12, 5, 3, 0, 0]), slots),
     ):
         found = []
         for forward in (backbone.native, by_torch(backbone)):
-            cache = SlotCache(5, 80)
-            cache.aim(0, [0] * 5, 60, ids.device)
-            forward(ids[:, :60], attention_masks.Reading(cache.aimed[1], 60), cache)
-            reading = replace(cache.aim(0, lengths, slots, ids.device), widths=widths, spans=spans)
+            cache = KVCache(5, 80)
+            cache.set_write_positions(0, [0] * 5, 60, ids.device)
+            forward(ids[:, :60], attention_masks.AttentionPlan(cache.write_columns[1], 60), cache)
+            reading = replace(
+                cache.set_write_positions(0, lengths, slots, ids.device), widths=widths, intervals=intervals
+            )
             monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
             found.append(forward(ids[:, :slots], reading, cache))
             monkeypatch.undo()
         assert int(reading.positions.max()) >= window
         assert found[0].isfinite().all(), "slots that read nothing, too"
         for row, width in enumerate(widths):
-            readable = reading.allowed()[row, :width].any(-1)
+            readable = reading.mask()[row, :width].any(-1)
             assert torch.allclose(found[0][row, :width][readable], found[1][row, :width][readable], atol=1e-4)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import fluid_model
 from fluid_model import ArSettings, ConfigError, FluidSettings, LladaSettings, NbdiffSettings, Request
 from fluid_model.forward import attention_masks
-from fluid_model.forward.kv_cache import SlotCache
+from fluid_model.forward.kv_cache import KVCache
 from fluid_model.tokens import think_end
 
 from .published import (
@@ -45,9 +45,11 @@ def close(found, expected):
 def bidirectional(checkpoint, ids):
     """Logits through the engine, every slot reading every other."""
     backbone = checkpoint.backbone
-    cache = SlotCache(len(ids), ids.shape[1])
-    reading = cache.aim(0, [0] * len(ids), ids.shape[1], backbone.device)
-    both = replace(reading, spans=attention_masks.mutual(torch.full((len(ids),), ids.shape[1]), ids.shape[1]))
+    cache = KVCache(len(ids), ids.shape[1])
+    reading = cache.set_write_positions(0, [0] * len(ids), ids.shape[1], backbone.device)
+    both = replace(
+        reading, intervals=attention_masks.bidirectional(torch.full((len(ids),), ids.shape[1]), ids.shape[1])
+    )
     return backbone.logits(backbone.forward(ids, both, cache))
 
 

@@ -14,7 +14,7 @@ from fluid_model.decoders.draft_tree import Tree, grow
 from fluid_model.decoders.fluid import _to_host
 from fluid_model.decoders.sampling import likeliest
 from fluid_model.forward import attention_masks
-from fluid_model.forward.kv_cache import SlotCache
+from fluid_model.forward.kv_cache import KVCache
 
 ROOT = 7
 CHANCES = st.lists(
@@ -91,16 +91,19 @@ def test_a_slot_reads_its_own_text():
       3        a fan of one mask behind 3
     """
     order = [
-        at * attention_masks.FAN + step for at, step in ((0, 0), (1, 0), (2, 0), (3, 0), (2, 1), (2, 2), (3, 1), (0, 0))
+        at * attention_masks.MAX_STEPS + step
+        for at, step in ((0, 0), (1, 0), (2, 0), (3, 0), (2, 1), (2, 2), (3, 1), (0, 0))
     ]
-    until = [at * attention_masks.FAN for at in (4, 4, 3, 4, 3, 3, 4, 0)]
-    fed = attention_masks.Spans(*(torch.tensor([each]) for each in (order, until, [0, 1, 2, 2, 3, 4, 3, 0])))
+    until = [at * attention_masks.MAX_STEPS for at in (4, 4, 3, 4, 3, 3, 4, 0)]
+    fed = attention_masks.AttentionIntervals(
+        *(torch.tensor([each]) for each in (order, until, [0, 1, 2, 2, 3, 4, 3, 0]))
+    )
     cached = 2
     columns = torch.arange(cached, cached + len(order))[None]
-    found = attention_masks.Reading(columns, cached + len(order), spans=fed)
+    found = attention_masks.AttentionPlan(columns, cached + len(order), intervals=fed)
     assert found.positions.tolist() == [[2, 3, 4, 4, 5, 6, 5, 2]]
-    reads = [set(row.nonzero()[:, 0].tolist()) - {0, 1} for row in found.allowed()[0]]
-    assert all(found.allowed()[0, :, :cached].all(1)), "all read what is cached"
+    reads = [set(row.nonzero()[:, 0].tolist()) - {0, 1} for row in found.mask()[0]]
+    assert all(found.mask()[0, :, :cached].all(1)), "all read what is cached"
     assert [{key - cached for key in row} for row in reads[:-1]] == [
         {0}, {0, 1}, {0, 1, 2}, {0, 1, 3}, {0, 1, 2, 4}, {0, 1, 2, 4, 5}, {0, 1, 3, 6},
     ]  # fmt: skip
@@ -109,16 +112,16 @@ def test_a_slot_reads_its_own_text():
 def test_what_is_kept_moves_to_the_front():
     """Rows of different length; one keeps its first slots, one parts early, one late."""
     lengths, fed = [3, 1, 5], 6
-    cache = SlotCache(4, 20)
+    cache = KVCache(4, 20)
     before = []
     for layer in range(2):
-        cache.aim(0, [0, 0, 0], 6, torch.device("cpu"))
+        cache.set_write_positions(0, [0, 0, 0], 6, torch.device("cpu"))
         cache.put(torch.randn(3, 2, 6, 4), layer)
-        cache.aim(0, lengths, fed, torch.device("cpu"))
+        cache.set_write_positions(0, lengths, fed, torch.device("cpu"))
         cache.put(torch.randn(3, 2, fed, 4), layer)
         before.append(cache._slabs[layer].clone())
     kept = [[0, 1], [0, 2], [0, 1, 3, 5]]
-    cache.pack(lengths, kept)
+    cache.compact(lengths, kept)
     for old, new in zip(before, cache._slabs.values(), strict=True):
         for row, (length, slots) in enumerate(zip(lengths, kept, strict=True)):
             wanted = old[:, row][:, :, [*range(length), *(length + slot for slot in slots)]]

@@ -19,7 +19,7 @@ import fluid_model
 from fluid_model import ArSettings, Checkpoint, Engine, Request
 from fluid_model.engine.strategy import Feed
 from fluid_model.forward import attention_masks
-from fluid_model.forward.kv_cache import SlotCache
+from fluid_model.forward.kv_cache import KVCache
 
 from .. import bars, clock
 from .plan import Bench, Bounds, Plan
@@ -58,8 +58,8 @@ def forwards(bench: Bench, rows: int) -> None:
     plan, device, put = bench.plan, bench.plan.device, bench.put
     cache = bench.backbone.cache(rows, plan.context + max(SLOTS))
     ids = torch.randint(plan.vocabulary, (1, plan.context), device=device)
-    bench.backbone.forward(ids, cache.aim(0, [0], plan.context, device), cache)
-    cache.spread(0, 1, rows - 1, plan.context)
+    bench.backbone.forward(ids, cache.set_write_positions(0, [0], plan.context, device), cache)
+    cache.broadcast_prefix(0, 1, rows - 1, plan.context)
     column = cache.nbytes / cache.slots / cache.columns  # bytes of a row's token
     floor = (bench.read + rows * (plan.context + 1) * column) / bench.bandwidth
     ar = Feed(torch.zeros(rows, 1, dtype=torch.long, device=device), [1] * rows, ["commit"] * rows)
@@ -82,13 +82,13 @@ def fluid_feed(checkpoint: Checkpoint, rows: int, slots: int) -> Feed:
     step = torch.tensor([0] * tokens + [1, 2, 3] * tokens, device=device)
     ids = torch.where(step > 0, checkpoint.mask_id, anchor)
     ids, anchor, step = (each.repeat(rows, 1) for each in (ids, anchor, step))
-    return Feed(ids, [slots] * rows, ["round"] * rows, spans=attention_masks.fans(anchor, step))
+    return Feed(ids, [slots] * rows, ["round"] * rows, intervals=attention_masks.mask_blocks(anchor, step))
 
 
-def once(bench: Bench, cache: SlotCache, feed: Feed) -> None:
+def once(bench: Bench, cache: KVCache, feed: Feed) -> None:
     """One forward as the engine makes it, and the logits of its slots."""
     lengths, device = [bench.plan.context] * len(feed.widths), bench.plan.device
-    reading = cache.aim(0, lengths, feed.ids.shape[1], device, feed.widths, feed.spans)
+    reading = cache.set_write_positions(0, lengths, feed.ids.shape[1], device, feed.widths, feed.intervals)
     bench.backbone.logits(bench.backbone.forward(feed.ids, reading, cache))
 
 

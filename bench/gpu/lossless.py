@@ -14,7 +14,7 @@ import torch
 
 import fluid_model
 from fluid_model import ArSettings, Checkpoint, Engine, FluidSettings, Generation, Request
-from fluid_model.forward.kv_cache import SlotCache
+from fluid_model.forward.kv_cache import KVCache
 
 from .. import clock, replay
 from ..prompts import mini
@@ -114,8 +114,8 @@ def margin(checkpoint: Checkpoint, request: Request, ar: Generation, ours: Gener
     pairs = enumerate(zip(ar.ids, ours.ids, strict=False))
     place = next((at for at, (one, other) in pairs if one != other), min(len(ar.ids), len(ours.ids)))
     ids = torch.tensor([[*request.prompt, *ar.ids[:place]]], device=checkpoint.backbone.device)
-    cache = SlotCache(1, ids.shape[1])
-    reading = cache.aim(0, [0], ids.shape[1], checkpoint.backbone.device)
+    cache = KVCache(1, ids.shape[1])
+    reading = cache.set_write_positions(0, [0], ids.shape[1], checkpoint.backbone.device)
     logits = checkpoint.backbone.logits(checkpoint.backbone.forward(ids, reading, cache)[0, -1])
     first, second = logits.log_softmax(-1).topk(2).values.tolist()
     return float(first - second)

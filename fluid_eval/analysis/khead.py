@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from fluid_model.checkpoints.checkpoint import Checkpoint
 from fluid_model.common.errors import ConfigError
-from fluid_model.forward.attention_masks import fans
-from fluid_model.forward.kv_cache import SlotCache
+from fluid_model.forward.attention_masks import mask_blocks
+from fluid_model.forward.kv_cache import KVCache
 from fluid_model.settings import FluidSettings
 from fluid_model.train.losses import best_stride
 from fluid_model.train.row_layouts import IGNORE
@@ -81,10 +81,10 @@ def look(checkpoint: Checkpoint, text: Text, tau: float | None) -> Places:
     assert head is not None
     ids = (*text.prompt, *text.ids, *checkpoint.end_ids[: text.ended])
     first, widest = len(text.prompt) - 1, head.k_max
-    cache = SlotCache(1, len(ids) + ANCHORS * (widest + 1))
+    cache = KVCache(1, len(ids) + ANCHORS * (widest + 1))
     if first:
         prompt = torch.tensor([ids[:first]], device=backbone.device)
-        backbone.forward(prompt, cache.aim(0, [0], first, backbone.device), cache)
+        backbone.forward(prompt, cache.set_write_positions(0, [0], first, backbone.device), cache)
     predicted, possible, best = list[int](), list[int](), list[int]()
     for start in range(first, len(ids) - 1, ANCHORS):
         anchors = range(start, min(start + ANCHORS, len(ids) - 1))
@@ -101,7 +101,7 @@ def look(checkpoint: Checkpoint, text: Text, tau: float | None) -> Places:
     return Places(predicted, possible, best if tau is not None else None, left)
 
 
-def _fans(checkpoint: Checkpoint, ids: Sequence[int], anchors: range, cache: SlotCache) -> tuple[Tensor, Tensor]:
+def _fans(checkpoint: Checkpoint, ids: Sequence[int], anchors: range, cache: KVCache) -> tuple[Tensor, Tensor]:
     """Hidden states at tokens (A, D), and logits of a full fan behind each of them (A, K, V)."""
     assert checkpoint.head is not None
     assert checkpoint.mask_id is not None
@@ -112,7 +112,9 @@ def _fans(checkpoint: Checkpoint, ids: Sequence[int], anchors: range, cache: Slo
     step = torch.arange(1, widest + 1, device=backbone.device)
     anchor = torch.cat([token, token.repeat_interleave(widest)])[None]
     steps = torch.cat([torch.zeros_like(token), step.repeat(count)])[None]
-    reading = cache.aim(0, [anchors.start], fed.shape[1], backbone.device, spans=fans(anchor, steps))
+    reading = cache.set_write_positions(
+        0, [anchors.start], fed.shape[1], backbone.device, intervals=mask_blocks(anchor, steps)
+    )
     hidden = backbone.forward(fed, reading, cache)[0]
     return hidden[:count], backbone.logits(hidden[count:]).view(count, widest, -1)
 

@@ -19,7 +19,7 @@ from fluid_model.decoders import engine_for
 from fluid_model.decoders.sampling import nucleus
 from fluid_model.engine.records import Generation, Request
 from fluid_model.forward.backbone import Backbone
-from fluid_model.forward.kv_cache import SlotCache
+from fluid_model.forward.kv_cache import KVCache
 from fluid_model.settings import ArSettings, DecoderSettings, FluidSettings
 
 from ..running.lm_eval_model import Ids
@@ -231,11 +231,11 @@ def rounding(checkpoint: Checkpoint, prompt: Ids, answer: Ids) -> float:
     unit = max(torch.finfo(backbone.dtype).eps, torch.finfo(plain.dtype).eps)
     moved = unit * float(best.abs().max())
     for rows, width in NOISE_SHAPES:
-        cache, start, hidden = SlotCache(rows, len(ids)), 0, []
+        cache, start, hidden = KVCache(rows, len(ids)), 0, []
         while start < len(ids):
             stop = min(start + width, len(ids)) if start else max(1, len(ids) - tail)
             fed = torch.tensor([ids[start:stop]] * rows, device=backbone.device)
-            reading = cache.aim(0, [start] * rows, stop - start, backbone.device)
+            reading = cache.set_write_positions(0, [start] * rows, stop - start, backbone.device)
             hidden.append(backbone.forward(fed, reading, cache)[0])
             start = stop
         cached = backbone.logits(torch.cat(hidden)[-tail:])

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..engine.records import DraftPolicy, Request
 from ..engine.strategy import Absorbed, Feed
-from ..forward.attention_masks import FAN, NOBODY, Spans
+from ..forward.attention_masks import MAX_STEPS, NEVER, AttentionIntervals
 from ..forward.backbone import Backbone
 from ..forward.khead import KHead
 from ..settings import FluidSettings
@@ -139,16 +139,16 @@ class FluidStrategy:
         widest, found = max(widths), []
         for row, width in zip(active, widths, strict=True):
             count, padding, places = len(row.tokens), [0] * (widest - width), [*row.tree.depths]
-            order, until = [*range(0, count * FAN, FAN)], [end * FAN for end in row.tree.ends]
+            order, until = [*range(0, count * MAX_STEPS, MAX_STEPS)], [end * MAX_STEPS for end in row.tree.ends]
             for at, masks in enumerate(row.masks):
                 if masks:
-                    order += range(at * FAN + 1, at * FAN + masks + 1)
-                    until += [(at + 1) * FAN] * masks
+                    order += range(at * MAX_STEPS + 1, at * MAX_STEPS + masks + 1)
+                    until += [(at + 1) * MAX_STEPS] * masks
                     places += range(places[at] + 1, places[at] + masks + 1)
             ids = row.tokens + [self.mask_id] * (widest - count)
-            found.append((ids, order + padding, until + [NOBODY] * len(padding), places + padding))
-        fed, *spans = torch.from_numpy(np.array(found)).to(self.backbone.device).unbind(1)  # (n, S) each
-        return Feed(fed, widths, kinds=["round"] * rows, spans=Spans(*spans))
+            found.append((ids, order + padding, until + [NEVER] * len(padding), places + padding))
+        fed, *intervals = torch.from_numpy(np.array(found)).to(self.backbone.device).unbind(1)  # (n, S) each
+        return Feed(fed, widths, kinds=["round"] * rows, intervals=AttentionIntervals(*intervals))
 
     def absorb(self, feed: Feed, hidden: Tensor, rooms: list[int]) -> Absorbed:
         tokens, kept, rejected = [], [], []

@@ -82,8 +82,8 @@ class LladaStrategy:
         ids = [self._unguided(row) if self._asks_unguided(row) else row.ids for row in active]
         widths = [len(row) for row in ids]
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(self.backbone.device)  # (n, S)
-        spans = attention_masks.mutual(torch.tensor(widths, device=padded.device), padded.shape[1])
-        return Feed(padded, widths, ["denoise"] * rows, spans)
+        intervals = attention_masks.bidirectional(torch.tensor(widths, device=padded.device), padded.shape[1])
+        return Feed(padded, widths, ["denoise"] * rows, intervals)
 
     def absorb(self, feed: Feed, hidden: Tensor, rooms: list[int]) -> Absorbed:
         rows = [self._row(slot) for slot in range(len(feed.widths))]

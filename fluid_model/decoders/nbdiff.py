@@ -63,7 +63,7 @@ class NbdiffStrategy:
             ids,
             widths=list(widths),
             kinds=["commit" if done else "denoise" for done in full],
-            spans=attention_masks.mutual(both, ids.shape[1]),
+            intervals=attention_masks.bidirectional(both, ids.shape[1]),
         )
 
     def absorb(self, feed: Feed, hidden: Tensor, rooms: list[int]) -> Absorbed:

@@ -159,14 +159,14 @@ class Engine:
         device, shared = self.backbone.device, rows[0].shared
         if shared:
             self._read_shared(rows[0])
-            self._cache.spread(self._cache.slots - 1, start, len(rows), shared)
+            self._cache.broadcast_prefix(self._cache.slots - 1, start, len(rows), shared)
         fed = [torch.tensor([*row.request.prompt[shared:], *behind]) for row in rows]
         ids = torch.nn.utils.rnn.pad_sequence(fed, batch_first=True).to(device)  # (R, S)
         last = torch.tensor([len(row.request.prompt) - shared - 1 for row in rows], device=device)
-        spans = attention_masks.one_fan(last, ids.shape[1]) if behind else None
+        intervals = attention_masks.prompt_with_mask_block(last, ids.shape[1]) if behind else None
         for row in rows:
             row.length = shared
-        feed = Feed(ids, list(map(len, fed)), ["prefill"] * len(rows), spans)
+        feed = Feed(ids, list(map(len, fed)), ["prefill"] * len(rows), intervals)
         hidden = self._forward(rows, feed, start)  # (R, S, D)
         for row in rows:
             row.length = len(row.request.prompt)
@@ -179,7 +179,7 @@ class Engine:
         if row.beginning == self._held:
             return
         ids = torch.tensor([row.beginning], device=self.backbone.device)
-        reading = self._cache.aim(self._cache.slots - 1, [0], row.shared, self.backbone.device)
+        reading = self._cache.set_write_positions(self._cache.slots - 1, [0], row.shared, self.backbone.device)
         self.backbone.forward(ids, reading, self._cache)
         self.calls += 1
         self._held = row.beginning
@@ -191,7 +191,7 @@ class Engine:
         feed = self.strategy.plan(len(rows))
         hidden = self._forward(rows, feed)  # (n, S, D)
         absorbed = self.strategy.absorb(feed, hidden, [self._room(row) for row in rows])
-        self._cache.pack([row.length for row in rows], absorbed.kept)
+        self._cache.compact([row.length for row in rows], absorbed.kept)
         for row, keep in zip(rows, absorbed.keep, strict=True):
             row.length += keep
         self._take(rows, absorbed)
@@ -199,7 +199,9 @@ class Engine:
     def _forward(self, rows: list[_Row], feed: Feed, start: int = 0) -> Tensor:
         """One counted call of the model. A row whose numbers are not finite is broken; strategies see zeros there."""
         lengths, slots = [row.length for row in rows], feed.ids.shape[1]
-        reading = self._cache.aim(start, lengths, slots, self.backbone.device, feed.widths, feed.spans)
+        reading = self._cache.set_write_positions(
+            start, lengths, slots, self.backbone.device, feed.widths, feed.intervals
+        )
         hidden = self.backbone.forward(feed.ids, reading, self._cache)
         if hidden.device.type != "cpu" or not math.isfinite(hidden.sum(dtype=torch.float32)):  # asked where it is free
             self._sound = hidden.flatten(1).sum(1, dtype=torch.float32).isfinite()  # (n,)
@@ -347,12 +349,12 @@ class Engine:
         )
 
 
-def _steps(rows: list[_Row], feed: Feed, reading: attention_masks.Reading) -> list[Step]:
+def _steps(rows: list[_Row], feed: Feed, reading: attention_masks.AttentionPlan) -> list[Step]:
     """What each row fed in a forward."""
     places, found = reading.positions.tolist(), []
     hung = [[None] * feed.ids.shape[1]] * len(rows)
-    if reading.spans is not None:
-        steps = reading.spans.steps
+    if reading.intervals is not None:
+        steps = reading.intervals.steps
         hung = torch.where(steps > 0, reading.positions - steps, -1).tolist()
     for row, ids, width, kind, where, fan in zip(
         rows, feed.ids.tolist(), feed.widths, feed.kinds, places, hung, strict=True

@@ -10,20 +10,20 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..forward.attention_masks import Spans
+from ..forward.attention_masks import AttentionIntervals
 from .records import DraftPolicy, Kind, Request
 
 
 @dataclass(frozen=True)
 class Feed:
     """Slots to feed now. ids: (n, S), a row's slots first, padding after.  widths, kinds: per row.
-    spans: who reads whom of them (None: every slot what stands before it).
+    intervals: who reads whom of them (None: every slot what stands before it).
     """
 
     ids: Tensor
     widths: list[int]
     kinds: list[Kind]
-    spans: Spans | None = None
+    intervals: AttentionIntervals | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Strategy(Protocol):
     reads_prompt: bool
     """Whether prompts are read into the cache before `admit` (not if every forward feeds them again)."""
     behind_prompt: tuple[int, ...]
-    """Ids fed with each prompt, M of them, as a fan on its last token (see `masks.fans`); they are not kept."""
+    """Ids fed with each prompt, M of them, as a fan on its last token (see `masks.mask_blocks`); they are not kept."""
 
     @property
     def draft_policy(self) -> DraftPolicy | None:

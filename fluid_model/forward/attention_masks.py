@@ -1,6 +1,26 @@
-"""The one place that says who may read whom.
+"""The attention mask rule: which slot attends to which. One rule for inference, training and the compiled forward.
 
-Legend: B rows, S slots fed this forward, T key columns of the cache.
+Slots fed together form a tree in preorder. Each has an interval [enter, exit): it enters where it stands in that order,
+and exits where its subtree ends. Slot q attends to slot k where q entered inside k's interval:
+
+    enter[k] <= enter[q] < exit[k]                                                              (`attends`)
+
+This is the ancestor test of tree attention (SpecInfer, Miao et al. 2023; Medusa, Cai et al. 2024). A draft tree with a
+mask block of two slots anchored at each of two tokens; `enter` is token * MAX_STEPS + step, shown as token.step:
+
+    slot             enter  exit    attends to (beside the cache)
+    the bonus token   0.0   4.0     itself
+    ├─ the cat        1.0   3.0     bonus, itself
+    │  └─ the sat     2.0   3.0     bonus, cat, itself
+    │     ├─ mask 1   2.1   3.0     bonus, cat, sat, itself
+    │     └─ mask 2   2.2   3.0     bonus, cat, sat, mask 1, itself
+    └─ a dog          3.0   4.0     bonus, itself
+          ├─ mask 1   3.1   4.0     bonus, dog, itself
+          └─ mask 2   3.2   4.0     bonus, dog, mask 1, itself
+
+Causal attention is the chain: every slot exits after all others. Bidirectional attention is one shared `enter`.
+
+Legend: B rows, S slots fed this forward, T key columns of the cache, L slots of a training row.
 """
 
 from __future__ import annotations
@@ -13,58 +33,65 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FAN, NOBODY, ALL = 2**16, 0, 2**62
-"""More than the slots of a fan; before every slot's place in that order, and behind it."""
+MAX_STEPS = 2**16
+"""Places in preorder that one token takes up: itself and the slots of the mask block anchored at it."""
+NEVER, ALWAYS = 0, 2**62
+"""Exits of slots that nothing attends to (padding), and of tokens that everything behind attends to."""
 
 
-class Spans(NamedTuple):
-    """Who reads whom of slots fed together, (B, S) each: slot q reads slot k where order[k] <= order[q] < until[k].
+def attends(query_enter: Tensor, key_enter: Tensor, key_exit: Tensor) -> Tensor:
+    """The mask rule, see the module's docstring. Broadcasts; bool."""
+    return (key_enter <= query_enter) & (query_enter < key_exit)
 
-    order: FAN times the token that a slot hangs on, counted from the first fed, and the step of a fan's slot from 1 on;
-    a token hangs on itself with step 0. Slots of one order read one another.
-    until: the first that does not read this slot.  ALL of a token that whatever follows reads; of a fan's slot the next
-    token; NOBODY of padding.
-    places: where slots stand, counted from the first.
+
+class AttentionIntervals(NamedTuple):
+    """Tree-attention intervals of slots fed together, (B, S) long each.
+
+    enter: MAX_STEPS times the token that a slot is anchored at, counted from the first fed, plus its step in the mask
+    block, from 1 on; a token is anchored at itself with step 0. Slots that share an `enter` attend to one another.
+    exit: where its subtree ends; NEVER of padding.
+    offsets: position ids, counted from the row's first fed slot.
     """
 
-    order: Tensor
-    until: Tensor
-    places: Tensor
+    enter: Tensor
+    exit: Tensor
+    offsets: Tensor
 
     @property
     def steps(self) -> Tensor:
-        """(B, S), 0 for tokens, 1.. for slots of a fan."""
-        return self.order % FAN
+        """(B, S), 0 for tokens, 1.. for slots of a mask block."""
+        return self.enter % MAX_STEPS
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One forward over the cache: where its slots stand and who reads whom. All read their row's cached tokens.
+class AttentionPlan:
+    """One forward over the cache: where its slots are written and what they attend to. All attend to their row's cached
+    tokens.
 
-    columns: (B, S) cache column of each fed slot, a row's after its own cached tokens.  total: T, columns in use.
+    columns: (B, S) cache column of each fed slot, behind the row's cached tokens.  total: T, columns in use.
     widths: slots of each row that count, the rest being padding (None: all).
-    spans: who reads whom of what is fed (None: every slot what stands before it).
+    intervals: mask rule among the slots fed (None: causal).
     """
 
     columns: Tensor
     total: int
     widths: list[int] | None = None
-    spans: Spans | None = None
+    intervals: AttentionIntervals | None = None
 
     @property
     def positions(self) -> Tensor:
-        """(B, S) position ids: the columns, or where a fan's slots pretend to stand."""
-        return self.columns if self.spans is None else self.columns[:, :1] + self.spans.places
+        """(B, S) position ids: the columns, but those of tree and mask-block slots follow their path."""
+        return self.columns if self.intervals is None else self.columns[:, :1] + self.intervals.offsets
 
-    def allowed(self) -> Tensor:
-        """(B, S, T) bool, [row, query, key], True = may read."""
-        if self.spans is None:
+    def mask(self) -> Tensor:
+        """(B, S, T) bool, [row, query, key], True where the query attends to the key."""
+        if self.intervals is None:
             return causal(self.columns, self.total)
-        order, until, _ = self.spans
-        among = (order[:, None] <= order[:, :, None]) & (order[:, :, None] < until[:, None])  # (B, S, S)
-        cached = torch.arange(self.total, device=order.device) < self.columns[:, :1]  # (B, T)
-        readable = cached[:, None].repeat(1, order.shape[1], 1)
-        return readable.scatter_(2, self.columns[:, None].expand_as(among), among)
+        enter, exit_, _ = self.intervals
+        among_fed = attends(enter[:, :, None], enter[:, None], exit_[:, None])  # (B, S, S)
+        cached = torch.arange(self.total, device=enter.device) < self.columns[:, :1]  # (B, T)
+        mask = cached[:, None].repeat(1, enter.shape[1], 1)  # (B, S, T)
+        return mask.scatter_(2, self.columns[:, None].expand_as(among_fed), among_fed)
 
 
 def slot_columns(lengths: Sequence[int], slots: int) -> Tensor:
@@ -76,66 +103,69 @@ def slot_columns(lengths: Sequence[int], slots: int) -> Tensor:
 
 
 def causal(columns: Tensor, total: int) -> Tensor:
-    """Strictly causal reading: a slot reads every column up to its own and nothing after it.
+    """Strictly causal attention over the cache, the chain of the rule: every column up to the slot's own.
 
     columns: (B, S) cache column of each fed slot.  total: T, columns to consider.
-    Returns (B, S, T) bool, [row, query, key], True = may read.  (FLUID, strictly causal alignment)
+    Returns (B, S, T) bool, [row, query, key].  (FLUID, strictly causal alignment)
     """
     return torch.arange(total, device=columns.device) <= columns[:, :, None]
 
 
 def sliding(columns: Tensor, total: int, window: int) -> Tensor:
-    """Causal reading of the last `window` columns only, the slot's own included.  (B, S) -> (B, S, T) bool."""
+    """Causal attention to the last `window` columns only, the slot's own included.  (B, S) -> (B, S, T) bool."""
     near = torch.arange(total, device=columns.device) > columns[:, :, None] - window
     return causal(columns, total) & near
 
 
-def mutual(widths: Tensor, slots: int) -> Spans:
-    """A row's first slots all read one another, both ways; what follows reads what stands before it.
+def bidirectional(widths: Tensor, slots: int) -> AttentionIntervals:
+    """A row's first slots attend to one another, both ways; what follows is causal.
 
     widths: (B,) slots that do, 0 for rows that stay causal.  (NBDiff, context-causal mask; LLaDA where nothing is
     cached)
     """
-    slot = torch.arange(slots, device=widths.device).expand(len(widths), -1)
-    return Spans(torch.where(slot < widths[:, None], 0, slot * FAN), torch.full_like(slot, ALL), slot)
+    slot = torch.arange(slots, device=widths.device).expand(len(widths), -1)  # (B, S)
+    enter = torch.where(slot < widths[:, None], 0, slot * MAX_STEPS)
+    return AttentionIntervals(enter, torch.full_like(slot, ALWAYS), slot)
 
 
-def fans(anchor: Tensor, step: Tensor) -> Spans:
-    """Tokens, each behind the one before, and fans of masks behind them, who read one another as in training.
+def mask_blocks(anchor: Tensor, step: Tensor) -> AttentionIntervals:
+    """A chain of tokens and mask blocks anchored at some of them, laid out as in training.
 
-    anchor: (B, S) the token that a slot hangs on, counted from the first.  step: (B, S), see `Spans`.  (FLUID, strictly
-    causal alignment)
+    anchor: (B, S) the token that a slot is anchored at, counted from the first fed.  step: (B, S), 0 for tokens.
+    (FLUID, strictly causal alignment)
     """
-    return Spans(anchor * FAN + step, torch.where(step > 0, (anchor + 1) * FAN, ALL), anchor + step)
+    exit_ = torch.where(step > 0, (anchor + 1) * MAX_STEPS, ALWAYS)
+    return AttentionIntervals(anchor * MAX_STEPS + step, exit_, anchor + step)
 
 
-def one_fan(last: Tensor, slots: int) -> Spans:
-    """Rows fed from their start with a fan behind token `last`, (B,); padding goes on with the fan, whose slots read
-    nothing after them.
+def prompt_with_mask_block(last: Tensor, slots: int) -> AttentionIntervals:
+    """Rows fed from their start, with one mask block anchored at token `last`, (B,). Padding continues the mask block:
+    nothing that counts stands behind it, so nothing attends to it.
     """
-    slot = torch.arange(slots, device=last.device).expand(len(last), -1)
-    return fans(torch.minimum(slot, last[:, None]), (slot - last[:, None]).clamp(min=0))
+    slot = torch.arange(slots, device=last.device).expand(len(last), -1)  # (B, S)
+    return mask_blocks(torch.minimum(slot, last[:, None]), (slot - last[:, None]).clamp(min=0))
 
 
-def may_read(query: tuple[Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Whether one slot of a training row may read another, each given as (segment, anchor, step); see `layout`.
+def training_intervals(segment: Tensor, anchor: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Enter and exit of the slots of packed training rows, (B, L) each; see `train.row_layouts`.
 
-    Within a segment: tokens of the row up to the query's anchor, and slots of the same anchor up to the query's step.
-    Segment -1 is padding: read by nobody.  Broadcasts; returns bool.
-    """
-    segment, anchor, step = query
-    key_segment, key_anchor, key_step = key
-    real = (key_step == 0) & (key_anchor <= anchor)
-    own = (key_step > 0) & (key_anchor == anchor) & (key_step <= step)
-    return (key_segment == segment) & (key_segment >= 0) & (real | own)
-
-
-def slots(segment: Tensor, anchor: Tensor, step: Tensor) -> Tensor:
-    """Who may read whom in training rows.
-
-    segment, anchor, step: (B, L).  Returns (B, L, L) bool, [row, query, key], True = may read; padding reads itself.
+    segment: (B, L) number of the packed example, -1 for padding.  anchor: (B, L) slot of the last token attended to,
+    counted over the row; the slot before the example where a block is its first.  step: (B, L), 0 for tokens.
     (FLUID, strictly causal alignment; NBDiff, context-causal mask)
     """
-    query, key = (tuple(x.unsqueeze(axis) for x in (segment, anchor, step)) for axis in (2, 1))
+    # One place more for each example, so that a block before its first token is apart from the last token before it.
+    token = anchor + 1 + segment
+    example = segment + 1  # padding is example 0
+    ends = torch.zeros_like(token).scatter_reduce_(1, example, token + 1, "amax")  # by example: behind its last token
+    exit_ = torch.where(step > 0, token + 1, ends.gather(1, example)) * MAX_STEPS
+    padding = segment < 0
+    return (token * MAX_STEPS + step).masked_fill(padding, NEVER - 1), exit_.masked_fill(padding, NEVER)
+
+
+def training_mask(segment: Tensor, anchor: Tensor, step: Tensor) -> Tensor:
+    """Dense attention mask of packed training rows: (B, L) each, see `training_intervals` -> (B, L, L) bool, [row,
+    query, key]. Padding attends to itself alone: a row of the mask must not be empty.
+    """
+    enter, exit_ = training_intervals(segment, anchor, step)
     itself = torch.eye(anchor.shape[1], dtype=torch.bool, device=anchor.device)
-    return may_read(query, key) | itself  # type: ignore[arg-type]  # tuples of three
+    return attends(enter[:, :, None], enter[:, None], exit_[:, None]) | itself

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..common.errors import ConfigError, reason
 from . import attention_masks, compiled, cuda_graphs, llama, slot_budget
-from .kv_cache import SlotCache
+from .kv_cache import KVCache
 
 PROBE_LENGTHS = (8, 5)
 """Prompt tokens of the two rows a probe feeds, the first more where masks reach further; each is then continued by
@@ -83,7 +83,7 @@ def _own_window(model: PreTrainedModel) -> int:
 
 
 class Backbone:
-    """A causal LM that reads slots through a SlotCache and returns hidden states, then logits where asked.
+    """A causal LM that reads slots through a KVCache and returns hidden states, then logits where asked.
 
     Splitting the two means the vocabulary projection is paid only for slots somebody looks at.
     """
@@ -113,7 +113,7 @@ class Backbone:
         self.graphs: cuda_graphs.Graphs | None = None
 
     @torch.inference_mode()
-    def forward(self, ids: Tensor, reading: attention_masks.Reading, cache: SlotCache) -> Tensor:
+    def forward(self, ids: Tensor, reading: attention_masks.AttentionPlan, cache: KVCache) -> Tensor:
         """One model call for all rows.
 
         ids: (B, S) tokens fed.  reading: where they stand and what they read, of a cache aimed at them.
@@ -124,10 +124,10 @@ class Backbone:
         with self._threads(ids.numel()):
             return self._forward(ids, reading, cache)
 
-    def _forward(self, ids: Tensor, reading: attention_masks.Reading, cache: SlotCache) -> Tensor:
+    def _forward(self, ids: Tensor, reading: attention_masks.AttentionPlan, cache: KVCache) -> Tensor:
         places = reading.positions.clamp(max=self.window - 1)
         if self.written_out is not None:
-            mask = self._additive(reading.allowed())
+            mask = self._additive(reading.mask())
             replayed = None if self.graphs is None else self.graphs(ids, places, mask, cache)
             return self.written_out(ids, places, mask, cache) if replayed is None else replayed
         output = self.model.base_model(
@@ -149,9 +149,9 @@ class Backbone:
             raise ConfigError(f"{type(self.model).__name__}: only forwards that are written out can be captured")
         self.graphs = cuda_graphs.Graphs(self.written_out, only) if on and self.written_out is not None else None
 
-    def cache(self, slots: int, columns: int) -> SlotCache:
+    def cache(self, slots: int, columns: int) -> KVCache:
         """Room for so many rows of so many tokens."""
-        return SlotCache(slots, columns) if self.graphs is None else self.graphs.cache(slots, columns)
+        return KVCache(slots, columns) if self.graphs is None else self.graphs.cache(slots, columns)
 
     def check_ids(self, key: str, ids: Sequence[int]) -> None:
         """Raise ConfigError, naming the request, if this model has no embedding for one of its tokens."""
@@ -201,19 +201,19 @@ class Backbone:
         """Time of a forward of one row that feeds `slots` slots behind `context` cached tokens: the fastest of some,
         since whatever else the machine does only adds.
         """
-        cache, found = SlotCache(1, context + slots), list[float]()
+        cache, found = KVCache(1, context + slots), list[float]()
         ids = torch.zeros(1, max(context, slots), dtype=torch.long, device=self.device)
-        self.forward(ids[:, :context], cache.aim(0, [0], context, self.device), cache)
+        self.forward(ids[:, :context], cache.set_write_positions(0, [0], context, self.device), cache)
         while len(found) < TIMED_RUNS or sum(found) < TIMED_SECONDS:
             started = time.perf_counter()
-            hidden = self.forward(ids[:, :slots], cache.aim(0, [context], slots, self.device), cache)
+            hidden = self.forward(ids[:, :slots], cache.set_write_positions(0, [context], slots, self.device), cache)
             float(hidden[0, -1, 0])  # waits for the device
             found.append(time.perf_counter() - started)
         return min(found)
 
-    def _attention_mask(self, reading: attention_masks.Reading) -> Tensor | dict[str, Tensor]:
-        full = near = self._additive(reading.allowed())
-        if self._sliding is not None and reading.spans is not None:
+    def _attention_mask(self, reading: attention_masks.AttentionPlan) -> Tensor | dict[str, Tensor]:
+        full = near = self._additive(reading.mask())
+        if self._sliding is not None and reading.intervals is not None:
             raise ConfigError(f"{type(self.model).__name__} reads through a sliding window: only causal decoders run")
         if self._sliding is not None and reading.total > self._sliding:
             near = self._additive(attention_masks.sliding(reading.columns, reading.total, self._sliding))
@@ -270,10 +270,10 @@ class Backbone:
 
     def _probe_cached(self, ids: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         """Prompts of different length together, then more tokens after each. ids: (2, longest)."""
-        cache = SlotCache(len(ids) + 1, 2 * ids.shape[1])
-        reading = cache.aim(1, [0] * len(ids), max(lengths), self.device)
+        cache = KVCache(len(ids) + 1, 2 * ids.shape[1])
+        reading = cache.set_write_positions(1, [0] * len(ids), max(lengths), self.device)
         prompts = self.forward(ids[:, : max(lengths)], reading, cache)
         more = torch.stack([row[n : n + PROBE_MORE] for row, n in zip(ids, lengths, strict=True)])
-        tails = self.forward(more, cache.aim(1, list(lengths), PROBE_MORE, self.device), cache)
+        tails = self.forward(more, cache.set_write_positions(1, list(lengths), PROBE_MORE, self.device), cache)
         rows = zip(prompts, tails, lengths, strict=True)
         return [self.logits(torch.cat([prompt[:length], tail])) for prompt, tail, length in rows]

@@ -33,7 +33,7 @@ typedef struct {
 } Model;
 typedef struct {
     const long *ids, *columns, *widths;        /* (B, S) each, slots of a row that count (B,) */
-    const long *order, *until, *places;        /* (B, S) each, see masks.Spans; or none: all is read as it stands */
+    const long *order, *until, *places;        /* (B, S) each, see masks.AttentionIntervals; or none: all is read as it stands */
     long rows, slots, total, first, held, room; /* the rows are those of the cache from `first` on */
     float *cache;                              /* (layers, 2, held, G, room, E) */
 } Fed;
@@ -303,7 +303,7 @@ long workspace(const Model *model, long count, long total) {
     return count * each + MANY * (total + LANES);
 }
 
-/* Whether a slot reads another of its row, see masks.Spans. */
+/* Whether a slot reads another of its row, see masks.AttentionIntervals. */
 static int may_read(const Fed *fed, long slot, long key) {
     if (!fed->order) return key <= slot;
     return fed->order[key] <= fed->order[slot] && fed->order[slot] < fed->until[key];

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..common import cache_folder
-from .attention_masks import Reading
-from .kv_cache import SlotCache
+from .attention_masks import AttentionPlan
+from .kv_cache import KVCache
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
@@ -250,16 +250,16 @@ class Forward:
         found = library(lanes) if lanes else None
         return None if found is None else cls(model, cos[:, 0].contiguous(), sin[:, 0].contiguous(), lanes, found)
 
-    def __call__(self, ids: Tensor, reading: Reading, cache: SlotCache) -> Tensor:
+    def __call__(self, ids: Tensor, reading: AttentionPlan, cache: KVCache) -> Tensor:
         """ids: (B, S), fed to a cache aimed at what reads them.  Returns (B, S, D) after the final norm; padding is 0.
 
         Raises IndexError where an id is not in the vocabulary, or a slot stands outside the cache.
         """
         self._follow()
-        (rows, slots), tables, (start, columns, total) = ids.shape, self._tables, cache.aimed
+        (rows, slots), tables, (start, columns, total) = ids.shape, self._tables, cache.write_columns
         counts = reading.widths or [slots] * rows
         cells, to = cache.cells(tables.layers, tables.key_heads, tables.head), torch.zeros(rows, slots, tables.hidden)
-        spans = [each.contiguous() for each in reading.spans or ()]
+        intervals = [each.contiguous() for each in reading.intervals or ()]
         ids, columns = ids.contiguous(), columns.contiguous()
 
         def run(part: range) -> bool:
@@ -267,7 +267,7 @@ class Forward:
             widths, behind = (c_long * len(here))(*here), first * slots * ids.itemsize
             fed = _Fed(
                 ids.data_ptr() + behind, columns.data_ptr() + behind, ctypes.addressof(widths),
-                *([each.data_ptr() + behind for each in spans] or [0] * 3),
+                *([each.data_ptr() + behind for each in intervals] or [0] * 3),
                 len(here), slots, total, start + first, cache.slots, cache.columns, cells.data_ptr(),
             )  # fmt: skip
             space = self._space(self._library.workspace(tables, sum(here), total))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import ConfigError, RunError
-from .kv_cache import SlotCache
+from .kv_cache import KVCache
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 SLOTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -32,7 +32,7 @@ TOLERANCE = {torch.float32: 1e-4}
 TOLERANCE_HALF = 3e-2
 """Largest difference of a replay from the plain forward, relative to the largest number."""
 
-Forward = Callable[[Tensor, Tensor, Tensor, SlotCache], Tensor]
+Forward = Callable[[Tensor, Tensor, Tensor, KVCache], Tensor]
 """Of ids (B, S), positions (B, S), an additive mask (B, 1, S, T) and an aimed cache: (B, S, D)."""
 Size = tuple[int, int, int]
 """Rows, slots, columns."""
@@ -60,7 +60,7 @@ class Graphs:
     def __init__(self, forward: Forward, only: Size | None = None) -> None:
         self._forward = forward
         self.only = only
-        self._cache = SlotCache(0, 0)
+        self._cache = KVCache(0, 0)
         self._shapes: dict[Size, _Shape] = {}
         self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
@@ -69,7 +69,7 @@ class Graphs:
         """Rows, slots and columns of what was captured."""
         return list(self._shapes)
 
-    def cache(self, slots: int, columns: int) -> SlotCache:
+    def cache(self, slots: int, columns: int) -> KVCache:
         """A cache with room for what is filled up. One that is large enough is used again.
 
         Raises ConfigError if one shape is asked for and it is smaller than this.
@@ -85,10 +85,10 @@ class Graphs:
                 )
         if rows + 1 > self._cache.slots or wide > self._cache.columns:  # one more, for what prompts share
             self._shapes.clear()
-            self._cache = SlotCache(rows + 1, wide)
+            self._cache = KVCache(rows + 1, wide)
         return self._cache
 
-    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor | None:
+    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor | None:
         """The forward's (B, S, D); None where it is for the plain forward to run: another cache, or a larger shape.
 
         Raises RunError if a replay does not say what the plain forward says.
@@ -104,9 +104,9 @@ class Graphs:
             return replayed
         return self._run(self._shapes[key], ids, positions, mask, cache)
 
-    def _size(self, rows: int, slots: int, columns: int, cache: SlotCache) -> Size | None:
+    def _size(self, rows: int, slots: int, columns: int, cache: KVCache) -> Size | None:
         """The shape that a forward is filled up to; None if there is none."""
-        start, _, _ = cache.aimed
+        start, _, _ = cache.write_columns
         if cache is not self._cache:
             return None
         if self.only is not None:
@@ -114,9 +114,9 @@ class Graphs:
         filled, fed, wide = _bucket(rows, ROWS), _bucket(slots, SLOTS), -(-columns // COLUMNS) * COLUMNS
         return (filled, fed, wide) if filled and fed and not start and wide <= cache.columns else None
 
-    def _run(self, shape: _Shape, ids: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
+    def _run(self, shape: _Shape, ids: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
         """Fill a shape's inputs up, replay it, and copy out what was asked for."""
-        start, write_at, _ = cache.aimed
+        start, write_at, _ = cache.write_columns
         rows, slots = slice(start, start + len(ids)), ids.shape[1]
         shape.ids.zero_()[rows, :slots] = ids
         shape.positions.zero_()[rows, :slots] = positions
@@ -125,28 +125,28 @@ class Graphs:
         shape.replay()
         return shape.hidden[rows, :slots].clone()
 
-    def _aim(self, target: Tensor, rows: slice, write_at: Tensor, cache: SlotCache) -> None:
+    def _aim(self, target: Tensor, rows: slice, write_at: Tensor, cache: KVCache) -> None:
         """Where all rows write: those that are fed behind their own length, the others at the cache's end."""
         slots = target.shape[1]
         target.copy_(torch.arange(slots, device=target.device).expand_as(target))
         target += cache.columns - slots
         target[rows] += write_at[:, :1] - (cache.columns - slots)
 
-    def _capture(self, rows: int, slots: int, columns: int, ids: Tensor, mask: Tensor, cache: SlotCache) -> _Shape:
+    def _capture(self, rows: int, slots: int, columns: int, ids: Tensor, mask: Tensor, cache: KVCache) -> _Shape:
         """Inputs of this size, and a forward over them that can be run again. While it is captured, rows write where
         those that are fed will write in earnest, and the others at the cache's end.
         """
         static_ids, static_positions, write_at = (ids.new_zeros(rows, slots) for _ in range(3))
         static_mask = mask.new_full((rows, 1, slots, columns), torch.finfo(mask.dtype).min)
-        aimed = cache.aimed
+        aimed = cache.write_columns
         self._aim(write_at, slice(aimed[0], aimed[0] + len(ids)), aimed[1], cache)
 
         def run() -> Tensor:
-            cache.aim_at(0, write_at, columns)
+            cache.set_write_columns(0, write_at, columns)
             return self._forward(static_ids, static_positions, static_mask, cache)
 
         hidden, replay = self._record(run, ids.device)
-        cache.aim_at(*aimed)
+        cache.set_write_columns(*aimed)
         return _Shape(static_ids, static_positions, static_mask, write_at, hidden, replay)
 
     def _record(self, run: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], Any]]:

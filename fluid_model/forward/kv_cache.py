@@ -15,7 +15,7 @@ from torch import Tensor
 from . import attention_masks
 
 
-class SlotCache:
+class KVCache:
     """What a transformers attention layer sees as `past_key_values`: it calls `update`, nothing else.
 
     Call `aim` before each forward to say which rows are fed and where their keys go. Storage is allocated per layer
@@ -38,30 +38,30 @@ class SlotCache:
         """Bytes of all keys and values."""
         return sum(slab.nbytes for slab in self._slabs.values())
 
-    def aim(
+    def set_write_positions(
         self,
         start: int,
         lengths: Sequence[int],
         fed: int,
         device: torch.device,
         widths: list[int] | None = None,
-        spans: attention_masks.Spans | None = None,
-    ) -> attention_masks.Reading:
+        intervals: attention_masks.AttentionIntervals | None = None,
+    ) -> attention_masks.AttentionPlan:
         """Point the next forward at rows start.., feeding `fed` slots after each row's length.
 
         lengths: tokens already cached of each of these rows; all zero is a prefill, which reads only itself.
-        widths, spans: see `masks.Reading`, which is returned.
+        widths, intervals: see `masks.AttentionPlan`, which is returned.
         """
-        self.aim_at(start, attention_masks.slot_columns(lengths, fed).to(device), max(lengths) + fed)
-        return attention_masks.Reading(self._write_at, self._total, widths, spans)
+        self.set_write_columns(start, attention_masks.slot_columns(lengths, fed).to(device), max(lengths) + fed)
+        return attention_masks.AttentionPlan(self._write_at, self._total, widths, intervals)
 
-    def aim_at(self, start: int, write_at: Tensor, total: int) -> None:
+    def set_write_columns(self, start: int, write_at: Tensor, total: int) -> None:
         """The same by columns: rows start.. write where write_at (B, S) says and read the first `total`."""
         self._start, self._write_at, self._total = start, write_at, total
         self._where: Tensor | None = None
 
     @property
-    def aimed(self) -> tuple[int, Tensor, int]:
+    def write_columns(self) -> tuple[int, Tensor, int]:
         """First row, columns (B, S) written, and columns read, of the next forward."""
         return self._start, self._write_at, self._total
 
@@ -88,12 +88,12 @@ class SlotCache:
             self._slabs = dict(enumerate(self._cells))
         return self._cells
 
-    def spread(self, source: int, start: int, count: int, columns: int) -> None:
+    def broadcast_prefix(self, source: int, start: int, count: int, columns: int) -> None:
         """Copy one slot's first columns to `count` slots from `start` on: what their prompts begin with."""
         for slab in self._stored:
             slab[:, start : start + count, :, :columns] = slab[:, source, None, :, :columns]
 
-    def pack(self, lengths: list[int], kept: list[list[int]]) -> None:
+    def compact(self, lengths: list[int], kept: list[list[int]]) -> None:
         """Move what was fed and is kept to the front: of rows 0.. the slots `kept` behind their `lengths`.
 
         kept: slots counted from a row's first, rising (none for rows that keep their first ones anyway).

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .kv_cache import SlotCache
+from .kv_cache import KVCache
 
 MODELS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM")
 LINEAR = (
@@ -74,7 +74,7 @@ class Forward:
             norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
             self._layers.append(_Layer(*norms, parts[:3], parts[3], parts[4:6], parts[6]))
 
-    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
+    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
         """ids, positions: (B, S).  mask: (B, 1, S, T), 0 where readable.  Returns (B, S, D) after the final norm."""
         rows, slots = ids.shape
         hidden = self._embed(ids)  # (B, S, D)

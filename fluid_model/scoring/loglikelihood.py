@@ -18,7 +18,7 @@ from ..common.errors import ConfigError
 from ..engine import shared_prefixes
 from ..engine.records import Score, ScoreRequest, Trace
 from ..forward.backbone import Backbone
-from ..forward.kv_cache import SlotCache
+from ..forward.kv_cache import KVCache
 
 FORWARD_TOKENS = 8192
 """Tokens, padding included, that one scoring forward may take."""
@@ -77,7 +77,7 @@ class Scorer:
 
     def _score_group(self, queue: list[tuple[_Document, _Row]], shared: int) -> Iterator[Score]:
         """Rows that begin with the same `shared` tokens, the longest first."""
-        cache, done = SlotCache(min(self.slots, len(queue)), len(queue[0][1].ids)), 0
+        cache, done = KVCache(min(self.slots, len(queue)), len(queue[0][1].ids)), 0
         while done < len(queue):
             take = max(1, min(self.slots, FORWARD_TOKENS // (len(queue[done][1].ids) - shared)))
             batch, begins = queue[done : done + take], done == 0
@@ -120,19 +120,21 @@ class Scorer:
         return _Document(request, rows, truncated)
 
     @torch.inference_mode()
-    def _begin(self, ids: tuple[int, ...], cache: SlotCache) -> None:
+    def _begin(self, ids: tuple[int, ...], cache: KVCache) -> None:
         """Read what all rows begin with, once, and give it to every slot of the cache."""
         device = self.backbone.device
-        self.backbone.forward(torch.tensor([ids], device=device), cache.aim(0, [0], len(ids), device), cache)
+        self.backbone.forward(
+            torch.tensor([ids], device=device), cache.set_write_positions(0, [0], len(ids), device), cache
+        )
         self.calls += 1
-        cache.spread(0, 1, cache.slots - 1, len(ids))
+        cache.broadcast_prefix(0, 1, cache.slots - 1, len(ids))
 
     @torch.inference_mode()
-    def _forward(self, batch: list[tuple[_Document, _Row]], shared: int, cache: SlotCache) -> None:
+    def _forward(self, batch: list[tuple[_Document, _Row]], shared: int, cache: KVCache) -> None:
         device = self.backbone.device
         inputs = [torch.tensor(row.ids[shared:]) for _, row in batch]
         ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)  # (R, S)
-        reading = cache.aim(0, [shared] * len(batch), ids.shape[1], device)
+        reading = cache.set_write_positions(0, [shared] * len(batch), ids.shape[1], device)
         hidden = self.backbone.forward(ids, reading, cache)  # (R, S, D)
         self.calls += 1
         reach = max(row.span for _, row in batch)

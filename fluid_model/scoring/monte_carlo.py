@@ -20,7 +20,7 @@ from ..common.errors import ConfigError
 from ..engine.records import Score, ScoreRequest, Trace
 from ..forward import attention_masks
 from ..forward.backbone import Backbone
-from ..forward.kv_cache import SlotCache
+from ..forward.kv_cache import KVCache
 from .loglikelihood import FORWARD_TOKENS
 
 
@@ -119,9 +119,9 @@ class CanvasScorer:
         inputs = [torch.tensor(row.ids) for row in batch]
         longest = max(map(len, inputs))
         ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)  # (R, S)
-        cache = SlotCache(len(batch), longest)
-        spans = attention_masks.mutual(torch.tensor([len(i) for i in inputs], device=device), longest)
-        reading = cache.aim(0, [0] * len(batch), longest, device, spans=spans)
+        cache = KVCache(len(batch), longest)
+        intervals = attention_masks.bidirectional(torch.tensor([len(i) for i in inputs], device=device), longest)
+        reading = cache.set_write_positions(0, [0] * len(batch), longest, device, intervals=intervals)
         hidden = self.backbone.forward(ids, reading, cache)  # (R, S, D)
         self.calls += 1
         for row, states in zip(batch, hidden, strict=True):

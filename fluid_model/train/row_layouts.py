@@ -1,4 +1,4 @@
-"""Rows to slots: how a row of tokens is laid out for training. `masks.slots` says who reads whom.
+"""Rows to slots: how a row of tokens is laid out for training. `attention_masks` has the mask rule.
 
 Every slot hangs on an anchor, the last real token it reads, and has a step: 0 for a token of the row itself, from 1 on
 for what is drafted behind the anchor. Slots of one anchor read one another up to their own step. That is enough for
@@ -26,7 +26,7 @@ IGNORE = -100
 
 @dataclass
 class Expanded:
-    """One row of slots, lists of length L. See `masks.slots` for segment, anchor and step.
+    """One row of slots, lists of length L. See `training_intervals` for segment, anchor and step.
 
     labels: the token a slot is to say.  ar, diff: how much its loss counts in L_AR and in L_Diff.
     targets: what L_Diff is a mean over.

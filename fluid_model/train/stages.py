@@ -47,20 +47,21 @@ def collate(rows: Sequence[Expanded], multiple: int = 1) -> Batch:
 
 
 def attention(batch: Batch, model: PreTrainedModel) -> Tensor | BlockMask | None:
-    """Who may read whom, as the model wants it: None (its own causal mask), a block mask for FlexAttention, or a dense
+    """The attention mask as the model wants it: None (its own causal mask), a block mask for FlexAttention, or a dense
     additive (B, 1, L, L), 0 where readable and the dtype's lowest number elsewhere.
     """
     if "segment" not in batch:
         return None
     segment, anchor, step = batch["segment"], batch["anchor"], batch["step"]
     if model.config._attn_implementation != "flex_attention":
-        readable = attention_masks.slots(segment, anchor, step)
+        readable = attention_masks.training_mask(segment, anchor, step)
         mask = torch.zeros(readable.shape, dtype=model.dtype, device=readable.device)
         return mask.masked_fill_(~readable, torch.finfo(model.dtype).min)[:, None]
 
+    enter, exit_ = attention_masks.training_intervals(segment, anchor, step)
+
     def rule(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        query, key = ((segment[b, i], anchor[b, i], step[b, i]) for i in (q, k))
-        return attention_masks.may_read(query, key) | (q == k)
+        return attention_masks.attends(enter[b, q], enter[b, k], exit_[b, k]) | (q == k)
 
     rows, slots = segment.shape
     return create_block_mask(rule, rows, None, slots, slots, device=segment.device, _compile=segment.is_cuda)
