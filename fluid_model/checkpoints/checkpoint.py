@@ -24,6 +24,7 @@ from ..forward.backbone import Backbone, context_window
 from ..forward.khead import KHead
 from ..tokens import Tokenizer, end_ids, single_id
 from . import adapters, published_layouts
+from .gguf_files import quantization
 from .manifest import ADAPTER_FOLDER, CHECKPOINT_FILES, HEAD_FILE, MASK_FILE, Manifest, Method, write_manifest
 from .source import Source, find
 from .weights import embedding_tables, grow, load_weights
@@ -81,6 +82,8 @@ class ModelInfo:
     block_length: int | None = None
     remote_code: tuple[str, ...] = ()
     """Classes of the repository's own code that run."""
+    quantization: str | None = None
+    """How the weights were quantised before they were read as plain numbers (GGUF)."""
 
     @property
     def has_head(self) -> bool:
@@ -103,7 +106,7 @@ def describe(
     k_max = heads[0].k_max if heads else None
     block_length = source.manifest.block_length if source.manifest else source.published.block_length
     code = tuple(source.remote_code)
-    return ModelInfo(architecture, context_window(config), k_max, tau, source.method, block_length, code)
+    return ModelInfo(architecture, context_window(config), k_max, tau, source.method, block_length, code, quantization(source.base))
 
 
 def read_config(path: str, base: str | None = None) -> PretrainedConfig:
