@@ -28,8 +28,10 @@ from fluid_eval.cli import EXIT_OK, EXIT_UNHEALTHY
 from fluid_eval.common.paths import resource as bundled
 from fluid_eval.common.spec import RunSpec
 from fluid_eval.results.run_folder import read_samples
+from fluid_eval.running.chunks import Pool
+from fluid_eval.running.ray_pool import RayPool, WorkerActor
 from fluid_eval.running.worker import Worker
-from fluid_eval.running.workers import Actor, Pool, RayPool, open_pool
+from fluid_eval.running.workers import open_pool
 from fluid_eval.sweeps.grid import plan
 from fluid_eval.sweeps.sweep import Sweep
 
@@ -85,7 +87,9 @@ class Stage:
         self.seconds = time.monotonic() - started
         self.texts = texts(folder / "whole")
 
-    def sweep(self, name: str, kind: type[Actor] = Actor, batch_size: int | str = 8, **engine: Any) -> Sweep:
+    def sweep(
+        self, name: str, kind: type[WorkerActor] = WorkerActor, batch_size: int | str = 8, **engine: Any
+    ) -> Sweep:
         """A sweep whose Ray workers are of this kind, if it has Ray workers."""
         pool: Callable[[RunSpec], Pool] = (lambda spec: RayPool(spec, kind)) if engine else open_pool
         planned = plan(values(self.limit, batch_size, **engine))
@@ -223,19 +227,19 @@ class _Wordy(Worker):
             yield answer
 
 
-class PoisonedActor(Actor):
+class PoisonedActor(WorkerActor):
     """Dies of one sample."""
 
     make = staticmethod(_Poisoned)
 
 
-class SmallActor(Actor):
+class SmallActor(WorkerActor):
     """Has little memory."""
 
     make = staticmethod(_Small)
 
 
-class WordyActor(Actor):
+class WordyActor(WorkerActor):
     """Sends much."""
 
     make = staticmethod(_Wordy)

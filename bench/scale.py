@@ -23,9 +23,10 @@ import fluid_model
 from fluid_eval.common.paths import resource
 from fluid_eval.common.spec import RunSpec, build_spec
 from fluid_eval.results.run_folder import Run, Samples
+from fluid_eval.running.chunks import Chunk, Pool, chunks_of
 from fluid_eval.running.lm_eval_model import base_record
+from fluid_eval.running.ray_pool import RayPool, WorkerActor
 from fluid_eval.running.worker import Answer, Work
-from fluid_eval.running.workers import Actor, Chunk, Pool, RayPool, chunks_of
 from fluid_model import Generation, Request
 from fluid_model.engine.records import Trace
 
@@ -58,7 +59,7 @@ class _Dummy:
             yield Generation(item.key, ids, "word " * ANSWER, "eos", trace, 0.01, PROMPT)
 
 
-class DummyActor(Actor):
+class DummyActor(WorkerActor):
     """Answers at once."""
 
     make = staticmethod(_Dummy)
@@ -162,11 +163,11 @@ def workers(prompts: int | None, runs: int) -> list[Bar]:
     pool = RayPool(spec)
     try:
         pool.facts(spec)
-        both = pool._hands
+        both = pool._workers
         actors = [each for each in psutil.Process().children(recursive=True) if "Actor" in " ".join(each.cmdline())]
 
         def take(hands: list[Any]) -> tuple[float, float]:
-            pool._hands = hands
+            pool._workers = hands
             busy, started = _busy(actors), time.perf_counter()
             count = sum(1 for _ in pool.run(chunks_of(pool, "", spec, work)))
             return count / (time.perf_counter() - started), (_busy(actors) - busy) / count

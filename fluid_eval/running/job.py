@@ -28,9 +28,10 @@ from ..results.run_folder import ENVIRONMENT, RESULT, Record, Run
 from ..results.stored_values import read_environment, read_result
 from ..sandbox import passing
 from . import environment
+from .chunks import Pool
 from .decoder_choice import reason
 from .repeat_timing import time_in_turns
-from .workers import Pool, open_pool
+from .workers import open_pool
 
 if TYPE_CHECKING:
     from fluid_model.checkpoints.checkpoint import ModelInfo

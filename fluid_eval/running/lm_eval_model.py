@@ -24,7 +24,7 @@ from fluid_model.tokens import Tokenizer, encodable, spell
 from ..benchmarks.chat_template import Chat
 from ..common.progress import Bar
 from ..results.run_folder import Record, Run
-from .workers import Lost, Pool, chunks_of
+from .chunks import FailedRequest, Pool, chunks_of
 
 if TYPE_CHECKING:
     from .worker import Answer, Work
@@ -99,10 +99,10 @@ class FluidLM(TemplateLM):
         scores = [instance for instance in requests if instance.request_type == "loglikelihood"]
         return [*self._to_write(writes)[1], *self._to_score(scores)[1]]
 
-    def keep(self, answer: Answer | Lost) -> None:
+    def keep(self, answer: Answer | FailedRequest) -> None:
         """Store an answer to what `missing` asked for."""
         asked, document = self._asked.pop(answer.key), self._documents.pop(answer.key, None)
-        if isinstance(answer, Lost):
+        if isinstance(answer, FailedRequest):
             self._run.append(_lost(answer, asked))
         elif isinstance(answer, Generation):
             self._run.append(self._written(answer, str(asked)))
@@ -245,7 +245,7 @@ class FluidLM(TemplateLM):
                     self.keep(answer)
                     bar.advance()
 
-    def _answers(self, work: Sequence[Work]) -> Iterator[Answer | Lost]:
+    def _answers(self, work: Sequence[Work]) -> Iterator[Answer | FailedRequest]:
         pool = self._pool()
         for _, answer in pool.run(chunks_of(pool, "", self._run.spec, work)):
             yield answer
@@ -341,7 +341,7 @@ def base_record(answer: Generation | Score, prompt: str) -> Record:
     }
 
 
-def _lost(answer: Lost, asked: str | list[tuple[str, str]]) -> Record:
+def _lost(answer: FailedRequest, asked: str | list[tuple[str, str]]) -> Record:
     """A sample that was given up: it has no answer and counts nowhere."""
     nothing = Score(answer.key, (0.0,) * len(asked), (False,) * len(asked), Trace(), 0.0)
     if isinstance(asked, str):

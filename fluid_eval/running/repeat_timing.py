@@ -11,7 +11,7 @@ from ..common.progress import Bar
 from ..common.spec import RunSpec
 from ..results import speed_repeats
 from ..results.run_folder import Run
-from .workers import Pool, chunks_of
+from .chunks import Pool, chunks_of
 
 if TYPE_CHECKING:
     from fluid_model.engine.records import Request
