@@ -22,7 +22,8 @@ import psutil
 import fluid_model
 from fluid_eval.common.paths import resource
 from fluid_eval.common.spec import RunSpec, build_spec
-from fluid_eval.results.run_folder import Run, Samples
+from fluid_eval.results.run_folder import Run
+from fluid_eval.results.samples_file import SampleIndex
 from fluid_eval.running.chunks import Chunk, Pool, chunks_of
 from fluid_eval.running.lm_eval_model import base_record
 from fluid_eval.running.ray_pool import RayPool, WorkerActor
@@ -139,9 +140,9 @@ def held(count: int, folder: Path) -> list[Bar]:
     prompt = tuple(range(PROMPT))
     waiting = [Request(f"dummy/{n}", prompt, ANSWER, ("Question:",), n) for n in range(10**9, 10**9 + count)]
     there = tracemalloc.get_traced_memory()[0]
-    samples = Samples(folder / "none")
+    samples = SampleIndex(folder / "none")
     for n, request in enumerate(waiting):
-        samples.note({"key": request.key, "prompt_hash": f"{n:016x}"}, 3000 * n, 3000)
+        samples.add({"key": request.key, "prompt_hash": f"{n:016x}"}, 3000 * n, 3000)
     after = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     return [

@@ -38,7 +38,7 @@ DOORS = {
     },
     "ray": {"fluid_eval.running.ray_pool"},
     "matplotlib": {"fluid_eval.output.figures", "fluid_eval.sweeps.frontier_files"},
-    "pandas": {"fluid_eval.results.run_folder", "fluid_eval.sweeps.frontier_files"},
+    "pandas": {"fluid_eval.results.finished_runs", "fluid_eval.sweeps.frontier_files"},
 }
 
 

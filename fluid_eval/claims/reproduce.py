@@ -306,7 +306,7 @@ def _speed(claim: Claim, folder: Path) -> Interval:
     if found is None:
         raise ConfigError(f"its run wrote nothing to measure {claim.metric} by")
     if claim.unit == "tok/s":
-        again = list(speed_repeats.paces(records, speed_repeats.read(folder)).values())
+        again = list(speed_repeats.tokens_per_second(records, speed_repeats.read(folder)).values())
         found = geometric(again) if again else Interval(found.mean, math.nan, math.nan, found.n)
     return found
 

@@ -23,7 +23,7 @@ from ..common.progress import Bar
 from ..common.spec import RunSpec
 from ..results import health, speed_conditions
 from ..results import speed_repeats as repeats
-from ..results.metrics import lines
+from ..results.metrics import table_rows
 from ..results.run_folder import ENVIRONMENT, RESULT, Record, Run
 from ..results.stored_values import read_environment, read_result
 from ..sandbox import passing
@@ -241,7 +241,7 @@ def result_of(
 
     def table(name: str) -> list[dict[str, Any]]:
         leaves = set(members.get(name) or lm_eval_tasks.members(tasks, name))
-        return [line.to_dict() for line in lines(name, [r for r in records if r["task"] in leaves], held)]
+        return [row.to_dict() for row in table_rows(name, [r for r in records if r["task"] in leaves], held)]
 
     parts = [*tasks["groups"], *(n for n in tasks["tasks"] if n not in spec.tasks)]
     return {
