@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from fluid_eval.benchmarks.humaneval_samples import RESULTS, load_problems, score_file
-from fluid_eval.sandbox.ladder import found
-from fluid_eval.sandbox.pool import Judges
+from fluid_eval.sandbox.ladder import strongest_tier
+from fluid_eval.sandbox.pool import JudgePool
 
 from .bars import Bar, at_most, told
 
@@ -83,7 +83,7 @@ def theirs(file: Path) -> None:
 
 def ours(file: Path, tier: str, problems: dict[str, dict[str, Any]]) -> None:
     """Our judges, begun and ended."""
-    with closing(Judges(tier, WORKERS)) as judges:
+    with closing(JudgePool(tier, WORKERS)) as judges:
         score_file(file, problems, [1], judges)
 
 
@@ -130,9 +130,9 @@ def main() -> None:
     options.add_argument("--tier", help="default: the strongest that holds here")
     chosen = options.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    tier = chosen.tier or found().name
+    tier = chosen.tier or strongest_tier().name
     if tier is None:
-        raise SystemExit(f"no isolation here: {found()}")
+        raise SystemExit(f"no isolation here: {strongest_tier()}")
     print(told(measure(tier, chosen.rounds), as_json=chosen.json))
 
 

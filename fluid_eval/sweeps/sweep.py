@@ -243,7 +243,7 @@ class Sweep:
             left = [chunk for chunk in chunks if under[chunk.point].stopped is None]
             spent: dict[str, list[tuple[int, float]]] = defaultdict(list)
             for name, answer in pool.run(left):
-                under[name].job.lm.keep(answer)
+                under[name].job.lm.store(answer)
                 board.advance(name, failed=isinstance(answer, FailedRequest))
                 if isinstance(answer, Generation):
                     spent[name].append((len(answer.ids), answer.seconds))
