@@ -130,8 +130,8 @@ def test_a_program_may_take_longer_than_a_warden_may_hang(monkeypatch):
 def test_wardens_end_with_whoever_asks_them(tmp_path):
     program = "import time\ndef f(): time.sleep(60)"
     script = (
-        f"from fluid_eval.sandbox.pool import Trial, WardenProcess\nplace = WardenProcess({Unsafe.name!r})\nplace._open()\n"
-        f"print(place._process.pid, place._folder, flush=True)\nplace.judge(Trial({program!r}, 'f()', timeout=60))"
+        f"from fluid_eval.sandbox.pool import Trial, WardenProcess\nw = WardenProcess({Unsafe.name!r})\nw._open()\n"
+        f"print(w._process.pid, w._folder, flush=True)\nw.judge(Trial({program!r}, 'f()', timeout=60))"
     )
     asking = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert asking.stdout

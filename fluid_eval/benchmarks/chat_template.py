@@ -2,7 +2,7 @@
 
 lm-eval's apply_chat_template builds the turns; this module does the part that it leaves to the model backend:
 
-    [{"role": "user", "content": "Question: …"}]  ──render──▶  "<|im_start|>user\\nQuestion: …<|im_end|>\\n<|im_start|>…"
+    [{"role": "user", "content": "Question: …"}]  ──render──▶  "<|im_start|>user\\nQuestion: …<|im_end|>\\n…"
 
 Templates may drop turns without an error, so each rendered prompt is checked to contain them.
 """

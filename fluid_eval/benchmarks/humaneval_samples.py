@@ -30,7 +30,7 @@ _SAMPLE = ("task_id", "completion")
 
 
 def read_lines(file: Path, fields: Sequence[str]) -> Iterator[JsonRow]:
-    """Objects of a JSON lines file, plain or .gz. Raises ConfigError naming a line that is no object or lacks a field."""
+    """Objects of a JSON lines file, plain or .gz. Raises ConfigError naming a line that lacks one of the fields."""
     for number, line in files.read_lines(file):
         try:
             row = files.parse_json(line)

@@ -2,8 +2,8 @@
 
 One document of `gsm8k`, from task file to stored sample:
 
-    tasks/gsm8k/gsm8k.yaml           doc_to_text: "Question: {{question}}\\nAnswer:", num_fewshot: 5, until, filters, metrics
-    load_tasks, build requests       one Instance: arguments = (prompt, {"until": ["Question:", …], "max_gen_toks": 512})
+    tasks/gsm8k/gsm8k.yaml           doc_to_text: "Question: {{question}}\\nAnswer:", num_fewshot: 5, until, filters
+    load_tasks, build requests       one Instance: arguments = (prompt, {"until": ["Question:", …], …})
                                      prompt = "Question: … #### 5\\n\\n…Question: Janet's ducks …\\nAnswer:"
     lm.generate_until (FluidLM)      " She sells 9 eggs … #### 18"                            `running.lm_eval_model`
     filter "strict-match"            "18"
@@ -143,10 +143,9 @@ def _apply_profile(manager: Any, spec: RunSpec) -> None:
 
 
 def check_settings(spec: RunSpec, tasks: Tasks, window: int) -> None:
-    """Raise ConfigError if a task cannot be answered under these settings: too many shots, an answer that leaves no room
-    for its prompt or that the decoder cannot lay out, sampling, or thinking where the task has no place for it.
+    """Raise ConfigError if a task cannot be answered under these settings. window: the model's, in tokens.
 
-    window: the model's, in tokens.
+    Checked: the number of shots, the answer's length against the window and the decoder's canvas, thinking, sampling.
     """
     thinking = spec.chat is not None and spec.chat.thinking
     for name, task in tasks["tasks"].items():
@@ -205,7 +204,8 @@ def requests(spec: RunSpec, tasks: Tasks, lm: LM) -> Asked:
 def evaluate(spec: RunSpec, tasks: Tasks, lm: LM, share: float = 1.0) -> dict[str, Any]:
     """lm-eval's evaluation loop: build requests, answer them with `lm`, filter, score. Returns its results.
 
-    share: fraction of each task's documents, from the first.  Raises ConfigError for a template that cannot be rendered.
+    share: fraction of each task's documents, from the first.
+    Raises ConfigError for a template that cannot be rendered.
     """
     import numpy as np
     from lm_eval import evaluator

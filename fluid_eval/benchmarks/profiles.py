@@ -160,7 +160,7 @@ def chat_of(values: Nested) -> Nested:
 
 
 def changes(spec: RunSpec, names: Iterable[str]) -> dict[str, Nested]:
-    """Overrides of lm-eval's task files, by task: prompts from the run's profile, extraction from its extractor profile.
+    """Overrides of lm-eval's task files, by task: prompts from the run's profile, extraction from its extractor's.
 
     `generation_kwargs` holds only its changed keys. Raises ConfigError if a profile names no existing task.
     """
@@ -266,18 +266,13 @@ def _task_protocol(task: Any, profile: Profile, chat: Nested | None) -> Nested:
     """One task's protocol, read from the task as built."""
     config = task.config
     override = profile.of(config.task)
-    # 1) who published it
-    if profile.name == DEFAULT_PROFILE:
-        source = "lm-eval's task file"
-    else:
-        source = override.source if override else UNSTATED
-    # 2) extraction and generation
+    published = override.source if override else UNSTATED
     filters = {one["name"]: json.dumps(_plain(one["filter"])) for one in config.filter_list or []}
     if config.process_results is not None or not filters:
         filters = {"none": str(_plain(config.process_results) or "as written")}
     kwargs = (config.generation_kwargs or {}) if config.output_type == "generate_until" else {}
     return {
-        "source": source,
+        "source": "lm-eval's task file" if profile.name == DEFAULT_PROFILE else published,
         "num_fewshot": config.num_fewshot or 0,
         "template": _digest([_plain(getattr(config, name, None)) for name in PROMPT_FIELDS]),
         "prompt": str(_plain(config.doc_to_text)),

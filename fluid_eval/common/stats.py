@@ -1,15 +1,15 @@
 """Confidence intervals (95%) and paired tests.
 
-    quantity                                        interval or test                                  function
-    share of right answers                          Wilson 1927                                       interval
-    other means                                     normal                                            interval
-    mean over tasks                                 limits combined (Zou and Donner 2008)             mean_over_tasks
-    paired difference of shares                     Bonett and Price 2012                             difference_over_tasks
-    ratio of sums over documents (tokens/forward)   jackknife of the logarithm, Student's t           ratio_of_sums
-    repeated speeds                                 Student's t on logarithms                         geometric
-    discordant answers of two runs                  exact McNemar test; minimum detectable effect     mcnemar, …
-    two quantities at once (a Pareto front)         bootstrap over documents (Efron and Tibshirani    drawn, sums
-                                                    1993, chapter 13), stratified by task
+    quantity                           interval or test                                     function
+    share of right answers             Wilson 1927                                          interval
+    other means                        normal                                               interval
+    mean over tasks                    limits combined (Zou and Donner 2008)                mean_over_tasks
+    paired difference of shares        Bonett and Price 2012                                difference_over_tasks
+    ratio of sums (tokens/forward)     jackknife of the logarithm, Student's t              ratio_of_sums
+    repeated speeds                    Student's t on logarithms                            geometric
+    discordant answers of two runs     exact McNemar test; minimum detectable effect        mcnemar, …
+    two quantities (a Pareto front)    bootstrap over documents, stratified by task         drawn, sums
+                                       (Efron and Tibshirani 1993, chapter 13)
 
 Results do not depend on the order of documents: sums are exact, and rounded once (math.fsum).
 
@@ -141,8 +141,8 @@ def difference_over_tasks(base: Sequence[Sequence[float]], other: Sequence[Seque
 
 
 def _paired(base: Sequence[float], other: Sequence[float]) -> Interval:
-    """Paired difference of one task: Bonett and Price's interval (2012, J. Educ. Behav. Stat. 37:479) if every score is 0
-    or 1, else the normal one of the differences.
+    """Paired difference of one task. If every score is 0 or 1: Bonett and Price's interval (2012, J. Educ. Behav. Stat.
+    37:479); else the normal one of the differences.
 
     Their adjustment adds one discordant document on each side. So few flips, or flips to one side only, do not give an
     interval of width 0.
@@ -215,8 +215,9 @@ def ratio_of_sums(
 
 
 def geometric(values: Sequence[float]) -> Interval:
-    """Geometric mean of repeated speeds or of their ratios, positive, with the 95% interval by Student's t on logarithms.
-    One value has no interval.
+    """Geometric mean of repeated speeds or of their ratios, with the 95% interval by Student's t on logarithms.
+
+    values: positive. One value has no interval.
     """
     n = len(values)
     logs = [math.log(value) for value in values]

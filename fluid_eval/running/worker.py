@@ -54,9 +54,9 @@ class Worker:
             torch.set_num_threads(threads)
 
     def facts(self, spec: Nested) -> dict[str, Any]:
-        """Device, dtype, threads, parameters and weights that a spec runs on. Raises ConfigError if its model cannot load.
+        """Device, dtype, threads, parameters and weights that a spec runs on.
 
-        spec: as RunSpec.to_dict gives it.
+        spec: as RunSpec.to_dict gives it. Raises ConfigError if its model cannot load.
         """
         self._load(spec)
         backbone, folder = self._checkpoint.backbone, self._checkpoint.folder

@@ -326,8 +326,8 @@ def _end_with(parent: int) -> None:
 def main() -> None:
     """Judge programs until the warden closes the pipe.
 
-    Each request (setup, tests, entry) is answered by the names wanted, calls, and a verdict. The verdict holds the number
-    of answers read, -1 if unknown: an unread answer in the pipe would count for the next program.
+    Each request (setup, tests, entry) is answered by the names wanted, calls, and a verdict. The verdict holds the
+    number of answers read, -1 if unknown: an unread answer in the pipe would count for the next program.
     """
     requests, answers = sys.stdin.buffer, os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)

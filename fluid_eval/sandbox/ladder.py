@@ -82,7 +82,7 @@ def fill():
 
 @dataclass(frozen=True)
 class IsolationHere:
-    """name: the strongest tier that holds on this machine, None without one.  failed: (tier, reason) of stronger ones."""
+    """Isolation on this machine. name: the strongest tier that holds, or None.  failed: stronger tiers, and why."""
 
     name: str | None
     failed: tuple[tuple[str, str], ...]

@@ -61,5 +61,5 @@ def score(doc: Doc, results: list[list[str]]) -> dict[str, float]:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate of pass@k, 1 - C(n - c, k) / C(n, k): n programs, c of them pass, k <= n.  (Chen et al. 2021)"""
+    """Unbiased pass@k of n programs, c of which pass: 1 - C(n - c, k) / C(n, k), k <= n.  (Chen et al. 2021)"""
     return 1.0 - comb(n - c, k) / comb(n, k)

@@ -26,7 +26,7 @@ from .files import interpreter_files
 from .tiers import remove
 
 HANGS = 120.0
-"""Seconds beyond a trial's time-out after which a silent warden is killed. It has clocks of its own, so it must hang."""
+"""Seconds beyond a trial's time-out after which a silent warden is killed: it keeps deadlines itself, and so hangs."""
 _ROOT = Path(__file__).resolve().parents[2]
 
 

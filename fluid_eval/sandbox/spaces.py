@@ -40,8 +40,9 @@ def apply_filter(program: bytes) -> None:
 
 
 def confining(filtered: bytes, parent: int) -> str:
-    """Python source by which an interpreter drops its capabilities, ends with its parent and sets the filter itself, for
-    tiers whose launcher does not.
+    """Python source by which an interpreter drops its capabilities, ends with its parent and sets the filter itself.
+
+    For tiers whose launcher does not.
     """
     parts = [inspect.getsource(part) for part in (_call, drop_privileges, die_with_parent, apply_filter)]
     head = "from __future__ import annotations\nimport ctypes, os\n"  # each import costs every program milliseconds
@@ -56,9 +57,9 @@ def confining(filtered: bytes, parent: int) -> str:
 def enter(binds: Sequence[tuple[str, str]], hidden: Sequence[str], root: Path, work: str, disk: int) -> None:
     """Move this process into new namespaces, with no network and no other processes in sight.
 
-    Its files are `binds` (source, place), read-only, without `hidden`, and an empty folder `work` of `disk` bytes, which
-    is /dev/shm too. root: an empty folder, used as mount point.  Only children of this process are in the new process
-    namespace.  Raises OSError if the kernel refuses.
+    Its files are `binds` (source, place), read-only, without `hidden`, and an empty folder `work` of `disk` bytes,
+    which is /dev/shm too. root: an empty folder, used as mount point.
+    Only children of this process are in the new process namespace.  Raises OSError if the kernel refuses.
     """
     # 1) namespaces; the user becomes nobody
     user, group = os.geteuid(), os.getegid()

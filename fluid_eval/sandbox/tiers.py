@@ -42,8 +42,8 @@ LIMITS = {
     "MSGQUEUE": 0,
     "SIGPENDING": 64,
 }
-"""Bytes of memory, seconds of processor time, bytes of a file, open files; bytes of a core dump, of locked memory and of
-message queues, pending signals. The last three are quotas of the user, not of a process.
+"""Bytes of memory, seconds of processor time, bytes of a file, open files; bytes of a core dump, of locked memory and
+of message queues, pending signals. The last ones would use up quotas of the user, who runs other processes.
 """
 _NAMESPACED = {"NPROC": 64}
 """Processes and threads, in tiers where the kernel counts them by user namespace (for root it does not)."""

@@ -180,7 +180,7 @@ class Warden:
             return "failed", str(error) or "the judge ended"
 
     def _names_wanted(self, job: bytes) -> list[str]:
-        """Names that the tests want of the program. Raises ChannelClosed, having ended the judge, or DeadlineExceeded."""
+        """Names that the tests want of the program. Raises DeadlineExceeded, or ChannelClosed with the judge ended."""
         deadline = time.monotonic() + START
         judge = self._open_judge()
         try:
