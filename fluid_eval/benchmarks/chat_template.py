@@ -73,7 +73,7 @@ class Chat:
         for turn in wanted:
             text = turn["content"].strip()
             if text not in prompt and json.dumps(text)[1:-1] not in prompt:
-                place = next(place for place, each in enumerate(turns, 1) if each is turn)
+                place = next(place for place, other in enumerate(turns, 1) if other is turn)
                 way = "; examples in one turn: --set chat.multiturn=false" if place < len(turns) - 1 else ""
                 raise ConfigError(
                     f"chat: the model's template leaves out turn {place} of {len(turns)} ({turn['role']}), so that the "
@@ -129,6 +129,7 @@ def open_chat(settings: ChatSpec | None, tokenizer: Tokenizer, model: str) -> Ch
     """
     if settings is None:
         return None
+    # 1) the template
     if isinstance(names := tokenizer.chat_template, dict) and (settings.template or "default") not in names:
         raise ConfigError(
             f"chat.template={settings.template}: {model} has chat templates by name: {', '.join(sorted(names))}; "
@@ -143,6 +144,7 @@ def open_chat(settings: ChatSpec | None, tokenizer: Tokenizer, model: str) -> Ch
             f"chat: {model} has no chat template; leave --chat out, as for any base model, or put its "
             "chat_template.jinja into the folder"
         ) from None
+    # 2) the end of thinking
     end = settings.end_of_thinking or think_end(tokenizer)
     if settings.thinking and end is None and not settings.read_thoughts:
         raise ConfigError(

@@ -51,6 +51,7 @@ class CodeEval(evaluate.Metric):
         """
         if len(predictions) != len(references):
             raise ConfigError(f"{len(predictions)} lists of predictions for {len(references)} references")
+        # 1) judge all programs of all problems
         trials = [
             Trial(program, tests, timeout=timeout)
             for programs, tests in zip(predictions, references, strict=True)
@@ -58,6 +59,7 @@ class CodeEval(evaluate.Metric):
         ]
         with closing(JudgePool(chosen(allow_unsafe=False), num_workers)) as judges:
             judged = iter(outcomes_of(judges, trials))
+        # 2) by problem
         results: Results = {}
         for task, programs in enumerate(predictions):
             for number, outcome in zip(range(len(programs)), judged, strict=False):

@@ -18,7 +18,8 @@ from fluid_model.common import files
 from fluid_model.common.errors import ConfigError, RunError
 
 from ..sandbox import TIMEOUT, Outcome, Trial
-from ..sandbox.passing import pass_at_k, trial
+from ..sandbox.passing import pass_at_k
+from ..sandbox.passing import trial as humaneval_trial
 from ..sandbox.pool import JudgePool
 from .datasets import load_rows
 
@@ -50,7 +51,8 @@ def load_problems(file: Path | None) -> dict[str, JsonRow]:
 
 def outcomes_of(judges: JudgePool, trials: Iterable[Trial]) -> list[Outcome]:
     """Outcomes of trials, in their order."""
-    return [future.result() for future in [judges.submit(each) for each in trials]]
+    futures = [judges.submit(trial) for trial in trials]
+    return [future.result() for future in futures]
 
 
 def pass_rates(outcomes: Mapping[str, Sequence[bool]], ks: Sequence[int]) -> dict[str, float]:
@@ -122,4 +124,4 @@ def score_file(
 
 
 def _trial(problem: JsonRow, completion: str, timeout: float) -> Trial:
-    return replace(trial(problem, problem["prompt"] + completion), timeout=timeout)
+    return replace(humaneval_trial(problem, problem["prompt"] + completion), timeout=timeout)

@@ -16,6 +16,7 @@ def examine(data_dir: str | None) -> bool:
     console = Console(highlight=False, markup=False)
     facts = environment.describe()
     missing = [name for name, version in facts["versions"].items() if version is None and name != "fluid-eval"]
+    # 1) machine, packages, device
     console.print(f"python      {facts['python']} on {facts['platform']}")
     console.print(f"memory      {facts['memory_bytes'] / 2**30:.1f} GiB, {facts['cpus']} CPUs")
     for name, version in facts["versions"].items():
@@ -24,6 +25,7 @@ def examine(data_dir: str | None) -> bool:
     console.print(f"forward     {_forward()}")
     for name, slots in slot_budget_cache.known().items():
         console.print(f"slot budget {slots}: {name}")
+    # 2) data and isolation
     reachable = datasets.hub_reachable()
     console.print(f"hub         {'reachable' if reachable else 'not reachable (models from folders only)'}")
     ready = _data(console, data_dir, reachable)
@@ -31,6 +33,7 @@ def examine(data_dir: str | None) -> bool:
     console.print(f"isolation   {isolation.name or 'none: HumanEval needs --allow-unsafe-code here'}")
     for name, reason in isolation.failed:
         console.print(f"            {name} does not hold: {reason}")
+    # 3) verdict
     if missing:
         console.print(f"FAIL: missing packages: {', '.join(missing)}; pip install {' '.join(missing)}")
     if not ready:

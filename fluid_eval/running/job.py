@@ -259,7 +259,10 @@ def result_of(
     chat: Nested | None,
     stored_repeats: Sequence[repeats.Repeat],
 ) -> Nested:
-    """The result of scored samples, as stored: lines, members, parts, protocol, health. chat: its settings."""
+    """The result of scored samples, as stored. chat: its settings.
+
+    lines: rows of the spec's tasks.  parts: rows of tasks and groups inside them.  members: leaf tasks of each task.
+    """
     members = _members(spec, tasks)
 
     def rows_of(name: str) -> list[dict[str, Any]]:

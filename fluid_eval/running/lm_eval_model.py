@@ -230,14 +230,14 @@ class FluidLM(TemplateLM):
         settings = normalize_gen_kwargs(options)
         stops = handle_stop_sequences(settings["until"], eos=self._eos)
         room = self._window - answer_slots(self._run.spec.decoder, settings["max_gen_toks"])
-        kept = (prompt or (self.prefix_token_id,))[-room:]
+        fitting = (prompt or (self.prefix_token_id,))[-room:]
         return Request(
             key=key,
-            prompt=kept,
+            prompt=fitting,
             max_new_tokens=settings["max_gen_toks"],
             stops=tuple(stops),
             seed=row_seed(self._run.spec.seed, key),
-            truncated=max(0, len(prompt) - len(kept)),
+            truncated=max(0, len(prompt) - len(fitting)),
             end_of_thinking=self._end_of_thinking,
             asked=asked,
         )

@@ -250,6 +250,7 @@ class RayPool:
         self, worker: _RemoteWorker, event: Any, queue: deque[Chunk]
     ) -> Iterator[tuple[str, Answer | FailedRequest]]:
         """One event of a worker: it is up, has answers, finished a chunk, raised, or died."""
+        # 1) fetch it; failures are handled here
         try:
             if event is worker.starting:
                 worker.node = self._ray.get(event)
@@ -270,6 +271,7 @@ class RayPool:
         except self._errors.RayError as error:
             yield from self._recover(worker, queue, _first_line(error))
             return
+        # 2) a batch of answers
         self._deaths_in_row = 0
         for answer in batch:
             del sent.unanswered[answer.key]

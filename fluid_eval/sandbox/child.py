@@ -52,6 +52,7 @@ class Values:
         """
         if value is None or value is True or value is False:
             return {None: "null", True: "true", False: "false"}[value]
+        # 1) scalars
         if depth > _DEEP:
             raise NotPlainData("an answer is nested too deep")
         kind = type(value)
@@ -66,6 +67,7 @@ class Values:
             return f'{{"c":[{self.encode(value.real)},{self.encode(value.imag)}]}}'
         if issubclass(kind, (bytes, bytearray)):
             return f'{{"{"b" if issubclass(kind, bytes) else "B"}":{_quoted(bytes(value).decode("latin-1"))}}}'
+        # 2) containers
         if issubclass(kind, dict):
             pairs = (f"[{self.encode(k, depth + 1)},{self.encode(v, depth + 1)}]" for k, v in _pairs(value))
             return f'{{"d":[{",".join(pairs)}]}}'
@@ -73,6 +75,7 @@ class Values:
             if issubclass(kind, base):
                 inner = ",".join([self.encode(item, depth + 1) for item in base.__iter__(value)])
                 return f'{{"{sign}":[{inner}]}}' if sign else f"[{inner}]"
+        # 3) modules by name, other objects as handles
         if kind is type(sys):
             return f'{{"m":{_quoted(value.__name__)}}}'
         self.handles.append(value)

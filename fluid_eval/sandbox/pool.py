@@ -44,11 +44,11 @@ class WardenProcess:
 
     def _open(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="fluid-eval-")  # if we end first, the warden removes it
-        kept = {"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": self._folder, "HOME": self._folder}
+        environment = {"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": self._folder, "HOME": self._folder}
         paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "fluid_eval.sandbox.warden"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True, env={**kept, "PYTHONPATH": paths}, cwd="/",
+            stderr=subprocess.DEVNULL, text=True, env={**environment, "PYTHONPATH": paths}, cwd="/",
             start_new_session=True,
         )  # fmt: skip
         try:

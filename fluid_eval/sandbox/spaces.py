@@ -202,11 +202,10 @@ def _bind(source: str, place: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.touch()
     _mount(source, str(place), None, _BIND)
-    held = os.statvfs(place).f_flag & (
-        _NO_SUID | _NO_DEV | _NO_EXEC | 1024 | 2048
-    )  # flags that a remount may not clear
+    # a remount may not clear these flags
+    locked = os.statvfs(place).f_flag & (_NO_SUID | _NO_DEV | _NO_EXEC | 1024 | 2048)
     device = 0 if source == os.devnull else _READ_ONLY | _NO_DEV
-    _mount("none", str(place), None, _BIND | _REMOUNT | _NO_SUID | held | device)
+    _mount("none", str(place), None, _BIND | _REMOUNT | _NO_SUID | locked | device)
 
 
 def _mount(source: str, place: str, kind: str | None, flags: int, data: str = "") -> None:

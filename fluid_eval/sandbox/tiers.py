@@ -246,6 +246,7 @@ class Bubblewrap(Tier):
         self._filters = {processes: calls.system_call_filter(processes=processes) for processes in (False, True)}
 
     def start(self, *, processes: bool) -> Jailed:
+        # 1) bwrap reads the filter from a pipe
         words = list(self._words)
         passed: tuple[int, ...] = ()
         if (filtered := self._filters[processes]) is not None:
@@ -254,6 +255,7 @@ class Bubblewrap(Tier):
             os.close(sent)
             words += ["--seccomp", str(number)]
             passed = (number,)
+        # 2) start
         try:
             process = subprocess.Popen(
                 [*words, "--", *self.command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,

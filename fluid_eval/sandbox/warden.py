@@ -120,8 +120,8 @@ class JailChannel:
         raise DeadlineExceeded
 
     def _exactly(self, size: int, deadline: float) -> bytes:
-        parts, held = [self._left], len(self._left)
-        while held < size:
+        parts, size_read = [self._left], len(self._left)
+        while size_read < size:
             self._watch.check()
             try:
                 part = os.read(self._jailed.stdout, 1 << 16)
@@ -133,7 +133,7 @@ class JailChannel:
             if not part:
                 raise ChannelClosed("the program ended its process")
             parts.append(part)
-            held += len(part)
+            size_read += len(part)
             if time.monotonic() > deadline:
                 raise DeadlineExceeded
         data = b"".join(parts)
