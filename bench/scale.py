@@ -24,8 +24,8 @@ from fluid_eval.common.paths import resource
 from fluid_eval.common.spec import RunSpec, build_spec
 from fluid_eval.results.run_folder import Run
 from fluid_eval.results.samples_file import SampleIndex
+from fluid_eval.running.answer_records import base_record
 from fluid_eval.running.chunks import Chunk, Pool, chunks_of
-from fluid_eval.running.lm_eval_model import base_record
 from fluid_eval.running.ray_pool import RayPool, WorkerActor
 from fluid_eval.running.worker import Answer, Work
 from fluid_model import Generation, Request

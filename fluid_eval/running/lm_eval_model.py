@@ -21,7 +21,6 @@ not asked again. lm-eval sees rank 0 of 1: parallelism lies in the pool.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,13 +31,14 @@ from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normaliz
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from fluid_model.common.errors import ConfigError
-from fluid_model.engine.records import Generation, Request, Score, ScoreRequest, Trace
+from fluid_model.engine.records import Generation, Request, Score, ScoreRequest
 from fluid_model.settings import answer_slots
-from fluid_model.tokens import Tokenizer, encodable, spell
+from fluid_model.tokens import Tokenizer, encodable
 
 from ..benchmarks.chat_template import Chat
 from ..common.progress import Bar
-from ..results.run_folder import Record, Run
+from ..results.run_folder import Run
+from .answer_records import failed_record, generation_record, likelihood_record, prompt_hash
 from .chunks import FailedRequest, Pool, chunks_of
 
 if TYPE_CHECKING:
@@ -123,13 +123,13 @@ class FluidLM(TemplateLM):
         prompt = self._prompts.pop(answer.key)
         document = self._documents.pop(answer.key, None)
         if isinstance(answer, FailedRequest):
-            self._run.append(_failed_record(answer, prompt))
+            self._run.append(failed_record(answer, prompt))
         elif isinstance(answer, Generation):
-            self._run.append(self._generation_record(answer, str(prompt)))
+            self._run.append(generation_record(answer, str(prompt), self.tokenizer, self._end_of_thinking))
             if self.at_once and self._on_text is not None and document is not None:
                 self._on_text(*document, answer.text)
         else:
-            self._run.append(_likelihood_record(answer, list(prompt)))  # type: ignore[arg-type]  # a Score has pairs
+            self._run.append(likelihood_record(answer, list(prompt)))  # type: ignore[arg-type]  # a Score has pairs
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers, each up to its stop string, in request order."""
@@ -242,25 +242,6 @@ class FluidLM(TemplateLM):
             asked=asked,
         )
 
-    def _generation_record(self, answer: Generation, prompt: str) -> Record:
-        """The record of a generated answer, its tokens and rejected draft tokens spelled out."""
-        drafts = [(place, ids) for _, place, ids in answer.trace.rejected]
-        pieces, rejected = spell(self.tokenizer, answer.ids, drafts)
-        record = {
-            **base_record(answer, prompt),
-            "output": answer.text,
-            "output_ids": list(answer.ids),
-            "pieces": pieces,
-            "rejected": rejected,
-            "finish": answer.finish,
-        }
-        if answer.draft_policy is not None:
-            record["draft_policy"] = vars(answer.draft_policy)
-        if self._end_of_thinking is not None:
-            record["raw_output"] = self.tokenizer.decode(answer.ids)
-            record["thinking_ended"] = self._end_of_thinking in record["raw_output"]
-        return record
-
     def _answer(self, title: str, keys: Sequence[str], work: Sequence[Work]) -> None:
         """Send missing work to the pool and store answers as they arrive."""
         with self._bar(title, len(keys)) as bar:
@@ -320,11 +301,6 @@ def keys_of(requests: Sequence[Instance]) -> list[str]:
     return keys
 
 
-def prompt_hash(prompt: str) -> str:
-    """The first 16 hex digits of a prompt's SHA-256."""
-    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
 def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], *, chat: bool) -> dict[str, Ids]:
     """Token ids of distinct prompts.
 
@@ -353,47 +329,3 @@ def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], *, chat: bool) ->
 def row_seed(seed: int, key: str) -> int:
     """The seed of one row: its random numbers do not depend on the rows that share its batch."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7])
-
-
-def base_record(answer: Generation | Score, prompt: str) -> Record:
-    """Fields common to all records. "broken" marks a non-finite row."""
-    task, doc_id = answer.key.split("/")[:2]
-    if isinstance(answer, Generation):
-        is_finite = answer.finish != "broken"
-    else:
-        is_finite = not any(map(math.isnan, answer.loglikelihoods))
-    return {
-        "key": answer.key,
-        "task": task,
-        "doc_id": int(doc_id),
-        "prompt_hash": prompt_hash(prompt),
-        "prompt": prompt,
-        "prompt_tokens": answer.prompt_tokens,
-        "truncated": answer.truncated,
-        "trace": vars(answer.trace),
-        "seconds": answer.seconds,
-        **({} if is_finite else {"broken": True}),
-    }
-
-
-def _failed_record(failed: FailedRequest, prompt: str | list[tuple[str, str]]) -> Record:
-    """The record of a failed request: "lost" holds the reason. It has no answer and enters no score."""
-    empty = Score(failed.key, (0.0,) * len(prompt), (False,) * len(prompt), Trace(), 0.0)
-    if isinstance(prompt, str):
-        return {**base_record(empty, prompt), "output": "", "output_ids": [], "finish": "lost", "lost": failed.reason}
-    return {**_likelihood_record(empty, prompt), "output": "", "lost": failed.reason}
-
-
-def _likelihood_record(answer: Score, args: list[tuple[str, str]]) -> Record:
-    """The record of a likelihood question. args: (context, continuation) of each choice; output: the likeliest."""
-    best = max(range(len(args)), key=lambda i: answer.loglikelihoods[i])
-    return {
-        **base_record(answer, args[0][0]),
-        "output": args[best][1].strip(),
-        "output_ids": [],
-        "finish": None,
-        "choices": [continuation for _, continuation in args],
-        "loglikelihoods": list(answer.loglikelihoods),
-        "standard_errors": list(answer.errors),
-        "greedy": list(answer.greedy),
-    }
