@@ -167,7 +167,7 @@ def quota(stage: Stage) -> str | None:
 
     process = _begin(stage.command("quota"), preexec_fn=limit_files)
     _, errors = process.communicate()
-    if process.returncode != 1 or "what is finished is stored" not in errors or "Traceback" in errors:
+    if process.returncode != 1 or "finished samples are stored" not in errors or "Traceback" in errors:
         return f"exit {process.returncode}: {errors[-300:]}"
     stage.sweep("quota").work()
     return None if stage.same("quota") else "another table"

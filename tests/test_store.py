@@ -204,7 +204,7 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path, monkeypatch):
             self.file.close()
 
     monkeypatch.setattr(run, "_file", Full(run._file))
-    with pytest.raises(RunError, match=r"samples.jsonl: No space left on device; what is finished is stored"):
+    with pytest.raises(RunError, match=r"samples.jsonl: No space left on device; finished samples are stored"):
         run.append(sample(1))
     run.close()
     again = Run(tmp_path / "r", SPEC, resume=True)

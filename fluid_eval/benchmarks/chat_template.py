@@ -76,8 +76,8 @@ class Chat:
                 place = next(place for place, other in enumerate(turns, 1) if other is turn)
                 way = "; examples in one turn: --set chat.multiturn=false" if place < len(turns) - 1 else ""
                 raise ConfigError(
-                    f"chat: the model's template leaves out turn {place} of {len(turns)} ({turn['role']}), so that the "
-                    f"prompt would not hold what is asked; mend the template, or leave --chat out{way}"
+                    f"chat: the model's template leaves out turn {place} of {len(turns)} ({turn['role']}); "
+                    f"fix the template, or leave --chat out{way}"
                 )
 
     def _apply(self, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:

@@ -59,7 +59,7 @@ def _check_scores(file: Path, records: Sequence[Record]) -> None:
         for name, score in record.get("scores", {}).items():
             if not math.isfinite(score):
                 raise ConfigError(
-                    f"{file}: {record['key']} has the score {name}={score}; its metric is at fault: mend it, and run "
+                    f"{file}: {record['key']} has the score {name}={score}; its metric is at fault: fix it, and run "
                     "again into another --out"
                 )
 

@@ -1,4 +1,4 @@
-"""From scored samples to the result table: scores with intervals, and what the answers cost."""
+"""The result table from scored samples: scores with intervals, and costs (tokens, forwards, slots, seconds)."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Run:
             self._index_samples()
 
     def _index_samples(self) -> None:
-        """Index the samples of an earlier session. Failed requests are left out, and so are tried again."""
+        """Index the samples of an earlier session. Failed requests are left out, and so asked again."""
         if (self.folder / SAMPLES).exists():
             self._torn = torn_bytes(self.folder / SAMPLES)
             for record, offset, size in self.samples.read(self._torn):
@@ -220,7 +220,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"{path}: {error.strerror}; what is finished is stored, --resume goes on") from error
+        raise RunError(f"{path}: {error.strerror}; finished samples are stored, --resume continues") from error
 
 
 def _difference(stored: RunSpec, asked: RunSpec) -> str:

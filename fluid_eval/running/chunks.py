@@ -1,4 +1,4 @@
-"""Chunks of requests, as a pool of workers receives them, and what a pool must offer. Neither torch nor Ray.
+"""Chunks of requests for a pool of workers, and the interface of a pool. Neither torch nor Ray.
 
     requests of a run ──chunks_of──▶ Chunk(spec, 128 requests) … ──Pool.run──▶ answers, in any order
 

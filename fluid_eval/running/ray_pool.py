@@ -211,7 +211,7 @@ class RayPool:
         raise RunError(f"every Ray worker died as it loaded the model, {MAX_TRIES} times ({reason})")
 
     def _replace(self, worker: _RemoteWorker, reason: str) -> None:
-        logging.getLogger(__name__).warning("a Ray worker died (%s); its samples are tried again", reason)
+        logging.getLogger(__name__).warning("a Ray worker died (%s); its requests are retried", reason)
         self._ray.kill(worker.actor)  # Ray may have lost contact with a live one
         self._workers[self._workers.index(worker)] = self._start_worker()
 
@@ -232,7 +232,7 @@ class RayPool:
             if any(worker.starting is None for worker in self._workers):
                 last_seen_up = time.monotonic()
             elif time.monotonic() - last_seen_up > START_SECONDS:
-                raise RunError(f"no Ray worker has come up in {START_SECONDS:.0f} s; --resume goes on")
+                raise RunError(f"no Ray worker started in {START_SECONDS:.0f} s; --resume continues")
             # 2) wait for any event: a stream of answers, or a worker that starts
             owners = {stream: worker for worker in self._workers for stream in worker.sent}
             owners |= {worker.starting: worker for worker in self._workers if worker.starting is not None}
@@ -283,7 +283,7 @@ class RayPool:
         """Replace a dead worker. Chunks it had begun are retried as suspects; others return to the queue unchanged."""
         self._deaths_in_row += 1
         if self._deaths_in_row >= MAX_DEATHS:
-            raise RunError(f"{self._deaths_in_row} Ray workers died in a row ({reason}); what is finished is stored")
+            raise RunError(f"{self._deaths_in_row} Ray workers died in a row ({reason}); finished samples are stored")
         self._replace(worker, reason)
         for number, sent in enumerate(worker.sent.values()):
             begun = number == 0 or len(sent.unanswered) < len(sent.chunk.work)

@@ -4,7 +4,7 @@
     turn 1   run B, run A        every other turn in reverse order, against drift of the machine
     turn 2   run A, run B
 
-See `results.speed_repeats` for what is stored.
+`results.speed_repeats` has the stored form.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which workers answer a run: one in this process (`inline`), or long-lived Ray actors (`ray`).
+"""The workers of a run: one in this process (`inline`), or long-lived Ray actors (`ray`).
 
 RunSpec.engine.kind   pool         where                           chunks
 inline                InlinePool   this process, one model         one, with every request
