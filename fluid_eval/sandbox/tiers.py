@@ -199,23 +199,24 @@ class Sandlock(Tier):
                 cwd=folder,
             )
             pipe = sandlock.StdioMode.PIPED
+            # started within the mount, the interpreter keeps it when we leave
             with spaces.covered(folder, DISK) if self._mounts else nullcontext():
                 process = box.popen(self._commands[processes], stdin=pipe, stdout=pipe, stderr=sandlock.StdioMode.NULL)
-                number = os.pidfd_open(process.pid)
+                pidfd = os.pidfd_open(process.pid)
         except BaseException as error:
             remove(folder)
             raise OSError(f"sandlock: {error}") from error
-        end = partial(_end_sandlock, process, number, folder)
+        end = partial(_end_sandlock, process, pidfd, folder)
         return Jailed(process.stdin.fileno(), process.stdout.fileno(), end, None if self._mounts else folder)
 
 
-def _end_sandlock(process: Any, number: int, folder: str) -> None:
+def _end_sandlock(process: Any, pidfd: int, folder: str) -> None:
     """Kill the process and its group, and reap it."""
-    by_number = partial(signal.pidfd_send_signal, number, signal.SIGKILL)
-    for ended in (by_number, process.kill, partial(process.wait, timeout=5)):
+    by_pidfd = partial(signal.pidfd_send_signal, pidfd, signal.SIGKILL)
+    for step in (by_pidfd, process.kill, partial(process.wait, timeout=5)):
         with suppress(OSError, RuntimeError):
-            ended()
-    os.close(number)
+            step()
+    os.close(pidfd)
     for stream in (process.stdin, process.stdout):
         with suppress(OSError):
             stream.close()
