@@ -9,7 +9,7 @@ A generation request, from lm-eval's Instance to the stored sample (gsm8k, docum
     Request(key="gsm8k/0", prompt=(1, 16492, …), max_new_tokens=512, stops=("Question:", "</s>"), seed=…, truncated=0)
         │ pool.run: chunks to workers, answers in any order
         ▼
-    Generation(key="gsm8k/0", ids=(2296, …, 2), text=" She sells 9 eggs …", finish="stop", trace=…, seconds=0.8)
+    Generation(key="gsm8k/0", ids=(2296, …), text=" She sells 9 eggs …", finish="stop", trace=…, seconds=0.8)
         │ store: one line in samples.jsonl
         ▼
     {"key": "gsm8k/0", "prompt": "Question: …", "output": " She sells 9 eggs …", "output_ids": [2296, …], …}
