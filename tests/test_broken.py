@@ -44,11 +44,11 @@ DECODERS = {
 @pytest.fixture(scope="module")
 def checkpoints():
     """The same weights, whole, and with one token's embedding lost. No answer holds that token."""
-    intact, harmed = fluid_checkpoint(seed=1), fluid_checkpoint(seed=1)
-    for checkpoint in (intact, harmed):
+    whole, harmed = fluid_checkpoint(seed=1), fluid_checkpoint(seed=1)
+    for checkpoint in (whole, harmed):
         checkpoint.backbone.model.get_output_embeddings().weight.data[BAD] = 0.0
     harmed.backbone.model.get_input_embeddings().weight.data[BAD] = float("nan")
-    return intact, harmed
+    return whole, harmed
 
 
 def requests():
@@ -59,8 +59,8 @@ def requests():
 @pytest.mark.parametrize("slots", [1, 3, 8])
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_broken_row_is_given_up_alone(checkpoints, name, slots):
-    intact, harmed = checkpoints
-    expected = {a.key: a.ids for a in engine_for(intact, DECODERS[name], slots).generate(requests())}
+    whole, harmed = checkpoints
+    expected = {a.key: a.ids for a in engine_for(whole, DECODERS[name], slots).generate(requests())}
     found = {a.key: a for a in engine_for(harmed, DECODERS[name], slots).generate(requests())}
     assert found.keys() == expected.keys()
     for key, answer in found.items():
@@ -75,9 +75,9 @@ def test_a_broken_row_is_given_up_alone(checkpoints, name, slots):
 
 @pytest.mark.parametrize("slots", [1, 3])
 def test_a_broken_question_is_nan_and_no_other_one(checkpoints, slots):
-    intact, harmed = checkpoints
+    whole, harmed = checkpoints
     questions = [ScoreRequest(r.key, tuple((r.prompt, (3 + choice,)) for choice in range(3))) for r in requests()]
-    expected = {s.key: s.loglikelihoods for s in scorer_for(intact, ArSettings(), slots).score(questions)}
+    expected = {s.key: s.loglikelihoods for s in scorer_for(whole, ArSettings(), slots).score(questions)}
     for score in scorer_for(harmed, ArSettings(), slots).score(questions):
         if "^" in PROMPTS[int(score.key)]:
             assert all(value != value for value in score.loglikelihoods)
@@ -126,9 +126,9 @@ def test_a_checkpoint_of_no_numbers_is_refused(tmp_path):
 
 @pytest.mark.parametrize("token", [-1, 10**6])
 def test_a_token_without_embedding_is_refused(checkpoints, token):
-    intact, _ = checkpoints
+    whole, _ = checkpoints
     with pytest.raises(ConfigError, match=f"request k: token {token} is none of the model's"):
-        list(engine_for(intact, ArSettings(), 1).generate([Request("k", (5, token), 4)]))
+        list(engine_for(whole, ArSettings(), 1).generate([Request("k", (5, token), 4)]))
     for settings in (ArSettings(), LladaSettings()):
         with pytest.raises(ConfigError, match=f"request k: token {token} is none of the model's"):
-            list(scorer_for(intact, settings, 1).score([ScoreRequest("k", (((5, token), (6,)),))]))
+            list(scorer_for(whole, settings, 1).score([ScoreRequest("k", (((5, token), (6,)),))]))

@@ -20,12 +20,12 @@ def folders(tiny_model, tiny_fluid, tmp_path_factory):
     """One model of each method, and a FLUID checkpoint before its K-head."""
     root = tmp_path_factory.mktemp("methods")
     manifest = json.loads((tiny_fluid / "fluid.json").read_text())
-    folders = {"ar": tiny_model, "fluid": tiny_fluid}
+    found = {"ar": tiny_model, "fluid": tiny_fluid}
     for name, method in (("nbdiff", "nbdiff"), ("llada", "llada"), ("headless", "fluid")):
-        folders[name] = shutil.copytree(tiny_fluid, root / name)
+        found[name] = shutil.copytree(tiny_fluid, root / name)
         changed = {**manifest, "method": method, "tau": []} | ({"k_max": None} if method != "fluid" else {})
-        (folders[name] / "fluid.json").write_text(json.dumps(changed))
-    return folders
+        (found[name] / "fluid.json").write_text(json.dumps(changed))
+    return found
 
 
 WRITES = {"ar": "ar", "fluid": "fluid", "nbdiff": "nbdiff", "llada": "llada", "headless": "ar"}

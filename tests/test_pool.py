@@ -82,8 +82,8 @@ class World:
     def wait(self, refs, **_):
         return [self.random.choice(refs)], []
 
-    def get(self, reference):
-        return reference[0] if isinstance(reference, tuple) else reference
+    def get(self, found):
+        return found[0] if isinstance(found, tuple) else found
 
     def kill(self, actor) -> None:
         actor.dead = True

@@ -44,16 +44,16 @@ def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     (folder / "gsm8k").mkdir()
     for split, count in (("train", 6), ("test", 2)):
-        examples = [{"question": f"What is {n} + 1?", "answer": f"{n} + 1\n#### {n + 1}"} for n in range(count)]
-        (folder / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
+        told = [{"question": f"What is {n} + 1?", "answer": f"{n} + 1\n#### {n + 1}"} for n in range(count)]
+        (folder / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
     return folder
 
 
 def built(rows, **changes):
     spec = build_spec({**BASE, "data_dir": str(rows), **changes})
     tasks = lm_eval_tasks.load_tasks(spec)
-    protocol = profiles.describe(spec, tasks["tasks"], {"gsm8k": ["gsm8k"]}, None)
-    return tasks["tasks"]["gsm8k"], protocol
+    told = profiles.describe(spec, tasks["tasks"], {"gsm8k": ["gsm8k"]}, None)
+    return tasks["tasks"]["gsm8k"], told
 
 
 def write(folder, text, name="mine.toml"):
@@ -73,18 +73,19 @@ def test_the_default_profile_is_no_part_of_an_identity_and_others_are():
 
 
 def test_profiles_change_what_they_say_and_nothing_else(rows, tmp_path):
-    _, protocol = built(rows)
-    task = protocol["tasks"]["gsm8k"]
-    assert (protocol["name"], task["num_fewshot"], task["max_gen_toks"]) == ("lm-eval", 5, 512)
+    _, told = built(rows)
+    assert (told["name"], told["tasks"]["gsm8k"]["num_fewshot"], told["tasks"]["gsm8k"]["max_gen_toks"]) == (
+        "lm-eval", 5, 512,
+    )  # fmt: skip
     task, paper = built(rows, profile="fluid-paper", chat=AS_FLUID)
     one = paper["tasks"]["gsm8k"]
     assert (one["num_fewshot"], one["max_gen_toks"], one["until"]) == (4, 7000, [])
     assert one["extractors"] == {"none": "fluid_eval.benchmarks.evalscope_gsm8k.results"}
     assert task.get_config("generation_kwargs")["do_sample"] is False, "what a profile leaves out stays"
-    assert one["version"] == protocol["tasks"]["gsm8k"]["version"]
+    assert one["version"] == told["tasks"]["gsm8k"]["version"]
     _, silent = built(rows, profile=write(tmp_path, 'about = "x"\n[tasks.mmlu]\nsource = "y"\n'))
     assert silent["tasks"]["gsm8k"]["source"] == "not stated; lm-eval's used"
-    assert silent["hash"] == protocol["hash"]
+    assert silent["hash"] == told["hash"]
 
 
 def test_fluids_prompt_is_that_of_its_public_evaluation(rows):
@@ -115,7 +116,7 @@ def test_fluids_prompt_is_that_of_its_public_evaluation(rows):
 
 
 @pytest.mark.parametrize(
-    ("text", "expected", "right"),
+    ("text", "said", "right"),
     [
         ("so 7. \\boxed{5} no: $\\boxed{18}$ dollars", "18", True),
         ("thoughts \\boxed{18} [unused17] Done.", "18", True),
@@ -135,9 +136,9 @@ def test_fluids_prompt_is_that_of_its_public_evaluation(rows):
         ("", "", False),
     ],
 )
-def test_answers_are_read_as_evalscope_reads_them(text, expected, right):
+def test_answers_are_read_as_evalscope_reads_them(text, said, right):
     """As EvalScope's parser at fde259d2 scored each of these texts against 18."""
-    assert evalscope_gsm8k.answer(text) == expected
+    assert evalscope_gsm8k.answer(text) == said
     assert evalscope_gsm8k.results({"answer": "10 + 8\n#### 18"}, [text]) == {"exact_match": int(right)}
 
 
@@ -185,24 +186,24 @@ def test_whatever_decides_what_is_asked_is_in_the_template(rows):
     task = lm_eval_tasks.load_tasks(spec)["tasks"]["gsm8k"]
 
     def template():
-        protocol = profiles.describe(spec, {"gsm8k": task}, {"gsm8k": ["gsm8k"]}, None)
-        return protocol["tasks"]["gsm8k"]["template"]
+        told = profiles.describe(spec, {"gsm8k": task}, {"gsm8k": ["gsm8k"]}, None)
+        return told["tasks"]["gsm8k"]["template"]
 
-    templates = {template()}
+    found = {template()}
     for name in (
         "description", "doc_to_text", "doc_to_choice", "doc_to_target", "gen_prefix", "fewshot_split",
         "fewshot_delimiter", "target_delimiter", "process_docs",
     ):  # fmt: skip
         before = task.get_config(name)
         task.set_config(key=name, value="other")
-        templates.add(template())
+        found.add(template())
         task.set_config(key=name, value=before)
-    assert len(templates) == 10
+    assert len(found) == 10
 
 
 def test_the_longest_name_that_covers_a_task_counts():
-    overrides = {name: profiles.TaskProtocol(name) for name in ("mmlu", "mmlu_anatomy")}
-    profile = profiles.Profile("x", "", overrides)
+    told = {name: profiles.TaskProtocol(name) for name in ("mmlu", "mmlu_anatomy")}
+    profile = profiles.Profile("x", "", told)
     assert [profile.key_for(name) for name in ("mmlu_anatomy", "mmlu_virology", "mmlu", "mmlupro")] == [
         "mmlu_anatomy", "mmlu", "mmlu", None,
     ]  # fmt: skip
