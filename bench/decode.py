@@ -298,7 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
     checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype="float32")
     print(f"slot budget {checkpoint.backbone.slot_budget}, {torch.get_num_threads()} threads", file=sys.stderr)
     found = [bar for name in options.only or PARTS for bar in PARTS[name](checkpoint, plan)]
-    print(bars.told(found, as_json=options.json))
+    print(bars.render(found, as_json=options.json))
     return 0 if all(bar.ok is not False for bar in found) else 1
 
 

@@ -224,9 +224,9 @@ def main(arguments: list[str] | None = None) -> int:
         results[system.label] = measure(system, options.checkpoints, runs, options.limit)
     seconds = {system.checkpoint: training_seconds(options.checkpoints / system.checkpoint) for system in known}
     found = wanted(results) if {"tiny-ar", "tiny-fluid"} <= set(seconds) else []
-    told = bars.told(found, as_json=False)
+    told = bars.render(found, as_json=False)
     text = table(results, seconds)
-    print(bars.told(found, as_json=True) if options.json else f"{text}\n\n{told}")
+    print(bars.render(found, as_json=True) if options.json else f"{text}\n\n{told}")
     if options.out:
         absent = sorted({system.checkpoint for system in SYSTEMS} - set(seconds))
         note = f"\nNot trained yet: {', '.join(absent)}.\n" if absent else ""

@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
             wrong <= theirs_wrong,
         ),
     ]
-    print(bars.told(found, as_json=options.json))
+    print(bars.render(found, as_json=options.json))
     return 0 if all(bar.ok is not False for bar in found) else 1
 
 

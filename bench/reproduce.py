@@ -25,7 +25,7 @@ from fluid_model.common.fields import assign
 from fluid_model.common.files import read_toml
 from fluid_model.train.recipe import build_chain
 
-from .bars import Bar, told
+from .bars import Bar, render
 from .family import SCORES_FILE, SYSTEMS, measure
 
 NAMES = ("tiny-ar", "tiny-fluid", "tiny-nbdiff", "tiny-llada")
@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bench.reproduce: {error}; --build names another folder", file=sys.stderr)
         return 2
     if options.json:
-        print(told(found, as_json=True))
+        print(render(found, as_json=True))
     else:
         width = max(len(bar.name) for bar in found)
         for bar in found:

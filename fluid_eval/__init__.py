@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .results.run_folder import load_results
+    from .results.finished_runs import load_results
 
 __all__ = ["load_results"]
 
@@ -17,6 +17,6 @@ def __getattr__(name: str) -> Any:
     """What `__all__` names, imported when it is asked for: the sandbox's processes ask for nothing."""
     if name != "load_results":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .results.run_folder import load_results
+    from .results.finished_runs import load_results
 
     return load_results

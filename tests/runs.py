@@ -10,7 +10,7 @@ from typing import Any
 
 from fluid_eval.common.spec import HealthSpec, build_spec
 from fluid_eval.results.health import gates
-from fluid_eval.results.metrics import lines
+from fluid_eval.results.metrics import table_rows
 from fluid_eval.results.run_folder import encode, write_json
 
 HOSTILE = (
@@ -114,8 +114,8 @@ def write_run(
     result = {
         "spec_id": spec.id, "model": spec.model.path, "decoder": spec.to_dict()["decoder"],
         "started": "2026-11-21T03:40:03+00:00", "wall_seconds": 75.2,
-        "lines": [line.to_dict() for line in [*lines("gsm8k", one), *lines("mmlu", other)]],
-        "members": members, "parts": [line.to_dict() for line in lines("mmlu_anatomy", other)],
+        "lines": [line.to_dict() for line in [*table_rows("gsm8k", one), *table_rows("mmlu", other)]],
+        "members": members, "parts": [line.to_dict() for line in table_rows("mmlu_anatomy", other)],
         "health": [gate.to_dict() for gate in gates([*one, *other], members, HealthSpec())],
         "data": ["matches the canonical MMLU test set (14042 rows)", "WARNING: 3 rows that are not canonical"],
         "notices": ["the last line was <i>cut</i> short"],

@@ -13,10 +13,10 @@ from bench.prompts import mini
 
 def test_bars_are_told_in_two_forms():
     found = [bars.at_least("speed", 2.4999, 2.5), bars.at_most("waste", 0.1, 0.1), bars.Bar("shown", 3.0, "", None)]
-    told = json.loads(bars.told(found, as_json=True))["bars"]
+    told = json.loads(bars.render(found, as_json=True))["bars"]
     assert told[0] == {"name": "speed", "measured": 2.5, "bar": "at least 2.5", "ok": False}
     assert [bar["ok"] for bar in told] == [False, True, None]
-    assert "| speed | 2.5 | at least 2.5 | **no** |" in bars.told(found, as_json=False)
+    assert "| speed | 2.5 | at least 2.5 | **no** |" in bars.render(found, as_json=False)
 
 
 def test_prompts_are_the_test_sets_levels_in_turn():

@@ -65,7 +65,7 @@ def test_what_others_may_write_is_not_trusted(home, spoil, monkeypatch):
     with pytest.raises(OSError, match=r"XDG_CACHE_HOME"):
         cache_folder.folder()
     assert slot_budget_cache.known() == {}
-    slot_budget_cache._keep({"m on d": 9})
+    slot_budget_cache._store({"m on d": 9})
     assert (home / "fluid-eval" / "slot_budgets.json").read_text() == '{"m on d": 7}'
 
 

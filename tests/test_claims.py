@@ -21,7 +21,7 @@ from fluid_eval.common.paths import resource
 from fluid_eval.common.spec import build_spec
 from fluid_eval.common.stats import Interval
 from fluid_eval.output import claims_tables
-from fluid_eval.sandbox.ladder import Found
+from fluid_eval.sandbox.ladder import IsolationHere
 from fluid_model import ConfigError
 
 LEDGER = """
@@ -313,7 +313,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
         door.cache_clear()
     hub, cuda = [False], [""]
     monkeypatch.setattr(reproduce, "_hub", lambda: hub[0])
-    monkeypatch.setattr(reproduce, "isolation", lambda: Found(None, ()))
+    monkeypatch.setattr(reproduce, "isolation", lambda: IsolationHere(None, ()))
     monkeypatch.setattr(reproduce, "_cuda", lambda: cuda[0])
     monkeypatch.setattr(reproduce, "_at_hand", lambda source, data_dir: data_dir is not None)
     system = System("s", "big", hub="who/big")

@@ -14,7 +14,7 @@ import pytest
 from fluid_eval.benchmarks.datasets import HUB_TIMEOUT
 from fluid_eval.cli import EXIT_UNHEALTHY
 from fluid_eval.cli.main import main
-from fluid_eval.sandbox.ladder import found
+from fluid_eval.sandbox.ladder import strongest_tier
 from fluid_model.forward import compiled
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,7 +174,7 @@ def test_doctor(capsys, little_data, data_dir, monkeypatch):
     assert main(["doctor", "--data-dir", str(data_dir)]) == 0
     out = capsys.readouterr().out
     assert "ok: the main job can run here" in out
-    assert f"isolation   {found().name or 'none'}" in out
+    assert f"isolation   {strongest_tier().name or 'none'}" in out
     assert ("forward     compiled" in out) == (compiled.library(4) is not None)
     assert main(["doctor"]) == 0, "the mini suite runs without"
     out = capsys.readouterr().out

@@ -17,13 +17,13 @@ def _fresh(monkeypatch):
     monkeypatch.setattr(datasets, "_loaded", {})
 
 
-@pytest.mark.parametrize(("name", "split"), [(n, s) for n, source in datasets.SOURCES.items() for s in source.known])
+@pytest.mark.parametrize(("name", "split"), [(n, s) for n, source in datasets.DATASETS.items() for s in source.known])
 def test_shared_data_are_the_canonical_sets(data_dir, name, split):
     rows = datasets.load_rows(name, split, str(data_dir))
     (found,) = datasets.fingerprints(str(data_dir))
     assert found.canonical
-    assert found.rows == len(rows) == datasets.SOURCES[name].known[split][0]
-    assert found.message == f"matches the canonical {datasets.SOURCES[name].title} {split} set ({len(rows)} rows)"
+    assert found.rows == len(rows) == datasets.DATASETS[name].known[split][0]
+    assert found.message == f"matches the canonical {datasets.DATASETS[name].title} {split} set ({len(rows)} rows)"
 
 
 def test_one_changed_character_is_noticed(data_dir):

@@ -162,7 +162,7 @@ def test_no_home_is_no_reason_to_fail(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     assert slot_budget_cache.known() == {}
-    slot_budget_cache._keep({"a": 1})
+    slot_budget_cache._store({"a": 1})
     assert not Path("~").exists()
 
 

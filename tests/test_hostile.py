@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import fluid_eval
 from fluid_eval.benchmarks import datasets
 from fluid_eval.common.spec import build_spec
-from fluid_eval.results import run_folder
+from fluid_eval.results import samples_file
 from fluid_eval.results.run_folder import Run, encode, read_samples
 from fluid_eval.sweeps.grid import plan, read_axis
 from fluid_model import ConfigError
@@ -150,12 +150,12 @@ def test_a_damaged_model_is_refused(tiny_fluid, tmp_path, name, harm):
 
 
 def test_what_a_crash_left_of_a_long_line_is_found_from_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "_STEP", 7)
+    monkeypatch.setattr(samples_file, "_STEP", 7)
     file = tmp_path / "samples.jsonl"
     for whole, torn in ((b"", b""), (b"a\n", b""), (b"", b"x" * 20), (b"abc\ndef\n", b"y" * 20), (b"\n" * 8, b"z")):
         file.write_bytes(whole + torn)
-        assert run_folder.torn_bytes(file) == len(torn)
-    assert run_folder.torn_bytes(tmp_path / "none") == 0
+        assert samples_file.torn_bytes(file) == len(torn)
+    assert samples_file.torn_bytes(tmp_path / "none") == 0
 
 
 @pytest.mark.parametrize("model", ["a\0b", "a" * 5000, "../" * 50, "owner/name/more", "", "http://x/y"])

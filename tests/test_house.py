@@ -36,9 +36,9 @@ DOORS = {
         "fluid_eval.benchmarks.lm_eval_tasks",
         "fluid_eval.analysis.rescore",
     },
-    "ray": {"fluid_eval.running.workers"},
+    "ray": {"fluid_eval.running.ray_pool"},
     "matplotlib": {"fluid_eval.output.figures", "fluid_eval.sweeps.frontier_files"},
-    "pandas": {"fluid_eval.results.run_folder", "fluid_eval.sweeps.frontier_files"},
+    "pandas": {"fluid_eval.results.finished_runs", "fluid_eval.sweeps.frontier_files"},
 }
 
 

@@ -9,7 +9,7 @@ from itertools import islice
 import pytest
 
 from fluid_eval.benchmarks import lm_eval_tasks
-from fluid_eval.benchmarks.humaneval_samples import held
+from fluid_eval.benchmarks.humaneval_samples import outcomes_of
 from fluid_eval.common.paths import resource
 from fluid_eval.common.spec import build_spec
 from fluid_eval.sandbox import passing
@@ -53,7 +53,7 @@ def test_the_reference_body_passes_and_another_fails():
     rows = [row for level in suite.LEVELS for row in TESTS["mini_humaneval", level][:4]]
     for bodies, passes in (([row["completion"] for row in rows], True), (["    return None\n"] * len(rows), False)):
         trials = [trial(row, row["prompt"] + body) for row, body in zip(rows, bodies, strict=True)]
-        told = held(judges(chosen(allow_unsafe=True)), trials)
+        told = outcomes_of(judges(chosen(allow_unsafe=True)), trials)
         assert [verdict.passed for verdict in told] == [passes] * len(rows)
 
 

@@ -24,7 +24,7 @@ from fluid_eval.common.stats import (
 )
 from fluid_eval.output.report.facts import gather
 from fluid_eval.output.report.stored import read_runs
-from fluid_eval.results.metrics import lines
+from fluid_eval.results.metrics import table_rows
 from fluid_eval.results.run_folder import SAMPLES
 from fluid_eval.sweeps.pareto import LEAST, SPEEDS, Placed, best, frontier, measure
 from fluid_eval.sweeps.points import as_point
@@ -49,7 +49,7 @@ def record(doc, score, seconds, tokens):
 def test_scores_and_costs(drawn_records, chance):
     records = [record(doc, *each) for doc, each in enumerate(drawn_records)]
     shuffled = chance.sample(records, len(records))
-    assert lines("t", shuffled) == lines("t", records)
+    assert table_rows("t", shuffled) == table_rows("t", records)
     values, others = [r["scores"]["acc,none"] for r in records], [r["seconds"] for r in records]
     turned = [r["scores"]["acc,none"] for r in shuffled]
     assert interval(turned) == interval(values)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluid_eval.running.workers import parts_of
+from fluid_eval.running.chunks import split_by_prefix
 from fluid_model import ArSettings, FluidSettings, Request, Scorer, ScoreRequest, engine_for
 from fluid_model.engine.shared_prefixes import SHORTEST, common, group
 
@@ -140,7 +140,7 @@ def test_a_context_asked_twice_shares_all_but_what_is_looked_at():
 
 def test_workers_get_what_begins_alike_together():
     asked = [*work(), ScoreRequest("s", (((*SHOTS, 99), (1,)),))]
-    chunks = parts_of(asked, 4)
+    chunks = split_by_prefix(asked, 4)
     assert sorted(item.key for chunk in chunks for item in chunk) == sorted(item.key for item in asked)
     assert max(map(len, chunks)) == 4
     sets = [{"s" if item.key == "s" else int(item.key) // 6 if item.key != "9" else "9" for item in c} for c in chunks]

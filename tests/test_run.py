@@ -10,7 +10,8 @@ from fluid_eval.common.spec import build_spec
 from fluid_eval.results import run_folder
 from fluid_eval.running import job as job
 from fluid_eval.running.job import run
-from fluid_eval.running.workers import RayPool, open_pool
+from fluid_eval.running.ray_pool import RayPool
+from fluid_eval.running.workers import open_pool
 
 LIMIT = 2
 """Documents of a task, and of each of MMLU's 57 subjects."""

@@ -20,7 +20,7 @@ from fluid_eval.common.stats import (
     ratio_of_sums,
     sureness,
 )
-from fluid_eval.results.metrics import cost, lines
+from fluid_eval.results.metrics import cost, table_rows
 from fluid_model.common.errors import ConfigError
 
 
@@ -236,7 +236,7 @@ def test_costs():
     assert spent.forwards_by_kind == {"prefill": 2, "denoise": 1, "verify": 1, "commit": 0}
     assert (spent.slots, spent.slots_per_token) == (20, 5.0)
     assert (spent.truncated_prompts, spent.length_limit_hits) == (1, 1)
-    (line,) = lines("t", records)
+    (line,) = table_rows("t", records)
     assert (line.metric, line.filter, line.score, line.n) == ("acc", "none", 0.5, 2)
     mixed = cost([*records, record(None, [], {"prefill": 7}, 3.0, {"acc,none": 1.0})])
     assert (mixed.forwards, mixed.slots, mixed.seconds) == (11, 30, 4.0)

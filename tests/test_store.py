@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fluid_eval
 from fluid_eval.common.spec import build_spec
-from fluid_eval.results.metrics import lines
+from fluid_eval.results.metrics import table_rows
 from fluid_eval.results.run_folder import Run, encode, parse, read_samples
 from fluid_model import ConfigError
 from fluid_model.common.errors import RunError
@@ -204,7 +204,7 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path, monkeypatch):
             self.file.close()
 
     monkeypatch.setattr(run, "_file", Full(run._file))
-    with pytest.raises(RunError, match=r"samples.jsonl: No space left on device; what is finished is stored"):
+    with pytest.raises(RunError, match=r"samples.jsonl: No space left on device; finished samples are stored"):
         run.append(sample(1))
     run.close()
     again = Run(tmp_path / "r", SPEC, resume=True)
@@ -223,7 +223,7 @@ def test_what_was_given_up_counts_nowhere_and_is_tried_again(tmp_path):
     run.append(lost)
     assert run.samples["gsm8k/1"]["lost"], "here it is known"
     run.close()
-    (line,) = lines("gsm8k", [{**record, "truncated": 0} for record in read_samples(tmp_path / "r")])
+    (line,) = table_rows("gsm8k", [{**record, "truncated": 0} for record in read_samples(tmp_path / "r")])
     assert (line.n, line.score, line.cost.forwards) == (1, 0.0, 4)
     again = Run(tmp_path / "r", SPEC, resume=True)
     assert list(again.samples) == ["gsm8k/0"]

@@ -11,8 +11,9 @@ import fluid_eval
 from fluid_eval.cli import EXIT_UNHEALTHY
 from fluid_eval.cli.main import main
 from fluid_eval.results.run_folder import Run, read_samples
+from fluid_eval.running.chunks import FailedRequest
 from fluid_eval.running.job import run
-from fluid_eval.running.workers import InlinePool, Lost
+from fluid_eval.running.workers import InlinePool
 from fluid_eval.sweeps import pareto
 from fluid_eval.sweeps import sweep as module
 from fluid_eval.sweeps.grid import plan
@@ -165,7 +166,7 @@ def test_what_was_given_up_is_tried_again(values, tmp_path, monkeypatch):
 
     def lossy(self, chunks):
         for point, answer in real(self, chunks):
-            yield point, Lost(bad, "its worker died") if answer.key == bad else answer
+            yield point, FailedRequest(bad, "its worker died") if answer.key == bad else answer
 
     monkeypatch.setattr(InlinePool, "run", lossy)
     result = Sweep(plan(values), tmp_path / "s").work()

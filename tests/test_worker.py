@@ -153,4 +153,4 @@ def test_a_spec_gets_the_k_head_of_its_tau(tmp_path):
         values = {"tasks": "mini", "model": {"path": str(tmp_path / "two"), "tau": tau}, "decoder": "fluid"}
         one.facts(build_spec(values).to_dict())
         assert one._checkpoint.head is one._checkpoint.heads[head]
-    assert len(one._held) == 1
+    assert len(one._checkpoints) == 1

@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     print(told(plan), file=sys.stderr if options["json"] else sys.stdout)
     found = measure(plan, options["only"] or list(PARTS))
-    print(bars.told(found.bars, as_json=True) if options["json"] else found.table())
+    print(bars.render(found.bars, as_json=True) if options["json"] else found.table())
     return 0 if all(bar.ok is not False for bar in found.bars) else 1
 
 

@@ -24,7 +24,8 @@ from fluid_model.settings import check_range
 from ..common.spec import RunSpec
 from ..common.stats import Interval, difference_over_tasks, mcnemar, mean_over_tasks, minimum_detectable
 from ..results import speed_repeats
-from ..results.run_folder import ENVIRONMENT, SPEC, Record, read_finished
+from ..results.finished_runs import read_finished
+from ..results.run_folder import ENVIRONMENT, SPEC, Record
 from ..results.speed_repeats import Repeat
 from ..results.stored_values import read_environment, read_spec
 from .speed_ratios import Clocked, speeds

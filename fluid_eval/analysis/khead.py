@@ -25,7 +25,7 @@ from fluid_model.settings import FluidSettings
 from fluid_model.train.losses import best_stride
 from fluid_model.train.row_layouts import IGNORE
 
-from ..running.worker import price_slots
+from ..running.worker import set_slot_budget
 from .acceptance import ALL
 from .losslessness import promises
 from .reopen import Text, open_stored
@@ -59,7 +59,7 @@ def khead_run(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{stored.spec.model.path} has no K-head to look at")
     if not promises(decoder) or decoder.temperature:
         raise ConfigError("this text is not greedy AR's, which drafts are held against; run with verify=true")
-    price_slots(checkpoint, replace(stored.spec, decoder=FluidSettings()))
+    set_slot_budget(checkpoint, replace(stored.spec, decoder=FluidSettings()))
     budget = getattr(decoder, "slot_budget", None) or checkpoint.backbone.slot_budget
     manifest = checkpoint.manifest
     tau = manifest.tau[manifest.choose(stored.spec.model.tau)] if manifest else None

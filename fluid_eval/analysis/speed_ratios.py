@@ -67,8 +67,8 @@ def speeds(base: Clocked, other: Clocked) -> Nested:
         "cautions": _cautions(base, other, second) if second else [],
         "unequal": speed_conditions.unequal_forwards(ours.conditions, theirs.conditions) if wrote else [],
         "conditions": {
-            "base": speed_conditions.told(ours.conditions),
-            "other": speed_conditions.told(theirs.conditions),
+            "base": speed_conditions.drafting(ours.conditions),
+            "other": speed_conditions.drafting(theirs.conditions),
         },
     }
 
@@ -88,7 +88,7 @@ def _forwards(base: Clocked, other: Clocked) -> Nested | None:
 
 def _seconds(base: Clocked, other: Clocked) -> Nested | None:
     """By repeats taken in turns where there are any, else by one speed each, without an interval."""
-    paces = [speed_repeats.paces(run.all, run.held) for run in (base, other)]
+    paces = [speed_repeats.tokens_per_second(run.all, run.held) for run in (base, other)]
     if ratio := speed_repeats.ratio(*paces):
         both = [turn for turn in paces[0] if turn in paces[1]]
         base_speed, other_speed = (geometric([own[turn] for turn in both]).mean for own in paces)

@@ -20,7 +20,7 @@ from fluid_model.common.fields import at_least, build
 from fluid_model.common.files import Nested, read_toml
 from fluid_model.settings import check_range
 
-from ..benchmarks.datasets import SOURCES
+from ..benchmarks.datasets import DATASETS
 from ..common.paths import resource
 
 Table = Literal["tiny", "main", "ablation", "speed", "own"]
@@ -208,7 +208,7 @@ class Ledger:
 
 def task_size(task: str) -> int | None:
     """Questions of a benchmark's canonical test set; None where this package does not know it."""
-    return SOURCES[task].known["test"][0] if task in SOURCES else SIZES.get(task)
+    return DATASETS[task].known["test"][0] if task in DATASETS else SIZES.get(task)
 
 
 def published_n(claim: Claim) -> int | None:

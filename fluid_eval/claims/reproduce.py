@@ -30,7 +30,7 @@ from ..results import speed_repeats
 from ..results.run_folder import ENVIRONMENT, RUN_FILES, Record, held_spec, read_samples, write_json
 from ..results.sample_records import in_order
 from ..running.job import default_folder, run
-from ..sandbox.ladder import found as isolation
+from ..sandbox.ladder import strongest_tier as isolation
 from .conflicts import lint
 from .ledger import Claim, Ledger, System
 from .verdicts import NOT_RUN, Finding, Judgement, Margins, judge
@@ -203,7 +203,7 @@ def missing(claim: Claim, settings: Nested, place: Place, system: System) -> lis
         needs.append(claim.hardware or "the hardware it was measured on, which is not stated")
     if lm_eval_tasks.unsafe_names((claim.task,)) and not place.may_run_code(system) and isolation().name is None:
         needs.append("--allow-unsafe-code")
-    source = next((name for name in datasets.SOURCES if claim.task == name or claim.task.startswith(name + "_")), None)
+    source = next((name for name in datasets.DATASETS if claim.task == name or claim.task.startswith(name + "_")), None)
     if source is not None and not _at_hand(source, place.data_dir):
         needs.append(f"data {source}")
     return needs
@@ -306,7 +306,7 @@ def _speed(claim: Claim, folder: Path) -> Interval:
     if found is None:
         raise ConfigError(f"its run wrote nothing to measure {claim.metric} by")
     if claim.unit == "tok/s":
-        again = list(speed_repeats.paces(records, speed_repeats.read(folder)).values())
+        again = list(speed_repeats.tokens_per_second(records, speed_repeats.read(folder)).values())
         found = geometric(again) if again else Interval(found.mean, math.nan, math.nan, found.n)
     return found
 
@@ -340,6 +340,6 @@ def _at_hand(source: str, data_dir: str | None) -> bool:
     if data_dir is None and source != "humaneval" and _hub():
         return True
     try:
-        return all(datasets.load_rows(source, split, data_dir) for split in datasets.SOURCES[source].known)
+        return all(datasets.load_rows(source, split, data_dir) for split in datasets.DATASETS[source].known)
     except ConfigError:
         return False

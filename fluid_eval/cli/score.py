@@ -30,7 +30,7 @@ def add(score: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     from ..benchmarks.humaneval_samples import RESULTS, load_problems, score_file, unmet
     from ..sandbox.ladder import chosen
-    from ..sandbox.pool import Judges
+    from ..sandbox.pool import JudgePool
 
     asked = _KS if options.k is None else options.k
     ks = [int(k) if k.strip().isdecimal() else 0 for k in asked.split(",")]
@@ -44,7 +44,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         problems = load_problems(options.problems)
         tier = chosen(allow_unsafe=options.allow_unsafe_code)
-        with closing(Judges(tier, options.workers)) as judges:
+        with closing(JudgePool(tier, options.workers)) as judges:
             rates, fewest = score_file(
                 options.samples, problems, ks, judges, timeout=options.timeout, incomplete=options.incomplete
             )

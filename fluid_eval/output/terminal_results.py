@@ -36,7 +36,7 @@ def print_result(result: Mapping[str, Any], folder: Path, *, settable: bool = Tr
     console.print("tokens: of answers before their end; forwards by kind, summed over samples")
     if not repeats and any(line["tokens_per_second"] for line in result["lines"]):
         console.print("tok/s of one run have no interval: a machine is never as fast twice (--speed-repeats 5)")
-    if (under := result.get("conditions")) and (held := speed_conditions.told(under)):
+    if (under := result.get("conditions")) and (held := speed_conditions.drafting(under)):
         console.print(f"tok/fwd at {held}")
     print_health(console, result.get("health", []), settable=settable)
     for message in result["data"]:

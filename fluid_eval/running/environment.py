@@ -1,4 +1,4 @@
-"""Where a run happened: versions, commit, hardware. What `doctor` prints and `environment.json` keeps."""
+"""Versions, commit and hardware, as stored in environment.json and printed by `doctor`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str | None]:
-    """Installed version of each package this project stands on (None where it is missing)."""
-    found: dict[str, str | None] = {}
+    """Installed version of each package in PACKAGES (None where it is missing)."""
+    installed: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def commit() -> dict[str, Any]:
-    """Commit and dirtiness of the checkout this package runs from (None where it is installed from a wheel)."""
+    """Commit of the checkout that this package runs from, and whether it is dirty (None if installed from a wheel)."""
     folder = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str | None:
@@ -45,14 +45,14 @@ def commit() -> dict[str, Any]:
 
 
 def memory_bytes() -> int:
-    """Memory of this machine."""
+    """Memory of this machine, in bytes."""
     import psutil
 
     return int(psutil.virtual_memory().total)
 
 
 def describe() -> dict[str, Any]:
-    """Everything here that can change a number or a speed. Imports no torch."""
+    """Facts of this machine and installation that may change a score or a speed. Imports no torch."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -10,7 +10,7 @@ from typing import Any
 from fluid_model.settings import check_range
 
 from ..results.metrics import Record, first_scores
-from ..results.speed_repeats import Repeat, Turn, paces
+from ..results.speed_repeats import Repeat, Turn, tokens_per_second
 
 
 @dataclass(frozen=True)
@@ -68,4 +68,6 @@ def as_point(
         for record in records
         if record["key"] in scores and record["key"].count("/") == 1  # a document's first answer, where it has several
     ]  # fmt: skip
-    return Point(name, dict(settings), samples, stopped, paces([r for r in records if "lost" not in r], repeats))
+    return Point(
+        name, dict(settings), samples, stopped, tokens_per_second([r for r in records if "lost" not in r], repeats)
+    )

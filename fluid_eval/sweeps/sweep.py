@@ -28,9 +28,10 @@ from ..common.spec import RunSpec
 from ..common.stats import Interval
 from ..results import speed_repeats as repeats
 from ..results.run_folder import POINTS, RESULT, SWEEP, Record, Run, lock, read_samples, write_json
+from ..running.chunks import Chunk, FailedRequest, Pool, chunks_of
 from ..running.job import Job, check_tasks, go_offline_unless_needed, prepare
 from ..running.repeat_timing import time_in_turns
-from ..running.workers import Chunk, Lost, Pool, chunks_of, open_pool
+from ..running.workers import open_pool
 from . import pareto
 from .grid import Plan, PlannedPoint
 from .points_in_progress import Under, by_turn, held_share, point_of
@@ -156,7 +157,7 @@ class Sweep:
                 some = [item for turn in sorted(under.work) for item in under.work[turn]]
                 some = some[:: max(1, len(some) // PILOT)][:PILOT]
                 for _, answer in pool.run(chunks_of(pool, under.name, under.planned.spec, some)):
-                    if not isinstance(answer, Lost):
+                    if not isinstance(answer, FailedRequest):
                         tried += 1
                         forwards += sum(answer.trace.forwards.values())
                         seconds += answer.seconds
@@ -242,8 +243,8 @@ class Sweep:
             left = [chunk for chunk in chunks if under[chunk.point].stopped is None]
             spent: dict[str, list[tuple[int, float]]] = defaultdict(list)
             for name, answer in pool.run(left):
-                under[name].job.lm.keep(answer)
-                board.advance(name, failed=isinstance(answer, Lost))
+                under[name].job.lm.store(answer)
+                board.advance(name, failed=isinstance(answer, FailedRequest))
                 if isinstance(answer, Generation):
                     spent[name].append((len(answer.ids), answer.seconds))
             for name, each in spent.items():

@@ -112,7 +112,9 @@ def pack(values: Iterable[int]) -> str:
 def _hit(record: Record) -> list[int]:
     """Numbers of the health gates that count this sample."""
     return [
-        n for n, rule in enumerate(RULES.values()) if "lost" not in record and rule.asks(record) and rule.counts(record)
+        n
+        for n, rule in enumerate(RULES.values())
+        if "lost" not in record and rule.applies(record) and rule.is_faulty(record)
     ]
 
 

@@ -13,7 +13,8 @@ from fluid_model.common.errors import ConfigError
 from fluid_model.common.files import read_json
 
 from ...results import speed_repeats as repeats
-from ...results.run_folder import AUDIT, ENVIRONMENT, KHEAD, POINTS, RESULT, SPEC, SWEEP, Record, read_finished
+from ...results.finished_runs import read_finished
+from ...results.run_folder import AUDIT, ENVIRONMENT, KHEAD, POINTS, RESULT, SPEC, SWEEP, Record
 from ...results.speed_repeats import Repeat
 from ...results.stored_values import AUDIT_HOLDS, KHEAD_HOLDS, read_beside, read_environment, read_spec
 from ...sweeps.frontier_files import short
