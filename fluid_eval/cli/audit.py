@@ -21,10 +21,10 @@ def main(options: argparse.Namespace) -> int:
         from ..output.terminal_audits import print_audit
         from ..results.run_folder import AUDIT, write_json
 
-        found = audit_run(folder)
-        write_json(folder / AUDIT, found)
+        report = audit_run(folder)
+        write_json(folder / AUDIT, report)
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(report, indent=2))
     else:
-        print_audit(found)
-    return EXIT_FAILED if found["verdict"] in FAULTS else EXIT_OK
+        print_audit(report)
+    return EXIT_FAILED if report["verdict"] in FAULTS else EXIT_OK

@@ -21,10 +21,10 @@ def main(options: argparse.Namespace) -> int:
         from ..output.terminal_audits import print_khead
         from ..results.run_folder import KHEAD, write_json
 
-        found = khead_run(folder)
-        write_json(folder / KHEAD, found)
+        report = khead_run(folder)
+        write_json(folder / KHEAD, report)
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(report, indent=2))
     else:
-        print_khead(found)
+        print_khead(report)
     return EXIT_OK

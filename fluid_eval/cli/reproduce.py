@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..claims.ledger import Claim
 
-HELP = "measure the claims of reports/claims.toml that can be measured here, judge them, find those that clash"
+HELP = "measure published claims here, judge them, find conflicts between them"
 
 
 def add(reproduce: argparse.ArgumentParser) -> None:
@@ -42,26 +42,27 @@ def main(options: argparse.Namespace) -> int:
     from fluid_model.common import files
 
     from ..claims.ledger import read_claims
-    from ..claims.reproduce import Place, reproduce
+    from ..claims.reproduce import Resources, reproduce
     from ..claims.verdicts import Margins
     from ..output.claims_tables import page, print_verdicts
 
     ledger = read_claims(options.ledger)
     claims = _wanted(ledger.claims, options)
     models = Path(options.models_dir or os.environ.get("FLUID_MODELS_DIR") or "models")
-    place = Place(models, options.data_dir or os.environ.get("FLUID_DATA_DIR"), options.allow_unsafe_code)
+    data_dir = options.data_dir or os.environ.get("FLUID_DATA_DIR")
+    resources = Resources(models, data_dir, options.allow_unsafe_code)
     given = {"points": options.margin, "percent": options.speed_margin}
     margins = Margins(**{name: value for name, value in given.items() if value is not None})
-    found = reproduce(ledger, claims, options.out, place, resume=options.resume, margins=margins)
-    text = page(found)
+    result = reproduce(ledger, claims, options.out, resources, resume=options.resume, margins=margins)
+    text = page(result)
     for file in (options.out / "claims.md", options.docs):
         if file is not None:
             files.write(file, text)
-    pages = _report(found, options.out)
+    pages = _report(result, options.out)
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(result, indent=2))
     else:
-        print_verdicts(found)
+        print_verdicts(result)
         print(f"\n{options.out / 'claims.md'} and claims.json", *pages, sep="\n")
     return 0
 
@@ -90,12 +91,12 @@ def _names(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
-def _report(found: dict[str, Any], out: Path) -> list[Path]:
+def _report(result: dict[str, Any], out: Path) -> list[Path]:
     """The HTML report of all runs with the claims' verdicts; none where nothing was run."""
     from ..claims.reproduce import CLAIMS
     from ..output.report import write_report
 
-    folders = [Path(folder) for folder in dict.fromkeys(row["run"] for row in found["rows"] if row["run"])]
+    folders = [Path(folder) for folder in dict.fromkeys(row["run"] for row in result["rows"] if row["run"])]
     if not folders:
         return []
     write_report(folders, out / "report.html", claims=out / CLAIMS)

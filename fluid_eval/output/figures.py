@@ -33,12 +33,12 @@ _WIDTH = 5.2
 """Inches. Narrow enough that the text stays readable when a phone shrinks the figure."""
 
 
-def score_speed(placed: Sequence[Placed], by: Speed, *, alike: bool) -> str:
+def score_speed(placed: Sequence[Placed], by: Speed, *, comparable: bool) -> str:
     """Score (%) against a speed, both with their 95% intervals. SVG text, empty if no point has that speed.
 
     alike: the points answered the same documents: the frontier is drawn through those that none passes.
     """
-    drawn = figure(placed, by=by, size=(_WIDTH, 3.9 if alike else 3.4), alike=alike)
+    drawn = figure(placed, by=by, size=(_WIDTH, 3.9 if comparable else 3.4), comparable=comparable)
     if drawn is None:
         return ""
     spots = (

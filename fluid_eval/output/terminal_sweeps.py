@@ -11,11 +11,11 @@ from .terminal import bare_table, number, score, screen
 from .terminal import speed as pace
 
 if TYPE_CHECKING:
-    from ..sweeps.grid import Plan
+    from ..sweeps.grid import SweepPlan
     from ..sweeps.sweep import Estimate
 
 
-def print_plan(plan: Plan, estimate: Estimate, folder: Path) -> None:
+def print_plan(plan: SweepPlan, estimate: Estimate, folder: Path) -> None:
     """What a sweep would do."""
     console = screen()
     table = bare_table()

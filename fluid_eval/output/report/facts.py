@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from ...analysis.acceptance import strides
-from ...analysis.compare import compare, protocol_difference, surely
+from ...analysis.acceptance import acceptance_by_task
+from ...analysis.compare import compare, protocol_difference, significant
 from ...common.stats import Interval
 from ...sweeps import pareto
 from ...sweeps.points import as_point
@@ -106,7 +106,7 @@ class Facts:
     @cached_property
     def strides(self) -> list[tuple[Stored, dict[str, Nested]]]:
         """Runs whose decoder drafts strides, with what their samples tell of them by task."""
-        found = [(run, strides(run.records)) for run in self.runs]
+        found = [(run, acceptance_by_task(run.records)) for run in self.runs]
         return [(run, told) for run, told in found if told or run.khead]
 
     def mean_of(self, counts: Sequence[int], first: int) -> float:
@@ -284,7 +284,7 @@ def _of_comparison(comparison: Nested, marks: Mapping[str, str]) -> list[Verdict
     for pair in comparison["pairs"]:
         gain, mde = pair["all"]["difference"], pair["all"].get("mde")
         whole = pair["all"] if len(pair["tasks"]) > 1 else pair["tasks"][0]
-        sure = any(entry is whole for entry in surely(pair))
+        sure = any(entry is whole for entry in significant(pair))
         state: State = "none" if not sure else "good" if gain["mean"] > 0 else "bad"
         word = {"good": "better", "bad": "worse", "none": "no difference shown"}[state]
         text = f"{difference(gain)} points"

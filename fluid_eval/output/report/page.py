@@ -98,5 +98,5 @@ def _kinds(facts: Facts) -> list[str]:
 def _figures(facts: Facts) -> list[str]:
     several = len(facts.runs) > 1
     speeds: tuple[Speed, ...] = ("tokens_per_second", "tokens_per_forward") if several else ("tokens_per_second",)
-    found = [score_speed(facts.placed, by, alike=several and not facts.apart) for by in speeds]
+    found = [score_speed(facts.placed, by, comparable=several and not facts.apart) for by in speeds]
     return found if several else [*found, tokens_per_forward(facts.runs[0].result["lines"])]
