@@ -257,8 +257,8 @@ def test_a_claim_that_cannot_be_asked_for_is_named_before_the_first_run(tmp_path
 def test_the_hub_is_asked_once_and_before_its_clients_are_there(tmp_path, monkeypatch):
     calls = []
     reproduce._hub.cache_clear()
-    monkeypatch.setattr(reproduce.data, "hub_reachable", lambda: calls.append("hub"))
-    monkeypatch.setattr(reproduce.data, "go_offline", lambda: calls.append("offline"))
+    monkeypatch.setattr(reproduce.datasets, "hub_reachable", lambda: calls.append("hub"))
+    monkeypatch.setattr(reproduce.datasets, "go_offline", lambda: calls.append("offline"))
     monkeypatch.setattr(reproduce, "missing", lambda *_: calls.append("claim") or ["weights"])
     stored = read_claims()
     reproduce.reproduce(stored, stored.claims[:2], tmp_path, Resources(tmp_path))
