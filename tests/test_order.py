@@ -23,7 +23,7 @@ from fluid_eval.common.stats import (
     sums,
 )
 from fluid_eval.output.report.facts import gather
-from fluid_eval.output.report.stored import read_runs
+from fluid_eval.output.report.runs import read_runs
 from fluid_eval.results.metrics import lines
 from fluid_eval.results.run_folder import SAMPLES
 from fluid_eval.sweeps.pareto import LEAST, SPEEDS, Placed, best, frontier, measure

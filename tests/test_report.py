@@ -18,7 +18,7 @@ from fluid_eval.cli.main import main
 from fluid_eval.output.figures import tokens_per_forward
 from fluid_eval.output.report import samples, write_report
 from fluid_eval.output.report.facts import AUDIT_STATES, audit_state
-from fluid_eval.output.report.stored import read_runs
+from fluid_eval.output.report.runs import read_runs
 from fluid_eval.results.run_folder import write_json
 from fluid_model.common.errors import ConfigError
 

@@ -11,7 +11,7 @@ import pytest
 
 from fluid_eval.cli.main import main
 from fluid_eval.output.report import facts, setup, write_report
-from fluid_eval.output.report.stored import read_runs
+from fluid_eval.output.report.runs import read_runs
 from fluid_eval.output.terminal import difference, probability
 from fluid_eval.results import speed_repeats
 from fluid_eval.results.run_folder import write_json

@@ -12,7 +12,7 @@ from fluid_eval.analysis.speed_ratios import TimedRun, speeds
 from fluid_eval.cli.main import main
 from fluid_eval.common.paths import resource
 from fluid_eval.common.spec import build_spec
-from fluid_eval.output.report.stored import read_runs
+from fluid_eval.output.report.runs import read_runs
 from fluid_eval.results import run_folder, speed_conditions, speed_repeats
 from fluid_eval.results.metrics import cost
 from fluid_eval.running.job import run

@@ -15,7 +15,7 @@ from ...sweeps import pareto
 from ...sweeps.points import as_point
 from ..claims_tables import external, kind, summary
 from ..terminal import difference, probability, ratio
-from .stored import Nested, Stored
+from .runs import Nested, Stored
 
 State = Literal["good", "bad", "warn", "none"]
 SIGNS: Mapping[State, str] = {"good": "✓", "bad": "✗", "warn": "!", "none": "–"}

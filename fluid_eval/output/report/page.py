@@ -22,8 +22,8 @@ from ..terminal import difference, number, probability, ratio, score, speed
 from . import facts as state
 from . import setup
 from .facts import SIGNS, Facts
+from .runs import model_name
 from .samples import MOST_SAMPLES, block
-from .stored import model_name
 
 TEMPLATE = "page.html.j2"
 SCRIPTS = ("page.js", "trace.js", "samples.js")

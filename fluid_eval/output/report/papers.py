@@ -9,8 +9,8 @@ from ...common import tables
 from .. import claims_tables
 from ..terminal import difference, metric, number, probability, score, speed
 from .facts import Facts, told
+from .runs import Nested, Stored
 from .setup import environment, protocol, settings, value, versions
-from .stored import Nested, Stored
 
 Table = tuple[list[str], list[list[str]]]
 

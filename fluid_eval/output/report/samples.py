@@ -18,7 +18,7 @@ from typing import Any
 
 from ...results.health import RULES
 from ...results.run_folder import Record
-from .stored import Nested, Stored
+from .runs import Nested, Stored
 
 MOST_SAMPLES = 2000
 """Documents a page holds at most; a browser searches that many without a pause."""

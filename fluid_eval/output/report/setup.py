@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..terminal import number
-from .stored import Nested, Stored, flat
+from .runs import Nested, Stored, flat
 
 
 def environment(run: Stored) -> dict[str, Any]:

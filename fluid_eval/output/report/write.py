@@ -12,7 +12,7 @@ from ..claims_tables import read_claims
 from .facts import gather
 from .page import render
 from .papers import latex_table, markdown_appendix
-from .stored import read_runs
+from .runs import read_runs
 
 
 def write_report(
