@@ -82,7 +82,7 @@ def test_stored_runs(tmp_path):
 
     def first():
         facts = gather(read_runs(folders)[0], None)
-        return json.dumps(compare(folders)), facts.placed, facts.strides, facts.verdicts, facts.comparison
+        return json.dumps(compare(folders)), facts.placed, facts.acceptance, facts.verdicts, facts.comparison
 
     before = first()
     for folder in folders:

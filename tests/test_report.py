@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_cut_and_said(folder: Path, tmp_path: Path, monkeyp
     assert (complete.clip, complete.drafts) == (6000, True)
     monkeypatch.setattr(samples, "PAGE_BYTES", len(complete.json) - 10)
     write_report([folder], tmp_path / "page.html")
-    assert "Rejected drafts are left out" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Rejected draft tokens are left out" in (tmp_path / "page.html").read_text(encoding="utf-8")
     monkeypatch.setattr(samples, "PAGE_BYTES", 8000)
     small = samples.block(runs)
     assert len(small.json.encode()) <= 8000
@@ -277,7 +277,7 @@ def test_what_was_audited_and_possible_is_told(tmp_path: Path) -> None:
     write_report([folder], tmp_path / "before.html")
     before = (tmp_path / "before.html").read_text(encoding="utf-8")
     assert "not audited" in before
-    assert "What was possible was not measured" in before
+    assert "The K-head was not measured" in before
     diverging = {
         "key": "gsm8k/4", "place": 3, "context": "<so", "ours": " ", "theirs": "that", "margin": 0.0125,
         "margin_recheck": 0.5, "agrees_in_recheck": False, "verdict": "algorithmic",

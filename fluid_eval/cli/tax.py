@@ -8,16 +8,16 @@ from pathlib import Path
 
 from .options import add_settings, add_speed_repeats, exit_code, values_of
 
-HELP = "what an adaptation costs, from the AR parent to unchecked diffusion"
+HELP = "cost of an adaptation: AR parent, adapted AR, verified, unverified"
 PARENT = "tiny-ar"
-"""The parent of the bundled model."""
+"""The AR parent of the bundled model."""
 
 
 def add(tax: argparse.ArgumentParser) -> None:
     where = add_settings(tax)
     tax.add_argument("--parent", metavar="PATH_OR_HUB_ID", help="the AR model it was adapted from")
-    where.add_argument("--out", type=Path, metavar="DIR", help="folder; default: sweeps/tax-TASKS-MODEL-ID")
-    where.add_argument("--resume", action="store_true", help="go on with a folder")
+    where.add_argument("--out", type=Path, metavar="DIR", help="sweep folder; default: sweeps/tax-TASKS-MODEL-ID")
+    where.add_argument("--resume", action="store_true", help="continue an interrupted run")
     where.add_argument("--json", action="store_true", help="print the result as JSON")
     add_speed_repeats(where)
 

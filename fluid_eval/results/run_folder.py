@@ -25,9 +25,9 @@ from fluid_model.common.files import Nested, bounded, read_json
 from fluid_model.tokens import encodable
 
 from ..common.spec import RunSpec, build_spec
-from .runs_values import read_environment, read_result
 from .sample_records import Record as Record
 from .sample_records import check_record, encode, in_order, parse
+from .stored_values import read_environment, read_result
 
 if TYPE_CHECKING:
     import pandas
