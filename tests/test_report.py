@@ -326,8 +326,8 @@ def test_what_was_audited_and_possible_is_told(tmp_path: Path) -> None:
     assert "29 of 30 answers equal AR&#39;s with the same random numbers; distribution: p 0.400 over 101 tokens" in page
     assert '<span class="state none"><span class="sign" aria-hidden="true">–</span> different</span>' in page
     assert "Under 2,000 tokens nothing is decided" in page
-    assert 'aria-label="Rounds by task, A"' in page
-    assert 'aria-label="Rounds by task, B"' not in page, "there were none"
+    assert 'aria-label="Steps by task, A"' in page
+    assert 'aria-label="Steps by task, B"' not in page, "there were none"
     states = {verdict: audit_state({**some, "verdict": verdict}) for verdict in (*AUDIT_STATES, "different")}
     assert list(states.values()) == ["good", "good", "warn", "warn", "bad"]
     assert audit_state({**some, "verdict": "different", "promises": False}) == "none"

@@ -84,7 +84,7 @@ def missing_parents(ledger: Ledger) -> Iterator[Conflict]:
 
 
 def unscored_parents(ledger: Ledger) -> Iterator[Conflict]:
-    """An adapted system that shares no scored task with its parent anywhere in the ledger, whoever reports them."""
+    """An adapted system that shares no scored task with its parent anywhere in the ledger."""
     scored: dict[str, dict[str, str]] = {}  # sources by task, by system
     for claim in ledger.claims:
         if claim.unit == "%":

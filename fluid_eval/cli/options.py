@@ -46,9 +46,11 @@ _FLAGS = {
 """Flag -> setting of the spec."""
 
 
-def add_settings(run: argparse.ArgumentParser, spec: str = "SPEC.toml") -> argparse._ArgumentGroup:
-    """Add the settings of a run. Returns the group "where". spec: metavar of the positional argument."""
-    run.add_argument("spec", nargs="?", type=Path, metavar=spec, help="settings from a file; flags override it")
+def add_settings(
+    run: argparse.ArgumentParser, spec: str = "SPEC.toml", about: str = "settings from a file; flags override it"
+) -> argparse._ArgumentGroup:
+    """Add the settings of a run. Returns the group "where". spec, about: name and help of the positional argument."""
+    run.add_argument("spec", nargs="?", type=Path, metavar=spec, help=about)
     what = run.add_argument_group("what to run")
     what.add_argument("--tasks", metavar="A,B", help="gsm8k, math500, humaneval, mmlu, mmlu_SUBJECT, mini")
     what.add_argument(
@@ -108,7 +110,7 @@ def exit_code(failed: Mapping[str, str], health: Sequence[Mapping[str, Any]]) ->
 
 def add_analysed_run(command: argparse.ArgumentParser) -> None:
     """Add the run to analyse: a stored one, or settings of a run to make first."""
-    where = add_settings(command, "RUN|SPEC.toml")
+    where = add_settings(command, "RUN|SPEC.toml", "a finished run, or settings of a new one from a file")
     where.add_argument("--out", type=Path, metavar="DIR", help="keep the new run in this folder")
     where.add_argument("--json", action="store_true", help="print the result as JSON")
 

@@ -32,8 +32,9 @@ def add(sweep: argparse.ArgumentParser) -> None:
         help="name the fastest point at most this far below AR; default: 1",
     )  # fmt: skip
     points.add_argument(
-        "--by", default="tokens_per_second", choices=SPEEDS, help="speed that counts; default: tokens_per_second"
-    )
+        "--by", default="tokens_per_second", choices=SPEEDS, metavar="SPEED",
+        help="tokens_per_second (default), tokens_per_forward or forwards_per_answer",
+    )  # fmt: skip
 
 
 def main(options: argparse.Namespace) -> int:

@@ -265,7 +265,7 @@ def _of_claims(claims: Nested, runs: Sequence[ReportRun]) -> list[SummaryLine]:
     words: dict[str, tuple[State, str]] = {  # the worst first
         "not reproduced": ("bad", "not all hold"),
         "re-run, differs": ("bad", "own figures differ"),
-        "cannot tell": ("warn", "not all can be told"),
+        "cannot tell": ("warn", "not all decided"),
         "reproduced": ("good", "reproduced"),
         "re-run, equal": ("good", "own figures, re-run"),
     }
