@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fluid_model.checkpoints.checkpoint import Checkpoint, describe
 from fluid_model.decoders import engine_for
-from fluid_model.engine.records import Generation, Request, Step
+from fluid_model.engine.records import Generation, Request, RowForward
 
 from ..benchmarks.chat_template import open_chat
 from ..common.spec import RunSpec
@@ -48,7 +48,7 @@ def watch(spec: RunSpec, prompt: str) -> tuple[list[Line], Generation]:
     print(reason(spec, info), file=sys.stderr)
     checkpoint = load_for(spec)
     engine = engine_for(checkpoint, spec.decoder, slots=1)
-    steps: list[Step] = []
+    steps: list[RowForward] = []
     engine.watch = steps.append
     chat = open_chat(spec.chat, checkpoint.tokenizer, spec.model.path)
     if chat is not None:
@@ -59,7 +59,7 @@ def watch(spec: RunSpec, prompt: str) -> tuple[list[Line], Generation]:
     return lines(steps, checkpoint, len(ids)), answer
 
 
-def lines(steps: Sequence[Step], checkpoint: Checkpoint, prompt: int) -> list[Line]:
+def lines(steps: Sequence[RowForward], checkpoint: Checkpoint, prompt: int) -> list[Line]:
     """Steps of one row as places and texts. prompt: its length in tokens."""
     found, done, before = [], 0, dict[int, int]()
     for step, following in zip(steps, [*steps[1:], None], strict=True):
@@ -70,15 +70,15 @@ def lines(steps: Sequence[Step], checkpoint: Checkpoint, prompt: int) -> list[Li
             before = {}  # what was drafted and not kept is gone
         fresh = {i: token for i, token in after.items() if i >= done and before.get(i) != token}
         before = after
-        fans = sorted({at - prompt for at in step.hung if at is not None})
+        fans = sorted({at - prompt for at in step.anchors if at is not None})
         said, drafted = ({i: _show(checkpoint, token) for i, token in ids.items()} for ids in (kept, fresh))
         found.append(Line(step.kind, len(step.ids), said, drafted, rivals, fans))
     return found
 
 
-def _written(step: Step, mask_id: int | None, prompt: int) -> tuple[dict[int, int], int]:
+def _written(step: RowForward, mask_id: int | None, prompt: int) -> tuple[dict[int, int], int]:
     """Tokens of an answer that a feed holds, by place: of rivals the likeliest, which come first. And the others."""
-    slots = zip(step.ids, step.places, strict=True)
+    slots = zip(step.ids, step.positions, strict=True)
     tokens = [(at - prompt, token) for token, at in slots if at >= prompt and token != mask_id]
     first = dict(reversed(tokens))
     return dict(sorted(first.items())), len(tokens) - len(first)
