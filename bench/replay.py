@@ -20,9 +20,11 @@ from torch import Tensor
 
 import fluid_model
 from fluid_model import ArSettings, Checkpoint, ConfigError, FluidSettings, Request
-from fluid_model.decoders.draft_tree import Draft, Tree
-from fluid_model.decoders.fluid import CHEAPEST, FluidStrategy, _Row, _Said
-from fluid_model.engine.strategy import Absorbed
+from fluid_model.decoders.draft_policy import MIN_COST
+from fluid_model.decoders.draft_tree import Candidate, Draft, DraftTree
+from fluid_model.decoders.fluid import FluidStrategy
+from fluid_model.decoders.verification import Predictions
+from fluid_model.engine.strategy import RowUpdate
 from fluid_model.forward.kv_cache import KVCache
 
 FILE = Path(__file__).with_name("accepted.json")
@@ -65,7 +67,7 @@ class Tape:
         return self.wrong if token == self.wrong else (token + ahead) % self.wrong
 
     @cached_property
-    def drafts(self) -> list[list[list[Draft]]]:
+    def drafts(self) -> list[list[list[Candidate]]]:
         """Of each token the drafts behind it, place by place; a wrong one's come last and are none."""
         return [
             [
@@ -90,24 +92,26 @@ class Replay(FluidStrategy):
             raise ConfigError("only greedy rounds whose drafts are verified can be replayed")
         self._tape = tape
 
-    def admit(self, start: int, requests: list[Request], hidden: Tensor | None, rooms: list[int]) -> Absorbed:
+    def admit(
+        self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]
+    ) -> list[RowUpdate]:
         starts = self._tape.starts
         begun = [replace(each, prompt=(starts[each.seed % len(starts)],)) for each in requests]
-        return super().admit(start, begun, hidden, rooms)
+        return super().admit(start, begun, hidden, window_left)
 
-    def _say(self, start: int, hidden: Tensor, rows: Sequence[_Row]) -> list[_Said]:
-        super()._say(start, hidden, rows)
-        found = []
-        for row in rows:
-            tried: list[list[Draft]] = []
-            for token, count in zip(row.tokens, row.masks, strict=True):
-                drafts = [*self._tape.drafts[token], *([(self._tape.wrong, 0.0)] for _ in range(count))]
-                tried += [rivals[: self._candidates] for rivals in drafts[:count]]
-            tokens = [self._tape.after(token) for token in row.tokens]
-            likeliest = [[token for token, _ in rivals] for rivals in tried]
-            sure = [[sure for _, sure in rivals] for rivals in tried]
-            found.append(_Said(tokens, [self.horizon] * len(tokens), likeliest, sure))
-        return found
+    def _predict(self, start: int, hidden: Tensor, drafts: Sequence[Draft]) -> list[Predictions]:
+        super()._predict(start, hidden, drafts)
+        predictions = []
+        for draft in drafts:
+            ranked: list[list[Candidate]] = []
+            for token, masks in zip(draft.tree.tokens, draft.masks, strict=True):
+                recorded = [*self._tape.drafts[token], *([(self._tape.wrong, 0.0)] for _ in range(masks))]
+                ranked += [candidates[: self._candidates] for candidates in recorded[:masks]]
+            tokens = [self._tape.after(token) for token in draft.tree.tokens]
+            candidates = [[token for token, _ in each] for each in ranked]
+            probabilities = [[probability for _, probability in each] for each in ranked]
+            predictions.append(Predictions(tokens, [self.max_stride] * len(tokens), candidates, probabilities))
+        return predictions
 
 
 def record(checkpoint: Checkpoint, work: Sequence[Request]) -> list[list[Fan]]:
@@ -125,29 +129,30 @@ def _fans(checkpoint: Checkpoint, request: Request, answer: tuple[int, ...]) -> 
     assert checkpoint.mask_id is not None
     strategy = FluidStrategy(backbone, head, checkpoint.mask_id, FluidSettings(slot_budget=1))
     strategy.allocate(1)
-    masks = strategy.horizon - 1
-    row = strategy._rows[0] = _Row(Tree.chain([request.prompt[-1], *answer]), [masks] * count)
+    masks = strategy.max_stride - 1
+    draft = strategy._drafts[0] = Draft(DraftTree.chain([request.prompt[-1], *answer]), [masks] * count)
     before, feed = torch.tensor([request.prompt[:-1]]), strategy.plan(1)
-    cache = KVCache(1, before.shape[1] + row.slots)
+    cache = KVCache(1, before.shape[1] + draft.slots)
     if before.numel():
         backbone.forward(before, cache.set_write_positions(0, [0], before.shape[1], backbone.device), cache)
-    reading = cache.set_write_positions(0, [before.shape[1]], row.slots, backbone.device, intervals=feed.intervals)
-    hidden = backbone.forward(feed.ids, reading, cache)
-    (said,) = strategy._say(0, hidden, [row])
-    return [_fan(said, place, count, masks) for place in range(count)]
+    plan = cache.set_write_positions(0, [before.shape[1]], draft.slots, backbone.device, intervals=feed.intervals)
+    hidden = backbone.forward(feed.ids, plan, cache)
+    (predicted,) = strategy._predict(0, hidden, [draft])
+    return [_fan(predicted, place, count, masks) for place in range(count)]
 
 
-def _fan(said: _Said, place: int, count: int, masks: int) -> Fan:
+def _fan(predicted: Predictions, place: int, count: int, masks: int) -> Fan:
     """The fan behind one of `count` tokens: what it drafts came true where the text goes on so."""
-    right, found = 1.0, []
-    for step in range(min(masks, said.strides[place] - 1)):
-        after, drafts = place + 1 + step, said.drafts(place * masks + step)
-        true = said.tokens[after] if after < count else None
-        found.append(tuple(sure if token == true else -sure for token, sure in drafts if right * sure >= CHEAPEST))
-        right *= drafts[0][1]
-        if right < CHEAPEST:
-            return tuple(found[:-1])
-    return tuple(found)
+    reached, fan = 1.0, []
+    for step in range(min(masks, predicted.strides[place] - 1)):
+        after, candidates = place + 1 + step, predicted.candidates_of(place * masks + step)
+        right = predicted.tokens[after] if after < count else None
+        worth = [(token, sure) for token, sure in candidates if reached * sure >= MIN_COST]
+        fan.append(tuple(sure if token == right else -sure for token, sure in worth))
+        reached *= candidates[0][1]
+        if reached < MIN_COST:
+            return tuple(fan[:-1])
+    return tuple(fan)
 
 
 def write(file: Path = FILE, prompts: int = 60) -> int:
@@ -176,11 +181,11 @@ def read(most: int, file: Path = FILE) -> Tape:
 
 def letters(fan: Fan) -> str:
     """A fan in a file, its places parted by commas. A letter is how likely a draft comes true and the likeliest before
-    it: A surely, Z by CHEAPEST, evenly in the logarithm; it is small where that draft did not.
+    it: A surely, Z by MIN_COST, evenly in the logarithm; it is small where that draft did not.
     """
     reach, found = 1.0, list[str]()
     for rivals in fan:
-        scaled = [round(math.log(reach * abs(sure)) / math.log(CHEAPEST) * (len(ALPHABET) - 1)) for sure in rivals]
+        scaled = [round(math.log(reach * abs(sure)) / math.log(MIN_COST) * (len(ALPHABET) - 1)) for sure in rivals]
         named = zip((ALPHABET[each] for each in scaled), rivals, strict=True)
         found.append("".join(name if sure > 0 else name.lower() for name, sure in named))
         reach *= abs(rivals[0])
@@ -194,7 +199,7 @@ def sureness(text: str) -> Fan:
         scaled = [ALPHABET.index(letter.upper()) for letter in place]
         if [before, *scaled] != sorted([before, *scaled]) or not scaled:
             raise ValueError(f"{text!r} grows likelier from draft to draft")
-        sure = [CHEAPEST ** ((each - before) / (len(ALPHABET) - 1)) for each in scaled]
+        sure = [MIN_COST ** ((each - before) / (len(ALPHABET) - 1)) for each in scaled]
         found.append(tuple(each if name.isupper() else -each for each, name in zip(sure, place, strict=True)))
         before = scaled[0]
     return tuple(found)

@@ -112,7 +112,7 @@ def heard(checkpoint, decoder, slots, work=None):
         best = checkpoint.backbone.logits(hidden).amax(-1)
         start = cache.write_columns[0]
         for row, (places, said) in enumerate(zip(reading.positions.tolist(), best.tolist(), strict=True)):
-            rows = engine._rows[start + row :] if start + row < len(engine._rows) else []
+            rows = engine._active[start + row :] if start + row < len(engine._active) else []
             if (rows and reading.intervals is None) or (rows and int(reading.intervals.steps[row, 0]) == 0):
                 found[rows[0].request.key, places[0]] = said[0]
         return hidden

@@ -150,7 +150,7 @@ def test_what_lies_outside_is_refused_and_nothing_written(ids, place, column, ro
         backbone.native(
             torch.tensor([[ids]]), attention_masks.AttentionPlan(columns, total, intervals=intervals), cache
         )
-    assert not any(slab.any() for slab in cache._slabs.values())
+    assert not any(slab.any() for slab in cache._layers.values())
 
 
 def test_columns_that_do_not_follow_one_another_are_refused():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fluid_eval.running.chunks import split_by_prefix
 from fluid_model import ArSettings, FluidSettings, Request, Scorer, ScoreRequest, engine_for
-from fluid_model.engine.shared_prefixes import SHORTEST, common, group
+from fluid_model.engine.shared_prefixes import MIN_PREFIX, common_prefix, group
 
 from .test_laws import calls_of
 from .tiny import fluid_checkpoint
@@ -35,12 +35,12 @@ def test_groups_by_brute_force(ends, own):
     for each in groups:
         begin = {prompts[place][: each.length] for place in each.members}
         assert len(begin) == 1
-        assert each.length == 0 or (each.length >= SHORTEST and len(each.members) > 1)
+        assert each.length == 0 or (each.length >= MIN_PREFIX and len(each.members) > 1)
         assert all(len(prompts[place]) - each.length >= own[place] for place in each.members)
 
 
 def test_common():
-    assert [common("abc", other) for other in ("abd", "x", "abcd", "abc", "")] == [2, 0, 3, 3, 0]
+    assert [common_prefix("abc", other) for other in ("abd", "x", "abcd", "abc", "")] == [2, 0, 3, 3, 0]
 
 
 def work() -> list[Request]:
@@ -95,7 +95,7 @@ def test_shots_are_read_once(slots, monkeypatch):
     monkeypatch.setattr(checkpoint.backbone, "forward", watched)
     list(engine_for(checkpoint, ArSettings(), slots).generate(work()))
     assert sorted(fed)[-2:] == [len(OTHER), len(SHOTS)]
-    assert sorted(fed)[-3] < SHORTEST
+    assert sorted(fed)[-3] < MIN_PREFIX
 
 
 def test_every_forward_of_a_row_is_told():

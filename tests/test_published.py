@@ -127,7 +127,7 @@ def test_nbdiff_is_told_by_name_by_config_or_by_the_user(tmp_path, weights, name
     assert (checkpoint.mask_id, checkpoint.manifest.block_length) == (piece_ids()[text], block)
     close(bidirectional(checkpoint, IDS), plain_forward(weights, IDS, causal=False))
     engine = fluid_model.engine_for(checkpoint, NbdiffSettings(small_blocks=1))
-    assert engine.strategy.widest == (block or 32)
+    assert engine.strategy.max_slots == (block or 32)
     (answer,) = engine.generate([Request("x", (5, 6, 7), 8)])
     assert len(answer.ids) <= 8
 

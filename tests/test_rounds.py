@@ -11,9 +11,10 @@ import torch
 from fluid_eval.common.paths import resource
 from fluid_model import ArSettings, FluidSettings, Request, load
 from fluid_model.checkpoints.checkpoint import Checkpoint
-from fluid_model.decoders import engine_for, fluid
+from fluid_model.decoders import engine_for
+from fluid_model.decoders.draft_policy import StepStatistics
 from fluid_model.decoders.sampling import choose
-from fluid_model.engine.records import Step
+from fluid_model.engine.records import RowForward
 
 from .test_laws import write
 
@@ -221,13 +222,13 @@ def test_slots_are_fed_where_they_are_cheap(checkpoint):
 
 def test_no_row_feeds_more_than_it_has_columns_for(checkpoint, monkeypatch):
     """Where slots cost nothing all of them are fed."""
-    monkeypatch.setattr(fluid._Row, "price", lambda *_: 1e-4)
+    monkeypatch.setattr(StepStatistics, "marginal_cost", lambda *_: 1e-4)
     engine = engine_for(checkpoint, FluidSettings(slot_budget=120, min_horizon=16), 2)
-    seen: list[Step] = []
+    seen: list[RowForward] = []
     engine.watch = seen.append
     found = {g.key: g.ids for g in engine.generate(requests(checkpoint))}
     assert found == {key: g.ids for key, g in write(checkpoint, ArSettings(), requests(checkpoint)).items()}
-    assert max(len(step.ids) for step in seen if step.kind == "round") == engine.strategy.widest == 60
+    assert max(len(step.ids) for step in seen if step.kind == "round") == engine.strategy.max_slots == 60
 
 
 def test_a_horizon_beyond_the_heads_costs_nothing(checkpoint):

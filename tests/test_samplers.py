@@ -195,8 +195,8 @@ def test_an_end_that_is_taken_away_leaves_its_confidence_to_the_others():
         logits = torch.full((2, 259), -20.0)
         logits[0, [30, 31]] = torch.tensor([0.6, 0.4]).log()  # 0.6 either way
         logits[1, [40, 1]] = torch.tensor([0.51, 0.49]).log()  # 0.51, or all
-        row = strategy._row(0)
-        strategy._step(row, strategy._open_slots(row), logits)
+        (row,) = strategy._states(1)
+        strategy._denoise(row, strategy._open_slots(row), logits)
         chosen[suppress] = [token != checkpoint.mask_id for token in row.ids[2:].tolist()]
     assert chosen == {False: [True, False], True: [False, True]}
 

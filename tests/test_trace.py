@@ -68,7 +68,7 @@ def test_watching_changes_nothing():
     engine.watch = seen.append
     assert {g.key: g.ids for g in engine.generate(work)} == expected
     assert {step.key for step in seen} == {"0", "1", "2"}
-    assert all(len(step.ids) == len(step.places) == len(step.hung) for step in seen)
+    assert all(len(step.ids) == len(step.positions) == len(step.anchors) for step in seen)
 
 
 def test_runs():

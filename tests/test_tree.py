@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluid_model.decoders.draft_tree import Tree, grow
+from fluid_model.decoders.draft_tree import DraftTree, grow
 from fluid_model.decoders.fluid import _to_host
-from fluid_model.decoders.sampling import likeliest
+from fluid_model.decoders.sampling import argmax
+from fluid_model.decoders.verification import verify_path
 from fluid_model.forward import attention_masks
 from fluid_model.forward.kv_cache import KVCache
 
@@ -27,7 +28,7 @@ def drafts_of(chances: list[list[float]]) -> list[list[tuple[int, float]]]:
     return [[(10 * place + rank, sure) for rank, sure in enumerate(some)] for place, some in enumerate(chances)]
 
 
-def text_of(tree: Tree, node: int) -> tuple[int, ...]:
+def text_of(tree: DraftTree, node: int) -> tuple[int, ...]:
     return () if node < 0 else (*text_of(tree, tree.parents[node]), tree.tokens[node])
 
 
@@ -42,7 +43,7 @@ def test_the_likeliest_texts_are_grown(chances, least, most):
                 reached *= sure
             every[ROOT, *(token for token, _ in some)] = reached
     tree = grow(ROOT, drafts, least, most)
-    found = {text_of(tree, node): tree.reached[node] for node in range(len(tree.tokens))}
+    found = {text_of(tree, node): tree.path_probabilities[node] for node in range(len(tree.tokens))}
     wanted = {text: reached for text, reached in every.items() if reached >= least}
     assert len(found) == len(tree.tokens) == min(most, len(wanted))
     assert all(every[text] == reached for text, reached in found.items())
@@ -55,14 +56,16 @@ def test_all_that_hangs_on_a_node_follows_it_at_once(chances, most):
     tree = grow(ROOT, drafts_of(chances), 0.001, most)
     texts = [text_of(tree, node) for node in range(len(tree.tokens))]
     assert tree.depths == [len(text) - 1 for text in texts]
-    for node, (text, end) in enumerate(zip(texts, tree.ends, strict=True)):
+    for node, (text, end) in enumerate(zip(texts, tree.subtree_ends, strict=True)):
         hung = [other for other, longer in enumerate(texts) if longer[: len(text)] == text]
         assert hung == list(range(node, end))
-        onward = [tree.reached[other] for other in hung if len(texts[other]) == len(text) + 1]
+        onward = [tree.path_probabilities[other] for other in hung if len(texts[other]) == len(text) + 1]
         assert onward == sorted(onward, reverse=True), "the likelier child first"
-        assert tree.last[node] == pytest.approx(tree.reached[node] - sum(onward))
-    assert [texts[node] for node in tree.likeliest] == [texts[tree.likeliest[-1]][: n + 1] for n in tree.likeliest]
-    assert tree.ends[tree.likeliest[-1]] == tree.likeliest[-1] + 1, "a leaf"
+        assert tree.stop_probabilities[node] == pytest.approx(tree.path_probabilities[node] - sum(onward))
+    assert [texts[node] for node in tree.greedy_path] == [
+        texts[tree.greedy_path[-1]][: n + 1] for n in tree.greedy_path
+    ]
+    assert tree.subtree_ends[tree.greedy_path[-1]] == tree.greedy_path[-1] + 1, "a leaf"
 
 
 @given(CHANCES, st.integers(1, 30), st.integers())
@@ -71,7 +74,7 @@ def test_what_comes_true_is_the_longest_text_that_is_said(chances, most, seed):
     tree = grow(ROOT, drafts, 0.001, most)
     truth = (ROOT, *(chance.choice(some)[0] for some in drafts), 99)
     said = [truth[depth + 1] if depth + 1 < len(truth) else 99 for depth in tree.depths]
-    path = tree.walk(said)
+    path = verify_path(tree, said)
     texts = [text_of(tree, node) for node in range(len(tree.tokens))]
     longest = max((text for text in texts if truth[: len(text)] == text), key=len)
     assert texts[path[-1]] == longest
@@ -79,9 +82,9 @@ def test_what_comes_true_is_the_longest_text_that_is_said(chances, most, seed):
 
 
 def test_a_chain_is_a_tree():
-    tree = Tree.chain([5, 6, 7])
-    assert (tree.depths, tree.ends, tree.likeliest) == ([0, 1, 2], [3, 3, 3], [0, 1, 2])
-    assert tree.walk([6, 9, 9]) == [0, 1]
+    tree = DraftTree.chain([5, 6, 7])
+    assert (tree.depths, tree.subtree_ends, tree.greedy_path) == ([0, 1, 2], [3, 3, 3], [0, 1, 2])
+    assert verify_path(tree, [6, 9, 9]) == [0, 1]
 
 
 def test_a_slot_reads_its_own_text():
@@ -119,10 +122,10 @@ def test_what_is_kept_moves_to_the_front():
         cache.put(torch.randn(3, 2, 6, 4), layer)
         cache.set_write_positions(0, lengths, fed, torch.device("cpu"))
         cache.put(torch.randn(3, 2, fed, 4), layer)
-        before.append(cache._slabs[layer].clone())
+        before.append(cache._layers[layer].clone())
     kept = [[0, 1], [0, 2], [0, 1, 3, 5]]
     cache.compact(lengths, kept)
-    for old, new in zip(before, cache._slabs.values(), strict=True):
+    for old, new in zip(before, cache._layers.values(), strict=True):
         for row, (length, slots) in enumerate(zip(lengths, kept, strict=True)):
             wanted = old[:, row][:, :, [*range(length), *(length + slot for slot in slots)]]
             assert torch.equal(new[:, row, :, : length + len(slots)], wanted)
@@ -141,6 +144,6 @@ def test_what_slots_say_comes_to_the_host_as_it_is(packed):
 
 def test_the_first_of_equals_is_the_likeliest():
     logits = torch.tensor([[0.0, 2.0, 2.0], [3.0, 3.0, 3.0], [-torch.inf, -5.0, -torch.inf], [1.0, torch.nan, 2.0]])
-    assert likeliest(logits).tolist() == [1, 0, 1, 1]
+    assert argmax(logits).tolist() == [1, 0, 1, 1]
     many = torch.randn(7, 900, generator=torch.Generator().manual_seed(0))
-    assert likeliest(many).equal(many.argmax(-1))
+    assert argmax(many).equal(many.argmax(-1))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import fluid_model
 from fluid_eval.common.paths import resource
 from fluid_model import ArSettings, FluidSettings, LladaSettings, NbdiffSettings
-from fluid_model.engine.records import Generation, Step
+from fluid_model.engine.records import Generation, RowForward
 from fluid_model.tokens import Tokenizer, spell
 
 from .conftest import SHARED
@@ -37,9 +37,9 @@ CANVAS = (
 
 
 @cache
-def written(decoder, slots: int = 4) -> tuple[dict[str, Generation], dict[str, list[Step]]]:
+def written(decoder, slots: int = 4) -> tuple[dict[str, Generation], dict[str, list[RowForward]]]:
     """Answers, and what a watcher saw of each."""
-    seen: list[Step] = []
+    seen: list[RowForward] = []
     engine = fluid_model.engine_for(CHECKPOINT, decoder, slots)
     engine.watch = seen.append
     answers = {answer.key: answer for answer in engine.generate(requests())}
@@ -85,8 +85,8 @@ def test_a_slot_names_the_pass_after_which_the_canvas_holds_its_token(decoder):
         assert not trace.rejected
         for place, (token, when) in enumerate(zip(answer.ids, trace.written, strict=True), start):
             for number, step in enumerate(steps[key], 1):
-                if place in step.places and step.ids[0] != CHECKPOINT.mask_id:  # nor LLaDA's pass without the prompt
-                    fed = step.ids[step.places.index(place)]
+                if place in step.positions and step.ids[0] != CHECKPOINT.mask_id:  # nor LLaDA's pass without the prompt
+                    fed = step.ids[step.positions.index(place)]
                     assert fed == (token if when < number else CHECKPOINT.mask_id)
     assert any(answer.trace.written != sorted(answer.trace.written) for answer in answers.values())
 
@@ -99,7 +99,7 @@ def test_rejected_drafts_were_fed_and_another_token_was_written(decoder):
         start = len(requests()[int(key)].prompt)
         for forward, place, drafts in answer.trace.rejected:
             step = steps[key][forward - 1]
-            slots = [*zip(step.ids, step.places, step.hung, strict=True)][::-1]  # the likeliest drafts come first
+            slots = [*zip(step.ids, step.positions, step.anchors, strict=True)][::-1]  # the likeliest drafts come first
             tokens = {at: i for i, at, hung in slots if hung is None}
             assert [tokens[start + place + i] for i in range(len(drafts))] == drafts
             if place < len(answer.ids):

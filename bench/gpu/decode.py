@@ -108,7 +108,7 @@ def write(engine: Engine, plan: Plan, new: int, first: int = 0) -> Tally:
     """Let all rows write until the first of them has `new` tokens.  first: the number of the first row's answer."""
     asked = [Request(str(n), ids, new, seed=first + n) for n, ids in enumerate(prompts(plan, engine.slots))]
     answer = next(engine.generate(asked))
-    rows = engine._rows  # that go on
+    rows = engine._active  # that go on
     traces = [answer.trace, *(row.trace for row in rows)]
     return Counter(
         tokens=len(answer.ids) + sum(len(row.ids) for row in rows),
@@ -176,7 +176,7 @@ def _ratio(one: float | None, other: float | None) -> float | None:
 def timeline(bench: Bench, rows: int) -> None:
     """Where FLUID's time goes, prompts included: each part waits for the device, so that none is told as another."""
     plan, engine, spent = bench.plan, bench.fluid(rows), defaultdict[str, float](float)
-    parts = {"the model": (engine.backbone, "forward"), "acceptance": (engine.strategy, "_say")}
+    parts = {"the model": (engine.backbone, "forward"), "acceptance": (engine.strategy, "_predict")}
     for part, (owner, name) in parts.items():
         setattr(owner, name, partial(_spend, spent, part, getattr(owner, name), plan.device))
     try:

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from fluid_model.checkpoints.checkpoint import Checkpoint, describe
 from fluid_model.decoders import engine_for
-from fluid_model.engine.records import Generation, Request, Step
+from fluid_model.engine.records import Generation, Request, RowForward
 
 from ..benchmarks.chat_template import open_chat
 from ..common.spec import RunSpec
@@ -61,7 +61,7 @@ def trace_answer(spec: RunSpec, prompt: str) -> tuple[list[ForwardRecord], Gener
     print(reason(spec, info), file=sys.stderr)
     checkpoint = load_for(spec)
     engine = engine_for(checkpoint, spec.decoder, slots=1)
-    steps: list[Step] = []
+    steps: list[RowForward] = []
     engine.watch = steps.append
     # 2) the prompt, as a conversation where the run has a chat template
     chat = open_chat(spec.chat, checkpoint.tokenizer, spec.model.path)
@@ -74,7 +74,7 @@ def trace_answer(spec: RunSpec, prompt: str) -> tuple[list[ForwardRecord], Gener
     return forward_records(steps, checkpoint, len(ids)), answer
 
 
-def forward_records(steps: Sequence[Step], checkpoint: Checkpoint, prompt: int) -> list[ForwardRecord]:
+def forward_records(steps: Sequence[RowForward], checkpoint: Checkpoint, prompt: int) -> list[ForwardRecord]:
     """The engine's steps of one row as places and texts. prompt: its length in tokens."""
     records: list[ForwardRecord] = []
     length = 0  # of the answer so far
@@ -90,7 +90,7 @@ def forward_records(steps: Sequence[Step], checkpoint: Checkpoint, prompt: int) 
         fresh = {place: token for place, token in draft.items() if place >= length and pending.get(place) != token}
         pending = draft
         # 3) anchors of this forward's mask blocks
-        anchors = sorted({position - prompt for position in step.hung if position is not None})
+        anchors = sorted({position - prompt for position in step.anchors if position is not None})
         records.append(
             ForwardRecord(
                 kind=step.kind,
@@ -104,12 +104,12 @@ def forward_records(steps: Sequence[Step], checkpoint: Checkpoint, prompt: int) 
     return records
 
 
-def _draft_of(step: Step, mask_id: int | None, prompt: int) -> tuple[dict[int, int], int]:
+def _draft_of(step: RowForward, mask_id: int | None, prompt: int) -> tuple[dict[int, int], int]:
     """Draft tokens that a forward feeds, by place in the answer, and how many siblings are left out.
 
     Siblings share a place; the first fed is the likeliest and is the one returned.
     """
-    slots = zip(step.ids, step.places, strict=True)
+    slots = zip(step.ids, step.positions, strict=True)
     tokens = [(position - prompt, token) for token, position in slots if position >= prompt and token != mask_id]
     likeliest = dict(reversed(tokens))
     return dict(sorted(likeliest.items())), len(tokens) - len(likeliest)

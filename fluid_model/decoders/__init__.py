@@ -1,4 +1,6 @@
-"""How a model writes: one strategy a file. What to feed, what to keep."""
+"""Decoders, one strategy a file: `ar`, `fluid` (speculative decoding with its own drafts), `fluid_reference` (FLUID's
+published sampler), `nbdiff` (block diffusion), `llada` (masked diffusion). `engine.loop` runs any of them.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def _fluid(checkpoint: Checkpoint, settings: FluidSettings) -> Strategy:
 
 
 def scorer_for(checkpoint: Checkpoint, settings: DecoderSettings, slots: int = 16) -> Scorer | CanvasScorer:
-    """Log-likelihoods as this checkpoint defines them: exact where it reads causally, estimated where it does not."""
+    """Log-likelihoods as this checkpoint defines them: exact under causal attention, Monte-Carlo estimates under
+    bidirectional attention.
+    """
     if isinstance(settings, LladaSettings) and checkpoint.mask_id is not None:
         return CanvasScorer(checkpoint.backbone, checkpoint.mask_id, slots, settings.mc_num)
     return Scorer(checkpoint.backbone, slots)

@@ -258,7 +258,7 @@ class Forward:
         self._follow()
         (rows, slots), tables, (start, columns, total) = ids.shape, self._tables, cache.write_columns
         counts = reading.widths or [slots] * rows
-        cells, to = cache.cells(tables.layers, tables.key_heads, tables.head), torch.zeros(rows, slots, tables.hidden)
+        cells, to = cache.storage(tables.layers, tables.key_heads, tables.head), torch.zeros(rows, slots, tables.hidden)
         intervals = [each.contiguous() for each in reading.intervals or ()]
         ids, columns = ids.contiguous(), columns.contiguous()
 
