@@ -13,6 +13,8 @@ from fluid_model.common.files import Nested
 
 UNKNOWN = "not recorded"
 MACHINE = ("device", "dtype", "threads", "workers", "forward", "processor", "cpus")
+WHERE_RECORDED = ("forward_kind",)
+"""Of the machine, too, but not of runs recorded before it was: compared only where both runs have it."""
 DRAFTING = ("slot_budget", "rows", "forward")
 
 
@@ -81,13 +83,15 @@ def unequal_seconds(base: Nested, other: Nested) -> list[str]:
     unknown = [name for name in MACHINE if base[name] is None or other[name] is None]
     if unknown:
         return [f"{', '.join(unknown)}: {UNKNOWN}"]
-    return [f"{name}: {base[name]} / {other[name]}" for name in (*MACHINE, "batch_size") if base[name] != other[name]]
+    both = [name for name in WHERE_RECORDED if base.get(name) is not None and other.get(name) is not None]
+    names = (*MACHINE, *(both if base["forward"] == other["forward"] else ()), "batch_size")
+    return [f"{name}: {base[name]} / {other[name]}" for name in names if base[name] != other[name]]
 
 
 def machine(environment: Mapping[str, Any], spec: Mapping[str, Any]) -> Nested:
     """What makes a run's seconds."""
     where = {**environment, **environment.get("engine", {})}
-    return {**{name: where.get(name) for name in MACHINE}, "batch_size": spec.get("batch_size")}
+    return {**{name: where.get(name) for name in (*MACHINE, *WHERE_RECORDED)}, "batch_size": spec.get("batch_size")}
 
 
 def _words(name: str) -> str:

@@ -51,7 +51,7 @@ def likeliest(logits: Tensor) -> Tensor:
 
 def surest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The likeliest tokens of each row, the surest first, and their probabilities: (n, V) -> (n, count) each."""
-    found = compiled.surest(logits, count)
+    found = compiled.top_k(logits, count)
     if found is not None:
         return found
     sure, tokens = logits.softmax(-1).topk(count)
