@@ -73,7 +73,8 @@ def _forward() -> str:
     except ConfigError as error:
         return f"none: the bundled model does not load: {error}"
     slower = kind == "explicit" and not torch.cuda.is_available()
-    return f"{kind} ({reason})" + ("; compiled, small models take a half to a quarter of the time" if slower else "")
+    hint = "\n            compiled, small models take a half to a quarter of the time" if slower else ""
+    return f"{kind} ({reason}){hint}"
 
 
 def _data(console: Console, data_dir: str | None, reachable: bool) -> bool:
