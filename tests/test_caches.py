@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import stat
@@ -91,20 +92,21 @@ def test_without_a_home_nothing_is_kept(monkeypatch):
 
 
 def test_compiled_code_of_others_is_not_loaded(tmp_path, monkeypatch, caplog):
-    from fluid_model.forward import compiled
+    from fluid_model.forward.compiled import build, structs
 
-    source = tmp_path / "small.c"
-    source.write_text(
-        "".join(f"void {name}() {{}}\n" for name in ("forward", "through", "workspace", "strides", "surest"))
-    )
-    monkeypatch.setattr(compiled, "SOURCE", source)
-    if (made := compiled.library.__wrapped__(4)) is None:
+    sizes = {struct.__name__: ctypes.sizeof(struct) for struct in structs.STRUCTS}
+    functions = [f"void {name}() {{}}\n" for name in structs.FUNCTIONS]
+    constants = [f"const long sizeof_{name} = {size};\n" for name, size in sizes.items()]
+    (tmp_path / "small.c").write_text("".join([*functions, *constants]))
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    monkeypatch.setattr(build, "FLAGS", ("-fPIC", "-shared", "-std=gnu11"))
+    if (made := build._attempt.__wrapped__(4)[0]) is None:
         pytest.skip("no compiler here")
-    (file,) = cache_folder.folder().glob("native-*.so")
+    (file,) = cache_folder.folder().glob("compiled-*.so")
     os.truncate(file, 0)
     file.chmod(0o777)
     with caplog.at_level(logging.WARNING):
-        again = compiled.library.__wrapped__(4)
+        again = build._attempt.__wrapped__(4)[0]
     assert again is not None
     assert again._name != made._name
     assert "compiled for this process alone" in caplog.text

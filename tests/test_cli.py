@@ -16,6 +16,7 @@ from fluid_eval.cli import EXIT_UNHEALTHY
 from fluid_eval.cli.main import main
 from fluid_eval.sandbox.ladder import strongest_tier
 from fluid_model.forward import compiled
+from fluid_model.forward.compiled import build
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -176,8 +177,10 @@ def test_doctor(capsys, little_data, data_dir, monkeypatch):
     assert "ok: the main job can run here" in out
     assert f"isolation   {strongest_tier().name or 'none'}" in out
     assert ("forward     compiled" in out) == (compiled.library(4) is not None)
+    monkeypatch.setattr(build, "_attempt", lambda lanes: (None, "no C compiler"))
     assert main(["doctor"]) == 0, "the mini suite runs without"
     out = capsys.readouterr().out
+    assert "forward     explicit (no C compiler)" in out
     assert "note: no data of some benchmarks: connect to the hub, or pass --data-dir DIR" in out
     assert "ok: the mini suite, and what needs no benchmark data, can run here" in out
     assert main(["doctor", "--data-dir", str(little_data)]) == 1

@@ -154,6 +154,7 @@ def test_other_protocols_are_refused_unless_asked(tmp_path, capsys):
         ({**ENGINE, "threads": 2}, "threads: 1 / 2"),
         ({**ENGINE, "dtype": "bfloat16"}, "dtype: float32 / bfloat16"),
         ({**ENGINE, "forward": "torch"}, "forward: compiled / torch"),
+        ({**ENGINE, "forward": "torch", "forward_kind": "explicit"}, "forward: compiled / torch"),
         ({"device": "cpu"}, "dtype, threads, workers, forward: not recorded"),
     ],
 )
@@ -164,6 +165,17 @@ def test_seconds_of_other_machines_are_no_speeds(tmp_path, capsys, other, reason
     assert speed["tokens_per_forward"]["ratio"] == 1
     assert main(["compare", *map(str, runs)]) == EXIT_OK
     assert f"tok/s do not compare: {reason}" in capsys.readouterr().out
+
+
+def test_forward_kinds_compare_where_both_are_recorded(tmp_path):
+    """Runs recorded before there were kinds are not held to be unequal."""
+    torch = {**ENGINE, "forward": "torch"}
+    engines = {"old": torch, "explicit": {**torch, "forward_kind": "explicit"}}
+    engines |= {"same": engines["explicit"], "captured": {**torch, "forward_kind": "captured"}}
+    runs = {name: write_run(tmp_path / name, answers([1.0] * 20), engine=engine) for name, engine in engines.items()}
+    for name, reasons in (("old", []), ("same", []), ("captured", ["forward_kind: explicit / captured"])):
+        speed = compare([runs["explicit"], runs[name]])["pairs"][0]["speed"]
+        assert speed["not_compared"] == reasons
 
 
 def test_worse_means_surely_and_by_more(tmp_path, runs, capsys):

@@ -34,15 +34,15 @@ def calls_of(checkpoint: Checkpoint) -> list[int]:
     """Appends 1 at every call of the backbone's own model, until the process ends."""
     seen: list[int] = []
     checkpoint.model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(1))
-    compiled = checkpoint.backbone.native
+    compiled = checkpoint.backbone.compiled
     if compiled is not None:  # it calls no module
 
         def call(*words):
             seen.append(1)
             return compiled(*words)
 
-        call.says_tokens, call.logits = compiled.says_tokens, compiled.logits
-        checkpoint.backbone.native = call
+        call.projects_vocabulary, call.logits = compiled.projects_vocabulary, compiled.logits
+        checkpoint.backbone.compiled = call
     return seen
 
 

@@ -58,6 +58,10 @@ def test_four_tasks_from_one_call(four_tasks):
         "float32",
         260032,
     )
+    kind, reason = where["engine"]["forward_kind"], where["engine"]["forward_reason"]
+    assert (kind == "compiled") == (where["engine"]["forward"] == "compiled")
+    assert kind in ("compiled", "explicit")
+    assert reason
 
 
 def test_a_sample_says_all_about_itself(four_tasks):

@@ -117,8 +117,8 @@ def build(plan: Plan) -> Checkpoint:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         head = KHead(plan.hidden, FluidSettings().max_horizon)
     backbone = Backbone(model)
-    if backbone.written_out is None:
-        raise ConfigError("this model's forward is not written out; see fluid_model.forward.llama.fits")
+    if backbone.explicit is None:
+        raise ConfigError("this model has no explicit Llama forward; see fluid_model.forward.llama.misfit")
     return Checkpoint(backbone, _Mute(), (), mask_id=plan.vocabulary - 1, head=head)
 
 

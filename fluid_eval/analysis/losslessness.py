@@ -104,7 +104,7 @@ def in_float64(checkpoint: Checkpoint) -> Checkpoint:
     """
     head = None if checkpoint.head is None else checkpoint.head.double()
     backbone = Backbone(checkpoint.model.double())
-    backbone.written_out = None  # it is for narrower dtypes
+    backbone.explicit = None  # transformers' own forward rounds least
     return replace(checkpoint, backbone=backbone, head=head)
 
 

@@ -14,6 +14,8 @@ from fluid_model.common.files import Nested
 
 UNKNOWN = "not recorded"
 MACHINE_FIELDS = ("device", "dtype", "threads", "workers", "forward", "processor", "cpus")
+WHERE_RECORDED = ("forward_kind",)
+"""Of the machine, too, but not of runs recorded before it was: compared only where both runs have it."""
 DRAFTING_FIELDS = ("slot_budget", "rows", "forward")
 
 
@@ -84,15 +86,18 @@ def unequal_seconds(base: Nested, other: Nested) -> list[str]:
     unknown = [name for name in MACHINE_FIELDS if base[name] is None or other[name] is None]
     if unknown:
         return [f"{', '.join(unknown)}: {UNKNOWN}"]
-    return [
-        f"{name}: {base[name]} / {other[name]}" for name in (*MACHINE_FIELDS, "batch_size") if base[name] != other[name]
-    ]
+    both = [name for name in WHERE_RECORDED if base.get(name) is not None and other.get(name) is not None]
+    names = (*MACHINE_FIELDS, *(both if base["forward"] == other["forward"] else ()), "batch_size")
+    return [f"{name}: {base[name]} / {other[name]}" for name in names if base[name] != other[name]]
 
 
 def machine(environment: Mapping[str, Any], spec: Mapping[str, Any]) -> Nested:
     """Device, dtype, threads and the rest that a run's seconds depend on."""
     where = {**environment, **environment.get("engine", {})}
-    return {**{name: where.get(name) for name in MACHINE_FIELDS}, "batch_size": spec.get("batch_size")}
+    return {
+        **{name: where.get(name) for name in (*MACHINE_FIELDS, *WHERE_RECORDED)},
+        "batch_size": spec.get("batch_size"),
+    }
 
 
 def _words(name: str) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stderr
 from pathlib import Path
 
 from rich.console import Console
 
+from fluid_model.common.errors import ConfigError
+
 from ..benchmarks import datasets
+from ..common.paths import resource
 from ..sandbox.ladder import strongest_tier
 from . import environment, slot_budget_cache
 
@@ -58,14 +63,21 @@ def _device() -> str:
 
 
 def _forward() -> str:
-    """The forward of small models on a CPU: compiled or torch's."""
+    """Which forward runs the bundled model here, and why; the table is in docs/forwards.md."""
     try:
-        from fluid_model.forward import compiled
+        import torch
+
+        import fluid_model
     except ImportError:
         return "none: torch is missing"
-    if compiled.library(compiled.LANES[-1]) is not None:
-        return "compiled, for float32 on a CPU"
-    return "torch's own: no C compiler (cc) works here, so small models on a CPU take 2 to 4 times as long"
+    try:
+        with redirect_stderr(io.StringIO()):  # progress bars, and the warning that this line repeats
+            kind, reason = fluid_model.load(str(resource("checkpoints") / "tiny-fluid")).backbone.forward_choice
+    except ConfigError as error:
+        return f"none: the bundled model does not load: {error}"
+    slower = kind == "explicit" and not torch.cuda.is_available()
+    hint = "\n            compiled, small models take a half to a quarter of the time" if slower else ""
+    return f"{kind} ({reason}){hint}"
 
 
 def _data(console: Console, data_dir: str | None, reachable: bool) -> bool:

@@ -54,9 +54,9 @@ class Worker:
             torch.set_num_threads(threads)
 
     def facts(self, spec: Nested) -> dict[str, Any]:
-        """Device, dtype, threads, parameters and weights that a spec runs on.
+        """What a spec runs on here: device, dtype, threads, forward, parameters.
 
-        spec: as RunSpec.to_dict gives it. Raises ConfigError if its model cannot load.
+        spec: as RunSpec.to_dict gives it.  Raises ConfigError if its model cannot load.
         """
         self._load(spec)
         backbone, folder = self._checkpoint.backbone, self._checkpoint.folder
@@ -64,6 +64,8 @@ class Worker:
             self._names[folder] = weights_name(folder)
         return {
             **device_facts(backbone),
+            "forward_kind": backbone.forward_choice.kind,
+            "forward_reason": backbone.forward_choice.reason,
             "parameters": sum(p.numel() for p in self._checkpoint.model.parameters()),
             "weights": self._names[folder] if folder else None,
             "slot_budget": backbone.slot_budget if needs_slot_budget(self._spec.decoder) else None,
@@ -204,7 +206,7 @@ def device_facts(backbone: Backbone) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(backbone.device) if cuda else "cpu",
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "forward": "torch" if backbone.native is None else "compiled",
+        "forward": "torch" if backbone.compiled is None else "compiled",
     }
 
 

@@ -57,7 +57,7 @@ def argmax(logits: Tensor) -> Tensor:
 
 def top_k(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The likeliest tokens of each row in falling order, and their probabilities: (n, V) -> (n, count) each."""
-    ranked = compiled.surest(logits, count)
+    ranked = compiled.top_k(logits, count)
     if ranked is not None:
         return ranked
     probabilities, tokens = logits.softmax(-1).topk(count)

@@ -25,7 +25,7 @@ def environment(run: ReportRun) -> dict[str, Any]:
         "commit": f"{git['commit']}, {state}" if git.get("commit") else None,
         "device": engine.get("device"),
         "dtype": engine.get("dtype"),
-        "forward": engine.get("forward"),
+        "forward": engine.get("forward_kind") or engine.get("forward"),
         "workers": engine.get("workers"),
         "threads per worker": engine.get("threads"),
         "parameters": number(engine.get("parameters")),
