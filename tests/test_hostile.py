@@ -24,7 +24,7 @@ from fluid_model.common import files
 from fluid_model.common.fields import assign
 from fluid_model.train.llamafactory import read_yaml
 from fluid_model.train.recipe import build_chain
-from fluid_model.train.rows import Source, read_rows
+from fluid_model.train.rows import DataSource, read_rows
 
 DEEP = "[" * 100_000
 TRACE = {"forwards": {"prefill": 1}, "slots": 1, "predicted": [], "accepted": []}
@@ -54,7 +54,7 @@ READERS = {
     "yaml": read_yaml,
     "lines": lambda file: list(files.read_lines(file)),
     "samples": lambda file: list(read_samples(file.parent)),
-    "rows": lambda file: list(read_rows(Source(file))),
+    "rows": lambda file: list(read_rows(DataSource(file))),
     "manifest": lambda file: read_manifest(file.parent),
     "data": lambda file: datasets._read_jsonl("gsm8k", file),
 }
