@@ -105,7 +105,7 @@ def test_a_foreign_sample_is_read_or_refused(tmp_path, name, value):
 
 
 def test_a_line_without_end_is_refused_before_it_is_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MOST_LINE", 1000)
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 1000)
     file = tmp_path / "samples.jsonl"
     file.write_bytes(encode(RECORD) + b"x" * 5000 + b"\n" + encode({**RECORD, "key": "gsm8k/1"}))
     with pytest.raises(ConfigError, match=r"samples\.jsonl, line 2: longer than"):
@@ -115,7 +115,7 @@ def test_a_line_without_end_is_refused_before_it_is_held(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"test\.jsonl\.gz, line 2: longer than"):
         datasets._read_jsonl("gsm8k", zipped)
     with pytest.raises(ConfigError, match="longer than"):
-        files.read_text(zipped, most=10_000)
+        files.read_text(zipped, max_bytes=10_000)
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING
 
 from fluid_model.common import files
 from fluid_model.common.errors import ConfigError, RunError
-from fluid_model.common.files import Nested, bounded, read_json
+from fluid_model.common.files import Nested, bounded_lines, read_json
 from fluid_model.tokens import encodable
 
 from ..common.spec import RunSpec, build_spec
@@ -277,7 +277,7 @@ def read_finished(folder: Path, needed: Iterable[str] = (), *, shown: bool = Fal
 def _read(handle: IO[bytes], file: Path, torn: int) -> Iterator[tuple[Record, int, int]]:
     """Samples with the place and size of their lines.  file: for messages."""
     end, start = os.fstat(handle.fileno()).st_size - torn, 0
-    for number, line in bounded(handle, file):
+    for number, line in bounded_lines(handle, file):
         if start >= end:
             return
         try:

@@ -129,7 +129,7 @@ def check_decoder(spec: RunSpec, info: ModelInfo) -> None:
     if name == "ar" and info.method == "llada":
         raise ConfigError(f"decoder=ar: {spec.model.path} reads in both directions; use --decoder llada")
     if isinstance(spec.decoder, NbdiffSettings):
-        spec.decoder.part(spec.decoder.length(info.block_length))
+        spec.decoder.small_block_length(spec.decoder.block_length_for(info.block_length))
     floor = spec.decoder.min_horizon if isinstance(spec.decoder, FluidSettings) else 1
     if k_max is not None and floor > k_max:
         raise ConfigError(f"min_horizon={floor} exceeds what this model's K-head was trained for (k_max={k_max})")

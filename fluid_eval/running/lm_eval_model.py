@@ -19,7 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from fluid_model.common.errors import ConfigError
 from fluid_model.engine.records import Generation, Request, Score, ScoreRequest, Trace
 from fluid_model.settings import answer_slots
-from fluid_model.tokens import Tokenizer, encodable, spell
+from fluid_model.tokens import Tokenizer, decode_pieces, encodable
 
 from ..benchmarks.chat_template import Chat
 from ..common.progress import Bar
@@ -220,7 +220,7 @@ class FluidLM(TemplateLM):
 
     def _written(self, answer: Generation, prompt: str) -> Record:
         drafts = [(place, ids) for _, place, ids in answer.trace.rejected]
-        pieces, rejected = spell(self.tokenizer, answer.ids, drafts)
+        pieces, rejected = decode_pieces(self.tokenizer, answer.ids, drafts)
         record = {
             **base_record(answer, prompt),
             "output": answer.text,

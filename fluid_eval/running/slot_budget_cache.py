@@ -21,7 +21,7 @@ def file() -> Path:
 def known() -> dict[str, int]:
     """Budgets by device and model; none where the file is missing, damaged or another's."""
     try:
-        held = cache_folder.kept(file().name)
+        held = cache_folder.cached_file(file().name)
         values = json.loads(held.read_text(encoding="utf-8")) if held else {}
         return {str(name): int(value) for name, value in values.items()}
     except (OSError, ValueError, AttributeError, TypeError):

@@ -34,7 +34,7 @@ class NbdiffStrategy:
     ) -> None:
         self.backbone, self.mask_id, self.end_ids, self.settings = backbone, mask_id, frozenset(end_ids), settings
         self.widest = block_length
-        self.small = settings.part(block_length)
+        self.small = settings.small_block_length(block_length)
 
     def allocate(self, slots: int) -> None:
         device = self.backbone.device
@@ -117,7 +117,7 @@ class NbdiffStrategy:
         current = masked.int().argmax(-1, keepdim=True) // self.small  # (n, 1)
         masked &= slot // self.small == current
         score = sureness.masked_fill(~masked, -torch.inf)
-        write = score > self.settings.least_sureness
+        write = score > self.settings.confidence_threshold
         write.scatter_(1, score.argmax(-1, keepdim=True), value=True)
         write &= masked
         real = write & (token != self.mask_id)

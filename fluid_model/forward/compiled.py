@@ -115,7 +115,7 @@ def library(lanes: int) -> ctypes.CDLL | None:
 
 def _kept(name: str, words: list[str]) -> ctypes.CDLL:
     """The code of that name in the cache, compiled if it is not there. Raises OSError where nothing can be kept."""
-    if (file := cache_folder.kept(name)) is None:
+    if (file := cache_folder.cached_file(name)) is None:
         file = cache_folder.folder() / name
         with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
             _compiled(Path(scratch, name), words).replace(file)  # whole or not at all, whoever else compiles it now
