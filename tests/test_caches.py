@@ -29,9 +29,9 @@ def test_it_is_made_for_the_user_alone(home):
     assert stat.S_IMODE(cache_folder.folder().stat().st_mode) == 0o700
     cache_folder.folder().chmod(0o755)  # as earlier versions made it: others could read it, and no more
     assert stat.S_IMODE(cache_folder.folder().stat().st_mode) == 0o700
-    assert cache_folder.kept("x") is None
+    assert cache_folder.cached_file("x") is None
     (cache_folder.folder() / "x").touch()
-    assert cache_folder.kept("x") == home / "fluid-eval" / "x"
+    assert cache_folder.cached_file("x") == home / "fluid-eval" / "x"
 
 
 def open_to_a_group(home: Path) -> None:

@@ -30,8 +30,8 @@ from fluid_model import ArSettings, FluidSettings, Request, engine_for
 from fluid_model.checkpoints.checkpoint import Checkpoint
 from fluid_model.decoders import fluid
 from fluid_model.train.losses import best_stride
-from fluid_model.train.row_layouts import Example, MaskFans
-from fluid_model.train.stages import Horizons, collate
+from fluid_model.train.row_layouts import AllMaskLayout, Example
+from fluid_model.train.stages import HorizonCalibration, collate
 
 from .test_audit import QUESTIONS
 
@@ -79,11 +79,11 @@ def test_what_is_read_off_is_what_training_sees(checkpoint, texts):
     tau = 1.0
     ids = (*text.prompt, *text.ids)
     example = Example(ids, ((len(text.prompt), len(ids)),))
-    row = MaskFans(checkpoint.mask_id, 16, 1.0).lay(example, random.Random(0), 0)
-    horizons = Horizons(checkpoint.model, 16, [tau])
-    _, losses, counted = horizons._measure(collate([row]))
+    row = AllMaskLayout(checkpoint.mask_id, 16, 1.0).build(example, random.Random(0), 0)
+    horizons = HorizonCalibration(checkpoint.model, 16, [tau])
+    _, losses, valid = horizons.block_losses(collate([row]))
     measured = measure_text(checkpoint, replace(text, ended=False), tau)
-    expected = best_stride(losses, counted, torch.tensor([tau]))[0].tolist()
+    expected = best_stride(losses, valid, torch.tensor([tau]))[0].tolist()
     assert measured.best[: len(expected)] == expected
     assert len(set(expected)) > 2
     assert len(measured.best) == len(expected) + 1, "no mask behind the last token but one has a token to say"

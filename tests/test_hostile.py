@@ -24,7 +24,7 @@ from fluid_model.common import files
 from fluid_model.common.fields import assign
 from fluid_model.train.llamafactory import read_yaml
 from fluid_model.train.recipe import build_chain
-from fluid_model.train.rows import Source, read_rows
+from fluid_model.train.rows import DataSource, read_rows
 
 DEEP = "[" * 100_000
 TRACE = {"forwards": {"prefill": 1}, "slots": 1, "predicted": [], "accepted": []}
@@ -54,7 +54,7 @@ READERS = {
     "yaml": read_yaml,
     "lines": lambda file: list(files.read_lines(file)),
     "samples": lambda file: list(read_samples(file.parent)),
-    "rows": lambda file: list(read_rows(Source(file))),
+    "rows": lambda file: list(read_rows(DataSource(file))),
     "manifest": lambda file: read_manifest(file.parent),
     "data": lambda file: datasets._read_jsonl("gsm8k", file),
 }
@@ -105,7 +105,7 @@ def test_a_foreign_sample_is_read_or_refused(tmp_path, name, value):
 
 
 def test_a_line_without_end_is_refused_before_it_is_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MOST_LINE", 1000)
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 1000)
     file = tmp_path / "samples.jsonl"
     file.write_bytes(encode(RECORD) + b"x" * 5000 + b"\n" + encode({**RECORD, "key": "gsm8k/1"}))
     with pytest.raises(ConfigError, match=r"samples\.jsonl, line 2: longer than"):
@@ -115,7 +115,7 @@ def test_a_line_without_end_is_refused_before_it_is_held(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"test\.jsonl\.gz, line 2: longer than"):
         datasets._read_jsonl("gsm8k", zipped)
     with pytest.raises(ConfigError, match="longer than"):
-        files.read_text(zipped, most=10_000)
+        files.read_text(zipped, max_bytes=10_000)
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

@@ -65,7 +65,7 @@ def plain_nbdiff(checkpoint: Checkpoint, prompt, decoder: NbdiffSettings, new_to
                     score[j] = {"probability": float(top[0]), "margin": float(top[0] - top[1]), "entropy": order}[
                         decoder.rule
                     ]
-                least = decoder.least_sureness
+                least = decoder.confidence_threshold
                 best = max(open_, key=lambda j: score[j])
                 written = {j: token[j] for j in open_ if j == best or score[j] > least}
                 assert set(written.values()) != {mask}, "the public code would not end"

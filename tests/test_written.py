@@ -14,7 +14,7 @@ import fluid_model
 from fluid_eval.common.paths import resource
 from fluid_model import ArSettings, FluidSettings, LladaSettings, NbdiffSettings
 from fluid_model.engine.records import Generation, RowForward
-from fluid_model.tokens import Tokenizer, spell
+from fluid_model.tokens import Tokenizer, decode_pieces
 
 from .conftest import SHARED
 from .test_laws import CHECKPOINT, NEW, requests
@@ -156,7 +156,7 @@ def test_pieces_and_drafts_make_up_the_text(name: str, text: str, noise: list[in
     chosen = tokenizer(name)
     ids = (*chosen(text, add_special_tokens=False)["input_ids"], *noise)
     cut = min(cut, len(ids))
-    pieces, (draft,) = spell(chosen, ids, [(cut, ids[cut:])])
+    pieces, (draft,) = decode_pieces(chosen, ids, [(cut, ids[cut:])])
     whole, head = chosen.decode(ids), chosen.decode(ids[:cut])
     assert len(pieces) == len(ids)
     assert "".join(pieces) == whole
@@ -171,4 +171,4 @@ def test_pieces_of_a_tokenizer_that_mends_its_text():
     chosen.clean_up_tokenization_spaces = True
     chosen.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     ids = tuple(chosen("Well , I do n't know .")["input_ids"])
-    assert "".join(spell(chosen, ids)[0]) == chosen.decode(ids) == "Well, I don't know."
+    assert "".join(decode_pieces(chosen, ids)[0]) == chosen.decode(ids) == "Well, I don't know."

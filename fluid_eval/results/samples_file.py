@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from fluid_model.common.errors import ConfigError
-from fluid_model.common.files import bounded
+from fluid_model.common.files import bounded_lines
 
 from .sample_records import Record, check_record, parse
 
@@ -81,7 +81,7 @@ def read_lines(handle: IO[bytes], file: Path, torn: int) -> Iterator[tuple[Recor
     Raises ConfigError naming the line that is no sample.
     """
     end, offset = os.fstat(handle.fileno()).st_size - torn, 0
-    for number, line in bounded(handle, file):
+    for number, line in bounded_lines(handle, file):
         if offset >= end:
             return
         try:

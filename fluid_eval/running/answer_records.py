@@ -6,7 +6,7 @@ import hashlib
 import math
 
 from fluid_model.engine.records import Generation, Score, Trace
-from fluid_model.tokens import Tokenizer, spell
+from fluid_model.tokens import Tokenizer, decode_pieces
 
 from ..results.sample_records import Record
 from .chunks import FailedRequest
@@ -44,7 +44,7 @@ def generation_record(answer: Generation, prompt: str, tokenizer: Tokenizer, end
     end_of_thinking: text that ends the thinking, None if thinking is not cut off.
     """
     drafts = [(place, ids) for _, place, ids in answer.trace.rejected]
-    pieces, rejected = spell(tokenizer, answer.ids, drafts)
+    pieces, rejected = decode_pieces(tokenizer, answer.ids, drafts)
     record = {
         **base_record(answer, prompt),
         "output": answer.text,

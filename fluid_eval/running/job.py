@@ -149,7 +149,7 @@ def check_decoder(spec: RunSpec, info: ModelInfo) -> None:
     if name == "ar" and info.method == "llada":
         raise ConfigError(f"decoder=ar: {spec.model.path} reads in both directions; use --decoder llada")
     if isinstance(spec.decoder, NbdiffSettings):
-        spec.decoder.part(spec.decoder.length(info.block_length))
+        spec.decoder.small_block_length(spec.decoder.block_length_for(info.block_length))
     # 2) the K-head
     floor = spec.decoder.min_horizon if isinstance(spec.decoder, FluidSettings) else 1
     if k_max is not None and floor > k_max:

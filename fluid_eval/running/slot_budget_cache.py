@@ -24,7 +24,7 @@ def file() -> Path:
 def known() -> dict[str, int]:
     """Budgets by model and device; none if the file is missing, damaged or another user's."""
     try:
-        cached = cache_folder.kept(file().name)
+        cached = cache_folder.cached_file(file().name)
         values = json.loads(cached.read_text(encoding="utf-8")) if cached else {}
         return {str(name): int(value) for name, value in values.items()}
     except (OSError, ValueError, AttributeError, TypeError):

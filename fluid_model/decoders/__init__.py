@@ -27,7 +27,7 @@ def strategy_for(checkpoint: Checkpoint, settings: DecoderSettings) -> Strategy:
     if checkpoint.mask_id is None:
         raise ConfigError(f"decoder={settings.name} needs a mask token, and this model has none; use --decoder ar")
     if isinstance(settings, NbdiffSettings):
-        length = settings.length(checkpoint.manifest.block_length if checkpoint.manifest else None)
+        length = settings.block_length_for(checkpoint.manifest.block_length if checkpoint.manifest else None)
         return NbdiffStrategy(checkpoint.backbone, checkpoint.mask_id, checkpoint.end_ids, length, settings)
     eos_id = checkpoint.tokenizer.eos_token_id
     return LladaStrategy(checkpoint.backbone, checkpoint.mask_id, eos_id, checkpoint.end_ids, settings)

@@ -50,7 +50,7 @@ class NbdiffStrategy:
     ) -> None:
         self.backbone, self.mask_id, self.end_ids, self.settings = backbone, mask_id, frozenset(end_ids), settings
         self.max_slots = block_length
-        self.small_block = settings.part(block_length)
+        self.small_block = settings.small_block_length(block_length)
 
     def allocate(self, slots: int) -> None:
         device = self.backbone.device
@@ -138,7 +138,7 @@ class NbdiffStrategy:
         is_open = is_masked & (slot // self.small_block == current)
         # 2) the most confident of them, and those above the threshold
         score = confidence.masked_fill(~is_open, -torch.inf)
-        is_chosen = score > self.settings.least_sureness
+        is_chosen = score > self.settings.confidence_threshold
         is_chosen.scatter_(1, score.argmax(-1, keepdim=True), value=True)
         is_chosen &= is_open
         # 3) without those that predict the mask token, unless there are no others

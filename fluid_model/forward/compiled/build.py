@@ -120,7 +120,7 @@ def _processor() -> str:
 
 def _cached(name: str, command: list[str]) -> Path:
     """The library of that name in the cache folder. Raises BuildError, or OSError where the folder cannot be used."""
-    if (file := cache_folder.kept(f"{name}.so")) is not None:
+    if (file := cache_folder.cached_file(f"{name}.so")) is not None:
         return file
     folder = cache_folder.folder()
     failed = folder / f"{name}.failed"
@@ -139,7 +139,7 @@ def _cached(name: str, command: list[str]) -> Path:
 
 def _check_earlier_failure(failed: Path) -> None:
     """Raise BuildError if the same command failed a short while ago, in this process or another."""
-    if cache_folder.kept(failed.name) is None:
+    if cache_folder.cached_file(failed.name) is None:
         return
     if 0 <= time.time() - failed.stat().st_mtime < RETRY_AFTER:
         reason = failed.read_text("utf-8").splitlines() or ["it failed"]
