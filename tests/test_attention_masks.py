@@ -17,8 +17,16 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from fluid_model.decoders.draft_tree import Draft, DraftTree
 from fluid_model.forward import attention_masks as masks
-from fluid_model.train.row_layouts import Blocks, Canvas, Example, Expanded, MaskFans, Plain, pack
-from fluid_model.train.stages import attention, collate
+from fluid_model.train.row_layouts import (
+    AllMaskLayout,
+    CanvasLayout,
+    CausalLayout,
+    Example,
+    NoisedBlockLayout,
+    TrainingRow,
+    pack_rows,
+)
+from fluid_model.train.stages import attention_mask, collate
 
 MASK = 99
 
@@ -143,33 +151,33 @@ def test_chains_and_windows(lengths: list[int], window: int):
 
 
 @st.composite
-def layouts(draw) -> Expanded:
+def layouts(draw) -> TrainingRow:
     """One example: tokens in a chain, or a canvas in which all attend to all; then blocks, causal inside (FLUID) or
     bidirectional (NBDiff), at any anchors, the slot before the first token among them.
     """
-    row, tokens = Expanded(), draw(st.integers(1, 5))
+    row, tokens = TrainingRow(), draw(st.integers(1, 5))
     is_canvas = draw(st.booleans())
     for token in range(tokens):
-        row.add(token, token, -100, anchor=tokens - 1 if is_canvas else token, step=0)
+        row.add_slot(token, token, -100, anchor=tokens - 1 if is_canvas else token, step=0)
     for anchor in draw(st.sets(st.integers(-1, tokens - 1), max_size=3)) if not is_canvas else ():
         is_causal = draw(st.booleans())
         for step in range(1, draw(st.integers(1, 3)) + 1):
-            row.add(MASK, anchor + step, -100, anchor, step if is_causal else 1)
+            row.add_slot(MASK, anchor + step, -100, anchor=anchor, step=step if is_causal else 1)
     return row
 
 
-def chain(tokens: int, *blocks: int) -> Expanded:
+def chain(tokens: int, *blocks: int) -> TrainingRow:
     """A chain of tokens, with a block of two slots at each of these anchors."""
-    row = Expanded()
+    row = TrainingRow()
     for token in range(tokens):
-        row.add(token, token, -100, anchor=token, step=0)
+        row.add_slot(token, token, -100, anchor=token, step=0)
     for anchor in blocks:
-        row.add(MASK, anchor + 1, -100, anchor, 1)
-        row.add(MASK, anchor + 2, -100, anchor, 1)
+        row.add_slot(MASK, anchor + 1, -100, anchor=anchor, step=1)
+        row.add_slot(MASK, anchor + 2, -100, anchor=anchor, step=1)
     return row
 
 
-def trains_naively(row: Expanded, query: int, key: int) -> bool:
+def trains_naively(row: TrainingRow, query: int, key: int) -> bool:
     """Within one example a slot attends to all tokens up to its anchor, and to its block's steps up to its own."""
     if query == key:
         return True
@@ -180,26 +188,26 @@ def trains_naively(row: Expanded, query: int, key: int) -> bool:
     return row.anchor[key] == row.anchor[query] and row.step[key] <= row.step[query]
 
 
-def batch_of(rows: list[Expanded]) -> dict[str, Tensor]:
+def batch_of(rows: list[TrainingRow]) -> dict[str, Tensor]:
     """(B, L) each; collated rows of plain causal examples have no layout, so one canvas is put beside them."""
-    canvas = Expanded()
+    canvas = TrainingRow()
     for token in range(2):
-        canvas.add(token, token, -100, anchor=1, step=0)
+        canvas.add_slot(token, token, -100, anchor=1, step=0)
     batch = collate([*rows, canvas])
     return {name: batch[name][:-1] for name in ("segment", "anchor", "step")}
 
 
-PACKS = st.lists(st.lists(layouts(), min_size=1, max_size=3).map(pack), min_size=1, max_size=3)
-BEHIND_A_TOKEN = pack([chain(3), chain(2, -1)])
+PACKS = st.lists(st.lists(layouts(), min_size=1, max_size=3).map(pack_rows), min_size=1, max_size=3)
+BEHIND_A_TOKEN = pack_rows([chain(3), chain(2, -1)])
 """The block before the second example's first token is anchored at a slot that is the first example's last token."""
-BEHIND_A_BLOCK = pack([chain(2, 1), chain(2, -1, 0), chain(1)])
+BEHIND_A_BLOCK = pack_rows([chain(2, 1), chain(2, -1, 0), chain(1)])
 
 
 @settings(max_examples=150, deadline=None)
 @given(rows=PACKS)
 @example(rows=[BEHIND_A_TOKEN])
 @example(rows=[BEHIND_A_BLOCK, BEHIND_A_TOKEN])
-def test_training_rows_by_anchors_and_segments(rows: list[Expanded]):
+def test_training_rows_by_anchors_and_segments(rows: list[TrainingRow]):
     batch = batch_of(rows)
     mask = masks.training_mask(**batch)
     for number, row in enumerate(rows):
@@ -222,10 +230,10 @@ def test_a_block_before_the_first_token_attends_to_itself_alone():
 @settings(max_examples=40, deadline=None)
 @given(rows=PACKS)
 @example(rows=[BEHIND_A_TOKEN])
-def test_flex_attention_has_the_dense_mask(rows: list[Expanded]):
+def test_flex_attention_has_the_dense_mask(rows: list[TrainingRow]):
     batch = batch_of(rows)
     model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="flex_attention"))
-    block_mask = attention(batch, model)
+    block_mask = attention_mask(batch, model)
     assert isinstance(block_mask, BlockMask)
     count, slots = batch["segment"].shape
     row = torch.arange(count)[:, None, None]
@@ -234,15 +242,18 @@ def test_flex_attention_has_the_dense_mask(rows: list[Expanded]):
     assert flex.equal(masks.training_mask(**batch))
 
 
-@pytest.mark.parametrize("layout", [Plain(), MaskFans(MASK, 3), Blocks(MASK, 1, 2), Canvas(MASK, 1, 8)])
+LAYOUTS = [CausalLayout(), AllMaskLayout(MASK, 3), NoisedBlockLayout(MASK, 1, 2), CanvasLayout(MASK, 1, 8)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("start", [0, 2])
 def test_layouts_of_every_method(layout, start: int):
     """Packed, with a response that begins at the first token or behind it."""
     import random
 
     rng = random.Random(start)
-    rows = [layout.lay(Example(tuple(range(2, 2 + size)), ((start, size),)), rng, 0) for size in (5, 3, 6)]
-    packed = pack(rows)
+    rows = [layout.build(Example(tuple(range(2, 2 + size)), ((start, size),)), rng, 0) for size in (5, 3, 6)]
+    packed = pack_rows(rows)
     mask = masks.training_mask(**batch_of([packed]))[0]
     for query in range(len(packed.ids)):
         for key in range(len(packed.ids)):
