@@ -158,11 +158,11 @@ def layouts(draw) -> TrainingRow:
     row, tokens = TrainingRow(), draw(st.integers(1, 5))
     is_canvas = draw(st.booleans())
     for token in range(tokens):
-        row.add_slot(token, token, -100, anchor=tokens - 1 if is_canvas else token, step=0)
+        row.add_slot(token, position=token, label=-100, anchor=tokens - 1 if is_canvas else token, step=0)
     for anchor in draw(st.sets(st.integers(-1, tokens - 1), max_size=3)) if not is_canvas else ():
         is_causal = draw(st.booleans())
         for step in range(1, draw(st.integers(1, 3)) + 1):
-            row.add_slot(MASK, anchor + step, -100, anchor=anchor, step=step if is_causal else 1)
+            row.add_slot(MASK, position=anchor + step, label=-100, anchor=anchor, step=step if is_causal else 1)
     return row
 
 
@@ -170,10 +170,10 @@ def chain(tokens: int, *blocks: int) -> TrainingRow:
     """A chain of tokens, with a block of two slots at each of these anchors."""
     row = TrainingRow()
     for token in range(tokens):
-        row.add_slot(token, token, -100, anchor=token, step=0)
+        row.add_slot(token, position=token, label=-100, anchor=token, step=0)
     for anchor in blocks:
-        row.add_slot(MASK, anchor + 1, -100, anchor=anchor, step=1)
-        row.add_slot(MASK, anchor + 2, -100, anchor=anchor, step=1)
+        row.add_slot(MASK, position=anchor + 1, label=-100, anchor=anchor, step=1)
+        row.add_slot(MASK, position=anchor + 2, label=-100, anchor=anchor, step=1)
     return row
 
 
@@ -192,7 +192,7 @@ def batch_of(rows: list[TrainingRow]) -> dict[str, Tensor]:
     """(B, L) each; collated rows of plain causal examples have no layout, so one canvas is put beside them."""
     canvas = TrainingRow()
     for token in range(2):
-        canvas.add_slot(token, token, -100, anchor=1, step=0)
+        canvas.add_slot(token, position=token, label=-100, anchor=1, step=0)
     batch = collate([*rows, canvas])
     return {name: batch[name][:-1] for name in ("segment", "anchor", "step")}
 
