@@ -40,7 +40,7 @@ DENOISE, VERIFY, COMMIT = range(3)
 KIND_OF_PHASE: tuple[Kind, ...] = ("denoise", "verify", "commit")
 
 
-class _Step(NamedTuple):
+class _CanvasStep(NamedTuple):
     """The host's copy of a row's step, read back once a forward.
 
     phase: of the next forward.  width: slots it feeds.  stride: as the K-head set it.
@@ -74,7 +74,7 @@ class FluidReferenceStrategy:
         self._pointer = torch.zeros(slots, dtype=torch.long, device=device)
         self._width = torch.zeros(slots, dtype=torch.long, device=device)
         self._phase = torch.zeros(slots, dtype=torch.long, device=device)
-        self._host = [_Step()] * slots
+        self._host = [_CanvasStep()] * slots
 
     def admit(
         self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]
@@ -136,7 +136,7 @@ class FluidReferenceStrategy:
         self._pointer[at] = 0
         self._phase[at] = DENOISE
         for row, width in zip(rows, self._width[at].tolist(), strict=True):
-            self._host[row] = _Step(width=width, stride=width)
+            self._host[row] = _CanvasStep(width=width, stride=width)
 
     def _denoise(self, active: Tensor, confidence: Tensor, predicted: Tensor) -> None:
         """Write the pointer's slot and every later confident one; move the pointer past the unbroken confident run.
@@ -188,7 +188,7 @@ class FluidReferenceStrategy:
             rejected = before.rejected
             if corrected >= 0:  # the draft token in the corrected slot, and all behind it
                 rejected = (corrected, *canvas[width : before.width])
-            self._host[row] = _Step(phase, width, before.stride, rejected)
+            self._host[row] = _CanvasStep(phase, width, before.stride, rejected)
             if not is_cached:
                 updates.append(RowUpdate([], [], NOTHING))
                 continue

@@ -79,18 +79,18 @@ class Engine:
         Raises ConfigError if a prompt is empty or leaves no room for its answer.
         """
         # 1) check and order the requests
-        accepted = list(requests)
-        if not accepted:
+        everything = list(requests)
+        if not everything:
             return
-        for request in accepted:
+        for request in everything:
             self._check(request)
-        waiting = self._order(accepted)
+        waiting = self._order(everything)
 
         # 2) allocate rows and cache, with one spare row for a shared prefix
         slots = min(self.slots, len(waiting))
-        asked = max(request.asked or 0 for request in accepted)
+        asked = max(request.asked or 0 for request in everything)
         self.strategy.allocate(max(slots, min(self.slots, asked)))
-        longest = max(len(request.prompt) + request.max_new_tokens for request in accepted)
+        longest = max(len(request.prompt) + request.max_new_tokens for request in everything)
         spare = any(row.shared for row in waiting)
         self._cache = self.backbone.cache(slots + spare, longest + self.strategy.max_slots)
         self._active, self._cached_prefix = [], ()

@@ -81,7 +81,7 @@ class _OpenRequest:
         )
 
 
-Job = tuple[_OpenRequest, _ModelInput]
+_Job = tuple[_OpenRequest, _ModelInput]
 
 
 class Scorer:
@@ -98,7 +98,7 @@ class Scorer:
         Inputs longer than the context window are truncated on the left, as in lm-eval; `Score.truncated` counts it.
         Raises ConfigError for an empty context or continuation.
         """
-        jobs: list[Job] = []
+        jobs: list[_Job] = []
         for request in requests:
             opened = self._open(request)
             jobs += ((opened, each) for each in opened.inputs)
@@ -106,7 +106,7 @@ class Scorer:
         for group in shared_prefixes.group([each.ids for each in inputs], own=[each.span for each in inputs]):
             yield from self._score_group([jobs[index] for index in group.members], group.length)
 
-    def _score_group(self, jobs: list[Job], shared: int) -> Iterator[Score]:
+    def _score_group(self, jobs: list[_Job], shared: int) -> Iterator[Score]:
         """Score inputs that begin with the same `shared` tokens, the longest first."""
         cache = KVCache(min(self.slots, len(jobs)), len(jobs[0][1].ids))
         done = 0
@@ -167,7 +167,7 @@ class Scorer:
         cache.broadcast_prefix(0, 1, cache.slots - 1, len(ids))
 
     @torch.inference_mode()
-    def _score_batch(self, batch: list[Job], shared: int, cache: KVCache) -> None:
+    def _score_batch(self, batch: list[_Job], shared: int, cache: KVCache) -> None:
         device = self.backbone.device
         # 1) forward, without the shared prefix
         inputs = [torch.tensor(each.ids[shared:]) for _, each in batch]
