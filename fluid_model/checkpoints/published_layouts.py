@@ -7,8 +7,8 @@ NBDiff               openPangu's layout (arXiv 2512.06776). Its config equals it
 LLaDA                model_type "llada" (arXiv 2502.09992): Llama's arithmetic under OLMo's parameter names, with
                      bidirectional attention.
 FLUID                `model_head.bin` beside a model or a PEFT adapter (arXiv 2605.27387): a pickled state dict with
-                     `diffusion_k_head.{0,2}.{weight,bias}`. The mask token is an unused token of the parent. Its stage 1
-                     is trained with LLaMA-Factory and saved as a PEFT adapter.
+                     `diffusion_k_head.{0,2}.{weight,bias}`. The mask token is an unused token of the parent. Stage 1 is
+                     trained with LLaMA-Factory and saved as a PEFT adapter.
 """
 
 from __future__ import annotations
