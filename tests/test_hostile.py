@@ -17,9 +17,9 @@ from fluid_eval.results import samples_file
 from fluid_eval.results.run_folder import Run, encode, read_samples
 from fluid_eval.sweeps.grid import plan, read_axis
 from fluid_model import ConfigError
-from fluid_model.checkpoints.hub import local
+from fluid_model.checkpoints.hub import local_folder
 from fluid_model.checkpoints.manifest import read_manifest
-from fluid_model.checkpoints.source import find
+from fluid_model.checkpoints.source import find_checkpoint
 from fluid_model.common import files
 from fluid_model.common.fields import assign
 from fluid_model.train.llamafactory import read_yaml
@@ -161,7 +161,7 @@ def test_what_a_crash_left_of_a_long_line_is_found_from_the_end(tmp_path, monkey
 @pytest.mark.parametrize("model", ["a\0b", "a" * 5000, "../" * 50, "owner/name/more", "", "http://x/y"])
 def test_a_name_that_is_no_model_is_refused(model):
     with pytest.raises(ConfigError, match="model="):
-        local(model, weights=False)
+        local_folder(model, weights=False)
 
 
 @pytest.mark.parametrize("task", ["../../etc/passwd", "gsm8k/../mmlu", "", "mini\0", "a" * 5000])
@@ -268,7 +268,7 @@ def test_code_of_a_repository_runs_only_where_it_is_trusted(own_code, data_dir, 
     assert "own" in capsys.readouterr().err
     assert not (tmp_path / "mark").exists()
     assert not (tmp_path / "no").exists()
-    assert find(str(own_code), weights=False).remote_code == []
+    assert find_checkpoint(str(own_code), weights=False).remote_code == []
     main([*words, "--model", str(own_code), "--out", str(tmp_path / "yes"), "--trust-remote-code"])
     assert (tmp_path / "mark").exists()
     ran = "own.OwnConfig, own.OwnForCausalLM"

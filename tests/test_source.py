@@ -99,11 +99,11 @@ def test_a_hub_that_never_answers_does_not_hold_up(tmp_path, cache, monkeypatch)
         asked = []
         fetch = hub.snapshot_download
         monkeypatch.setattr(hub, "snapshot_download", lambda *_, **how: [asked.append(how), fetch(*_, **how)][1])
-        assert hub.local("owner/name", weights=True).name == COMMIT
+        assert hub.local_folder("owner/name", weights=True).name == COMMIT
         with pytest.raises(
             ConfigError, match=r"model=owner/other: the hub gave \w*Timeout and its cache holds no such"
         ):
-            hub.local("owner/other", weights=False)
+            hub.local_folder("owner/other", weights=False)
         assert waits == [0.2, 0.2], "one question each, given up in time"
     assert all(how["local_files_only"] for how in asked), "a download would wait without end"
 
