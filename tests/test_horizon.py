@@ -1,4 +1,4 @@
-"""What K-heads are worth: what is read off texts is what rounds do, and policies played over it cost what they must."""
+"""K-head diagnostics: teacher forcing agrees with decoding, and simulated policies cost what they must."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep: points in turns, one frontier, whatever happened on the way."""
+"""A sweep: points in document batches, one frontier, whatever happened on the way."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_sweep_is_its_runs_and_their_frontier(values, tmp_path):
     assert (tmp_path / "s" / "frontier.svg").stat().st_size > 1000
 
 
-def test_points_take_turns(values, tmp_path, monkeypatch):
+def test_points_answer_in_document_batches(values, tmp_path, monkeypatch):
     """So that an early stop still compares."""
     monkeypatch.setattr(module, "LEAST_SAMPLES", 3)
     seen: list[tuple[str, int]] = []
@@ -195,7 +195,7 @@ def test_drawn_examples_are_those_of_a_run(tiny_fluid, data_dir, tmp_path):
 
 
 def test_what_is_answered_so_far_compares(values, tmp_path, monkeypatch):
-    """By the turns that all points have answered; nothing is answered for it, and no result is written."""
+    """By the batches that all points have answered; nothing is answered for it, and no result is written."""
     monkeypatch.setattr(module, "LEAST_SAMPLES", 3)
     complete = Sweep(plan(values), tmp_path / "whole").work()
     break_off(values, tmp_path / "s", monkeypatch)

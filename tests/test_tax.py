@@ -1,4 +1,4 @@
-"""The adaptation tax: the right runs for each method, each step held against the one before."""
+"""The cost of an adaptation: the right stages for each method, each compared with the one before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fluid-eval trace` tells what the engine did, and docs/decoders.md shows what it tells."""
+"""`fluid-eval trace` shows what the engine did, and docs/decoders.md shows its output."""
 
 from __future__ import annotations
 

@@ -301,7 +301,8 @@ def _compared(tasks: Sequence[_Scores]) -> Nested:
     squares = math.fsum(math.fsum(d * d for d in task.differences) / len(task.keys) ** 2 for task in tasks)
     discordant = min(1.0, effective * squares / len(tasks) ** 2)
     # 3) means and their difference
-    base, other = [task.base for task in tasks], [task.other for task in tasks]
+    base = [task.base for task in tasks]
+    other = [task.other for task in tasks]
     return {
         "n": len(pairs),
         "base": _mean_and_ends(mean_over_tasks(base)),
@@ -321,8 +322,8 @@ def _mean_and_ends(interval: Interval) -> Nested:
 
 def _speeds(pair: RunPair, tasks: Sequence[str]) -> Nested:
     """Speed ratios over these tasks, see `speed_ratios.speeds`."""
-    base, other = (_timed(run, [pair.tasks[task] for task in tasks]) for run in (pair.base, pair.other))
-    return speeds(base, other)
+    documents = [pair.tasks[task] for task in tasks]
+    return speeds(_timed(pair.base, documents), _timed(pair.other, documents))
 
 
 def _timed(run: FinishedRun, tasks: Sequence[Sequence[Doc]]) -> TimedRun:

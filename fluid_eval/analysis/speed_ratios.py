@@ -103,8 +103,8 @@ def _per_second(base: TimedRun, other: TimedRun) -> Nested | None:
     paces = [speed_repeats.tokens_per_second(run.all, run.repeats) for run in (base, other)]
     if ratio := speed_repeats.ratio(*paces):
         both = [turn for turn in paces[0] if turn in paces[1]]
-        base_speed, other_speed = (geometric([own[turn] for turn in both]).mean for own in paces)
-        return {**_entry(ratio, base_speed, other_speed), "repeats": len(both), "interleaved": True}
+        means = [geometric([own[turn] for turn in both]).mean for own in paces]
+        return {**_entry(ratio, *means), "repeats": len(both), "interleaved": True}
     # 2) one speed each
     ours, theirs = _tokens_per_second(base, paces[0]), _tokens_per_second(other, paces[1])
     if not ours or theirs is None:

@@ -148,11 +148,13 @@ def markdown(records: Sequence[ForwardRecord]) -> str:
 
 def show(records: Sequence[ForwardRecord], answer: Generation, decoder: Mapping[str, Any]) -> None:
     """Print the growing answer in colours: committed tokens green, draft tokens yellow, masks grey."""
+    # 1) the table
     console = Console(width=None if Console().is_terminal else 80, highlight=False)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), expand=True)
     for name, right in (("", True), ("forward", False), ("slots", True)):
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
     table.add_column("the answer after it", ratio=1)
+    # 2) the answer after each forward
     canvas: dict[int, tuple[str, str]] = {}  # place -> text and colour
     for number, record in enumerate(records, 1):
         # tokens of earlier forwards lose their colour; old draft tokens go unless committed now
@@ -164,6 +166,7 @@ def show(records: Sequence[ForwardRecord], answer: Generation, decoder: Mapping[
         canvas |= {place: (text, "green") for place, text in record.committed.items()}
         canvas |= {place: (text, "yellow") for place, text in record.drafted.items()}
         table.add_row(str(number), record.kind, str(record.slots), _painted(canvas))
+    # 3) totals
     console.print(table)
     tokens, forwards = len(answer.ids), sum(answer.trace.forwards.values())
     console.print(

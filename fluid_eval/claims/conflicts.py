@@ -171,7 +171,8 @@ def ranked_inside_chance(ledger: Ledger) -> Iterator[Conflict]:
         halves = [half_width(one) for one in (better, than)]
         if None in halves or better.value < than.value - SAME:
             continue
-        half, n = math.hypot(*(one or 0.0 for one in halves)), published_n(better) or 0
+        half = math.hypot(*(one or 0.0 for one in halves))
+        n = published_n(better) or 0
         if better.value - than.value <= half:
             yield Conflict(
                 (better.cell, than.cell),

@@ -46,6 +46,7 @@ def main(options: argparse.Namespace) -> int:
     from ..claims.verdicts import Margins
     from ..output.claims_tables import page, print_verdicts
 
+    # 1) claims, resources, margins
     ledger = read_claims(options.ledger)
     claims = _wanted(ledger.claims, options)
     models = Path(options.models_dir or os.environ.get("FLUID_MODELS_DIR") or "models")
@@ -53,7 +54,9 @@ def main(options: argparse.Namespace) -> int:
     resources = Resources(models, data_dir, options.allow_unsafe_code)
     given = {"points": options.margin, "percent": options.speed_margin}
     margins = Margins(**{name: value for name, value in given.items() if value is not None})
+    # 2) measure and judge
     result = reproduce(ledger, claims, options.out, resources, resume=options.resume, margins=margins)
+    # 3) pages
     text = page(result)
     for file in (options.out / "claims.md", options.docs):
         if file is not None:

@@ -34,6 +34,7 @@ def main(options: argparse.Namespace) -> int:
     from ..sandbox.ladder import chosen
     from ..sandbox.pool import JudgePool
 
+    # 1) check the options
     asked = _KS if options.k is None else options.k
     ks = [int(k) if k.strip().isdecimal() else 0 for k in asked.split(",")]
     for name, value, fits in (
@@ -43,6 +44,7 @@ def main(options: argparse.Namespace) -> int:
     ):
         if not fits:
             raise ConfigError(f"--{name}={value} must be above 0, in whole numbers for k and workers")
+    # 2) run and judge the programs
     try:
         problems = load_problems(options.problems)
         tier = chosen(allow_unsafe=options.allow_unsafe_code)
@@ -53,6 +55,7 @@ def main(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("fluid-eval: interrupted; no results were written", file=sys.stderr)
         return EXIT_INTERRUPTED
+    # 3) print the rates
     results = f"{options.samples}{RESULTS}"
     if options.k is not None and (missing := unmet(ks, fewest)):
         print(f"fluid-eval: {missing}", file=sys.stderr)

@@ -40,6 +40,7 @@ def add(sweep: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     from ..sweeps.grid import plan, read_axis
 
+    # 1) the plan, from file and flags
     values = values_of(options)
     sweep = values.setdefault("sweep", {})
     for text in options.sweep:
@@ -52,6 +53,7 @@ def main(options: argparse.Namespace) -> int:
     from ..running.job import default_folder
     from ..sweeps.sweep import Sweep
 
+    # 2) the sweep's folder; only an estimate, or what is answered so far
     first = default_folder(planned.points[0].spec).name.rsplit("-", 2)[0]
     folder = options.out or Path("sweeps") / f"{first}-{planned.id[:8]}"
     job = Sweep(planned, folder, resume=options.resume or options.so_far)
@@ -61,6 +63,7 @@ def main(options: argparse.Namespace) -> int:
     if options.so_far:
         print_sweep(job.so_far(by=options.by, within=options.within), folder)
         return 0
+    # 3) run it
     result = job.work(
         stop_dominated=options.stop_dominated, by=options.by, within=options.within,
         speed_repeats=options.speed_repeats,

@@ -29,6 +29,7 @@ def main(options: argparse.Namespace) -> int:
     from ..analysis.adaptation_cost import UNVERIFIED, measure, plan_stages
     from ..common.paths import resource
 
+    # 1) the adapted model and its parent
     values = values_of(options)
     if options.parent is None and options.model is not None:
         raise ConfigError("tax: name the model it was adapted from: --parent FOLDER_OR_HUB_ID")
@@ -38,6 +39,7 @@ def main(options: argparse.Namespace) -> int:
     info = describe(model["path"], model.get("method"), trust_remote_code=trusted, base=model.get("base"))
     if adapted := describe(parent, trust_remote_code=trusted).method:
         raise ConfigError(f"tax: the parent {parent} was itself adapted to {adapted}; name the AR model before that")
+    # 2) a sweep of the stages
     stages, planned = plan_stages(values, parent, info.method)
     from ..output.terminal_pairs import print_tax
     from ..results.run_folder import POINTS
@@ -47,6 +49,7 @@ def main(options: argparse.Namespace) -> int:
     first = default_folder(planned.points[-1].spec).name.rsplit("-", 2)[0]
     folder = options.out or Path("sweeps") / f"tax-{first}-{planned.id[:8]}"
     swept = Sweep(planned, folder, resume=options.resume).work(speed_repeats=options.speed_repeats)
+    # 3) compare them
     result = measure(stages, [folder / POINTS / point.spec.id for point in planned.points])
     if options.json:
         print(json.dumps(result, indent=2))

@@ -30,6 +30,7 @@ def main(options: argparse.Namespace) -> int:
     from ..common.spec import build_spec
     from ..running.decoder_choice import with_decoder
 
+    # 1) the spec of a run with one prompt
     bundled = {"path": str(resource("checkpoints") / BUNDLED)}
     values: dict[str, Any] = {"tasks": "mini", "model": {"path": options.model} if options.model else bundled}
     if options.decoder:
@@ -38,6 +39,7 @@ def main(options: argparse.Namespace) -> int:
     for setting in options.set:
         assign(values, setting)
     spec = build_spec(with_decoder(values))
+    # 2) decode and print
     from ..analysis.trace import markdown, show, trace_answer
 
     records, answer = trace_answer(spec, options.prompt.replace("\\n", "\n"))

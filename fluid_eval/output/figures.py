@@ -55,6 +55,7 @@ def tokens_per_forward(lines: Sequence[ResultLine]) -> str:
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
+        # 1) a bar and its number for each task
         figure = Figure(figsize=(_WIDTH, 0.9 + 0.42 * len(tasks)), layout="constrained")
         axes = figure.subplots()
         values = [line["tokens_per_forward"] for line in tasks]
@@ -63,6 +64,7 @@ def tokens_per_forward(lines: Sequence[ResultLine]) -> str:
             axes.annotate(
                 f"{value:.2f}", (1, place), xycoords=("axes fraction", "data"), ha="right", va="center_baseline"
             )
+        # 2) AR's bound, axes
         axes.axvline(1, color=INK, lw=0.9, ls=(0, (4, 3)))
         axes.set_yticks(range(len(tasks)), labels=[line["task"] for line in tasks])
         axes.tick_params(axis="y", length=0)

@@ -18,11 +18,13 @@ MACHINE = "tok/s: per worker; intervals are of repeats in turns, else there are 
 def print_comparison(comparison: Mapping[str, Any], *, flips: bool = False) -> None:
     """Print every pair of runs: scores, speeds, flips. flips: list all flipped documents, not only the first three."""
     console = screen()
+    # 1) the runs and their protocols
     models = {run["folder"]: f"{Path(run['model']).name}, {run['decoder']['name']}" for run in comparison["runs"]}
     _print_protocols(console, comparison["protocol_difference"])
     if len(comparison["runs"]) > 2 and len(comparison["pairs"]) < len(comparison["runs"]):
         console.print("each against the first; --all-pairs compares every two")
         console.print()
+    # 2) each pair
     for pair in comparison["pairs"]:
         console.print(f"base:  {pair['base']}  ({models[pair['base']]})", soft_wrap=True)
         console.print(f"other: {pair['other']}  ({models[pair['other']]})", soft_wrap=True)
@@ -34,6 +36,7 @@ def print_comparison(comparison: Mapping[str, Any], *, flips: bool = False) -> N
             console.print()
         _notes(console, pair, flips)
         console.print()
+    # 3) legend
     console.print("score: %, by a task's first metric   all: mean over tasks")
     console.print("difference: other less base, in points, with its paired 95% interval")
     console.print("p: McNemar's exact test   MDE: smallest difference detected with 80% power")
@@ -138,12 +141,14 @@ def _ratios(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def _notes(console: Console, pair: Mapping[str, Any], flips: bool) -> None:
     """Print flips, unpaired documents, cautions about speeds, and failed health gates."""
+    # 1) documents
     for name, meaning in (("gained", "right only in other"), ("lost", "right only in base")):
         if keys := pair["all"]["flips"][name]:
             console.print(f"{meaning}: {_listed(keys, None if flips else 3)}")
     for reason, keys in pair["unpaired"].items():
         if keys:
             console.print(f"left out, {reason}: {_listed(keys, 3)}")
+    # 2) limits of the speed ratios
     if pair["speed"]["tokens_per_forward"] and pair["speed"]["not_compared"]:
         console.print(f"tok/s do not compare: {'; '.join(pair['speed']['not_compared'])}")
     for caution in pair["speed"]["cautions"]:
@@ -156,6 +161,7 @@ def _notes(console: Console, pair: Mapping[str, Any], flips: bool) -> None:
     else:
         for run, text in conditions.items():
             console.print(f"tok/fwd of {run}: at {text}")
+    # 3) health
     for folder, over in pair["unhealthy"].items():
         if over:
             console.print(f"over a health gate's threshold in {folder}: {', '.join(over)}")

@@ -17,6 +17,7 @@ from .terminal import ResultLine, bare_table, metric, number, score, screen
 def print_result(result: Mapping[str, Any], folder: Path, *, settable: bool = True) -> None:
     """Print scores, costs, health, data fingerprints and the run folder. settable: the command takes settings."""
     console = screen()
+    # 1) model, decoder, protocol
     decoder = ", ".join(f"{k}={v}" for k, v in result["decoder"].items() if k != "name")
     console.print(f"{result['model']}  decoder {result['decoder']['name']} ({decoder})")
     if chat := result.get("chat"):
@@ -24,6 +25,7 @@ def print_result(result: Mapping[str, Any], folder: Path, *, settable: bool = Tr
     if used := result.get("protocol"):
         console.print(f"protocol {used['name']} {used['hash']}")
     console.print()
+    # 2) scores, costs, speeds
     console.print(_table(result["lines"]))
     console.print()
     console.print(_costs(result["lines"]))
@@ -31,6 +33,7 @@ def print_result(result: Mapping[str, Any], folder: Path, *, settable: bool = Tr
     if repeats := max((line.get("speed_repeats", 0) for line in result["lines"]), default=0):
         console.print(_speeds(result["lines"]))
         console.print()
+    # 3) legend
     console.print("score: % and its 95% interval   cut: prompts cut from the left to fit the window")
     console.print("tok/s: per worker               limit: answers that hit the length limit")
     console.print("tokens: of answers before their end; forwards by kind, summed over samples")
@@ -38,6 +41,7 @@ def print_result(result: Mapping[str, Any], folder: Path, *, settable: bool = Tr
         console.print("tok/s of one run have no interval: a machine is never as fast twice (--speed-repeats 5)")
     if (under := result.get("conditions")) and (conditions := speed_conditions.drafting(under)):
         console.print(f"tok/fwd at {conditions}")
+    # 4) health, data, notices, failures, folder
     print_health(console, result.get("health", []), settable=settable)
     for message in result["data"]:
         console.print(f"data: {message}")

@@ -46,6 +46,7 @@ def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
     table.add_column("point")
     for name in ("score", "tok/s", "tok/fwd", "fwd/ans"):
         table.add_column(name, justify="right", no_wrap=True)
+    # 1) the points, the fastest first
     by, notes = result["by"], list[str]()
     unhealthy = {gate["point"] for gate in result.get("health", []) if not gate["ok"]}
     speed = {p["name"]: (p[by] or {"mean": 0.0})["mean"] for p in result["points"]}
@@ -62,6 +63,7 @@ def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
             notes.append(f"{point['name']}: stopped early, {point['stopped']}")
     console.print(table)
     console.print()
+    # 2) legend
     if "so_far" in result:
         console.print(f"so far: the first {result['so_far']:.0%} of each task's documents")
     console.print("*: on the frontier   -: dominated: another is no worse, and faster (95%)")
@@ -73,6 +75,7 @@ def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
     if unhealthy:
         console.print("!: a health gate is over its threshold; see result.json")
     console.print("score: mean over tasks, %, with its 95% interval   tok/s: per worker")
+    # 3) conclusions, failures, files
     if result["best"] is not None:
         against = result["baseline"] or "the best score"
         console.print(f"fastest that scores at most {result['within']:g} (%) less than {against}: {result['best']}")

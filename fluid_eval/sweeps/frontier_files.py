@@ -140,6 +140,7 @@ def figure(
     size: inches.  comparable: the points answered the same documents. Otherwise no frontier is drawn, and all points
     are labelled.  Raises ConfigError if the baseline is no point.
     """
+    # 1) points to draw
     shown = [p for p in placed if getattr(p, by) is not None]
     base = next((p for p in placed if p.name == baseline), None)
     if baseline is not None and base is None:
@@ -149,6 +150,7 @@ def figure(
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    # 2) axes
     with rc_context(STYLE):
         drawn = Figure(figsize=size, dpi=150, layout="constrained")
         axes = drawn.subplots()
@@ -157,6 +159,7 @@ def figure(
         axes.set_ylabel("score (%)")
         if title:
             axes.set_title(title, fontsize=10)
+        # 3) points, frontier, baseline
         best = frontier(shown, by) if comparable else []
         if comparable:
             _points(axes, shown, best, by, base)
@@ -164,6 +167,7 @@ def figure(
         else:
             _crosses(axes, shown, by, marker="o", color=ACCENT, ms=6.5, zorder=3, bars=(ACCENT, 1.1))
         _limits(axes, shown, by, base)
+        # 4) labels, where there is room
         drawn.draw_without_rendering()  # lays the axes out, so that data coordinates have pixels
         texts = {p.name: short(p.settings) or p.name for p in shown if p.name in best or len(shown) <= FEW}
         texts |= {base.name: base.name} if base else {}
@@ -222,12 +226,14 @@ def _points(axes: Axes, shown: Sequence[Placed], best: Sequence[str], by: Speed,
         "stopped early": {"color": "#8a8a8a", "mfc": "white", "ms": 5, "zorder": 2.2, "bars": ("#b5b5b5", 0.5)},
         "dominated": {"color": "#b5b5b5", "ms": 3.5, "zorder": 2, "bars": ("#dcdcdc", 0.5)},
     }
+    # 1) points by kind
     kinds: dict[str, list[Placed]] = {kind: [] for kind in looks}
     for p in shown:
         if p is not base:
             behind = "dominated" if p.dominated_by is not None else "behind, not surely"
             kind = "stopped early" if p.stopped is not None else "frontier" if p.name in best else behind
             kinds[kind].append(p)
+    # 2) the frontier's step line, then the points
     if len(best) > 1:
         spots = {p.name: _spot(p, by) for p in shown}
         steps = zip(*(spots[name] for name in best), strict=True)
@@ -235,6 +241,7 @@ def _points(axes: Axes, shown: Sequence[Placed], best: Sequence[str], by: Speed,
     for kind, points in kinds.items():
         if points:
             _crosses(axes, points, by, marker="o", label=kind, **looks[kind])
+    # 3) the baseline: a line at its score, a star if it has a speed
     if base is not None:
         label = None if base in shown else f"baseline ({base.name})"
         axes.axhline(100 * base.score.mean, color=INK, lw=0.8, ls=(0, (4, 3)), zorder=1.8, label=label)
@@ -246,7 +253,8 @@ def _points(axes: Axes, shown: Sequence[Placed], best: Sequence[str], by: Speed,
 def _crosses(axes: Axes, points: Sequence[Placed], by: Speed, *, bars: tuple[str, float], **look: Any) -> None:
     """Points with both intervals as error bars."""
     spots = [_spot(p, by) for p in points]
-    x, y = [speed for speed, _ in spots], [score for _, score in spots]
+    x = [speed for speed, _ in spots]
+    y = [score for _, score in spots]
     tall = _error_bars([p.score for p in points], 100)
     wide = _error_bars([getattr(p, by) for p in points])
     axes.errorbar(x, y, tall, wide, fmt="none", ecolor=bars[0], elinewidth=bars[1], zorder=look["zorder"])
@@ -272,7 +280,8 @@ def _high(interval: Interval) -> float:
 def _limits(axes: Axes, shown: Sequence[Placed], by: Speed, base: Placed | None) -> None:
     """Axis limits that show all intervals, with room for labels, and span a few points of score at least."""
     scores = [p.score for p in shown] + ([base.score] if base else [])
-    low, high = 100 * min(s.low for s in scores), 100 * max(s.high for s in scores)
+    low = 100 * min(score.low for score in scores)
+    high = 100 * max(score.high for score in scores)
     room = max(3.0, 0.1 * (high - low))
     bottom, top = max(low - room, -3.0), min(high + room, 103.0)
     axes.set_ylim(bottom, top)

@@ -41,7 +41,8 @@ class PointInProgress:
 
     def note_pace(self, batch: int, answers: Sequence[tuple[int, float]]) -> None:
         """Record the speed of a document batch. answers: (tokens, seconds) of each."""
-        tokens, seconds = sum(n for n, _ in answers), math.fsum(s for _, s in answers)
+        tokens = sum(n for n, _ in answers)
+        seconds = math.fsum(s for _, s in answers)
         if tokens and seconds > 0:
             self.paces["", batch] = tokens / seconds
 

@@ -31,6 +31,7 @@ SCRIPTS = ("page.js", "trace.js", "samples.js")
 
 def render(facts: Facts) -> str:
     """The HTML page. Every value is escaped, except our figures and the samples' JSON, which is safe (`samples`)."""
+    # 1) templates and their filters
     folder = resource("reports") / "report"
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
@@ -54,6 +55,7 @@ def render(facts: Facts) -> str:
     templates.filters |= {"quoted": partial(json.dumps, ensure_ascii=False)}  # quotes make spaces visible
     templates.filters |= {"ratio": ratio, "speed": speed}
     templates.filters |= {"difference": difference, "probability": probability, "entries": entries}
+    # 2) render
     script = _script(folder)
     return templates.get_template(TEMPLATE).render(
         facts=facts,
