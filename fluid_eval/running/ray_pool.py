@@ -148,7 +148,12 @@ class RayPool:
 
     def __init__(self, spec: RunSpec, actor_class: type[WorkerActor] = WorkerActor) -> None:
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        import ray
+        try:
+            import ray
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                "engine=ray: Ray is not installed; pip install 'fluid-eval[ray]', or use --engine inline"
+            ) from error
 
         self._ray = ray
         address = spec.engine.ray_address or os.environ.get("RAY_ADDRESS") or "local"
