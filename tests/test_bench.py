@@ -52,6 +52,6 @@ def test_an_unknown_part_is_refused(capsys):
 def test_dummy_samples_cost_little(tmp_path):
     """The driver and the store alone; what Ray adds is for the bench."""
     spec, work = scale.dummy(500, 2)
-    seconds, _ = scale.kept(scale.InProcess(), spec, work, tmp_path / "r")
+    seconds, _ = scale.store_all(scale.InProcess(), spec, work, tmp_path / "r")
     assert seconds < 1e-3
     assert len(fluid_eval.load_results(tmp_path / "r")) == 500

@@ -68,9 +68,9 @@ def test_an_answer_judged_early_is_not_run_again(tasks, monkeypatch):
     doc = task.eval_docs[0]
     lm_eval_tasks.begin_judging({"tasks": tasks}, "mini_humaneval_1", doc, row["completion"])
     lm_eval_tasks.begin_judging({"tasks": tasks}, "mini_math_1", tasks["mini_math_1"].eval_docs[0], "no program")
-    begun = len(judges(passing.isolation())._verdicts)
+    begun = len(judges(passing.isolation())._outcomes)
     assert task.process_results(doc, [[row["prompt"] + row["completion"]]]) == {"pass@1": 1.0}
-    assert len(judges(passing.isolation())._verdicts) == begun
+    assert len(judges(passing.isolation())._outcomes) == begun
     assert task.process_results(doc, [[row["prompt"] + "    return None\n"]]) == {"pass@1": 0.0}
 
 

@@ -141,15 +141,21 @@ class _RemoteWorker:
 class RayPool:
     """Ray actors, one a GPU or as many as `engine.workers` asks for. A local cluster is private and ends with the run.
 
-    Raises ConfigError if the cluster cannot be reached or has fewer devices than workers.
+    Raises ConfigError if Ray is not installed, or the cluster cannot be reached or has fewer devices than workers.
     """
 
     chunk_rows: int | None = CHUNK_ROWS
 
     def __init__(self, spec: RunSpec, actor_class: type[WorkerActor] = WorkerActor) -> None:
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        import ray
+        try:
+            import ray
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                "engine=ray: Ray is not installed; pip install 'fluid-eval[ray]', or use --engine inline"
+            ) from error
 
+        # 1) connect to the cluster, or start a private one
         self._ray = ray
         address = spec.engine.ray_address or os.environ.get("RAY_ADDRESS") or "local"
         workers = spec.engine.workers
@@ -161,6 +167,7 @@ class RayPool:
         except (ConnectionError, RuntimeError, ValueError) as error:
             hint = "; a cluster that Ray guards by a token wants RAY_AUTH_MODE=token" if address != "local" else ""
             raise ConfigError(f"ray address {address!r}: {str(error).splitlines()[0]}{hint}") from error
+        # 2) start the actors
         self._errors = ray.exceptions
         _silence(ray)
         try:
