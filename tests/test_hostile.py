@@ -40,10 +40,10 @@ plain = st.recursive(
 )
 
 
-def refused_or_read(opened, *arguments):
+def refused_or_read(reader, *arguments):
     """What a reader makes of it; None where it refuses in words. Any other error is the test's."""
     try:
-        return opened(*arguments)
+        return reader(*arguments)
     except ConfigError:
         return None
 
@@ -180,8 +180,8 @@ def test_any_text_is_stored_as_it_is(tmp_path):
     for i, text in enumerate(texts):
         run.append({**RECORD, "key": f"gsm8k/{i}", "doc_id": i, "prompt": text, "output": text})
     run.close()
-    messages = list(read_samples(tmp_path / "r"))
-    assert [r["output"] for r in messages] == [r["prompt"] for r in messages] == texts
+    records = list(read_samples(tmp_path / "r"))
+    assert [r["output"] for r in records] == [r["prompt"] for r in records] == texts
     assert len(fluid_eval.load_results(tmp_path / "r")) == len(texts)
 
 

@@ -80,16 +80,16 @@ def test_stored_runs(tmp_path):
     """A comparison, and what a report states, of the same lines in another order."""
     folders = [write_run(tmp_path / name, decoder, model="m") for name, decoder in (("a", "ar"), ("b", "fluid"))]
 
-    def first():
+    def outputs():
         facts = gather(read_runs(folders)[0], None)
         return json.dumps(compare(folders)), facts.placed, facts.acceptance, facts.verdicts, facts.comparison
 
-    before = first()
+    before = outputs()
     for folder in folders:
         file = folder / SAMPLES
-        records_left = file.read_bytes().splitlines(keepends=True)
-        file.write_bytes(b"".join(random.Random(1).sample(records_left, len(records_left))))
-    assert first() == before
+        stored = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(b"".join(random.Random(1).sample(stored, len(stored))))
+    assert outputs() == before
 
 
 def test_sums_are_the_same_wherever_a_column_stands():

@@ -30,7 +30,7 @@ def values(tiny_fluid):
     }  # fmt: skip
 
 
-def expected(result) -> list:
+def without_clock(result) -> list:
     """What does not depend on the clock."""
     return [
         (p["name"], p["n"], p["score"], p["tokens_per_forward"], p["forwards_per_answer"]) for p in result["points"]
@@ -42,13 +42,13 @@ def test_a_sweep_is_its_runs_and_their_frontier(values, tmp_path):
     assert [p["name"] for p in result["points"]] == ["verify", "no verify", "ar"]
     for point, planned in zip(result["points"], plan(values).points, strict=True):
         alone = run(planned.spec, tmp_path / planned.spec.id)
-        result = {r["key"]: r for r in read_samples(tmp_path / "s" / point["folder"])}
+        records = {r["key"]: r for r in read_samples(tmp_path / "s" / point["folder"])}
         expected = {r["key"]: r for r in read_samples(tmp_path / planned.spec.id)}
-        assert result.keys() == expected.keys()
-        for key, record in result.items():
+        assert records.keys() == expected.keys()
+        for key, record in records.items():
             assert record["output_ids"] == expected[key]["output_ids"], (point["name"], key)
             assert record["scores"] == expected[key]["scores"]
-        assert point["n"] == len(result) == 24
+        assert point["n"] == len(records) == 24
         assert sum(line["n"] for line in alone["lines"]) >= 24
         assert fluid_eval.load_results(tmp_path / "s" / point["folder"]).shape[0] == point["n"]
     assert result["points"][0]["score"] == result["points"][2]["score"], "verified text is AR's"
@@ -99,7 +99,7 @@ def test_a_broken_sweep_goes_on_and_ends_as_an_unbroken_one(values, tmp_path, mo
     again = Sweep(plan(values), tmp_path / "s", resume=True)
     assert again.missing == 3 * 24 - 31
     result = again.work()
-    assert expected(result) == expected(unbroken)
+    assert without_clock(result) == without_clock(unbroken)
     assert result["answered_now"] == 3 * 24 - 31
     assert Sweep(plan(values), tmp_path / "s", resume=True).work() == result, "nothing is left to do"
 
@@ -176,7 +176,7 @@ def test_what_was_given_up_is_tried_again(values, tmp_path, monkeypatch):
     monkeypatch.setattr(InlinePool, "run", real)
     again = Sweep(plan(values), tmp_path / "s", resume=True)
     assert again.missing == 2
-    assert expected(again.work()) == expected(complete)
+    assert without_clock(again.work()) == without_clock(complete)
 
 
 def test_drawn_examples_are_those_of_a_run(tiny_fluid, data_dir, tmp_path):
