@@ -202,7 +202,12 @@ class RayPool:
 
     def __init__(self, spec: RunSpec, kind: type[Actor] = Actor) -> None:
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        import ray
+        try:
+            import ray
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                "engine=ray: Ray is not installed; pip install 'fluid-eval[ray]', or use --engine inline"
+            ) from error
 
         self._ray = ray
         address = spec.engine.ray_address or os.environ.get("RAY_ADDRESS") or "local"
