@@ -32,7 +32,7 @@ from fluid_model.engine.records import Trace
 from . import bars
 from .bars import Bar
 from .decode import requests
-from .prompts import whole
+from .prompts import all_written
 
 MILLION = 2**20
 PROMPT, ANSWER = 200, 100
@@ -155,7 +155,7 @@ def workers(prompts: int | None, runs: int) -> list[Bar]:
     sample takes of two workers, beside what it takes of one alone: what two cores share, whatever they work at.
     """
     checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype="float32")
-    work = requests(checkpoint, whole()[:prompts])
+    work = requests(checkpoint, all_written()[:prompts])
     spec = build_spec({**_MODEL, "engine": {"kind": "ray", "workers": 2}})
     cores = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"

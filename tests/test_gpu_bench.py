@@ -19,7 +19,7 @@ import fluid_model
 from bench import replay
 from bench.gpu import __main__ as gpu
 from bench.gpu.decode import BOUNDS
-from bench.gpu.plan import Found, Plan
+from bench.gpu.plan import GpuPlan, Measurements
 from bench.prompts import mini
 from fluid_model import ConfigError, Engine, FluidSettings, Request
 
@@ -57,7 +57,7 @@ def test_all_of_it_runs_and_is_told_as_json(capsys):
 
 
 def test_the_table_is_one(capsys):
-    found = Found(Plan(torch.device("cpu"), (1, 8)), BOUNDS)
+    found = Measurements(GpuPlan(torch.device("cpu"), (1, 8)), BOUNDS)
     found.put("slot budget", 0, 96)
     found.put("AR forward / floor", 8, 1.23456)
     found.put("peak memory, ours / weights + KV", 1, None)
@@ -72,13 +72,13 @@ def test_the_table_is_one(capsys):
 
 def test_bars_are_for_the_whole_model_on_a_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A device")
-    found = Found(Plan(torch.device("cuda"), (1, 64)), BOUNDS)
+    found = Measurements(GpuPlan(torch.device("cuda"), (1, 64)), BOUNDS)
     found.put("tokens/s, ours / AR", 1, 2.2)
     found.put("tokens/s, ours / AR", 64, 1.34)
     found.put("AR forward, ms", 1, 4.0)
     assert [bar.ok for bar in found.bars] == [False, True, None]
     assert "| 2.2 (at least 2.3: **no**) | 1.34 (at least 1.34: yes) |" in found.table()
-    small = Found(Plan(torch.device("cuda"), (1,), layers=2), BOUNDS)
+    small = Measurements(GpuPlan(torch.device("cuda"), (1,), layers=2), BOUNDS)
     small.put("tokens/s, ours / AR", 1, 2.2)
     assert small.bars[0].ok is None
 

@@ -28,8 +28,8 @@ def version_line(command: str, libraries: Sequence[str]) -> str:
 class ShowVersions(argparse.Action):
     """A flag that prints `version_line` and exits with 0. The metadata are read when it is used."""
 
-    def __init__(self, *args: Any, libraries: Sequence[str], **options: Any) -> None:
-        super().__init__(*args, nargs=0, help="print versions and exit", **options)
+    def __init__(self, option_strings: Sequence[str], dest: str, libraries: Sequence[str]) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print versions and exit")
         self.libraries = libraries
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
