@@ -67,8 +67,8 @@ def test_slots_past_the_end_carry_no_loss_and_leave_packs_alone():
         == sum(rows[0].diff)
         == sum(label != IGNORE for label, step in zip(rows[0].labels, rows[0].step, strict=True) if step)
     )
-    whole = pack(rows)
-    assert len(whole.ids) == 2 * len(rows[0].ids)
+    packed = pack(rows)
+    assert len(packed.ids) == 2 * len(rows[0].ids)
 
 
 def test_llada_per_row_is_its_guidelines_loss():
