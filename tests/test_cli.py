@@ -96,14 +96,14 @@ def test_bad_input(capsys, tmp_path, monkeypatch, tiny_model, little_data, case)
     (empty / "file").touch()
     monkeypatch.chdir(tmp_path)
     words = [word.format(empty=empty) for word in words]
-    good = {
+    defaults = {
         "--tasks": "gsm8k",
         "--model": tiny_model,
         "--data-dir": little_data,
         "--max-new-tokens": 8,
         "--num-fewshot": 0,
     }
-    for flag, value in good.items():
+    for flag, value in defaults.items():
         if flag not in words:
             words += [flag, str(value)]
     code, out, err = run(capsys, *words)
