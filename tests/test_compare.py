@@ -43,8 +43,8 @@ def write_run(folder, records, *, engine=ENGINE, **result):
     write_json(folder / "spec.json", spec)
     write_json(folder / "environment.json", {"engine": engine, "processor": "x", "cpus": 2})
     lines = [{"task": t, "n": sum(r["task"] == t for r in records)} for t in tasks]
-    told = {"model": "m", "decoder": {"name": "ar"}, "members": {t: [t] for t in tasks}, "lines": lines, **result}
-    write_json(folder / "result.json", {"task_versions": dict.fromkeys(tasks, 1), **told})
+    written = {"model": "m", "decoder": {"name": "ar"}, "members": {t: [t] for t in tasks}, "lines": lines, **result}
+    write_json(folder / "result.json", {"task_versions": dict.fromkeys(tasks, 1), **written})
     (folder / "samples.jsonl").write_bytes(b"".join(map(encode, records)))
     return folder
 
@@ -114,8 +114,8 @@ def test_only_answers_to_the_same_prompt_are_pairs(tmp_path):
 
 
 def protocol(**changes):
-    told = {"num_fewshot": 5, "until": ["Question:"], "source": "somewhere", **changes}
-    return {"protocol": {"name": "n", "hash": repr(told), "tasks": {"t": told}}}
+    task = {"num_fewshot": 5, "until": ["Question:"], "source": "somewhere", **changes}
+    return {"protocol": {"name": "n", "hash": repr(task), "tasks": {"t": task}}}
 
 
 def test_other_protocols_are_refused_unless_asked(tmp_path, capsys):
@@ -130,8 +130,8 @@ def test_other_protocols_are_refused_unless_asked(tmp_path, capsys):
     assert main(["compare", str(base), str(other), "--across-protocols"]) == EXIT_OK
     out = capsys.readouterr().out
     assert "  t num_fewshot: 5 / 0\n  t until: ['Question:'] / \\n\n" in out
-    found = compare([base, other], across_protocols=True)
-    assert (found["pairs"][0]["all"]["n"], len(found["protocol_difference"])) == (30, 2)
+    comparison = compare([base, other], across_protocols=True)
+    assert (comparison["pairs"][0]["all"]["n"], len(comparison["protocol_difference"])) == (30, 2)
     steps = '[{"function": "regex", "regex_pattern": "#### (x)"}, {"function": "take_first"}]'
     read = write_run(tmp_path / "read", answers([1.0]), **protocol(extractors={"strict": steps, "none": "as written"}))
     boxed = write_run(tmp_path / "boxed", answers([1.0]), **protocol(extractors={"strict": "boxed"}))
@@ -167,8 +167,8 @@ def test_seconds_of_other_machines_are_no_speeds(tmp_path, capsys, other, reason
 def test_worse_means_surely_and_by_more(tmp_path, runs, capsys):
     words = ["compare", *map(str, runs), "--fail-if-worse"]
     assert main([*words, "1"]) == EXIT_WORSE
-    told = capsys.readouterr().err.splitlines()
-    assert [line.split(" of ")[0] for line in told] == ["worse by more than 1: t", "worse by more than 1: all"]
+    messages = capsys.readouterr().err.splitlines()
+    assert [line.split(" of ")[0] for line in messages] == ["worse by more than 1: t", "worse by more than 1: all"]
     assert main([*words, "20"]) == EXIT_WORSE
     assert "all" not in capsys.readouterr().err, "13 points are not more than 20"
     assert main([*words, "26.5"]) == EXIT_OK
@@ -186,8 +186,8 @@ def pair_of(flips, n=210):
     tasks = [([1.0] * b + [0.0] * c + [1.0] * (n - b - c), [0.0] * b + [1.0] * (n - b)) for b, c in flips]
 
     def entry(name, tasks, flips):
-        found = difference_over_tasks(*zip(*tasks, strict=True))
-        difference = {"mean": found.mean, "low": found.low, "high": found.high}
+        estimate = difference_over_tasks(*zip(*tasks, strict=True))
+        difference = {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
         return {"task": name, "difference": difference, "mcnemar_p": mcnemar(*map(sum, zip(*flips, strict=True)))}
 
     each = [entry(f"t{i}", [task], [flip]) for i, (task, flip) in enumerate(zip(tasks, flips, strict=True))]
@@ -215,14 +215,14 @@ def test_one_task_of_many_must_stand_out_more():
 
 
 def test_the_report_calls_sure_what_compare_does():
-    told = []
+    verdicts = []
     for flips in ([(4, 0)], [(8, 0)], [(0, 8), (1, 1)], [(5, 0), (0, 5)], [(5, 0), (5, 0)]):
         pair = {"base": "b", "speed": None, **pair_of(flips, 60)}
         pair["all"]["mde"] = 0.05
         (verdict,) = facts._of_comparison({"pairs": [pair]}, {"b": "A", "o": "B"})
-        told.append((verdict.state, verdict.word, "detectable with 80% power: 5.0" in verdict.text))
+        verdicts.append((verdict.state, verdict.word, "detectable with 80% power: 5.0" in verdict.text))
     unsure = ("none", "no difference shown", True)
-    assert told == [unsure, ("bad", "worse", False), ("good", "better", False), unsure, ("bad", "worse", False)]
+    assert verdicts == [unsure, ("bad", "worse", False), ("good", "better", False), unsure, ("bad", "worse", False)]
 
 
 def test_a_drop_of_just_as_much_as_allowed_passes(tmp_path):
