@@ -102,12 +102,12 @@ def test_latex_is_escaped(tmp_path):
 
 
 def test_figures_exist_and_do_not_change(sweep, tmp_path):
-    found = []
+    images = []
     for by in ("tokens_per_forward", "forwards_per_answer", "forwards_per_answer"):
         assert draw(sweep, tmp_path, by=by, baseline="ar", title="$x$ & y")
-        found.append((tmp_path / "frontier.svg").read_bytes())
-    assert found[1].rstrip().endswith(b"</svg>")
-    assert found[1] == found[2] != found[0]
+        images.append((tmp_path / "frontier.svg").read_bytes())
+    assert images[1].rstrip().endswith(b"</svg>")
+    assert images[1] == images[2] != images[0]
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
