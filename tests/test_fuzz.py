@@ -150,8 +150,8 @@ def test_an_output_that_is_full_or_knows_few_letters(stored, tmp_path):
     ],
 )
 def test_what_the_machine_lacks_is_one_line(error, code, message):
-    reason, found = in_one_line(error)
-    assert found == code
+    reason, exit_code = in_one_line(error)
+    assert exit_code == code
     assert re.search(message, reason)
     assert in_one_line(KeyError("spec"))[0] is None, "our own faults are not dressed up"
 
