@@ -56,12 +56,12 @@ def test_a_longer_answer_takes_another_cache(checkpoint):
     engine = engine_for(checkpoint, ArSettings(), 2)
     list(engine.generate(requests(checkpoint)))
     assert {columns for _, _, columns in captured.captured} == {256}
-    (found,) = engine.generate(requests(checkpoint, 400)[:1])
-    assert len(found.ids) < 400
+    (answer,) = engine.generate(requests(checkpoint, 400)[:1])
+    assert len(answer.ids) < 400
     (alone,) = engine_for(fluid_model.load(str(resource("checkpoints") / "tiny-fluid")), ArSettings(), 1).generate(
         requests(checkpoint, 400)[:1]
     )
-    assert found.ids == alone.ids
+    assert answer.ids == alone.ids
 
 
 def test_a_replay_that_differs_is_told(checkpoint):
@@ -95,15 +95,15 @@ def test_what_is_larger_than_all_buckets_runs_as_it_is(checkpoint, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "SLOTS", (1, 2))
     checkpoint.backbone.graphs = captured = cuda_graphs.Graphs(checkpoint.backbone.written_out)
     decoder = FluidSettings(slot_budget=64)
-    found = [g.ids for g in engine_for(checkpoint, decoder, 1).generate(requests(checkpoint))]
+    answers = [g.ids for g in engine_for(checkpoint, decoder, 1).generate(requests(checkpoint))]
     assert all(fed <= 2 for _, fed, _ in captured.captured)
     checkpoint.backbone.graphs = None
-    assert found == [g.ids for g in engine_for(checkpoint, decoder, 1).generate(requests(checkpoint))]
+    assert answers == [g.ids for g in engine_for(checkpoint, decoder, 1).generate(requests(checkpoint))]
 
 
-def heard(checkpoint, decoder, slots, work=None):
+def answers_and_logits(checkpoint, decoder, slots, work=None):
     """Every answer's ids, and the likeliest logit of each of its slots that came to be tokens, to the last bit."""
-    found: dict[tuple[str, int], float] = {}
+    logits: dict[tuple[str, int], float] = {}
     engine = engine_for(checkpoint, decoder, slots)
     forward = checkpoint.backbone.forward
 
@@ -111,10 +111,10 @@ def heard(checkpoint, decoder, slots, work=None):
         hidden = forward(ids, reading, cache)
         best = checkpoint.backbone.logits(hidden).amax(-1)
         start = cache.write_columns[0]
-        for row, (places, said) in enumerate(zip(reading.positions.tolist(), best.tolist(), strict=True)):
+        for row, (places, largest) in enumerate(zip(reading.positions.tolist(), best.tolist(), strict=True)):
             rows = engine._rows[start + row :] if start + row < len(engine._rows) else []
             if (rows and reading.intervals is None) or (rows and int(reading.intervals.steps[row, 0]) == 0):
-                found[rows[0].request.key, places[0]] = said[0]
+                logits[rows[0].request.key, places[0]] = largest[0]
         return hidden
 
     checkpoint.backbone.forward = listen
@@ -122,7 +122,7 @@ def heard(checkpoint, decoder, slots, work=None):
         answers = {g.key: g.ids for g in engine.generate(work or requests(checkpoint, 10))}
     finally:
         del checkpoint.backbone.forward
-    return answers, found
+    return answers, logits
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -132,17 +132,17 @@ def test_one_shape_makes_numbers_independent_of_the_batch(dtype, decoder):
     checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype=dtype)
     work = requests(checkpoint, 6)[1:5]
     checkpoint.backbone.capture(on=True, only=(4, 32, 128))
-    answers, numbers = heard(checkpoint, decoder, 1, work)
+    answers, numbers = answers_and_logits(checkpoint, decoder, 1, work)
     for slots in (2, 4):
-        again, others = heard(checkpoint, decoder, slots, work)
+        again, others = answers_and_logits(checkpoint, decoder, slots, work)
         assert again == answers
         shared = numbers.keys() & others.keys()
         assert len(shared) > 12
         assert all(others[place] == numbers[place] for place in shared)
     checkpoint.backbone.capture(on=False)
     checkpoint.backbone.native = None  # which needs no shape for that
-    _, alone = heard(checkpoint, ArSettings(), 1)
-    _, others = heard(checkpoint, ArSettings(), 5)
+    _, alone = answers_and_logits(checkpoint, ArSettings(), 1)
+    _, others = answers_and_logits(checkpoint, ArSettings(), 5)
     assert any(others[place] != alone[place] for place in alone.keys() & others.keys())
 
 
