@@ -73,12 +73,12 @@ def test_what_is_read_off_is_what_training_sees(checkpoint, texts):
     row = MaskFans(checkpoint.mask_id, 16, 1.0).lay(example, random.Random(0), 0)
     horizons = Horizons(checkpoint.model, 16, [tau])
     _, losses, counted = horizons._measure(collate([row]))
-    found = look(checkpoint, replace(text, ended=False), tau)
+    observed = look(checkpoint, replace(text, ended=False), tau)
     expected = best_stride(losses, counted, torch.tensor([tau]))[0].tolist()
-    assert found.best[: len(expected)] == expected
+    assert observed.best[: len(expected)] == expected
     assert len(set(expected)) > 2
-    assert len(found.best) == len(expected) + 1, "no mask behind the last token but one has a token to say"
-    assert found.left == list(range(len(text.ids), 0, -1))
+    assert len(observed.best) == len(expected) + 1, "no mask behind the last token but one has a token to say"
+    assert observed.left == list(range(len(text.ids), 0, -1))
 
 
 PLACES = st.lists(st.tuples(st.integers(1, WIDE), st.integers(1, WIDE)), min_size=1, max_size=60).map(
@@ -97,10 +97,10 @@ def test_laws_of_policies(texts):
     every = rules(WIDE)
     for text in texts:
         for rule in every.values():
-            found = rounds(text, rule)
-            kept = sum(n for _, n in found)
+            steps = rounds(text, rule)
+            kept = sum(n for _, n in steps)
             assert len(text.left) - 1 <= kept < len(text.left) - 1 + WIDE
-            assert all(1 <= n <= stride for stride, n in found)
+            assert all(1 <= n <= stride for stride, n in steps)
     played = {name: play(name, rule, texts, BUDGET) for name, rule in every.items()}
     forwards = {name: each["forwards_per_token"] for name, each in played.items()}
     assert forwards["fixed 1"] == 1
@@ -132,13 +132,13 @@ def test_strides_of_samples():
         return {"task": task, "trace": {"predicted": predicted, "accepted": accepted}}
 
     records = [sample("a", [3, 2, 4], [1, 2]), sample("b", [2], [0]), sample("a", [1], [1]), {"task": "c", "trace": {}}]
-    found = strides(records)
-    assert set(found) == {"a", "b", ALL}
-    assert found["a"]["rounds"] == 3
-    assert found["a"]["predicted"] == [1, 1, 1]
-    assert found["a"]["accepted"] == [0, 2, 1, 0]
-    assert found[ALL]["joint"] == [[0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 0]]
-    assert found["a"]["by_round"] == [
+    by_task = strides(records)
+    assert set(by_task) == {"a", "b", ALL}
+    assert by_task["a"]["rounds"] == 3
+    assert by_task["a"]["predicted"] == [1, 1, 1]
+    assert by_task["a"]["accepted"] == [0, 2, 1, 0]
+    assert by_task[ALL]["joint"] == [[0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 0]]
+    assert by_task["a"]["by_round"] == [
         {"round": 1, "n": 2, "accepted": 1.0},
         {"round": 2, "n": 1, "accepted": 2.0},
     ]
@@ -152,10 +152,10 @@ def test_the_command_on_a_stored_run(tiny_fluid, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "K-head of tau 2.8, K_max 8, slot budget 100\n" in out
     assert all(len(line) <= 80 for line in out.splitlines())
-    found = json.loads((tmp_path / "run" / "khead.json").read_text())
-    assert found["k_max"] == 8
-    assert set(found["tasks"]) == {"mini_gsm8k_1", ALL}
-    assert found["positions"] == found["tasks"][ALL]["positions"] == 24
+    report = json.loads((tmp_path / "run" / "khead.json").read_text())
+    assert report["k_max"] == 8
+    assert set(report["tasks"]) == {"mini_gsm8k_1", ALL}
+    assert report["positions"] == report["tasks"][ALL]["positions"] == 24
     loose = [*run[:-1], str(tmp_path / "loose"), "--set", "decoder.verify=false"]
     assert main(["khead", *loose]) == 2
     assert "not greedy AR's" in capsys.readouterr().err
