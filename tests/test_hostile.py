@@ -152,8 +152,8 @@ def test_a_damaged_model_is_refused(tiny_fluid, tmp_path, name, harm):
 def test_what_a_crash_left_of_a_long_line_is_found_from_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "_STEP", 7)
     file = tmp_path / "samples.jsonl"
-    for whole, torn in ((b"", b""), (b"a\n", b""), (b"", b"x" * 20), (b"abc\ndef\n", b"y" * 20), (b"\n" * 8, b"z")):
-        file.write_bytes(whole + torn)
+    for complete, torn in ((b"", b""), (b"a\n", b""), (b"", b"x" * 20), (b"abc\ndef\n", b"y" * 20), (b"\n" * 8, b"z")):
+        file.write_bytes(complete + torn)
         assert run_folder.torn_bytes(file) == len(torn)
     assert run_folder.torn_bytes(tmp_path / "none") == 0
 
@@ -180,8 +180,8 @@ def test_any_text_is_stored_as_it_is(tmp_path):
     for i, text in enumerate(texts):
         run.append({**RECORD, "key": f"gsm8k/{i}", "doc_id": i, "prompt": text, "output": text})
     run.close()
-    found = list(read_samples(tmp_path / "r"))
-    assert [r["output"] for r in found] == [r["prompt"] for r in found] == texts
+    records = list(read_samples(tmp_path / "r"))
+    assert [r["output"] for r in records] == [r["prompt"] for r in records] == texts
     assert len(fluid_eval.load_results(tmp_path / "r")) == len(texts)
 
 
