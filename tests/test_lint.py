@@ -86,12 +86,12 @@ def test_a_speed_without_hardware_is_flagged():
 
 
 def test_an_ablation_must_end_where_the_main_table_is():
-    main_row, whole = claim(system="s"), claim(system="whole s", table="ablation")
-    assert kinds(main_row, whole) == []
-    assert kinds(main_row, replace(whole, value=50.4)) == ["ablation differs from the main row"]
-    assert kinds(main_row, replace(whole, value=50.4, source="other")) == []
-    assert kinds(main_row, replace(whole, value=50.4, metric="another")) == ["ablation differs from the main row"]
-    assert kinds(main_row, replace(whole, value=50.4, task="math500")) == []
+    main_row, full_system = claim(system="s"), claim(system="whole s", table="ablation")
+    assert kinds(main_row, full_system) == []
+    assert kinds(main_row, replace(full_system, value=50.4)) == ["ablation differs from the main row"]
+    assert kinds(main_row, replace(full_system, value=50.4, source="other")) == []
+    assert kinds(main_row, replace(full_system, value=50.4, metric="another")) == ["ablation differs from the main row"]
+    assert kinds(main_row, replace(full_system, value=50.4, task="math500")) == []
 
 
 BY_ONE = {"card": {"by": "we"}, "paper": {"by": "we", "second_hand": True}, "other": {"by": "they"}}
@@ -129,16 +129,16 @@ def test_a_ranking_is_held_against_its_own_numbers():
     better = Ranking("paper", "whole s", "u", "ours is better")
     systems = (System("u", "w"),)
 
-    def found(ours, theirs, **more):
+    def ranking_kinds(ours, theirs, **more):
         cells = [claim(system=name, task="humaneval", value=v) for name, v in (("whole s", ours), ("u", theirs))]
         return kinds(*cells, rankings=(replace(better, **more),), systems=systems)
 
-    assert found(31.7, 42.7) == ["text against table"]
-    assert found(60.4, 59.8) == ["ranking inside its own interval"]
-    assert found(60.0, 60.0) == ["ranking inside its own interval"], "equal is not better"
-    assert found(90.0, 30.0) == []
-    assert found(31.7, 42.7, tasks=("gsm8k",)) == [], "it is not said of this task"
-    assert found(31.7, 42.7, source="other") == []
+    assert ranking_kinds(31.7, 42.7) == ["text against table"]
+    assert ranking_kinds(60.4, 59.8) == ["ranking inside its own interval"]
+    assert ranking_kinds(60.0, 60.0) == ["ranking inside its own interval"], "equal is not better"
+    assert ranking_kinds(90.0, 30.0) == []
+    assert ranking_kinds(31.7, 42.7, tasks=("gsm8k",)) == [], "it is not said of this task"
+    assert ranking_kinds(31.7, 42.7, source="other") == []
     unknown = [claim(system=name, task="none", value=v) for name, v in (("whole s", 60.4), ("u", 59.8))]
     assert kinds(*unknown, rankings=(better,), systems=systems) == [], "of a test set of unknown size"
 
@@ -146,20 +146,20 @@ def test_a_ranking_is_held_against_its_own_numbers():
 def test_accuracy_that_moves_with_stride_under_verification_is_flagged():
     systems = (System("u", "w", stride_of="s"),)
 
-    def found(one, other, value=51.0, **more):
+    def clash_texts(one, other, value=51.0, **more):
         cells = claim(system="s", decoder=one), claim(system="u", value=value, decoder=other, **more)
         return [clash.reason for clash in lint(ledger(*cells, systems=systems))]
 
-    (sure,) = found("verified", "verified")
-    assert sure.endswith("so 50 and 51 cannot both be of it")
-    (unsure,) = found("unknown: x", "unknown: x")
+    (certain,) = clash_texts("verified", "verified")
+    assert certain.endswith("so 50 and 51 cannot both be of it")
+    (unsure,) = clash_texts("unknown: x", "unknown: x")
     assert unsure.startswith("unsure: which decoder")
-    assert found("unverified", "unverified") == []
-    assert found("verified", "unverified") == []
-    assert found("verified", "verified", value=50.0) == []
-    assert found("verified", "verified", task="mmlu") == []
+    assert clash_texts("unverified", "unverified") == []
+    assert clash_texts("verified", "unverified") == []
+    assert clash_texts("verified", "verified", value=50.0) == []
+    assert clash_texts("verified", "verified", task="mmlu") == []
     speeds = {"unit": "tok/round", "metric": "stride"}
-    assert found("verified", "verified", **speeds) == [], "speed is what a stride is for"
+    assert clash_texts("verified", "verified", **speeds) == [], "speed is what a stride is for"
 
 
 def test_a_mean_that_is_not_its_parts_is_flagged():
@@ -172,7 +172,7 @@ def test_a_mean_that_is_not_its_parts_is_flagged():
 
 
 def test_the_new_rules_find_what_is_known_in_the_bundled_ledger():
-    found = {(clash.kind, clash.cells[0], clash.cells[1]) for clash in lint(read_claims()) if len(clash.cells) == 2}
+    clashes = {(clash.kind, clash.cells[0], clash.cells[1]) for clash in lint(read_claims()) if len(clash.cells) == 2}
     noise = "FLUID-7B noise 10% {} (FLUID paper, noise)", "FLUID-7B noise {} (FLUID paper, noise)"
     base = "NBDiff-7B-Base {} (NBDiff, {})"
     assert {
@@ -185,15 +185,19 @@ def test_the_new_rules_find_what_is_known_in_the_bundled_ledger():
         ("ranking inside its own interval", noise[0].format("gsm8k 91.9"), noise[1].format("0% gsm8k 91")),
         ("accuracy moves with stride", "FLUID-7B causal fixed gsm8k 90.6 (FLUID paper, attention and horizon)",
          "FLUID-7B causal elastic gsm8k 91.9 (FLUID paper, attention and horizon)"),
-    } <= found  # fmt: skip
-    assert not any("LLaDA EVAL" in a and "LLaDA EVAL" in b for kind, a, b in found if kind == "one author, two numbers")
-    assert not any(kind == "mean is not its parts'" for kind, *_ in found), "Table 2's averages are those of its cells"
-    assert sum(kind == "text against table" for kind, *_ in found) == 6 + 2
+    } <= clashes  # fmt: skip
+    assert not any(
+        "LLaDA EVAL" in a and "LLaDA EVAL" in b for kind, a, b in clashes if kind == "one author, two numbers"
+    )
+    assert not any(kind == "mean is not its parts'" for kind, *_ in clashes), (
+        "Table 2's averages are those of its cells"
+    )
+    assert sum(kind == "text against table" for kind, *_ in clashes) == 6 + 2
 
 
 def test_what_clashes_in_the_bundled_ledger():
-    found = lint(read_claims())
-    told = {(clash.kind, clash.cells[0]) for clash in found}
+    clashes = lint(read_claims())
+    kinds_and_cells = {(clash.kind, clash.cells[0]) for clash in clashes}
     assert {
         ("equals another column", "Qwen-2.5-7B humaneval 79.2 (FLUID README and card)"),
         ("equals another column", "Qwen-2.5-7B math500 84.8 (FLUID README and card)"),
@@ -202,13 +206,15 @@ def test_what_clashes_in_the_bundled_ledger():
         ("no row of its parent", "FLUID-7B (FLUID README and card, main table)"),
         ("no score of its parent", "NBDiff-7B-Instruct (NBDiff)"),
         ("speed without hardware", "FLUID-7B mmlu 18.82 tok/s (FLUID paper)"),
-    } <= told
-    assert not any("tiny" in cell for clash in found for cell in clash.cells)
+    } <= kinds_and_cells
+    assert not any("tiny" in cell for clash in clashes for cell in clash.cells)
     held = read_claims()
     for one in held.claims:
         if held.systems[one.system].same_as and one.value > 6.3:
             moved = tuple(replace(other, value=one.value - 6.3) if other is one else other for other in held.claims)
-            new = {clash.cells[0] for clash in lint(replace(held, claims=moved))} - {clash.cells[0] for clash in found}
+            new = {clash.cells[0] for clash in lint(replace(held, claims=moved))} - {
+                clash.cells[0] for clash in clashes
+            }
             assert any(cell.startswith(f"{one.system} {one.task} ") for cell in new), one.cell
             (main_row,) = [
                 other for other in held.claims
