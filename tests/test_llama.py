@@ -53,23 +53,23 @@ def test_it_says_what_transformers_says(name):
     more = torch.stack([row[n : n + 5] for row, n in zip(ids, lengths, strict=True)])
     tails = backbone.forward(more, cache.set_write_positions(0, lengths, 5, ids.device), cache)
     for row, n in enumerate(lengths):
-        found = backbone.logits(torch.cat([prompts[row, :n], tails[row]]))
+        logits = backbone.logits(torch.cat([prompts[row, :n], tails[row]]))
         expected = model(input_ids=ids[row : row + 1, : n + 5]).logits[0]
-        assert torch.allclose(found, expected, atol=1e-4, rtol=1e-4)
+        assert torch.allclose(logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("widths", [[5, 1, 2], [1, 1, 5], [1, 0, 5], [3, 3, 3], [1, 1, 1]])
 def test_padding_changes_nothing(widths):
     """Maps run for the slots that count alone."""
     backbone, ids, lengths = Backbone(model_of(CONFIGS["llama"])), torch.randint(0, 97, (3, 14)), [9, 4, 7]
-    found = []
-    for said in (None, widths):
+    hidden = []
+    for given in (None, widths):
         cache = KVCache(3, 20)
         backbone.forward(ids[:, :9], cache.set_write_positions(0, [0] * 3, 9, ids.device), cache)
-        reading = replace(cache.set_write_positions(0, lengths, 5, ids.device), widths=said)
-        found.append(backbone.forward(ids[:, 9:], reading, cache))
+        reading = replace(cache.set_write_positions(0, lengths, 5, ids.device), widths=given)
+        hidden.append(backbone.forward(ids[:, 9:], reading, cache))
     for row, width in enumerate(widths):
-        assert torch.allclose(found[0][row, :width], found[1][row, :width], atol=1e-5)
+        assert torch.allclose(hidden[0][row, :width], hidden[1][row, :width], atol=1e-5)
 
 
 def test_it_follows_weights_that_change():
@@ -79,8 +79,8 @@ def test_it_follows_weights_that_change():
         for weight in model.parameters():
             weight.mul_(1.1)
     cache = KVCache(1, 6)
-    found = backbone.logits(backbone.forward(ids, cache.set_write_positions(0, [0], 6, ids.device), cache))
-    assert torch.allclose(found, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+    logits = backbone.logits(backbone.forward(ids, cache.set_write_positions(0, [0], 6, ids.device), cache))
+    assert torch.allclose(logits, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
