@@ -34,13 +34,13 @@ def test_accepted_counts_right_guesses_in_a_row():
     checkpoint = fluid_checkpoint()
     lucky(checkpoint)
     mask = checkpoint.mask_id
-    told = held_out(checkpoint, MaskFans(mask, 3, probability=1.0), causal=True).look(checkpoint.model)
+    losses = held_out(checkpoint, MaskFans(mask, 3, probability=1.0), causal=True).look(checkpoint.model)
     runs = []
     for example in (*PACKS[0], *PACKS[1]):
         ((start, end),) = example.intervals
         for anchor in range(start - 1, end - 2):
             runs.append(leading([token == 9 for token in example.ids[anchor + 2 : min(anchor + 5, end)]]))
-    assert told["accepted"] == pytest.approx(1 + sum(runs) / len(runs))
+    assert losses["accepted"] == pytest.approx(1 + sum(runs) / len(runs))
 
 
 def test_accepted_in_blocks_and_on_a_canvas():
@@ -66,11 +66,11 @@ def test_drift_is_the_divergence_from_the_parent():
     assert watch.look(model)["drift"] == pytest.approx(0, abs=2e-2), "but for keeping the parent's logits in bfloat16"
 
     def answers():
-        found = []
+        logits = []
         for example in (*PACKS[0], *PACKS[1]):
             ((start, end),) = example.intervals
-            found.append(forward(checkpoint, list(example.ids), len(example.ids))[start - 1 : end - 1])
-        return torch.cat(found).log_softmax(-1)
+            logits.append(forward(checkpoint, list(example.ids), len(example.ids))[start - 1 : end - 1])
+        return torch.cat(logits).log_softmax(-1)
 
     before = answers()
     with torch.no_grad():
@@ -82,4 +82,4 @@ def test_drift_is_the_divergence_from_the_parent():
 
 
 def test_leading():
-    assert [leading(good) for good in ([], [False, True], [True, True, False, True], [True] * 3)] == [0, 0, 2, 3]
+    assert [leading(hits) for hits in ([], [False, True], [True, True, False, True], [True] * 3)] == [0, 0, 2, 3]
