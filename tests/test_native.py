@@ -20,7 +20,7 @@ from fluid_model.forward import compiled as native
 from fluid_model.forward.backbone import Backbone
 from fluid_model.forward.kv_cache import KVCache
 
-from .test_graphs import heard
+from .test_graphs import answers_and_logits
 from .test_llama import CONFIGS, SIZES, model_of
 
 pytestmark = pytest.mark.skipif(native.library(4) is None, reason="no C compiler")
@@ -38,12 +38,12 @@ def fed(forward, ids, lengths, fresh, columns, widths=None, threads=1):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = []
+        hidden = []
         for start, count in (([0] * len(lengths), width), (lengths, fresh)):
             some = torch.stack([row[n : n + count] for row, n in zip(ids, start, strict=True)])
             reading = cache.set_write_positions(1, start, count, ids.device)
-            found.append(forward(some, replace(reading, widths=widths if count == fresh else None), cache))
-        return found
+            hidden.append(forward(some, replace(reading, widths=widths if count == fresh else None), cache))
+        return hidden
     finally:
         torch.set_num_threads(before)
 
@@ -55,11 +55,11 @@ def test_it_says_what_the_written_out_forward_says(name):
     assert backbone.native is not None
     ids, lengths = torch.randint(0, 97, (3, 14)), [9, 4, 7]
     with torch.inference_mode():
-        for found, expected in zip(
+        for hidden, expected in zip(
             fed(backbone.native, ids, lengths, 5, 20), fed(by_torch(backbone), ids, lengths, 5, 20), strict=True
         ):
             for row, n in enumerate(lengths):
-                assert torch.allclose(found[row, :n], expected[row, :n], atol=1e-4, rtol=1e-4)
+                assert torch.allclose(hidden[row, :n], expected[row, :n], atol=1e-4, rtol=1e-4)
         hidden = torch.randn(11, backbone.native._tables.hidden)
         expected = backbone.model.get_output_embeddings()(hidden)
         assert torch.allclose(backbone.logits(hidden), expected, atol=1e-4, rtol=1e-4)
@@ -88,8 +88,8 @@ def test_verified_drafts_have_ars_own_numbers(slots):
     """A token's logits among drafts, rivals and fans are those it has in AR, to the last bit: no text can differ."""
     checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype="float32")
     assert checkpoint.backbone.native is not None
-    expected, numbers = heard(checkpoint, ArSettings(), 3)
-    answers, others = heard(checkpoint, FluidSettings(slot_budget=64), slots)
+    expected, numbers = answers_and_logits(checkpoint, ArSettings(), 3)
+    answers, others = answers_and_logits(checkpoint, FluidSettings(slot_budget=64), slots)
     assert answers == expected
     shared = numbers.keys() & others.keys()
     assert len(shared) > 20
@@ -104,9 +104,11 @@ def test_it_follows_weights_that_change():
         with torch.no_grad():
             change.mul_(1.5)
         with torch.inference_mode():
-            found, expected = (fed(each, ids, [4, 4], 5, 9)[1] for each in (backbone.native, by_torch(backbone)))
-        assert torch.allclose(found, expected, atol=1e-4, rtol=1e-4)
-        assert not torch.allclose(found, before, atol=1e-3)
+            compiled_hidden, expected = (
+                fed(each, ids, [4, 4], 5, 9)[1] for each in (backbone.native, by_torch(backbone))
+            )
+        assert torch.allclose(compiled_hidden, expected, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(compiled_hidden, before, atol=1e-3)
 
 
 def test_what_is_no_number_stays_none_and_stays_in_its_row():
@@ -127,9 +129,9 @@ def test_scores_without_bounds_are_told():
         for part in (attention.q_proj, attention.k_proj):
             part.weight.mul_(1e25)
     with torch.inference_mode():
-        found, expected = (fed(each, ids, [2], 2, 4)[0].isfinite() for each in (backbone.native, by_torch(backbone)))
+        finite, expected = (fed(each, ids, [2], 2, 4)[0].isfinite() for each in (backbone.native, by_torch(backbone)))
     assert not expected.all()
-    assert torch.equal(found, expected)
+    assert torch.equal(finite, expected)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,7 @@ def test_it_reads_whom_the_masks_say(threads, monkeypatch):
         attention_masks.AttentionIntervals(order, until, places),
         attention_masks.bidirectional(torch.tensor([12, 5, 3, 0, 0]), slots),
     ):
-        found = []
+        hidden = []
         for forward in (backbone.native, by_torch(backbone)):
             cache = KVCache(5, 80)
             cache.set_write_positions(0, [0] * 5, 60, ids.device)
@@ -188,13 +190,13 @@ def test_it_reads_whom_the_masks_say(threads, monkeypatch):
                 cache.set_write_positions(0, lengths, slots, ids.device), widths=widths, intervals=intervals
             )
             monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-            found.append(forward(ids[:, :slots], reading, cache))
+            hidden.append(forward(ids[:, :slots], reading, cache))
             monkeypatch.undo()
         assert int(reading.positions.max()) >= window
-        assert found[0].isfinite().all(), "slots that read nothing, too"
+        assert hidden[0].isfinite().all(), "slots that read nothing, too"
         for row, width in enumerate(widths):
             readable = reading.mask()[row, :width].any(-1)
-            assert torch.allclose(found[0][row, :width][readable], found[1][row, :width][readable], atol=1e-4)
+            assert torch.allclose(hidden[0][row, :width][readable], hidden[1][row, :width][readable], atol=1e-4)
 
 
 @pytest.mark.parametrize(("rows", "size"), [(0, 9), (1, 4), (7, 33), (3, 1025)])
@@ -202,16 +204,16 @@ def test_it_reads_whom_the_masks_say(threads, monkeypatch):
 def test_the_surest_are_those_torch_finds(rows, size, count):
     logits = 5 * torch.randn(rows, size)
     logits[:, 2] = -torch.inf
-    tokens, sure = native.surest(logits, count)
+    tokens, probabilities = native.surest(logits, count)
     expected = logits.softmax(-1).topk(count)
     assert torch.equal(tokens, expected.indices)
-    assert torch.allclose(sure, expected.values, atol=1e-6, rtol=1e-5)
+    assert torch.allclose(probabilities, expected.values, atol=1e-6, rtol=1e-5)
 
 
 def test_the_first_of_equals_is_the_surest():
-    tokens, sure = native.surest(torch.tensor([[1.0, 3.0, 0.0, 3.0, 3.0], [2.0, 2.0, 2.0, 2.0, 2.0]]), 3)
+    tokens, probabilities = native.surest(torch.tensor([[1.0, 3.0, 0.0, 3.0, 3.0], [2.0, 2.0, 2.0, 2.0, 2.0]]), 3)
     assert tokens.tolist() == [[1, 3, 4], [0, 1, 2]]
-    assert sure[1].tolist() == pytest.approx([0.2] * 3)
+    assert probabilities[1].tolist() == pytest.approx([0.2] * 3)
 
 
 @pytest.mark.parametrize(("hidden_size", "k_max"), [(192, 16), (36, 1), (7, 5)])
