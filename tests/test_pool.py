@@ -81,8 +81,8 @@ class World:
     def wait(self, refs, **_):
         return [self.random.choice(refs)], []
 
-    def get(self, found):
-        return found[0] if isinstance(found, tuple) else found
+    def get(self, reference):
+        return reference[0] if isinstance(reference, tuple) else reference
 
     def kill(self, actor) -> None:
         actor.dead = True
