@@ -122,20 +122,20 @@ def test_samples_keep_what_matters(page: str, folder: Path) -> None:
     assert last["answers"][0]["loglikelihoods"][0] == "-inf"  # JSON has no infinities
     assert "cut" not in last["answers"][0]
     for record, sample in zip(read_runs([folder])[0][0].records, data["samples"][:WRITTEN], strict=False):
-        (found,) = sample["answers"]
+        (shown,) = sample["answers"]
         if not record["pieces"]:
             continue
-        start, end = found["span"]
-        ends = list(accumulate(unpack(found["lengths"])))
-        text = found["text"].encode("utf-16-le", "surrogatepass")  # as a browser counts
+        start, end = shown["span"]
+        ends = list(accumulate(unpack(shown["lengths"])))
+        text = shown["text"].encode("utf-16-le", "surrogatepass")  # as a browser counts
         pieces = [text[2 * a : 2 * b].decode("utf-16-le", "surrogatepass") for a, b in pairwise([0, *ends])]
         assert pieces == record["pieces"]
-        assert list(accumulate(unpack(found["written"]))) == record["trace"]["written"]
+        assert list(accumulate(unpack(shown["written"]))) == record["trace"]["written"]
         assert text[2 * start : 2 * end].decode("utf-16-le", "surrogatepass") == record["output"]
         assert start == 0 or start > len(record["output"])
         assert (start > 0) == (record["key"] == "gsm8k/5")  # which thinks first, in the answer's own words
         drafts = [[forward, place, len(ids)] for forward, place, ids in record["trace"]["rejected"]]
-        assert [one[:3] for one in found.get("rejected", [])] == drafts
+        assert [one[:3] for one in shown.get("rejected", [])] == drafts
 
 
 def test_packing_loses_nothing() -> None:
@@ -149,16 +149,16 @@ def test_long_answers_lose_their_middle_between_tokens(folder: Path) -> None:
     rng = random.Random(1)
     text = "".join(rng.choices(["a word ", "or 😀 ", "two\n"], k=1500))
     record = written(4, "fluid", rng, text)
-    found = samples._written(record, 6000, True)
-    head, left_out, tail = found["text"]
-    at, many = found["skip"]
+    shown = samples._written(record, 6000, True)
+    head, left_out, tail = shown["text"]
+    at, many = shown["skip"]
     assert max(map(samples._units, (head, tail))) <= 3000 < samples._units(head) + 20
     assert [samples._units(text) for text in ("é", "😀", HALF)] == [1, 2, 1]  # as a browser counts
     assert head == "".join(record["pieces"][:at])
     assert tail == "".join(record["pieces"][at + many :])
     assert left_out == samples._units("".join(record["pieces"][at : at + many]))
-    assert sum(unpack(found["lengths"])) == samples._units(head + tail)
-    assert list(accumulate(unpack(found["written"]))) == record["trace"]["written"]
+    assert sum(unpack(shown["lengths"])) == samples._units(head + tail)
+    assert list(accumulate(unpack(shown["written"]))) == record["trace"]["written"]
     old = {name: value for name, value in record.items() if name != "pieces"}  # of a run that did not record them
     head, left_out, tail = samples._written(old, 6000, True)["output"]
     assert (len(head), len(tail)) == (3000, 3000)
@@ -190,9 +190,9 @@ def test_a_run_of_a_thousand_samples_stays_below_5_mb(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_cut_and_said(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, _ = read_runs([folder])
-    whole = samples.block(runs)
-    assert (whole.clip, whole.drafts) == (6000, True)
-    monkeypatch.setattr(samples, "PAGE_BYTES", len(whole.json) - 10)
+    uncut = samples.block(runs)
+    assert (uncut.clip, uncut.drafts) == (6000, True)
+    monkeypatch.setattr(samples, "PAGE_BYTES", len(uncut.json) - 10)
     write_report([folder], tmp_path / "page.html")
     assert "Rejected drafts are left out" in (tmp_path / "page.html").read_text(encoding="utf-8")
     monkeypatch.setattr(samples, "PAGE_BYTES", 8000)
@@ -309,8 +309,8 @@ def test_what_was_audited_and_possible_is_told(tmp_path: Path) -> None:
     records = read_runs([folder])[0][0].records
     rounds = [pair for r in records for pair in zip(r["trace"]["predicted"], r["trace"]["accepted"], strict=True)]
     drafted, kept = (sum(pair[i] for pair in rounds) / len(rounds) for i in (0, 1))
-    told = [str(len(rounds)), f"{drafted:.2f}", f"{kept:.2f}", f"{100 * kept / drafted:.0f}%"]
-    assert ["all tasks", *told] in rows
+    cells = [str(len(rounds)), f"{drafted:.2f}", f"{kept:.2f}", f"{100 * kept / drafted:.0f}%"]
+    assert ["all tasks", *cells] in rows
     other = write_run(tmp_path / "ar", "ar")
     sampled = {
         "n": 101, "p": 0.4, "p_ranks": 0.2, "rare": 7, "rare_below": 1e-4, "p_rare": 0.9, "enough": 2000, "ok": True,
