@@ -35,9 +35,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_runs_asked_otherwise_are_not_compared_unasked(pair: list[Path], tmp_path: Path) -> None:
-    found = facts.gather(read_runs(pair)[0], None)
-    assert found.verdicts[0].state == "good"
-    assert found.placed[0].dominated_by == found.placed[1].name
+    gathered = facts.gather(read_runs(pair)[0], None)
+    assert gathered.verdicts[0].state == "good"
+    assert gathered.placed[0].dominated_by == gathered.placed[1].name
     file = pair[1] / "result.json"
     before = file.read_text()
     result = json.loads(before)
@@ -54,11 +54,11 @@ def test_runs_asked_otherwise_are_not_compared_unasked(pair: list[Path], tmp_pat
                 assert "Protocols differ" in text
             assert ('id="compare"' in page, "## Differences" in markdown) == (compared, compared)
             assert markdown.index("Protocols differ (") < (markdown + "## Differences").index("## Differences")
-            found = facts.gather(read_runs(pair)[0], None, across_protocols=compared)
-            assert (found.verdicts[0].state, found.verdicts[0].word) == ("warn", "Protocols differ")
-            scores = [one for one in found.verdicts if one.about.startswith("Score")]
+            gathered = facts.gather(read_runs(pair)[0], None, across_protocols=compared)
+            assert (gathered.verdicts[0].state, gathered.verdicts[0].word) == ("warn", "Protocols differ")
+            scores = [one for one in gathered.verdicts if one.about.startswith("Score")]
             assert [one.state for one in scores] == ["none"] * compared
-            assert {place.dominated_by for place in found.placed} == {None}
+            assert {place.dominated_by for place in gathered.placed} == {None}
     finally:
         file.write_text(before)
 
@@ -77,18 +77,18 @@ def test_one_address_tells_differences_and_one_task_once(
         files = tmp_path / "page.html", tmp_path / "page.md"
         write_report(runs, files[0], markdown=files[1])
         assert main(["compare", "--json", *map(str, runs)]) == 0
-        (found,) = json.loads(capsys.readouterr().out)["pairs"]
-        told = [difference(row["difference"]) for row in [*found["tasks"], found["all"]][: len(tasks)]]
+        (compared,) = json.loads(capsys.readouterr().out)["pairs"]
+        differences = [difference(row["difference"]) for row in [*compared["tasks"], compared["all"]][: len(tasks)]]
         page, markdown = (file.read_text(encoding="utf-8") for file in files)
         rows = [line.split(" | ") for line in markdown.splitlines() if line.startswith("| B - A")]
-        assert [(row[1], row[3]) for row in rows] == list(zip(tasks, told, strict=True))
+        assert [(row[1], row[3]) for row in rows] == list(zip(tasks, differences, strict=True))
         rows = [row for row in Outline(page).rows if row and row[-1].endswith("lost")]
-        assert [row[4] for row in rows] == told
+        assert [row[4] for row in rows] == differences
         heads = [name.replace("all", "mean over tasks") for name in tasks]
         assert all(row[0].startswith(head) for row, head in zip(rows, heads, strict=True))
         assert main(["compare", *map(str, runs)]) == 0
         out = capsys.readouterr().out
-        assert all(one in out for one in told)
+        assert all(one in out for one in differences)
 
 
 def test_differences_and_p_values() -> None:
