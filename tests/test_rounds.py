@@ -64,15 +64,15 @@ def forward(checkpoint: Checkpoint, done: list[int], fans: dict[Text, int]):
 
 def texts_after(pending: int, drafts: list[list[tuple[int, float]]], price: float, most: int) -> dict[Text, float]:
     """All texts likelier than the price and how likely they are; the likeliest if there are too many."""
-    found = {(pending,): 1.0}
-    for depth, rivals in enumerate(drafts, 1):
-        found |= {
-            (*text, token): reached * sure
-            for text, reached in found.items()
-            for token, sure in rivals
-            if len(text) == depth and reached * sure >= price
+    texts = {(pending,): 1.0}
+    for depth, siblings in enumerate(drafts, 1):
+        texts |= {
+            (*text, token): reached * probability
+            for text, reached in texts.items()
+            for token, probability in siblings
+            if len(text) == depth and reached * probability >= price
         }
-    return dict(sorted(found.items(), key=lambda pair: -pair[1])[:most])
+    return dict(sorted(texts.items(), key=lambda pair: -pair[1])[:most])
 
 
 def in_order(texts: dict[Text, float]) -> list[Text]:
@@ -99,8 +99,8 @@ class Tally:
 
     def width(self, hit: float) -> int:
         """The most masks of which the last is likelier to be used than it is dear."""
-        masks, true = 0, (self.written - self.rounds) / self.written
-        while masks < self.decoder.max_horizon - 1 and hit * true ** (masks + 1) >= self.price:
+        masks, accuracy = 0, (self.written - self.rounds) / self.written
+        while masks < self.decoder.max_horizon - 1 and hit * accuracy ** (masks + 1) >= self.price:
             masks += 1
         return masks
 
@@ -115,38 +115,40 @@ def plain_rounds(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tok
 
     def pick(logits, place):
         """The token of a place of the answer, and its probability."""
-        token, sure = choose(logits[None], draws[place : place + 1], decoder.temperature, decoder.top_p, "probability")
-        return int(token), float(sure)
+        token, probability = choose(
+            logits[None], draws[place : place + 1], decoder.temperature, decoder.top_p, "probability"
+        )
+        return int(token), float(probability)
 
     def candidates(logits, place):
         """What may be drafted there."""
-        sure, tokens = logits.softmax(-1).topk(count)
-        return [pick(logits, place)] if count == 1 else list(zip(tokens.tolist(), sure.tolist(), strict=True))
+        probabilities, tokens = logits.softmax(-1).topk(count)
+        return [pick(logits, place)] if count == 1 else list(zip(tokens.tolist(), probabilities.tolist(), strict=True))
 
     tally = Tally(rows, decoder)
     fans = {prompt[-1:]: tally.width(1.0) if decoder.verify else decoder.max_horizon - 1}
     done, answer = list(prompt[:-1]), []
     rounds, fed = 0, len(prompt) - 1
     while len(answer) < new_tokens and not any(token in checkpoint.end_ids for token in answer):
-        found = forward(checkpoint, done, fans)
+        outputs = forward(checkpoint, done, fans)
         slots = len(fans) + sum(fans.values())
         rounds, fed = rounds + 1, fed + slots
         place, text = len(answer), next(iter(fans))  # the place of what follows all that is written
         if answer:
             tally.rounds, tally.slots = tally.rounds + 1, tally.slots + slots
         if answer and decoder.verify:
-            while (longer := (*text, pick(found[text, 0][0], place)[0])) in fans:
+            while (longer := (*text, pick(outputs[text, 0][0], place)[0])) in fans:
                 text, place = longer, place + 1
         elif answer:
             text = max(fans, key=len)
-        pending, _ = pick(found[text, 0][0], place)
-        said = [candidates(found[text, step][0], place + step) for step in range(1, fans[text] + 1)]
-        stride = int(checkpoint.head.stride(found[text, 0][1][None]))
-        said = said[: min(max(stride, decoder.min_horizon), decoder.max_horizon) - 1]
+        pending, _ = pick(outputs[text, 0][0], place)
+        step_candidates = [candidates(outputs[text, step][0], place + step) for step in range(1, fans[text] + 1)]
+        stride = int(checkpoint.head.stride(outputs[text, 0][1][None]))
+        step_candidates = step_candidates[: min(max(stride, decoder.min_horizon), decoder.max_horizon) - 1]
         done += text
         verified = list(text[1:]) if answer and decoder.verify else []
         if decoder.verify:
-            texts = texts_after(pending, said, tally.price, most // 2)
+            texts = texts_after(pending, step_candidates, tally.price, most // 2)
             left, fans = most - len(texts), {}
             for text in in_order(texts):
                 onward = sum(texts[longer] for longer in texts if longer[:-1] == text)
@@ -154,8 +156,8 @@ def plain_rounds(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tok
                 left -= fans[text]
             fresh = [*verified, pending]
         else:
-            sure = takewhile(lambda rivals: rivals[0][1] > decoder.confidence, said)
-            fresh = [pending, *(rivals[0][0] for rivals in sure)]
+            confident = takewhile(lambda siblings: siblings[0][1] > decoder.confidence, step_candidates)
+            fresh = [pending, *(siblings[0][0] for siblings in confident)]
             fans = {tuple(fresh[: n + 1]): 0 for n in range(len(fresh))} | {tuple(fresh): decoder.max_horizon - 1}
         tally.written += len(fresh) if answer else 0
         answer += fresh
@@ -184,11 +186,11 @@ def plain_rounds(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tok
 @pytest.mark.parametrize("rows", [1, 3])
 def test_one_forward_a_round(checkpoint, decoder, rows):
     """Same text, same number of rounds, same slots fed."""
-    found = write(checkpoint, decoder, requests(checkpoint), slots=rows)
+    answers = write(checkpoint, decoder, requests(checkpoint), slots=rows)
     for request in requests(checkpoint):
         ids, rounds, fed = plain_rounds(checkpoint, request.prompt, decoder, NEW, rows)
-        trace = found[request.key].trace
-        assert (found[request.key].ids, sum(trace.forwards.values()), trace.slots) == (ids, rounds, fed)
+        trace = answers[request.key].trace
+        assert (answers[request.key].ids, sum(trace.forwards.values()), trace.slots) == (ids, rounds, fed)
 
 
 def test_drafts_end_where_the_window_does(checkpoint):
@@ -225,23 +227,23 @@ def test_no_row_feeds_more_than_it_has_columns_for(checkpoint, monkeypatch):
     engine = engine_for(checkpoint, FluidSettings(slot_budget=120, min_horizon=16), 2)
     seen: list[Step] = []
     engine.watch = seen.append
-    found = {g.key: g.ids for g in engine.generate(requests(checkpoint))}
-    assert found == {key: g.ids for key, g in write(checkpoint, ArSettings(), requests(checkpoint)).items()}
+    answers = {g.key: g.ids for g in engine.generate(requests(checkpoint))}
+    assert answers == {key: g.ids for key, g in write(checkpoint, ArSettings(), requests(checkpoint)).items()}
     assert max(len(step.ids) for step in seen if step.kind == "round") == engine.strategy.widest == 60
 
 
 def test_a_horizon_beyond_the_heads_costs_nothing(checkpoint):
-    found = [write(checkpoint, FluidSettings(max_horizon=k, slot_budget=64), requests(checkpoint)) for k in (16, 64)]
-    assert {k: (g.ids, g.trace) for k, g in found[0].items()} == {k: (g.ids, g.trace) for k, g in found[1].items()}
+    answers = [write(checkpoint, FluidSettings(max_horizon=k, slot_budget=64), requests(checkpoint)) for k in (16, 64)]
+    assert {k: (g.ids, g.trace) for k, g in answers[0].items()} == {k: (g.ids, g.trace) for k, g in answers[1].items()}
 
 
 @pytest.mark.parametrize("heat", [0.0, 0.5])
 def test_drafts_are_sometimes_right_and_sometimes_not(checkpoint, heat):
     """The law above would prove little if they were always the one, nor that sampled text is AR's."""
     decoder = FluidSettings(temperature=heat)
-    found = write(checkpoint, decoder, requests(checkpoint))
-    pairs = [pair for g in found.values() for pair in zip(g.trace.predicted, g.trace.accepted, strict=True)]
+    answers = write(checkpoint, decoder, requests(checkpoint))
+    pairs = [pair for g in answers.values() for pair in zip(g.trace.predicted, g.trace.accepted, strict=True)]
     assert any(kept > 1 for _, kept in pairs)
     assert any(kept < drafted for drafted, kept in pairs)
     expected = write(checkpoint, ArSettings(temperature=heat), requests(checkpoint))
-    assert {key: g.text for key, g in found.items()} == {key: g.text for key, g in expected.items()}
+    assert {key: g.text for key, g in answers.items()} == {key: g.text for key, g in expected.items()}
