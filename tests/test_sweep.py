@@ -29,7 +29,7 @@ def values(tiny_fluid):
     }  # fmt: skip
 
 
-def told(result) -> list:
+def without_clock(result) -> list:
     """What does not depend on the clock."""
     return [
         (p["name"], p["n"], p["score"], p["tokens_per_forward"], p["forwards_per_answer"]) for p in result["points"]
@@ -41,13 +41,13 @@ def test_a_sweep_is_its_runs_and_their_frontier(values, tmp_path):
     assert [p["name"] for p in result["points"]] == ["verify", "no verify", "ar"]
     for point, planned in zip(result["points"], plan(values).points, strict=True):
         alone = run(planned.spec, tmp_path / planned.spec.id)
-        found = {r["key"]: r for r in read_samples(tmp_path / "s" / point["folder"])}
+        records = {r["key"]: r for r in read_samples(tmp_path / "s" / point["folder"])}
         expected = {r["key"]: r for r in read_samples(tmp_path / planned.spec.id)}
-        assert found.keys() == expected.keys()
-        for key, record in found.items():
+        assert records.keys() == expected.keys()
+        for key, record in records.items():
             assert record["output_ids"] == expected[key]["output_ids"], (point["name"], key)
             assert record["scores"] == expected[key]["scores"]
-        assert point["n"] == len(found) == 24
+        assert point["n"] == len(records) == 24
         assert sum(line["n"] for line in alone["lines"]) >= 24
         assert fluid_eval.load_results(tmp_path / "s" / point["folder"]).shape[0] == point["n"]
     assert result["points"][0]["score"] == result["points"][2]["score"], "verified text is AR's"
@@ -98,7 +98,7 @@ def test_a_broken_sweep_goes_on_and_ends_as_an_unbroken_one(values, tmp_path, mo
     again = Sweep(plan(values), tmp_path / "s", resume=True)
     assert again.missing == 3 * 24 - 31
     result = again.work()
-    assert told(result) == told(unbroken)
+    assert without_clock(result) == without_clock(unbroken)
     assert result["answered_now"] == 3 * 24 - 31
     assert Sweep(plan(values), tmp_path / "s", resume=True).work() == result, "nothing is left to do"
 
@@ -160,7 +160,7 @@ def test_what_was_given_up_is_tried_again(values, tmp_path, monkeypatch):
     """A sample that one day's workers could not answer is no part of that day's scores, and answered the next."""
     values["decoder"] = {"name": "fluid", "slot_budget": 10_000}  # dear slots are fed by how many rows share a forward
     del values["sweep"]["point"]
-    whole = Sweep(plan(values), tmp_path / "whole").work()
+    unbroken = Sweep(plan(values), tmp_path / "whole").work()
     real, bad = InlinePool.run, "mini_gsm8k_1/3"
 
     def lossy(self, chunks):
@@ -175,7 +175,7 @@ def test_what_was_given_up_is_tried_again(values, tmp_path, monkeypatch):
     monkeypatch.setattr(InlinePool, "run", real)
     again = Sweep(plan(values), tmp_path / "s", resume=True)
     assert again.missing == 2
-    assert told(again.work()) == told(whole)
+    assert without_clock(again.work()) == without_clock(unbroken)
 
 
 def test_drawn_examples_are_those_of_a_run(tiny_fluid, data_dir, tmp_path):
@@ -196,17 +196,17 @@ def test_drawn_examples_are_those_of_a_run(tiny_fluid, data_dir, tmp_path):
 def test_what_is_answered_so_far_compares(values, tmp_path, monkeypatch):
     """By the turns that all points have answered; nothing is answered for it, and no result is written."""
     monkeypatch.setattr(module, "TURN", 3)
-    whole = Sweep(plan(values), tmp_path / "whole").work()
+    finished = Sweep(plan(values), tmp_path / "whole").work()
     break_off(values, tmp_path / "s", monkeypatch)
     monkeypatch.setattr(InlinePool, "run", lambda *_: pytest.fail("nothing is to be answered"))
     job = Sweep(plan(values), tmp_path / "s", resume=True)
-    found = job.so_far()
-    assert [p["n"] for p in found["points"]] == [2 * -(-12 * round(8 * found["so_far"]) // 8)] * 3
-    assert 0 < found["so_far"] < 31 / 72
-    assert found["points"][0]["score"] == found["points"][2]["score"]
+    so_far = job.so_far()
+    assert [p["n"] for p in so_far["points"]] == [2 * -(-12 * round(8 * so_far["so_far"]) // 8)] * 3
+    assert 0 < so_far["so_far"] < 31 / 72
+    assert so_far["points"][0]["score"] == so_far["points"][2]["score"]
     assert job.missing == 3 * 24 - 31
     assert not (tmp_path / "s" / "result.json").exists()
-    assert Sweep(plan(values), tmp_path / "whole", resume=True).so_far()["points"] == whole["points"]
+    assert Sweep(plan(values), tmp_path / "whole", resume=True).so_far()["points"] == finished["points"]
     with pytest.raises(ConfigError, match="not all points have answered their first 12%"):
         Sweep(plan(values), tmp_path / "none").so_far()
 
