@@ -34,22 +34,22 @@ def test_lines_are_the_forwards_and_make_up_the_answer(decoder):
     method = "fluid" if decoder["name"] == "ar" else decoder["name"]
     model = str(resource("checkpoints") / f"tiny-{method}")
     spec = build_spec({"tasks": "mini", "model": model, "decoder": decoder, "max_new_tokens": 24})
-    found, answer = watch(spec, PROMPT)
-    count = {kind: sum(line.kind == kind for line in found) for kind in answer.trace.forwards}
+    lines, answer = watch(spec, PROMPT)
+    count = {kind: sum(line.kind == kind for line in lines) for kind in answer.trace.forwards}
     assert count == answer.trace.forwards
-    assert sum(line.slots for line in found) == answer.trace.slots
-    places = [place for line in found for place in line.kept]
+    assert sum(line.slots for line in lines) == answer.trace.slots
+    places = [place for line in lines for place in line.kept]
     assert places == list(range(len(places)))
-    assert "".join(text for line in found for text in line.kept.values()).replace("⏎", "\n").startswith(answer.text)
-    drafted, rivals = dict[int, str](), 0
-    assert any(line.rivals for line in found) == (decoder == {"name": "fluid"})
-    for line in found:
-        assert not set(line.drafted) & set(places[: sum(len(before.kept) for before in found[: found.index(line)])])
+    assert "".join(text for line in lines for text in line.kept.values()).replace("⏎", "\n").startswith(answer.text)
+    drafted, siblings = dict[int, str](), 0
+    assert any(line.rivals for line in lines) == (decoder == {"name": "fluid"})
+    for line in lines:
+        assert not set(line.drafted) & set(places[: sum(len(before.kept) for before in lines[: lines.index(line)])])
         if decoder["name"] == "fluid" and line.kind != "prefill":
             last = max(line.kept, default=-1)
             others = [place for place, text in line.kept.items() if place != last and text != drafted.get(place, text)]
-            assert not others or rivals, "what is kept was drafted, if not as the likeliest"
-        rivals = line.rivals
+            assert not others or siblings, "what is kept was drafted, if not as the likeliest"
+        siblings = line.rivals
         drafted = line.drafted if line.kept else drafted | dict(line.drafted)
 
 
@@ -109,8 +109,8 @@ def test_bad_input_is_one_line(capsys):
 def test_the_page_shows_what_the_command_prints(capsys, monkeypatch):
     monkeypatch.chdir(resource("docs").parent)
     page = (resource("docs") / "decoders.md").read_text(encoding="utf-8")
-    told = re.findall(r"<!-- (fluid-eval trace .*?) -->\n(.*?)\n<!-- end -->", page, re.DOTALL)
-    assert {"ar", "fluid", "nbdiff", "llada"} == {re.search(r"--decoder (\w+)", command)[1] for command, _ in told}
-    for command, table in told:
+    tables = re.findall(r"<!-- (fluid-eval trace .*?) -->\n(.*?)\n<!-- end -->", page, re.DOTALL)
+    assert {"ar", "fluid", "nbdiff", "llada"} == {re.search(r"--decoder (\w+)", command)[1] for command, _ in tables}
+    for command, table in tables:
         assert main(shlex.split(command)[1:]) == 0
         assert capsys.readouterr().out.strip() == table.strip()
