@@ -24,7 +24,10 @@ CHANCES = st.lists(
 
 
 def drafts_of(chances: list[list[float]]) -> list[list[tuple[int, float]]]:
-    return [[(10 * place + rank, sure) for rank, sure in enumerate(some)] for place, some in enumerate(chances)]
+    return [
+        [(10 * place + rank, probability) for rank, probability in enumerate(some)]
+        for place, some in enumerate(chances)
+    ]
 
 
 def text_of(tree: Tree, node: int) -> tuple[int, ...]:
@@ -38,16 +41,16 @@ def test_the_likeliest_texts_are_grown(chances, least, most):
     for length in range(1, len(drafts) + 1):
         for some in product(*drafts[:length]):
             reached = 1.0
-            for _, sure in some:
-                reached *= sure
+            for _, probability in some:
+                reached *= probability
             every[ROOT, *(token for token, _ in some)] = reached
     tree = grow(ROOT, drafts, least, most)
-    found = {text_of(tree, node): tree.reached[node] for node in range(len(tree.tokens))}
+    reached_by_text = {text_of(tree, node): tree.reached[node] for node in range(len(tree.tokens))}
     wanted = {text: reached for text, reached in every.items() if reached >= least}
-    assert len(found) == len(tree.tokens) == min(most, len(wanted))
-    assert all(every[text] == reached for text, reached in found.items())
-    left_out = [reached for text, reached in wanted.items() if text not in found]
-    assert max(left_out, default=0.0) <= min(found.values())
+    assert len(reached_by_text) == len(tree.tokens) == min(most, len(wanted))
+    assert all(every[text] == reached for text, reached in reached_by_text.items())
+    left_out = [reached for text, reached in wanted.items() if text not in reached_by_text]
+    assert max(left_out, default=0.0) <= min(reached_by_text.values())
 
 
 @given(CHANCES, st.integers(1, 30))
@@ -70,8 +73,8 @@ def test_what_comes_true_is_the_longest_text_that_is_said(chances, most, seed):
     drafts, chance = drafts_of(chances), random.Random(seed)
     tree = grow(ROOT, drafts, 0.001, most)
     truth = (ROOT, *(chance.choice(some)[0] for some in drafts), 99)
-    said = [truth[depth + 1] if depth + 1 < len(truth) else 99 for depth in tree.depths]
-    path = tree.walk(said)
+    predictions = [truth[depth + 1] if depth + 1 < len(truth) else 99 for depth in tree.depths]
+    path = tree.walk(predictions)
     texts = [text_of(tree, node) for node in range(len(tree.tokens))]
     longest = max((text for text in texts if truth[: len(text)] == text), key=len)
     assert texts[path[-1]] == longest
@@ -100,10 +103,10 @@ def test_a_slot_reads_its_own_text():
     )
     cached = 2
     columns = torch.arange(cached, cached + len(order))[None]
-    found = attention_masks.AttentionPlan(columns, cached + len(order), intervals=fed)
-    assert found.positions.tolist() == [[2, 3, 4, 4, 5, 6, 5, 2]]
-    reads = [set(row.nonzero()[:, 0].tolist()) - {0, 1} for row in found.mask()[0]]
-    assert all(found.mask()[0, :, :cached].all(1)), "all read what is cached"
+    attention = attention_masks.AttentionPlan(columns, cached + len(order), intervals=fed)
+    assert attention.positions.tolist() == [[2, 3, 4, 4, 5, 6, 5, 2]]
+    reads = [set(row.nonzero()[:, 0].tolist()) - {0, 1} for row in attention.mask()[0]]
+    assert all(attention.mask()[0, :, :cached].all(1)), "all read what is cached"
     assert [{key - cached for key in row} for row in reads[:-1]] == [
         {0}, {0, 1}, {0, 1, 2}, {0, 1, 3}, {0, 1, 2, 4}, {0, 1, 2, 4, 5}, {0, 1, 3, 6},
     ]  # fmt: skip
@@ -133,9 +136,13 @@ def test_what_is_kept_moves_to_the_front():
 def test_what_slots_say_comes_to_the_host_as_it_is(packed):
     """In one transfer or in three: tables of integers and of numbers, empty ones too."""
     generator = torch.Generator().manual_seed(0)
-    said = torch.randint(0, 2**31, (5, 2), generator=generator)
-    sure = torch.rand(3, 4, generator=generator) * torch.tensor([1.0, 1e-30, 1e-42, 0.0])
-    for tables in ((said, said[:3], sure), (said, said[:0], sure[:0]), (said, said[:3, :1], sure[:, 1, None])):
+    tokens = torch.randint(0, 2**31, (5, 2), generator=generator)
+    probabilities = torch.rand(3, 4, generator=generator) * torch.tensor([1.0, 1e-30, 1e-42, 0.0])
+    for tables in (
+        (tokens, tokens[:3], probabilities),
+        (tokens, tokens[:0], probabilities[:0]),
+        (tokens, tokens[:3, :1], probabilities[:, 1, None]),
+    ):
         assert _to_host(tables, packed=packed) == [table.tolist() for table in tables]
 
 
