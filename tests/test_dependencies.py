@@ -44,7 +44,6 @@ checkpoint = fluid_model.load(sys.argv[1], device="cpu", dtype="float32")
 engine = fluid_model.engine_for(checkpoint, fluid_model.FluidSettings(slot_budget=1000), 2)
 requests = [fluid_model.Request(str(n), (5, 6, 7 + n), max_new_tokens=8) for n in range(2)]
 print(*[len(answer.ids) for answer in engine.generate(requests)])
-from fluid_model.train import data, recipe, run  # noqa
 """
 
 

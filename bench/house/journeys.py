@@ -72,6 +72,8 @@ def step_path_of(checkpoint: Any, settings: Any) -> FilesOnPath:
     requests = [fluid_model.Request(str(n), ids, max_new_tokens=24) for n in range(2)]
     with watched(lambda stack: any(file == LOOP and name in STEP for file, name in stack)) as calls:
         list(engine.generate(requests))
+    if LOOP not in calls:
+        raise RuntimeError(f"{LOOP} has none of the functions {', '.join(STEP)}")
     return _path(list(calls))
 
 
@@ -102,28 +104,22 @@ def watched(counts_below: Callable[[list[tuple[str, str]]], bool]) -> Iterator[C
 
 
 def _run(documents: int) -> Counter[str]:
-    """Calls of one run by file, down to the engine and not below."""
+    """Calls of one run by file, down to the engine and not below. Raises RuntimeError if the run fails."""
+    from fluid_eval.cli import EXIT_OK, EXIT_UNHEALTHY
     from fluid_eval.cli.main import main
 
     words = ["run", "--tasks", "mini_gsm8k", "--limit", str(documents), "--max-new-tokens", "16", "--device", "cpu"]
+    words += ["--model", str(ROOT / "checkpoints" / "tiny-fluid"), "--set", "decoder.slot_budget=64"]
+    errors = io.StringIO()
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.redirect_stderr(errors),
         watched(lambda stack: not any(file == LOOP for file, _ in stack[1:])) as calls,
     ):
-        out = str(Path(folder) / "run")
-        main(
-            [
-                *words,
-                "--model",
-                str(ROOT / "checkpoints" / "tiny-fluid"),
-                "--set",
-                "decoder.slot_budget=64",
-                "--out",
-                out,
-            ]
-        )
+        code = main([*words, "--out", str(Path(folder) / "run")])
+    if code not in (EXIT_OK, EXIT_UNHEALTHY):  # 16 tokens end few answers
+        raise RuntimeError(f"the run ended with {code}: {errors.getvalue().strip()}")
     return calls
 
 
