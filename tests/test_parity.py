@@ -82,7 +82,7 @@ def test_mmlu_log_likelihoods(hf, stories, data_dir, tmp_path, name, shots, subj
             seen += 1
     assert seen == subjects
     parts = {line["task"]: line["score"] for line in result["lines"] + result["parts"]}
-    assert parts == {name: pytest.approx(theirs["acc,none"]) for name, theirs in expected["results"].items()}
+    assert parts == {name: pytest.approx(row["acc,none"]) for name, row in expected["results"].items()}
 
 
 def test_contexts_and_continuations_are_split_alike(hf, stories, tmp_path):
