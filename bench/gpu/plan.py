@@ -118,7 +118,7 @@ def build(plan: GpuPlan) -> Checkpoint:
         head = KHead(plan.hidden, FluidSettings().max_horizon)
     backbone = Backbone(model)
     if backbone.written_out is None:
-        raise ConfigError("this model's forward is not written out; see fluid_model.forward.llama.fits")
+        raise ConfigError("no explicit Llama forward for this model; see fluid_model.forward.llama.fits")
     return Checkpoint(backbone, _Mute(), (), mask_id=plan.vocabulary - 1, head=head)
 
 
