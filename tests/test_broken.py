@@ -1,4 +1,4 @@
-"""Numbers that are not finite: their row is given up and counted, and no other row is another for it."""
+"""Non-finite logits: their row fails and is counted, and no other row changes."""
 
 from __future__ import annotations
 
