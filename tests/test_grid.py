@@ -35,10 +35,10 @@ def test_nested_tables_are_dotted_names():
 
 
 @settings(max_examples=15, deadline=None)
-@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4), count=st.integers(1, 40), seed=st.integers(0, 9))
+@given(sizes=st.lists(st.integers(1, 3), min_size=1, max_size=4), count=st.integers(1, 90), seed=st.integers(0, 9))
 def test_a_sample_is_some_points_of_the_grid_each_once(sizes, count, seed):
     names = ["decoder.confidence", "decoder.max_horizon", "decoder.min_horizon", "decoder.slot_budget"]
-    values = [[0.1, 0.2, 0.3, 0.4, 0.5], [4, 5, 6, 7, 8], [1, 2, 3, 3, 4], [1, 2, 3, 4, 5]]
+    values = [[0.1, 0.2, 0.3], [4, 5, 6], [1, 3, 3], [1, 2, 3]]
     axes = {name: some[:size] for name, some, size in zip(names, values, sizes, strict=False)}
     all_ids = {p.spec.id for p in sweep(grid=axes).points}
     some = sweep(grid=axes, sample=count, seed=seed)
