@@ -83,7 +83,7 @@ def test_other_thresholds_judge_what_was_counted():
 def test_exit_codes():
     sick, well = [{"ok": True}, {"ok": False}], [{"ok": True}]
     assert (exit_code({}, well), exit_code({}, sick)) == (EXIT_OK, EXIT_UNHEALTHY)
-    assert exit_code({"t/0": "its worker died"}, sick) == EXIT_FAILED, "what was given up is worse"
+    assert exit_code({"t/0": "its worker died"}, sick) == EXIT_FAILED, "a failed sample is worse than a gate"
 
 
 def test_thresholds_judge_a_run_and_are_none_of_its_identity():
