@@ -1,4 +1,4 @@
-"""The written-out forward of Llama-shaped models is transformers' own, and stands back where it would not be."""
+"""The explicit Llama forward equals transformers' own, and is not used for models where it would differ."""
 
 from __future__ import annotations
 
