@@ -1,4 +1,4 @@
-"""The compiled forward says what the written-out one says; its numbers do not depend on what is beside them."""
+"""The compiled forward equals the explicit one; a row's numbers do not depend on the rows beside it."""
 
 from __future__ import annotations
 
