@@ -1,4 +1,4 @@
-"""Whoever dies, every request is answered once or given up; only what kills its workers alone is given up."""
+"""Whichever worker dies, every request is answered once or fails; only a request that kills workers alone fails."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def chunks(count: int, size: int) -> list[Chunk]:
 
 
 def ran(world: World, workers: int, given_chunks: list[Chunk]) -> tuple[list[str], dict[str, str]]:
-    """Keys answered, and what was given up with the reason."""
+    """Keys answered, and failed keys with their reasons."""
     owner = {item.key: chunk.point for chunk in given_chunks for item in chunk.work}
     answered, lost = [], {}
     for point, answer in world.pool(workers).run(given_chunks):
@@ -127,7 +127,7 @@ def test_every_request_is_answered_once_or_given_up(count, size, workers, parcel
     answered, lost = ran(world, workers, chunks(count, size))
     expected = {str(n) for n in poison if n < count}
     assert sorted([*answered, *lost]) == sorted(str(n) for n in range(count)), "each once"
-    assert expected <= set(lost), "what always kills is given up"
+    assert expected <= set(lost), "a request that always kills fails"
     assert len(lost) - len(expected) <= len(deaths) // module.TRIES, "chance alone gives up next to nothing"
 
 
