@@ -1,4 +1,4 @@
-"""Published layouts load without their repositories' code: openPangu, NBDiff, LLaDA, FLUID; logits as written out."""
+"""Published layouts load without their repositories' code: openPangu, NBDiff, LLaDA, FLUID; logits as in plain code."""
 
 from __future__ import annotations
 
