@@ -37,12 +37,12 @@ def requests(checkpoint: Checkpoint) -> list[Request]:
 
 
 Text = tuple[int, ...]
-"""What may stand behind what is written and cached: the pending token, then drafts."""
+"""What may stand behind what is written and cached: the bonus token, then drafts."""
 
 
 def forward(checkpoint: Checkpoint, done: list[int], fans: dict[Text, int]):
     """One forward over the answer so far, the last token of every text and the masks behind it, so many: what each slot
-    reads is written out. Returns logits and hidden states by (text, step).
+    attends to is recomputed. Returns logits and hidden states by (text, step).
     """
     slots = [((), -at) for at in range(len(done), 0, -1)]
     slots += [(text, 0) for text in fans] + [(text, s) for text, masks in fans.items() for s in range(1, masks + 1)]
