@@ -104,7 +104,7 @@ def test_a_hub_that_never_answers_does_not_hold_up(tmp_path, cache, monkeypatch)
             ConfigError, match=r"model=owner/other: the hub gave \w*Timeout and its cache holds no such"
         ):
             hub.local("owner/other", weights=False)
-        assert waits == [0.2, 0.2], "one question each, given up in time"
+        assert waits == [0.2, 0.2], "one question each, ended in time"
     assert all(how["local_files_only"] for how in asked), "a download would wait without end"
 
 
