@@ -1,4 +1,4 @@
-"""Drafts as a tree: what is grown, who hangs on whom, and what comes true."""
+"""The draft tree: its growth, its mask blocks' anchors, and the accepted path."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def text_of(tree: Tree, node: int) -> tuple[int, ...]:
 
 @given(CHANCES, st.floats(0.001, 0.5), st.integers(1, 30))
 def test_the_likeliest_texts_are_grown(chances, least, most):
-    """Beside every text there is, written out."""
+    """Beside every text there is, enumerated."""
     drafts, every = drafts_of(chances), {(ROOT,): 1.0}
     for length in range(1, len(drafts) + 1):
         for some in product(*drafts[:length]):
