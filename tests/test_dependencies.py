@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 
 from fluid_eval.cli.main import main
 from fluid_eval.common.spec import build_spec
+from fluid_eval.running import doctor
 from fluid_eval.running.workers import open_pool
 from fluid_model import ConfigError
 from fluid_model.train.cli import main as train
@@ -95,6 +96,18 @@ def test_ray_is_asked_for_only_where_it_works(monkeypatch, capsys):
     open_pool(build_spec(spec)).close()
     with pytest.raises(ConfigError, match=r"Ray is not installed; pip install 'fluid-eval\[ray\]', or use --engine in"):
         open_pool(build_spec({**spec, "engine": {"kind": "ray"}}))
+
+
+def test_the_doctor_misses_no_extra(monkeypatch, capsys):
+    versions = doctor.environment.versions()
+    monkeypatch.setattr(doctor.datasets, "hub_reachable", lambda: False)
+    for missing, healthy in (("ray", True), ("lm-eval", False)):
+        without = {**versions, missing: None}
+        monkeypatch.setattr(doctor.environment, "versions", lambda without=without: without)
+        assert doctor.examine(None) is healthy
+        out = capsys.readouterr().out
+        assert ("pip install 'fluid-eval[ray]'" in out) is healthy
+        assert ("FAIL: missing packages: lm-eval" in out) is not healthy
 
 
 @pytest.mark.parametrize(("command", "libraries"), [(main, "torch transformers lm-eval"), (train, "torch peft")])
