@@ -34,7 +34,7 @@ from fluid_model.engine.records import Trace
 from . import bars
 from .bars import Bar
 from .decode import requests
-from .prompts import whole
+from .prompts import all_written
 
 MILLION = 2**20
 PROMPT, ANSWER = 200, 100
@@ -160,7 +160,7 @@ def workers(prompts: int | None, runs: int) -> list[Bar]:
     """
     # 1) real requests, two workers of a thread each
     checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype="float32")
-    work = requests(checkpoint, whole()[:prompts])
+    work = requests(checkpoint, all_written()[:prompts])
     spec = build_spec({**_MODEL, "engine": {"kind": "ray", "workers": 2}})
     cores = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"

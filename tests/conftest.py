@@ -57,12 +57,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         attacks = [r for r in judging if f"[{tier.name}-" in r.nodeid]
         done = sum(r.when == "call" and r.outcome != "skipped" for r in attacks)
         if why := failure_of(tier):
-            told = f"NOT TRIED ({len(attacks)} attacks skipped): {why}; to have it: {tier.needs}"
+            status = f"NOT TRIED ({len(attacks)} attacks skipped): {why}; to have it: {tier.needs}"
         elif done or tier.name == strongest_tier().name:
-            told = f"holds; tried with {done} attacks" if done else "holds; this suite's programs were judged in it"
+            status = f"holds; tried with {done} attacks" if done else "holds; this suite's programs were judged in it"
         else:
-            told = "holds; NOT TRIED here: nox -s security attacks it"
-        terminalreporter.write_line(f"{tier.name:10} {told}")
+            status = "holds; NOT TRIED here: nox -s security attacks it"
+        terminalreporter.write_line(f"{tier.name:10} {status}")
 
 
 def _shared(name: str) -> Path:

@@ -44,15 +44,15 @@ def answer(pieces: Sequence[str], decoder: str, rng: random.Random) -> dict[str,
     """Fields of a sample whose answer is these pieces; a FLUID's rounds reject drafts now and then."""
     written, widths = forwards_of(decoder, len(pieces), rng)
     prefill = int(decoder == "fluid")
-    rejected, said = [], []
+    rejected, rejected_texts = [], []
     for place, forward in enumerate(written):
         if widths and place and written[place - 1] != forward and rng.random() < 0.3:
             rejected.append([written[place - 1], place, list(range(rng.randint(1, 5)))])
-            said.append("".join(f" no{n}" for n in rejected[-1][2]))
+            rejected_texts.append("".join(f" no{n}" for n in rejected[-1][2]))
     kinds = dict.fromkeys(("prefill", "denoise", "verify", "commit", "round"), 0)
     return {
-        "output": "".join(pieces), "output_ids": list(range(len(pieces))), "pieces": list(pieces), "rejected": said,
-        "finish": "eos", "seconds": len(widths or pieces) / 1000,
+        "output": "".join(pieces), "output_ids": list(range(len(pieces))), "pieces": list(pieces),
+        "rejected": rejected_texts, "finish": "eos", "seconds": len(widths or pieces) / 1000,
         "trace": {
             "forwards": kinds | {"prefill": prefill, KINDS[decoder]: max(written, default=1) - prefill},
             "slots": 4 * len(pieces), "written": written, "rejected": rejected,

@@ -1,4 +1,4 @@
-"""Published layouts load without their repositories' code: openPangu, NBDiff, LLaDA, FLUID; logits as written out."""
+"""Published layouts load without their repositories' code: openPangu, NBDiff, LLaDA, FLUID; logits as in plain code."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def weights():
     return random_weights(bias=True, tied=False)
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=2e-4)
 
 
 def bidirectional(checkpoint, ids):

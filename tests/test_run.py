@@ -148,17 +148,17 @@ def cluster():
 @pytest.fixture
 def closed(cluster, monkeypatch):
     """Has runs on Ray work there; which pools they closed, which go on here."""
-    found = []
+    pools = []
 
     class Kept:
         def __getattr__(self, name):
             return getattr(cluster, name)
 
         def close(self) -> None:
-            found.append(self)
+            pools.append(self)
 
     monkeypatch.setattr(job, "open_pool", lambda spec: Kept() if spec.engine.kind == "ray" else open_pool(spec))
-    return found
+    return pools
 
 
 def test_ray_gives_the_same_numbers(four_tasks, stories, data_dir, tmp_path, closed):

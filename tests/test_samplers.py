@@ -69,8 +69,8 @@ def plain_nbdiff(checkpoint: Checkpoint, prompt, decoder: NbdiffSettings, new_to
                 best = max(open_, key=lambda j: score[j])
                 written = {j: token[j] for j in open_ if j == best or score[j] > least}
                 assert set(written.values()) != {mask}, "the public code would not end"
-                for j, said in written.items():
-                    block[j] = said
+                for j, chosen in written.items():
+                    block[j] = chosen
             if not set(checkpoint.end_ids).isdisjoint(block):
                 return cut(checkpoint, answer + block, new_tokens), count
         answer += block
@@ -131,12 +131,12 @@ def test_nbdiff_is_the_public_decoder(rule, threshold, parts):
     else:
         bounds = {"confidence": threshold}
     decoder = NbdiffSettings(block_length=length, small_blocks=small, rule=rule, **bounds)
-    found = write(CHECKPOINT, decoder, requests(3, NEW), slots=2)
+    answers = write(CHECKPOINT, decoder, requests(3, NEW), slots=2)
     for request in requests(3, NEW):
         ids, count = plain_nbdiff(CHECKPOINT, request.prompt, decoder, NEW)
-        assert found[request.key].ids == ids
-        used = {kind: n for kind, n in found[request.key].trace.forwards.items() if kind in count}
-        assert sum(found[request.key].trace.forwards.values()) == sum(count.values())
+        assert answers[request.key].ids == ids
+        used = {kind: n for kind, n in answers[request.key].trace.forwards.items() if kind in count}
+        assert sum(answers[request.key].trace.forwards.values()) == sum(count.values())
         assert used == count
 
 
@@ -176,11 +176,11 @@ def test_llada_is_the_public_decoder(values, more):
     decoder = LladaSettings(**values, **more)
     work = [replace(request, seed=REQUEST_SEED) for request in requests(2, NEW)]
     early = write(checkpoint, decoder, work, slots=2)
-    whole = write(checkpoint, replace(decoder, whole_canvas=True), work, slots=3)
+    full_canvas = write(checkpoint, replace(decoder, whole_canvas=True), work, slots=3)
     for request in work:
         ids, forwards = plain_llada(checkpoint, request.prompt, decoder, NEW)
-        assert whole[request.key].ids == early[request.key].ids == ids
-        assert whole[request.key].trace.forwards == {**dict.fromkeys(KINDS, 0), "denoise": forwards}
+        assert full_canvas[request.key].ids == early[request.key].ids == ids
+        assert full_canvas[request.key].trace.forwards == {**dict.fromkeys(KINDS, 0), "denoise": forwards}
         assert early[request.key].trace.forwards["denoise"] <= forwards
 
 

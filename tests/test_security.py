@@ -53,17 +53,17 @@ def host(folder: Path) -> Iterator[dict[str, object]]:
         udp.bind(tcp.getsockname())
         for each, name in zip(datagrams, (address, f"\0{address}"), strict=True):
             each.bind(f"{name}.datagrams")
-        for heard, name in ((unix, address), (abstract, f"\0{address}")):
-            heard.bind(name)
-            heard.listen()
+        for listener, name in ((unix, address), (abstract, f"\0{address}")):
+            listener.bind(name)
+            listener.listen()
         yield {
             "SECRET": str(secret), "MARK": str(mark), "PORT": tcp.getsockname()[1], "PID": os.getpid(),
             "DATA": str(data), "SOCKET": address, "SHARED": str(shared),
         }  # fmt: skip
-        for heard in (tcp, unix, abstract, udp, *datagrams):
-            heard.setblocking(False)
+        for listener in (tcp, unix, abstract, udp, *datagrams):
+            listener.setblocking(False)
             with pytest.raises(BlockingIOError):
-                _ = heard.recv(1) if heard in (udp, *datagrams) else heard.accept()
+                _ = listener.recv(1) if listener in (udp, *datagrams) else listener.accept()
         assert shared.read_text() == "shared", "an attack changed shared memory"
         assert not Path(f"{shared}.new").exists(), "an attack made shared memory"
     assert secret.read_text() == "secret", "an attack changed a file"
@@ -223,7 +223,7 @@ def test_the_metric_has_code_evals_interface():
         references=["assert add(2, 3) == 5", "assert x == 2"], k=[1, 2, 3], num_workers=2, timeout=2.0,
     )  # fmt: skip
     assert rates == {"pass@1": 0.5, "pass@2": 1.0}
-    assert [(n, told["passed"], told["task_id"]) for n, told in results[0]] == [(0, False, 0), (1, True, 0)]
+    assert [(n, verdict["passed"], verdict["task_id"]) for n, verdict in results[0]] == [(0, False, 0), (1, True, 0)]
     assert results[1][0][1]["result"] == "failed: AssertionError"
 
 

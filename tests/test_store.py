@@ -95,18 +95,18 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
 
 def test_a_torn_last_line_is_dropped_and_reported(tmp_path):
     file = fill(tmp_path / "r") / "samples.jsonl"
-    whole = file.read_bytes()
-    file.write_bytes(whole + whole.splitlines()[0][:40])
+    intact = file.read_bytes()
+    file.write_bytes(intact + intact.splitlines()[0][:40])
     run = Run(tmp_path / "r", SPEC, resume=True)
     assert len(run.samples) == 3
-    assert file.read_bytes() != whole, "nothing is written before begin"
+    assert file.read_bytes() != intact, "nothing is written before begin"
     run.begin({})
     run.close()
     assert run.notices == [
         "3 samples are from an earlier session; wall time is the last session's",
         f"{file}: the last line was cut short; dropped 40 bytes",
     ]
-    assert file.read_bytes() == whole
+    assert file.read_bytes() == intact
 
 
 def test_answers_of_other_weights_are_not_mixed(tmp_path):
@@ -146,9 +146,9 @@ def test_a_broken_spec_is_named(tmp_path):
 def test_a_changed_line_is_found(tmp_path):
     """A sample says what it said when it was written, or is no sample."""
     file = fill(tmp_path / "r") / "samples.jsonl"
-    whole = file.read_bytes()
-    at = whole.index(b'"output_ids": [1, 2]') + len('"output_ids": [')
-    file.write_bytes(whole[:at] + b"7" + whole[at + 1 :])
+    intact = file.read_bytes()
+    at = intact.index(b'"output_ids": [1, 2]') + len('"output_ids": [')
+    file.write_bytes(intact[:at] + b"7" + intact[at + 1 :])
     with pytest.raises(
         ConfigError, match=r"line 1: not a sample \(its checksum is another\); without that line, --resume"
     ):

@@ -22,7 +22,7 @@ from fluid_model.forward import attention_masks
 from fluid_model.forward.kv_cache import KVCache
 
 from .. import bars, clock
-from .plan import Bench, Bounds, Plan
+from .plan import Bench, Bounds, GpuPlan
 
 SLOTS = (8, 16, 32, 64)
 """Slots a row of FLUID's forwards."""
@@ -92,7 +92,7 @@ def once(bench: Bench, cache: KVCache, feed: Feed) -> None:
     bench.backbone.logits(bench.backbone.forward(feed.ids, reading, cache))
 
 
-def prompts(plan: Plan, rows: int) -> list[tuple[int, ...]]:
+def prompts(plan: GpuPlan, rows: int) -> list[tuple[int, ...]]:
     """Random ids, alike but for the last: `context` of them each."""
     ids = torch.randint(plan.vocabulary, (plan.context,), generator=torch.Generator().manual_seed(1)).tolist()
     return [(*ids[:-1], row) for row in range(rows)]
@@ -104,7 +104,7 @@ them, summed over rows.
 """
 
 
-def write(engine: Engine, plan: Plan, new: int, first: int = 0) -> Tally:
+def write(engine: Engine, plan: GpuPlan, new: int, first: int = 0) -> Tally:
     """Let all rows write until the first of them has `new` tokens.  first: the number of the first row's answer."""
     asked = [Request(str(n), ids, new, seed=first + n) for n, ids in enumerate(prompts(plan, engine.slots))]
     answer = next(engine.generate(asked))

