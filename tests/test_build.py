@@ -33,6 +33,7 @@ def _no_library_yet(tmp_path, monkeypatch):
 def start_again(monkeypatch):
     """As another process of the same user."""
     monkeypatch.setattr(build, "_attempt", functools.cache(build._attempt.__wrapped__))
+    monkeypatch.setattr(build, "_failures", [])
 
 
 def fake_compiler(tmp_path, monkeypatch, script):
@@ -53,6 +54,7 @@ def runs_in_torch(caplog):
     backbone = Backbone(model_of(CONFIGS["llama"]))
     backbone.probe()
     assert compiled.top_k(torch.ones(1, 9), 2) is None
+    assert [build.library(lanes) for lanes in build.LANES] == [None] * 3
     assert backbone.compiled is None
     (warning,) = [record.getMessage() for record in caplog.records]
     kind, reason = backbone.forward_choice

@@ -11,8 +11,8 @@ from collections.abc import Callable
 def measure(seconds: Callable[[int], float], most: int) -> int:
     """The slot budget, from 1 up to `most`.
 
-    seconds: time of a forward of that many slots. It is a + b * slots on most devices; the budget is a / b, found where
-    a forward takes twice the time of one with one slot.
+    seconds: time of a forward of that many slots. It is a + b * slots on most devices, and the budget is a / b. That
+    is where a forward takes twice the time of one with a single slot, less 2.
     """
     # 1) double the slots until the time has doubled
     slots = fewer = 1

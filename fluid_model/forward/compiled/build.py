@@ -35,7 +35,7 @@ FLAGS = (
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
 )  # fmt: skip
 """`-ffp-contract=fast` fuses a product and the sum it goes into, which takes one instruction and one rounding for two.
-It is gcc's default but not every compiler's, so it is said. The compiler decides once which to fuse, not by the batch.
+It is gcc's default but not clang's. What is fused is decided by the compiler once, so it is the same in every batch.
 """
 TIMEOUT = 60.0
 """Seconds that the compiler may take. It needs 2 to 5."""
@@ -49,6 +49,8 @@ SWITCH = "FLUID_NATIVE"
 """Environment variable; 0 turns compiled code off."""
 
 _log = logging.getLogger(__name__)
+_failures: list[str] = []
+"""Why this process has no library; empty if it has not failed."""
 
 
 class BuildError(Exception):
@@ -73,12 +75,15 @@ def native_lanes() -> int:
 
 @functools.cache
 def _attempt(lanes: int) -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and why there is none. Warns once a process, in one line."""
+    """The library, or None and why there is none. Fails and warns once a process, in one line."""
     if os.environ.get(SWITCH) == "0":
         return None, f"{SWITCH}=0"
+    if _failures:  # with other lanes, and would again
+        return None, _failures[0]
     try:
         return _load(lanes), ""
     except (BuildError, structs.LayoutError, OSError) as error:
+        _failures.append(str(error))
         _log.warning("no compiled forward, torch runs instead: %s", error)
         return None, str(error)
 

@@ -63,9 +63,9 @@ static inline vec sum_each(vec *vectors)
 #pragma GCC unroll 8
         for (int i = 0; i < half; i++) {
             ivec upper = (LANE & half) != 0;
-            vec kept = select(upper, vectors[i + half], vectors[i]);
+            vec own = select(upper, vectors[i + half], vectors[i]);
             vec moved = select(upper, vectors[i], vectors[i + half]);
-            vectors[i] = kept + swap_lanes(moved, half);
+            vectors[i] = own + swap_lanes(moved, half);
         }
     return vectors[0];
 }
