@@ -183,9 +183,9 @@ forward counted; stride: mean accepted length; wall: the whole run, on {hardware
 checkpoint itself, its parent apart. "Verified" has a slot budget of 1,000, as on a device where slots cost little;
 "slots priced here" has the one measured on this machine, where they do not. The published sampler is the public
 code's, uncached (strides of 1 at least) and cached (4 at least): versions (c) and (b) of [decoders.md](decoders.md).
-The three children were adapted on the same rows for the same number of steps (`recipes/`). "As AR" is tiny-fluid decoded
-one token per forward: verified decoding writes its text. tiny-llada, which gives up causal attention and the next-token
-shift, was still learning fast when the budget ended (its `training.json`).
+The three children were adapted on the same rows for the same number of steps (`recipes/`). "As AR" is tiny-fluid
+decoded one token per forward: verified decoding writes its text. tiny-llada, which gives up causal attention and the
+next-token shift, was still learning fast when the budget ended (its `training.json`).
 
 {table}
 {absent}

@@ -1,8 +1,8 @@
 """Trains a bundled checkpoint again and compares: `python -m bench.reproduce NAME [--short]`.
 
 Full: the unchanged recipe, from the bundled parent. Held-out figures must agree with training.json within TOLERANCE,
-and the mini suite's scores with the intervals of checkpoints/family.json. Short (minutes): the same chain with a few steps
-from random weights; losses must fall, and verified FLUID text must be its own AR text.
+and the mini suite's scores with the intervals of checkpoints/family.json. Short (minutes): the same chain with a few
+steps from random weights; losses must fall, and verified FLUID text must be its own AR text.
 """
 
 from __future__ import annotations
