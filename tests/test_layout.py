@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 
 import pytest
 import torch
@@ -13,8 +12,6 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask
 
 from fluid_model.forward import attention_masks as masks
-from fluid_model.train import row_layouts
-from fluid_model.train.losses import best_stride, combine_losses, horizon_loss, horizon_target
 from fluid_model.train.row_layouts import (
     IGNORE,
     AllMaskLayout,
@@ -64,66 +61,6 @@ LAYOUTS = st.sampled_from(
         CanvasLayout(MASK, END, 20),
     ]
 )
-
-
-class Scripted(random.Random):
-    """Draws given numbers, and the smallest integers."""
-
-    def __init__(self, *draws):
-        super().__init__()
-        self.draws = list(draws)
-
-    def random(self):
-        return self.draws.pop(0)
-
-    def randint(self, low, high):
-        return low
-
-
-FIELDS = {
-    "id": "ids",
-    "position": "positions",
-    "label": "labels",
-    "segment": "segment",
-    "anchor": "anchor",
-    "step": "step",
-}
-
-
-def pictures():
-    """The tables of the module's docstring, in order: {name of a row: its cells}."""
-    tables = []
-    for line in row_layouts.__doc__.splitlines():
-        name, _, rest = line.strip().partition(" ")
-        cells = re.split(" {6,}", rest.strip())[0].split()  # what follows a gap explains the row
-        if name == "slot" and cells[0] == "0":
-            tables.append({})
-        elif tables and name in FIELDS:
-            tables[-1][name] = cells
-    return tables
-
-
-def test_the_pictures_of_the_layouts():
-    """Each table of the docstring is what its layout builds; a to e are tokens 10 to 14, p and q 20 and 21."""
-    five, three, two = (
-        Example(tuple(range(10, 15)), ((1, 5),)),
-        Example((10, 11, 12), ((1, 3),)),
-        Example((20, 21), ((1, 2),)),
-    )
-    one_mask = AllMaskLayout(MASK, 1)
-    rows = [
-        AllMaskLayout(MASK, 2).build(five, Scripted(0.9, 0.1, 0.9), 0),
-        NoisedBlockLayout(MASK, END, 2, noise_level=0.5).build(five, Scripted(0.1, 0.1, 0.9, 0.1), 0),
-        CanvasLayout(MASK, END, noise_level=0.5).build(five, Scripted(0.1, 0.9, 0.1, 0.9), 0),
-        pack_rows([one_mask.build(three, Scripted(0.1), 0), one_mask.build(two, Scripted(), 0)]),
-    ]
-    letters = {"M": MASK, ".": IGNORE, "p": 20, "q": 21} | {letter: 10 + i for i, letter in enumerate("abcde")}
-    for row, picture in zip(rows, pictures(), strict=True):
-        assert len(picture) >= 5
-        for name, cells in picture.items():
-            assert getattr(row, FIELDS[name]) == [letters[cell] if cell in letters else int(cell) for cell in cells], (
-                name
-            )
 
 
 @settings(max_examples=60, deadline=None)
@@ -368,44 +305,6 @@ def test_plain_rows_are_left_to_the_models_own_mask():
     assert batch["ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
     assert "segment" in collate([pack_rows([causal_row(Example((5, 6), ((1, 2),)))] * 2)])
     assert collate([TrainingRow([1], [0], [IGNORE], [0], [0], [0], [0.0], [0.0])], 8)["ids"].shape == (1, 8)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    losses=st.lists(st.lists(st.floats(0, 6, width=32), min_size=6, max_size=6), min_size=1, max_size=5),
-    width=st.integers(1, 6),
-    taus=st.lists(st.floats(0.1, 5), min_size=1, max_size=3),
-)
-def test_best_stride_by_brute_force(losses, width, taus):
-    table = torch.tensor(losses, dtype=torch.float64)
-    counted = torch.zeros_like(table, dtype=torch.bool)
-    counted[:, :width] = True
-    found = best_stride(table, counted, torch.tensor(taus, dtype=torch.float64))
-    for t, tau in enumerate(taus):
-        for a, row in enumerate(table.tolist()):
-            good = [k for k in range(1, width + 1) if sum(row[:k]) / k < tau - 1e-9]
-            edge = [k for k in range(1, width + 1) if abs(sum(row[:k]) / k - tau) <= 1e-9]
-            if not edge:
-                assert int(found[t, a]) == max(good, default=1)
-
-
-def test_horizon_target_and_loss():
-    target = horizon_target(torch.tensor([1, 4]), 8)
-    assert target.sum(-1).tolist() == pytest.approx([1, 1])
-    assert target.argmax(-1).tolist() == [0, 3]
-    assert float(target[1, 2] / target[1, 3]) == pytest.approx(float(torch.tensor(-1 / 4.5).exp()))
-    logits = torch.randn(2, 8)
-    expected = -(target * logits.log_softmax(-1)).sum(-1).mean()
-    assert float(horizon_loss(logits, target)) == pytest.approx(float(expected), abs=1e-6)
-
-
-def test_the_two_terms_are_kept_apart():
-    losses = torch.tensor([1.0, 3.0, 10.0, 20.0, 30.0])
-    ar, diff = torch.tensor([1.0, 1, 0, 0, 0]), torch.tensor([0.0, 0, 1, 1, 1])
-    total, l_ar, l_diff = combine_losses(losses, ar, diff, torch.tensor(3.0), (1.0, 0.5))
-    assert (float(total), float(l_ar), float(l_diff)) == (12.0, 2.0, 20.0)
-    assert float(combine_losses(losses, ar, diff, torch.tensor(3.0), None)[0]) == pytest.approx(64 / 5)
-    assert float(combine_losses(losses[:2], ar[:2], diff[:2], torch.tensor(0.0), (1.0, 1.0))[2]) == 0
 
 
 def packed_rows(checkpoint, rule):
