@@ -31,7 +31,7 @@ SCORES_FILE = "family.json"
 
 
 @dataclass(frozen=True)
-class System:
+class FamilySystem:
     """A row of the table: a checkpoint and its decoder."""
 
     label: str
@@ -41,29 +41,29 @@ class System:
 
 PUBLISHED = "tiny-fluid, verified, published sampler"
 SYSTEMS = (
-    System("tiny-ar", "tiny-ar", {"name": "ar"}),
-    System("tiny-fluid, verified", "tiny-fluid", {"name": "fluid", "slot_budget": 1000}),
-    System("tiny-fluid, verified, slots priced here", "tiny-fluid", {"name": "fluid"}),
-    System(PUBLISHED, "tiny-fluid", {"name": "fluid", "rounds": "reference"}),
-    System(
+    FamilySystem("tiny-ar", "tiny-ar", {"name": "ar"}),
+    FamilySystem("tiny-fluid, verified", "tiny-fluid", {"name": "fluid", "slot_budget": 1000}),
+    FamilySystem("tiny-fluid, verified, slots priced here", "tiny-fluid", {"name": "fluid"}),
+    FamilySystem(PUBLISHED, "tiny-fluid", {"name": "fluid", "rounds": "reference"}),
+    FamilySystem(
         "tiny-fluid, verified, published sampler, stride 4 at least",
         "tiny-fluid",
         {"name": "fluid", "rounds": "reference", "min_horizon": 4},
     ),
-    System("tiny-fluid, as AR", "tiny-fluid", {"name": "ar"}),
-    System("tiny-fluid, unverified, γ 0.9", "tiny-fluid", {"name": "fluid", "verify": False}),
-    System("tiny-fluid, unverified, γ 0.5", "tiny-fluid", {"name": "fluid", "verify": False, "confidence": 0.5}),
-    System("tiny-nbdiff, threshold 0.9", "tiny-nbdiff", {"name": "nbdiff", "small_blocks": 4}),
-    System("tiny-nbdiff, one a pass", "tiny-nbdiff", {"name": "nbdiff", "small_blocks": 4, "confidence": None}),
-    System("tiny-nbdiff, whole blocks", "tiny-nbdiff", {"name": "nbdiff", "small_blocks": 1}),
-    System("tiny-llada, one a step", "tiny-llada", {"name": "llada", "gen_length": 96, "block_length": 16}),
-    System(
+    FamilySystem("tiny-fluid, as AR", "tiny-fluid", {"name": "ar"}),
+    FamilySystem("tiny-fluid, unverified, γ 0.9", "tiny-fluid", {"name": "fluid", "verify": False}),
+    FamilySystem("tiny-fluid, unverified, γ 0.5", "tiny-fluid", {"name": "fluid", "verify": False, "confidence": 0.5}),
+    FamilySystem("tiny-nbdiff, threshold 0.9", "tiny-nbdiff", {"name": "nbdiff", "small_blocks": 4}),
+    FamilySystem("tiny-nbdiff, one a pass", "tiny-nbdiff", {"name": "nbdiff", "small_blocks": 4, "confidence": None}),
+    FamilySystem("tiny-nbdiff, whole blocks", "tiny-nbdiff", {"name": "nbdiff", "small_blocks": 1}),
+    FamilySystem("tiny-llada, one a step", "tiny-llada", {"name": "llada", "gen_length": 96, "block_length": 16}),
+    FamilySystem(
         "tiny-llada, two a step", "tiny-llada", {"name": "llada", "gen_length": 96, "block_length": 16, "steps": 48}
     ),
 )
 
 
-def measure(system: System, checkpoints: Path, runs: Path, limit: int | None) -> dict[str, Any]:
+def measure(system: FamilySystem, checkpoints: Path, runs: Path, limit: int | None) -> dict[str, Any]:
     """Scores and costs of one system, by task."""
     values = {
         "tasks": list(TASKS), "model": str(checkpoints / system.checkpoint), "decoder": system.decoder,

@@ -250,7 +250,7 @@ def poison(stage: Stage) -> str | None:
         result = stage.sweep("poison", PoisonedActor, ray_address=address).work()
     failed = {f"{p['name']}: {POISON}" for p in result["points"]}
     if set(result["lost"]) != failed:
-        return f"given up: {result['lost']}"
+        return f"quarantined: {result['lost']}"
     expected = {key: text for key, text in stage.texts.items() if key not in failed}
     rest = {key: text for key, text in texts(stage.folder / "poison").items() if key not in failed}
     return None if rest == expected else "the rest is not what it was"

@@ -100,7 +100,7 @@ def test_noised_blocks_by_brute_force(example, seed, size, by_noise):
     places = wanted(example) | set(range(last_start, len(ids)))
     assert {row.positions[i] for i in noised} == places, "every response token stands in one block"
     masked = {row.positions[i] for i in noised if row.ids[i] == MASK}
-    said = {}
+    times_predicted = {}
     for i in range(len(row.ids)):
         if row.diff_weight[i]:
             place = row.positions[i] + 1
@@ -108,8 +108,8 @@ def test_noised_blocks_by_brute_force(example, seed, size, by_noise):
             assert place in masked
             first = row.step[i] == 0
             assert first == all(row.positions[j] != place - 1 or row.anchor[j] == place - 1 for j in noised) or first
-            said[place] = said.get(place, 0) + 1
-    assert said == dict.fromkeys(masked, 1), "every masked token is said once"
+            times_predicted[place] = times_predicted.get(place, 0) + 1
+    assert times_predicted == dict.fromkeys(masked, 1), "every masked token is said once"
     assert row.diff_count == (len(places) if by_noise else len(masked))
 
 
@@ -151,9 +151,9 @@ def test_a_canvas_by_brute_force(example, seed):
     assert len(weights) <= 1, "one t a row"
     assert all(weight >= 1 for weight in weights), "1/t"
     for i, token in enumerate(row.ids):
-        true = example.ids[i] if i < end else END
-        assert token == (true if row.labels[i] == IGNORE else MASK)
-        assert row.labels[i] in (IGNORE, true)
+        original = example.ids[i] if i < end else END
+        assert token == (original if row.labels[i] == IGNORE else MASK)
+        assert row.labels[i] in (IGNORE, original)
         assert row.labels[i] == IGNORE or i in response
     assert row.diff_count == len(response)
     assert bool(masks.training_mask(**batch_of(row)).all()), "all read all"
@@ -177,8 +177,8 @@ def test_horizons_are_measured_alike_in_packs():
     laid = [with_mask_blocks(e, AllMaskLayout(checkpoint.mask_id, 4), random.Random(3)) for e in examples]
     apart = [horizons.block_losses(collate([pack_rows([row])])) for row in laid]
     together = horizons.block_losses(collate([pack_rows(laid)]))
-    for found, parts in zip(together, zip(*apart, strict=True), strict=True):
-        assert torch.allclose(found.float(), torch.cat(parts).float(), atol=1e-4)
+    for measured, parts in zip(together, zip(*apart, strict=True), strict=True):
+        assert torch.allclose(measured.float(), torch.cat(parts).float(), atol=1e-4)
 
 
 @settings(max_examples=40, deadline=None)
@@ -186,8 +186,8 @@ def test_horizons_are_measured_alike_in_packs():
 def test_who_reads_whom_by_brute_force(rows, rule, seed):
     """No slot reads another example, another fan or block, or anything after what its decoder would hold."""
     laid = [rule.build(example, random.Random(seed), 0) for example in rows]
-    whole = pack_rows(laid)
-    may = masks.training_mask(**batch_of(whole))[0]
+    packed = pack_rows(laid)
+    may = masks.training_mask(**batch_of(packed))[0]
     origin = [(n, slot) for n, row in enumerate(laid) for slot in range(len(row.ids))]
     for q, (mine, query) in enumerate(origin):
         for k, (other, key) in enumerate(origin):
@@ -225,7 +225,7 @@ def test_the_training_layout_is_what_the_decoder_feeds():
     rows = [with_mask_blocks(e, AllMaskLayout(mask, 5, probability=0.7), random.Random(3)) for e in examples]
     with torch.no_grad():
         losses = slot_losses(model, model, collate(rows))
-    found = iter(losses.tolist())
+    remaining = iter(losses.tolist())
     checked = 0
     for example, row in zip(examples, rows, strict=True):
         for slot, label in enumerate(row.labels):
@@ -235,7 +235,7 @@ def test_the_training_layout_is_what_the_decoder_feeds():
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([fed])).logits[0, -1]
             expected = functional.cross_entropy(logits, torch.tensor(label))
-            assert next(found) == pytest.approx(float(expected), abs=1e-4)
+            assert next(remaining) == pytest.approx(float(expected), abs=1e-4)
             checked += row.step[slot] > 0
     assert checked > 20
 
@@ -251,14 +251,14 @@ def test_blocks_of_one_lose_what_autoregression_loses():
             row = rule.build(example, random.Random(seed), 0)
             return row_loss(model, model, collate([row]), (0.5, 1.0))
 
-    loss, found = terms(NoisedBlockLayout(checkpoint.mask_id, END, 1, noise_level=1.0))
-    assert float(found["l_diff"]) == pytest.approx(float(found["l_ar"]), abs=1e-5)
-    assert float(loss) == pytest.approx(1.5 * float(found["l_ar"]), abs=1e-5)
+    loss, loss_terms = terms(NoisedBlockLayout(checkpoint.mask_id, END, 1, noise_level=1.0))
+    assert float(loss_terms["l_diff"]) == pytest.approx(float(loss_terms["l_ar"]), abs=1e-5)
+    assert float(loss) == pytest.approx(1.5 * float(loss_terms["l_ar"]), abs=1e-5)
     drawn = [
         terms(NoisedBlockLayout(checkpoint.mask_id, END, 1, by_noise=True), seed)[1]["l_diff"] for seed in range(400)
     ]
     spread = float(torch.stack(drawn).std()) / 400**0.5
-    assert float(torch.stack(drawn).mean()) == pytest.approx(float(found["l_ar"]), abs=4 * spread)
+    assert float(torch.stack(drawn).mean()) == pytest.approx(float(loss_terms["l_ar"]), abs=4 * spread)
 
 
 def test_a_block_is_read_as_the_decoder_reads_it():
@@ -333,13 +333,13 @@ def test_flex_attention_loses_what_dense_masks_lose(rule):
 def test_flex_attention_on_cuda_learns_what_dense_masks_learn(rule):
     checkpoint = fluid_checkpoint(config=llama_config(hidden_size=128))  # heads of 32; CUDA wants 16 at least
     model = checkpoint.model.cuda()
-    found = []
+    both = []
     for kind in ("sdpa", "flex_attention"):
         model.set_attn_implementation(kind)
         model.zero_grad()
         batch = collate(packed_rows(checkpoint, rule), 128)
         loss, _ = row_loss(model, model, {name: value.cuda() for name, value in batch.items()}, (1.0, 1.0))
         loss.backward()
-        found.append((loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
-    assert torch.allclose(found[0][0], found[1][0], rtol=1e-3)
-    assert all(torch.allclose(a, b, atol=1e-2, rtol=1e-2) for a, b in zip(found[0][1], found[1][1], strict=True))
+        both.append((loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
+    assert torch.allclose(both[0][0], both[1][0], rtol=1e-3)
+    assert all(torch.allclose(a, b, atol=1e-2, rtol=1e-2) for a, b in zip(both[0][1], both[1][1], strict=True))

@@ -20,7 +20,7 @@ WAYS = {
 def ledger(*claims, complete=(), generated=False, about=None, rankings=(), systems=()):
     about = about or {}
     sources = {
-        c.source: PublishedSource(c.source, "", whole=complete, generated=generated, **about.get(c.source, {}))
+        c.source: PublishedSource(c.source, "", complete=complete, generated=generated, **about.get(c.source, {}))
         for c in claims
     }
     named = {system.name: system for system in (*SEVERAL, *systems)}

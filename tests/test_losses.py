@@ -20,13 +20,13 @@ def test_best_stride_by_brute_force(losses, width, taus):
     table = torch.tensor(losses, dtype=torch.float64)
     counted = torch.zeros_like(table, dtype=torch.bool)
     counted[:, :width] = True
-    found = best_stride(table, counted, torch.tensor(taus, dtype=torch.float64))
+    strides = best_stride(table, counted, torch.tensor(taus, dtype=torch.float64))
     for t, tau in enumerate(taus):
         for a, row in enumerate(table.tolist()):
-            good = [k for k in range(1, width + 1) if sum(row[:k]) / k < tau - 1e-9]
+            below = [k for k in range(1, width + 1) if sum(row[:k]) / k < tau - 1e-9]
             edge = [k for k in range(1, width + 1) if abs(sum(row[:k]) / k - tau) <= 1e-9]
             if not edge:
-                assert int(found[t, a]) == max(good, default=1)
+                assert int(strides[t, a]) == max(below, default=1)
 
 
 def test_horizon_target_and_loss():

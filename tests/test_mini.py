@@ -53,8 +53,8 @@ def test_the_reference_body_passes_and_another_fails():
     rows = [row for level in suite.LEVELS for row in TESTS["mini_humaneval", level][:4]]
     for bodies, passes in (([row["completion"] for row in rows], True), (["    return None\n"] * len(rows), False)):
         trials = [trial(row, row["prompt"] + body) for row, body in zip(rows, bodies, strict=True)]
-        told = outcomes_of(judges(chosen(allow_unsafe=True)), trials)
-        assert [verdict.passed for verdict in told] == [passes] * len(rows)
+        outcomes = outcomes_of(judges(chosen(allow_unsafe=True)), trials)
+        assert [verdict.passed for verdict in outcomes] == [passes] * len(rows)
 
 
 @pytest.fixture(scope="module")

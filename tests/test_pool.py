@@ -1,4 +1,4 @@
-"""Whoever dies, every request is answered once or given up; only what kills its workers alone is given up."""
+"""Whoever dies, every request is answered once or quarantined; only what kills its workers alone is quarantined."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ class World:
     def wait(self, refs, **_):
         return [self.random.choice(refs)], []
 
-    def get(self, found):
-        return found[0] if isinstance(found, tuple) else found
+    def get(self, reference):
+        return reference[0] if isinstance(reference, tuple) else reference
 
     def kill(self, actor) -> None:
         actor.dead = True
@@ -105,7 +105,7 @@ def chunks(count: int, size: int) -> list[Chunk]:
 
 
 def ran(world: World, workers: int, given_chunks: list[Chunk]) -> tuple[list[str], dict[str, str]]:
-    """Keys answered, and what was given up with the reason."""
+    """Keys answered, and what was quarantined with the reason."""
     owner = {item.key: chunk.point for chunk in given_chunks for item in chunk.work}
     answered, lost = [], {}
     for point, answer in world.pool(workers).run(given_chunks):
@@ -128,7 +128,7 @@ def test_every_request_is_answered_once_or_given_up(count, size, workers, parcel
     answered, lost = ran(world, workers, chunks(count, size))
     expected = {str(n) for n in poison if n < count}
     assert sorted([*answered, *lost]) == sorted(str(n) for n in range(count)), "each once"
-    assert expected <= set(lost), "what always kills is given up"
+    assert expected <= set(lost), "what always kills is quarantined"
     assert len(lost) - len(expected) <= len(deaths) // ray_pool.MAX_TRIES, "chance alone gives up next to nothing"
 
 

@@ -190,7 +190,7 @@ def test_what_weighs_nothing_carries_no_loss(tmp_path, silent):
     end = tokenizer.eos_token
     for loss_on, learnt in (("responses", ["d" + end]), ("last", ["d" + end]), ("all", ["a\n", "\nc\nd" + end])):
         (example,) = encode(tokenizer, [row], 64, loss_on)
-        assert [text.replace(tokenizer.bos_token or "", "") for text in said(tokenizer, example)] == learnt
+        assert [text.replace(tokenizer.bos_token or "", "") for text in learnt_texts(tokenizer, example)] == learnt
         assert "b" in tokenizer.decode(example.ids), "it is read all the same"
     assert (
         encode(tokenizer, [DataRow(chat=(ChatTurn("user", "a"), ChatTurn("assistant", "b", False)))], 64, "last") == []
@@ -205,8 +205,8 @@ def test_what_of_a_row_is_learnt():
         )
     ]
     assert [len(encode(tokenizer, rows, 64, loss_on)[0].spans) for loss_on in ("responses", "last", "all")] == [2, 1, 1]
-    (whole,) = encode(tokenizer, [DataRow("12", "34")], 64, "all")
-    assert whole.spans == ((0, len(whole.ids)),)
+    (everything,) = encode(tokenizer, [DataRow("12", "34")], 64, "all")
+    assert everything.spans == ((0, len(everything.ids)),)
 
 
 def test_json_is_told_by_its_text_not_its_name(tmp_path):
@@ -305,24 +305,24 @@ def test_a_folder_of_files_is_one_set(tmp_path):
         data_sources(DataSpec(files=(str(tmp_path / "a.parquet"),)))
 
 
-def said(tokenizer, example):
+def learnt_texts(tokenizer, example):
     return [tokenizer.decode(example.ids[start:end]) for start, end in example.spans]
 
 
 def test_prompts_carry_no_loss():
     tokenizer = byte_tokenizer()
     (plain_row,) = encode(tokenizer, [DataRow("1+1=", "2")], 64)
-    assert said(tokenizer, plain_row) == ["2" + tokenizer.eos_token]
+    assert learnt_texts(tokenizer, plain_row) == ["2" + tokenizer.eos_token]
     tokenizer.chat_template = CHAT
     (chat,) = encode(tokenizer, [ALPACA_ROW], 200)
-    assert said(tokenizer, chat) == ["Hello</assistant>", "2</assistant>"]
-    whole = tokenizer.apply_chat_template(
+    assert learnt_texts(tokenizer, chat) == ["Hello</assistant>", "2</assistant>"]
+    everything = tokenizer.apply_chat_template(
         [{"role": turn.role, "content": turn.text} for turn in ALPACA_ROW.chat], tokenize=False
     )
-    assert tokenizer.decode(chat.ids) == whole
+    assert tokenizer.decode(chat.ids) == everything
     tokenizer.chat_template = None
     (bare,) = encode(tokenizer, [ALPACA_ROW], 200)
-    assert said(tokenizer, bare) == ["Hello" + tokenizer.eos_token, "2" + tokenizer.eos_token]
+    assert learnt_texts(tokenizer, bare) == ["Hello" + tokenizer.eos_token, "2" + tokenizer.eos_token]
 
 
 def test_cut_rows_keep_what_is_left_of_their_response():

@@ -157,28 +157,30 @@ for n in range(3, 64):
 
 
 def test_verdicts(judges):
-    told = outcomes_of(
+    outcomes = outcomes_of(
         judges, [Trial(program, tests, *setup, timeout=2.0) for program, tests, _, *setup in CASES.values()]
     )
-    assert {n: v.result for n, v in zip(CASES, told, strict=True)} == {n: want for n, (_, _, want, *_) in CASES.items()}
-    assert {verdict.isolation for verdict in told} == {judges.tier}
-    assert all(verdict.seconds < 30 for verdict in told)
+    assert {n: v.result for n, v in zip(CASES, outcomes, strict=True)} == {
+        n: want for n, (_, _, want, *_) in CASES.items()
+    }
+    assert {verdict.isolation for verdict in outcomes} == {judges.tier}
+    assert all(verdict.seconds < 30 for verdict in outcomes)
 
 
 def test_a_prompts_helpers_are_the_prompts(judges):
     setup = "def double(x):\n    return 2 * x\n\ndef f(x):\n    pass\n"
     tests = "assert double(f(1)) == 4"
     right, liar = "def f(x):\n    return x + 1\n", "def f(x):\n    return 0\n\ndef double(x):\n    return 4\n"
-    told = outcomes_of(judges, [Trial(setup + program, tests, setup, "f") for program in (right, liar, "")])
-    assert [verdict.passed for verdict in told] == [True, False, False]
+    outcomes = outcomes_of(judges, [Trial(setup + program, tests, setup, "f") for program in (right, liar, "")])
+    assert [verdict.passed for verdict in outcomes] == [True, False, False]
 
 
 def test_canonical_solutions_pass_and_broken_ones_do_not(judges):
     rows = list(load_rows("humaneval", "test", None))[30:40]  # with find_zero and decode_cyclic, which use helpers
     for body, passes in (("canonical_solution", True), (None, False)):
         programs = [row["prompt"] + (row[body] if body else "    return None\n") for row in rows]
-        told = outcomes_of(judges, [trial(row, program) for row, program in zip(rows, programs, strict=True)])
-        assert [verdict.passed for verdict in told] == [passes] * 10
+        outcomes = outcomes_of(judges, [trial(row, program) for row, program in zip(rows, programs, strict=True)])
+        assert [verdict.passed for verdict in outcomes] == [passes] * 10
 
 
 def test_a_trial_is_held_once_and_a_killed_process_is_replaced(judges):
@@ -314,15 +316,15 @@ def test_results_are_written_whole_or_not_at_all(judges, tmp_path, monkeypatch, 
         lambda judges, trials: [Outcome("passed", "", 0.0, Unsafe.name) for _ in trials],
     )
     assert main.main(["score", str(samples), "--incomplete", "--workers", "1", "--k", "1,10"]) == 0
-    told = capsys.readouterr()
-    assert "pass@10 cannot be estimated: a problem has only 1 sample" in told.err
-    assert "pass@1 " in told.out
+    printed = capsys.readouterr()
+    assert "pass@10 cannot be estimated: a problem has only 1 sample" in printed.err
+    assert "pass@1 " in printed.out
     assert json.loads(results.read_text())["passed"]
     monkeypatch.setattr(humaneval_samples, "outcomes_of", lambda *_: pytest.fail("nothing can come of it"))
     assert main.main(["score", str(samples), "--incomplete", "--k", "10,100"]) == 2
-    told = capsys.readouterr()
-    assert "pass@10, pass@100 cannot be estimated: a problem has only 1 sample; pass --k 1" in told.err
-    assert not told.out
+    printed = capsys.readouterr()
+    assert "pass@10, pass@100 cannot be estimated: a problem has only 1 sample; pass --k 1" in printed.err
+    assert not printed.out
 
 
 def test_no_programs_give_no_rates():
@@ -346,9 +348,9 @@ def test_code_is_refused_where_nothing_isolates_it(monkeypatch):
 
 def test_mutations_are_seeded_and_change_the_function_alone():
     source = "def helper(x):\n    return x + 1\n\ndef f(x):\n    return helper(x) * 2 if x > 3 else 0\n"
-    found = {mutated(source, "f", random.Random(seed)) for seed in range(20)}
-    assert len(found) > 4
-    assert all("return x + 1" in one and one.split("def f")[1] != source.split("def f")[1] for one in found)
+    mutants = {mutated(source, "f", random.Random(seed)) for seed in range(20)}
+    assert len(mutants) > 4
+    assert all("return x + 1" in one and one.split("def f")[1] != source.split("def f")[1] for one in mutants)
     assert mutated(source, "f", random.Random(3)) == mutated(source, "f", random.Random(3))
 
 

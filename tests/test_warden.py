@@ -89,8 +89,8 @@ def test_what_cannot_be_looked_at_or_ended_is_the_programs_verdict(monkeypatch):
         here._open_judge()
         with monkeypatch.context() as patch:
             patch.setattr(warden.FolderWatch, "check", lambda self, **_: self._jailed and 1 / 0)
-            told = here.judge(ADD, "", "assert add(1, 2) == 3", "", 2.0)
-            assert told == ("failed", "its judge gave up: division by zero")
+            outcome = here.judge(ADD, "", "assert add(1, 2) == 3", "", 2.0)
+            assert outcome == ("failed", "its judge gave up: division by zero")
         monkeypatch.setattr(tiers.Jailed, "overfull", lambda self: False)
         assert here.judge(ADD, "", "assert add(1, 2) == 3", "", 2.0) == ("passed", "")
     finally:

@@ -63,10 +63,10 @@ def test_causal_decoders_write_from_left_to_right_what_the_watcher_sees(decoder)
         when = answer.trace.written
         assert when == sorted(when)
         late = not isinstance(decoder, ArSettings)  # a commit hands out what the forward before it has written
-        told = [
+        expected = [
             number - (late and step.kind == "commit") for number, step in enumerate(steps[key], 1) for _ in step.tokens
         ]
-        assert when == told[: len(when)]
+        assert when == expected[: len(when)]
         if isinstance(decoder, ArSettings):
             assert when == list(range(1, len(when) + 1))
         else:
@@ -94,7 +94,7 @@ def test_a_slot_names_the_pass_after_which_the_canvas_holds_its_token(decoder):
 @pytest.mark.parametrize("decoder", [FLUID, REFERENCE])
 def test_rejected_drafts_were_fed_and_another_token_was_written(decoder):
     answers, steps = written(decoder)
-    found = 0
+    count = 0
     for key, answer in answers.items():
         start = len(requests()[int(key)].prompt)
         for forward, place, drafts in answer.trace.rejected:
@@ -106,10 +106,10 @@ def test_rejected_drafts_were_fed_and_another_token_was_written(decoder):
                 assert answer.ids[place] != drafts[0]
                 assert answer.trace.written[place] == forward
             assert place + len(drafts) <= NEW
-            found += 1
+            count += 1
         checked = sum(min(n, NEW) for n in answer.trace.predicted)
         assert checked >= sum(len(drafts) for *_, drafts in answer.trace.rejected)
-    assert found > 10
+    assert count > 10
 
 
 def test_nothing_is_thrown_out_behind_a_stop_string():
@@ -157,12 +157,12 @@ def test_pieces_and_drafts_make_up_the_text(name: str, text: str, noise: list[in
     ids = (*chosen(text, add_special_tokens=False)["input_ids"], *noise)
     cut = min(cut, len(ids))
     pieces, (draft,) = decode_pieces(chosen, ids, [(cut, ids[cut:])])
-    whole, head = chosen.decode(ids), chosen.decode(ids[:cut])
+    decoded, head = chosen.decode(ids), chosen.decode(ids[:cut])
     assert len(pieces) == len(ids)
-    assert "".join(pieces) == whole
-    if "\ufffd" not in head and whole.startswith(head):  # or bytes of one character stand on both sides
+    assert "".join(pieces) == decoded
+    if "\ufffd" not in head and decoded.startswith(head):  # or bytes of one character stand on both sides
         assert "".join(pieces[:cut]) == head
-        assert head + draft == whole
+        assert head + draft == decoded
 
 
 def test_pieces_of_a_tokenizer_that_mends_its_text():

@@ -45,10 +45,10 @@ def measure(bench: Bench) -> None:
     captured = bench.plan.device.type == "cuda"
     for on in (False, True) if captured else (False,):
         bench.backbone.capture(on=on)
-        told = replace(bench, note="" if on == captured else ", not captured")
+        labelled = replace(bench, note="" if on == captured else ", not captured")
         for part in (forwards, speeds, timeline, memory):
             for rows in bench.plan.concurrency:
-                part(told, rows)
+                part(labelled, rows)
     bench.backbone.capture(on=False)
 
 
@@ -165,8 +165,8 @@ def speeds(bench: Bench, rows: int) -> None:
 
 def _less(long: list[float], short: list[float]) -> float | None:
     """By how much the medians differ, the first runs aside; None where that cannot be told from chance."""
-    found = statistics.median(long[1:]) - statistics.median(short[1:])
-    return found if found > 0 else None
+    difference = statistics.median(long[1:]) - statistics.median(short[1:])
+    return difference if difference > 0 else None
 
 
 def _ratio(one: float | None, other: float | None) -> float | None:
@@ -192,9 +192,9 @@ def timeline(bench: Bench, rows: int) -> None:
 def _spend(
     spent: defaultdict[str, float], part: str, call: Callable[..., Any], device: torch.device, *words: Any
 ) -> Any:
-    took, found = clock.took(partial(call, *words), device)
+    took, result = clock.took(partial(call, *words), device)
     spent[part] += took
-    return found
+    return result
 
 
 def memory(bench: Bench, rows: int) -> None:

@@ -73,7 +73,7 @@ def missing_parents(ledger: Ledger) -> Iterator[Conflict]:
     """An adapted system whose parent has no row in a table that the ledger holds in full."""
     for source, table in dict.fromkeys((c.source, c.table) for c in ledger.claims):
         rows = {c.system for c in ledger.claims if (c.source, c.table) == (source, table)}
-        for name in (name for name in ledger.systems if name in rows and table in ledger.sources[source].whole):
+        for name in (name for name in ledger.systems if name in rows and table in ledger.sources[source].complete):
             system = ledger.systems[name]
             if system.parent and system.parent not in rows and not system.same_as:
                 yield Conflict(

@@ -52,7 +52,7 @@ class PublishedSource:
     """A publication that claims come from.
 
     by: its authors, where they published more than one.
-    whole: its tables of which the ledger holds every row, so that a missing row is missing there.
+    complete: its tables of which the ledger holds every row, so that a missing row is missing there.
     generated: written by a program, so that two equal columns are no typing error.
     ours: this project's, so that its cells are not claims of others.
     second_hand: known from others' notes alone.
@@ -61,7 +61,7 @@ class PublishedSource:
     name: str
     cite: str
     by: str = ""
-    whole: tuple[Table, ...] = ()
+    complete: tuple[Table, ...] = ()
     generated: bool = False
     ours: bool = False
     second_hand: bool = False

@@ -1,5 +1,5 @@
 """Progress of long work on standard error. On a terminal: bars with samples/s and time left. Elsewhere: nothing for one
-run (`Bar`), a line every EVERY seconds for a sweep (`Board`).
+run (`ProgressBar`), a line every EVERY seconds for a sweep (`Board`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _TerminalBars:
         self._progress.stop()
 
 
-class Bar(_TerminalBars):
+class ProgressBar(_TerminalBars):
     """Progress of one run over `total` samples."""
 
     def __init__(self, title: str, total: int, *, shown: bool = True) -> None:

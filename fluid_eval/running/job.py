@@ -27,7 +27,7 @@ from fluid_model.tokens import single_id
 
 from ..benchmarks import chat_template as chat
 from ..benchmarks import datasets, lm_eval_tasks, profiles
-from ..common.progress import Bar
+from ..common.progress import ProgressBar
 from ..common.spec import RunSpec
 from ..results import health, speed_conditions
 from ..results import speed_repeats as repeats
@@ -167,7 +167,7 @@ class Job:
         spec: RunSpec,
         opened: Run,
         ready: Prepared,
-        bar: Callable[[str, int], Bar] = Bar,
+        bar: Callable[[str, int], ProgressBar] = ProgressBar,
         encoded: dict[str, tuple[int, ...]] | None = None,
     ) -> None:
         """bar: opens a progress bar.  encoded: token ids by text, shared by jobs with one tokenizer."""

@@ -36,7 +36,7 @@ from fluid_model.settings import answer_slots
 from fluid_model.tokens import Tokenizer, encodable
 
 from ..benchmarks.chat_template import Chat
-from ..common.progress import Bar
+from ..common.progress import ProgressBar
 from ..results.run_folder import Run
 from .answer_records import failed_record, generation_record, likelihood_record, prompt_hash
 from .chunks import FailedRequest, Pool, chunks_of
@@ -66,7 +66,7 @@ class FluidLM(TemplateLM):
         window: int,
         pool: Callable[[], Pool],
         run: Run,
-        bar: Callable[[str, int], Bar],
+        bar: Callable[[str, int], ProgressBar],
         chat: Chat | None = None,
         encoded: dict[str, Ids] | None = None,
         on_text: Callable[[str, dict[str, Any], str], None] | None = None,

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ..benchmarks import lm_eval_tasks
-from ..common.progress import Bar
+from ..common.progress import ProgressBar
 from ..common.spec import RunSpec
 from ..results import speed_repeats
 from ..results.run_folder import Run
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .lm_eval_model import FluidLM
 
 
-class TimedRun(Protocol):
+class RepeatableRun(Protocol):
     """A run with an open folder, whose answers can be generated again (`running.job.Job`)."""
 
     @property
@@ -40,7 +40,7 @@ class TimedRun(Protocol):
 
 
 def time_in_turns(
-    pool: Pool, jobs: Mapping[str, TimedRun], asked: Mapping[str, lm_eval_tasks.Asked], count: int
+    pool: Pool, jobs: Mapping[str, RepeatableRun], asked: Mapping[str, lm_eval_tasks.Asked], count: int
 ) -> None:
     """Time all answers of these jobs `count` times more, each job once a turn, and store the repeats.
 
@@ -50,14 +50,16 @@ def time_in_turns(
     work = {name: jobs[name].lm.to_time(asked[name]) for name in jobs}
     session = secrets.token_hex(6)
     total = count * sum(map(len, work.values()))
-    with Bar("timing", total) as bar:
+    with ProgressBar("timing", total) as bar:
         for turn in range(count):
             for name in list(work)[:: 1 if turn % 2 == 0 else -1]:
                 if work[name]:
                     _time(pool, name, jobs[name], work[name], (session, turn), bar)
 
 
-def _time(pool: Pool, name: str, job: TimedRun, work: Sequence[Request], turn: speed_repeats.Turn, bar: Bar) -> None:
+def _time(
+    pool: Pool, name: str, job: RepeatableRun, work: Sequence[Request], turn: speed_repeats.Turn, bar: ProgressBar
+) -> None:
     """One repeat of one job."""
     from fluid_model.engine.records import Generation
 

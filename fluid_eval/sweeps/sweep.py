@@ -24,7 +24,7 @@ from fluid_model.common.files import Nested, read_json
 from fluid_model.engine.records import Generation
 
 from ..benchmarks import lm_eval_tasks
-from ..common.progress import Bar, Board
+from ..common.progress import ProgressBar, Board
 from ..common.spec import RunSpec
 from ..common.stats import Interval
 from ..results import speed_repeats as repeats
@@ -64,7 +64,9 @@ class _Shared:
         if key not in self.tasks:
             self.tasks[key] = lm_eval_tasks.load_tasks(spec)
         ready = prepare(spec, self.tasks[key])
-        return Job(spec, run, ready, partial(Bar, shown=False), self.encoded[repr((spec.model.path, spec.chat))])
+        return Job(
+            spec, run, ready, partial(ProgressBar, shown=False), self.encoded[repr((spec.model.path, spec.chat))]
+        )
 
     def asked(self, point: PlannedPoint, job: Job) -> tuple[lm_eval_tasks.Asked, dict[str, int]]:
         """A point's lm-eval requests, and the number of documents of each task."""

@@ -89,8 +89,8 @@ class ExplicitForward:
         cos, sin = self.cos[positions], self.sin[positions]  # (B, S, 1, E)
         for number, layer in enumerate(self._layers):
             hidden = hidden + self._attention(number, layer, hidden, cos, sin, mask, cache)
-            normed = self._rms_norm(hidden, layer.mlp_norm)
-            gate, up = (linear(normed) for linear in layer.gate_up)  # (B, S, F) each
+            normalized = self._rms_norm(hidden, layer.mlp_norm)
+            gate, up = (linear(normalized) for linear in layer.gate_up)  # (B, S, F) each
             hidden = hidden + layer.down(functional.silu(gate).mul_(up))
         return self._rms_norm(hidden, self._final_norm)
 
@@ -99,8 +99,8 @@ class ExplicitForward:
     ) -> Tensor:
         """What the attention of one layer adds to the residual stream, (B, S, D)."""
         rows, slots, _ = hidden.shape
-        normed = self._rms_norm(hidden, layer.attention_norm)
-        qkv = torch.cat([linear(normed) for linear in layer.qkv], -1)
+        normalized = self._rms_norm(hidden, layer.attention_norm)
+        qkv = torch.cat([linear(normalized) for linear in layer.qkv], -1)
         qkv = qkv.view(rows, slots, -1, self._head_size)  # (B, S, H + 2 G, E)
         _rope(qkv[:, :, : self._heads + self._key_heads], cos, sin)
         qkv = qkv.transpose(1, 2)  # (B, H + 2 G, S, E)

@@ -16,7 +16,7 @@ const long EXPORT sizeof_Batch = sizeof(Batch);
 /* Intermediate results of one forward, one block of memory. */
 typedef struct {
     float *residual;   /* (M, D) the residual stream */
-    float *normed;     /* (M, D) */
+    float *normalized;     /* (M, D) */
     float *qkv;        /* (M, (H + 2 G) E) */
     float *heads;      /* (M, H E) what attention returns */
     float *gate_up;    /* (M, 2 F) */
@@ -42,8 +42,8 @@ static Workspace divide(float *memory, const Model *model, long count, long tota
 {
     Workspace work;
     work.residual = memory;
-    work.normed = work.residual + count * model->hidden;
-    work.qkv = work.normed + count * model->hidden;
+    work.normalized = work.residual + count * model->hidden;
+    work.qkv = work.normalized + count * model->hidden;
     work.heads = work.qkv + count * qkv_size(model);
     work.gate_up = work.heads + count * model->query_heads * model->head_size;
     work.scores = work.gate_up + count * 2 * model->inner;
@@ -135,8 +135,8 @@ static void run_layer(const Model *model, const Layer *layer, const Batch *batch
     const long head_cells = batch->cache_columns * model->head_size; /* of one row and one key head */
 
     /* 1) attention */
-    rms_norm(count, work.residual, layer->attention_norm, model->rms_norm_eps, hidden, work.normed);
-    gemm(&layer->qkv, count, work.normed, NULL, work.qkv);
+    rms_norm(count, work.residual, layer->attention_norm, model->rms_norm_eps, hidden, work.normalized);
+    gemm(&layer->qkv, count, work.normalized, NULL, work.qkv);
     rotate_and_cache(model, batch, count, work, keys, values);
     for (long row = 0, first = 0; row < batch->rows; first += batch->widths[row++])
         for (long group = 0; group < groups; group++) {
@@ -146,8 +146,8 @@ static void run_layer(const Model *model, const Layer *layer, const Batch *batch
     gemm(&layer->attention_out, count, work.heads, work.residual, work.residual);
 
     /* 2) MLP */
-    rms_norm(count, work.residual, layer->mlp_norm, model->rms_norm_eps, hidden, work.normed);
-    gemm(&layer->gate_up, count, work.normed, NULL, work.gate_up);
+    rms_norm(count, work.residual, layer->mlp_norm, model->rms_norm_eps, hidden, work.normalized);
+    gemm(&layer->gate_up, count, work.normalized, NULL, work.gate_up);
     swiglu(count, model->inner, work.gate_up);
     gemm(&layer->down, count, work.gate_up, work.residual, work.residual);
 }
