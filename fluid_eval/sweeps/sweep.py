@@ -24,7 +24,7 @@ from fluid_model.common.files import Nested, read_json
 from fluid_model.engine.records import Generation
 
 from ..benchmarks import lm_eval_tasks
-from ..common.progress import ProgressBar, Board
+from ..common.progress import Board, ProgressBar
 from ..common.spec import RunSpec
 from ..common.stats import Interval
 from ..results import speed_repeats as repeats
