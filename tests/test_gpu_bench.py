@@ -93,7 +93,9 @@ def test_replayed_rounds_are_those_of_the_recorded_model(checkpoint, work, recor
     again = Engine(checkpoint.backbone, checkpoint.tokenizer, (), replay.Replay(checkpoint, settings, tape), slots)
     for answer in again.generate(asked):
         trace, begin = real[answer.key].trace, tape.starts[int(answer.key)]
-        assert answer.ids == tuple((begin + 1 + n) % len(tape.fans) for n in range(len(answer.ids))), "tokens in order"
+        assert answer.ids == tuple((begin + 1 + n) % len(tape.blocks) for n in range(len(answer.ids))), (
+            "tokens in order"
+        )
         assert answer.trace.predicted == trace.predicted
         assert answer.trace.accepted[:-1] == trace.accepted[:-1]
         assert answer.trace.slots == trace.slots
@@ -107,7 +109,7 @@ def test_the_file_is_tiny_fluids_and_small(recorded):
     tape = replay.read(10**6)
     assert len(tape.starts) == 60
     for begin, fans in zip(tape.starts, recorded, strict=False):
-        kept = tape.fans[begin : begin + len(fans)]
+        kept = tape.blocks[begin : begin + len(fans)]
         assert [_accepted(fan) for fan in kept] == [_accepted(fan) for fan in fans], (
             "record it anew: bench.gpu --record"
         )

@@ -112,7 +112,7 @@ def logged(checkpoint, decoder, slots, work=None):
         best = checkpoint.backbone.logits(hidden).amax(-1)
         start = cache.write_columns[0]
         for row, (positions, values) in enumerate(zip(plan.positions.tolist(), best.tolist(), strict=True)):
-            rows = engine._active[start + row :] if start + row < len(engine._rows) else []
+            rows = engine._active[start + row :] if start + row < len(engine._active) else []
             if (rows and plan.intervals is None) or (rows and int(plan.intervals.steps[row, 0]) == 0):
                 largest[rows[0].request.key, positions[0]] = values[0]
         return hidden
