@@ -1,4 +1,4 @@
-"""What every bench tells: bars with what was measured, as a table or as one JSON object."""
+"""Bars: measured figures with a required bound each, printed as a Markdown table or as one JSON object."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Bar:
-    """One claim. measured: None where this machine cannot say.  ok: whether the bar is met, None without a bar."""
+    """One measured figure and its bound.
+
+    measured: None if not measurable here.  bar: the bound in words.  ok: whether it holds, None without a bound.
+    """
 
     name: str
     measured: float | None
@@ -18,12 +21,12 @@ class Bar:
 
 
 def at_least(name: str, measured: float, bound: float) -> Bar:
-    """A bar that is met from `bound` on."""
+    """A bar that holds if measured >= bound."""
     return Bar(name, round(measured, 3), f"at least {bound:g}", measured >= bound)
 
 
 def at_most(name: str, measured: float, bound: float) -> Bar:
-    """A bar that is met up to `bound`."""
+    """A bar that holds if measured <= bound."""
     return Bar(name, round(measured, 3), f"at most {bound:g}", measured <= bound)
 
 
@@ -32,8 +35,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
-def told(bars: Sequence[Bar], *, as_json: bool) -> str:
-    """All bars, in one of the two forms."""
+def render(bars: Sequence[Bar], *, as_json: bool) -> str:
+    """Bars as one JSON object, or as a table."""
     if as_json:
         return json.dumps({"bars": [asdict(bar) for bar in bars]}, ensure_ascii=False)
     words = {True: "yes", False: "**no**", None: ""}

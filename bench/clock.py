@@ -1,4 +1,4 @@
-"""Time on a device: how long calls take there, how fast it copies."""
+"""Timing on a device: seconds of a call, copy bandwidth, rate of matrix products."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 WARM = 3
-"""Calls before those that count."""
+"""Warm-up calls, not timed."""
 COPIED = {"cuda": 2**31, "cpu": 2**26}
-"""Bytes of a copy: far more than caches hold."""
+"""Bytes of a copy, many times the caches."""
 SIDE = {"cuda": 8192, "cpu": 512}
-"""Of matrices large enough to keep a device busy."""
+"""Side of square matrices large enough to saturate the device."""
 
 
 def took(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds until the device has done a call, and what it returned."""
+    """Seconds until the device has finished a call, and the call's result."""
     _wait(device)
     started = time.perf_counter()
     result = call()
@@ -37,19 +37,19 @@ def copy_bandwidth(device: torch.device, runs: int) -> float:
     target = torch.empty_like(source)
     if device.type != "cuda":
         return 2 * source.nbytes / median(lambda: target.copy_(source), device, runs)
-    found = []
+    seconds = []
     for _ in range(WARM + runs):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         target.copy_(source)
         end.record()
         end.synchronize()
-        found.append(float(start.elapsed_time(end)) / 1000)
-    return 2 * source.nbytes / statistics.median(found[WARM:])
+        seconds.append(float(start.elapsed_time(end)) / 1000)
+    return 2 * source.nbytes / statistics.median(seconds[WARM:])
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, runs: int) -> float:
-    """Multiplications and additions a second of a product of large square matrices."""
+    """FLOP/s (multiplications and additions) of a product of large square matrices."""
     side = SIDE[device.type]
     one, other = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / median(lambda: one @ other, device, runs)

@@ -36,7 +36,7 @@ BATCHES = (1, 4, 8, 32, 64, 128)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Workload:
     """How much is measured. alone: prompts at batch 1.  many: prompts at the best batch.  runs: of which the median."""
 
     alone: int = 24
@@ -83,7 +83,7 @@ def side_by_side(systems: Mapping[str, Callable[[], int]], runs: int) -> dict[st
             started = time.perf_counter()
             count = system()
             speeds[name].append(count / (time.perf_counter() - started))
-    return {name: statistics.median(found) for name, found in speeds.items()}
+    return {name: statistics.median(values) for name, values in speeds.items()}
 
 
 def generate(checkpoint: Checkpoint, work: Sequence[Request]) -> int:
@@ -118,7 +118,7 @@ def lm_eval_backend(prompts: Sequence[str], batch: int) -> Callable[[], int]:
     return call
 
 
-def alone(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
+def alone(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
     """A prompt at a time."""
     work = requests(checkpoint, mini(plan.alone))
     decoders = {"AR": ArSettings(), "reference": REFERENCE, "ours": FluidSettings()}
@@ -133,30 +133,30 @@ def alone(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
     ]
 
 
-def fewer(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
+def fewer(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
     """Forwards, and how few they could be."""
     work = requests(checkpoint, mini(plan.many))
     systems = {"reference": (REFERENCE, 8), "reference, stride 4 at least": (CACHED, 8), "ours": (CHEAP, 1)}
     systems |= {"ours here": (FluidSettings(), 1), "AR": (ArSettings(), 32)}
-    found = {name: write(checkpoint, decoder, work, batch) for name, (decoder, batch) in systems.items()}
+    written = {name: write(checkpoint, decoder, work, batch) for name, (decoder, batch) in systems.items()}
     assert checkpoint.head is not None
     stride = checkpoint.head.k_max
-    oracle = sum(1 + -(-len(answer.ids) // stride) for answer in found["AR"].values())  # a prompt, then whole strides
+    oracle = sum(1 + -(-len(answer.ids) // stride) for answer in written["AR"].values())  # a prompt, then whole strides
     rows = [
         (name, f"{forwards(answers):,}", f"{tokens(answers) / forwards(answers):.2f}")
-        for name, answers in found.items()
+        for name, answers in written.items()
     ]
-    rows.append(("oracle: every draft right", f"{oracle:,}", f"{tokens(found['AR']) / oracle:.2f}"))
+    rows.append(("oracle: every draft right", f"{oracle:,}", f"{tokens(written['AR']) / oracle:.2f}"))
     print(bars.table(["", "forwards", "tokens/forward"], rows), file=sys.stderr)
-    least = min(forwards(answers) for name, answers in found.items() if name.startswith("reference"))
-    ratio, here = least / forwards(found["ours"]), least / forwards(found["ours here"])
+    least = min(forwards(answers) for name, answers in written.items() if name.startswith("reference"))
+    ratio, here = least / forwards(written["ours"]), least / forwards(written["ours here"])
     return [
         bars.at_least("forwards: the better reference decoder / ours, slots free", ratio, 2.5),
         Bar("forwards: the better reference decoder / ours, slots priced here", round(here, 3), "", None),
     ]
 
 
-def together(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
+def together(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
     """Many prompts, each system at its best batch."""
     prompts = mini(plan.many)
     work = requests(checkpoint, prompts)
@@ -181,11 +181,11 @@ def together(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
     ]
 
 
-def overhead(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
+def overhead(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
     """Time that is not spent inside the model: its layers, the vocabulary projection, the K-head. As a share, which
     depends on the model, and in microseconds a forward, which hardly do.
     """
-    work, found = requests(checkpoint, mini(plan.alone * 2)), []
+    work, results = requests(checkpoint, mini(plan.alone * 2)), []
     assert checkpoint.head is not None
     for batch in (1, 32):
         shares, beside = [], []
@@ -202,9 +202,9 @@ def overhead(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
             beside.append(1e6 * other / len(inside["forward"]))
             for name, owner in owners.items():
                 delattr(owner, name)
-        found.append(bars.at_most(f"engine overhead, batch {batch}", statistics.median(shares), 0.10))
-        found.append(Bar(f"the same, us a forward, batch {batch}", round(statistics.median(beside)), "", None))
-    return found
+        results.append(bars.at_most(f"engine overhead, batch {batch}", statistics.median(shares), 0.10))
+        results.append(Bar(f"the same, us a forward, batch {batch}", round(statistics.median(beside)), "", None))
+    return results
 
 
 def clocked(call: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
@@ -219,7 +219,7 @@ def clocked(call: Callable[..., Any], seconds: list[float]) -> Callable[..., Any
     return timed
 
 
-def memory(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
+def memory(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
     """Peak of live tensors over weights and cache, by torch's account; what weights are laid out into counts."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -238,20 +238,20 @@ def memory(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
     return [bars.at_most("peak memory over weights + KV, batch 32", (weights + peak) / (weights + cache), 1.3)]
 
 
-def identical(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
+def identical(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
     """Greedy text is AR's; where it is not, by what margin AR chose its token."""
     prompts = [*mini(plan.many), *real(plan.real)]
     work = requests(checkpoint, prompts)
     expected = write(checkpoint, ArSettings(), work, 32)
-    found = []
+    results = []
     for batch in (1, 32):
         answers = write(checkpoint, FluidSettings(), work, batch)
         other = [key for key in expected if answers[key].ids != expected[key].ids]
         for key in other:
             print(f"batch {batch}, prompt {key}: {_margin(checkpoint, work[int(key)], expected[key], answers[key])}")
         name = f"greedy text identical to AR, {len(work)} prompts, batch {batch}, %"
-        found.append(bars.at_least(name, 100 * (1 - len(other) / len(work)), 100))
-    return found
+        results.append(bars.at_least(name, 100 * (1 - len(other) / len(work)), 100))
+    return results
 
 
 @torch.inference_mode()
@@ -263,7 +263,7 @@ def _margin(checkpoint: Checkpoint, request: Request, expected: Generation, othe
     return f"parts at token {at}, by {float(logits[expected.ids[at]] - logits[other.ids[at]]):.2g} nats"
 
 
-def ten_times(checkpoint: Checkpoint, plan: Plan) -> list[Bar]:
+def ten_times(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
     """Milliseconds a token where the work grows tenfold."""
     short = mini(20)
     long = [prompt * 10 for prompt in short]
@@ -294,12 +294,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few prompts, one run: whether it works")
     parser.add_argument("--only", choices=PARTS, action="append", help="parts to measure; default: all")
     options = parser.parse_args(arguments)
-    plan = Plan(alone=2, many=4, real=2, runs=1) if options.quick else Plan()
+    plan = Workload(alone=2, many=4, real=2, runs=1) if options.quick else Workload()
     checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype="float32")
     print(f"slot budget {checkpoint.backbone.slot_budget}, {torch.get_num_threads()} threads", file=sys.stderr)
-    found = [bar for name in options.only or PARTS for bar in PARTS[name](checkpoint, plan)]
-    print(bars.told(found, as_json=options.json))
-    return 0 if all(bar.ok is not False for bar in found) else 1
+    results = [bar for name in options.only or PARTS for bar in PARTS[name](checkpoint, plan)]
+    print(bars.render(results, as_json=options.json))
+    return 0 if all(bar.ok is not False for bar in results) else 1
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ SCORES_FILE = "family.json"
 
 
 @dataclass(frozen=True)
-class System:
-    """A line of the table: a checkpoint and how it writes."""
+class FamilySystem:
+    """A row of the table: a checkpoint and its decoder."""
 
     label: str
     checkpoint: str
@@ -41,29 +41,29 @@ class System:
 
 PUBLISHED = "tiny-fluid, verified, published sampler"
 SYSTEMS = (
-    System("tiny-ar", "tiny-ar", {"name": "ar"}),
-    System("tiny-fluid, verified", "tiny-fluid", {"name": "fluid", "slot_budget": 1000}),
-    System("tiny-fluid, verified, slots priced here", "tiny-fluid", {"name": "fluid"}),
-    System(PUBLISHED, "tiny-fluid", {"name": "fluid", "rounds": "reference"}),
-    System(
+    FamilySystem("tiny-ar", "tiny-ar", {"name": "ar"}),
+    FamilySystem("tiny-fluid, verified", "tiny-fluid", {"name": "fluid", "slot_budget": 1000}),
+    FamilySystem("tiny-fluid, verified, slots priced here", "tiny-fluid", {"name": "fluid"}),
+    FamilySystem(PUBLISHED, "tiny-fluid", {"name": "fluid", "rounds": "reference"}),
+    FamilySystem(
         "tiny-fluid, verified, published sampler, stride 4 at least",
         "tiny-fluid",
         {"name": "fluid", "rounds": "reference", "min_horizon": 4},
     ),
-    System("tiny-fluid, as AR", "tiny-fluid", {"name": "ar"}),
-    System("tiny-fluid, unverified, γ 0.9", "tiny-fluid", {"name": "fluid", "verify": False}),
-    System("tiny-fluid, unverified, γ 0.5", "tiny-fluid", {"name": "fluid", "verify": False, "confidence": 0.5}),
-    System("tiny-nbdiff, threshold 0.9", "tiny-nbdiff", {"name": "nbdiff", "small_blocks": 4}),
-    System("tiny-nbdiff, one a pass", "tiny-nbdiff", {"name": "nbdiff", "small_blocks": 4, "confidence": None}),
-    System("tiny-nbdiff, whole blocks", "tiny-nbdiff", {"name": "nbdiff", "small_blocks": 1}),
-    System("tiny-llada, one a step", "tiny-llada", {"name": "llada", "gen_length": 96, "block_length": 16}),
-    System(
+    FamilySystem("tiny-fluid, as AR", "tiny-fluid", {"name": "ar"}),
+    FamilySystem("tiny-fluid, unverified, γ 0.9", "tiny-fluid", {"name": "fluid", "verify": False}),
+    FamilySystem("tiny-fluid, unverified, γ 0.5", "tiny-fluid", {"name": "fluid", "verify": False, "confidence": 0.5}),
+    FamilySystem("tiny-nbdiff, threshold 0.9", "tiny-nbdiff", {"name": "nbdiff", "small_blocks": 4}),
+    FamilySystem("tiny-nbdiff, one a pass", "tiny-nbdiff", {"name": "nbdiff", "small_blocks": 4, "confidence": None}),
+    FamilySystem("tiny-nbdiff, whole blocks", "tiny-nbdiff", {"name": "nbdiff", "small_blocks": 1}),
+    FamilySystem("tiny-llada, one a step", "tiny-llada", {"name": "llada", "gen_length": 96, "block_length": 16}),
+    FamilySystem(
         "tiny-llada, two a step", "tiny-llada", {"name": "llada", "gen_length": 96, "block_length": 16, "steps": 48}
     ),
 )
 
 
-def measure(system: System, checkpoints: Path, runs: Path, limit: int | None) -> dict[str, Any]:
+def measure(system: FamilySystem, checkpoints: Path, runs: Path, limit: int | None) -> dict[str, Any]:
     """Scores and costs of one system, by task."""
     values = {
         "tasks": list(TASKS), "model": str(checkpoints / system.checkpoint), "decoder": system.decoder,
@@ -75,7 +75,7 @@ def measure(system: System, checkpoints: Path, runs: Path, limit: int | None) ->
         "wall_seconds": result["wall_seconds"],
         "tasks": {line["task"]: line for line in result["lines"] if is_main(line)},
         "levels": {line["task"]: line for line in result["parts"] if is_main(line)},
-        "accepted": stride(runs / spec.id),
+        "accepted": mean_accepted_length(runs / spec.id),
         "slot_budget": result["conditions"]["slot_budget"],
     }
 
@@ -86,24 +86,24 @@ def is_main(line: dict[str, Any]) -> bool:
     return next((wanted == name for task, wanted in METRICS.items() if line["task"].startswith(task)), True)
 
 
-def stride(folder: Path) -> float | None:
-    """Mean tokens kept a round, over all rounds of a run; None for decoders without strides."""
-    kept: list[int] = []
+def mean_accepted_length(folder: Path) -> float | None:
+    """Mean accepted length over all steps of a run; None for decoders without draft tokens."""
+    lengths: list[int] = []
     with (folder / "samples.jsonl").open(encoding="utf-8") as lines:
         for line in lines:
-            kept += (json.loads(line).get("trace") or {}).get("accepted") or []
-    return sum(kept) / len(kept) if kept else None
+            lengths += (json.loads(line).get("trace") or {}).get("accepted") or []
+    return sum(lengths) / len(lengths) if lengths else None
 
 
 def training_seconds(checkpoint: Path) -> float:
-    """What all stages of a checkpoint took, its parent apart."""
-    told = json.loads((checkpoint / TRAINING_FILE).read_text(encoding="utf-8"))
-    return float(told["seconds"] + sum(stage["seconds"] for stage in told.get("before", ())))
+    """Wall time of all stages of a checkpoint, without its parent's."""
+    record = json.loads((checkpoint / TRAINING_FILE).read_text(encoding="utf-8"))
+    return float(record["seconds"] + sum(stage["seconds"] for stage in record.get("before", ())))
 
 
-def mean_score(found: dict[str, Any]) -> float:
+def mean_score(result: dict[str, Any]) -> float:
     """Mean over the tasks, in percent."""
-    scores = [float(line["score"]) for line in found["tasks"].values()]
+    scores = [float(line["score"]) for line in result["tasks"].values()]
     return 100 * math.fsum(scores) / len(scores)
 
 
@@ -117,30 +117,30 @@ def table(results: dict[str, dict[str, Any]], seconds: dict[str, float]) -> str:
     head = ["", *TASKS, "mean", "tokens/forward", "stride", "wall, s", "trained in, min"]
     rows = []
     for system in (system for system in SYSTEMS if system.label in results):
-        found = results[system.label]
-        written = [line for line in found["tasks"].values() if line["tokens_per_forward"] is not None]
+        result = results[system.label]
+        written = [line for line in result["tasks"].values() if line["tokens_per_forward"] is not None]
         speed = sum(line["tokens"] for line in written) / sum(line["forwards"] for line in written)
         rows.append(
             [
-                system.label, *(interval(found["tasks"][task]) for task in TASKS), f"{mean_score(found):.1f}",
-                f"{speed:.2f}", "" if found["accepted"] is None else f"{found['accepted']:.2f}",
-                f"{found['wall_seconds']:.0f}", f"{seconds[system.checkpoint] / 60:.0f}",
+                system.label, *(interval(result["tasks"][task]) for task in TASKS), f"{mean_score(result):.1f}",
+                f"{speed:.2f}", "" if result["accepted"] is None else f"{result['accepted']:.2f}",
+                f"{result['wall_seconds']:.0f}", f"{seconds[system.checkpoint] / 60:.0f}",
             ]
         )  # fmt: skip
     return bars.table(head, rows)
 
 
 def cost_table(results: dict[str, dict[str, Any]]) -> str:
-    """Systems by what they spent on the tasks that write text."""
+    """Systems by their costs on the generative tasks."""
     head = ["", "tokens", *KINDS, "forwards", "tokens/forward", "slots/token", "slot budget", "tokens/s"]
     rows = []
-    for label, found in results.items():
-        written = [line for line in found["tasks"].values() if line["tokens_per_forward"] is not None]
+    for label, result in results.items():
+        written = [line for line in result["tasks"].values() if line["tokens_per_forward"] is not None]
         tokens, forwards, slots = (sum(line[name] for line in written) for name in ("tokens", "forwards", "slots"))
         seconds = math.fsum(line["seconds"] for line in written)
         kinds = [sum(line["forwards_by_kind"].get(kind, 0) for line in written) for kind in KINDS]
         counts = [f"{count:,}" if count else "" for count in (tokens, *kinds, forwards)]
-        budget = ", ".join(map(str, found["slot_budget"] or ()))
+        budget = ", ".join(map(str, result["slot_budget"] or ()))
         costs = [f"{tokens / forwards:.2f}", f"{slots / tokens:.1f}", budget, f"{tokens / seconds:,.0f}"]
         rows.append([label, *counts, *costs])
     return bars.table(head, rows)
@@ -151,46 +151,48 @@ def level_table(results: dict[str, dict[str, Any]]) -> str:
     names = sorted(next(iter(results.values()))["levels"])
     head = ["", *(name.removeprefix("mini_") for name in names)]
     rows = [
-        [label, *(f"{100 * found['levels'][name]['score']:.1f}" for name in names)] for label, found in results.items()
+        [label, *(f"{100 * result['levels'][name]['score']:.1f}" for name in names)]
+        for label, result in results.items()
     ]
     return bars.table(head, rows)
 
 
-def wanted(results: dict[str, dict[str, Any]]) -> list[Bar]:
-    """What the family is to reach."""
+def bars_of(results: dict[str, dict[str, Any]]) -> list[Bar]:
+    """The family's bars, measured."""
     parent, child = results["tiny-ar"], results["tiny-fluid, verified"]
     loose = results["tiny-fluid, unverified, γ 0.5"]
     easiest, mean = 100 * parent["levels"]["mini_gsm8k_1"]["score"], mean_score(parent)
-    lost, traded = mean - mean_score(child), mean_score(child) - mean_score(loose)
-    kept = results[PUBLISHED]["accepted"]
-    found = (
+    loss = mean - mean_score(child)
+    loss_unverified = mean_score(child) - mean_score(loose)
+    accepted = results[PUBLISHED]["accepted"]
+    measured = (
         ("tiny-ar on mini_gsm8k_1, %", easiest, "at least 95", easiest >= 95),
         ("tiny-ar, mean of the suite, %", mean, "75 to 95", 75 <= mean <= 95),
-        ("tiny-fluid verified, points below its parent", lost, "at most 1", lost <= 1),
-        ("tiny-fluid, mean accepted stride, published sampler", kept, "at least 4", kept >= 4),
-        ("points lost unverified at γ 0.5", traded, "above 0", traded > 0),
+        ("tiny-fluid verified, points below its parent", loss, "at most 1", loss <= 1),
+        ("tiny-fluid, mean accepted stride, published sampler", accepted, "at least 4", accepted >= 4),
+        ("points lost unverified at γ 0.5", loss_unverified, "above 0", loss_unverified > 0),
     )
-    return [Bar(name, round(value, 2), bar, ok) for name, value, bar, ok in found]
+    return [Bar(name, round(value, 2), bar, ok) for name, value, bar, ok in measured]
 
 
 PAGE = """# The tiny family
 
-Written by `python -m bench.family --out docs/tiny-family.md`: the checkpoints of `checkpoints/` on the mini suite, 210
-questions a task, greedy. Score in % with its 95% interval; tokens/forward over the three tasks that write text, every
-forward counted; stride: tokens kept a round; wall: the whole run, on {hardware}; trained in: all stages of the
+Written by `python -m bench.family --out docs/tiny-family.md`: the checkpoints of `checkpoints/` on the mini suite,
+210 questions a task, greedy. Score in % with its 95% interval; tokens/forward over the three tasks that write text,
+every forward counted; stride: mean accepted length; wall: the whole run, on {hardware}; trained in: all stages of the
 checkpoint itself, its parent apart. "Verified" has a slot budget of 1,000, as on a device where slots cost little;
 "slots priced here" has the one measured on this machine, where they do not. The published sampler is the public
 code's, uncached (strides of 1 at least) and cached (4 at least): versions (c) and (b) of [decoders.md](decoders.md).
-The three children were adapted on the same rows for the same number of steps (`recipes/`). "As AR" is tiny-fluid read
-one token a forward: verified decoding writes its text. tiny-llada, which gives up causal reading and the next-token
-shift, was still learning fast when the budget ended (its `training.json`).
+The three children were adapted on the same rows for the same number of steps (`recipes/`). "As AR" is tiny-fluid
+decoded one token per forward: verified decoding writes its text. tiny-llada, which gives up causal attention and the
+next-token shift, was still learning fast when the budget ended (its `training.json`).
 
 {table}
 {absent}
-## What it cost
+## Cost
 
-Over the three tasks that write text: tokens before the end of their answers, forwards by kind, slots fed (prompts
-included), the slot budget that drafts were weighed by, tokens a second of the engine's time (one run: a figure of this
+Over the three tasks with generated text: tokens before the end of their answers, forwards by kind, slots fed (prompts
+included), the slot budget in force, tokens a second of the engine's time (one run: a figure of this
 machine in that hour, without an interval).
 
 {costs}
@@ -223,10 +225,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(system.label, file=sys.stderr)
         results[system.label] = measure(system, options.checkpoints, runs, options.limit)
     seconds = {system.checkpoint: training_seconds(options.checkpoints / system.checkpoint) for system in known}
-    found = wanted(results) if {"tiny-ar", "tiny-fluid"} <= set(seconds) else []
-    told = bars.told(found, as_json=False)
+    checked = bars_of(results) if {"tiny-ar", "tiny-fluid"} <= set(seconds) else []
+    bar_lines = bars.render(checked, as_json=False)
     text = table(results, seconds)
-    print(bars.told(found, as_json=True) if options.json else f"{text}\n\n{told}")
+    print(bars.render(checked, as_json=True) if options.json else f"{text}\n\n{bar_lines}")
     if options.out:
         absent = sorted({system.checkpoint for system in SYSTEMS} - set(seconds))
         note = f"\nNot trained yet: {', '.join(absent)}.\n" if absent else ""
@@ -234,20 +236,20 @@ def main(arguments: list[str] | None = None) -> int:
             table=text,
             costs=cost_table(results),
             levels=level_table(results),
-            bars=told,
+            bars=bar_lines,
             hardware=cpu_name(),
             absent=note,
         )
         options.out.write_text(page, encoding="utf-8")
-        kept = {label: scores(one) for label, one in results.items()}
-        if options.limit is None:  # a few questions' scores are none to compare a training with
-            (options.checkpoints / SCORES_FILE).write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
-    return 0 if all(bar.ok for bar in found) else 1
+        by_system = {label: scores(result) for label, result in results.items()}
+        if options.limit is None:  # a later training is compared with scores of the full tasks only
+            (options.checkpoints / SCORES_FILE).write_text(json.dumps(by_system, indent=1, ensure_ascii=False) + "\n")
+    return 0 if all(bar.ok for bar in checked) else 1
 
 
-def scores(found: dict[str, Any]) -> dict[str, list[float]]:
+def scores(result: dict[str, Any]) -> dict[str, list[float]]:
     """Score and interval of each task, for a later training to be compared with."""
-    return {task: [round(line[name], 6) for name in ("score", "low", "high")] for task, line in found["tasks"].items()}
+    return {task: [round(line[name], 6) for name in ("score", "low", "high")] for task, line in result["tasks"].items()}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a sweep survives: `python -m bench.faults [--json] [--quick]`.
+"""Fault injection into sweeps: `python -m bench.faults [--json] [--quick]`.
 
-Each fault is made for real: processes are killed, a node is taken away, a file may grow no further. After each, no
-sample may be lost or doubled and the sweep's table must equal that of an unbroken one, clocks aside.
+Faults are real: processes are killed, a node is removed, a file reaches its size limit. After each, no sample may be
+missing or doubled, and the sweep's table must equal that of an undisturbed one, times aside.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from fluid_eval.cli import EXIT_OK, EXIT_UNHEALTHY
 from fluid_eval.common.paths import resource as bundled
 from fluid_eval.common.spec import RunSpec
 from fluid_eval.results.run_folder import read_samples
+from fluid_eval.running.chunks import Pool
+from fluid_eval.running.ray_pool import RayPool, WorkerActor
 from fluid_eval.running.worker import Worker
-from fluid_eval.running.workers import Actor, Pool, RayPool, open_pool
+from fluid_eval.running.workers import open_pool
 from fluid_eval.sweeps.grid import plan
 from fluid_eval.sweeps.sweep import Sweep
 
@@ -37,13 +39,13 @@ from . import bars
 from .bars import Bar
 
 POISON = "mini_gsm8k_1/3"
-"""The sample that kills whoever works on it."""
+"""The sample that kills its worker."""
 FULL = 0.6
-"""Share of the largest file at which the disk is said to be full."""
+"""Size limit of files, as a share of the largest one, that stands for a full disk."""
 PADDING = 2_000_000
-"""Characters added to each answer where the object store is small."""
+"""Characters added to each answer in the test of a small object store."""
 STORE_BYTES = 80 * 2**20
-"""The least object store that Ray starts."""
+"""The smallest object store that Ray accepts."""
 
 
 def values(limit: int, batch_size: int | str = 8, **engine: Any) -> dict[str, Any]:
@@ -56,50 +58,52 @@ def values(limit: int, batch_size: int | str = 8, **engine: Any) -> dict[str, An
     }  # fmt: skip
 
 
-def told(result: dict[str, Any]) -> list[Any]:
-    """A sweep's table without what clocks decide, and without what the machine's slot budget does."""
+def scores(result: dict[str, Any]) -> list[Any]:
+    """A sweep's table without times, and without figures that depend on the slot budget."""
     rows = [(p["name"], p["n"], p["score"]) for p in result["points"]]
-    return list(json.loads(json.dumps(rows)))  # as a file holds it
+    return list(json.loads(json.dumps(rows)))  # as read from a file
 
 
 def texts(folder: Path) -> dict[str, list[int]]:
-    """What every point wrote, by point and sample. Fails where a sample is there twice."""
-    found: dict[str, list[int]] = {}
+    """Answers by point and sample. Exits if a sample is stored twice."""
+    answers: dict[str, list[int]] = {}
     for point in json.loads((folder / "sweep.json").read_text())["points"]:
         for record in read_samples(folder / point["folder"]):
             key = f"{point['name']}: {record['key']}"
-            if key in found:
+            if key in answers:
                 raise SystemExit(f"{key} is there twice")
-            found[key] = record["output_ids"] or record["output"]
-    return found
+            answers[key] = record["output_ids"] or record["output"]
+    return answers
 
 
 class Stage:
-    """A folder for all sweeps, and what an unbroken one gives. seconds: what it took."""
+    """A folder for all sweeps, with the table, texts and seconds of an undisturbed one."""
 
     def __init__(self, folder: Path, limit: int, kills: int) -> None:
         self.folder, self.limit, self.kills = folder, limit, kills
         self.random = random.Random(0)
         started = time.monotonic()
-        self.expected = told(self.sweep("whole").work())
+        self.expected = scores(self.sweep("whole").work())
         self.seconds = time.monotonic() - started
         self.texts = texts(folder / "whole")
 
-    def sweep(self, name: str, kind: type[Actor] = Actor, batch_size: int | str = 8, **engine: Any) -> Sweep:
-        """A sweep whose Ray workers are of this kind, if it has Ray workers."""
+    def sweep(
+        self, name: str, kind: type[WorkerActor] = WorkerActor, batch_size: int | str = 8, **engine: Any
+    ) -> Sweep:
+        """A sweep. kind: class of its Ray actors, if it has any."""
         pool: Callable[[RunSpec], Pool] = (lambda spec: RayPool(spec, kind)) if engine else open_pool
         planned = plan(values(self.limit, batch_size, **engine))
         return Sweep(planned, self.folder / name, resume=True, open_pool=pool)
 
     def same(self, name: str) -> bool:
-        """Whether a sweep ended as the unbroken one did."""
+        """Whether a sweep ended as the undisturbed one did."""
         file = self.folder / name / "result.json"
         if not file.exists():
             return False
-        return told(json.loads(file.read_text())) == self.expected and texts(self.folder / name) == self.texts
+        return scores(json.loads(file.read_text())) == self.expected and texts(self.folder / name) == self.texts
 
     def command(self, name: str, **engine: Any) -> list[str]:
-        """The same sweep as a process of its own."""
+        """The command line of the same sweep."""
         file = self.folder / f"{name}.toml"
         asked = values(self.limit, **engine)
         points = asked.pop("sweep")
@@ -117,17 +121,17 @@ class Stage:
 
 
 def drivers(stage: Stage) -> str | None:
-    """The driver dies at a random moment, again and again, and is started anew."""
+    """The driver is killed at random moments and restarted."""
     return _driver_dies(stage, "driver", stage.kills, 1.3 * stage.seconds + 4)
 
 
 def ray_drivers(stage: Stage) -> str | None:
-    """The driver of a private Ray cluster dies: the cluster goes with it."""
+    """The driver of a private Ray cluster is killed: the cluster must end with it."""
     return _driver_dies(stage, "ray driver", max(1, stage.kills // 10), stage.seconds + 12, ray_address=None)
 
 
 def _driver_dies(stage: Stage, name: str, kills: int, within: float, **engine: Any) -> str | None:
-    """Kill a driver so many times, each within some seconds of its start; then let it end."""
+    """Kill a driver `kills` times, each within `within` seconds of its start; then let it finish."""
     for _ in range(kills):
         process = _begin(stage.command(name, **engine))
         time.sleep(stage.random.uniform(1, within))
@@ -141,37 +145,36 @@ def _driver_dies(stage: Stage, name: str, kills: int, within: float, **engine: A
 
 
 def interrupts(stage: Stage) -> str | None:
-    """Ctrl-C, which reaches every process of a terminal, keeps what is finished and ends the private cluster."""
+    """Ctrl-C, sent to every process of a terminal, keeps finished samples and ends the private cluster."""
     process = _begin(stage.command("interrupt", ray_address=None), start_new_session=True)
     _wait_for(lambda: any(file.stat().st_size for file in (stage.folder / "interrupt").rglob("samples.jsonl")))
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     if left := _clusters_gone():
         return f"{left} left running"
-    if process.returncode != 130 or "--resume goes on" not in said:
-        return f"exit {process.returncode}: {said[-300:]}"
+    if process.returncode != 130 or "--resume goes on" not in errors:
+        return f"exit {process.returncode}: {errors[-300:]}"
     stage.sweep("interrupt").work()
     return None if stage.same("interrupt") else "another table"
 
 
 def quota(stage: Stage) -> str | None:
-    """A file may grow no further, as on a full disk."""
-
+    """Files reach a size limit, as on a full disk."""
     most = int(FULL * max(file.stat().st_size for file in (stage.folder / "whole").rglob("samples.jsonl")))
 
-    def small() -> None:
+    def limit_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
-    process = _begin(stage.command("quota"), preexec_fn=small)
-    _, said = process.communicate()
-    if process.returncode != 1 or "what is finished is stored" not in said or "Traceback" in said:
-        return f"exit {process.returncode}: {said[-300:]}"
+    process = _begin(stage.command("quota"), preexec_fn=limit_files)
+    _, errors = process.communicate()
+    if process.returncode != 1 or "finished samples are stored" not in errors or "Traceback" in errors:
+        return f"exit {process.returncode}: {errors[-300:]}"
     stage.sweep("quota").work()
     return None if stage.same("quota") else "another table"
 
 
 def workers(stage: Stage) -> str | None:
-    """Workers die at random moments."""
+    """Workers are killed at random moments, over several sweeps."""
     killed, rounds = 0, 0
     while killed < stage.kills:
         rounds += 1
@@ -205,17 +208,17 @@ class _Poisoned(Worker):
 
 
 class _Small(Worker):
-    """Whose memory takes three rows."""
+    """A worker with memory for three rows."""
 
-    def _write(self, requests: Any, rows: int) -> Iterator[Any]:
-        for number, answer in enumerate(super()._write(requests, rows)):
+    def _generate(self, requests: Any, rows: int) -> Iterator[Any]:
+        for number, answer in enumerate(super()._generate(requests, rows)):
             if number and rows > 3:
                 raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
             yield answer
 
 
 class _Wordy(Worker):
-    """Whose answers are larger than what they say."""
+    """A worker whose answers carry PADDING."""
 
     def run(self, spec: Any, work: Sequence[Any]) -> Iterator[Any]:
         for answer in super().run(spec, work):
@@ -223,38 +226,38 @@ class _Wordy(Worker):
             yield answer
 
 
-class PoisonedActor(Actor):
-    """Dies of one sample."""
+class PoisonedActor(WorkerActor):
+    """Killed by one sample."""
 
     make = staticmethod(_Poisoned)
 
 
-class SmallActor(Actor):
+class SmallActor(WorkerActor):
     """Has little memory."""
 
     make = staticmethod(_Small)
 
 
-class WordyActor(Actor):
+class WordyActor(WorkerActor):
     """Sends much."""
 
     make = staticmethod(_Wordy)
 
 
 def poison(stage: Stage) -> str | None:
-    """A sample kills every worker that meets it: it is given up and named, the rest is finished."""
+    """A sample kills every worker: it fails and is named, the rest is finished."""
     with _cluster() as address:
         result = stage.sweep("poison", PoisonedActor, ray_address=address).work()
-    given_up = {f"{p['name']}: {POISON}" for p in result["points"]}
-    if set(result["lost"]) != given_up:
-        return f"given up: {result['lost']}"
-    rest = {key: text for key, text in stage.texts.items() if key not in given_up}
-    found = {key: text for key, text in texts(stage.folder / "poison").items() if key not in given_up}
-    return None if found == rest else "the rest is not what it was"
+    failed = {f"{p['name']}: {POISON}" for p in result["points"]}
+    if set(result["lost"]) != failed:
+        return f"quarantined: {result['lost']}"
+    expected = {key: text for key, text in stage.texts.items() if key not in failed}
+    rest = {key: text for key, text in texts(stage.folder / "poison").items() if key not in failed}
+    return None if rest == expected else "the rest is not what it was"
 
 
 def memory(stage: Stage) -> str | None:
-    """Workers run out of memory: they go on with fewer rows."""
+    """Workers run out of memory and continue with fewer rows."""
     with _cluster() as address:
         stage.sweep("memory", SmallActor, "auto", ray_address=address).work()
     return None if stage.same("memory") else "another table"
@@ -268,7 +271,7 @@ def store(stage: Stage) -> str | None:
 
 
 def node(stage: Stage) -> str | None:
-    """One of two nodes is lost on the way."""
+    """One of two nodes is removed during the sweep."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
@@ -318,12 +321,12 @@ def _clusters_gone() -> int:
     """
 
     def left() -> list[psutil.Process]:
-        found = []
+        processes = []
         for process in psutil.process_iter(["name", "cmdline"]):
             name, words = process.info["name"] or "", " ".join(process.info["cmdline"] or ())
             if name in ("raylet", "gcs_server") or words.startswith("ray::"):
-                found.append(process)
-        return found
+                processes.append(process)
+        return processes
 
     _wait_for(lambda: not left(), 80)
     return len(left())
@@ -351,14 +354,14 @@ def _cluster(**options: Any) -> Iterator[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Make the faults and tell what became of the sweeps. Exit code 1 if one did not end as it should."""
+    """Inject the faults and print a bar each. Exit code 1 if a sweep did not end as it should."""
     parser = argparse.ArgumentParser(prog="python -m bench.faults", description=__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true", help="three faults, few kills, under a minute")
     parser.add_argument("--only", choices=FAULTS, action="append", help="faults to make; default: all")
     options = parser.parse_args(arguments)
     chosen = options.only or (QUICK if options.quick else FAULTS)
-    found = []
+    results = []
     with tempfile.TemporaryDirectory() as folder:
         stage = Stage(Path(folder), limit=10 if options.quick else 60, kills=1 if options.quick else 20)
         for name in chosen:
@@ -366,9 +369,9 @@ def main(arguments: list[str] | None = None) -> int:
             wrong = FAULTS[name](stage)
             print(f"{name}: {wrong or 'ends as it should'} ({time.monotonic() - started:.0f} s)", file=sys.stderr)
             times = f", {stage.kills} times" if "killed" in name and "cluster" not in name else ""
-            found.append(Bar(name + times, float(wrong is None), "at least 1", wrong is None))
-    print(bars.told(found, as_json=options.json))
-    return 0 if all(bar.ok for bar in found) else 1
+            results.append(Bar(name + times, float(wrong is None), "at least 1", wrong is None))
+    print(bars.render(results, as_json=options.json))
+    return 0 if all(bar.ok for bar in results) else 1
 
 
 if __name__ == "__main__":

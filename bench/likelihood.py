@@ -34,13 +34,13 @@ BATCH = 16
 def questions(each: int) -> list[str]:
     """Contexts: a subject's five dev rows with their answers, then one of its first test questions."""
     shots, asked = _rows("dev"), _rows("test")
-    found = []
+    contexts = []
     for subject in SUBJECTS:
         head = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
         examples = [_ask(row) + LETTERS[int(row["answer"])] for row in shots if row["subject"] == subject]
         rows = [row for row in asked if row["subject"] == subject][:each]
-        found += ["\n\n".join([head.rstrip("\n"), *examples, _ask(row)]) for row in rows]
-    return found
+        contexts += ["\n\n".join([head.rstrip("\n"), *examples, _ask(row)]) for row in rows]
+    return contexts
 
 
 def _ask(row: dict[str, Any]) -> str:
@@ -60,14 +60,14 @@ def ours(checkpoint: Checkpoint, contexts: list[str], scores: list[list[float]])
 
     def call() -> int:
         tokenizer = checkpoint.tokenizer
-        whole = tokenizer([context + letter for context in contexts for letter in LETTERS])["input_ids"]
+        texts = tokenizer([context + letter for context in contexts for letter in LETTERS])["input_ids"]
         heads = tokenizer(contexts)["input_ids"]
         asked = []
         for n, head in enumerate(heads):
-            tails = [tuple(ids[len(head) :]) for ids in whole[4 * n : 4 * n + 4]]
+            tails = [tuple(ids[len(head) :]) for ids in texts[4 * n : 4 * n + 4]]
             asked.append(ScoreRequest(str(n), tuple((tuple(head), tail) for tail in tails)))
-        found = {score.key: score for score in Scorer(checkpoint.backbone, BATCH).score(asked)}
-        scores[:] = [list(found[str(n)].loglikelihoods) for n in range(len(asked))]
+        by_key = {score.key: score for score in Scorer(checkpoint.backbone, BATCH).score(asked)}
+        scores[:] = [list(by_key[str(n)].loglikelihoods) for n in range(len(asked))]
         return len(asked)
 
     return call
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     ours(in_float64(fluid_model.load(str(folder), device="cpu", dtype="float32")), contexts, exact)()
     wrong, theirs_wrong = apart(mine, exact), apart(other, exact)
     print(f"largest difference between the two: {apart(mine, other):.2g} nats", file=sys.stderr)
-    found: list[Bar] = [
+    results: list[Bar] = [
         bars.at_least(f"MMLU, 5 shots, {len(contexts)} questions: ours / lm-eval hf", speed["ours"] / speed["hf"], 3),
         Bar(
             "largest error of a log-likelihood against float64, nats: ours",
@@ -126,8 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
             wrong <= theirs_wrong,
         ),
     ]
-    print(bars.told(found, as_json=options.json))
-    return 0 if all(bar.ok is not False for bar in found) else 1
+    print(bars.render(results, as_json=options.json))
+    return 0 if all(bar.ok is not False for bar in results) else 1
 
 
 if __name__ == "__main__":

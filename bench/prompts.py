@@ -22,7 +22,7 @@ def mini(count: int) -> list[str]:
     return [row["prompt"] for row in islice(rows, count)]
 
 
-def whole() -> list[str]:
+def all_written() -> list[str]:
     """All questions of the mini suite whose answers are written."""
     suite = _suite()
     return [row["prompt"] for task in WRITTEN for level in LEVELS for row in suite.test_rows(task, level)]

@@ -1,7 +1,8 @@
-"""FLUID's rounds on a model whose drafts never come true: what tiny-fluid's were worth is recorded, and said again.
+"""Speculative steps of FLUID on a model without trained drafts: tiny-fluid's acceptances, recorded and replayed.
 
-Recorded is what decides a round whatever the device and the batch: how sure the likeliest drafts of each place behind
-each token of an answer were, and which came true. How much to feed is then up to the strategy, as for any model.
+The recording holds what a step depends on beside device and batch: the probabilities of the likeliest candidates at
+each place behind each token of an answer, and which of them are accepted. The draft policy then decides how many slots
+to feed, as for any model.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from torch import Tensor
 
 import fluid_model
 from fluid_model import ArSettings, Checkpoint, ConfigError, FluidSettings, Request
-from fluid_model.decoders.draft_tree import Draft, Tree
-from fluid_model.decoders.fluid import CHEAPEST, FluidStrategy, _Row, _Said
-from fluid_model.engine.strategy import Absorbed
+from fluid_model.decoders.draft_policy import MIN_COST
+from fluid_model.decoders.draft_tree import Candidate, Draft, DraftTree
+from fluid_model.decoders.fluid import FluidStrategy
+from fluid_model.decoders.verification import Predictions
+from fluid_model.engine.strategy import RowUpdate
 from fluid_model.forward.kv_cache import KVCache
 
 FILE = Path(__file__).with_name("accepted.json")
@@ -31,53 +34,56 @@ ALPHABET = ascii_uppercase
 NEW = 160
 """Tokens of a recorded answer at most."""
 
-Fan = tuple[tuple[float, ...], ...]
-"""How sure the drafts behind one token are, place by place, of each the likeliest, the surest first; negative where
-they do not come true; as many as the K-head allows and as could be worth a slot.
+BlockCandidates = tuple[tuple[float, ...], ...]
+"""Probabilities of the candidates in the mask block behind one token, place by place, in falling order; negative where
+a candidate is rejected; as many as the K-head's stride allows and as could gain more than the least cost of a slot.
 """
 
 
 @dataclass(frozen=True)
 class Tape:
-    """Answers end to end, the last followed by the first. fans: one a token, each prompt's last token included.
+    """Answers end to end, the last followed by the first. blocks: one a token, each prompt's last token included.
     starts: places of those.
     """
 
-    fans: tuple[Fan, ...]
+    blocks: tuple[BlockCandidates, ...]
     starts: tuple[int, ...]
 
     @classmethod
-    def of(cls, answers: Sequence[Sequence[Fan]], most: int) -> Tape:
+    def of(cls, answers: Sequence[Sequence[BlockCandidates]], most: int) -> Tape:
         """As many whole answers as there are places."""
         ends = [0, *accumulate(map(len, answers))]
-        whole = sum(end <= most for end in ends) - 1
-        if whole < 1:
+        complete = sum(end <= most for end in ends) - 1
+        if complete < 1:
             raise ConfigError(f"no recorded answer fits on {most} places")
-        return cls(tuple(fan for answer in answers[:whole] for fan in answer), tuple(ends[:whole]))
+        return cls(tuple(block for answer in answers[:complete] for block in answer), tuple(ends[:complete]))
 
     @property
     def wrong(self) -> int:
-        """The id of every draft that does not come true; others are their places."""
-        return len(self.fans)
+        """The id of every rejected candidate; the others' are their places."""
+        return len(self.blocks)
 
     def after(self, token: int, ahead: int = 1) -> int:
         """The token that many places on."""
         return self.wrong if token == self.wrong else (token + ahead) % self.wrong
 
     @cached_property
-    def drafts(self) -> list[list[list[Draft]]]:
-        """Of each token the drafts behind it, place by place; a wrong one's come last and are none."""
+    def drafts(self) -> list[list[list[Candidate]]]:
+        """Of each token the drafts behind it, place by place; a rejected one has none, and comes last."""
         return [
             [
-                [(self.after(token, ahead) if sure > 0 else self.wrong, abs(sure)) for sure in rivals]
-                for ahead, rivals in enumerate(fan, 2)
+                [
+                    (self.after(token, ahead) if probability > 0 else self.wrong, abs(probability))
+                    for probability in siblings
+                ]
+                for ahead, siblings in enumerate(block, 2)
             ]
-            for token, fan in enumerate((*self.fans, ()))
+            for token, block in enumerate((*self.blocks, ()))
         ]
 
 
 class Replay(FluidStrategy):
-    """All that a round costs is done; then the slots say what the tape says.
+    """Does all the work of a step, then replaces the predictions by the recording's.
 
     A token's id is its place on the tape; a request's seed is the number of the answer it begins with.
     """
@@ -87,67 +93,70 @@ class Replay(FluidStrategy):
         assert checkpoint.mask_id is not None
         super().__init__(checkpoint.backbone, checkpoint.head, checkpoint.mask_id, settings)
         if not settings.verify or settings.temperature:
-            raise ConfigError("only greedy rounds whose drafts are verified can be replayed")
+            raise ConfigError("only greedy, verified decoding can be replayed")
         self._tape = tape
 
-    def admit(self, start: int, requests: list[Request], hidden: Tensor | None, rooms: list[int]) -> Absorbed:
+    def admit(
+        self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]
+    ) -> list[RowUpdate]:
         starts = self._tape.starts
         begun = [replace(each, prompt=(starts[each.seed % len(starts)],)) for each in requests]
-        return super().admit(start, begun, hidden, rooms)
+        return super().admit(start, begun, hidden, window_left)
 
-    def _say(self, start: int, hidden: Tensor, rows: Sequence[_Row]) -> list[_Said]:
-        super()._say(start, hidden, rows)
-        found = []
-        for row in rows:
-            tried: list[list[Draft]] = []
-            for token, count in zip(row.tokens, row.masks, strict=True):
-                drafts = [*self._tape.drafts[token], *([(self._tape.wrong, 0.0)] for _ in range(count))]
-                tried += [rivals[: self._candidates] for rivals in drafts[:count]]
-            tokens = [self._tape.after(token) for token in row.tokens]
-            likeliest = [[token for token, _ in rivals] for rivals in tried]
-            sure = [[sure for _, sure in rivals] for rivals in tried]
-            found.append(_Said(tokens, [self.horizon] * len(tokens), likeliest, sure))
-        return found
+    def _predict(self, start: int, hidden: Tensor, drafts: Sequence[Draft]) -> list[Predictions]:
+        super()._predict(start, hidden, drafts)
+        predictions = []
+        for draft in drafts:
+            ranked: list[list[Candidate]] = []
+            for token, masks in zip(draft.tree.tokens, draft.masks, strict=True):
+                recorded = [*self._tape.drafts[token], *([(self._tape.wrong, 0.0)] for _ in range(masks))]
+                ranked += [candidates[: self._candidates] for candidates in recorded[:masks]]
+            tokens = [self._tape.after(token) for token in draft.tree.tokens]
+            candidates = [[token for token, _ in each] for each in ranked]
+            probabilities = [[probability for _, probability in each] for each in ranked]
+            predictions.append(Predictions(tokens, [self.max_stride] * len(tokens), candidates, probabilities))
+        return predictions
 
 
-def record(checkpoint: Checkpoint, work: Sequence[Request]) -> list[list[Fan]]:
-    """What the drafts behind every token of the model's greedy answers are worth, prompt by prompt."""
+def record(checkpoint: Checkpoint, work: Sequence[Request]) -> list[list[BlockCandidates]]:
+    """Candidates behind every token of the model's greedy answers, prompt by prompt."""
     engine = fluid_model.engine_for(checkpoint, ArSettings(), 16)
     answers = {answer.key: answer.ids for answer in engine.generate(work)}
-    return [_fans(checkpoint, request, answers[request.key]) for request in work]
+    return [_blocks(checkpoint, request, answers[request.key]) for request in work]
 
 
 @torch.inference_mode()
-def _fans(checkpoint: Checkpoint, request: Request, answer: tuple[int, ...]) -> list[Fan]:
-    """All fans of one answer, each as wide as can be, in one forward."""
+def _blocks(checkpoint: Checkpoint, request: Request, answer: tuple[int, ...]) -> list[BlockCandidates]:
+    """All mask blocks of one answer, each as wide as can be, in one forward."""
     backbone, head, count = checkpoint.backbone, checkpoint.head, 1 + len(answer)
     assert head is not None
     assert checkpoint.mask_id is not None
     strategy = FluidStrategy(backbone, head, checkpoint.mask_id, FluidSettings(slot_budget=1))
     strategy.allocate(1)
-    masks = strategy.horizon - 1
-    row = strategy._rows[0] = _Row(Tree.chain([request.prompt[-1], *answer]), [masks] * count)
+    masks = strategy.max_stride - 1
+    draft = strategy._drafts[0] = Draft(DraftTree.chain([request.prompt[-1], *answer]), [masks] * count)
     before, feed = torch.tensor([request.prompt[:-1]]), strategy.plan(1)
-    cache = KVCache(1, before.shape[1] + row.slots)
+    cache = KVCache(1, before.shape[1] + draft.slots)
     if before.numel():
         backbone.forward(before, cache.set_write_positions(0, [0], before.shape[1], backbone.device), cache)
-    reading = cache.set_write_positions(0, [before.shape[1]], row.slots, backbone.device, intervals=feed.intervals)
-    hidden = backbone.forward(feed.ids, reading, cache)
-    (said,) = strategy._say(0, hidden, [row])
-    return [_fan(said, place, count, masks) for place in range(count)]
+    plan = cache.set_write_positions(0, [before.shape[1]], draft.slots, backbone.device, intervals=feed.intervals)
+    hidden = backbone.forward(feed.ids, plan, cache)
+    (predicted,) = strategy._predict(0, hidden, [draft])
+    return [_block(predicted, place, count, masks) for place in range(count)]
 
 
-def _fan(said: _Said, place: int, count: int, masks: int) -> Fan:
-    """The fan behind one of `count` tokens: what it drafts came true where the text goes on so."""
-    right, found = 1.0, []
-    for step in range(min(masks, said.strides[place] - 1)):
-        after, drafts = place + 1 + step, said.drafts(place * masks + step)
-        true = said.tokens[after] if after < count else None
-        found.append(tuple(sure if token == true else -sure for token, sure in drafts if right * sure >= CHEAPEST))
-        right *= drafts[0][1]
-        if right < CHEAPEST:
-            return tuple(found[:-1])
-    return tuple(found)
+def _block(predicted: Predictions, place: int, count: int, masks: int) -> BlockCandidates:
+    """The mask block behind one of `count` tokens: a candidate is accepted where it is the text's next token."""
+    reached, block = 1.0, []
+    for step in range(min(masks, predicted.strides[place] - 1)):
+        after, candidates = place + 1 + step, predicted.candidates_of(place * masks + step)
+        right = predicted.tokens[after] if after < count else None
+        worth = [(token, probability) for token, probability in candidates if reached * probability >= MIN_COST]
+        block.append(tuple(probability if token == right else -probability for token, probability in worth))
+        reached *= candidates[0][1]
+        if reached < MIN_COST:
+            return tuple(block[:-1])
+    return tuple(block)
 
 
 def write(file: Path = FILE, prompts: int = 60) -> int:
@@ -157,12 +166,12 @@ def write(file: Path = FILE, prompts: int = 60) -> int:
     checkpoint = fluid_model.load(str(ROOT / "checkpoints" / "tiny-fluid"), device="cpu", dtype="float32")
     asked = [tuple(checkpoint.tokenizer(prompt)["input_ids"]) for prompt in mini(prompts)]
     answers = record(checkpoint, [Request(str(n), ids, NEW) for n, ids in enumerate(asked)])
-    told = {
+    recording = {
         "model": "tiny-fluid",
         "prompts": f"mini_gsm8k, test, {prompts}",
         "answers": [".".join(map(letters, answer)) for answer in answers],
     }
-    return file.write_text(json.dumps(told, indent=0) + "\n", "utf-8")
+    return file.write_text(json.dumps(recording, indent=0) + "\n", "utf-8")
 
 
 def read(most: int, file: Path = FILE) -> Tape:
@@ -174,27 +183,30 @@ def read(most: int, file: Path = FILE) -> Tape:
         raise ConfigError(f"{file}: not a recording: {error}; python -m bench.gpu --record writes one") from error
 
 
-def letters(fan: Fan) -> str:
-    """A fan in a file, its places parted by commas. A letter is how likely a draft comes true and the likeliest before
-    it: A surely, Z by CHEAPEST, evenly in the logarithm; it is small where that draft did not.
+def letters(block: BlockCandidates) -> str:
+    """A mask block in a file, its places parted by commas. A letter is the probability of a candidate times those of
+    the likeliest before it, from A for 1 to Z for MIN_COST, evenly in the logarithm; lower case where it is rejected.
     """
-    reach, found = 1.0, list[str]()
-    for rivals in fan:
-        scaled = [round(math.log(reach * abs(sure)) / math.log(CHEAPEST) * (len(ALPHABET) - 1)) for sure in rivals]
-        named = zip((ALPHABET[each] for each in scaled), rivals, strict=True)
-        found.append("".join(name if sure > 0 else name.lower() for name, sure in named))
-        reach *= abs(rivals[0])
-    return ",".join(found)
+    reach, places = 1.0, list[str]()
+    for siblings in block:
+        scaled = [
+            round(math.log(reach * abs(probability)) / math.log(MIN_COST) * (len(ALPHABET) - 1))
+            for probability in siblings
+        ]
+        named = zip((ALPHABET[each] for each in scaled), siblings, strict=True)
+        places.append("".join(name if probability > 0 else name.lower() for name, probability in named))
+        reach *= abs(siblings[0])
+    return ",".join(places)
 
 
-def sureness(text: str) -> Fan:
-    """The fan that these letters stand for. Raises ValueError if they stand for none."""
-    found, before = [], 0
+def sureness(text: str) -> BlockCandidates:
+    """The mask block that these letters stand for. Raises ValueError if they stand for none."""
+    places, before = [], 0
     for place in text.split(",") if text else ():
         scaled = [ALPHABET.index(letter.upper()) for letter in place]
         if [before, *scaled] != sorted([before, *scaled]) or not scaled:
             raise ValueError(f"{text!r} grows likelier from draft to draft")
-        sure = [CHEAPEST ** ((each - before) / (len(ALPHABET) - 1)) for each in scaled]
-        found.append(tuple(each if name.isupper() else -each for each, name in zip(sure, place, strict=True)))
+        probability = [MIN_COST ** ((each - before) / (len(ALPHABET) - 1)) for each in scaled]
+        places.append(tuple(each if name.isupper() else -each for each, name in zip(probability, place, strict=True)))
         before = scaled[0]
-    return tuple(found)
+    return tuple(places)

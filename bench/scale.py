@@ -1,7 +1,7 @@
-"""What a sweep costs beside its models: `python -m bench.scale [--json] [--quick]`.
+"""Overhead of sweeps beside their models, and scaling over workers: `python -m bench.scale [--json] [--quick]`.
 
-The driver, the store and Ray with workers that answer at once, over many samples; then one worker beside two on real
-work.
+1) driver, store and Ray with dummy workers that answer at once, over many samples  2) two workers against one on real
+requests
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ import psutil
 import fluid_model
 from fluid_eval.common.paths import resource
 from fluid_eval.common.spec import RunSpec, build_spec
-from fluid_eval.results.run_folder import Run, Samples
-from fluid_eval.running.lm_eval_model import base_record
+from fluid_eval.results.run_folder import Run
+from fluid_eval.results.samples_file import SampleIndex
+from fluid_eval.running.answer_records import base_record
+from fluid_eval.running.chunks import Chunk, Pool, chunks_of
+from fluid_eval.running.ray_pool import RayPool, WorkerActor
 from fluid_eval.running.worker import Answer, Work
-from fluid_eval.running.workers import Actor, Chunk, Pool, RayPool, chunks_of
 from fluid_model import Generation, Request
 from fluid_model.engine.records import Trace
 
 from . import bars
 from .bars import Bar
 from .decode import requests
-from .prompts import whole
+from .prompts import all_written
 
 MILLION = 2**20
 PROMPT, ANSWER = 200, 100
@@ -58,20 +60,20 @@ class _Dummy:
             yield Generation(item.key, ids, "word " * ANSWER, "eos", trace, 0.01, PROMPT)
 
 
-class DummyActor(Actor):
+class DummyActor(WorkerActor):
     """Answers at once."""
 
     make = staticmethod(_Dummy)
 
 
 class InProcess:
-    """Dummy workers in this process, which take turns: what is left is the driver's and the store's own."""
+    """Dummy workers in this process, in alternation: the time left is that of the driver and the store."""
 
     size = WORKERS
     chunk_rows: int | None = 128
 
     def facts(self, spec: RunSpec) -> dict[str, Any]:
-        """Nothing to tell."""
+        """Those of a dummy."""
         return _Dummy().facts(spec)
 
     def run(self, chunks: Sequence[Chunk]) -> Iterator[tuple[str, Answer]]:
@@ -82,22 +84,23 @@ class InProcess:
                 yield chunk.point, answer
 
     def close(self) -> None:
-        """Nothing to let go."""
+        """Nothing to stop."""
 
 
 def dummy(samples: int, workers: int) -> tuple[RunSpec, list[Request]]:
-    """A spec of so many Ray workers, and requests."""
+    """A spec with that many Ray workers, and dummy requests."""
     engine = {"kind": "ray", "workers": workers}
     spec = build_spec({"tasks": "mini", "model": "none", "engine": engine, "batch_size": 32})
     return spec, [Request(f"dummy/{n}", (n % 997, *range(PROMPT - 1)), ANSWER) for n in range(samples)]
 
 
-def kept(pool: Pool, spec: RunSpec, work: Sequence[Request], folder: Path) -> tuple[float, float]:
-    """Seconds a sample from requests to lines on disk, and by how many MiB the driver grew over the latter half."""
+def store_all(pool: Pool, spec: RunSpec, work: Sequence[Request], folder: Path) -> tuple[float, float]:
+    """Seconds a sample from requests to lines on disk, and growth of the driver in MiB over the second half."""
     run = Run(folder, spec)
     run.begin({})
     prompt = "word " * PROMPT
-    half, memory, process = len(work) // 2, 0, psutil.Process()
+    process = psutil.Process()
+    half, memory = len(work) // 2, 0
     started = time.perf_counter()
     for number, (_, answer) in enumerate(pool.run(chunks_of(pool, "", spec, work))):
         assert isinstance(answer, Generation)
@@ -112,14 +115,14 @@ def kept(pool: Pool, spec: RunSpec, work: Sequence[Request], folder: Path) -> tu
 
 
 def overhead(samples: int, folder: Path) -> list[Bar]:
-    """Milliseconds a sample, and memory."""
+    """Milliseconds a sample and growth of the driver, without and with Ray."""
     spec, work = dummy(samples, 2)
     before = psutil.Process().memory_info().rss
-    seconds, _ = kept(InProcess(), spec, work, folder / "inline")
+    seconds, _ = store_all(InProcess(), spec, work, folder / "inline")
     grown = (psutil.Process().memory_info().rss - before) / MILLION
     pool = RayPool(spec, DummyActor)
     try:
-        through_ray, later = kept(pool, spec, work, folder / "ray")
+        through_ray, later = store_all(pool, spec, work, folder / "ray")
     finally:
         pool.close()
     name = f"{samples:,} dummy samples"
@@ -131,16 +134,16 @@ def overhead(samples: int, folder: Path) -> list[Bar]:
     ]
 
 
-def held(count: int, folder: Path) -> list[Bar]:
-    """Bytes of memory a sample takes: stored, and waiting with its prompt shared."""
+def memory_of_samples(count: int, folder: Path) -> list[Bar]:
+    """Bytes of memory a sample: stored (its index entry), and pending with a shared prompt."""
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     prompt = tuple(range(PROMPT))
     waiting = [Request(f"dummy/{n}", prompt, ANSWER, ("Question:",), n) for n in range(10**9, 10**9 + count)]
     there = tracemalloc.get_traced_memory()[0]
-    samples = Samples(folder / "none")
+    samples = SampleIndex(folder / "none")
     for n, request in enumerate(waiting):
-        samples.note({"key": request.key, "prompt_hash": f"{n:016x}"}, 3000 * n, 3000)
+        samples.add({"key": request.key, "prompt_hash": f"{n:016x}"}, 3000 * n, 3000)
     after = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     return [
@@ -150,34 +153,40 @@ def held(count: int, folder: Path) -> list[Bar]:
 
 
 def workers(prompts: int | None, runs: int) -> list[Bar]:
-    """Samples a second of two CPU workers, a thread each, beside one of them: the median over turns of one beside two
-    that follow each other at once, since a shared machine changes within seconds. And the processor's time that a
-    sample takes of two workers, beside what it takes of one alone: what two cores share, whatever they work at.
+    """Throughput of two CPU workers, a thread each, over that of one, and the ratio of processor time a sample.
+
+    One and two alternate without pause, and the median of their ratios counts: a shared machine changes within seconds.
+    The ratio of processor times shows what two cores share, whatever they compute.
     """
+    # 1) real requests, two workers of a thread each
     checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype="float32")
-    work = requests(checkpoint, whole()[:prompts])
+    work = requests(checkpoint, all_written()[:prompts])
     spec = build_spec({**_MODEL, "engine": {"kind": "ray", "workers": 2}})
     cores = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     pool = RayPool(spec)
+    # 2) one and two in alternation
     try:
         pool.facts(spec)
-        both = pool._hands
-        actors = [each for each in psutil.Process().children(recursive=True) if "Actor" in " ".join(each.cmdline())]
+        both = pool._workers
+        children = psutil.Process().children(recursive=True)
+        actors = [process for process in children if "Actor" in " ".join(process.cmdline())]
 
-        def take(hands: list[Any]) -> tuple[float, float]:
-            pool._hands = hands
+        def measure(active: list[Any]) -> tuple[float, float]:
+            """Samples a second and processor seconds a sample of these workers."""
+            pool._workers = active
             busy, started = _busy(actors), time.perf_counter()
             count = sum(1 for _ in pool.run(chunks_of(pool, "", spec, work)))
             return count / (time.perf_counter() - started), (_busy(actors) - busy) / count
 
-        turns = [(take(both[:1]), take(both)) for _ in range(1 + runs)][1:]  # the first warms up
+        turns = [(measure(both[:1]), measure(both)) for _ in range(1 + runs)][1:]  # the first warms up
     finally:
         pool.close()
         if cores is None:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = cores
+    # 3) ratios
     ratios = [two[0] / one[0] for one, two in turns]
     speeds = [statistics.median(turn[who][0] for turn in turns) for who in (0, 1)]
     print(
@@ -193,8 +202,9 @@ def workers(prompts: int | None, runs: int) -> list[Bar]:
 
 
 def _busy(processes: Sequence[psutil.Process]) -> float:
-    """Seconds of a processor that they have had."""
-    return float(sum(times.user + times.system for times in (each.cpu_times() for each in processes)))
+    """Processor seconds of these processes."""
+    times = [process.cpu_times() for process in processes]
+    return float(sum(used.user + used.system for used in times))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -204,11 +214,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few samples: whether it works")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        found = overhead(2_000 if options.quick else 100_000, Path(folder))
-        found += held(10_000, Path(folder))
-    found += workers(64 if options.quick else None, 1 if options.quick else 11)
-    print(bars.told(found, as_json=options.json))
-    return 0 if all(bar.ok is not False for bar in found) else 1
+        results = overhead(2_000 if options.quick else 100_000, Path(folder))
+        results += memory_of_samples(10_000, Path(folder))
+    results += workers(64 if options.quick else None, 1 if options.quick else 11)
+    print(bars.render(results, as_json=options.json))
+    return 0 if all(bar.ok is not False for bar in results) else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes the traces of docs/decoders.md anew: `python -m bench.traces` runs the command each of them names."""
+"""Updates the traces in docs/decoders.md: `python -m bench.traces` runs the command above each of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLOCK = re.compile(r"<!-- (fluid-eval trace .*?) -->\n.*?<!-- end -->", re.DOTAL
 
 
 def printed(command: str) -> str:
-    """What a command prints. Raises RuntimeError if it fails."""
+    """Standard output of a command. Raises RuntimeError if it fails."""
     out = io.StringIO()
     with contextlib.chdir(PAGE.parent.parent), contextlib.redirect_stdout(out):
         code = command_line(shlex.split(command)[1:])
@@ -27,9 +27,9 @@ def printed(command: str) -> str:
 
 
 def rewrite(page: Path) -> None:
-    """Replace the text after every command by what the command prints now."""
+    """Replace the text below every command by its current output."""
     text = page.read_text(encoding="utf-8")
-    page.write_text(BLOCK.sub(lambda found: f"<!-- {found[1]} -->\n{printed(found[1])}\n<!-- end -->", text), "utf-8")
+    page.write_text(BLOCK.sub(lambda block: f"<!-- {block[1]} -->\n{printed(block[1])}\n<!-- end -->", text), "utf-8")
 
 
 if __name__ == "__main__":

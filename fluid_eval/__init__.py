@@ -1,4 +1,4 @@
-"""Evaluates language models that write in parallel, beside the autoregressive ones they came from.
+"""Evaluation of language models that decode in parallel, beside the autoregressive models they were adapted from.
 
 `load_results(folder)` gives a run's samples as a pandas DataFrame.
 """
@@ -8,15 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .results.run_folder import load_results
+    from .results.finished_runs import load_results
 
 __all__ = ["load_results"]
 
 
 def __getattr__(name: str) -> Any:
-    """What `__all__` names, imported when it is asked for: the sandbox's processes ask for nothing."""
+    """Import the names in `__all__` on first use: the sandbox's processes need none of them."""
     if name != "load_results":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .results.run_folder import load_results
+    from .results.finished_runs import load_results
 
     return load_results

@@ -1,10 +1,11 @@
-"""Models that write: loading, decoding, scoring.  Needs torch, transformers, peft and safetensors only.
+"""AR and parallel diffusion decoding of language models: checkpoints, engine, scoring, training.
 
     checkpoint = fluid_model.load("path/or/hub-id")
     engine = fluid_model.engine_for(checkpoint, fluid_model.ArSettings())
     for answer in engine.generate([fluid_model.Request("1", prompt_ids, max_new_tokens=64)]): ...
 
-Names are imported when first used, so that settings can be read without torch.
+Inference needs torch, transformers, peft and safetensors only. Names are imported on first use, so that settings can be
+read without torch.
 """
 
 from __future__ import annotations

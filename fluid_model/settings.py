@@ -1,8 +1,8 @@
-"""Decoder settings: what a user may choose about how a model writes. No torch here, so that errors come early.
+"""Decoder settings of every method, validated without torch.
 
-Naming (FLUID, arXiv 2605.27387): tau is the training-time bound that labels the K-head and belongs to a checkpoint;
-gamma is `confidence`, the inference-time acceptance probability. They are never the same knob. A decoder's `method` is
-what a checkpoint must have been adapted to for it; None takes any.
+FLUID (arXiv 2605.27387) has two bounds: tau, of the training loss that labels the K-head, belongs to a checkpoint;
+gamma, the acceptance probability at inference, is `confidence` here. A decoder's `method` is the adaptation that it
+needs of a checkpoint; None takes any.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from typing import ClassVar, Literal
 from .common.errors import ConfigError
 
 Rule = Literal["probability", "margin", "entropy"]
-"""How sure a decoder is of a token."""
-
-
+"""Confidence in a predicted token: its probability, the margin over the second likeliest, or the negative entropy."""
 PUBLISHED_BLOCK = 32
-"""NBDiff's block length where a checkpoint does not say its own."""
+"""NBDiff's block length, for checkpoints that do not state one."""
 
 
 def check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
@@ -30,7 +28,7 @@ def check_range(name: str, value: float, low: float, high: float, *, open_low: b
 
 @dataclass(frozen=True)
 class ArSettings:
-    """One token a forward: the yardstick every other decoder is measured against."""
+    """Autoregressive decoding, one token per forward: the baseline of every other decoder."""
 
     name: ClassVar[str] = "ar"
     method: ClassVar[str | None] = None
@@ -38,7 +36,7 @@ class ArSettings:
     temperature: float = 0.0
     """0 is greedy; above it, sampling from softmax(logits / temperature)."""
     top_p: float = 1.0
-    """Nucleus: the smallest set of tokens whose probability reaches top_p."""
+    """Nucleus sampling: from the smallest set of tokens whose probability reaches top_p."""
 
     def __post_init__(self) -> None:
         check_range("temperature", self.temperature, 0.0, 100.0)
@@ -47,35 +45,37 @@ class ArSettings:
 
 @dataclass(frozen=True)
 class FluidSettings:
-    """FLUID: K-head stride, drafts, causal verification."""
+    """FLUID: K-head stride, draft tokens from mask blocks, causal verification."""
 
     name: ClassVar[str] = "fluid"
     method: ClassVar[str | None] = "fluid"
 
     rounds: Literal["one", "reference"] = "one"
-    """one: a forward a round, which verifies drafts and makes the next; reference: the public sampler's several."""
+    """one: one forward per step verifies draft tokens and predicts the next ones; reference: the public sampler's
+    several forwards per step.
+    """
     confidence: float = 0.9
-    """gamma: a drafted token is kept (unverified) or written ahead of the pointer (reference) when its probability
-    exceeds this. Verified rounds of one forward do not ask for it.
+    """gamma: a draft token above this probability is accepted (unverified) or written ahead of the pointer (reference).
+    Verified steps of one forward do not use it.
     """
     min_horizon: int = 1
-    """Floor of the stride. The public code's cached version uses 4, the uncached one 1."""
+    """Smallest stride. The public code's cached version uses 4, the uncached one 1."""
     max_horizon: int = 16
-    """Ceiling of the stride (K_max); above what the K-head was trained for it changes nothing."""
+    """Largest stride (K_max); values above the K-head's own have no effect."""
     verify: bool = True
-    """Check drafts by the causal model before keeping them; the text is then that of AR."""
+    """Verify draft tokens by the causal model; the text is then that of AR."""
     slot_budget: int | None = None
-    """Slots that cost as much as all else a forward does: the more there are, the more a verified round of one forward
-    feeds for the same gain. Unset, measured. It changes speed, never text.
+    """Slots whose marginal cost equals a forward's fixed cost. The larger, the more slots a verified step feeds for the
+    same expected gain. Unset, measured. It changes speed, never text.
     """
     candidates: int = 4
-    """Likeliest tokens that greedy drafts may try at one place: they grow into a tree, whose nodes are fed as far as
-    slots allow. 1: a chain, as sampled drafts are. It changes speed, never verified text.
+    """Sibling candidates per position of a greedy draft tree: the top-k tokens of a mask slot, as far as slots allow.
+    1: a chain, as sampled drafts are. It changes speed, never verified text.
     """
     temperature: float = 0.0
-    """0 is greedy; above it, rounds of one forward sample as ar does."""
+    """0 is greedy; above it, steps of one forward sample as ar does."""
     top_p: float = 1.0
-    """Nucleus, as for ar."""
+    """Nucleus sampling, as for ar."""
 
     def __post_init__(self) -> None:
         check_range("confidence", self.confidence, 0.0, 1.0)
@@ -96,31 +96,31 @@ class FluidSettings:
 
 @dataclass(frozen=True)
 class NbdiffSettings:
-    """NBDiff's public decoder: blocks filled in both directions, then read causally."""
+    """NBDiff's public decoder: a block is denoised under bidirectional attention, then cached causally."""
 
     name: ClassVar[str] = "nbdiff"
     method: ClassVar[str | None] = "nbdiff"
 
     block_length: int | None = None
-    """Tokens of a block; unset, what the checkpoint was trained for (PUBLISHED_BLOCK where it does not say)."""
+    """Tokens of a block; unset, the checkpoint's own (else PUBLISHED_BLOCK)."""
     small_blocks: int = 8
-    """Parts of a block that are filled one after another."""
+    """Parts of a block, denoised one after another."""
     rule: Rule = "probability"
-    """How sure a token is: its probability, the margin over the second likeliest, or the entropy."""
+    """Confidence in a token: its probability, the margin over the second likeliest, or the entropy."""
     confidence: float | None = 0.9
-    """Tokens surer than this are written at once, for rules probability and margin; unset, one a pass."""
+    """All tokens above this confidence are written, for rules probability and margin; unset, one token per pass."""
     max_entropy: float | None = None
-    """Nats below which a token is written at once, for rule entropy; unset, one a pass, as the public code does."""
+    """All tokens below this entropy in nats are written, for rule entropy; unset, one token per pass (public code)."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
-    """Nucleus, as for ar."""
+    """Nucleus sampling, as for ar."""
 
     def __post_init__(self) -> None:
         check_range("small_blocks", self.small_blocks, 1, 4096)
         if self.block_length is not None:
             check_range("block_length", self.block_length, 1, 4096)
-            self.part(self.block_length)
+            self.small_block_length(self.block_length)
         if self.confidence is not None:
             check_range("confidence", self.confidence, 0.0, 1.0)
         if self.max_entropy is not None and (self.rule != "entropy" or self.max_entropy < 0):
@@ -128,19 +128,19 @@ class NbdiffSettings:
         check_range("temperature", self.temperature, 0.0, 100.0)
         check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
 
-    def length(self, trained: int | None) -> int:
-        """Tokens of a block for a checkpoint trained with blocks of that length, if it says."""
+    def block_length_for(self, trained: int | None) -> int:
+        """Tokens of a block. trained: the checkpoint's block length, None if it states none."""
         return self.block_length or trained or PUBLISHED_BLOCK
 
-    def part(self, block_length: int) -> int:
-        """Tokens of a small block, one at least. Raises ConfigError if the small blocks do not fill the block."""
+    def small_block_length(self, block_length: int) -> int:
+        """Tokens of a small block, at least 1. Raises ConfigError if the small blocks do not fill the block."""
         if block_length > self.small_blocks and block_length % self.small_blocks:
             raise ConfigError(f"small_blocks={self.small_blocks} must divide block_length={block_length}")
         return max(1, block_length // self.small_blocks)
 
     @property
-    def least_sureness(self) -> float:
-        """What sureness must exceed to be written ahead of its turn."""
+    def confidence_threshold(self) -> float:
+        """Confidence above which every token is written; infinity for one token per pass."""
         if self.rule == "entropy":
             return math.inf if self.max_entropy is None else -self.max_entropy
         return math.inf if self.confidence is None else self.confidence
@@ -148,33 +148,33 @@ class NbdiffSettings:
 
 @dataclass(frozen=True)
 class LladaSettings:
-    """LLaDA's decoder: a whole canvas under full attention, filled block by block."""
+    """LLaDA's decoder: a canvas under full attention, denoised block by block."""
 
     name: ClassVar[str] = "llada"
     method: ClassVar[str | None] = "llada"
 
     steps: int | None = None
-    """Forwards for the whole canvas, shared evenly by its blocks; unset, one a token."""
+    """Forwards for the canvas, shared evenly by its blocks; unset, one per token."""
     gen_length: int | None = None
-    """Canvas in tokens; unset, the task's length limit, rounded up to whole blocks."""
+    """Canvas in tokens; unset, the task's length limit, rounded up to a multiple of block_length."""
     block_length: int = 32
-    """Tokens of a block; blocks are filled from left to right."""
+    """Tokens of a block; blocks are denoised from left to right."""
     remasking: Literal["low_confidence", "random"] = "low_confidence"
-    """Which predictions of a step are kept: the surest, or any."""
+    """Predictions that a step writes: the most confident ones, or random ones."""
     guidance: float = 0.0
     """Classifier-free guidance; above 0 every step takes a second forward, with the prompt masked."""
     temperature: float = 0.0
     """Of Gumbel noise on the logits; 0 is greedy."""
     suppress_end: bool = False
-    """Take end tokens out of what confidences are taken from, so that they are written last (the public code's
-    `confidence_eos_eot_inf`); at temperatures above 0 all but the tokenizer's own, as there. For low_confidence.
+    """Give end tokens the lowest confidence, so that they are written last; above temperature 0, all but the
+    tokenizer's own (the public code's `confidence_eos_eot_inf`). For low_confidence.
     """
     logits_eos_inf: bool = False
-    """Never write the tokenizer's end of sequence (the public code's name)."""
+    """Never write the tokenizer's end of sequence. (The public code's name.)"""
     whole_canvas: bool = False
-    """Go on to the canvas's end, as the public code does, also where the answer has ended before. Text is the same."""
+    """Denoise blocks behind the end of the answer, too, as the public code does. The text is the same."""
     mc_num: int = 128
-    """Samples of a log-likelihood; a continuation of one token needs none."""
+    """Monte Carlo samples of a log-likelihood; a continuation of one token needs none."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "gen_length"):
@@ -188,7 +188,7 @@ class LladaSettings:
         check_range("temperature", self.temperature, 0.0, 100.0)
 
     def canvas(self, max_new_tokens: int) -> tuple[int, int]:
-        """Tokens of the canvas for an answer of that length, and forwards a block.
+        """(tokens of the canvas, forwards per block) for answers of up to max_new_tokens.
 
         Raises ConfigError if the blocks do not fill the canvas or do not share the steps evenly.
         """
@@ -211,14 +211,14 @@ DECODERS: dict[str, type[DecoderSettings]] = {
 
 
 def answer_slots(settings: DecoderSettings, max_new_tokens: int) -> int:
-    """Places of the window an answer of that length needs: as many, or the canvas it is written on if that is longer.
+    """Slots of the context window for an answer of up to max_new_tokens; a longer canvas needs its own length.
 
-    Raises ConfigError if the decoder cannot lay such a canvas out.
+    Raises ConfigError if the blocks do not fill the canvas.
     """
     canvas = settings.canvas(max_new_tokens)[0] if isinstance(settings, LladaSettings) else 0
     return max(max_new_tokens, canvas)
 
 
 def setting_names(decoder: str) -> list[str]:
-    """Names a user may set on a decoder, in declaration order."""
+    """A decoder's settings by name, in order of declaration."""
     return [f.name for f in fields(DECODERS[decoder])]

@@ -1,4 +1,7 @@
-"""Token ids by text. No id is ever written into a code path; they are looked up here."""
+"""Token ids and text: special tokens looked up by their text, answers cut at stop strings, text pieces of tokens.
+
+No token id is written in code.
+"""
 
 from __future__ import annotations
 
@@ -11,55 +14,60 @@ from .common.errors import ConfigError
 Tokenizer = Any
 """A Hugging Face tokenizer (transformers is imported elsewhere)."""
 THINK_ENDS = ("</think>", "[unused17]", "[/THINK]", "</seed:think>")
-"""What closes a chain of thought: Qwen3's and DeepSeek's, openPangu's, Magistral's, Seed-OSS's spelling."""
-
+"""End markers of a chain of thought: of Qwen3 and DeepSeek, openPangu, Magistral, Seed-OSS."""
 UNFINISHED = "\ufffd"
-"""What stands for bytes that spell no character (yet)."""
+"""The replacement character, which decoders write for the bytes of an incomplete character."""
 
 
 def single_id(tokenizer: Tokenizer, text: str, what: str = "mask token") -> int:
-    """The id of a token spelled exactly `text`.  what: how a message calls it.
+    """The id of the token with exactly this text.  what: its name in messages.
 
-    Raises ConfigError if the tokenizer would need several tokens for it, or does not know it.
+    Raises ConfigError if the vocabulary has no such token.
     """
-    found = tokenizer.get_vocab().get(text)
-    if found is None:
+    token = tokenizer.get_vocab().get(text)
+    if token is None:
         raise ConfigError(f"{what} {text!r} is not one token of this tokenizer ({len(tokenizer)} tokens)")
-    return int(found)
+    return int(token)
 
 
 def think_end(tokenizer: Tokenizer) -> str | None:
-    """The token that closes a chain of thought, or None if this tokenizer has none of those known."""
+    """The end marker of a chain of thought, or None if the vocabulary has none of THINK_ENDS."""
     vocabulary = tokenizer.get_vocab()
     return next((text for text in THINK_ENDS if text in vocabulary), None)
 
 
 def end_ids(tokenizer: Tokenizer, *configs: Any) -> tuple[int, ...]:
-    """Every id that ends an answer: from the tokenizer and from model and generation configs, sorted.
+    """All end-of-sequence ids of the tokenizer and of model and generation configs, sorted.
 
     Raises ConfigError if one of them is no id.
     """
-    found: list[Any] = []
+    ids: list[Any] = []
     for holder in (tokenizer, *configs):
         value = getattr(holder, "eos_token_id", None)
-        found += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-    if wrong := [value for value in found if not isinstance(value, int)]:
-        raise ConfigError(f"eos_token_id={wrong[0]!r} is no token id; name the end with model.end_tokens")
-    return tuple(sorted(set(found)))
+        if isinstance(value, (list, tuple)):
+            ids += value
+        elif value is not None:
+            ids.append(value)
+    for value in ids:
+        if not isinstance(value, int):
+            raise ConfigError(f"eos_token_id={value!r} is no token id; name the end with model.end_tokens")
+    return tuple(sorted(set(ids)))
 
 
 def encodable(text: str) -> str:
-    """Text without lone surrogates, which no encoding and no tokenizer takes: replacement characters instead."""
+    """Text with replacement characters for lone surrogates, which neither UTF-8 nor a tokenizer encodes."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def after_last(text: str, mark: str | None) -> str:
-    """Text after the last `mark`: none where it is missing, all of it where there is no mark to look for."""
-    return text if not mark else text.rpartition(mark)[2] if mark in text else ""
+    """Text after the last `mark`; empty where the text has none. Without a mark, all of the text."""
+    if not mark:
+        return text
+    return text.rpartition(mark)[2] if mark in text else ""
 
 
 def cut_at_stops(text: str, stops: Iterable[str]) -> str:
-    """Text before the first stop string, cutting by each in turn as lm-eval does."""
+    """Text before the first stop string; cut at each stop in turn, as lm-eval does."""
     for stop in stops:
         if stop:
             text = text.split(stop, 1)[0]
@@ -67,41 +75,50 @@ def cut_at_stops(text: str, stops: Iterable[str]) -> str:
 
 
 def has_stop(text: str, stops: Iterable[str]) -> bool:
-    """Whether any stop string occurs in the text."""
+    """Whether the text contains a stop string."""
     return any(stop and stop in text for stop in stops)
 
 
-def spell(
+def decode_pieces(
     tokenizer: Tokenizer, ids: tuple[int, ...], drafts: Sequence[tuple[int, Sequence[int]]] = ()
 ) -> tuple[list[str], list[str]]:
-    """What each token adds to the text of all, and what drafts would have added; special tokens are shown.
+    """The text that each token adds to an answer, and the text that rejected drafts would have added.
 
-    The first, joined, are the text of all. A character that several tokens spell goes to the first of them.
-    drafts: place among `ids` where they would have stood, and their own ids.
+    drafts: (index among `ids` of the draft's first token, its ids).
+    The pieces of the answer, joined, are its text, special tokens included. A character of several tokens belongs to
+    the first of them: bytes E2 82 AC as three tokens give the pieces "\u20ac", "", "".
     """
-    alone = _texts(tokenizer, {(i,) for i in ids})
-    starts = [0]  # what a token adds shows behind the nearest one before it that spells whole characters
-    for place, i in enumerate(ids):
-        starts.append(starts[-1] if UNFINISHED in alone[i,] else place)
-    windows = [(ids[start:i], ids[start : i + 1]) for i, start in enumerate(starts[:-1])]
-    others = [(ids[starts[place] : place], (*ids[starts[place] : place], *draft)) for place, draft in drafts]
-    texts = alone | _texts(tokenizer, {part for pair in windows + others for part in pair} - alone.keys())
-    whole: str = tokenizer.decode(ids, skip_special_tokens=False)
+    # 1) each token is decoded behind the nearest token before it that decodes to complete characters by itself
+    single = _decode_all(tokenizer, {(i,) for i in ids})
+    starts = [0]
+    for index, i in enumerate(ids):
+        is_complete = UNFINISHED not in single[i,]
+        starts.append(index if is_complete else starts[-1])
+    windows = [(ids[start:index], ids[start : index + 1]) for index, start in enumerate(starts[:-1])]
+    draft_windows = []
+    for index, draft in drafts:
+        before = ids[starts[index] : index]
+        draft_windows.append((before, (*before, *draft)))
+    distinct = {part for window in windows + draft_windows for part in window}
+    texts = single | _decode_all(tokenizer, distinct - single.keys())
+    # 2) where each token's text ends in the answer; a tokenizer with longer context needs every prefix decoded
+    answer: str = tokenizer.decode(ids, skip_special_tokens=False)
     ends = list(accumulate(len(texts[after]) - len(texts[before]) for before, after in windows))
-    if ends and ends[-1] != len(whole):  # this tokenizer looks further
-        ends = [len(tokenizer.decode(ids[: i + 1], skip_special_tokens=False)) for i in range(len(ids))]
-    ends = [*accumulate(reversed(ends), min)][::-1]  # what later tokens do not change
-    pieces = [whole[start:end] for start, end in pairwise([0, *ends])]
-    return pieces, [_added(texts[before], texts[after]) for before, after in others]
+    if ends and ends[-1] != len(answer):
+        ends = [len(tokenizer.decode(ids[: index + 1], skip_special_tokens=False)) for index in range(len(ids))]
+    # 3) text that later tokens replace does not count
+    ends = [*accumulate(reversed(ends), min)][::-1]
+    pieces = [answer[start:end] for start, end in pairwise([0, *ends])]
+    return pieces, [_added_text(texts[before], texts[after]) for before, after in draft_windows]
 
 
-def _added(before: str, after: str) -> str:
-    """What a longer text has more, the end of an unfinished character included."""
+def _added_text(before: str, after: str) -> str:
+    """The end of a longer text, with the rest of a character that was incomplete."""
     return after[len(before if after.startswith(before) else before.rstrip(UNFINISHED)) :]
 
 
-def _texts(tokenizer: Tokenizer, parts: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], str]:
-    """Texts of many short runs of ids; all in one call where the tokenizer can."""
+def _decode_all(tokenizer: Tokenizer, parts: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], str]:
+    """Texts of many short id sequences, in one call of a fast tokenizer."""
     distinct = list(dict.fromkeys(parts))
     if tokenizer.is_fast:
         texts = tokenizer.backend_tokenizer.decode_batch(distinct, skip_special_tokens=False)

@@ -21,8 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", encoding="utf-8") as out:
         for row in rows:
-            told = {"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"}
-            out.write(json.dumps(told, ensure_ascii=False) + "\n")
+            line = {"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"}
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
     print(f"{options.out}: {len(rows):,} rows")
     return 0
 

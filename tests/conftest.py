@@ -49,20 +49,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     ]
     if not judging:
         return
-    from fluid_eval.sandbox.ladder import found, tried
+    from fluid_eval.sandbox.ladder import failure_of, strongest_tier
     from fluid_eval.sandbox.tiers import LADDER
 
     terminalreporter.section("isolation", sep="-")
     for tier in LADDER:
         attacks = [r for r in judging if f"[{tier.name}-" in r.nodeid]
         done = sum(r.when == "call" and r.outcome != "skipped" for r in attacks)
-        if why := tried(tier):
-            told = f"NOT TRIED ({len(attacks)} attacks skipped): {why}; to have it: {tier.needs}"
-        elif done or tier.name == found().name:
-            told = f"holds; tried with {done} attacks" if done else "holds; this suite's programs were judged in it"
+        if why := failure_of(tier):
+            status = f"NOT TRIED ({len(attacks)} attacks skipped): {why}; to have it: {tier.needs}"
+        elif done or tier.name == strongest_tier().name:
+            status = f"holds; tried with {done} attacks" if done else "holds; this suite's programs were judged in it"
         else:
-            told = "holds; NOT TRIED here: nox -s security attacks it"
-        terminalreporter.write_line(f"{tier.name:10} {told}")
+            status = "holds; NOT TRIED here: nox -s security attacks it"
+        terminalreporter.write_line(f"{tier.name:10} {status}")
 
 
 def _shared(name: str) -> Path:

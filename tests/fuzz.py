@@ -146,9 +146,9 @@ def ended(words: Sequence[str]) -> str | None:
         return None if error.code in (0, 2) else f"exit {error.code}"
     except BaseException:
         return traceback.format_exc()
-    told = [line for line in err.getvalue().splitlines() if line.startswith("fluid-eval: ")]
-    if code not in ENDS or (code == 2 and len(told) != 1):
-        return f"exit {code} with {len(told)} lines: {err.getvalue()[-300:]}"
+    messages = [line for line in err.getvalue().splitlines() if line.startswith("fluid-eval: ")]
+    if code not in ENDS or (code == 2 and len(messages) != 1):
+        return f"exit {code} with {len(messages)} lines: {err.getvalue()[-300:]}"
     return None
 
 
@@ -158,8 +158,8 @@ def fuzz(
     """Cases until the time is over, or there are so many: how many of each kind, and what ended badly."""
     counts, bad, until = Counter[str](), [], time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as spare:
-        whole = Path(spare) / "whole"
-        write_run(whole, "fluid")
+        intact = Path(spare) / "whole"
+        write_run(intact, "fluid")
         for number in range(most):
             if number and time.monotonic() > until:
                 break
@@ -167,8 +167,8 @@ def fuzz(
             root = Path(spare) / "case"
             root.mkdir()
             if kind == "stored":
-                shutil.copytree(whole, root / "a")
-                shutil.copytree(whole, root / "b")
+                shutil.copytree(intact, root / "a")
+                shutil.copytree(intact, root / "b")
             with contextlib.chdir(root):
                 words = CASES[kind](root, rng)
                 problem = ended(words)

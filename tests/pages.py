@@ -37,20 +37,20 @@ class Outline(HTMLParser):
 
 
 def embedded(page: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert found
-    assert not set(found[1]) & set("<>&\u2028\u2029")
-    return dict(json.loads(found[1]))
+    script = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert script
+    assert not set(script[1]) & set("<>&\u2028\u2029")
+    return dict(json.loads(script[1]))
 
 
 def unpack(text: str) -> list[int]:
     """What `pack` packed, by the definition of base64 VLQ."""
-    found, bits = [], ""
+    numbers, bits = [], ""
     for letter in text:
         digit = samples._DIGITS.index(letter)
         bits = f"{digit & 31:05b}{bits}"
         if digit < 32:
             value = int(bits, 2)
-            found.append(-(value >> 1) if value & 1 else value >> 1)
+            numbers.append(-(value >> 1) if value & 1 else value >> 1)
             bits = ""
-    return found
+    return numbers

@@ -1,4 +1,4 @@
-"""Small random checkpoints in layouts that others published, and the arithmetic they stand for, written out plainly.
+"""Small random checkpoints in layouts that others published, and their arithmetic in plain code.
 
 Legend: B rows, L tokens, H query heads, G key heads, Dh head size, D hidden.
 """

@@ -10,7 +10,7 @@ from typing import Any
 
 from fluid_eval.common.spec import HealthSpec, build_spec
 from fluid_eval.results.health import gates
-from fluid_eval.results.metrics import lines
+from fluid_eval.results.metrics import table_rows
 from fluid_eval.results.run_folder import encode, write_json
 
 HOSTILE = (
@@ -44,15 +44,15 @@ def answer(pieces: Sequence[str], decoder: str, rng: random.Random) -> dict[str,
     """Fields of a sample whose answer is these pieces; a FLUID's rounds reject drafts now and then."""
     written, widths = forwards_of(decoder, len(pieces), rng)
     prefill = int(decoder == "fluid")
-    rejected, said = [], []
+    rejected, rejected_texts = [], []
     for place, forward in enumerate(written):
         if widths and place and written[place - 1] != forward and rng.random() < 0.3:
             rejected.append([written[place - 1], place, list(range(rng.randint(1, 5)))])
-            said.append("".join(f" no{n}" for n in rejected[-1][2]))
+            rejected_texts.append("".join(f" no{n}" for n in rejected[-1][2]))
     kinds = dict.fromkeys(("prefill", "denoise", "verify", "commit", "round"), 0)
     return {
-        "output": "".join(pieces), "output_ids": list(range(len(pieces))), "pieces": list(pieces), "rejected": said,
-        "finish": "eos", "seconds": len(widths or pieces) / 1000,
+        "output": "".join(pieces), "output_ids": list(range(len(pieces))), "pieces": list(pieces),
+        "rejected": rejected_texts, "finish": "eos", "seconds": len(widths or pieces) / 1000,
         "trace": {
             "forwards": kinds | {"prefill": prefill, KINDS[decoder]: max(written, default=1) - prefill},
             "slots": 4 * len(pieces), "written": written, "rejected": rejected,
@@ -114,8 +114,8 @@ def write_run(
     result = {
         "spec_id": spec.id, "model": spec.model.path, "decoder": spec.to_dict()["decoder"],
         "started": "2026-11-21T03:40:03+00:00", "wall_seconds": 75.2,
-        "lines": [line.to_dict() for line in [*lines("gsm8k", one), *lines("mmlu", other)]],
-        "members": members, "parts": [line.to_dict() for line in lines("mmlu_anatomy", other)],
+        "lines": [line.to_dict() for line in [*table_rows("gsm8k", one), *table_rows("mmlu", other)]],
+        "members": members, "parts": [line.to_dict() for line in table_rows("mmlu_anatomy", other)],
         "health": [gate.to_dict() for gate in gates([*one, *other], members, HealthSpec())],
         "data": ["matches the canonical MMLU test set (14042 rows)", "WARNING: 3 rows that are not canonical"],
         "notices": ["the last line was <i>cut</i> short"],

@@ -67,11 +67,11 @@ def test_an_adapter_says_what_peft_says(tmp_path, parent, kind):
     expected = save_adapter(tmp_path / "m", parent, KINDS[kind])
     checkpoint = fluid_model.load(str(tmp_path / "m"))
     assert (checkpoint.manifest, fluid_model.describe(str(tmp_path / "m")).method) == (None, None)
-    found = checkpoint.model(IDS).logits
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert not torch.allclose(found, fluid_model.load(str(parent)).model(IDS).logits[..., :1])
+    logits = checkpoint.model(IDS).logits
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert not torch.allclose(logits, fluid_model.load(str(parent)).model(IDS).logits[..., :1])
     fluid_model.save(checkpoint, tmp_path / "c")
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "c")(IDS).logits, found)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "c")(IDS).logits, logits)
 
 
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}])
@@ -95,9 +95,9 @@ def edit(file, **values):
 def test_the_base_is_told_missing_and_can_be_given(tmp_path, parent):
     save_adapter(tmp_path / "m", parent, lora())
     edit(tmp_path / "m" / "adapter_config.json", base_model_name_or_path="./gone")
-    with pytest.raises(ConfigError, match=r"an adapter over '\./gone': .*no such folder.*model\.base=FOLDER") as told:
+    with pytest.raises(ConfigError, match=r"an adapter over '\./gone': .*no such folder.*model\.base=FOLDER") as raised:
         fluid_model.load(str(tmp_path / "m"))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     assert fluid_model.load(str(tmp_path / "m"), base=str(parent)).manifest is None
     with pytest.raises(ConfigError, match=r"model\.base=x: .* is no adapter"):
         fluid_model.load(str(parent), base="x")
@@ -170,10 +170,10 @@ def test_local_attention_is_probed_past_its_window(tmp_path):
     checkpoint = fluid_model.load(str(save_model(tmp_path / "g", config)))
     prompts = [tuple(range(5, 105)), (5, 6, 7)]
     engine = fluid_model.engine_for(checkpoint, ArSettings(), slots=2)
-    found = {a.key: a.ids for a in engine.generate([Request(str(len(p)), p, 6) for p in prompts])}
+    answers = {a.key: a.ids for a in engine.generate([Request(str(len(p)), p, 6) for p in prompts])}
     for prompt in prompts:
         (alone,) = fluid_model.engine_for(checkpoint, ArSettings(), slots=1).generate([Request("x", prompt, 6)])
-        assert found[str(len(prompt))] == alone.ids
+        assert answers[str(len(prompt))] == alone.ids
 
 
 @pytest.mark.parametrize(

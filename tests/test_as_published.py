@@ -11,9 +11,17 @@ from torch.nn import functional
 import fluid_model
 from fluid_model import ConfigError
 from fluid_model.train.losses import best_stride
-from fluid_model.train.row_layouts import IGNORE, Canvas, Example, MaskFans, by_row, expand, pack
+from fluid_model.train.row_layouts import (
+    IGNORE,
+    AllMaskLayout,
+    CanvasLayout,
+    Example,
+    pack_rows,
+    weigh_per_example,
+    with_mask_blocks,
+)
 from fluid_model.train.run import train
-from fluid_model.train.stages import Horizons, collate, row_loss, slot_losses
+from fluid_model.train.stages import HorizonCalibration, collate, row_loss, slot_losses
 
 from .test_train import recipe_for
 from .tiny import fluid_checkpoint, save_model
@@ -23,11 +31,10 @@ K = 4
 
 def strides(checkpoint, example, tau, *, past_end):
     """K* at every anchor of the example, in their order."""
-    rule = MaskFans(checkpoint.mask_id, K, probability=1.0, past_end=past_end)
-    _, losses, counted = Horizons(checkpoint.model, K, [tau])._measure(
-        collate([expand(example, rule, random.Random(0))])
-    )
-    return best_stride(losses, counted, torch.tensor([tau]))[0].tolist()
+    rule = AllMaskLayout(checkpoint.mask_id, K, probability=1.0, past_end=past_end)
+    row = with_mask_blocks(example, rule, random.Random(0))
+    _, losses, valid = HorizonCalibration(checkpoint.model, K, [tau]).block_losses(collate([row]))
+    return best_stride(losses, valid, torch.tensor([tau]))[0].tolist()
 
 
 @pytest.mark.parametrize("tau", [5.4, 5.6, 5.8])
@@ -56,27 +63,26 @@ def test_past_end_counts_slots_without_a_token_at_a_loss_of_0(tau):
 
 
 def test_slots_past_the_end_carry_no_loss_and_leave_packs_alone():
-    rule = MaskFans(9, K, probability=1.0, past_end=True)
-    rows = [expand(Example(tuple(range(20, 27)), ((3, 7),)), rule, random.Random(0)) for _ in range(2)]
+    rule = AllMaskLayout(9, K, probability=1.0, past_end=True)
+    example = Example(tuple(range(20, 27)), ((3, 7),))
+    rows = [with_mask_blocks(example, rule, random.Random(0)) for _ in range(2)]
     assert sum(label == IGNORE for label in rows[0].labels) > sum(
-        label == IGNORE
-        for label in expand(Example(tuple(range(20, 27)), ((3, 7),)), MaskFans(9, K, 1.0), random.Random(0)).labels
+        label == IGNORE for label in with_mask_blocks(example, AllMaskLayout(9, K, 1.0), random.Random(0)).labels
     )
     assert (
-        rows[0].targets
-        == sum(rows[0].diff)
+        rows[0].diff_count
+        == sum(rows[0].diff_weight)
         == sum(label != IGNORE for label, step in zip(rows[0].labels, rows[0].step, strict=True) if step)
     )
-    whole = pack(rows)
-    assert len(whole.ids) == 2 * len(rows[0].ids)
+    assert len(pack_rows(rows).ids) == 2 * len(rows[0].ids)
 
 
 def test_llada_per_row_is_its_guidelines_loss():
     """Sum over masked tokens of loss / t / answer length, mean over rows; its end tokens count in the length."""
     checkpoint = fluid_checkpoint()
-    model, rule = checkpoint.model, Canvas(checkpoint.mask_id, 1, 24)
+    model, rule = checkpoint.model, CanvasLayout(checkpoint.mask_id, 1, 24)
     examples = [Example(tuple(range(5, 25)), ((4, 20),)), Example(tuple(range(30, 40)), ((7, 10),))]
-    rows = [rule.lay(example, random.Random(n), 0) for n, example in enumerate(examples)]
+    rows = [rule.build(example, random.Random(n), 0) for n, example in enumerate(examples)]
     with torch.no_grad():
         losses = iter(slot_losses(model, model, collate(rows)).tolist())
         by_slot = float(row_loss(model, model, collate(rows), (0.0, 1.0))[0])
@@ -84,14 +90,14 @@ def test_llada_per_row_is_its_guidelines_loss():
             row_loss(
                 model,
                 model,
-                collate([by_row(rule.lay(e, random.Random(n), 0)) for n, e in enumerate(examples)]),
+                collate([weigh_per_example(rule.build(e, random.Random(n), 0)) for n, e in enumerate(examples)]),
                 (0.0, 1.0),
             )[0]
         )
     sums, lengths = [], []
     for row, example in zip(rows, examples, strict=True):
         masked = [slot for slot, label in enumerate(row.labels) if label != IGNORE]
-        sums.append(sum(next(losses) * row.diff[slot] for slot in masked))
+        sums.append(sum(next(losses) * row.diff_weight[slot] for slot in masked))
         lengths.append(len(row.ids) - example.spans[0][0])
     assert per_row == pytest.approx(sum(s / n for s, n in zip(sums, lengths, strict=True)) / 2, rel=1e-5)
     assert by_slot == pytest.approx(sum(sums) / sum(lengths), rel=1e-5)

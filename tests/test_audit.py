@@ -11,8 +11,17 @@ import pytest
 import torch
 
 import fluid_model
-from fluid_eval.analysis.losslessness import BINS, LEAST_P, audit, distribution, in_float64, parting, rounding, tail
-from fluid_eval.analysis.reopen import Text, was_cut
+from fluid_eval.analysis.losslessness import (
+    BINS,
+    LEAST_P,
+    audit,
+    distribution,
+    first_difference,
+    in_float64,
+    rounding,
+    tail,
+)
+from fluid_eval.analysis.reopen import StoredText, was_cut
 from fluid_eval.cli.main import main
 from fluid_eval.common.paths import resource
 from fluid_eval.results.run_folder import encode, read_samples
@@ -43,17 +52,17 @@ def work(checkpoint) -> list[Request]:
     return [Request(str(n), prompt, 32, seed=n) for n, prompt in enumerate(ids)]
 
 
-def told(checkpoint: Checkpoint, work: Sequence[Request], answers: Iterable[Generation]) -> list[Text]:
+def stored(checkpoint: Checkpoint, work: Sequence[Request], answers: Iterable[Generation]) -> list[StoredText]:
     """Answers as a stored run holds them."""
     asked = {request.key: request for request in work}
     return [
-        Text(a.key, "t", asked[a.key].prompt, a.ids, a.finish == "eos", asked[a.key].seed, tuple(a.trace.written))
+        StoredText(a.key, "t", asked[a.key].prompt, a.ids, a.finish == "eos", asked[a.key].seed, tuple(a.trace.written))
         for a in answers
     ]
 
 
 def audited(checkpoint: Checkpoint, work: Sequence[Request], decoder, write: Callable) -> dict:
-    texts = told(checkpoint, work, write(checkpoint, work))
+    texts = stored(checkpoint, work, write(checkpoint, work))
     return audit(texts, checkpoint, decoder, write, lambda: wider(checkpoint))
 
 
@@ -78,45 +87,45 @@ def fluid(kind: type[FluidStrategy]) -> Callable:
 
 
 class SkipsTheLastDraft(FluidStrategy):
-    def _path(self, row, said):
-        path = super()._path(row, said)
+    def _path(self, row, predictions):
+        path = super()._path(row, predictions)
         leaves = set(range(len(row.tokens))) - set(row.tree.parents)
         return [*path, *[node for node in leaves if row.tree.parents[node] == path[-1]][:1]]
 
 
 class KeepsARejectedDraft(FluidStrategy):
-    def _path(self, row, said):
-        path = super()._path(row, said)
+    def _path(self, row, predictions):
+        path = super()._path(row, predictions)
         hung = [node for node, parent in enumerate(row.tree.parents) if parent == path[-1]]
         return [*path, *hung[:1]]
 
 
 def test_what_verifies_is_identical(checkpoint, work):
-    found = audited(checkpoint, work, FLUID, fluid(FluidStrategy))
-    assert found["verdict"] == "identical"
-    assert found["identical"] == found["n"] == len(work)
-    assert found["agreeing_tokens"] == found["tokens"] > 60
-    assert found["promises"]
-    assert not found["divergences"]
+    report = audited(checkpoint, work, FLUID, fluid(FluidStrategy))
+    assert report["verdict"] == "identical"
+    assert report["identical"] == report["n"] == len(work)
+    assert report["agreeing_tokens"] == report["tokens"] > 60
+    assert report["promises"]
+    assert not report["divergences"]
 
 
 @pytest.mark.parametrize("kind", [SkipsTheLastDraft, KeepsARejectedDraft])
 def test_a_broken_decoder_is_algorithmic(checkpoint, work, kind):
-    found = audited(checkpoint, work, FLUID, fluid(kind))
-    assert found["verdict"] == "algorithmic"
-    first = found["divergences"][0]
-    assert first["margin"] > found["tolerance"] > 0
+    report = audited(checkpoint, work, FLUID, fluid(kind))
+    assert report["verdict"] == "algorithmic"
+    first = report["divergences"][0]
+    assert first["margin"] > report["tolerance"] > 0
     assert not first["agrees_in_recheck"]
     assert first["ours"] != first["theirs"]
     assert first["forward"] > 1
-    assert found["agreeing_tokens"] < found["tokens"]
+    assert report["agreeing_tokens"] < report["tokens"]
 
 
 def test_a_decoder_that_promises_nothing_is_measured_all_the_same(checkpoint, work):
     loose = replace(FLUID, verify=False, confidence=0.1)
-    found = audited(checkpoint, work, loose, lambda c, w: engine_for(c, loose, 4).generate(w))
-    assert found["verdict"] == "algorithmic"
-    assert not found["promises"]
+    report = audited(checkpoint, work, loose, lambda c, w: engine_for(c, loose, 4).generate(w))
+    assert report["verdict"] == "algorithmic"
+    assert not report["promises"]
 
 
 class Nudged(Backbone):
@@ -155,12 +164,12 @@ def test_a_nudge_within_rounding_at_a_tie_is_a_near_tie(more, verdict):
         backbone.token, backbone.more = twin, more
         return ArStrategy(backbone, ArSettings())
 
-    found = audited(checkpoint, requests(2), ArSettings(), by(nudged))
-    assert found["verdict"] == verdict
-    assert not any(each["agrees_in_recheck"] for each in found["divergences"])
+    report = audited(checkpoint, requests(2), ArSettings(), by(nudged))
+    assert report["verdict"] == verdict
+    assert not any(each["agrees_in_recheck"] for each in report["divergences"])
     if verdict == "numerical near-tie":
-        assert found["divergences"][0]["margin"] < found["tolerance"] < 1e-4
-        assert found["recheck"] == "float64"
+        assert report["divergences"][0]["margin"] < report["tolerance"] < 1e-4
+        assert report["recheck"] == "float64"
 
 
 def test_rounding_is_measured(checkpoint, work):
@@ -175,15 +184,15 @@ def test_rounding_is_measured(checkpoint, work):
 
 
 def test_where_texts_part():
-    text = Text("a", "t", (1,), (5, 6, 7), False, 0)
-    assert parting(text, (5, 6, 7)) is None
-    assert parting(text, (5, 6, 7, 8)) is None, "it was cut there"
-    assert parting(text, (5, 8, 7)) == 1
-    assert parting(text, (5, 6)) == 2, "AR ended"
+    text = StoredText("a", "t", (1,), (5, 6, 7), False, 0)
+    assert first_difference(text, (5, 6, 7)) is None
+    assert first_difference(text, (5, 6, 7, 8)) is None, "it was cut there"
+    assert first_difference(text, (5, 8, 7)) == 1
+    assert first_difference(text, (5, 6)) == 2, "AR ended"
     ended = replace(text, ended=True)
-    assert parting(ended, (5, 6, 7)) is None
-    assert parting(ended, (5, 6, 7, 8)) == 3, "AR went on"
-    assert parting(ended, (5, 6)) == 2
+    assert first_difference(ended, (5, 6, 7)) is None
+    assert first_difference(ended, (5, 6, 7, 8)) == 3, "AR went on"
+    assert first_difference(ended, (5, 6)) == 2
 
 
 @pytest.mark.parametrize("decoder", [ArSettings(temperature=LOOSE, top_p=0.95), replace(FLUID, temperature=LOOSE)])
@@ -191,12 +200,12 @@ def test_samples_of_the_right_distribution_pass_and_others_fail(decoder):
     prompts = [replace(r, key=f"{r.key}-{n}", seed=n * 100 + r.seed) for n in range(8) for r in requests()]
 
     def sampled(how):
-        return told(CHECKPOINT, prompts, engine_for(CHECKPOINT, how, 32).generate(prompts))
+        return stored(CHECKPOINT, prompts, engine_for(CHECKPOINT, how, 32).generate(prompts))
 
-    found = distribution(sampled(decoder), CHECKPOINT, decoder)
-    assert found["ok"]
-    assert found["n"] > 2000
-    assert found["dof"] == BINS - 1
+    report = distribution(sampled(decoder), CHECKPOINT, decoder)
+    assert report["ok"]
+    assert report["n"] > 2000
+    assert report["dof"] == BINS - 1
     hotter = distribution(sampled(replace(decoder, temperature=1.15 * LOOSE)), CHECKPOINT, decoder)
     assert not hotter["ok"]
     assert hotter["p"] < 1e-6
@@ -208,9 +217,9 @@ def test_no_chance_is_told_smaller_than_it_is(top_p, noise):
     random = torch.Generator().manual_seed(5)
     logits = 3 * torch.randn(20_000, 40, generator=random)
     moved = logits + noise * (torch.rand(logits.shape, generator=random) - 0.5)
-    said, _ = choose(moved, torch.rand(len(logits), generator=random), 1.0, top_p, "probability")
+    sampled, _ = choose(moved, torch.rand(len(logits), generator=random), 1.0, top_p, "probability")
     falling, order = logits.sort(dim=-1, descending=True, stable=True)
-    chances = tail(falling, (order == said[:, None]).int().argmax(-1, keepdim=True), top_p, noise)
+    chances = tail(falling, (order == sampled[:, None]).int().argmax(-1, keepdim=True), top_p, noise)
     assert chances.min() > 0, "what was drawn can be drawn"
     for bound in (0.001, 0.01, 0.1):
         assert (chances < bound).sum() <= len(logits) * bound + 4 * (len(logits) * bound) ** 0.5
@@ -230,30 +239,30 @@ def test_a_few_tokens_that_ar_hardly_ever_says_are_found(top_p):
     """Too few for any bin: one in five hundred is the unlikeliest of all."""
     decoder = ArSettings(temperature=LOOSE, top_p=top_p)
     prompts = [replace(r, key=f"{r.key}-{n}", seed=n * 100 + r.seed) for n in range(8) for r in requests()]
-    texts = told(CHECKPOINT, prompts, engine_for(CHECKPOINT, decoder, 32).generate(prompts))
-    found = audit(texts, CHECKPOINT, decoder, engine_write(decoder), unasked)
-    assert found["verdict"] == "no difference found"
-    assert found["distribution"]["p_ranks"] > LEAST_P
+    texts = stored(CHECKPOINT, prompts, engine_for(CHECKPOINT, decoder, 32).generate(prompts))
+    report = audit(texts, CHECKPOINT, decoder, engine_write(decoder), unasked)
+    assert report["verdict"] == "no difference found"
+    assert report["distribution"]["p_ranks"] > LEAST_P
     assert audit(texts[:2], CHECKPOINT, decoder, engine_write(decoder), unasked)["verdict"] == "undecided"
     for place in range(0, len(texts), 6):  # the last token, so that nothing after it is changed
         text = next(t for t in texts[place:] if not t.ended)
         row = torch.tensor([[*text.prompt, *text.ids[:-1]]])
         worst = int(CHECKPOINT.model(input_ids=row).logits[0, -1].argmin())
         texts[texts.index(text)] = replace(text, ids=(*text.ids[:-1], worst))
-    found = audit(texts, CHECKPOINT, decoder, engine_write(decoder), unasked)
-    assert found["distribution"]["p_ranks"] > LEAST_P, "bins do not see it"
-    assert found["verdict"] == "different"
-    assert found["distribution"]["p_rare"] < LEAST_P
+    report = audit(texts, CHECKPOINT, decoder, engine_write(decoder), unasked)
+    assert report["distribution"]["p_ranks"] > LEAST_P, "bins do not see it"
+    assert report["verdict"] == "different"
+    assert report["distribution"]["p_rare"] < LEAST_P
 
 
 def test_unverified_fluid_is_different_and_verified_is_not(checkpoint, work):
     prompts = [replace(r, key=f"{r.key}-{n}", seed=n * 100 + r.seed) for n in range(6) for r in work]
     for verify, verdict in ((False, "different"), (True, "undecided")):
         decoder = replace(FLUID, temperature=LOOSE, verify=verify)
-        texts = told(checkpoint, prompts, engine_write(decoder)(checkpoint, prompts))
-        found = audit(texts, checkpoint, decoder, engine_write(decoder), unasked)
-        assert found["verdict"] == verdict
-        assert (found["distribution"]["p_rare"] < LEAST_P) != verify
+        texts = stored(checkpoint, prompts, engine_write(decoder)(checkpoint, prompts))
+        report = audit(texts, checkpoint, decoder, engine_write(decoder), unasked)
+        assert report["verdict"] == verdict
+        assert (report["distribution"]["p_rare"] < LEAST_P) != verify
 
 
 def engine_write(decoder) -> Callable:
@@ -268,8 +277,8 @@ def test_an_answer_that_nothing_ended_parts_from_ar(checkpoint, work):
     """It says that it was cut, but neither at its length nor by a stop string: AR went on."""
     asked = {"t": {"max_gen_toks": 32, "until": ["plates"]}}
 
-    def cut(finish: str, ids: Sequence[int], told=asked) -> bool:
-        return was_cut({"task": "t", "finish": finish, "output_ids": list(ids)}, told, checkpoint.tokenizer)
+    def cut(finish: str, ids: Sequence[int], protocols=asked) -> bool:
+        return was_cut({"task": "t", "finish": finish, "output_ids": list(ids)}, protocols, checkpoint.tokenizer)
 
     plates = checkpoint.tokenizer("two plates")["input_ids"]
     assert cut("length", [5] * 32)
@@ -280,7 +289,7 @@ def test_an_answer_that_nothing_ended_parts_from_ar(checkpoint, work):
     assert not cut("broken", [])
     assert cut("length", [5], {})
     assert cut("stop", [5], {}), "older runs do not say what was asked"
-    assert parting(Text("a", "t", (1,), (5, 6), True, 0), (5, 6, 7)) == 2
+    assert first_difference(StoredText("a", "t", (1,), (5, 6), True, 0), (5, 6, 7)) == 2
 
 
 def test_the_command_on_a_stored_run(tiny_fluid, tmp_path, capsys):
@@ -294,10 +303,10 @@ def test_the_command_on_a_stored_run(tiny_fluid, tmp_path, capsys):
     records[1]["output_ids"][3] ^= 1
     (tmp_path / "run" / "samples.jsonl").write_bytes(b"".join(map(encode, records)))
     assert main(["audit", str(tmp_path / "run"), "--json"]) == 1
-    found = json.loads(capsys.readouterr().out)
-    assert found == json.loads((tmp_path / "run" / "audit.json").read_text())
-    assert found["verdict"] == "algorithmic"
-    (only,) = found["divergences"]
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((tmp_path / "run" / "audit.json").read_text())
+    assert report["verdict"] == "algorithmic"
+    (only,) = report["divergences"]
     assert only["key"] == records[1]["key"]
     assert only["place"] == 3
     assert only["agrees_in_recheck"], "the decoder itself is sound"
@@ -321,4 +330,4 @@ def test_the_command_on_a_stored_run(tiny_fluid, tmp_path, capsys):
 
 def test_a_task_of_likelihoods_is_named_and_no_folder_is(tiny_fluid, capsys):
     assert main(["audit", "--model", str(tiny_fluid), "--tasks", "mini_mmlu_1", "--limit", "1"]) == 2
-    assert "nothing is written in mini_mmlu_1: likelihoods alone" in " ".join(capsys.readouterr().err.split())
+    assert "no text was generated in mini_mmlu_1, only log-likelihoods" in " ".join(capsys.readouterr().err.split())

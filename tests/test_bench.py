@@ -12,11 +12,11 @@ from bench.prompts import mini
 
 
 def test_bars_are_told_in_two_forms():
-    found = [bars.at_least("speed", 2.4999, 2.5), bars.at_most("waste", 0.1, 0.1), bars.Bar("shown", 3.0, "", None)]
-    told = json.loads(bars.told(found, as_json=True))["bars"]
-    assert told[0] == {"name": "speed", "measured": 2.5, "bar": "at least 2.5", "ok": False}
-    assert [bar["ok"] for bar in told] == [False, True, None]
-    assert "| speed | 2.5 | at least 2.5 | **no** |" in bars.told(found, as_json=False)
+    results = [bars.at_least("speed", 2.4999, 2.5), bars.at_most("waste", 0.1, 0.1), bars.Bar("shown", 3.0, "", None)]
+    printed = json.loads(bars.render(results, as_json=True))["bars"]
+    assert printed[0] == {"name": "speed", "measured": 2.5, "bar": "at least 2.5", "ok": False}
+    assert [bar["ok"] for bar in printed] == [False, True, None]
+    assert "| speed | 2.5 | at least 2.5 | **no** |" in bars.render(results, as_json=False)
 
 
 def test_prompts_are_the_test_sets_levels_in_turn():
@@ -28,19 +28,19 @@ def test_prompts_are_the_test_sets_levels_in_turn():
 def test_decoding_is_measured(capsys):
     """Texts must be AR's; what is fast enough is not for a test of one run to say."""
     decode.main(["--quick", "--json", "--only", "identical", "--only", "forwards", "--only", "overhead"])
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])["bars"]
-    texts = [bar for bar in told if bar["name"].startswith("greedy text identical")]
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])["bars"]
+    texts = [bar for bar in printed if bar["name"].startswith("greedy text identical")]
     assert len(texts) == 2
     assert all(bar["ok"] for bar in texts)
-    assert next(bar["measured"] for bar in told if bar["name"].endswith("slots free")) > 1.5
-    assert all(0 < bar["measured"] < 1 for bar in told if bar["name"].startswith("engine overhead"))
+    assert next(bar["measured"] for bar in printed if bar["name"].endswith("slots free")) > 1.5
+    assert all(0 < bar["measured"] < 1 for bar in printed if bar["name"].startswith("engine overhead"))
 
 
 def test_likelihoods_are_measured(capsys, data_dir):
     likelihood.main(["--quick", "--json"])
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])["bars"]
-    assert told[0]["measured"] > 0
-    assert told[1]["ok"], "log-likelihoods are those of lm-eval's backend"
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])["bars"]
+    assert printed[0]["measured"] > 0
+    assert printed[1]["ok"], "log-likelihoods are those of lm-eval's backend"
 
 
 def test_an_unknown_part_is_refused(capsys):
@@ -52,6 +52,6 @@ def test_an_unknown_part_is_refused(capsys):
 def test_dummy_samples_cost_little(tmp_path):
     """The driver and the store alone; what Ray adds is for the bench."""
     spec, work = scale.dummy(500, 2)
-    seconds, _ = scale.kept(scale.InProcess(), spec, work, tmp_path / "r")
+    seconds, _ = scale.store_all(scale.InProcess(), spec, work, tmp_path / "r")
     assert seconds < 1e-3
     assert len(fluid_eval.load_results(tmp_path / "r")) == 500

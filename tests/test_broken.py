@@ -1,4 +1,4 @@
-"""Numbers that are not finite: their row is given up and counted, and no other row is another for it."""
+"""Non-finite logits: their row fails and is counted, and no other row changes."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ DECODERS = {
 @pytest.fixture(scope="module")
 def checkpoints():
     """The same weights, whole, and with one token's embedding lost. No answer holds that token."""
-    whole, harmed = fluid_checkpoint(seed=1), fluid_checkpoint(seed=1)
-    for checkpoint in (whole, harmed):
+    intact, harmed = fluid_checkpoint(seed=1), fluid_checkpoint(seed=1)
+    for checkpoint in (intact, harmed):
         checkpoint.backbone.model.get_output_embeddings().weight.data[BAD] = 0.0
     harmed.backbone.model.get_input_embeddings().weight.data[BAD] = float("nan")
-    return whole, harmed
+    return intact, harmed
 
 
 def requests():
@@ -59,11 +59,11 @@ def requests():
 @pytest.mark.parametrize("slots", [1, 3, 8])
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_broken_row_is_given_up_alone(checkpoints, name, slots):
-    whole, harmed = checkpoints
-    expected = {a.key: a.ids for a in engine_for(whole, DECODERS[name], slots).generate(requests())}
-    found = {a.key: a for a in engine_for(harmed, DECODERS[name], slots).generate(requests())}
-    assert found.keys() == expected.keys()
-    for key, answer in found.items():
+    intact, harmed = checkpoints
+    expected = {a.key: a.ids for a in engine_for(intact, DECODERS[name], slots).generate(requests())}
+    answers = {a.key: a for a in engine_for(harmed, DECODERS[name], slots).generate(requests())}
+    assert answers.keys() == expected.keys()
+    for key, answer in answers.items():
         if "^" in PROMPTS[int(key)]:
             assert (answer.finish, answer.ids, answer.text, answer.trace.written) == ("broken", (), "", [])
             assert sum(answer.trace.forwards.values()) == 1, "not fed any further"
@@ -75,9 +75,9 @@ def test_a_broken_row_is_given_up_alone(checkpoints, name, slots):
 
 @pytest.mark.parametrize("slots", [1, 3])
 def test_a_broken_question_is_nan_and_no_other_one(checkpoints, slots):
-    whole, harmed = checkpoints
+    intact, harmed = checkpoints
     questions = [ScoreRequest(r.key, tuple((r.prompt, (3 + choice,)) for choice in range(3))) for r in requests()]
-    expected = {s.key: s.loglikelihoods for s in scorer_for(whole, ArSettings(), slots).score(questions)}
+    expected = {s.key: s.loglikelihoods for s in scorer_for(intact, ArSettings(), slots).score(questions)}
     for score in scorer_for(harmed, ArSettings(), slots).score(questions):
         if "^" in PROMPTS[int(score.key)]:
             assert all(value != value for value in score.loglikelihoods)
@@ -97,9 +97,9 @@ def test_a_run_goes_on_and_says_so(checkpoints, tmp_path):
         "num_fewshot": 0, "max_new_tokens": 4,
     }  # fmt: skip
     result = run(build_spec(values), tmp_path / "r")
-    found = {r["doc_id"]: r for r in read_samples(tmp_path / "r")}
-    assert [found[i].get("broken", False) for i in range(3)] == [False, True, False]
-    assert set(found[1]["scores"].values()) == {0.0}
+    records = {r["doc_id"]: r for r in read_samples(tmp_path / "r")}
+    assert [records[i].get("broken", False) for i in range(3)] == [False, True, False]
+    assert set(records[1]["scores"].values()) == {0.0}
     (gate,) = [gate for gate in result["health"] if gate["gate"] == "numbers not finite"]
     assert (gate["count"], gate["keys"], gate["ok"]) == (1, ["gsm8k/1"], False)
 
@@ -109,11 +109,11 @@ def test_what_nobody_said_is_not_right():
     task = SimpleNamespace(get_config=lambda name: None)
     example = {"doc_id": 0, "filter": "none", "metrics": ["acc"], "acc": 1.0, "target": "A", "doc": {}}
     sample = {"output": "A", "choices": [" A"], "finish": None}
-    found = [
+    scores = [
         scored_records({"tasks": {"t": task}}, {"samples": {"t": [example]}}, {"t/0": sample | extra})[0]["scores"]
         for extra in ({}, {"broken": True})
     ]
-    assert found == [{"acc,none": 1.0}, {"acc,none": 0.0}]
+    assert scores == [{"acc,none": 1.0}, {"acc,none": 0.0}]
 
 
 def test_a_checkpoint_of_no_numbers_is_refused(tmp_path):
@@ -126,9 +126,9 @@ def test_a_checkpoint_of_no_numbers_is_refused(tmp_path):
 
 @pytest.mark.parametrize("token", [-1, 10**6])
 def test_a_token_without_embedding_is_refused(checkpoints, token):
-    whole, _ = checkpoints
+    intact, _ = checkpoints
     with pytest.raises(ConfigError, match=f"request k: token {token} is none of the model's"):
-        list(engine_for(whole, ArSettings(), 1).generate([Request("k", (5, token), 4)]))
+        list(engine_for(intact, ArSettings(), 1).generate([Request("k", (5, token), 4)]))
     for settings in (ArSettings(), LladaSettings()):
         with pytest.raises(ConfigError, match=f"request k: token {token} is none of the model's"):
-            list(scorer_for(whole, settings, 1).score([ScoreRequest("k", (((5, token), (6,)),))]))
+            list(scorer_for(intact, settings, 1).score([ScoreRequest("k", (((5, token), (6,)),))]))

@@ -1,4 +1,4 @@
-"""What a slot costs is measured once a device and model, kept, and told."""
+"""The slot budget is measured once for a device and model, cached, and printed by `doctor`."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def _own_cache(tmp_path, monkeypatch):
         (lambda slots: 1.0, 128),  # where there is no room for more
     ],
 )
-def test_slots_that_cost_as_much_as_all_else(cost, expected):
+def test_measure_by_cost_function(cost, expected):
     assert slot_budget.measure(cost, most=200) == expected
 
 
-def test_a_real_one_is_measured():
+def test_a_model_is_measured():
     assert 1 <= fluid_checkpoint().backbone.slot_budget <= 128
 
 
-def test_it_is_kept_and_told(tiny_fluid, tmp_path, monkeypatch, capsys, data_dir):
+def test_it_is_cached_and_printed(tiny_fluid, tmp_path, monkeypatch, capsys, data_dir):
     spec = build_spec({"tasks": "mini", "model": str(tiny_fluid), "decoder": "fluid"})
     first = load_for(spec).backbone.slot_budget
     monkeypatch.setattr(slot_budget, "measure", lambda *_: pytest.fail("it is known already"))
@@ -52,6 +52,6 @@ def test_it_is_kept_and_told(tiny_fluid, tmp_path, monkeypatch, capsys, data_dir
 @pytest.mark.parametrize(
     "decoder", [{"name": "ar"}, {"name": "fluid", "slot_budget": 5}, {"name": "fluid", "verify": False}]
 )
-def test_nobody_measures_what_nobody_asks(tiny_fluid, monkeypatch, decoder):
+def test_it_is_measured_only_where_a_decoder_asks(tiny_fluid, monkeypatch, decoder):
     monkeypatch.setattr(slot_budget, "measure", lambda *_: pytest.fail("not asked"))
     load_for(build_spec({"tasks": "mini", "model": str(tiny_fluid), "decoder": decoder}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import stat
@@ -28,9 +29,9 @@ def test_it_is_made_for_the_user_alone(home):
     assert stat.S_IMODE(cache_folder.folder().stat().st_mode) == 0o700
     cache_folder.folder().chmod(0o755)  # as earlier versions made it: others could read it, and no more
     assert stat.S_IMODE(cache_folder.folder().stat().st_mode) == 0o700
-    assert cache_folder.kept("x") is None
+    assert cache_folder.cached_file("x") is None
     (cache_folder.folder() / "x").touch()
-    assert cache_folder.kept("x") == home / "fluid-eval" / "x"
+    assert cache_folder.cached_file("x") == home / "fluid-eval" / "x"
 
 
 def open_to_a_group(home: Path) -> None:
@@ -65,7 +66,7 @@ def test_what_others_may_write_is_not_trusted(home, spoil, monkeypatch):
     with pytest.raises(OSError, match=r"XDG_CACHE_HOME"):
         cache_folder.folder()
     assert slot_budget_cache.known() == {}
-    slot_budget_cache._keep({"m on d": 9})
+    slot_budget_cache._store({"m on d": 9})
     assert (home / "fluid-eval" / "slot_budgets.json").read_text() == '{"m on d": 7}'
 
 
@@ -91,20 +92,21 @@ def test_without_a_home_nothing_is_kept(monkeypatch):
 
 
 def test_compiled_code_of_others_is_not_loaded(tmp_path, monkeypatch, caplog):
-    from fluid_model.forward import compiled
+    from fluid_model.forward.compiled import build, structs
 
-    source = tmp_path / "small.c"
-    source.write_text(
-        "".join(f"void {name}() {{}}\n" for name in ("forward", "through", "workspace", "strides", "surest"))
-    )
-    monkeypatch.setattr(compiled, "SOURCE", source)
-    if (made := compiled.library.__wrapped__(4)) is None:
+    sizes = {struct.__name__: ctypes.sizeof(struct) for struct in structs.STRUCTS}
+    functions = [f"void {name}() {{}}\n" for name in structs.FUNCTIONS]
+    constants = [f"const long sizeof_{name} = {size};\n" for name, size in sizes.items()]
+    (tmp_path / "small.c").write_text("".join([*functions, *constants]))
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    monkeypatch.setattr(build, "FLAGS", ("-fPIC", "-shared", "-std=gnu11"))
+    if (made := build._attempt.__wrapped__(4)[0]) is None:
         pytest.skip("no compiler here")
-    (file,) = cache_folder.folder().glob("native-*.so")
+    (file,) = cache_folder.folder().glob("compiled-*.so")
     os.truncate(file, 0)
     file.chmod(0o777)
     with caplog.at_level(logging.WARNING):
-        again = compiled.library.__wrapped__(4)
+        again = build._attempt.__wrapped__(4)[0]
     assert again is not None
     assert again._name != made._name
     assert "compiled for this process alone" in caplog.text

@@ -65,13 +65,13 @@ def test_any_causal_lm_writes_as_transformers_does(family, tmp_path):
     checkpoint = fluid_model.load(str(save_model(tmp_path / "m", FAMILIES[family])))
     engine = fluid_model.engine_for(checkpoint, ArSettings(), slots=2)
     prompts = [tuple(range(5, 5 + n)) for n in (30, 9, 17)]
-    found = {g.key: g for g in engine.generate([Request(str(len(p)), p, 24) for p in prompts])}
+    answers = {g.key: g for g in engine.generate([Request(str(len(p)), p, 24) for p in prompts])}
     for prompt in prompts:
         expected = checkpoint.model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, pad_token_id=0)
         expected = expected[0, len(prompt) :].tolist()
         if 1 in expected:
             expected = expected[: expected.index(1)]
-        assert list(found[str(len(prompt))].ids) == expected
+        assert list(answers[str(len(prompt))].ids) == expected
 
 
 def test_an_architecture_the_engine_cannot_run_is_refused(tmp_path):

@@ -14,14 +14,14 @@ from bench.family import SYSTEMS
 from fluid_eval.benchmarks import lm_eval_tasks, profiles
 from fluid_eval.claims import reproduce
 from fluid_eval.claims.ledger import Claim, System, read_claims
-from fluid_eval.claims.reproduce import Place
+from fluid_eval.claims.reproduce import Resources
 from fluid_eval.claims.verdicts import Finding, Judgement, judge
 from fluid_eval.cli.main import main
 from fluid_eval.common.paths import resource
 from fluid_eval.common.spec import build_spec
 from fluid_eval.common.stats import Interval
 from fluid_eval.output import claims_tables
-from fluid_eval.sandbox.ladder import Found
+from fluid_eval.sandbox.ladder import IsolationHere
 from fluid_model import ConfigError
 
 LEDGER = """
@@ -50,28 +50,28 @@ def claim(system="s", task="gsm8k", value=50.0, source="paper", **more):
 
 def test_every_bundled_claim_is_whole_and_can_be_asked_for():
     """Settings that no run takes, or that a later version would not know, are found here and not after hours."""
-    found = read_claims()
-    assert len(found.claims) >= 170
-    assert {c.table for c in found.claims} == {"tiny", "main", "ablation", "speed", "own"}
-    for one in found.claims:
-        settings = reproduce.run_settings(one, found)
+    result = read_claims()
+    assert len(result.claims) >= 170
+    assert {c.table for c in result.claims} == {"tiny", "main", "ablation", "speed", "own"}
+    for one in result.claims:
+        settings = reproduce.run_settings(one, result)
         if settings.get("decoder") in (None, "ar", "fluid", "nbdiff", "llada") or isinstance(settings["decoder"], dict):
             build_spec({"tasks": [one.task], "model": "m", "profile": one.profile or "lm-eval", **settings})
 
 
 def test_the_ledger_claims_of_the_tiny_family_what_its_page_says():
     """The family's scores are published by a program: the ledger's copy is the same to the decimal."""
-    held = json.loads((resource("checkpoints") / "family.json").read_text())
+    stored = json.loads((resource("checkpoints") / "family.json").read_text())
     page = (resource("checkpoints").parent / "docs" / "tiny-family.md").read_text()
-    found = read_claims()
-    ours = [c for c in found.claims if c.source == "tiny family"]
+    result = read_claims()
+    ours = [c for c in result.claims if c.source == "tiny family"]
     assert len(ours) == 6 * 5
     for one in ours:
-        system = found.systems[one.system]
+        system = result.systems[one.system]
         wanted = system.weights, system.run.get("decoder", {"name": "ar"})
         (label,) = [s.label for s in SYSTEMS if (s.checkpoint, s.decoder) == wanted]
         if one.unit == "%":
-            assert one.value == round(100 * held[label][one.task][0], 1), one.cell
+            assert one.value == round(100 * stored[label][one.task][0], 1), one.cell
         else:
             row = next(line for line in page.splitlines() if line.startswith(f"| {label} |"))
             assert f"{one.value:.2f}" == row.split("|")[7].strip(), one.cell
@@ -79,15 +79,15 @@ def test_the_ledger_claims_of_the_tiny_family_what_its_page_says():
 
 def test_the_readme_says_how_many_claims_of_others_were_measured():
     """The number in the ledger, and the number on the page of what was measured last."""
-    found = read_claims()
-    others = {(c.system, c.source) for c in found.claims if not found.ours(c)}
+    result = read_claims()
+    others = {(c.system, c.source) for c in result.claims if not result.ours(c)}
     root = resource("checkpoints").parent
     page = (root / "docs" / "claims.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")] for line in page if line.startswith("| ")]
     measured = sum(
         any(cell.startswith("20") for cell in row) and not row[1].startswith(("tiny", "stories")) for row in rows
     )
-    total = sum(not found.ours(c) for c in found.claims)
+    total = sum(not result.ours(c) for c in result.claims)
     assert others
     assert f"Of the {total} claims of others, {measured} have been measured" in (root / "README.md").read_text()
 
@@ -103,7 +103,7 @@ def test_the_readme_says_how_many_claims_of_others_were_measured():
         ('system = "seven", task = "mbpp"', 'system = "eight", task = "mbpp"', "claim 8 .*: system='eight' is not in"),
         ('value = 50.0, source = "here"', 'value = 50.0, source = "there"', "claim 8 .*: source='there' is not in"),
         ('task = "mbpp", metric = "pass@1"', 'task = "gsm8k", metric = "exact_match,flexible-extract"', "stands twice"),
-        ('metric = "speed-up"', 'metric = "tempo"', "claim 9 .*: metric='tempo': unit times is of speed-up"),
+        ('metric = "speed-up"', 'metric = "tempo"', "claim 9 .*: metric='tempo': unit times needs speed-up"),
         ("to = 0.98", "to = 0.5", "claim 3 .*: to=0.5 must lie in"),
         ('convention = "another"', 'convention = "another", profile = "lm-eval"', "claim 4 .*: convention='another'"),
         ('name = "seven"', 'name = "seven", parent = "nine"', "system seven: parent='nine' is not in the ledger"),
@@ -162,8 +162,8 @@ def measured(tmp_path_factory):
 
 
 def test_claims_are_measured_where_they_can_be_and_else_say_what_they_need(measured):
-    _, found = measured
-    rows = found["rows"]
+    _, result = measured
+    rows = result["rows"]
     assert [row["verdict"] for row in rows] == [
         "cannot tell: n = 3 is too few for 3.0 points, about 99 would do if it is right",
         "not reproduced (convention not stated): 100.0 points off, surely more than 3.0 points",
@@ -180,15 +180,15 @@ def test_claims_are_measured_where_they_can_be_and_else_say_what_they_need(measu
     assert rows[0]["measured"]["score"] == rows[1]["measured"]["score"] == 1.0, "measured, not copied"
     assert len({row["run"] for row in rows[:6]}) == 1, "claims that share a run share it"
     assert rows[6]["run"] is None
-    assert found["external"] == {"claims": 8, "measured": 4}, "our own are no claims of others"
+    assert result["external"] == {"claims": 8, "measured": 4}, "our own are no claims of others"
     assert rows[0]["convention"]["measured"].startswith("lm-eval ")
     assert rows[6]["convention"] == {"published": "not stated", "measured": None}
 
 
 def test_the_tables_tell_what_was_found(measured, capsys):
-    out, found = measured
+    out, result = measured
     page = (out / "page.md").read_text()
-    assert page == (out / "out" / "claims.md").read_text() == claims_tables.page(found)
+    assert page == (out / "out" / "claims.md").read_text() == claims_tables.page(result)
     assert (
         "| seven | gsm8k | exact_match,flexible-extract | 91.9 | – |  | not stated |  | not run: needs weights" in page
     )
@@ -196,14 +196,14 @@ def test_the_tables_tell_what_was_found(measured, capsys):
     assert "- here: measured" in page
     assert str(out) not in page, "no path of this machine"
     capsys.readouterr()
-    claims_tables.print_verdicts(found)
+    claims_tables.print_verdicts(result)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     counted = "1 cannot tell, 1 not reproduced (convention not stated), 1 cannot tell (convention not stated)"
     assert counted in " ".join(printed.split())
     assert "Claims of others measured here: 4 of 8" in printed
     assert "Claims of others measured here: 4 of 8" in page
-    day, sha = found["rows"][0]["taken"]["started"][:10], found["rows"][0]["taken"]["commit"]
+    day, sha = result["rows"][0]["taken"]["started"][:10], result["rows"][0]["taken"]["commit"]
     at = f"commit {sha[:7]}" if sha else "version"
     assert f"measured {day}, {at}" in printed
     assert f"| {day}, {at}" in page
@@ -234,34 +234,34 @@ def test_what_was_measured_before_is_shown_only_on_request(tmp_path):
     assert anew["run"] == str(folder)
     assert anew["taken"]["started"] > "2026"
     (folder / "notes.md").write_text("mine")
-    held = (folder / "samples.jsonl").read_bytes()
+    stored = (folder / "samples.jsonl").read_bytes()
     assert "holds notes.md, which was not written here" in first("--data-dir", str(tmp_path))["verdict"]
-    assert (folder / "samples.jsonl").read_bytes() == held
+    assert (folder / "samples.jsonl").read_bytes() == stored
 
 
 def test_a_claim_that_cannot_be_asked_for_is_named_before_the_first_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.toml").write_text(LEDGER.replace('profile = "lm-eval"', 'profile = "lm-evl"'))
-    held = read_claims(tmp_path / "mine.toml")
-    told = []
+    stored = read_claims(tmp_path / "mine.toml")
+    messages = []
 
     def measure(spec, claims, out, *, resume):
-        told.append(capsys.readouterr().err)
-        return [reproduce.Row(one, Judgement("reproduced")) for one in claims]
+        messages.append(capsys.readouterr().err)
+        return [reproduce.MeasuredClaim(one, Judgement("reproduced")) for one in claims]
 
     monkeypatch.setattr(reproduce, "measure", measure)
-    rows = reproduce.reproduce(held, held.claims[:5], tmp_path / "out", Place(tmp_path, str(tmp_path)))["rows"]
-    assert "tiny mini_gsm8k_1 100 (here): profile='lm-evl'" in told[0]
+    rows = reproduce.reproduce(stored, stored.claims[:5], tmp_path / "out", Resources(tmp_path, str(tmp_path)))["rows"]
+    assert "tiny mini_gsm8k_1 100 (here): profile='lm-evl'" in messages[0]
     assert [row["verdict"].partition("=")[0] for row in rows] == ["not run: profile", *["reproduced"] * 4]
 
 
 def test_the_hub_is_asked_once_and_before_its_clients_are_there(tmp_path, monkeypatch):
     calls = []
     reproduce._hub.cache_clear()
-    monkeypatch.setattr(reproduce.data, "hub_reachable", lambda: calls.append("hub"))
-    monkeypatch.setattr(reproduce.data, "go_offline", lambda: calls.append("offline"))
+    monkeypatch.setattr(reproduce.datasets, "hub_reachable", lambda: calls.append("hub"))
+    monkeypatch.setattr(reproduce.datasets, "go_offline", lambda: calls.append("offline"))
     monkeypatch.setattr(reproduce, "missing", lambda *_: calls.append("claim") or ["weights"])
-    held = read_claims()
-    reproduce.reproduce(held, held.claims[:2], tmp_path, Place(tmp_path))
+    stored = read_claims()
+    reproduce.reproduce(stored, stored.claims[:2], tmp_path, Resources(tmp_path))
     assert calls == ["hub", "offline", "claim", "claim"]
     run = (
         "import sys, fluid_eval.claims.reproduce; print({'datasets', 'huggingface_hub', 'lm_eval'} & set(sys.modules))"
@@ -296,9 +296,9 @@ def test_a_value_may_be_off_by_its_own_rounding():
     two = claim(unit="tok/forward", metric="tokens_per_forward", value=2.0, decimals=2, profile="lm-eval")
     assert two.rounding == pytest.approx(0.005)
     ours = [Finding(one, Interval(1.97, 1.96, 1.98, 9), own=True) for one in (two, replace(two, decimals=1))]
-    assert [told.verdict for told in judge(ours)] == ["re-run, differs: by 0.03 tok/forward", "re-run, equal"]
+    assert [judgement.verdict for judgement in judge(ours)] == ["re-run, differs: by 0.03 tok/forward", "re-run, equal"]
     shown = [
-        claims_tables.published(reproduce.Row(one, Judgement("")).to_dict())
+        claims_tables.published(reproduce.MeasuredClaim(one, Judgement("")).to_dict())
         for one in (speed, two, replace(two, to=2.5))
     ]
     assert shown == ["3700 tok/s", "2.00 tok/fwd", "2.00–2.50 tok/fwd"]
@@ -313,13 +313,13 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
         door.cache_clear()
     hub, cuda = [False], [""]
     monkeypatch.setattr(reproduce, "_hub", lambda: hub[0])
-    monkeypatch.setattr(reproduce, "isolation", lambda: Found(None, ()))
+    monkeypatch.setattr(reproduce, "isolation", lambda: IsolationHere(None, ()))
     monkeypatch.setattr(reproduce, "_cuda", lambda: cuda[0])
     monkeypatch.setattr(reproduce, "_at_hand", lambda source, data_dir: data_dir is not None)
     system = System("s", "big", hub="who/big")
 
     def needs(one, system=system, **place):
-        return reproduce.missing(one, {**system.run, **one.run}, Place(tmp_path / "models", **place), system)
+        return reproduce.missing(one, {**system.run, **one.run}, Resources(tmp_path / "models", **place), system)
 
     code = claim(task="humaneval")
     speed = claim(unit="tok/s", metric="tokens_per_second", hardware="H100")

@@ -14,8 +14,9 @@ import pytest
 from fluid_eval.benchmarks.datasets import HUB_TIMEOUT
 from fluid_eval.cli import EXIT_UNHEALTHY
 from fluid_eval.cli.main import main
-from fluid_eval.sandbox.ladder import found
+from fluid_eval.sandbox.ladder import strongest_tier
 from fluid_model.forward import compiled
+from fluid_model.forward.compiled import build
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -96,14 +97,14 @@ def test_bad_input(capsys, tmp_path, monkeypatch, tiny_model, little_data, case)
     (empty / "file").touch()
     monkeypatch.chdir(tmp_path)
     words = [word.format(empty=empty) for word in words]
-    good = {
+    valid = {
         "--tasks": "gsm8k",
         "--model": tiny_model,
         "--data-dir": little_data,
         "--max-new-tokens": 8,
         "--num-fewshot": 0,
     }
-    for flag, value in good.items():
+    for flag, value in valid.items():
         if flag not in words:
             words += [flag, str(value)]
     code, out, err = run(capsys, *words)
@@ -174,10 +175,12 @@ def test_doctor(capsys, little_data, data_dir, monkeypatch):
     assert main(["doctor", "--data-dir", str(data_dir)]) == 0
     out = capsys.readouterr().out
     assert "ok: the main job can run here" in out
-    assert f"isolation   {found().name or 'none'}" in out
+    assert f"isolation   {strongest_tier().name or 'none'}" in out
     assert ("forward     compiled" in out) == (compiled.library(4) is not None)
+    monkeypatch.setattr(build, "_attempt", lambda lanes: (None, "no C compiler"))
     assert main(["doctor"]) == 0, "the mini suite runs without"
     out = capsys.readouterr().out
+    assert "forward     explicit (no C compiler)" in out
     assert "note: no data of some benchmarks: connect to the hub, or pass --data-dir DIR" in out
     assert "ok: the mini suite, and what needs no benchmark data, can run here" in out
     assert main(["doctor", "--data-dir", str(little_data)]) == 1

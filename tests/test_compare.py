@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluid_eval.analysis.compare import compare, surely, worse
+from fluid_eval.analysis.compare import compare, significant, worse
 from fluid_eval.cli import EXIT_CONFIG, EXIT_OK, EXIT_WORSE
 from fluid_eval.cli.main import main
 from fluid_eval.common.stats import difference_over_tasks, mcnemar, minimum_detectable
@@ -43,8 +43,8 @@ def write_run(folder, records, *, engine=ENGINE, **result):
     write_json(folder / "spec.json", spec)
     write_json(folder / "environment.json", {"engine": engine, "processor": "x", "cpus": 2})
     lines = [{"task": t, "n": sum(r["task"] == t for r in records)} for t in tasks]
-    told = {"model": "m", "decoder": {"name": "ar"}, "members": {t: [t] for t in tasks}, "lines": lines, **result}
-    write_json(folder / "result.json", {"task_versions": dict.fromkeys(tasks, 1), **told})
+    values = {"model": "m", "decoder": {"name": "ar"}, "members": {t: [t] for t in tasks}, "lines": lines, **result}
+    write_json(folder / "result.json", {"task_versions": dict.fromkeys(tasks, 1), **values})
     (folder / "samples.jsonl").write_bytes(b"".join(map(encode, records)))
     return folder
 
@@ -114,8 +114,8 @@ def test_only_answers_to_the_same_prompt_are_pairs(tmp_path):
 
 
 def protocol(**changes):
-    told = {"num_fewshot": 5, "until": ["Question:"], "source": "somewhere", **changes}
-    return {"protocol": {"name": "n", "hash": repr(told), "tasks": {"t": told}}}
+    values = {"num_fewshot": 5, "until": ["Question:"], "source": "somewhere", **changes}
+    return {"protocol": {"name": "n", "hash": repr(values), "tasks": {"t": values}}}
 
 
 def test_other_protocols_are_refused_unless_asked(tmp_path, capsys):
@@ -130,12 +130,14 @@ def test_other_protocols_are_refused_unless_asked(tmp_path, capsys):
     assert main(["compare", str(base), str(other), "--across-protocols"]) == EXIT_OK
     out = capsys.readouterr().out
     assert "  t num_fewshot: 5 / 0\n  t until: ['Question:'] / \\n\n" in out
-    found = compare([base, other], across_protocols=True)
-    assert (found["pairs"][0]["all"]["n"], len(found["protocol_difference"])) == (30, 2)
+    result = compare([base, other], across_protocols=True)
+    assert (result["pairs"][0]["all"]["n"], len(result["protocol_difference"])) == (30, 2)
     steps = '[{"function": "regex", "regex_pattern": "#### (x)"}, {"function": "take_first"}]'
-    read = write_run(tmp_path / "read", answers([1.0]), **protocol(extractors={"strict": steps, "none": "as written"}))
+    regex_run = write_run(
+        tmp_path / "read", answers([1.0]), **protocol(extractors={"strict": steps, "none": "as written"})
+    )
     boxed = write_run(tmp_path / "boxed", answers([1.0]), **protocol(extractors={"strict": "boxed"}))
-    assert compare([read, boxed], across_protocols=True)["protocol_difference"] == [
+    assert compare([regex_run, boxed], across_protocols=True)["protocol_difference"] == [
         "t extractors strict: regex (regex_pattern #### (x)), take_first / boxed",
         "t extractors none: as written / none",
     ]
@@ -152,6 +154,7 @@ def test_other_protocols_are_refused_unless_asked(tmp_path, capsys):
         ({**ENGINE, "threads": 2}, "threads: 1 / 2"),
         ({**ENGINE, "dtype": "bfloat16"}, "dtype: float32 / bfloat16"),
         ({**ENGINE, "forward": "torch"}, "forward: compiled / torch"),
+        ({**ENGINE, "forward": "torch", "forward_kind": "explicit"}, "forward: compiled / torch"),
         ({"device": "cpu"}, "dtype, threads, workers, forward: not recorded"),
     ],
 )
@@ -164,11 +167,22 @@ def test_seconds_of_other_machines_are_no_speeds(tmp_path, capsys, other, reason
     assert f"tok/s do not compare: {reason}" in capsys.readouterr().out
 
 
+def test_forward_kinds_compare_where_both_are_recorded(tmp_path):
+    """Runs recorded before there were kinds are not held to be unequal."""
+    torch = {**ENGINE, "forward": "torch"}
+    engines = {"old": torch, "explicit": {**torch, "forward_kind": "explicit"}}
+    engines |= {"same": engines["explicit"], "captured": {**torch, "forward_kind": "captured"}}
+    runs = {name: write_run(tmp_path / name, answers([1.0] * 20), engine=engine) for name, engine in engines.items()}
+    for name, reasons in (("old", []), ("same", []), ("captured", ["forward_kind: explicit / captured"])):
+        speed = compare([runs["explicit"], runs[name]])["pairs"][0]["speed"]
+        assert speed["not_compared"] == reasons
+
+
 def test_worse_means_surely_and_by_more(tmp_path, runs, capsys):
     words = ["compare", *map(str, runs), "--fail-if-worse"]
     assert main([*words, "1"]) == EXIT_WORSE
-    told = capsys.readouterr().err.splitlines()
-    assert [line.split(" of ")[0] for line in told] == ["worse by more than 1: t", "worse by more than 1: all"]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" of ")[0] for line in lines] == ["worse by more than 1: t", "worse by more than 1: all"]
     assert main([*words, "20"]) == EXIT_WORSE
     assert "all" not in capsys.readouterr().err, "13 points are not more than 20"
     assert main([*words, "26.5"]) == EXIT_OK
@@ -186,8 +200,8 @@ def pair_of(flips, n=210):
     tasks = [([1.0] * b + [0.0] * c + [1.0] * (n - b - c), [0.0] * b + [1.0] * (n - b)) for b, c in flips]
 
     def entry(name, tasks, flips):
-        found = difference_over_tasks(*zip(*tasks, strict=True))
-        difference = {"mean": found.mean, "low": found.low, "high": found.high}
+        result = difference_over_tasks(*zip(*tasks, strict=True))
+        difference = {"mean": result.mean, "low": result.low, "high": result.high}
         return {"task": name, "difference": difference, "mcnemar_p": mcnemar(*map(sum, zip(*flips, strict=True)))}
 
     each = [entry(f"t{i}", [task], [flip]) for i, (task, flip) in enumerate(zip(tasks, flips, strict=True))]
@@ -207,22 +221,22 @@ def test_equal_runs_are_seldom_called_worse(tasks, share):
 
 def test_one_task_of_many_must_stand_out_more():
     """7 lost of 210 are sure alone (p = 0.016), not as the worst of twenty tasks."""
-    assert [entry["task"] for entry in surely(pair_of([(7, 0)]))] == ["t0"]
-    assert surely(pair_of([(7, 0), *[(2, 3)] * 19])) == []
-    assert [entry["task"] for entry in surely(pair_of([(12, 0), *[(2, 2)] * 3]))] == ["t0", "all"]
-    assert [entry["task"] for entry in surely(pair_of([(5, 0), (5, 0)]))] == ["all"], "5 to one side: p = 0.06"
-    assert [entry["task"] for entry in surely(pair_of([(8, 0), (9, 0), (0, 17)]))] == ["t0", "t1", "t2"]
+    assert [entry["task"] for entry in significant(pair_of([(7, 0)]))] == ["t0"]
+    assert significant(pair_of([(7, 0), *[(2, 3)] * 19])) == []
+    assert [entry["task"] for entry in significant(pair_of([(12, 0), *[(2, 2)] * 3]))] == ["t0", "all"]
+    assert [entry["task"] for entry in significant(pair_of([(5, 0), (5, 0)]))] == ["all"], "5 to one side: p = 0.06"
+    assert [entry["task"] for entry in significant(pair_of([(8, 0), (9, 0), (0, 17)]))] == ["t0", "t1", "t2"]
 
 
 def test_the_report_calls_sure_what_compare_does():
-    told = []
+    verdicts = []
     for flips in ([(4, 0)], [(8, 0)], [(0, 8), (1, 1)], [(5, 0), (0, 5)], [(5, 0), (5, 0)]):
         pair = {"base": "b", "speed": None, **pair_of(flips, 60)}
         pair["all"]["mde"] = 0.05
         (verdict,) = facts._of_comparison({"pairs": [pair]}, {"b": "A", "o": "B"})
-        told.append((verdict.state, verdict.word, "detectable with 80% power: 5.0" in verdict.text))
+        verdicts.append((verdict.state, verdict.word, "detectable with 80% power: 5.0" in verdict.text))
     unsure = ("none", "no difference shown", True)
-    assert told == [unsure, ("bad", "worse", False), ("good", "better", False), unsure, ("bad", "worse", False)]
+    assert verdicts == [unsure, ("bad", "worse", False), ("good", "better", False), unsure, ("bad", "worse", False)]
 
 
 def test_a_drop_of_just_as_much_as_allowed_passes(tmp_path):
@@ -256,7 +270,7 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, runs, capsys):
     (part / "samples.jsonl").write_bytes(b"".join(map(encode, answers([1.0] * 100))))
     nan = write_run(tmp_path / "nan", answers([1.0, math.nan]))
     for words, message in (
-        ([runs[0]], "needs two run folders at least"),
+        ([runs[0]], "needs at least two run folders"),
         ([runs[0], empty], "empty: no run here (no spec.json)"),
         ([runs[0], unfinished], "unfinished: this run is not finished (no result.json)"),
         ([runs[0], part], "0 samples of u, the result has 40"),

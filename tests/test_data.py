@@ -17,21 +17,23 @@ def _fresh(monkeypatch):
     monkeypatch.setattr(datasets, "_loaded", {})
 
 
-@pytest.mark.parametrize(("name", "split"), [(n, s) for n, source in datasets.SOURCES.items() for s in source.known])
+@pytest.mark.parametrize(("name", "split"), [(n, s) for n, source in datasets.DATASETS.items() for s in source.known])
 def test_shared_data_are_the_canonical_sets(data_dir, name, split):
     rows = datasets.load_rows(name, split, str(data_dir))
-    (found,) = datasets.fingerprints(str(data_dir))
-    assert found.canonical
-    assert found.rows == len(rows) == datasets.SOURCES[name].known[split][0]
-    assert found.message == f"matches the canonical {datasets.SOURCES[name].title} {split} set ({len(rows)} rows)"
+    (fingerprint,) = datasets.fingerprints(str(data_dir))
+    assert fingerprint.canonical
+    assert fingerprint.rows == len(rows) == datasets.DATASETS[name].known[split][0]
+    assert (
+        fingerprint.message == f"matches the canonical {datasets.DATASETS[name].title} {split} set ({len(rows)} rows)"
+    )
 
 
 def test_one_changed_character_is_noticed(data_dir):
     rows = datasets.load_rows("math500", "test", str(data_dir))
     changed = [{**rows[0], "answer": rows[0]["answer"] + " "}, *rows[1:]]
-    found = datasets.fingerprint("math500", "test", "folder", changed)
-    assert not found.canonical
-    assert found.message.startswith("WARNING: 500 rows that are not the canonical MATH500 test set")
+    fingerprint = datasets.fingerprint("math500", "test", "folder", changed)
+    assert not fingerprint.canonical
+    assert fingerprint.message.startswith("WARNING: 500 rows that are not the canonical MATH500 test set")
 
 
 def test_humaneval_needs_neither_folder_nor_hub(tmp_path):

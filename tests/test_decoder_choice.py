@@ -20,12 +20,12 @@ def folders(tiny_model, tiny_fluid, tmp_path_factory):
     """One model of each method, and a FLUID checkpoint before its K-head."""
     root = tmp_path_factory.mktemp("methods")
     manifest = json.loads((tiny_fluid / "fluid.json").read_text())
-    found = {"ar": tiny_model, "fluid": tiny_fluid}
+    by_method = {"ar": tiny_model, "fluid": tiny_fluid}
     for name, method in (("nbdiff", "nbdiff"), ("llada", "llada"), ("headless", "fluid")):
-        found[name] = shutil.copytree(tiny_fluid, root / name)
+        by_method[name] = shutil.copytree(tiny_fluid, root / name)
         changed = {**manifest, "method": method, "tau": []} | ({"k_max": None} if method != "fluid" else {})
-        (found[name] / "fluid.json").write_text(json.dumps(changed))
-    return found
+        (by_method[name] / "fluid.json").write_text(json.dumps(changed))
+    return by_method
 
 
 WRITES = {"ar": "ar", "fluid": "fluid", "nbdiff": "nbdiff", "llada": "llada", "headless": "ar"}

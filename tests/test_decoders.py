@@ -24,14 +24,14 @@ from .tiny import fluid_checkpoint
 def test_an_answer_ends_with_its_canvas():
     """Shorter than the answer may be, and never ended by the model."""
     decoder = LladaSettings(gen_length=8, block_length=4)
-    found = write(replace(CHECKPOINT, end_ids=()), decoder, requests(3, 40), slots=2)
-    assert {(len(g.ids), g.finish, g.trace.forwards["denoise"]) for g in found.values()} == {(8, "length", 8)}
+    answers = write(replace(CHECKPOINT, end_ids=()), decoder, requests(3, 40), slots=2)
+    assert {(len(g.ids), g.finish, g.trace.forwards["denoise"]) for g in answers.values()} == {(8, "length", 8)}
 
 
 def test_a_canvas_may_be_longer_than_the_answer():
     decoder = LladaSettings(gen_length=24, block_length=4)
-    found = write(CHECKPOINT, decoder, requests(2, 6), slots=2)
-    assert all(len(g.ids) <= 6 for g in found.values())
+    answers = write(CHECKPOINT, decoder, requests(2, 6), slots=2)
+    assert all(len(g.ids) <= 6 for g in answers.values())
 
 
 def test_a_block_the_window_narrows_is_drawn_as_alone():
@@ -118,12 +118,14 @@ def test_end_tokens_are_written_last_where_asked(suppress):
 def test_three_ways_to_be_sure():
     """The likelier token need not have the wider margin, nor the lower entropy."""
     table = torch.tensor([[0.5, 0.45, 0.05, 0.0], [0.45, 0.2, 0.2, 0.15]]).clamp(min=1e-12)
-    found = {rule: choose(table.log(), torch.zeros(2), 0.0, 1.0, rule) for rule in ("probability", "margin", "entropy")}
-    assert all(token.tolist() == [0, 0] for token, _ in found.values())
-    assert found["probability"][1].tolist() == pytest.approx([0.5, 0.45], abs=1e-6)
-    assert found["margin"][1].tolist() == pytest.approx([0.05, 0.25], abs=1e-6)
+    choices = {
+        rule: choose(table.log(), torch.zeros(2), 0.0, 1.0, rule) for rule in ("probability", "margin", "entropy")
+    }
+    assert all(token.tolist() == [0, 0] for token, _ in choices.values())
+    assert choices["probability"][1].tolist() == pytest.approx([0.5, 0.45], abs=1e-6)
+    assert choices["margin"][1].tolist() == pytest.approx([0.05, 0.25], abs=1e-6)
     entropy = [-sum(p * math.log(p) for p in row if p > 1e-9) for row in table.tolist()]
-    assert found["entropy"][1].tolist() == pytest.approx([-value for value in entropy], abs=1e-5)
+    assert choices["entropy"][1].tolist() == pytest.approx([-value for value in entropy], abs=1e-5)
 
 
 def test_a_canvas_beyond_the_window_is_refused():
@@ -170,8 +172,8 @@ def test_longer_continuations_are_estimated_within_their_errors():
         for masked in sets:
             ids = [*context, *(CHECKPOINT.mask_id if i in masked else t for i, t in enumerate(continuation))]
             scores = forward(CHECKPOINT, ids, 0).log_softmax(-1)
-            found = sum(float(scores[len(context) + i, continuation[i]]) for i in masked)
-            exact += found * 3 / count / len(sets) / 3
+            loglikelihood = sum(float(scores[len(context) + i, continuation[i]]) for i in masked)
+            exact += loglikelihood * 3 / count / len(sets) / 3
     work = [ScoreRequest(str(n), ((context, continuation),), seed=n) for n in range(3)]
     scores = sorted(CanvasScorer(CHECKPOINT.backbone, CHECKPOINT.mask_id, 8, 200).score(work), key=lambda s: s.key)
     for score in scores:
@@ -191,10 +193,10 @@ def test_a_single_sample_does_not_show_its_error():
 def test_what_exceeds_the_window_is_cut_from_the_left():
     context = tuple(n % 250 for n in range(300))
     scorer = CanvasScorer(CHECKPOINT.backbone, CHECKPOINT.mask_id, 8, samples=4)
-    cut, whole = (next(iter(scorer.score([ScoreRequest("x", ((c, (30, 41)),))]))) for c in (context, context[-254:]))
-    assert cut.loglikelihoods == pytest.approx(whole.loglikelihoods)
+    cut, fitting = (next(iter(scorer.score([ScoreRequest("x", ((c, (30, 41)),))]))) for c in (context, context[-254:]))
+    assert cut.loglikelihoods == pytest.approx(fitting.loglikelihoods)
     assert (cut.truncated, cut.prompt_tokens) == (46, 256)
-    assert (whole.truncated, whole.prompt_tokens) == (0, 256)
+    assert (fitting.truncated, fitting.prompt_tokens) == (0, 256)
 
 
 def test_requests_that_cannot_be_scored_are_refused():

@@ -30,14 +30,14 @@ def checkpoint() -> Checkpoint:
 @torch.inference_mode()
 def probabilities(checkpoint: Checkpoint, temperature: float) -> torch.Tensor:
     """(LETTERS ** LENGTH,) of every text, by plain forwards."""
-    whole = torch.ones(1)
+    table = torch.ones(1)
     for length in range(LENGTH):
         places = torch.cartesian_prod(*[torch.arange(LETTERS)] * length).view(-1, length) if length else None
         texts = torch.empty(1, 0, dtype=torch.long) if places is None else places
         ids = torch.cat([torch.tensor(PROMPT).expand(len(texts), -1), texts], 1)
         logits = checkpoint.model(input_ids=ids).logits[:, -1]
-        whole = (whole[:, None] * (logits / temperature).softmax(-1)).flatten()
-    return whole
+        table = (table[:, None] * (logits / temperature).softmax(-1)).flatten()
+    return table
 
 
 def draw(checkpoint: Checkpoint, decoder: DecoderSettings) -> tuple[torch.Tensor, float]:
@@ -56,9 +56,9 @@ def draw(checkpoint: Checkpoint, decoder: DecoderSettings) -> tuple[torch.Tensor
 def probability(counts: torch.Tensor, expected: torch.Tensor) -> float:
     """Of counts like these or worse; texts expected fewer than ten times are one."""
     rare = expected * DRAWS < 10
-    found = torch.cat([counts[~rare], counts[rare].sum()[None]]).double()
+    observed = torch.cat([counts[~rare], counts[rare].sum()[None]]).double()
     wanted = torch.cat([expected[~rare], expected[rare].sum()[None]]).double()
-    return float(chisquare(found, wanted / wanted.sum() * DRAWS).pvalue)
+    return float(chisquare(observed, wanted / wanted.sum() * DRAWS).pvalue)
 
 
 def test_sampled_texts_are_distributed_as_ars(checkpoint):

@@ -30,7 +30,7 @@ DECODERS = {
 }
 
 
-def told(name):
+def manifest(name):
     return json.loads((CHECKPOINTS / name / "training.json").read_text())
 
 
@@ -43,7 +43,7 @@ def test_the_family_is_small():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_is_what_its_recipe_says(name):
     chain = build_chain(read_toml(resource("recipes") / f"{name}.toml"))
-    manifests = [*told(name)["before"], told(name)]
+    manifests = [*manifest(name)["before"], manifest(name)]
     assert [m["recipe_hash"] for m in manifests] == [recipe.hash for recipe in chain]
     assert [build_recipe(m["recipe"]).hash for m in manifests] == [recipe.hash for recipe in chain]
     assert all(m["commit"] and m["data"] and m["versions"]["torch"] for m in manifests)
@@ -69,8 +69,8 @@ def test_it_answers_easy_questions(name):
         fluid_model.Request(str(n), tuple(checkpoint.tokenizer(row["prompt"])["input_ids"]), 64)
         for n, row in enumerate(rows)
     ]
-    found = {g.key: g.text for g in fluid_model.engine_for(checkpoint, DECODERS[name]).generate(work)}
-    right = sum(f"#### {row['answer'].split('#### ')[1]}" in found[str(n)] for n, row in enumerate(rows))
+    texts = {g.key: g.text for g in fluid_model.engine_for(checkpoint, DECODERS[name]).generate(work)}
+    right = sum(f"#### {row['answer'].split('#### ')[1]}" in texts[str(n)] for n, row in enumerate(rows))
     assert right >= (7 if name in ("tiny-ar", "tiny-fluid") else 4)
 
 
@@ -108,7 +108,7 @@ def test_verified_text_is_ar_text_and_takes_fewer_forwards():
         for decoder in (fluid_model.ArSettings(), fluid_model.FluidSettings())
     )
     assert {key: g.ids for key, g in ar.items()} == {key: g.ids for key, g in fluid.items()}
-    ar_forwards, forwards = (sum(sum(g.trace.forwards.values()) for g in found.values()) for found in (ar, fluid))
+    ar_forwards, forwards = (sum(sum(g.trace.forwards.values()) for g in answers.values()) for answers in (ar, fluid))
     assert forwards < 0.8 * ar_forwards
 
 

@@ -46,10 +46,10 @@ def test_tables_read_back(sweep, tmp_path):
     assert [f.name for f in files] == ["frontier.csv", "frontier.parquet", "frontier.md", "frontier.tex"]
     rows = table(sweep)
     pandas.testing.assert_frame_equal(pandas.read_parquet(files[1]), rows)
-    read = pandas.read_csv(files[0], float_precision="round_trip").convert_dtypes()
+    table_read = pandas.read_csv(files[0], float_precision="round_trip").convert_dtypes()
     numbers = rows.drop(columns=["odd", "stopped", "dominated_by", "name"])
-    pandas.testing.assert_frame_equal(read[numbers.columns], numbers, check_dtype=False)
-    assert rows.name.tolist() == read.name.tolist() == ["ar", "fast", "slow", "50%_off", "silent"]
+    pandas.testing.assert_frame_equal(table_read[numbers.columns], numbers, check_dtype=False)
+    assert rows.name.tolist() == table_read.name.tolist() == ["ar", "fast", "slow", "50%_off", "silent"]
     assert rows.score.tolist() == [70.0, 71.0, 60.0, 50.0, 12.3456789012]
     assert rows.score_low.tolist()[:2] == [65.0, 66.0]
     assert rows.tokens_per_second.tolist()[:4] == [100.0, 1234.5678901234, 50.0, 80.0]
@@ -102,12 +102,12 @@ def test_latex_is_escaped(tmp_path):
 
 
 def test_figures_exist_and_do_not_change(sweep, tmp_path):
-    found = []
+    images = []
     for by in ("tokens_per_forward", "forwards_per_answer", "forwards_per_answer"):
         assert draw(sweep, tmp_path, by=by, baseline="ar", title="$x$ & y")
-        found.append((tmp_path / "frontier.svg").read_bytes())
-    assert found[1].rstrip().endswith(b"</svg>")
-    assert found[1] == found[2] != found[0]
+        images.append((tmp_path / "frontier.svg").read_bytes())
+    assert images[1].rstrip().endswith(b"</svg>")
+    assert images[1] == images[2] != images[0]
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -150,8 +150,8 @@ def test_an_output_that_is_full_or_knows_few_letters(stored, tmp_path):
     ],
 )
 def test_what_the_machine_lacks_is_one_line(error, code, message):
-    reason, found = in_one_line(error)
-    assert found == code
+    reason, exit_code = in_one_line(error)
+    assert exit_code == code
     assert re.search(message, reason)
     assert in_one_line(KeyError("spec"))[0] is None, "our own faults are not dressed up"
 
@@ -162,7 +162,7 @@ def test_no_home_is_no_reason_to_fail(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     assert slot_budget_cache.known() == {}
-    slot_budget_cache._keep({"a": 1})
+    slot_budget_cache._store({"a": 1})
     assert not Path("~").exists()
 
 

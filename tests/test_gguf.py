@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import fluid_model
+from fluid_eval.cli.main import main
 from fluid_model import ArSettings, ConfigError
 from fluid_model.checkpoints import gguf_files
 from fluid_model.checkpoints.checkpoint import describe, load
@@ -31,7 +32,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def write_gguf(file, quantised="Q8_0", architecture="llama", seed=0):
-    """A random Llama of two layers as llama.cpp would hold it: its names, queries and keys permuted, weights quantised."""
+    """A random Llama of two layers as llama.cpp holds it: its names, queries and keys permuted, weights quantised."""
     torch.manual_seed(seed)
     config = llama_config(hidden_size=64, intermediate_size=96, vocab_size=259, tie_word_embeddings=False)
     weights = AutoModelForCausalLM.from_config(config).float().state_dict()
@@ -95,6 +96,14 @@ def test_a_file_is_a_model_in_all_else(tmp_path):
     assert text == "<s>hi</s>"
     (answer,) = engine_for(checkpoint, ArSettings()).generate([Request("a", (7, 8, 9), 4)])
     assert len(answer.ids) == 4 or answer.finish == "eos"
+
+
+def test_a_result_names_the_quantisation(tmp_path, capsys):
+    file = write_gguf(tmp_path / "model.gguf")
+    words = ["run", "--tasks", "mini_math", "--limit", "1", "--max-new-tokens", "4", "--model", str(file)]
+    assert main([*words, "--out", str(tmp_path / "run")]) in (0, 3), "a random model may fail a health gate"
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["quantization"] == "Q8_0, dequantised"
+    assert "weights: Q8_0, dequantised" in capsys.readouterr().out
 
 
 def test_it_is_converted_once_by_content(tmp_path, cache, monkeypatch):

@@ -19,7 +19,7 @@ import fluid_model
 from bench import replay
 from bench.gpu import __main__ as gpu
 from bench.gpu.decode import BOUNDS
-from bench.gpu.plan import Found, Plan
+from bench.gpu.plan import GpuPlan, Measurements
 from bench.prompts import mini
 from fluid_model import ConfigError, Engine, FluidSettings, Request
 
@@ -45,23 +45,23 @@ def recorded(checkpoint, work):
 
 def test_all_of_it_runs_and_is_told_as_json(capsys):
     assert gpu.main([*QUICK, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["bars"]
-    told = {bar["name"]: bar["measured"] for bar in found}
-    assert len(told) == len(found)
-    assert all(set(bar) == {"name", "measured", "bar", "ok"} and bar["ok"] is None for bar in found), "no bars for CPUs"
-    assert all(name.endswith(", cpu") for name in told)
+    bars = json.loads(capsys.readouterr().out)["bars"]
+    measured = {bar["name"]: bar["measured"] for bar in bars}
+    assert len(measured) == len(bars)
+    assert all(set(bar) == {"name", "measured", "bar", "ok"} and bar["ok"] is None for bar in bars), "no bars for CPUs"
+    assert all(name.endswith(", cpu") for name in measured)
     for what in ("AR forward / floor", "FLUID forward / AR forward, 64 slots a row", "tokens a row and round, ours"):
         for rows in (1, 2):
-            assert told[f"{what}, batch {rows}, cpu"] > 0
-    assert told["peak memory, ours / weights + KV, batch 1, cpu"] is None, "nobody counts a CPU's memory here"
+            assert measured[f"{what}, batch {rows}, cpu"] > 0
+    assert measured["peak memory, ours / weights + KV, batch 1, cpu"] is None, "nobody counts a CPU's memory here"
 
 
 def test_the_table_is_one(capsys):
-    found = Found(Plan(torch.device("cpu"), (1, 8)), BOUNDS)
-    found.put("slot budget", 0, 96)
-    found.put("AR forward / floor", 8, 1.23456)
-    found.put("peak memory, ours / weights + KV", 1, None)
-    assert found.table().splitlines() == [
+    measurements = Measurements(GpuPlan(torch.device("cpu"), (1, 8)), BOUNDS)
+    measurements.put("slot budget", 0, 96)
+    measurements.put("AR forward / floor", 8, 1.23456)
+    measurements.put("peak memory, ours / weights + KV", 1, None)
+    assert measurements.table().splitlines() == [
         "| cpu | batch 1 | batch 8 |",
         "| --- | --- | --- |",
         "| slot budget | 96 |  |",
@@ -72,13 +72,13 @@ def test_the_table_is_one(capsys):
 
 def test_bars_are_for_the_whole_model_on_a_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A device")
-    found = Found(Plan(torch.device("cuda"), (1, 64)), BOUNDS)
-    found.put("tokens/s, ours / AR", 1, 2.2)
-    found.put("tokens/s, ours / AR", 64, 1.34)
-    found.put("AR forward, ms", 1, 4.0)
-    assert [bar.ok for bar in found.bars] == [False, True, None]
-    assert "| 2.2 (at least 2.3: **no**) | 1.34 (at least 1.34: yes) |" in found.table()
-    small = Found(Plan(torch.device("cuda"), (1,), layers=2), BOUNDS)
+    measurements = Measurements(GpuPlan(torch.device("cuda"), (1, 64)), BOUNDS)
+    measurements.put("tokens/s, ours / AR", 1, 2.2)
+    measurements.put("tokens/s, ours / AR", 64, 1.34)
+    measurements.put("AR forward, ms", 1, 4.0)
+    assert [bar.ok for bar in measurements.bars] == [False, True, None]
+    assert "| 2.2 (at least 2.3: **no**) | 1.34 (at least 1.34: yes) |" in measurements.table()
+    small = Measurements(GpuPlan(torch.device("cuda"), (1,), layers=2), BOUNDS)
     small.put("tokens/s, ours / AR", 1, 2.2)
     assert small.bars[0].ok is None
 
@@ -91,36 +91,42 @@ def test_replayed_rounds_are_those_of_the_recorded_model(checkpoint, work, recor
     assert len(tape.starts) == len(work)
     asked = [Request(r.key, r.prompt, len(real[r.key].ids) + 1, seed=r.seed) for r in work]  # and an end
     again = Engine(checkpoint.backbone, checkpoint.tokenizer, (), replay.Replay(checkpoint, settings, tape), slots)
-    for found in again.generate(asked):
-        trace, begin = real[found.key].trace, tape.starts[int(found.key)]
-        assert found.ids == tuple((begin + 1 + n) % len(tape.fans) for n in range(len(found.ids))), "tokens in order"
-        assert found.trace.predicted == trace.predicted
-        assert found.trace.accepted[:-1] == trace.accepted[:-1]
-        assert found.trace.slots == trace.slots
+    for answer in again.generate(asked):
+        trace, begin = real[answer.key].trace, tape.starts[int(answer.key)]
+        assert answer.ids == tuple((begin + 1 + n) % len(tape.blocks) for n in range(len(answer.ids))), (
+            "tokens in order"
+        )
+        assert answer.trace.predicted == trace.predicted
+        assert answer.trace.accepted[:-1] == trace.accepted[:-1]
+        assert answer.trace.slots == trace.slots
 
 
 def test_the_file_is_tiny_fluids_and_small(recorded):
-    told = json.loads(replay.FILE.read_text())
+    recording = json.loads(replay.FILE.read_text())
     assert replay.FILE.stat().st_size < 120_000
-    assert set(told) == {"model", "prompts", "answers"}
-    assert len(told["answers"]) == 60
+    assert set(recording) == {"model", "prompts", "answers"}
+    assert len(recording["answers"]) == 60
     tape = replay.read(10**6)
     assert len(tape.starts) == 60
     for begin, fans in zip(tape.starts, recorded, strict=False):
-        kept = tape.fans[begin : begin + len(fans)]
-        assert [_true(fan) for fan in kept] == [_true(fan) for fan in fans], "record it anew: bench.gpu --record"
+        kept = tape.blocks[begin : begin + len(fans)]
+        assert [_accepted(fan) for fan in kept] == [_accepted(fan) for fan in fans], (
+            "record it anew: bench.gpu --record"
+        )
 
 
-def _true(fan):
-    return len(list(takewhile(lambda rivals: rivals[0] > 0, fan)))
+def _accepted(fan):
+    return len(list(takewhile(lambda siblings: siblings[0] > 0, fan)))
 
 
 def test_letters_keep_how_likely_drafts_are(recorded):
     for fan in recorded[0]:
         again = replay.sureness(replay.letters(fan))
-        assert [[sure > 0 for sure in rivals] for rivals in again] == [[sure > 0 for sure in rivals] for rivals in fan]
-        for n, rivals in enumerate(fan):
-            for rank in range(len(rivals)):
+        assert [[probability > 0 for probability in siblings] for siblings in again] == [
+            [probability > 0 for probability in siblings] for siblings in fan
+        ]
+        for n, siblings in enumerate(fan):
+            for rank in range(len(siblings)):
                 reach, kept = (abs(math.prod(each[0] for each in some[:n]) * some[n][rank]) for some in (fan, again))
                 assert kept == pytest.approx(reach, rel=0.15)
 
@@ -187,13 +193,13 @@ def test_no_more_than_the_model_package_is_needed(tmp_path):
         signal.alarm(60)
         os._exit(helped_without(tmp_path / "told"))
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    told = (tmp_path / "told").read_text()
-    assert code == 0, told
-    assert "usage: python -m bench.gpu" in told
+    output = (tmp_path / "told").read_text()
+    assert code == 0, output
+    assert "usage: python -m bench.gpu" in output
 
 
 @pytest.mark.gpu
 def test_all_of_it_runs_on_a_device(capsys):
     assert gpu.main(["--quick", "--device", "cuda", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["bars"]
-    assert next(bar["measured"] for bar in found if bar["name"].startswith("peak memory")) >= 1
+    bars = json.loads(capsys.readouterr().out)["bars"]
+    assert next(bar["measured"] for bar in bars if bar["name"].startswith("peak memory")) >= 1

@@ -1,4 +1,4 @@
-"""Captured forwards: what is filled up, kept and compared. On a CPU a replay runs the call again."""
+"""Captured forwards: padded to buckets, kept between calls, compared with plain ones. A CPU runs the call again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .test_rounds import TEXTS
 
 
 class Wrong(cuda_graphs.Graphs):
-    """Whose replays do not say what was captured."""
+    """Its replays differ from the captured forward."""
 
     def _record(self, run, device):
         hidden = run()
@@ -35,9 +35,9 @@ def requests(checkpoint, new=16):
 
 @pytest.mark.parametrize("decoder", [ArSettings(), FluidSettings(slot_budget=64), FluidSettings(verify=False)])
 @pytest.mark.parametrize("slots", [1, 3, 5])
-def test_replayed_forwards_say_what_plain_ones_say(checkpoint, decoder, slots):
+def test_replayed_forwards_agree_with_plain_ones(checkpoint, decoder, slots):
     plain = {g.key: (g.ids, g.trace) for g in engine_for(checkpoint, decoder, slots).generate(requests(checkpoint))}
-    checkpoint.backbone.graphs = captured = cuda_graphs.Graphs(checkpoint.backbone.written_out)
+    checkpoint.backbone.graphs = captured = cuda_graphs.Graphs(checkpoint.backbone.explicit)
     engine = engine_for(checkpoint, decoder, slots)
     assert {g.key: (g.ids, g.trace) for g in engine.generate(requests(checkpoint))} == plain
     shapes = captured.captured
@@ -52,26 +52,26 @@ def test_replayed_forwards_say_what_plain_ones_say(checkpoint, decoder, slots):
 
 
 def test_a_longer_answer_takes_another_cache(checkpoint):
-    checkpoint.backbone.graphs = captured = cuda_graphs.Graphs(checkpoint.backbone.written_out)
+    checkpoint.backbone.graphs = captured = cuda_graphs.Graphs(checkpoint.backbone.explicit)
     engine = engine_for(checkpoint, ArSettings(), 2)
     list(engine.generate(requests(checkpoint)))
     assert {columns for _, _, columns in captured.captured} == {256}
-    (found,) = engine.generate(requests(checkpoint, 400)[:1])
-    assert len(found.ids) < 400
+    (longer,) = engine.generate(requests(checkpoint, 400)[:1])
+    assert len(longer.ids) < 400
     (alone,) = engine_for(fluid_model.load(str(resource("checkpoints") / "tiny-fluid")), ArSettings(), 1).generate(
         requests(checkpoint, 400)[:1]
     )
-    assert found.ids == alone.ids
+    assert longer.ids == alone.ids
 
 
-def test_a_replay_that_differs_is_told(checkpoint):
-    checkpoint.backbone.graphs = Wrong(checkpoint.backbone.written_out)
+def test_a_replay_that_differs_is_an_error(checkpoint):
+    checkpoint.backbone.graphs = Wrong(checkpoint.backbone.explicit)
     with pytest.raises(RunError, match="differs by"):
         list(engine_for(checkpoint, ArSettings(), 2).generate(requests(checkpoint)))
 
 
-def test_a_broken_row_breaks_no_capture():
-    """Not a number is not a difference; and the first forward is a replay already, as all that follow are."""
+def test_non_finite_rows_break_no_capture():
+    """NaN counts as equal to NaN. The first call returns a replay, as all later ones do."""
     calls = []
 
     def forward(ids, positions, mask, cache):
@@ -88,61 +88,61 @@ def test_a_broken_row_breaks_no_capture():
     hidden = captured(ids, ids, mask, cache)
     assert calls == [(3, 1), (4, 1), (4, 1)]
     assert hidden[0].isnan().all()
-    assert (hidden[1:] == 4).all(), "what four rows say, not three"
+    assert (hidden[1:] == 4).all(), "from the replay of four rows, not the plain forward of three"
 
 
-def test_what_is_larger_than_all_buckets_runs_as_it_is(checkpoint, monkeypatch):
+def test_forwards_larger_than_all_buckets_run_plain(checkpoint, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "SLOTS", (1, 2))
-    checkpoint.backbone.graphs = captured = cuda_graphs.Graphs(checkpoint.backbone.written_out)
+    checkpoint.backbone.graphs = captured = cuda_graphs.Graphs(checkpoint.backbone.explicit)
     decoder = FluidSettings(slot_budget=64)
-    found = [g.ids for g in engine_for(checkpoint, decoder, 1).generate(requests(checkpoint))]
+    captured_ids = [g.ids for g in engine_for(checkpoint, decoder, 1).generate(requests(checkpoint))]
     assert all(fed <= 2 for _, fed, _ in captured.captured)
     checkpoint.backbone.graphs = None
-    assert found == [g.ids for g in engine_for(checkpoint, decoder, 1).generate(requests(checkpoint))]
+    assert captured_ids == [g.ids for g in engine_for(checkpoint, decoder, 1).generate(requests(checkpoint))]
 
 
-def heard(checkpoint, decoder, slots, work=None):
-    """Every answer's ids, and the likeliest logit of each of its slots that came to be tokens, to the last bit."""
-    found: dict[tuple[str, int], float] = {}
+def logged(checkpoint, decoder, slots, work=None):
+    """Every answer's ids, and the largest logit of each slot that held a token, to the last bit."""
+    largest: dict[tuple[str, int], float] = {}
     engine = engine_for(checkpoint, decoder, slots)
     forward = checkpoint.backbone.forward
 
-    def listen(ids, reading, cache):
-        hidden = forward(ids, reading, cache)
+    def log(ids, plan, cache):
+        hidden = forward(ids, plan, cache)
         best = checkpoint.backbone.logits(hidden).amax(-1)
         start = cache.write_columns[0]
-        for row, (places, said) in enumerate(zip(reading.positions.tolist(), best.tolist(), strict=True)):
-            rows = engine._rows[start + row :] if start + row < len(engine._rows) else []
-            if (rows and reading.intervals is None) or (rows and int(reading.intervals.steps[row, 0]) == 0):
-                found[rows[0].request.key, places[0]] = said[0]
+        for row, (positions, values) in enumerate(zip(plan.positions.tolist(), best.tolist(), strict=True)):
+            rows = engine._active[start + row :] if start + row < len(engine._active) else []
+            if (rows and plan.intervals is None) or (rows and int(plan.intervals.steps[row, 0]) == 0):
+                largest[rows[0].request.key, positions[0]] = values[0]
         return hidden
 
-    checkpoint.backbone.forward = listen
+    checkpoint.backbone.forward = log
     try:
         answers = {g.key: g.ids for g in engine.generate(work or requests(checkpoint, 10))}
     finally:
         del checkpoint.backbone.forward
-    return answers, found
+    return answers, largest
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("decoder", [ArSettings(), FluidSettings(verify=False)])
 def test_one_shape_makes_numbers_independent_of_the_batch(dtype, decoder):
-    """What a token's logits are alone, they are in every batch, to the last bit; without, they are not."""
+    """A token's logits are the same in every batch, to the last bit. Without the one shape they are not."""
     checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype=dtype)
     work = requests(checkpoint, 6)[1:5]
     checkpoint.backbone.capture(on=True, only=(4, 32, 128))
-    answers, numbers = heard(checkpoint, decoder, 1, work)
+    answers, numbers = logged(checkpoint, decoder, 1, work)
     for slots in (2, 4):
-        again, others = heard(checkpoint, decoder, slots, work)
+        again, others = logged(checkpoint, decoder, slots, work)
         assert again == answers
         shared = numbers.keys() & others.keys()
         assert len(shared) > 12
         assert all(others[place] == numbers[place] for place in shared)
     checkpoint.backbone.capture(on=False)
-    checkpoint.backbone.native = None  # which needs no shape for that
-    _, alone = heard(checkpoint, ArSettings(), 1)
-    _, others = heard(checkpoint, ArSettings(), 5)
+    checkpoint.backbone.compiled = None  # which needs no shape for that
+    _, alone = logged(checkpoint, ArSettings(), 1)
+    _, others = logged(checkpoint, ArSettings(), 5)
     assert any(others[place] != alone[place] for place in alone.keys() & others.keys())
 
 
@@ -152,15 +152,18 @@ def test_a_shape_that_is_too_small_is_refused(checkpoint):
         list(engine_for(checkpoint, ArSettings(), 2).generate(requests(checkpoint)))
 
 
-def test_only_what_is_written_out_can_be_captured(checkpoint):
-    checkpoint.backbone.written_out = None
-    with pytest.raises(ConfigError, match="written out"):
+def test_only_the_explicit_forward_can_be_captured(checkpoint):
+    checkpoint.backbone.capture(on=True)
+    assert checkpoint.backbone.forward_choice == ("captured", "asked for")
+    checkpoint.backbone.capture(on=False)
+    checkpoint.backbone.explicit = None
+    with pytest.raises(ConfigError, match="only the explicit Llama forward can be captured"):
         checkpoint.backbone.capture(on=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("decoder", [ArSettings(), FluidSettings(slot_budget=64)])
-def test_cuda_replays_say_what_plain_forwards_say(decoder):
+def test_cuda_replays_agree_with_plain_forwards(decoder):
     checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cuda", dtype="float32")
     plain = {g.key: g.ids for g in engine_for(checkpoint, decoder, 3).generate(requests(checkpoint))}
     checkpoint.backbone.capture(on=True)

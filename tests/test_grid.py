@@ -22,11 +22,11 @@ GAMMA, WIDE = {"decoder.confidence": [0.5, 0.7, 0.9]}, {"decoder.max_horizon": [
 
 
 def test_a_grid_is_every_combination():
-    found = sweep(grid={**GAMMA, **WIDE})
-    found_settings = [(p.spec.decoder.confidence, p.spec.decoder.max_horizon) for p in found.points]
-    assert found_settings == list(itertools.product([0.5, 0.7, 0.9], [4, 8]))
-    assert [p.name for p in found.points][:2] == ["γ=0.5 K=4", "γ=0.5 K=8"]
-    assert found.merged == 0
+    planned = sweep(grid={**GAMMA, **WIDE})
+    settings_of = [(p.spec.decoder.confidence, p.spec.decoder.max_horizon) for p in planned.points]
+    assert settings_of == list(itertools.product([0.5, 0.7, 0.9], [4, 8]))
+    assert [p.name for p in planned.points][:2] == ["γ=0.5 K=4", "γ=0.5 K=8"]
+    assert planned.merged == 0
 
 
 def test_nested_tables_are_dotted_names():
@@ -40,9 +40,9 @@ def test_a_sample_is_some_points_of_the_grid_each_once(sizes, count, seed):
     names = ["decoder.confidence", "decoder.max_horizon", "decoder.min_horizon", "decoder.slot_budget"]
     values = [[0.1, 0.2, 0.3, 0.4, 0.5], [4, 5, 6, 7, 8], [1, 2, 3, 3, 4], [1, 2, 3, 4, 5]]
     axes = {name: some[:size] for name, some, size in zip(names, values, sizes, strict=False)}
-    whole = {p.spec.id for p in sweep(grid=axes).points}
+    complete = {p.spec.id for p in sweep(grid=axes).points}
     some = sweep(grid=axes, sample=count, seed=seed)
-    assert {p.spec.id for p in some.points} <= whole
+    assert {p.spec.id for p in some.points} <= complete
     grid = 1
     for size in sizes:
         grid *= size
@@ -51,29 +51,29 @@ def test_a_sample_is_some_points_of_the_grid_each_once(sizes, count, seed):
 
 
 def test_points_named_one_by_one_join_the_grid():
-    found = sweep(grid=GAMMA, point=[{"decoder.name": "ar"}, {"decoder": {"confidence": 0.9}}])
-    assert [p.name for p in found.points] == ["γ=0.5", "γ=0.7", "γ=0.9", "ar"]
-    assert found.merged == 1
+    planned = sweep(grid=GAMMA, point=[{"decoder.name": "ar"}, {"decoder": {"confidence": 0.9}}])
+    assert [p.name for p in planned.points] == ["γ=0.5", "γ=0.7", "γ=0.9", "ar"]
+    assert planned.merged == 1
 
 
 def test_settings_of_other_decoders_make_no_points():
     """A grid over decoders and γ has one AR point, and AR no K-head to choose."""
-    found = sweep(grid={"decoder.name": ["ar", "fluid"], **GAMMA, "model.tau": [1.0, 2.8]})
-    assert [p.name for p in found.points if p.spec.decoder.name == "ar"] == ["ar"]
-    assert len(found.points) == 1 + 6
-    assert found.merged == 5
+    planned = sweep(grid={"decoder.name": ["ar", "fluid"], **GAMMA, "model.tau": [1.0, 2.8]})
+    assert [p.name for p in planned.points if p.spec.decoder.name == "ar"] == ["ar"]
+    assert len(planned.points) == 1 + 6
+    assert planned.merged == 5
 
 
 def test_the_bases_settings_are_not_another_decoders():
     base = {**RUN, "decoder": {"name": "fluid", "confidence": 0.7}}
-    found = plan({**base, "sweep": {"point": [{"decoder.name": "ar"}, {"decoder.max_horizon": 4}]}})
-    assert [p.spec.decoder.name for p in found.points] == ["ar", "fluid"]
-    assert found.points[1].spec.decoder.confidence == 0.7
+    planned = plan({**base, "sweep": {"point": [{"decoder.name": "ar"}, {"decoder.max_horizon": 4}]}})
+    assert [p.spec.decoder.name for p in planned.points] == ["ar", "fluid"]
+    assert planned.points[1].spec.decoder.confidence == 0.7
 
 
 def test_names_tell_points_apart():
-    found = sweep(grid={"model.path": ["a/x", "b/x"]})
-    assert len({p.name for p in found.points}) == 2
+    planned = sweep(grid={"model.path": ["a/x", "b/x"]})
+    assert len({p.name for p in planned.points}) == 2
 
 
 def test_ids_depend_on_the_points_not_on_their_order():

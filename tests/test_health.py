@@ -39,11 +39,11 @@ def test_each_gate_counts_its_own_and_no_other(name):
     assert all(gate.ok and gate.count == 0 for gate in counted(records).values())
     for doc in range(4, 30):
         records[doc] |= SICK[name]
-    found = counted(records)
-    gate = found.pop(name)
+    gates_by_name = counted(records)
+    gate = gates_by_name.pop(name)
     assert (gate.count, gate.n, gate.ok, len(gate.keys)) == (26, 30, False, KEYS)
     assert gate.keys[0] == "t/4"
-    assert all(other.count == 0 for other in found.values())
+    assert all(other.count == 0 for other in gates_by_name.values())
     setting = {RULES[name].setting: 1.0}
     assert counted(records, HealthSpec(**setting))[name].ok, "1 turns it off"
 
@@ -57,8 +57,8 @@ def test_a_threshold_is_what_may_be_reached():
 def test_gates_ask_only_those_they_can_count():
     likelihood = record(0, "m", finish=None, output="A", extracted={"none": "A"}, truncated=3)
     lost = record(1, "m", finish="length", lost="its worker died", output="", extracted={})
-    found = counted([likelihood, lost], members={"m": ["m"]})
-    assert {name: (gate.count, gate.n) for name, gate in found.items()} == {
+    gates_by_name = counted([likelihood, lost], members={"m": ["m"]})
+    assert {name: (gate.count, gate.n) for name, gate in gates_by_name.items()} == {
         "prompt truncated": (1, 1),
         "numbers not finite": (0, 1),
     }
@@ -83,7 +83,7 @@ def test_other_thresholds_judge_what_was_counted():
 def test_exit_codes():
     sick, well = [{"ok": True}, {"ok": False}], [{"ok": True}]
     assert (exit_code({}, well), exit_code({}, sick)) == (EXIT_OK, EXIT_UNHEALTHY)
-    assert exit_code({"t/0": "its worker died"}, sick) == EXIT_FAILED, "what was given up is worse"
+    assert exit_code({"t/0": "its worker died"}, sick) == EXIT_FAILED, "a failed sample is worse than a gate"
 
 
 def test_thresholds_judge_a_run_and_are_none_of_its_identity():

@@ -1,4 +1,4 @@
-"""What K-heads are worth: what is read off texts is what rounds do, and policies played over it cost what they must."""
+"""K-head diagnostics: teacher forcing agrees with decoding, and simulated policies cost what they must."""
 
 from __future__ import annotations
 
@@ -12,17 +12,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fluid_model
-from fluid_eval.analysis.acceptance import ALL, strides
-from fluid_eval.analysis.khead import KHEAD, ORACLE, Places, look, play, rounds, rules, tables
-from fluid_eval.analysis.reopen import Text
+from fluid_eval.analysis.acceptance import ALL, acceptance_by_task
+from fluid_eval.analysis.khead import (
+    KHEAD,
+    ORACLE,
+    TextStrides,
+    measure_text,
+    policies,
+    simulate,
+    simulate_steps,
+    tables_by_task,
+)
+from fluid_eval.analysis.reopen import StoredText
 from fluid_eval.cli.main import main
 from fluid_eval.common.paths import resource
 from fluid_model import ArSettings, FluidSettings, Request, engine_for
 from fluid_model.checkpoints.checkpoint import Checkpoint
 from fluid_model.decoders import fluid
 from fluid_model.train.losses import best_stride
-from fluid_model.train.row_layouts import Example, MaskFans
-from fluid_model.train.stages import Horizons, collate
+from fluid_model.train.row_layouts import AllMaskLayout, Example
+from fluid_model.train.stages import HorizonCalibration, collate
 
 from .test_audit import QUESTIONS
 
@@ -35,12 +44,12 @@ def checkpoint() -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def texts(checkpoint) -> list[Text]:
+def texts(checkpoint) -> list[StoredText]:
     prompts = [*(f"Question: {text}\nAnswer:" for text in QUESTIONS), "Problem:\nCompute $19-16$.\n\nSolution:"]
     ids = [tuple(checkpoint.tokenizer(prompt)["input_ids"]) for prompt in prompts]
     work = [Request(str(n), prompt, 60) for n, prompt in enumerate(ids)]
     answers = engine_for(checkpoint, ArSettings(), 8).generate(work)
-    return [Text(a.key, "t", ids[int(a.key)], a.ids, a.finish == "eos", 0) for a in answers]
+    return [StoredText(a.key, "t", ids[int(a.key)], a.ids, a.finish == "eos", 0) for a in answers]
 
 
 def test_rounds_played_are_rounds_made(checkpoint, texts, monkeypatch):
@@ -51,17 +60,17 @@ def test_rounds_played_are_rounds_made(checkpoint, texts, monkeypatch):
     made = {
         a.key: a.trace for a in engine_for(checkpoint, FluidSettings(slot_budget=1000, candidates=1), 3).generate(work)
     }
-    drafted = kept = 0
-    seen = [look(checkpoint, text, None) for text in texts]
+    drafted = accepted = 0
+    seen = [measure_text(checkpoint, text, None) for text in texts]
     assert max(most for places in seen for most in places.possible) == 16, "as far as a stride goes"
     for text, places in zip(texts, seen, strict=True):
-        played = rounds(places, rules(16)[KHEAD])
+        played = simulate_steps(places, policies(16)[KHEAD])
         trace = made[text.key]
         assert [stride for stride, _ in played] == trace.predicted
         assert sum(trace.forwards.values()) == 1 + len(played)
         assert [n for _, n in played[:-1]] == trace.accepted[: len(played) - 1]
-        drafted, kept = drafted + sum(s > 1 for s, _ in played), kept + sum(n > 1 for _, n in played)
-    assert drafted > kept > 10, "or nothing was tested"
+        drafted, accepted = drafted + sum(s > 1 for s, _ in played), accepted + sum(n > 1 for _, n in played)
+    assert drafted > accepted > 10, "or nothing was tested"
 
 
 def test_what_is_read_off_is_what_training_sees(checkpoint, texts):
@@ -70,19 +79,19 @@ def test_what_is_read_off_is_what_training_sees(checkpoint, texts):
     tau = 1.0
     ids = (*text.prompt, *text.ids)
     example = Example(ids, ((len(text.prompt), len(ids)),))
-    row = MaskFans(checkpoint.mask_id, 16, 1.0).lay(example, random.Random(0), 0)
-    horizons = Horizons(checkpoint.model, 16, [tau])
-    _, losses, counted = horizons._measure(collate([row]))
-    found = look(checkpoint, replace(text, ended=False), tau)
-    expected = best_stride(losses, counted, torch.tensor([tau]))[0].tolist()
-    assert found.best[: len(expected)] == expected
+    row = AllMaskLayout(checkpoint.mask_id, 16, 1.0).build(example, random.Random(0), 0)
+    horizons = HorizonCalibration(checkpoint.model, 16, [tau])
+    _, losses, valid = horizons.block_losses(collate([row]))
+    measured = measure_text(checkpoint, replace(text, ended=False), tau)
+    expected = best_stride(losses, valid, torch.tensor([tau]))[0].tolist()
+    assert measured.best[: len(expected)] == expected
     assert len(set(expected)) > 2
-    assert len(found.best) == len(expected) + 1, "no mask behind the last token but one has a token to say"
-    assert found.left == list(range(len(text.ids), 0, -1))
+    assert len(measured.best) == len(expected) + 1, "no mask behind the last token but one has a token to say"
+    assert measured.remaining == list(range(len(text.ids), 0, -1))
 
 
 PLACES = st.lists(st.tuples(st.integers(1, WIDE), st.integers(1, WIDE)), min_size=1, max_size=60).map(
-    lambda pairs: Places(
+    lambda pairs: TextStrides(
         [p for p, _ in pairs],
         [min(most, len(pairs) - at) for at, (_, most) in enumerate(pairs)],
         None,
@@ -94,20 +103,20 @@ PLACES = st.lists(st.tuples(st.integers(1, WIDE), st.integers(1, WIDE)), min_siz
 @settings(max_examples=40, deadline=None)
 @given(texts=st.lists(PLACES, min_size=1, max_size=4))
 def test_laws_of_policies(texts):
-    every = rules(WIDE)
+    every = policies(WIDE)
     for text in texts:
         for rule in every.values():
-            found = rounds(text, rule)
-            kept = sum(n for _, n in found)
-            assert len(text.left) - 1 <= kept < len(text.left) - 1 + WIDE
-            assert all(1 <= n <= stride for stride, n in found)
-    played = {name: play(name, rule, texts, BUDGET) for name, rule in every.items()}
+            measured = simulate_steps(text, rule)
+            accepted = sum(n for _, n in measured)
+            assert len(text.remaining) - 1 <= accepted < len(text.remaining) - 1 + WIDE
+            assert all(1 <= n <= stride for stride, n in measured)
+    played = {name: simulate(name, rule, texts, BUDGET) for name, rule in every.items()}
     forwards = {name: each["forwards_per_token"] for name, each in played.items()}
     assert forwards["fixed 1"] == 1
     assert forwards[ORACLE] == forwards[f"fixed {WIDE}"], "the widest draft keeps all that is right"
     assert played[ORACLE]["cost_per_token"] <= played[f"fixed {WIDE}"]["cost_per_token"]
-    (table,) = [t for name, t in tables([("a", each) for each in texts], WIDE, BUDGET).items() if name == ALL]
-    places = sum(len(text.left) for text in texts)
+    (table,) = [t for name, t in tables_by_task([("a", each) for each in texts], WIDE, BUDGET).items() if name == ALL]
+    places = sum(len(text.remaining) for text in texts)
     assert sum(map(sum, table["joint"])) == table["positions"] == places
     assert sum(row["n"] for row in table["calibration"]) == places
     shares = [step["accepted"] for step in table["by_step"]]
@@ -118,11 +127,11 @@ def test_laws_of_policies(texts):
 
 def test_a_text_by_hand():
     """Ten tokens to come; drafts of four are right at even places, none at odd ones."""
-    text = Places([2] * 10, [4, 1] * 3 + [4, 1, 2, 1], None, list(range(10, 0, -1)))
-    assert rounds(text, rules(4)["fixed 4"]) == [(4, 4), (4, 4), (4, 2)]
-    assert rounds(text, rules(4)[KHEAD]) == [(2, 2), (2, 2), (2, 2), (2, 2), (2, 2)]
-    assert rounds(text, rules(4)["fixed 3"]) == [(3, 3), (3, 1), (3, 3), (3, 1), (3, 2)]
-    assert play("x", rules(4)["fixed 4"], [text], 10) == {
+    text = TextStrides([2] * 10, [4, 1] * 3 + [4, 1, 2, 1], None, list(range(10, 0, -1)))
+    assert simulate_steps(text, policies(4)["fixed 4"]) == [(4, 4), (4, 4), (4, 2)]
+    assert simulate_steps(text, policies(4)[KHEAD]) == [(2, 2), (2, 2), (2, 2), (2, 2), (2, 2)]
+    assert simulate_steps(text, policies(4)["fixed 3"]) == [(3, 3), (3, 1), (3, 3), (3, 1), (3, 2)]
+    assert simulate("x", policies(4)["fixed 4"], [text], 10) == {
         "name": "x", "forwards_per_token": 0.4, "slots_per_token": 2.1, "cost_per_token": pytest.approx(0.61),
     }  # fmt: skip
 
@@ -132,17 +141,17 @@ def test_strides_of_samples():
         return {"task": task, "trace": {"predicted": predicted, "accepted": accepted}}
 
     records = [sample("a", [3, 2, 4], [1, 2]), sample("b", [2], [0]), sample("a", [1], [1]), {"task": "c", "trace": {}}]
-    found = strides(records)
-    assert set(found) == {"a", "b", ALL}
-    assert found["a"]["rounds"] == 3
-    assert found["a"]["predicted"] == [1, 1, 1]
-    assert found["a"]["accepted"] == [0, 2, 1, 0]
-    assert found[ALL]["joint"] == [[0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 0]]
-    assert found["a"]["by_round"] == [
+    measured = acceptance_by_task(records)
+    assert set(measured) == {"a", "b", ALL}
+    assert measured["a"]["rounds"] == 3
+    assert measured["a"]["predicted"] == [1, 1, 1]
+    assert measured["a"]["accepted"] == [0, 2, 1, 0]
+    assert measured[ALL]["joint"] == [[0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 0]]
+    assert measured["a"]["by_round"] == [
         {"round": 1, "n": 2, "accepted": 1.0},
         {"round": 2, "n": 1, "accepted": 2.0},
     ]
-    assert strides([{"task": "c", "trace": {}}]) == {}
+    assert acceptance_by_task([{"task": "c", "trace": {}}]) == {}
 
 
 def test_the_command_on_a_stored_run(tiny_fluid, tmp_path, capsys):
@@ -152,10 +161,10 @@ def test_the_command_on_a_stored_run(tiny_fluid, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "K-head of tau 2.8, K_max 8, slot budget 100\n" in out
     assert all(len(line) <= 80 for line in out.splitlines())
-    found = json.loads((tmp_path / "run" / "khead.json").read_text())
-    assert found["k_max"] == 8
-    assert set(found["tasks"]) == {"mini_gsm8k_1", ALL}
-    assert found["positions"] == found["tasks"][ALL]["positions"] == 24
+    measured = json.loads((tmp_path / "run" / "khead.json").read_text())
+    assert measured["k_max"] == 8
+    assert set(measured["tasks"]) == {"mini_gsm8k_1", ALL}
+    assert measured["positions"] == measured["tasks"][ALL]["positions"] == 24
     loose = [*run[:-1], str(tmp_path / "loose"), "--set", "decoder.verify=false"]
     assert main(["khead", *loose]) == 2
     assert "not greedy AR's" in capsys.readouterr().err

@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 import fluid_eval
 from fluid_eval.benchmarks import datasets
 from fluid_eval.common.spec import build_spec
-from fluid_eval.results import run_folder
+from fluid_eval.results import samples_file
 from fluid_eval.results.run_folder import Run, encode, read_samples
 from fluid_eval.sweeps.grid import plan, read_axis
 from fluid_model import ConfigError
-from fluid_model.checkpoints.hub import local
+from fluid_model.checkpoints.hub import local_folder
 from fluid_model.checkpoints.manifest import read_manifest
-from fluid_model.checkpoints.source import find
+from fluid_model.checkpoints.source import find_checkpoint
 from fluid_model.common import files
 from fluid_model.common.fields import assign
 from fluid_model.train.llamafactory import read_yaml
 from fluid_model.train.recipe import build_chain
-from fluid_model.train.rows import Source, read_rows
+from fluid_model.train.rows import DataSource, read_rows
 
 DEEP = "[" * 100_000
 TRACE = {"forwards": {"prefill": 1}, "slots": 1, "predicted": [], "accepted": []}
@@ -40,10 +40,10 @@ plain = st.recursive(
 )
 
 
-def refused_or_read(read, *arguments):
+def refused_or_read(reader, *arguments):
     """What a reader makes of it; None where it refuses in words. Any other error is the test's."""
     try:
-        return read(*arguments)
+        return reader(*arguments)
     except ConfigError:
         return None
 
@@ -54,7 +54,7 @@ READERS = {
     "yaml": read_yaml,
     "lines": lambda file: list(files.read_lines(file)),
     "samples": lambda file: list(read_samples(file.parent)),
-    "rows": lambda file: list(read_rows(Source(file))),
+    "rows": lambda file: list(read_rows(DataSource(file))),
     "manifest": lambda file: read_manifest(file.parent),
     "data": lambda file: datasets._read_jsonl("gsm8k", file),
 }
@@ -105,7 +105,7 @@ def test_a_foreign_sample_is_read_or_refused(tmp_path, name, value):
 
 
 def test_a_line_without_end_is_refused_before_it_is_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MOST_LINE", 1000)
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 1000)
     file = tmp_path / "samples.jsonl"
     file.write_bytes(encode(RECORD) + b"x" * 5000 + b"\n" + encode({**RECORD, "key": "gsm8k/1"}))
     with pytest.raises(ConfigError, match=r"samples\.jsonl, line 2: longer than"):
@@ -115,7 +115,7 @@ def test_a_line_without_end_is_refused_before_it_is_held(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"test\.jsonl\.gz, line 2: longer than"):
         datasets._read_jsonl("gsm8k", zipped)
     with pytest.raises(ConfigError, match="longer than"):
-        files.read_text(zipped, most=10_000)
+        files.read_text(zipped, max_bytes=10_000)
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
@@ -150,18 +150,18 @@ def test_a_damaged_model_is_refused(tiny_fluid, tmp_path, name, harm):
 
 
 def test_what_a_crash_left_of_a_long_line_is_found_from_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "_STEP", 7)
+    monkeypatch.setattr(samples_file, "_STEP", 7)
     file = tmp_path / "samples.jsonl"
-    for whole, torn in ((b"", b""), (b"a\n", b""), (b"", b"x" * 20), (b"abc\ndef\n", b"y" * 20), (b"\n" * 8, b"z")):
-        file.write_bytes(whole + torn)
-        assert run_folder.torn_bytes(file) == len(torn)
-    assert run_folder.torn_bytes(tmp_path / "none") == 0
+    for complete, torn in ((b"", b""), (b"a\n", b""), (b"", b"x" * 20), (b"abc\ndef\n", b"y" * 20), (b"\n" * 8, b"z")):
+        file.write_bytes(complete + torn)
+        assert samples_file.torn_bytes(file) == len(torn)
+    assert samples_file.torn_bytes(tmp_path / "none") == 0
 
 
 @pytest.mark.parametrize("model", ["a\0b", "a" * 5000, "../" * 50, "owner/name/more", "", "http://x/y"])
 def test_a_name_that_is_no_model_is_refused(model):
     with pytest.raises(ConfigError, match="model="):
-        local(model, weights=False)
+        local_folder(model, weights=False)
 
 
 @pytest.mark.parametrize("task", ["../../etc/passwd", "gsm8k/../mmlu", "", "mini\0", "a" * 5000])
@@ -180,8 +180,8 @@ def test_any_text_is_stored_as_it_is(tmp_path):
     for i, text in enumerate(texts):
         run.append({**RECORD, "key": f"gsm8k/{i}", "doc_id": i, "prompt": text, "output": text})
     run.close()
-    found = list(read_samples(tmp_path / "r"))
-    assert [r["output"] for r in found] == [r["prompt"] for r in found] == texts
+    records = list(read_samples(tmp_path / "r"))
+    assert [r["output"] for r in records] == [r["prompt"] for r in records] == texts
     assert len(fluid_eval.load_results(tmp_path / "r")) == len(texts)
 
 
@@ -268,7 +268,7 @@ def test_code_of_a_repository_runs_only_where_it_is_trusted(own_code, data_dir, 
     assert "own" in capsys.readouterr().err
     assert not (tmp_path / "mark").exists()
     assert not (tmp_path / "no").exists()
-    assert find(str(own_code), weights=False).remote_code == []
+    assert find_checkpoint(str(own_code), weights=False).remote_code == []
     main([*words, "--model", str(own_code), "--out", str(tmp_path / "yes"), "--trust-remote-code"])
     assert (tmp_path / "mark").exists()
     ran = "own.OwnConfig, own.OwnForCausalLM"

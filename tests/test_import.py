@@ -163,9 +163,9 @@ def test_nothing_is_written_before_all_is_checked(tmp_path, capsys):
     file.write_text(SHORT + "use_dora: true\n")
     words = ["import-llamafactory", str(file)]
     assert main(words) == main([*words, "--out", str(out)]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.count("\n") == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 2
     assert not out.exists()
     file.write_text(SHORT + "plot_loss: true\n")
     assert main([*words, "--out", str(out)]) == 0

@@ -34,15 +34,15 @@ def calls_of(checkpoint: Checkpoint) -> list[int]:
     """Appends 1 at every call of the backbone's own model, until the process ends."""
     seen: list[int] = []
     checkpoint.model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(1))
-    compiled = checkpoint.backbone.native
+    compiled = checkpoint.backbone.compiled
     if compiled is not None:  # it calls no module
 
         def call(*words):
             seen.append(1)
             return compiled(*words)
 
-        call.says_tokens, call.logits = compiled.says_tokens, compiled.logits
-        checkpoint.backbone.native = call
+        call.projects_vocabulary, call.logits = compiled.projects_vocabulary, compiled.logits
+        checkpoint.backbone.compiled = call
     return seen
 
 
@@ -76,13 +76,13 @@ def reference_fluid(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_
             while pointer < stride and any(token in (None, mask) for token in canvas):
                 row = done + answer + [mask if token is None else token for token in canvas]
                 guesses = ask(row, "denoise")[0][start - 1 :]  # guesses[j] predicts canvas slot j
-                sure = guesses.softmax(-1).max(-1).values > decoder.confidence
+                confident = guesses.softmax(-1).max(-1).values > decoder.confidence
                 canvas[pointer] = int(guesses[pointer].argmax())
                 for slot in range(pointer + 1, stride):
-                    if sure[slot]:
+                    if confident[slot]:
                         canvas[slot] = int(guesses[slot].argmax())
                 pointer += 1
-                while pointer < stride and sure[pointer]:
+                while pointer < stride and confident[pointer]:
                     pointer += 1
             wrong = None
             if decoder.verify:
@@ -104,12 +104,12 @@ def test_the_future_never_changes_the_past():
     ids = torch.randint(0, 258, (2, 12), generator=torch.Generator().manual_seed(1))
     changed = ids.clone()
     changed[:, 7] = (changed[:, 7] + 1) % 258
-    found = []
+    hidden = []
     for row in (ids, changed):
         cache = KVCache(2, 12)
-        found.append(backbone.forward(row, cache.set_write_positions(0, [0, 0], 12, backbone.device), cache))
-    assert torch.equal(found[0][:, :7], found[1][:, :7])
-    assert not torch.allclose(found[0][:, 7:], found[1][:, 7:])
+        hidden.append(backbone.forward(row, cache.set_write_positions(0, [0, 0], 12, backbone.device), cache))
+    assert torch.equal(hidden[0][:, :7], hidden[1][:, :7])
+    assert not torch.allclose(hidden[0][:, 7:], hidden[1][:, 7:])
 
 
 @settings(max_examples=15, deadline=None)
@@ -118,8 +118,8 @@ def test_cached_equals_uncached(cut: int, slot: int, junk: int):
     """Feeding in two pieces, after a rejected suffix was overwritten, gives the hidden states of feeding at once."""
     backbone = CHECKPOINT.backbone
     ids = torch.arange(12)[None] * 7 % 258
-    whole = KVCache(1, 12)
-    expected = backbone.forward(ids, whole.set_write_positions(0, [0], 12, backbone.device), whole)
+    uncached = KVCache(1, 12)
+    expected = backbone.forward(ids, uncached.set_write_positions(0, [0], 12, backbone.device), uncached)
     cache, pieces = KVCache(3, 20), []
     for start, piece, keep in (
         (0, ids[:, :cut], True),
@@ -181,8 +181,8 @@ def test_verified_fluid_writes_what_ar_writes(confidence, floor, extra, head_see
         rounds=rounds, confidence=confidence, min_horizon=floor, max_horizon=floor + extra, slot_budget=budget, **heat
     )
     expected = write(CHECKPOINT, ArSettings(**heat), requests(5))
-    found = write(checkpoint, decoder, requests(5), slots)
-    assert {k: (g.ids, g.text, g.finish) for k, g in found.items()} == {
+    answers = write(checkpoint, decoder, requests(5), slots)
+    assert {k: (g.ids, g.text, g.finish) for k, g in answers.items()} == {
         k: (g.ids, g.text, g.finish) for k, g in expected.items()
     }
 
@@ -192,11 +192,11 @@ def test_verified_fluid_writes_what_ar_writes(confidence, floor, extra, head_see
 def test_fluid_is_the_published_sampler(verify: bool, confidence: float, floor: int):
     """Same texts and the same forwards, kind by kind."""
     decoder = replace(REFERENCE, confidence=confidence, min_horizon=floor, verify=verify)
-    found = write(CHECKPOINT, decoder, requests())
+    answers = write(CHECKPOINT, decoder, requests())
     for request in requests():
         answer, forwards = reference_fluid(CHECKPOINT, request.prompt, decoder, NEW)
-        assert list(found[request.key].ids) == answer
-        assert found[request.key].trace.forwards == {**forwards, "round": 0}
+        assert list(answers[request.key].ids) == answer
+        assert answers[request.key].trace.forwards == {**forwards, "round": 0}
 
 
 def test_the_published_sampler_trades_text_for_speed_only_without_verification():
@@ -214,12 +214,12 @@ def test_the_published_sampler_trades_text_for_speed_only_without_verification()
 @pytest.mark.parametrize("rounds", ["one", "reference"])
 def test_a_horizon_of_one_is_ar(verify: bool, rounds):
     expected = write(CHECKPOINT, ArSettings(), requests())
-    found = write(CHECKPOINT, FluidSettings(rounds=rounds, max_horizon=1, verify=verify), requests())
-    assert {k: g.ids for k, g in found.items()} == {k: g.ids for k, g in expected.items()}
-    assert all(set(g.trace.predicted) == {1} for g in found.values())
+    answers = write(CHECKPOINT, FluidSettings(rounds=rounds, max_horizon=1, verify=verify), requests())
+    assert {k: g.ids for k, g in answers.items()} == {k: g.ids for k, g in expected.items()}
+    assert all(set(g.trace.predicted) == {1} for g in answers.values())
     if rounds == "one":
         cost = {k: (sum(g.trace.forwards.values()), g.trace.slots) for k, g in expected.items()}
-        assert {k: (sum(g.trace.forwards.values()), g.trace.slots) for k, g in found.items()} == cost
+        assert {k: (sum(g.trace.forwards.values()), g.trace.slots) for k, g in answers.items()} == cost
 
 
 @pytest.mark.parametrize(
@@ -249,11 +249,11 @@ def test_sampling_follows_the_distribution():
     logits = torch.randn(1, 6, generator=generator)
     draws = torch.rand(20_000, generator=generator)
     for temperature, top_p in ((1.0, 1.0), (0.9, 0.9)):
-        found, _ = choose(logits.expand(len(draws), -1), draws, temperature, top_p, "probability")
+        tokens, _ = choose(logits.expand(len(draws), -1), draws, temperature, top_p, "probability")
         expected = (logits[0] / temperature).softmax(-1)
         order = expected.argsort(descending=True)
         kept = order[: int((expected[order].cumsum(0) - expected[order] < top_p).sum())]
-        counts = torch.bincount(found, minlength=6)
+        counts = torch.bincount(tokens, minlength=6)
         assert counts[kept].sum() == len(draws), "nothing outside the nucleus"
         share = expected[kept] / expected[kept].sum()
         assert chisquare(counts[kept].numpy(), (share * len(draws)).double().numpy(), sum_check=False).pvalue > 0.001

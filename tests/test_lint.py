@@ -1,33 +1,34 @@
-"""Rules that find claims that clash, each on made-up ledgers, all on the bundled one."""
+"""Rules that find conflicting claims, each on made-up ledgers, all on the bundled one."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from fluid_eval.claims.conflicts import lint
-from fluid_eval.claims.ledger import Decoder, Ledger, Ranking, Source, System, read_claims
+from fluid_eval.claims.conflicts import find_conflicts
+from fluid_eval.claims.ledger import Ledger, PublishedDecoder, PublishedSource, Ranking, System, read_claims
 
 from .test_claims import claim
 
 SEVERAL = (System("s", "w", own=("report",)), System("t", "w", parent="s"), System("whole s", "w", same_as="s"))
 
 WAYS = {
-    "verified": Decoder("verified", "", {"name": "fluid"}),
-    "unverified": Decoder("unverified", "", {"name": "fluid", "verify": False}),
+    "verified": PublishedDecoder("verified", "", {"name": "fluid"}),
+    "unverified": PublishedDecoder("unverified", "", {"name": "fluid", "verify": False}),
 }
 
 
-def ledger(*claims, whole=(), generated=False, about=None, rankings=(), systems=()):
+def ledger(*claims, complete=(), generated=False, about=None, rankings=(), systems=()):
     about = about or {}
     sources = {
-        c.source: Source(c.source, "", whole=whole, generated=generated, **about.get(c.source, {})) for c in claims
+        c.source: PublishedSource(c.source, "", complete=complete, generated=generated, **about.get(c.source, {}))
+        for c in claims
     }
     named = {system.name: system for system in (*SEVERAL, *systems)}
     return Ledger(tuple(claims), named, sources, WAYS, rankings)
 
 
 def kinds(*claims, **more):
-    return [clash.kind for clash in lint(ledger(*claims, **more))]
+    return [conflict.kind for conflict in find_conflicts(ledger(*claims, **more))]
 
 
 def test_a_cell_of_another_column_is_flagged():
@@ -59,11 +60,11 @@ def test_a_value_far_from_the_systems_own_is_flagged():
 def test_a_missing_parent_is_flagged_in_tables_that_are_known_whole():
     child, parent = claim(system="t"), claim(system="s", value=51.0)
     elsewhere = replace(parent, source="report")
-    assert kinds(child, elsewhere, whole=("main",)) == ["no row of its parent"]
-    assert kinds(child, parent, whole=("main",)) == []
+    assert kinds(child, elsewhere, complete=("main",)) == ["no row of its parent"]
+    assert kinds(child, parent, complete=("main",)) == []
     assert kinds(child, replace(parent, table="own")) == [], "not whole: the row may be there"
-    assert kinds(child, replace(parent, table="own"), whole=("ablation",)) == []
-    assert kinds(child, replace(parent, table="own"), whole=("main",)) == ["no row of its parent"]
+    assert kinds(child, replace(parent, table="own"), complete=("ablation",)) == []
+    assert kinds(child, replace(parent, table="own"), complete=("main",)) == ["no row of its parent"]
 
 
 def test_a_parent_without_a_score_on_any_task_of_its_child_is_flagged():
@@ -86,12 +87,12 @@ def test_a_speed_without_hardware_is_flagged():
 
 
 def test_an_ablation_must_end_where_the_main_table_is():
-    main_row, whole = claim(system="s"), claim(system="whole s", table="ablation")
-    assert kinds(main_row, whole) == []
-    assert kinds(main_row, replace(whole, value=50.4)) == ["ablation differs from the main row"]
-    assert kinds(main_row, replace(whole, value=50.4, source="other")) == []
-    assert kinds(main_row, replace(whole, value=50.4, metric="another")) == ["ablation differs from the main row"]
-    assert kinds(main_row, replace(whole, value=50.4, task="math500")) == []
+    main_row, complete = claim(system="s"), claim(system="whole s", table="ablation")
+    assert kinds(main_row, complete) == []
+    assert kinds(main_row, replace(complete, value=50.4)) == ["ablation differs from the main row"]
+    assert kinds(main_row, replace(complete, value=50.4, source="other")) == []
+    assert kinds(main_row, replace(complete, value=50.4, metric="another")) == ["ablation differs from the main row"]
+    assert kinds(main_row, replace(complete, value=50.4, task="math500")) == []
 
 
 BY_ONE = {"card": {"by": "we"}, "paper": {"by": "we", "second_hand": True}, "other": {"by": "they"}}
@@ -100,8 +101,8 @@ BY_ONE = {"card": {"by": "we"}, "paper": {"by": "we", "second_hand": True}, "oth
 def test_one_author_with_two_numbers_for_a_cell_is_flagged():
     card, paper = claim(source="card", value=36.2), claim(value=78.6)
     assert kinds(card, paper, about=BY_ONE) == ["one author, two numbers"]
-    (clash,) = lint(ledger(card, paper, about=BY_ONE))
-    assert clash.reason == (
+    (conflict,) = find_conflicts(ledger(card, paper, about=BY_ONE))
+    assert conflict.reason == (
         "36.2 in card and 78.6 in paper (read at second hand), both by we; unsure: conventions are not stated for "
         "both, and may differ"
     )
@@ -129,16 +130,16 @@ def test_a_ranking_is_held_against_its_own_numbers():
     better = Ranking("paper", "whole s", "u", "ours is better")
     systems = (System("u", "w"),)
 
-    def found(ours, theirs, **more):
+    def ranked(ours, theirs, **more):
         cells = [claim(system=name, task="humaneval", value=v) for name, v in (("whole s", ours), ("u", theirs))]
         return kinds(*cells, rankings=(replace(better, **more),), systems=systems)
 
-    assert found(31.7, 42.7) == ["text against table"]
-    assert found(60.4, 59.8) == ["ranking inside its own interval"]
-    assert found(60.0, 60.0) == ["ranking inside its own interval"], "equal is not better"
-    assert found(90.0, 30.0) == []
-    assert found(31.7, 42.7, tasks=("gsm8k",)) == [], "it is not said of this task"
-    assert found(31.7, 42.7, source="other") == []
+    assert ranked(31.7, 42.7) == ["text against table"]
+    assert ranked(60.4, 59.8) == ["ranking inside its own interval"]
+    assert ranked(60.0, 60.0) == ["ranking inside its own interval"], "equal is not better"
+    assert ranked(90.0, 30.0) == []
+    assert ranked(31.7, 42.7, tasks=("gsm8k",)) == [], "it is not said of this task"
+    assert ranked(31.7, 42.7, source="other") == []
     unknown = [claim(system=name, task="none", value=v) for name, v in (("whole s", 60.4), ("u", 59.8))]
     assert kinds(*unknown, rankings=(better,), systems=systems) == [], "of a test set of unknown size"
 
@@ -146,20 +147,20 @@ def test_a_ranking_is_held_against_its_own_numbers():
 def test_accuracy_that_moves_with_stride_under_verification_is_flagged():
     systems = (System("u", "w", stride_of="s"),)
 
-    def found(one, other, value=51.0, **more):
+    def reasons(one, other, value=51.0, **more):
         cells = claim(system="s", decoder=one), claim(system="u", value=value, decoder=other, **more)
-        return [clash.reason for clash in lint(ledger(*cells, systems=systems))]
+        return [conflict.reason for conflict in find_conflicts(ledger(*cells, systems=systems))]
 
-    (sure,) = found("verified", "verified")
-    assert sure.endswith("so 50 and 51 cannot both be of it")
-    (unsure,) = found("unknown: x", "unknown: x")
+    (certain,) = reasons("verified", "verified")
+    assert certain.endswith("so 50 and 51 cannot both be of it")
+    (unsure,) = reasons("unknown: x", "unknown: x")
     assert unsure.startswith("unsure: which decoder")
-    assert found("unverified", "unverified") == []
-    assert found("verified", "unverified") == []
-    assert found("verified", "verified", value=50.0) == []
-    assert found("verified", "verified", task="mmlu") == []
+    assert reasons("unverified", "unverified") == []
+    assert reasons("verified", "unverified") == []
+    assert reasons("verified", "verified", value=50.0) == []
+    assert reasons("verified", "verified", task="mmlu") == []
     speeds = {"unit": "tok/round", "metric": "stride"}
-    assert found("verified", "verified", **speeds) == [], "speed is what a stride is for"
+    assert reasons("verified", "verified", **speeds) == [], "speed is what a stride is for"
 
 
 def test_a_mean_that_is_not_its_parts_is_flagged():
@@ -172,7 +173,8 @@ def test_a_mean_that_is_not_its_parts_is_flagged():
 
 
 def test_the_new_rules_find_what_is_known_in_the_bundled_ledger():
-    found = {(clash.kind, clash.cells[0], clash.cells[1]) for clash in lint(read_claims()) if len(clash.cells) == 2}
+    pairs = [conflict for conflict in find_conflicts(read_claims()) if len(conflict.cells) == 2]
+    flagged = {(conflict.kind, *conflict.cells) for conflict in pairs}
     noise = "FLUID-7B noise 10% {} (FLUID paper, noise)", "FLUID-7B noise {} (FLUID paper, noise)"
     base = "NBDiff-7B-Base {} (NBDiff, {})"
     assert {
@@ -185,15 +187,19 @@ def test_the_new_rules_find_what_is_known_in_the_bundled_ledger():
         ("ranking inside its own interval", noise[0].format("gsm8k 91.9"), noise[1].format("0% gsm8k 91")),
         ("accuracy moves with stride", "FLUID-7B causal fixed gsm8k 90.6 (FLUID paper, attention and horizon)",
          "FLUID-7B causal elastic gsm8k 91.9 (FLUID paper, attention and horizon)"),
-    } <= found  # fmt: skip
-    assert not any("LLaDA EVAL" in a and "LLaDA EVAL" in b for kind, a, b in found if kind == "one author, two numbers")
-    assert not any(kind == "mean is not its parts'" for kind, *_ in found), "Table 2's averages are those of its cells"
-    assert sum(kind == "text against table" for kind, *_ in found) == 6 + 2
+    } <= flagged  # fmt: skip
+    assert not any(
+        "LLaDA EVAL" in a and "LLaDA EVAL" in b for kind, a, b in flagged if kind == "one author, two numbers"
+    )
+    assert not any(kind == "mean is not its parts'" for kind, *_ in flagged), (
+        "Table 2's averages are those of its cells"
+    )
+    assert sum(kind == "text against table" for kind, *_ in flagged) == 6 + 2
 
 
 def test_what_clashes_in_the_bundled_ledger():
-    found = lint(read_claims())
-    told = {(clash.kind, clash.cells[0]) for clash in found}
+    conflicts = find_conflicts(read_claims())
+    reported = {(conflict.kind, conflict.cells[0]) for conflict in conflicts}
     assert {
         ("equals another column", "Qwen-2.5-7B humaneval 79.2 (FLUID README and card)"),
         ("equals another column", "Qwen-2.5-7B math500 84.8 (FLUID README and card)"),
@@ -202,17 +208,20 @@ def test_what_clashes_in_the_bundled_ledger():
         ("no row of its parent", "FLUID-7B (FLUID README and card, main table)"),
         ("no score of its parent", "NBDiff-7B-Instruct (NBDiff)"),
         ("speed without hardware", "FLUID-7B mmlu 18.82 tok/s (FLUID paper)"),
-    } <= told
-    assert not any("tiny" in cell for clash in found for cell in clash.cells)
-    held = read_claims()
-    for one in held.claims:
-        if held.systems[one.system].same_as and one.value > 6.3:
-            moved = tuple(replace(other, value=one.value - 6.3) if other is one else other for other in held.claims)
-            new = {clash.cells[0] for clash in lint(replace(held, claims=moved))} - {clash.cells[0] for clash in found}
+    } <= reported
+    assert not any("tiny" in cell for conflict in conflicts for cell in conflict.cells)
+    ledger_read = read_claims()
+    for one in ledger_read.claims:
+        if ledger_read.systems[one.system].same_as and one.value > 6.3:
+            moved = tuple(
+                replace(other, value=one.value - 6.3) if other is one else other for other in ledger_read.claims
+            )
+            after = find_conflicts(replace(ledger_read, claims=moved))
+            new = {conflict.cells[0] for conflict in after} - {conflict.cells[0] for conflict in conflicts}
             assert any(cell.startswith(f"{one.system} {one.task} ") for cell in new), one.cell
             (main_row,) = [
-                other for other in held.claims
+                other for other in ledger_read.claims
                 if (other.system, other.task, other.table, other.source)
-                == (held.systems[one.system].same_as, one.task, "main", one.source)
+                == (ledger_read.systems[one.system].same_as, one.task, "main", one.source)
             ]  # fmt: skip
             assert (one.metric, one.stated) == (main_row.metric, main_row.stated), "one number, one convention"

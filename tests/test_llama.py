@@ -1,4 +1,4 @@
-"""The written-out forward of Llama-shaped models is transformers' own, and stands back where it would not be."""
+"""The explicit Llama forward agrees with transformers' own, and is not taken where it would not."""
 
 from __future__ import annotations
 
@@ -42,34 +42,34 @@ def model_of(config) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_it_says_what_transformers_says(name):
+def test_it_agrees_with_transformers(name):
     """Prompts of different length, then more slots after each, in ragged rows."""
     model = model_of(CONFIGS[name])
     backbone = Backbone(model)
-    assert backbone.written_out is not None
+    assert backbone.explicit is not None
     ids, lengths = torch.randint(0, 97, (3, 14)), [9, 4, 7]
     cache = KVCache(3, 20)
     prompts = backbone.forward(ids[:, :9], cache.set_write_positions(0, [0] * 3, 9, ids.device), cache)
     more = torch.stack([row[n : n + 5] for row, n in zip(ids, lengths, strict=True)])
     tails = backbone.forward(more, cache.set_write_positions(0, lengths, 5, ids.device), cache)
     for row, n in enumerate(lengths):
-        found = backbone.logits(torch.cat([prompts[row, :n], tails[row]]))
+        logits = backbone.logits(torch.cat([prompts[row, :n], tails[row]]))
         expected = model(input_ids=ids[row : row + 1, : n + 5]).logits[0]
-        assert torch.allclose(found, expected, atol=1e-4, rtol=1e-4)
+        assert torch.allclose(logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("widths", [[5, 1, 2], [1, 1, 5], [1, 0, 5], [3, 3, 3], [1, 1, 1]])
 def test_padding_changes_nothing(widths):
-    """Maps run for the slots that count alone."""
+    """Padded slots change no number of those that count."""
     backbone, ids, lengths = Backbone(model_of(CONFIGS["llama"])), torch.randint(0, 97, (3, 14)), [9, 4, 7]
-    found = []
-    for said in (None, widths):
+    hidden = []
+    for counted in (None, widths):
         cache = KVCache(3, 20)
         backbone.forward(ids[:, :9], cache.set_write_positions(0, [0] * 3, 9, ids.device), cache)
-        reading = replace(cache.set_write_positions(0, lengths, 5, ids.device), widths=said)
-        found.append(backbone.forward(ids[:, 9:], reading, cache))
+        plan = replace(cache.set_write_positions(0, lengths, 5, ids.device), widths=counted)
+        hidden.append(backbone.forward(ids[:, 9:], plan, cache))
     for row, width in enumerate(widths):
-        assert torch.allclose(found[0][row, :width], found[1][row, :width], atol=1e-5)
+        assert torch.allclose(hidden[0][row, :width], hidden[1][row, :width], atol=1e-5)
 
 
 def test_it_follows_weights_that_change():
@@ -79,21 +79,22 @@ def test_it_follows_weights_that_change():
         for weight in model.parameters():
             weight.mul_(1.1)
     cache = KVCache(1, 6)
-    found = backbone.logits(backbone.forward(ids, cache.set_write_positions(0, [0], 6, ids.device), cache))
-    assert torch.allclose(found, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+    logits = backbone.logits(backbone.forward(ids, cache.set_write_positions(0, [0], 6, ids.device), cache))
+    assert torch.allclose(logits, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
     "change", [{"hidden_act": "gelu"}, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}]
 )
-def test_it_stands_back_where_the_configuration_says_otherwise(change):
+def test_other_configurations_run_in_transformers(change):
     model = model_of(LlamaConfig(**SIZES, **change))
-    assert not llama.fits(model)
-    Backbone(model).probe()
+    backbone = Backbone(model)
+    assert backbone.forward_choice == ("transformers", llama.misfit(model))
+    backbone.probe()
 
 
-def test_it_stands_back_from_sliding_windows_and_lora():
-    assert not llama.fits(model_of(MistralConfig(**SIZES, sliding_window=8)))
+def test_sliding_windows_and_lora_run_in_transformers():
+    assert "sliding window" in llama.misfit(model_of(MistralConfig(**SIZES, sliding_window=8)))
     adapted = get_peft_model(model_of(CONFIGS["llama"]), LoraConfig(target_modules=["v_proj"]))
-    assert not llama.fits(adapted.get_base_model())
+    assert "LoRA" in llama.misfit(adapted.get_base_model())
     Backbone(adapted.get_base_model()).probe()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fluid_model.train.measure import HeldOut, leading
-from fluid_model.train.row_layouts import Blocks, Canvas, Example, MaskFans
+from fluid_model.train.measure import HeldOut, accepted_length
+from fluid_model.train.row_layouts import AllMaskLayout, CanvasLayout, Example, NoisedBlockLayout
 
 from .test_decoders import forward
 from .tiny import fluid_checkpoint
@@ -34,52 +34,57 @@ def test_accepted_counts_right_guesses_in_a_row():
     checkpoint = fluid_checkpoint()
     lucky(checkpoint)
     mask = checkpoint.mask_id
-    told = held_out(checkpoint, MaskFans(mask, 3, probability=1.0), causal=True).look(checkpoint.model)
+    figures = held_out(checkpoint, AllMaskLayout(mask, 3, probability=1.0), causal=True).measure(checkpoint.model)
     runs = []
     for example in (*PACKS[0], *PACKS[1]):
-        ((start, end),) = example.intervals
+        ((start, end),) = example.spans
         for anchor in range(start - 1, end - 2):
-            runs.append(leading([token == 9 for token in example.ids[anchor + 2 : min(anchor + 5, end)]]))
-    assert told["accepted"] == pytest.approx(1 + sum(runs) / len(runs))
+            runs.append(accepted_length([token == 9 for token in example.ids[anchor + 2 : min(anchor + 5, end)]]))
+    assert figures["accepted"] == pytest.approx(1 + sum(runs) / len(runs))
 
 
 def test_accepted_in_blocks_and_on_a_canvas():
     checkpoint = fluid_checkpoint()
     lucky(checkpoint)
     mask = checkpoint.mask_id
-    blocks = held_out(checkpoint, Blocks(mask, 1, 5, level=1.0), causal=True).look(checkpoint.model)
+    blocks = held_out(checkpoint, NoisedBlockLayout(mask, 1, 5, noise_level=1.0), causal=True).measure(checkpoint.model)
     runs = []
     for example in (*PACKS[0], *PACKS[1]):
-        ((start, end),) = example.intervals
+        ((start, end),) = example.spans
         for low in range(start, end, 5):
             rest = [*example.ids[low + 1 : min(low + 5, end)], *[1] * max(0, low + 5 - max(end, low + 1))]
-            runs.append(leading([token == 9 for token in rest[:4]]))
+            runs.append(accepted_length([token == 9 for token in rest[:4]]))
     assert blocks["accepted"] == pytest.approx(1 + sum(runs) / len(runs))
-    canvas = held_out(checkpoint, Canvas(mask, 1, level=1.0), causal=False).look(checkpoint.model)
+    canvas = held_out(checkpoint, CanvasLayout(mask, 1, noise_level=1.0), causal=False).measure(checkpoint.model)
     assert canvas == {"accepted": pytest.approx((0 + 2 + 0) / 3)}
 
 
 def test_drift_is_the_divergence_from_the_parent():
     checkpoint = fluid_checkpoint()
     model = checkpoint.model
-    watch = held_out(checkpoint, MaskFans(checkpoint.mask_id, 3), causal=True)
-    assert watch.look(model)["drift"] == pytest.approx(0, abs=2e-2), "but for keeping the parent's logits in bfloat16"
+    watch = held_out(checkpoint, AllMaskLayout(checkpoint.mask_id, 3), causal=True)
+    assert watch.measure(model)["drift"] == pytest.approx(0, abs=2e-2), "up to bfloat16 of the parent's logits"
 
     def answers():
-        found = []
+        logits = []
         for example in (*PACKS[0], *PACKS[1]):
-            ((start, end),) = example.intervals
-            found.append(forward(checkpoint, list(example.ids), len(example.ids))[start - 1 : end - 1])
-        return torch.cat(found).log_softmax(-1)
+            ((start, end),) = example.spans
+            logits.append(forward(checkpoint, list(example.ids), len(example.ids))[start - 1 : end - 1])
+        return torch.cat(logits).log_softmax(-1)
 
     before = answers()
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(0.5)
     after = answers()
     expected = functional.kl_div(after, before, log_target=True, reduction="batchmean")
-    assert watch.look(model)["drift"] == pytest.approx(float(expected), rel=0.02)
+    assert watch.measure(model)["drift"] == pytest.approx(float(expected), rel=0.02)
     assert float(expected) > 0.1
 
 
-def test_leading():
-    assert [leading(good) for good in ([], [False, True], [True, True, False, True], [True] * 3)] == [0, 0, 2, 3]
+def test_accepted_length():
+    assert [accepted_length(correct) for correct in ([], [False, True], [True, True, False, True], [True] * 3)] == [
+        0,
+        0,
+        2,
+        3,
+    ]

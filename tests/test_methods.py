@@ -93,11 +93,11 @@ def test_a_canvas_longer_than_the_answer_is_what_prompts_are_cut_for(adapted, tm
 
 
 def test_estimates_follow_the_seed(adapted, tmp_path):
-    found = []
+    estimates = []
     for n, seed in enumerate((1, 1, 2)):
         run(spec_of(adapted / "llada", "llada", tasks=["mini_mmlu_1"], limit=1, seed=seed), tmp_path / str(n))
-        found.append(next(run_folder.read_samples(tmp_path / str(n)))["loglikelihoods"])
-    assert found[0] == found[1] != found[2]
+        estimates.append(next(run_folder.read_samples(tmp_path / str(n)))["loglikelihoods"])
+    assert estimates[0] == estimates[1] != estimates[2]
 
 
 @pytest.mark.parametrize(

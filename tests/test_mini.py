@@ -9,7 +9,7 @@ from itertools import islice
 import pytest
 
 from fluid_eval.benchmarks import lm_eval_tasks
-from fluid_eval.benchmarks.humaneval_samples import held
+from fluid_eval.benchmarks.humaneval_samples import outcomes_of
 from fluid_eval.common.paths import resource
 from fluid_eval.common.spec import build_spec
 from fluid_eval.sandbox import passing
@@ -53,8 +53,8 @@ def test_the_reference_body_passes_and_another_fails():
     rows = [row for level in suite.LEVELS for row in TESTS["mini_humaneval", level][:4]]
     for bodies, passes in (([row["completion"] for row in rows], True), (["    return None\n"] * len(rows), False)):
         trials = [trial(row, row["prompt"] + body) for row, body in zip(rows, bodies, strict=True)]
-        told = held(judges(chosen(allow_unsafe=True)), trials)
-        assert [verdict.passed for verdict in told] == [passes] * len(rows)
+        outcomes = outcomes_of(judges(chosen(allow_unsafe=True)), trials)
+        assert [verdict.passed for verdict in outcomes] == [passes] * len(rows)
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,9 @@ def test_an_answer_judged_early_is_not_run_again(tasks, monkeypatch):
     doc = task.eval_docs[0]
     lm_eval_tasks.begin_judging({"tasks": tasks}, "mini_humaneval_1", doc, row["completion"])
     lm_eval_tasks.begin_judging({"tasks": tasks}, "mini_math_1", tasks["mini_math_1"].eval_docs[0], "no program")
-    begun = len(judges(passing.isolation())._verdicts)
+    begun = len(judges(passing.isolation())._outcomes)
     assert task.process_results(doc, [[row["prompt"] + row["completion"]]]) == {"pass@1": 1.0}
-    assert len(judges(passing.isolation())._verdicts) == begun
+    assert len(judges(passing.isolation())._outcomes) == begun
     assert task.process_results(doc, [[row["prompt"] + "    return None\n"]]) == {"pass@1": 0.0}
 
 

@@ -23,8 +23,8 @@ from fluid_eval.common.stats import (
     sums,
 )
 from fluid_eval.output.report.facts import gather
-from fluid_eval.output.report.stored import read_runs
-from fluid_eval.results.metrics import lines
+from fluid_eval.output.report.runs import read_runs
+from fluid_eval.results.metrics import table_rows
 from fluid_eval.results.run_folder import SAMPLES
 from fluid_eval.sweeps.pareto import LEAST, SPEEDS, Placed, best, frontier, measure
 from fluid_eval.sweeps.points import as_point
@@ -49,7 +49,7 @@ def record(doc, score, seconds, tokens):
 def test_scores_and_costs(drawn_records, chance):
     records = [record(doc, *each) for doc, each in enumerate(drawn_records)]
     shuffled = chance.sample(records, len(records))
-    assert lines("t", shuffled) == lines("t", records)
+    assert table_rows("t", shuffled) == table_rows("t", records)
     values, others = [r["scores"]["acc,none"] for r in records], [r["seconds"] for r in records]
     turned = [r["scores"]["acc,none"] for r in shuffled]
     assert interval(turned) == interval(values)
@@ -80,40 +80,40 @@ def test_stored_runs(tmp_path):
     """A comparison, and what a report states, of the same lines in another order."""
     folders = [write_run(tmp_path / name, decoder, model="m") for name, decoder in (("a", "ar"), ("b", "fluid"))]
 
-    def told():
+    def outputs():
         facts = gather(read_runs(folders)[0], None)
-        return json.dumps(compare(folders)), facts.placed, facts.strides, facts.verdicts, facts.comparison
+        return json.dumps(compare(folders)), facts.placed, facts.acceptance, facts.verdicts, facts.comparison
 
-    before = told()
+    before = outputs()
     for folder in folders:
         file = folder / SAMPLES
-        kept = file.read_bytes().splitlines(keepends=True)
-        file.write_bytes(b"".join(random.Random(1).sample(kept, len(kept))))
-    assert told() == before
+        stored = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(b"".join(random.Random(1).sample(stored, len(stored))))
+    assert outputs() == before
 
 
 def test_sums_are_the_same_wherever_a_column_stands():
     rng = np.random.default_rng(0)
     columns = rng.uniform(0, 1, (61, 9)) * 10.0 ** rng.integers(-9, 9, 9)
     counts = drawn([20, 41], 50, 0)
-    found, documents, places = sums(counts, columns), rng.permutation(61), rng.permutation(9)
-    assert (sums(counts[:, documents], columns[documents][:, places]) == found[:, places]).all()
-    assert (sums(counts[7:9], columns[:, 4:5]) == found[7:9, 4:5]).all()
+    results, documents, places = sums(counts, columns), rng.permutation(61), rng.permutation(9)
+    assert (sums(counts[:, documents], columns[documents][:, places]) == results[:, places]).all()
+    assert (sums(counts[7:9], columns[:, 4:5]) == results[7:9, 4:5]).all()
     exact = [sum(int(n) * Fraction(x) for n, x in zip(counts[3], column, strict=True)) for column in columns.T]
-    assert found[3].tolist() == pytest.approx([float(value) for value in exact], rel=1e-12)
-    whole = rng.integers(0, 10**9, (61, 2))
-    assert (sums(counts, whole.astype(float)) == counts.astype(int) @ whole).all(), "whole numbers are exact"
+    assert results[3].tolist() == pytest.approx([float(value) for value in exact], rel=1e-12)
+    total = rng.integers(0, 10**9, (61, 2))
+    assert (sums(counts, total.astype(float)) == counts.astype(int) @ total).all(), "whole numbers are exact"
     assert not sums(counts, np.zeros((61, 2))).any()
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), SECONDS), min_size=2, max_size=20), st.randoms(use_true_random=False))
 def test_a_ratio_as_it_stands(pairs, chance):
     """The ratio and its interval."""
-    found, again = (
+    results, again = (
         ratio_of_sums(*([column] for column in zip(*each, strict=True)), [len(pairs)])
         for each in (pairs, chance.sample(pairs, len(pairs)))
     )
-    assert (found and found.to_dict()) == (again and again.to_dict())
+    assert (results and results.to_dict()) == (again and again.to_dict())
 
 
 def placed(name, score, speed):

@@ -25,7 +25,7 @@ def point(name, scores, seconds=1.0, *, tokens=10, forwards=10, task="t", stoppe
         Sample(task, doc, score, tokens, forwards, s)
         for doc, (score, s) in enumerate(zip(scores, each, strict=True))
     ]  # fmt: skip
-    paces = {("s", turn): tokens / seconds / by for turn, by in enumerate(again)}
+    paces = {("s", repeat): tokens / seconds / by for repeat, by in enumerate(again)}
     return Point(name, {}, samples, stopped, paces)
 
 
@@ -56,7 +56,7 @@ def sweeps(draw):
 def test_intervals_cover():
     rng = np.random.default_rng(0)
     repetitions, covered = 300, dict.fromkeys(("score", *SPEEDS[1:]), 0)
-    true = {"score": 0.55, "tokens_per_forward": 2.0, "forwards_per_answer": 25.0}
+    truth = {"score": 0.55, "tokens_per_forward": 2.0, "forwards_per_answer": 25.0}
     for seed in range(repetitions):
         samples = []
         for task, share, n in (("easy", 0.7, 25), ("hard", 0.4, 40)):
@@ -64,9 +64,9 @@ def test_intervals_cover():
                 forwards = int(rng.integers(10, 41))
                 tokens, seconds = round(forwards * rng.uniform(1, 3)), forwards * rng.uniform(0.05, 0.15)
                 samples.append(Sample(task, doc, float(rng.random() < share), tokens, forwards, seconds))
-        (found,) = measure([Point("p", {}, samples)], draws=300, seed=seed)
-        for name, value in true.items():
-            interval = getattr(found, name)
+        (placed_point,) = measure([Point("p", {}, samples)], draws=300, seed=seed)
+        for name, value in truth.items():
+            interval = getattr(placed_point, name)
             assert interval.low <= interval.mean <= interval.high
             covered[name] += interval.low <= value <= interval.high
     assert all(0.92 <= count / repetitions <= 0.98 for count in covered.values()), covered
@@ -79,8 +79,8 @@ def test_a_loss_is_called_small_for_sure_only_where_it_is():
     for seed in range(repetitions):
         luck = rng.random(150)
         sweep = [point("ar", (luck < 0.6) * 1.0), point("fast", ((luck > 0.2) & (luck < 0.7)) * 1.0, 0.5)]
-        found = best(measure(sweep, draws=1), baseline="ar", within=10, points=sweep, draws=300, seed=seed)
-        wrong += found.name == "fast"
+        chosen = best(measure(sweep, draws=1), baseline="ar", within=10, points=sweep, draws=300, seed=seed)
+        wrong += chosen.name == "fast"
     assert 0.01 <= wrong / repetitions <= 0.06
 
 
@@ -88,14 +88,14 @@ def test_a_loss_is_called_small_for_sure_only_where_it_is():
 @settings(max_examples=25, deadline=None)
 def test_no_point_dominates_itself_its_twin_or_its_dominator(sweep, by):
     twins = [*sweep, *(replace(p, name=f"{p.name} again") for p in sweep)]
-    found = {p.name: p for p in measure(twins, by=by, draws=50)}
-    for name, p in found.items():
-        twin = found[name.removesuffix(" again") if name.endswith("again") else f"{name} again"]
+    measured = {p.name: p for p in measure(twins, by=by, draws=50)}
+    for name, p in measured.items():
+        twin = measured[name.removesuffix(" again") if name.endswith("again") else f"{name} again"]
         assert replace(p, name=twin.name) == replace(twin, dominated_by=p.dominated_by)
         assert p.dominated_by not in (name, twin.name)
         if p.dominated_by:
-            assert found[p.dominated_by].dominated_by not in (name, twin.name)
-    assert not any(below(p, p, by=by, draws=20, sure=0.0001) for p in sweep)
+            assert measured[p.dominated_by].dominated_by not in (name, twin.name)
+    assert not any(below(p, p, by=by, draws=20, confidence=0.0001) for p in sweep)
 
 
 @given(sweeps(), st.integers(1, 60))
@@ -109,9 +109,9 @@ def test_a_dominated_point_more_changes_nothing_for_the_others(sweep, n):
 
 def test_all_tasks_weigh_the_same():
     few, many = point("", scored(2, 4), task="few").samples, point("", scored(90, 90), task="many").samples
-    (found,) = measure([Point("p", {}, [*many, *few])])
-    assert found.score.mean == pytest.approx(0.75)
-    assert found.n == 94
+    (placed_point,) = measure([Point("p", {}, [*many, *few])])
+    assert placed_point.score.mean == pytest.approx(0.75)
+    assert placed_point.n == 94
     (right,) = measure([point("right", [1.0] * 15)])
     assert (right.score.high, right.score.low) == (1, pytest.approx(0.796, abs=1e-3)), "of 15 documents, not of all"
 
@@ -134,8 +134,8 @@ def test_with_equal_scores_speed_decides():
     scores = [1 / 3, 0.0, 1.0] * 20
     ar, fluid = point("ar", scores), point("fluid", scores, 0.9)
     wavering = point("wavering", scores, 0.9, again=(0.5, 2.0, 0.9))
-    found = {p.name: p.dominated_by for p in measure([ar, fluid, wavering])}
-    assert found == {"ar": "fluid", "fluid": None, "wavering": None}
+    measured = {p.name: p.dominated_by for p in measure([ar, fluid, wavering])}
+    assert measured == {"ar": "fluid", "fluid": None, "wavering": None}
     assert not below(ar, fluid), "a point is only stopped by one that scores more"
 
 
@@ -146,13 +146,13 @@ def test_the_fastest_dominator_is_named():
 
 def test_fewer_forwards_an_answer_are_faster():
     many, few = point("many", scored(30, 60), forwards=20), point("few", scored(40, 60), forwards=5)
-    found = measure([many, few], by="forwards_per_answer")
-    assert [p.forwards_per_answer.mean for p in found] == pytest.approx([20, 5])
-    assert [p.dominated_by for p in found] == ["few", None]
+    measured = measure([many, few], by="forwards_per_answer")
+    assert [p.forwards_per_answer.mean for p in measured] == pytest.approx([20, 5])
+    assert [p.dominated_by for p in measured] == ["few", None]
     assert measure([many, few])[0].dominated_by is None, "as fast by the clock"
     assert below(many, few, by="forwards_per_answer")
-    assert frontier(found, "forwards_per_answer") == ["few"]
-    assert best(found, within=100, by="forwards_per_answer").name == "few"
+    assert frontier(measured, "forwards_per_answer") == ["few"]
+    assert best(measured, within=100, by="forwards_per_answer").name == "few"
 
 
 def test_speeds_are_those_of_tasks_that_write():
@@ -170,9 +170,9 @@ def test_a_stopped_point_is_compared_on_common_documents():
     """b scores less than a over all it answered, but more on what a answered too."""
     a = point("a", scored(20, 40), stopped="too slow")
     b = point("b", scored(36, 40) + [0.0] * 160, 0.5)
-    found = {p.name: p for p in measure([a, b])}
-    assert found["a"].score.mean > found["b"].score.mean
-    assert found["a"].dominated_by == "b"
+    measured = {p.name: p for p in measure([a, b])}
+    assert measured["a"].score.mean > measured["b"].score.mean
+    assert measured["a"].dominated_by == "b"
     assert below(a, b)
     turned = point("b", scored(0, 40) + [1.0] * 160, 0.5)
     assert measure([a, turned])[0].dominated_by is None
@@ -185,10 +185,10 @@ def test_a_handful_of_documents_or_a_stopped_point_beats_no_one():
     assert below(point("a", [0.0] * more), point("b", [1.0] * more, 0.5))
     assert measure([point("a", [0.0] * few), point("b", [1.0] * few, 0.5)])[0].dominated_by is None
     stopped = point("b", [1.0] * 50, 0.5, stopped="time")
-    found = measure([point("a", [0.0] * 60), stopped])
-    assert found[0].dominated_by is None
-    assert frontier(found) == ["a"]
-    assert best(found, within=100).name == "a"
+    measured = measure([point("a", [0.0] * 60), stopped])
+    assert measured[0].dominated_by is None
+    assert frontier(measured) == ["a"]
+    assert best(measured, within=100).name == "a"
 
 
 def test_frontier_of_means():
@@ -216,9 +216,9 @@ def test_best_by_hand():
 
 def test_best_for_sure_asks_more():
     sweep = [point("ar", scored(70, 100)), point("mixed", [0.0] * 10 + [1.0] * 70 + [0.0] * 20, 0.5)]
-    found = measure(sweep)
-    assert best(found, baseline="ar", within=1).name == "mixed"
-    assert best(found, baseline="ar", within=1, points=sweep).name == "ar", "as many right, but others"
+    measured = measure(sweep)
+    assert best(measured, baseline="ar", within=1).name == "mixed"
+    assert best(measured, baseline="ar", within=1, points=sweep).name == "ar", "as many right, but others"
     same = [sweep[0], point("same", scored(70, 100), 0.5)]
     assert best(measure(same), baseline="ar", within=0, points=same).name == "same"
 
@@ -237,16 +237,16 @@ def test_aup_by_hand():
 
 @given(st.lists(st.tuples(st.floats(0.1, 50), st.floats(0, 100)), min_size=1, max_size=8))
 def test_aup_grows_with_accuracy_and_knows_no_order(pairs):
-    found = aup(pairs, y_max=100)
-    assert found == aup(pairs[::-1], y_max=100)
-    assert found <= aup([(x, 100.0) for x, _ in pairs], y_max=100) + 1e-6
+    area = aup(pairs, y_max=100)
+    assert area == aup(pairs[::-1], y_max=100)
+    assert area <= aup([(x, 100.0) for x, _ in pairs], y_max=100) + 1e-6
     xs = [x for x, _ in pairs]
     assert aup([(x, 100.0) for x in xs]) == pytest.approx(100 * (max(xs) - min(xs)))
 
 
 def test_nonsense_is_named():
     a, b = point("a", scored(3, 5)), point("b", scored(3, 5))
-    found = measure([a, b])
+    measured = measure([a, b])
     cases = {
         "there is nothing to measure": lambda: measure([]),
         "2 points are named 'a'": lambda: measure([a, a]),
@@ -254,8 +254,8 @@ def test_nonsense_is_named():
         "'a' has two samples of document 0 of t": lambda: measure([replace(a, samples=[*a.samples, a.samples[0]])]),
         "by='speed'": lambda: measure([a], by="speed"),
         "draws=0": lambda: measure([a], draws=0),
-        "baseline='c' .*: a, b$": lambda: best(found, baseline="c", within=1),
-        "points lack b": lambda: best(found, baseline="a", within=1, points=[a]),
+        "baseline='c' .*: a, b$": lambda: best(measured, baseline="c", within=1),
+        "points lack b": lambda: best(measured, baseline="a", within=1, points=[a]),
         "nothing to choose from": lambda: best([], within=1),
         "score=1.1": lambda: Sample("t", 0, 1.1, 0, 0, 0.0),
         "score=nan": lambda: Sample("t", 0, math.nan, 0, 0, 0.0),

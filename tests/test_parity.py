@@ -82,7 +82,7 @@ def test_mmlu_log_likelihoods(hf, stories, data_dir, tmp_path, name, shots, subj
             seen += 1
     assert seen == subjects
     parts = {line["task"]: line["score"] for line in result["lines"] + result["parts"]}
-    assert parts == {name: pytest.approx(found["acc,none"]) for name, found in expected["results"].items()}
+    assert parts == {name: pytest.approx(row["acc,none"]) for name, row in expected["results"].items()}
 
 
 def test_contexts_and_continuations_are_split_alike(hf, stories, tmp_path):
@@ -93,9 +93,9 @@ def test_contexts_and_continuations_are_split_alike(hf, stories, tmp_path):
     spec = build_spec({"tasks": ["gsm8k"], "model": {"path": str(stories)}})
     lm = FluidLM(load_tokenizer(str(stories)), 512, None, Run(tmp_path / "r", spec), None)
     pairs = [("Answer:", " B"), ("ends in spaces  ", "word"), ("<s>has its own", " start"), ("é👋", " ß"), ("a\n", "b")]
-    found = lm._encode_pairs(pairs)
+    encoded = lm._encode_pairs(pairs)
     for pair in pairs:
-        assert tuple(map(list, found[pair])) == hf._encode_pair(*pair)
+        assert tuple(map(list, encoded[pair])) == hf._encode_pair(*pair)
     assert lm._encode_pairs([("", "word")])["", "word"] == (
         (1,),
         tuple(hf.tok_encode("word", add_special_tokens=False)),

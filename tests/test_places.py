@@ -61,9 +61,9 @@ def test_an_out_that_is_taken_is_refused_and_left_alone(tmp_path, capsys):
         before = tree(tmp_path)
         for more in ([], ["--overwrite"], ["--resume"]):
             assert main([*words, *more]) == 2
-            told = capsys.readouterr().err
-            assert message in told
-            assert told.count("\n") == 1
+            printed = capsys.readouterr().err
+            assert message in printed
+            assert printed.count("\n") == 1
         assert tree(tmp_path) == before, "nothing written, nothing removed"
 
 
@@ -166,8 +166,8 @@ def test_epochs_are_counted_when_the_rows_are_known(tmp_path):
     for name, length in (("steps", {"steps": 15}), ("epochs", {"epochs": 1.5})):
         optim = {**length, "batch_size": 4, "learning_rate": 0.01, "warmup_steps": 5}
         data = {"files": [str(tmp_path / "rows.jsonl")], "max_length": 64, "held_out": 0.05}
-        told = train(recipe_for(tmp_path, name, "ar", data=data, optim=optim))
-        assert told["steps"] == 15
+        training = train(recipe_for(tmp_path, name, "ar", data=data, optim=optim))
+        assert training["steps"] == 15
         made[name] = fluid_model.load(str(tmp_path / name)).model.state_dict()
     assert all(torch.equal(made["steps"][key], made["epochs"][key]) for key in made["steps"])
 

@@ -15,7 +15,7 @@ from fluid_model.common.fields import assign
 from fluid_model.common.files import Nested, read_toml
 from fluid_model.train.cli import main
 from fluid_model.train.parent import llama_config, outline
-from fluid_model.train.plan import plan, tell
+from fluid_model.train.plan import describe_costs, estimate_cost
 from fluid_model.train.recipe import build_chain, build_recipe
 from fluid_model.train.run import train_chain
 
@@ -41,10 +41,10 @@ def test_every_recipe_passes_a_dry_run(file, tmp_path, monkeypatch, capsys):
     else:
         arguments = [str(file), "--dry-run"]
     assert main(arguments) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for word in ("parameters", "tokens", "FLOPs", "memory", "time here", "8 x h100"):
-        assert word in told
-    assert all(len(line) <= 80 for line in told.splitlines())
+        assert word in output
+    assert all(len(line) <= 80 for line in output.splitlines())
 
 
 @pytest.mark.parametrize("name", ["fluid-7b", "nbdiff-7b"])
@@ -66,25 +66,25 @@ def test_the_7b_recipes_run_on_two_layers_of_the_same_architecture(name, tmp_pat
     settings += ["data.max_length=256"]  # packs of 8192 tokens would be the same text many times over
     if name == "fluid-7b":
         settings += ["next.optim.steps=2", "next.optim.batch_size=8"]
-    told = train_chain(build_chain(changed(file, *settings)))
+    record = train_chain(build_chain(changed(file, *settings)))
     made = fluid_model.load(str(tmp_path / "out"))
     assert made.manifest.method == name.removesuffix("-7b")
-    assert len(told["before"]) == (name == "fluid-7b")
+    assert len(record["before"]) == (name == "fluid-7b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "parent", "rows.jsonl"]
 
 
 def test_what_the_7b_plan_counts():
     """7.8B parameters, 2.6B tokens (the paper says 2.7B), LoRA of rank 16 on all linear layers."""
     stage_1, stage_2 = build_chain(read_toml(resource("recipes") / "fluid-7b.toml"))
-    found = plan(stage_1, stage_1.model)
-    assert found.parameters == pytest.approx(8.05e9, rel=0.05)
-    assert found.tokens == pytest.approx(32000 * 80 * 1024, rel=0.01)
-    assert found.trained == pytest.approx(0.005 * found.parameters, rel=0.5)
-    response = 0.75 * found.tokens
-    assert (found.slots - found.tokens) / response == pytest.approx(4.25, abs=0.2), "slots a response token (FACTS)"
-    heads = plan(stage_2, stage_1.model)
+    cost = estimate_cost(stage_1, stage_1.model)
+    assert cost.parameters == pytest.approx(8.05e9, rel=0.05)
+    assert cost.tokens == pytest.approx(32000 * 80 * 1024, rel=0.01)
+    assert cost.trained == pytest.approx(0.005 * cost.parameters, rel=0.5)
+    response = 0.75 * cost.tokens
+    assert (cost.slots - cost.tokens) / response == pytest.approx(4.25, abs=0.2), "slots a response token (FACTS)"
+    heads = estimate_cost(stage_2, stage_1.model)
     assert heads.trained == 5 * (4096 * 1024 + 1024 + 1024 * 16 + 16)
-    assert heads.flops < found.flops / 20
+    assert heads.flops < cost.flops / 20
 
 
 def test_a_plan_counts_the_models_own_products(tmp_path):
@@ -95,27 +95,27 @@ def test_a_plan_counts_the_models_own_products(tmp_path):
     recipe = recipe_for(tmp_path, "out", "ar", parent, optim={"steps": 1, "batch_size": 4})
     model = outline(recipe.model)
     assert all(p.is_meta for p in model.parameters())
-    found = plan(recipe, recipe.model)
-    from fluid_model.train.data import Rows, encode
-    from fluid_model.train.row_layouts import Plain
+    cost = estimate_cost(recipe, recipe.model)
+    from fluid_model.train.data import TrainingSet, encode
+    from fluid_model.train.row_layouts import CausalLayout
     from fluid_model.train.rows import load_rows
     from fluid_model.train.stages import collate, row_loss
 
     checkpoint = fluid_model.load(str(parent))
     examples = encode(checkpoint.tokenizer, load_rows(recipe.data)[0], 64)
-    rows = Rows([(example,) for example in examples], Plain(), steps=1, batch=len(examples), seed=0)
+    rows = TrainingSet([(example,) for example in examples], CausalLayout(), steps=1, batch=len(examples), seed=0)
     counter = FlopCounterMode(display=False)
     checkpoint.model.set_attn_implementation("eager")
     with counter:
         for i in range(len(rows)):
             row_loss(checkpoint.model, checkpoint.model, collate([rows[i]]), (1.0, 0.0))[0].backward()
     per_row = counter.get_total_flops() / len(rows)
-    assert found.flops / 4 == pytest.approx(per_row, rel=0.02)
+    assert cost.flops / 4 == pytest.approx(per_row, rel=0.02)
 
 
 def test_an_unknown_gpu_is_said(tmp_path):
     with pytest.raises(ConfigError, match="--gpu abacus: known are a100, h100"):
-        tell([recipe_for(tmp_path, "x", "ar")], "abacus")
+        describe_costs([recipe_for(tmp_path, "x", "ar")], "abacus")
 
 
 def test_a_chain_says_only_what_changes(tmp_path):
@@ -131,10 +131,10 @@ def test_a_chain_says_only_what_changes(tmp_path):
         build_chain({**values, "next": {**values["next"], "optim": {"steps": 0}}})
     with pytest.raises(ConfigError, match=r"next\.colour is no setting"):
         build_chain({**values, "next": {**values["next"], "colour": 1}})
-    told = train_chain([one, two])
-    assert [stage["recipe"]["stage"] for stage in told["before"]] == ["fluid-hybrid"]
+    record = train_chain([one, two])
+    assert [stage["recipe"]["stage"] for stage in record["before"]] == ["fluid-hybrid"]
     written = json.loads((tmp_path / "out" / "training.json").read_text())
-    assert written["before"][0]["final"] == told["before"][0]["final"]
+    assert written["before"][0]["final"] == record["before"][0]["final"]
     assert fluid_model.load(str(tmp_path / "out")).manifest.parent == "../parent"
     assert not (tmp_path / "out.stage-1").exists()
 

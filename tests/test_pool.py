@@ -1,4 +1,4 @@
-"""Whoever dies, every request is answered once or given up; only what kills its workers alone is given up."""
+"""Whoever dies, every request is answered once or quarantined; only what kills its workers alone is quarantined."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluid_eval.common.spec import build_spec
-from fluid_eval.running import workers as module
-from fluid_eval.running.workers import Actor, Chunk, Lost, RayPool
+from fluid_eval.running import ray_pool
+from fluid_eval.running.chunks import Chunk, FailedRequest
+from fluid_eval.running.ray_pool import RayPool, WorkerActor
 from fluid_eval.sweeps.sweep import Sweep
 from fluid_model import ConfigError, Generation, Request
 from fluid_model.common.errors import RunError
@@ -81,17 +82,17 @@ class World:
     def wait(self, refs, **_):
         return [self.random.choice(refs)], []
 
-    def get(self, found):
-        return found[0] if isinstance(found, tuple) else found
+    def get(self, reference):
+        return reference[0] if isinstance(reference, tuple) else reference
 
     def kill(self, actor) -> None:
         actor.dead = True
 
     def pool(self, size: int) -> RayPool:
         pool = RayPool.__new__(RayPool)
-        pool._ray, pool._errors, pool._actor, pool._threads, pool.size = self, self.exceptions, self, None, size
-        pool._deaths = pool._lost = 0
-        pool._hands = [pool._hire() for _ in range(size)]
+        pool._ray, pool._errors, pool._actor_class, pool._threads, pool.size = self, self.exceptions, self, None, size
+        pool._deaths_in_row = pool._failed = 0
+        pool._workers = [pool._start_worker() for _ in range(size)]
         return pool
 
 
@@ -104,12 +105,12 @@ def chunks(count: int, size: int) -> list[Chunk]:
 
 
 def ran(world: World, workers: int, given_chunks: list[Chunk]) -> tuple[list[str], dict[str, str]]:
-    """Keys answered, and what was given up with the reason."""
+    """Keys answered, and what was quarantined with the reason."""
     owner = {item.key: chunk.point for chunk in given_chunks for item in chunk.work}
     answered, lost = [], {}
     for point, answer in world.pool(workers).run(given_chunks):
         assert owner[answer.key] == point
-        if isinstance(answer, Lost):
+        if isinstance(answer, FailedRequest):
             lost[answer.key] = answer.reason
         else:
             answered.append(answer.key)
@@ -127,8 +128,8 @@ def test_every_request_is_answered_once_or_given_up(count, size, workers, parcel
     answered, lost = ran(world, workers, chunks(count, size))
     expected = {str(n) for n in poison if n < count}
     assert sorted([*answered, *lost]) == sorted(str(n) for n in range(count)), "each once"
-    assert expected <= set(lost), "what always kills is given up"
-    assert len(lost) - len(expected) <= len(deaths) // module.TRIES, "chance alone gives up next to nothing"
+    assert expected <= set(lost), "what always kills is quarantined"
+    assert len(lost) - len(expected) <= len(deaths) // ray_pool.MAX_TRIES, "chance alone gives up next to nothing"
 
 
 def test_a_killer_stands_alone_before_it_is_given_up(caplog):
@@ -136,7 +137,7 @@ def test_a_killer_stands_alone_before_it_is_given_up(caplog):
     answered, lost = ran(world, 2, chunks(16, 16))
     assert lost == {"5": "its worker died: the actor died"}
     assert len(answered) == 15
-    assert world.hired == 2 + 4 + module.TRIES, "16, 8, 4, 2 together, then alone"
+    assert world.hired == 2 + 4 + ray_pool.MAX_TRIES, "16, 8, 4, 2 together, then alone"
     assert "a Ray worker died (the actor died)" in caplog.text
 
 
@@ -198,7 +199,7 @@ class Slow:
 def test_no_answer_waits_for_another():
     """What a worker has answered leaves it, whatever the next answer takes; then comes what it raised."""
 
-    class Own(Actor):
+    class Own(WorkerActor):
         make = staticmethod(lambda _: Slow())
 
     actor = Own(1)
@@ -238,7 +239,7 @@ def test_two_nodes_share_a_sweep(tiny_fluid, tmp_path, monkeypatch):
 
         def opened(spec):
             pools.append(RayPool(spec))
-            ray.get([hand.starting for hand in pools[0]._hands])  # or the first one up may answer all
+            ray.get([worker.starting for worker in pools[0]._workers])  # or the first one up may answer all
             return pools[0]
 
         result = Sweep(plan({**values, "engine": engine}), tmp_path / "ray", open_pool=opened).work()

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluid_eval.running.workers import parts_of
+from fluid_eval.running.chunks import split_by_prefix
 from fluid_model import ArSettings, FluidSettings, Request, Scorer, ScoreRequest, engine_for
-from fluid_model.engine.shared_prefixes import SHORTEST, common, group
+from fluid_model.engine.shared_prefixes import MIN_PREFIX, common_prefix, group
 
 from .test_laws import calls_of
 from .tiny import fluid_checkpoint
@@ -30,17 +30,17 @@ def test_groups_by_brute_force(ends, own):
     groups = group(prompts, own[: len(prompts)])
     assert sorted(place for each in groups for place in each.members) == list(range(len(prompts)))
     lengths = [[len(prompts[place]) for place in each.members] for each in groups]
-    assert all(found == sorted(found, reverse=True) for found in lengths)
-    assert [found[0] for found in lengths] == sorted((found[0] for found in lengths), reverse=True)
+    assert all(in_group == sorted(in_group, reverse=True) for in_group in lengths)
+    assert [in_group[0] for in_group in lengths] == sorted((in_group[0] for in_group in lengths), reverse=True)
     for each in groups:
         begin = {prompts[place][: each.length] for place in each.members}
         assert len(begin) == 1
-        assert each.length == 0 or (each.length >= SHORTEST and len(each.members) > 1)
+        assert each.length == 0 or (each.length >= MIN_PREFIX and len(each.members) > 1)
         assert all(len(prompts[place]) - each.length >= own[place] for place in each.members)
 
 
 def test_common():
-    assert [common("abc", other) for other in ("abd", "x", "abcd", "abc", "")] == [2, 0, 3, 3, 0]
+    assert [common_prefix("abc", other) for other in ("abd", "x", "abcd", "abc", "")] == [2, 0, 3, 3, 0]
 
 
 def work() -> list[Request]:
@@ -68,13 +68,13 @@ def test_answers_are_those_of_prompts_read_whole(decoder, slots):
     }
     engine = engine_for(checkpoint, decoder, slots)
     seen = calls_of(checkpoint)
-    found = {answer.key: answer for answer in engine.generate(work())}
-    assert {key: answer.ids for key, answer in found.items()} == {key: answer.ids for key, answer in alone.items()}
+    answers = {answer.key: answer for answer in engine.generate(work())}
+    assert {key: answer.ids for key, answer in answers.items()} == {key: answer.ids for key, answer in alone.items()}
     assert engine.calls == len(seen)
-    assert {key: a.trace.slots for key, a in found.items() if not drafts(decoder)} == {
+    assert {key: a.trace.slots for key, a in answers.items() if not drafts(decoder)} == {
         key: a.trace.slots for key, a in alone.items() if not drafts(decoder)
     }, "a row's account does not depend on who shares its beginning"
-    assert all(answer.trace.forwards["prefill"] == 1 for answer in found.values())
+    assert all(answer.trace.forwards["prefill"] == 1 for answer in answers.values())
 
 
 def drafts(decoder) -> bool:
@@ -95,7 +95,7 @@ def test_shots_are_read_once(slots, monkeypatch):
     monkeypatch.setattr(checkpoint.backbone, "forward", watched)
     list(engine_for(checkpoint, ArSettings(), slots).generate(work()))
     assert sorted(fed)[-2:] == [len(OTHER), len(SHOTS)]
-    assert sorted(fed)[-3] < SHORTEST
+    assert sorted(fed)[-3] < MIN_PREFIX
 
 
 def test_every_forward_of_a_row_is_told():
@@ -105,8 +105,8 @@ def test_every_forward_of_a_row_is_told():
     answers = list(engine.generate(work()))
     assert len(steps) == sum(sum(answer.trace.forwards.values()) for answer in answers)
     for answer in answers:
-        told = [token for step in steps if step.key == answer.key for token in step.tokens]
-        assert tuple(told[: len(answer.ids)]) == answer.ids
+        reported = [token for step in steps if step.key == answer.key for token in step.tokens]
+        assert tuple(reported[: len(answer.ids)]) == answer.ids
 
 
 @pytest.mark.parametrize("slots", [1, 2, 16])
@@ -121,12 +121,12 @@ def test_scores_are_those_of_contexts_read_whole(slots):
     ]
     alone = {request.key: score for request in asked for score in Scorer(checkpoint.backbone).score([request])}
     scorer, seen = Scorer(checkpoint.backbone, slots), calls_of(checkpoint)
-    found = {score.key: score for score in scorer.score(asked)}
+    scores = {score.key: score for score in scorer.score(asked)}
     assert scorer.calls == len(seen)
     for key, score in alone.items():
-        assert found[key].loglikelihoods == pytest.approx(score.loglikelihoods, abs=1e-4)
-        assert (found[key].greedy, found[key].prompt_tokens) == (score.greedy, score.prompt_tokens)
-        assert found[key].trace == score.trace
+        assert scores[key].loglikelihoods == pytest.approx(score.loglikelihoods, abs=1e-4)
+        assert (scores[key].greedy, scores[key].prompt_tokens) == (score.greedy, score.prompt_tokens)
+        assert scores[key].trace == score.trace
     assert scorer.calls <= 2 + len(asked), "shots once a set, then every question at most once"
 
 
@@ -140,7 +140,7 @@ def test_a_context_asked_twice_shares_all_but_what_is_looked_at():
 
 def test_workers_get_what_begins_alike_together():
     asked = [*work(), ScoreRequest("s", (((*SHOTS, 99), (1,)),))]
-    chunks = parts_of(asked, 4)
+    chunks = split_by_prefix(asked, 4)
     assert sorted(item.key for chunk in chunks for item in chunk) == sorted(item.key for item in asked)
     assert max(map(len, chunks)) == 4
     sets = [{"s" if item.key == "s" else int(item.key) // 6 if item.key != "9" else "9" for item in c} for c in chunks]

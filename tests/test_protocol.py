@@ -44,16 +44,16 @@ def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     (folder / "gsm8k").mkdir()
     for split, count in (("train", 6), ("test", 2)):
-        told = [{"question": f"What is {n} + 1?", "answer": f"{n} + 1\n#### {n + 1}"} for n in range(count)]
-        (folder / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+        lines = [{"question": f"What is {n} + 1?", "answer": f"{n} + 1\n#### {n + 1}"} for n in range(count)]
+        (folder / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     return folder
 
 
 def built(rows, **changes):
     spec = build_spec({**BASE, "data_dir": str(rows), **changes})
     tasks = lm_eval_tasks.load_tasks(spec)
-    told = profiles.describe(spec, tasks["tasks"], {"gsm8k": ["gsm8k"]}, None)
-    return tasks["tasks"]["gsm8k"], told
+    protocol = profiles.describe(spec, tasks["tasks"], {"gsm8k": ["gsm8k"]}, None)
+    return tasks["tasks"]["gsm8k"], protocol
 
 
 def write(folder, text, name="mine.toml"):
@@ -73,19 +73,18 @@ def test_the_default_profile_is_no_part_of_an_identity_and_others_are():
 
 
 def test_profiles_change_what_they_say_and_nothing_else(rows, tmp_path):
-    _, told = built(rows)
-    assert (told["name"], told["tasks"]["gsm8k"]["num_fewshot"], told["tasks"]["gsm8k"]["max_gen_toks"]) == (
-        "lm-eval", 5, 512,
-    )  # fmt: skip
+    _, protocol = built(rows)
+    lm_eval = protocol["tasks"]["gsm8k"]
+    assert (protocol["name"], lm_eval["num_fewshot"], lm_eval["max_gen_toks"]) == ("lm-eval", 5, 512)
     task, paper = built(rows, profile="fluid-paper", chat=AS_FLUID)
     one = paper["tasks"]["gsm8k"]
     assert (one["num_fewshot"], one["max_gen_toks"], one["until"]) == (4, 7000, [])
     assert one["extractors"] == {"none": "fluid_eval.benchmarks.evalscope_gsm8k.results"}
     assert task.get_config("generation_kwargs")["do_sample"] is False, "what a profile leaves out stays"
-    assert one["version"] == told["tasks"]["gsm8k"]["version"]
+    assert one["version"] == protocol["tasks"]["gsm8k"]["version"]
     _, silent = built(rows, profile=write(tmp_path, 'about = "x"\n[tasks.mmlu]\nsource = "y"\n'))
     assert silent["tasks"]["gsm8k"]["source"] == "not stated; lm-eval's used"
-    assert silent["hash"] == told["hash"]
+    assert silent["hash"] == protocol["hash"]
 
 
 def test_fluids_prompt_is_that_of_its_public_evaluation(rows):
@@ -116,7 +115,7 @@ def test_fluids_prompt_is_that_of_its_public_evaluation(rows):
 
 
 @pytest.mark.parametrize(
-    ("text", "said", "right"),
+    ("text", "extracted", "right"),
     [
         ("so 7. \\boxed{5} no: $\\boxed{18}$ dollars", "18", True),
         ("thoughts \\boxed{18} [unused17] Done.", "18", True),
@@ -136,9 +135,9 @@ def test_fluids_prompt_is_that_of_its_public_evaluation(rows):
         ("", "", False),
     ],
 )
-def test_answers_are_read_as_evalscope_reads_them(text, said, right):
+def test_answers_are_read_as_evalscope_reads_them(text, extracted, right):
     """As EvalScope's parser at fde259d2 scored each of these texts against 18."""
-    assert evalscope_gsm8k.answer(text) == said
+    assert evalscope_gsm8k.answer(text) == extracted
     assert evalscope_gsm8k.results({"answer": "10 + 8\n#### 18"}, [text]) == {"exact_match": int(right)}
 
 
@@ -186,24 +185,24 @@ def test_whatever_decides_what_is_asked_is_in_the_template(rows):
     task = lm_eval_tasks.load_tasks(spec)["tasks"]["gsm8k"]
 
     def template():
-        told = profiles.describe(spec, {"gsm8k": task}, {"gsm8k": ["gsm8k"]}, None)
-        return told["tasks"]["gsm8k"]["template"]
+        protocol = profiles.describe(spec, {"gsm8k": task}, {"gsm8k": ["gsm8k"]}, None)
+        return protocol["tasks"]["gsm8k"]["template"]
 
-    found = {template()}
+    templates = {template()}
     for name in (
         "description", "doc_to_text", "doc_to_choice", "doc_to_target", "gen_prefix", "fewshot_split",
         "fewshot_delimiter", "target_delimiter", "process_docs",
     ):  # fmt: skip
         before = task.get_config(name)
         task.set_config(key=name, value="other")
-        found.add(template())
+        templates.add(template())
         task.set_config(key=name, value=before)
-    assert len(found) == 10
+    assert len(templates) == 10
 
 
 def test_the_longest_name_that_covers_a_task_counts():
-    told = {name: profiles.TaskProtocol(name) for name in ("mmlu", "mmlu_anatomy")}
-    profile = profiles.Profile("x", "", told)
+    protocols = {name: profiles.TaskProtocol(name) for name in ("mmlu", "mmlu_anatomy")}
+    profile = profiles.Profile("x", "", protocols)
     assert [profile.key_for(name) for name in ("mmlu_anatomy", "mmlu_virology", "mmlu", "mmlupro")] == [
         "mmlu_anatomy", "mmlu", "mmlu", None,
     ]  # fmt: skip
@@ -300,6 +299,6 @@ def test_only_the_answers_to_these_questions_are_read(answered, tmp_path):
             (other / name).write_bytes((folder / name).read_bytes())
         first, *rest = run_folder.read_samples(folder)
         (other / run_folder.SAMPLES).write_bytes(b"".join(map(run_folder.encode, [{**first, **change}, *rest])))
-        with pytest.raises(ConfigError, match=r"is not the one that was answered|holds no answer to"):
+        with pytest.raises(ConfigError, match=r"has changed since it was answered|holds no answer to"):
             rescore(other, "lm-eval", tmp_path / f"out{number}")
         assert not (tmp_path / f"out{number}").exists()

@@ -1,4 +1,4 @@
-"""Published layouts load without their repositories' code: openPangu, NBDiff, LLaDA, FLUID; logits as written out."""
+"""Published layouts load without their repositories' code: openPangu, NBDiff, LLaDA, FLUID; logits as in plain code."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def weights():
     return random_weights(bias=True, tied=False)
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=2e-4)
 
 
 def bidirectional(checkpoint, ids):
@@ -127,7 +127,7 @@ def test_nbdiff_is_told_by_name_by_config_or_by_the_user(tmp_path, weights, name
     assert (checkpoint.mask_id, checkpoint.manifest.block_length) == (piece_ids()[text], block)
     close(bidirectional(checkpoint, IDS), plain_forward(weights, IDS, causal=False))
     engine = fluid_model.engine_for(checkpoint, NbdiffSettings(small_blocks=1))
-    assert engine.strategy.widest == (block or 32)
+    assert engine.strategy.max_slots == (block or 32)
     (answer,) = engine.generate([Request("x", (5, 6, 7), 8)])
     assert len(answer.ids) <= 8
 

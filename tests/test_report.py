@@ -18,7 +18,7 @@ from fluid_eval.cli.main import main
 from fluid_eval.output.figures import tokens_per_forward
 from fluid_eval.output.report import samples, write_report
 from fluid_eval.output.report.facts import AUDIT_STATES, audit_state
-from fluid_eval.output.report.stored import read_runs
+from fluid_eval.output.report.runs import read_runs
 from fluid_eval.results.run_folder import write_json
 from fluid_model.common.errors import ConfigError
 
@@ -122,20 +122,20 @@ def test_samples_keep_what_matters(page: str, folder: Path) -> None:
     assert last["answers"][0]["loglikelihoods"][0] == "-inf"  # JSON has no infinities
     assert "cut" not in last["answers"][0]
     for record, sample in zip(read_runs([folder])[0][0].records, data["samples"][:WRITTEN], strict=False):
-        (found,) = sample["answers"]
+        (entry,) = sample["answers"]
         if not record["pieces"]:
             continue
-        start, end = found["span"]
-        ends = list(accumulate(unpack(found["lengths"])))
-        text = found["text"].encode("utf-16-le", "surrogatepass")  # as a browser counts
+        start, end = entry["span"]
+        ends = list(accumulate(unpack(entry["lengths"])))
+        text = entry["text"].encode("utf-16-le", "surrogatepass")  # as a browser counts
         pieces = [text[2 * a : 2 * b].decode("utf-16-le", "surrogatepass") for a, b in pairwise([0, *ends])]
         assert pieces == record["pieces"]
-        assert list(accumulate(unpack(found["written"]))) == record["trace"]["written"]
+        assert list(accumulate(unpack(entry["written"]))) == record["trace"]["written"]
         assert text[2 * start : 2 * end].decode("utf-16-le", "surrogatepass") == record["output"]
         assert start == 0 or start > len(record["output"])
         assert (start > 0) == (record["key"] == "gsm8k/5")  # which thinks first, in the answer's own words
         drafts = [[forward, place, len(ids)] for forward, place, ids in record["trace"]["rejected"]]
-        assert [one[:3] for one in found.get("rejected", [])] == drafts
+        assert [one[:3] for one in entry.get("rejected", [])] == drafts
 
 
 def test_packing_loses_nothing() -> None:
@@ -149,16 +149,16 @@ def test_long_answers_lose_their_middle_between_tokens(folder: Path) -> None:
     rng = random.Random(1)
     text = "".join(rng.choices(["a word ", "or 😀 ", "two\n"], k=1500))
     record = written(4, "fluid", rng, text)
-    found = samples._written(record, 6000, True)
-    head, left_out, tail = found["text"]
-    at, many = found["skip"]
+    entry = samples._written(record, 6000, True)
+    head, left_out, tail = entry["text"]
+    at, many = entry["skip"]
     assert max(map(samples._units, (head, tail))) <= 3000 < samples._units(head) + 20
     assert [samples._units(text) for text in ("é", "😀", HALF)] == [1, 2, 1]  # as a browser counts
     assert head == "".join(record["pieces"][:at])
     assert tail == "".join(record["pieces"][at + many :])
     assert left_out == samples._units("".join(record["pieces"][at : at + many]))
-    assert sum(unpack(found["lengths"])) == samples._units(head + tail)
-    assert list(accumulate(unpack(found["written"]))) == record["trace"]["written"]
+    assert sum(unpack(entry["lengths"])) == samples._units(head + tail)
+    assert list(accumulate(unpack(entry["written"]))) == record["trace"]["written"]
     old = {name: value for name, value in record.items() if name != "pieces"}  # of a run that did not record them
     head, left_out, tail = samples._written(old, 6000, True)["output"]
     assert (len(head), len(tail)) == (3000, 3000)
@@ -190,11 +190,11 @@ def test_a_run_of_a_thousand_samples_stays_below_5_mb(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_cut_and_said(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, _ = read_runs([folder])
-    whole = samples.block(runs)
-    assert (whole.clip, whole.drafts) == (6000, True)
-    monkeypatch.setattr(samples, "PAGE_BYTES", len(whole.json) - 10)
+    complete = samples.block(runs)
+    assert (complete.clip, complete.drafts) == (6000, True)
+    monkeypatch.setattr(samples, "PAGE_BYTES", len(complete.json) - 10)
     write_report([folder], tmp_path / "page.html")
-    assert "Rejected drafts are left out" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Rejected draft tokens are left out" in (tmp_path / "page.html").read_text(encoding="utf-8")
     monkeypatch.setattr(samples, "PAGE_BYTES", 8000)
     small = samples.block(runs)
     assert len(small.json.encode()) <= 8000
@@ -277,7 +277,7 @@ def test_what_was_audited_and_possible_is_told(tmp_path: Path) -> None:
     write_report([folder], tmp_path / "before.html")
     before = (tmp_path / "before.html").read_text(encoding="utf-8")
     assert "not audited" in before
-    assert "What was possible was not measured" in before
+    assert "The K-head was not measured" in before
     diverging = {
         "key": "gsm8k/4", "place": 3, "context": "<so", "ours": " ", "theirs": "that", "margin": 0.0125,
         "margin_recheck": 0.5, "agrees_in_recheck": False, "verdict": "algorithmic",
@@ -308,9 +308,9 @@ def test_what_was_audited_and_possible_is_told(tmp_path: Path) -> None:
     assert "3.1% less a token than the best fixed stride, 4" in page
     records = read_runs([folder])[0][0].records
     rounds = [pair for r in records for pair in zip(r["trace"]["predicted"], r["trace"]["accepted"], strict=True)]
-    drafted, kept = (sum(pair[i] for pair in rounds) / len(rounds) for i in (0, 1))
-    told = [str(len(rounds)), f"{drafted:.2f}", f"{kept:.2f}", f"{100 * kept / drafted:.0f}%"]
-    assert ["all tasks", *told] in rows
+    drafted, accepted = (sum(pair[i] for pair in rounds) / len(rounds) for i in (0, 1))
+    text = [str(len(rounds)), f"{drafted:.2f}", f"{accepted:.2f}", f"{100 * accepted / drafted:.0f}%"]
+    assert ["all tasks", *text] in rows
     other = write_run(tmp_path / "ar", "ar")
     sampled = {
         "n": 101, "p": 0.4, "p_ranks": 0.2, "rare": 7, "rare_below": 1e-4, "p_rare": 0.9, "enough": 2000, "ok": True,
@@ -326,8 +326,8 @@ def test_what_was_audited_and_possible_is_told(tmp_path: Path) -> None:
     assert "29 of 30 answers equal AR&#39;s with the same random numbers; distribution: p 0.400 over 101 tokens" in page
     assert '<span class="state none"><span class="sign" aria-hidden="true">–</span> different</span>' in page
     assert "Under 2,000 tokens nothing is decided" in page
-    assert 'aria-label="Rounds by task, A"' in page
-    assert 'aria-label="Rounds by task, B"' not in page, "there were none"
+    assert 'aria-label="Steps by task, A"' in page
+    assert 'aria-label="Steps by task, B"' not in page, "there were none"
     states = {verdict: audit_state({**some, "verdict": verdict}) for verdict in (*AUDIT_STATES, "different")}
     assert list(states.values()) == ["good", "good", "warn", "warn", "bad"]
     assert audit_state({**some, "verdict": "different", "promises": False}) == "none"

@@ -25,11 +25,11 @@ def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
         try:
-            found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+            elements = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         except Error as error:
             pytest.skip(f"no browser starts here: {str(error).splitlines()[0]}")
-        yield found
-        found.close()
+        yield elements
+        elements.close()
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_what_matters_is_seen_on_paper_and_on_a_telephone(browser: Browser, tmp_
         page.goto((tmp_path / "page.html").as_uri())
         page.emulate_media(media="print")
         widths = "all => all.map(one => [one.ariaLabel, one.scrollWidth - one.clientWidth])"
-        assert [found for found in page.locator(".wide").evaluate_all(widths) if found[1] > 0] == []
+        assert [elements for elements in page.locator(".wide").evaluate_all(widths) if elements[1] > 0] == []
         page.emulate_media(media="screen")
         page.set_viewport_size({"width": 390, "height": 844})
         box = page.get_by_role("region", name="Runs").locator("tbody tr").first.locator("td.num").first.bounding_box()
@@ -148,10 +148,10 @@ def test_filters_and_search(page: Page, pages: dict[str, str]) -> None:
         " sample.answers.map((answer) => Object.values(answer.scores)[0] === 1))"
     )
     expected = {
-        "flipped": sum(len(set(found)) == 2 for found in verdicts),
-        "allwrong": sum(not any(found) for found in verdicts),
-        "lostC": sum(found[0] and not found[2] for found in verdicts),
-        "gainedB": sum(not found[0] and found[1] for found in verdicts),
+        "flipped": sum(len(set(elements)) == 2 for elements in verdicts),
+        "allwrong": sum(not any(elements) for elements in verdicts),
+        "lostC": sum(elements[0] and not elements[2] for elements in verdicts),
+        "gainedB": sum(not elements[0] and elements[1] for elements in verdicts),
     }
     assert min(expected.values()) > 0
     for value, number in expected.items():
@@ -193,10 +193,10 @@ def test_an_answer_replays_forward_by_forward(page: Page, pages: dict[str, str])
     seen = ""
     for forward in range(1, all_ + 1):
         page.keyboard.press("ArrowRight")
-        told = slider.get_attribute("aria-valuetext") or ""
-        assert told.startswith(f"forward {forward} of {all_} ({'prefill' if forward == 1 else 'round'})")
+        texts = slider.get_attribute("aria-valuetext") or ""
+        assert texts.startswith(f"forward {forward} of {all_} ({'prefill' if forward == 1 else 'round'})")
         seen += "".join(current.all_text_contents())
-        assert ("wrote nothing" in told) == (current.count() == 0)
+        assert ("wrote nothing" in texts) == (current.count() == 0)
         expect(page.locator(".tokens .current.later")).to_have_count(0)
     assert seen == sample["text"]
     expect(page.locator(".tokens .off")).to_have_count(0)
@@ -259,8 +259,8 @@ def test_nothing_that_axe_finds(page: Page, pages: dict[str, str], name: str, sc
     page.goto(pages[name] + "#samples&key=gsm8k/11")
     page.get_by_label("rejected draft").check()
     page.evaluate("for (const panel of document.querySelectorAll('.panel')) panel.hidden = false")
-    found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
-    assert [(one["id"], node["html"], node["failureSummary"]) for one in found for node in one["nodes"]] == []
+    elements = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+    assert [(one["id"], node["html"], node["failureSummary"]) for one in elements for node in one["nodes"]] == []
 
 
 def test_a_narrow_page_scrolls_only_down_and_all_of_it_prints(page: Page, pages: dict[str, str]) -> None:

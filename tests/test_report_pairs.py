@@ -11,7 +11,7 @@ import pytest
 
 from fluid_eval.cli.main import main
 from fluid_eval.output.report import facts, setup, write_report
-from fluid_eval.output.report.stored import read_runs
+from fluid_eval.output.report.runs import read_runs
 from fluid_eval.output.terminal import difference, probability
 from fluid_eval.results import speed_repeats
 from fluid_eval.results.run_folder import write_json
@@ -28,16 +28,16 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     answers = [written(n, "fluid", rng) for n in range(WRITTEN)]
     for name, right, slower in (("base", 0.0, 9), ("other", 1.0, 1)):
         write_run(top / name, records=[{**one, "scores": dict.fromkeys(one["scores"], right)} for one in answers])
-        for turn in range(3):  # timed in turns
-            seconds = {one["key"]: one["seconds"] * slower * (turn + 1) for one in answers}
-            speed_repeats.append(top / name, speed_repeats.Repeat("s", turn, seconds))
+        for number in range(3):  # timed in turns
+            seconds = {one["key"]: one["seconds"] * slower * (number + 1) for one in answers}
+            speed_repeats.append(top / name, speed_repeats.Repeat("s", number, seconds))
     return [top / "base", top / "other"]
 
 
 def test_runs_asked_otherwise_are_not_compared_unasked(pair: list[Path], tmp_path: Path) -> None:
-    found = facts.gather(read_runs(pair)[0], None)
-    assert found.verdicts[0].state == "good"
-    assert found.placed[0].dominated_by == found.placed[1].name
+    gathered = facts.gather(read_runs(pair)[0], None)
+    assert gathered.verdicts[0].state == "good"
+    assert gathered.placed[0].dominated_by == gathered.placed[1].name
     file = pair[1] / "result.json"
     before = file.read_text()
     result = json.loads(before)
@@ -54,11 +54,11 @@ def test_runs_asked_otherwise_are_not_compared_unasked(pair: list[Path], tmp_pat
                 assert "Protocols differ" in text
             assert ('id="compare"' in page, "## Differences" in markdown) == (compared, compared)
             assert markdown.index("Protocols differ (") < (markdown + "## Differences").index("## Differences")
-            found = facts.gather(read_runs(pair)[0], None, across_protocols=compared)
-            assert (found.verdicts[0].state, found.verdicts[0].word) == ("warn", "Protocols differ")
-            scores = [one for one in found.verdicts if one.about.startswith("Score")]
+            gathered = facts.gather(read_runs(pair)[0], None, across_protocols=compared)
+            assert (gathered.verdicts[0].state, gathered.verdicts[0].word) == ("warn", "Protocols differ")
+            scores = [one for one in gathered.verdicts if one.about.startswith("Score")]
             assert [one.state for one in scores] == ["none"] * compared
-            assert {place.dominated_by for place in found.placed} == {None}
+            assert {place.dominated_by for place in gathered.placed} == {None}
     finally:
         file.write_text(before)
 
@@ -69,26 +69,26 @@ def test_one_address_tells_differences_and_one_task_once(
     """Terminal, page and appendix print one difference in the same words; of one task there is no second line."""
     one = [write_run(tmp_path / name) for name in ("base", "other")]
     for old, new in zip(pair, one, strict=True):
-        kept = (old / "samples.jsonl").read_bytes().splitlines(keepends=True)[:WRITTEN]
-        (new / "samples.jsonl").write_bytes(b"".join(kept))
+        stored = (old / "samples.jsonl").read_bytes().splitlines(keepends=True)[:WRITTEN]
+        (new / "samples.jsonl").write_bytes(b"".join(stored))
         result = json.loads((old / "result.json").read_text())
         write_json(new / "result.json", result | {"lines": result["lines"][:2], "members": {"gsm8k": ["gsm8k"]}})
     for runs, tasks in ((pair, ["gsm8k", "mmlu", "all"]), (one, ["gsm8k"])):
         files = tmp_path / "page.html", tmp_path / "page.md"
         write_report(runs, files[0], markdown=files[1])
         assert main(["compare", "--json", *map(str, runs)]) == 0
-        (found,) = json.loads(capsys.readouterr().out)["pairs"]
-        told = [difference(row["difference"]) for row in [*found["tasks"], found["all"]][: len(tasks)]]
+        (gathered,) = json.loads(capsys.readouterr().out)["pairs"]
+        lines = [difference(row["difference"]) for row in [*gathered["tasks"], gathered["all"]][: len(tasks)]]
         page, markdown = (file.read_text(encoding="utf-8") for file in files)
         rows = [line.split(" | ") for line in markdown.splitlines() if line.startswith("| B - A")]
-        assert [(row[1], row[3]) for row in rows] == list(zip(tasks, told, strict=True))
+        assert [(row[1], row[3]) for row in rows] == list(zip(tasks, lines, strict=True))
         rows = [row for row in Outline(page).rows if row and row[-1].endswith("lost")]
-        assert [row[4] for row in rows] == told
+        assert [row[4] for row in rows] == lines
         heads = [name.replace("all", "mean over tasks") for name in tasks]
         assert all(row[0].startswith(head) for row, head in zip(rows, heads, strict=True))
         assert main(["compare", *map(str, runs)]) == 0
         out = capsys.readouterr().out
-        assert all(one in out for one in told)
+        assert all(one in out for one in lines)
 
 
 def test_differences_and_p_values() -> None:

@@ -1,4 +1,4 @@
-"""FLUID in one forward a round does what a plain version without a cache does, round by round."""
+"""FLUID with one forward a step against a plain version without a cache, tree or intervals, step by step."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from fluid_eval.common.paths import resource
 from fluid_model import ArSettings, FluidSettings, Request, load
 from fluid_model.checkpoints.checkpoint import Checkpoint
-from fluid_model.decoders import engine_for, fluid
+from fluid_model.decoders import engine_for
+from fluid_model.decoders.draft_policy import StepStatistics
 from fluid_model.decoders.sampling import choose
-from fluid_model.engine.records import Step
+from fluid_model.engine.records import RowForward
 
 from .test_laws import write
 
@@ -37,16 +38,16 @@ def requests(checkpoint: Checkpoint) -> list[Request]:
 
 
 Text = tuple[int, ...]
-"""What may stand behind what is written and cached: the pending token, then drafts."""
+"""A path of the draft tree: the bonus token, then draft tokens."""
 
 
-def forward(checkpoint: Checkpoint, done: list[int], fans: dict[Text, int]):
-    """One forward over the answer so far, the last token of every text and the masks behind it, so many: what each slot
-    reads is written out. Returns logits and hidden states by (text, step).
+def forward(checkpoint: Checkpoint, done: list[int], blocks: dict[Text, int]):
+    """One forward over the answer so far, the last token of every path and its mask block; what each slot attends to is
+    decided pair by pair. blocks: size of each path's mask block.  Returns logits and hidden states by (path, step).
     """
     slots = [((), -at) for at in range(len(done), 0, -1)]
-    slots += [(text, 0) for text in fans] + [(text, s) for text, masks in fans.items() for s in range(1, masks + 1)]
-    ids = done + [text[-1] for text in fans] + [checkpoint.mask_id] * sum(fans.values())
+    slots += [(text, 0) for text in blocks] + [(text, s) for text, masks in blocks.items() for s in range(1, masks + 1)]
+    ids = done + [text[-1] for text in blocks] + [checkpoint.mask_id] * sum(blocks.values())
     rows = []
     for text, step in slots:
         begins = {text[:length] for length in range(len(text))}
@@ -62,52 +63,52 @@ def forward(checkpoint: Checkpoint, done: list[int], fans: dict[Text, int]):
     return {slot: (out.logits[0, i], out.hidden_states[-1][0, i]) for i, slot in enumerate(slots)}
 
 
-def texts_after(pending: int, drafts: list[list[tuple[int, float]]], price: float, most: int) -> dict[Text, float]:
-    """All texts likelier than the price and how likely they are; the likeliest if there are too many."""
-    found = {(pending,): 1.0}
-    for depth, rivals in enumerate(drafts, 1):
-        found |= {
-            (*text, token): reached * sure
-            for text, reached in found.items()
-            for token, sure in rivals
-            if len(text) == depth and reached * sure >= price
+def paths_behind(bonus: int, drafts: list[list[tuple[int, float]]], cost: float, most: int) -> dict[Text, float]:
+    """All paths whose probability is the marginal cost at least; the likeliest if there are too many."""
+    paths = {(bonus,): 1.0}
+    for depth, siblings in enumerate(drafts, 1):
+        paths |= {
+            (*text, token): reached * probability
+            for text, reached in paths.items()
+            for token, probability in siblings
+            if len(text) == depth and reached * probability >= cost
         }
-    return dict(sorted(found.items(), key=lambda pair: -pair[1])[:most])
+    return dict(sorted(paths.items(), key=lambda pair: -pair[1])[:most])
 
 
 def in_order(texts: dict[Text, float]) -> list[Text]:
-    """Each before those that go on with it, the likelier ones first."""
+    """Preorder: each path before those that continue it, the likelier sibling first."""
     return sorted(texts, key=lambda text: [(-texts[text[: n + 1]], text[n]) for n in range(len(text))])
 
 
 @dataclass
 class Tally:
-    """How a row's rounds went so far; what it begins with counts as four rounds."""
+    """Statistics of a row's steps; its prior counts as four steps."""
 
     together: int
     decoder: FluidSettings
-    rounds: float = 4.0
-    written: float = 10.0
+    steps: float = 4.0
+    committed: float = 10.0
     slots: float = 48.0
 
     @property
-    def price(self) -> float:
-        """Tokens that would be written in the time of a slot."""
+    def cost(self) -> float:
+        """Tokens that would be committed in the time of a slot."""
         budget = self.decoder.slot_budget or 1
-        each = self.together * (self.written / self.rounds) / (budget + self.together * self.slots / self.rounds)
+        each = self.together * (self.committed / self.steps) / (budget + self.together * self.slots / self.steps)
         return min(max(each, 0.001), 0.9)
 
-    def width(self, hit: float) -> int:
-        """The most masks of which the last is likelier to be used than it is dear."""
-        masks, true = 0, (self.written - self.rounds) / self.written
-        while masks < self.decoder.max_horizon - 1 and hit * true ** (masks + 1) >= self.price:
+    def width(self, stops: float) -> int:
+        """The largest mask block whose last slot gains more than it costs. stops: probability that drafts end there."""
+        masks, accepted = 0, (self.committed - self.steps) / self.committed
+        while masks < self.decoder.max_horizon - 1 and stops * accepted ** (masks + 1) >= self.cost:
             masks += 1
         return masks
 
 
 @torch.inference_mode()
-def plain_rounds(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tokens: int, rows: int):
-    """The answer, its rounds, and the slots they fed, where `rows` share a forward."""
+def plain_steps(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tokens: int, rows: int):
+    """The answer, its steps, and the slots they fed, where `rows` share a forward."""
     random = torch.Generator().manual_seed(SEED)
     draws = torch.tensor([float(torch.rand((), generator=random)) for _ in range(new_tokens + 2 * decoder.max_horizon)])
     count = decoder.candidates if decoder.verify and decoder.temperature == 0 else 1
@@ -115,53 +116,57 @@ def plain_rounds(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tok
 
     def pick(logits, place):
         """The token of a place of the answer, and its probability."""
-        token, sure = choose(logits[None], draws[place : place + 1], decoder.temperature, decoder.top_p, "probability")
-        return int(token), float(sure)
+        draw = draws[place : place + 1]
+        token, probability = choose(logits[None], draw, decoder.temperature, decoder.top_p, "probability")
+        return int(token), float(probability)
 
     def candidates(logits, place):
-        """What may be drafted there."""
-        sure, tokens = logits.softmax(-1).topk(count)
-        return [pick(logits, place)] if count == 1 else list(zip(tokens.tolist(), sure.tolist(), strict=True))
+        """Candidates for a place of the answer."""
+        ranked, tokens = logits.softmax(-1).topk(count)
+        return [pick(logits, place)] if count == 1 else list(zip(tokens.tolist(), ranked.tolist(), strict=True))
 
     tally = Tally(rows, decoder)
-    fans = {prompt[-1:]: tally.width(1.0) if decoder.verify else decoder.max_horizon - 1}
+    blocks = {prompt[-1:]: tally.width(1.0) if decoder.verify else decoder.max_horizon - 1}
     done, answer = list(prompt[:-1]), []
-    rounds, fed = 0, len(prompt) - 1
+    steps, fed = 0, len(prompt) - 1
     while len(answer) < new_tokens and not any(token in checkpoint.end_ids for token in answer):
-        found = forward(checkpoint, done, fans)
-        slots = len(fans) + sum(fans.values())
-        rounds, fed = rounds + 1, fed + slots
-        place, text = len(answer), next(iter(fans))  # the place of what follows all that is written
+        outputs = forward(checkpoint, done, blocks)
+        slots = len(blocks) + sum(blocks.values())
+        steps, fed = steps + 1, fed + slots
+        place, text = len(answer), next(iter(blocks))  # the first place that is not committed, and the bonus token
+        # 1) verify
         if answer:
-            tally.rounds, tally.slots = tally.rounds + 1, tally.slots + slots
+            tally.steps, tally.slots = tally.steps + 1, tally.slots + slots
         if answer and decoder.verify:
-            while (longer := (*text, pick(found[text, 0][0], place)[0])) in fans:
+            while (longer := (*text, pick(outputs[text, 0][0], place)[0])) in blocks:
                 text, place = longer, place + 1
         elif answer:
-            text = max(fans, key=len)
-        pending, _ = pick(found[text, 0][0], place)
-        said = [candidates(found[text, step][0], place + step) for step in range(1, fans[text] + 1)]
-        stride = int(checkpoint.head.stride(found[text, 0][1][None]))
-        said = said[: min(max(stride, decoder.min_horizon), decoder.max_horizon) - 1]
+            text = max(blocks, key=len)
+        bonus, _ = pick(outputs[text, 0][0], place)
+        # 2) draft
+        drafts = [candidates(outputs[text, step][0], place + step) for step in range(1, blocks[text] + 1)]
+        stride = int(checkpoint.head.stride(outputs[text, 0][1][None]))
+        drafts = drafts[: min(max(stride, decoder.min_horizon), decoder.max_horizon) - 1]
         done += text
         verified = list(text[1:]) if answer and decoder.verify else []
         if decoder.verify:
-            texts = texts_after(pending, said, tally.price, most // 2)
-            left, fans = most - len(texts), {}
+            texts = paths_behind(bonus, drafts, tally.cost, most // 2)
+            left, blocks = most - len(texts), {}
             for text in in_order(texts):
                 onward = sum(texts[longer] for longer in texts if longer[:-1] == text)
-                fans[text] = min(tally.width(texts[text] - onward), left)
-                left -= fans[text]
-            fresh = [*verified, pending]
+                blocks[text] = min(tally.width(texts[text] - onward), left)
+                left -= blocks[text]
+            fresh = [*verified, bonus]
         else:
-            sure = takewhile(lambda rivals: rivals[0][1] > decoder.confidence, said)
-            fresh = [pending, *(rivals[0][0] for rivals in sure)]
-            fans = {tuple(fresh[: n + 1]): 0 for n in range(len(fresh))} | {tuple(fresh): decoder.max_horizon - 1}
-        tally.written += len(fresh) if answer else 0
+            confident = takewhile(lambda siblings: siblings[0][1] > decoder.confidence, drafts)
+            fresh = [bonus, *(siblings[0][0] for siblings in confident)]
+            blocks = {tuple(fresh[: n + 1]): 0 for n in range(len(fresh))} | {tuple(fresh): decoder.max_horizon - 1}
+        # 3) commit
+        tally.committed += len(fresh) if answer else 0
         answer += fresh
     answer = answer[:new_tokens]
     end = next((i for i, token in enumerate(answer) if token in checkpoint.end_ids), None)
-    return tuple(answer[:end]), rounds, fed
+    return tuple(answer[:end]), steps, fed
 
 
 @pytest.mark.parametrize(
@@ -182,13 +187,13 @@ def plain_rounds(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tok
     ],
 )
 @pytest.mark.parametrize("rows", [1, 3])
-def test_one_forward_a_round(checkpoint, decoder, rows):
-    """Same text, same number of rounds, same slots fed."""
-    found = write(checkpoint, decoder, requests(checkpoint), slots=rows)
+def test_one_forward_a_step(checkpoint, decoder, rows):
+    """Same text, same number of steps, same slots fed."""
+    answers = write(checkpoint, decoder, requests(checkpoint), slots=rows)
     for request in requests(checkpoint):
-        ids, rounds, fed = plain_rounds(checkpoint, request.prompt, decoder, NEW, rows)
-        trace = found[request.key].trace
-        assert (found[request.key].ids, sum(trace.forwards.values()), trace.slots) == (ids, rounds, fed)
+        ids, steps, fed = plain_steps(checkpoint, request.prompt, decoder, NEW, rows)
+        trace = answers[request.key].trace
+        assert (answers[request.key].ids, sum(trace.forwards.values()), trace.slots) == (ids, steps, fed)
 
 
 def test_drafts_end_where_the_window_does(checkpoint):
@@ -206,7 +211,7 @@ def test_drafts_end_where_the_window_does(checkpoint):
 
 
 def test_slots_are_fed_where_they_are_cheap(checkpoint):
-    """The dearer they are, the fewer a forward has and the more forwards it takes."""
+    """The more they cost, the fewer a forward has and the more forwards it takes."""
     fed, forwards = [], []
     for budget in (2, 30, 500, 100_000):
         traces = [
@@ -221,27 +226,27 @@ def test_slots_are_fed_where_they_are_cheap(checkpoint):
 
 def test_no_row_feeds_more_than_it_has_columns_for(checkpoint, monkeypatch):
     """Where slots cost nothing all of them are fed."""
-    monkeypatch.setattr(fluid._Row, "price", lambda *_: 1e-4)
+    monkeypatch.setattr(StepStatistics, "marginal_cost", lambda *_: 1e-4)
     engine = engine_for(checkpoint, FluidSettings(slot_budget=120, min_horizon=16), 2)
-    seen: list[Step] = []
+    seen: list[RowForward] = []
     engine.watch = seen.append
-    found = {g.key: g.ids for g in engine.generate(requests(checkpoint))}
-    assert found == {key: g.ids for key, g in write(checkpoint, ArSettings(), requests(checkpoint)).items()}
-    assert max(len(step.ids) for step in seen if step.kind == "round") == engine.strategy.widest == 60
+    answers = {g.key: g.ids for g in engine.generate(requests(checkpoint))}
+    assert answers == {key: g.ids for key, g in write(checkpoint, ArSettings(), requests(checkpoint)).items()}
+    assert max(len(step.ids) for step in seen if step.kind == "round") == engine.strategy.max_slots == 60
 
 
 def test_a_horizon_beyond_the_heads_costs_nothing(checkpoint):
-    found = [write(checkpoint, FluidSettings(max_horizon=k, slot_budget=64), requests(checkpoint)) for k in (16, 64)]
-    assert {k: (g.ids, g.trace) for k, g in found[0].items()} == {k: (g.ids, g.trace) for k, g in found[1].items()}
+    answers = [write(checkpoint, FluidSettings(max_horizon=k, slot_budget=64), requests(checkpoint)) for k in (16, 64)]
+    assert {k: (g.ids, g.trace) for k, g in answers[0].items()} == {k: (g.ids, g.trace) for k, g in answers[1].items()}
 
 
 @pytest.mark.parametrize("heat", [0.0, 0.5])
-def test_drafts_are_sometimes_right_and_sometimes_not(checkpoint, heat):
+def test_drafts_are_sometimes_accepted_and_sometimes_rejected(checkpoint, heat):
     """The law above would prove little if they were always the one, nor that sampled text is AR's."""
     decoder = FluidSettings(temperature=heat)
-    found = write(checkpoint, decoder, requests(checkpoint))
-    pairs = [pair for g in found.values() for pair in zip(g.trace.predicted, g.trace.accepted, strict=True)]
-    assert any(kept > 1 for _, kept in pairs)
-    assert any(kept < drafted for drafted, kept in pairs)
+    answers = write(checkpoint, decoder, requests(checkpoint))
+    pairs = [pair for g in answers.values() for pair in zip(g.trace.predicted, g.trace.accepted, strict=True)]
+    assert any(accepted > 1 for _, accepted in pairs)
+    assert any(accepted < drafted for drafted, accepted in pairs)
     expected = write(checkpoint, ArSettings(temperature=heat), requests(checkpoint))
-    assert {key: g.text for key, g in found.items()} == {key: g.text for key, g in expected.items()}
+    assert {key: g.text for key, g in answers.items()} == {key: g.text for key, g in expected.items()}

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluid_model import ConfigError
-from fluid_model.train.data import Rows, encode, packs
+from fluid_model.train.data import TrainingSet, encode, pack_examples
 from fluid_model.train.recipe import DataSpec
-from fluid_model.train.row_layouts import Example, plain
-from fluid_model.train.rows import Columns, Row, Source, Turn, load_rows, read_rows, sources
+from fluid_model.train.row_layouts import Example, causal_row
+from fluid_model.train.rows import ChatTurn, Columns, DataRow, DataSource, data_sources, load_rows, read_rows
 
 from .tiny import byte_tokenizer
 
@@ -21,16 +21,27 @@ CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+def chat(*texts):
+    """The user's and the assistant's turns in turn."""
+    roles = ("user", "assistant") * len(texts)
+    return DataRow(chat=tuple(map(ChatTurn, roles, texts)))
+
+
 ALPACA = {"instruction": "Add.", "input": "1+1", "output": "2", "system": "Be brief.", "history": [["Hi", "Hello"]]}
-ALPACA_ROW = Row(
+ALPACA_ROW = DataRow(
     chat=(
-        Turn("system", "Be brief."), Turn("user", "Hi"), Turn("assistant", "Hello"), Turn("user", "Add.\n1+1"),
-        Turn("assistant", "2"),
+        ChatTurn("system", "Be brief."),
+        ChatTurn("user", "Hi"),
+        ChatTurn("assistant", "Hello"),
+        ChatTurn("user", "Add.\n1+1"),
+        ChatTurn("assistant", "2"),
     )
-)  # fmt: skip
+)
 SHAREGPT = {"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]}
 MESSAGES = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}
-CHAT_ROW = Row(chat=(Turn("user", "1+1?"), Turn("assistant", "2")))
+CHAT_ROW = chat("1+1?", "2")
 
 
 def written(file, rows):
@@ -48,22 +59,25 @@ def written(file, rows):
 @pytest.mark.parametrize(
     ("value", "row"),
     [
-        ({"prompt": "Q", "completion": " A"}, Row("Q", " A")),
-        ({"prompt": "", "completion": "A"}, Row("", "A")),
-        ({"text": "Once"}, Row("", "Once")),
+        ({"prompt": "Q", "completion": " A"}, DataRow("Q", " A")),
+        ({"prompt": "", "completion": "A"}, DataRow("", "A")),
+        ({"text": "Once"}, DataRow("", "Once")),
         (ALPACA, ALPACA_ROW),
-        ({"instruction": "Say 2.", "output": "2"}, Row(chat=(Turn("user", "Say 2."), Turn("assistant", "2")))),
+        (
+            {"instruction": "Say 2.", "output": "2"},
+            chat("Say 2.", "2"),
+        ),
         (SHAREGPT, CHAT_ROW),
         (MESSAGES, CHAT_ROW),
     ],
 )
 def test_forms_of_rows(tmp_path, name, value, row):
-    assert list(read_rows(Source(written(tmp_path / name, [value, value])))) == [row, row]
+    assert list(read_rows(DataSource(written(tmp_path / name, [value, value])))) == [row, row]
 
 
 def test_plain_text_is_one_row_a_paragraph(tmp_path):
     (tmp_path / "a.txt").write_text("One\ntwo.\n\n\n\nThree.\n")
-    assert [row.completion for row in read_rows(Source(tmp_path / "a.txt"))] == ["One\ntwo.", "Three."]
+    assert [row.completion for row in read_rows(DataSource(tmp_path / "a.txt"))] == ["One\ntwo.", "Three."]
 
 
 def test_a_register_of_llama_factory(tmp_path):
@@ -90,7 +104,7 @@ def test_a_register_of_llama_factory(tmp_path):
         ("pairs", "ranked pairs"),
     ):
         with pytest.raises(ConfigError, match=message):
-            sources(spec(name))
+            data_sources(spec(name))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +122,7 @@ def test_a_bad_row_names_file_and_line(tmp_path, line, what):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "fine"}\n\n' + line + "\n")
     with pytest.raises(ConfigError, match=r"rows\.jsonl, line 3: not a training row") as caught:
-        list(read_rows(Source(file)))
+        list(read_rows(DataSource(file)))
     assert what in str(caught.value)
 
 
@@ -117,8 +131,8 @@ def test_missing_files_and_columns_are_named(tmp_path):
         load_rows(DataSpec(files=(str(tmp_path / "nowhere.jsonl"),)))
     file = written(tmp_path / "a.jsonl", [{"ask": "x", "say": "y"}])
     with pytest.raises(ConfigError, match="line 1: not a training row: missing 'completion'"):
-        list(read_rows(Source(file)))
-    assert next(read_rows(Source(file, Columns(prompt="ask", response="say")))).chat[0].text == "x"
+        list(read_rows(DataSource(file)))
+    assert next(read_rows(DataSource(file, Columns(prompt="ask", response="say")))).chat[0].text == "x"
 
 
 @pytest.mark.parametrize(
@@ -148,19 +162,19 @@ def test_missing_files_and_columns_are_named(tmp_path):
 )
 def test_a_row_that_cannot_be_honoured_is_refused(tmp_path, row, what):
     with pytest.raises(ConfigError) as caught:
-        list(read_rows(Source(written(tmp_path / "a.jsonl", [row]))))
+        list(read_rows(DataSource(written(tmp_path / "a.jsonl", [row]))))
     assert f"a.jsonl, line 1: not a training row: {what}" in str(caught.value)
 
 
 def test_empty_fields_say_nothing(tmp_path):
     bare = {"text": None, "tools": [], "images": None, "tool_calls": None, "weight": None}
     rows = [{**MESSAGES, **bare}, {**MESSAGES, "prompt": "its first question"}]
-    assert list(read_rows(Source(written(tmp_path / "a.jsonl", rows)))) == [CHAT_ROW, CHAT_ROW]
+    assert list(read_rows(DataSource(written(tmp_path / "a.jsonl", rows)))) == [CHAT_ROW, CHAT_ROW]
 
 
 def test_a_system_message_stands_for_the_system_field(tmp_path):
     row = {"system": "field", "conversations": [{"from": "system", "value": "turn"}, *SHAREGPT["conversations"]]}
-    (read,) = read_rows(Source(written(tmp_path / "a.jsonl", [row])))
+    (read,) = read_rows(DataSource(written(tmp_path / "a.jsonl", [row])))
     assert [turn.text for turn in read.chat] == ["turn", "1+1?", "2"]
 
 
@@ -172,21 +186,27 @@ def test_what_weighs_nothing_carries_no_loss(tmp_path, silent):
         {"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "weight": 1},
     ]  # fmt: skip
     rows = [{"messages": turns}, {"messages": turns[:2]}, {"prompt": "x", "completion": "y", "weight": 0}]
-    (row,) = read_rows(Source(written(tmp_path / "a.jsonl", rows)))
+    (row,) = read_rows(DataSource(written(tmp_path / "a.jsonl", rows)))
     end = tokenizer.eos_token
     for loss_on, learnt in (("responses", ["d" + end]), ("last", ["d" + end]), ("all", ["a\n", "\nc\nd" + end])):
         (example,) = encode(tokenizer, [row], 64, loss_on)
-        assert [text.replace(tokenizer.bos_token or "", "") for text in said(tokenizer, example)] == learnt
+        assert [text.replace(tokenizer.bos_token or "", "") for text in learnt_texts(tokenizer, example)] == learnt
         assert "b" in tokenizer.decode(example.ids), "it is read all the same"
-    assert encode(tokenizer, [Row(chat=(Turn("user", "a"), Turn("assistant", "b", False)))], 64, "last") == []
+    assert (
+        encode(tokenizer, [DataRow(chat=(ChatTurn("user", "a"), ChatTurn("assistant", "b", False)))], 64, "last") == []
+    )
 
 
 def test_what_of_a_row_is_learnt():
     tokenizer = byte_tokenizer()
-    rows = [Row(chat=(Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")))]
+    rows = [
+        DataRow(
+            chat=(ChatTurn("user", "a"), ChatTurn("assistant", "b"), ChatTurn("user", "c"), ChatTurn("assistant", "d"))
+        )
+    ]
     assert [len(encode(tokenizer, rows, 64, loss_on)[0].spans) for loss_on in ("responses", "last", "all")] == [2, 1, 1]
-    (whole,) = encode(tokenizer, [Row("12", "34")], 64, "all")
-    assert whole.spans == ((0, len(whole.ids)),)
+    (everything,) = encode(tokenizer, [DataRow("12", "34")], 64, "all")
+    assert everything.spans == ((0, len(everything.ids)),)
 
 
 def test_json_is_told_by_its_text_not_its_name(tmp_path):
@@ -195,23 +215,23 @@ def test_json_is_told_by_its_text_not_its_name(tmp_path):
     for name in ("lines.json", "lines.json.gz", "array.jsonl"):
         text = json.dumps([row, row], indent=1) if "array" in name else json.dumps(row) + "\n" + json.dumps(row)
         (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
-        assert list(read_rows(Source(tmp_path / name))) == [Row("Q", "A")] * 2
+        assert list(read_rows(DataSource(tmp_path / name))) == [DataRow("Q", "A")] * 2
     (tmp_path / "empty.json").write_text("\n")
-    assert list(read_rows(Source(tmp_path / "empty.json"))) == []
+    assert list(read_rows(DataSource(tmp_path / "empty.json"))) == []
 
 
 def registered(folder, entry, rows, **more):
     written(folder / "set.json", rows)
     (folder / "dataset_info.json").write_text(json.dumps({"set": {"file_name": "set.json", **entry}}))
     spec = DataSpec(dataset_info=str(folder / "dataset_info.json"), datasets=("set",), **more)
-    return [row for source in sources(spec) for row in read_rows(source)]
+    return [row for source in data_sources(spec) for row in read_rows(source)]
 
 
 def test_a_register_says_which_columns_are_read(tmp_path):
     """What it does not name is not read, as in LLaMA-Factory."""
     both = {"instruction": "1+1?", "output": "2", "text": "rendered", "system": "s", "ask": "3?"}
     assert registered(tmp_path, {}, [both]) == [CHAT_ROW]
-    assert registered(tmp_path, {"columns": {"prompt": "text"}}, [both]) == [Row("", "rendered")]
+    assert registered(tmp_path, {"columns": {"prompt": "text"}}, [both]) == [DataRow("", "rendered")]
     mapped = {"columns": {"prompt": "ask", "response": "output", "system": "system"}, "split": "train"}
     (row,) = registered(tmp_path, mapped, [both])
     assert [turn.text for turn in row.chat] == ["s", "3?", "2"]
@@ -271,46 +291,48 @@ def test_a_folder_of_files_is_one_set(tmp_path):
     spec = DataSpec(dataset_info=str(tmp_path / "dataset_info.json"), datasets=("set",), held_out=1)
     (tmp_path / "dataset_info.json").write_text('{"set": {"file_name": "parts"}}')
     with pytest.raises(ConfigError, match="parts: an empty folder"):
-        sources(spec)
+        data_sources(spec)
     for n in (1, 0):
         written(folder / f"{n}.json", [{"instruction": f"{n}?", "output": str(n)}])
     assert [row.chat[1].text for row in (*load_rows(spec)[0], *load_rows(spec)[1])] == ["0", "1"]
     (folder / "notes.txt").write_text("x")
     with pytest.raises(ConfigError, match=r"files of several kinds \(\.json, \.txt\)"):
-        sources(spec)
+        data_sources(spec)
     with pytest.raises(ConfigError, match="parts is a folder; name its files"):
-        sources(DataSpec(files=(str(folder),)))
+        data_sources(DataSpec(files=(str(folder),)))
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(ConfigError, match=r"\.parquet is not read here"):
-        sources(DataSpec(files=(str(tmp_path / "a.parquet"),)))
+        data_sources(DataSpec(files=(str(tmp_path / "a.parquet"),)))
 
 
-def said(tokenizer, example):
+def learnt_texts(tokenizer, example):
     return [tokenizer.decode(example.ids[start:end]) for start, end in example.spans]
 
 
 def test_prompts_carry_no_loss():
     tokenizer = byte_tokenizer()
-    (plain_row,) = encode(tokenizer, [Row("1+1=", "2")], 64)
-    assert said(tokenizer, plain_row) == ["2" + tokenizer.eos_token]
+    (plain_row,) = encode(tokenizer, [DataRow("1+1=", "2")], 64)
+    assert learnt_texts(tokenizer, plain_row) == ["2" + tokenizer.eos_token]
     tokenizer.chat_template = CHAT
     (chat,) = encode(tokenizer, [ALPACA_ROW], 200)
-    assert said(tokenizer, chat) == ["Hello</assistant>", "2</assistant>"]
-    whole = tokenizer.apply_chat_template(
+    assert learnt_texts(tokenizer, chat) == ["Hello</assistant>", "2</assistant>"]
+    everything = tokenizer.apply_chat_template(
         [{"role": turn.role, "content": turn.text} for turn in ALPACA_ROW.chat], tokenize=False
     )
-    assert tokenizer.decode(chat.ids) == whole
+    assert tokenizer.decode(chat.ids) == everything
     tokenizer.chat_template = None
     (bare,) = encode(tokenizer, [ALPACA_ROW], 200)
-    assert said(tokenizer, bare) == ["Hello" + tokenizer.eos_token, "2" + tokenizer.eos_token]
+    assert learnt_texts(tokenizer, bare) == ["Hello" + tokenizer.eos_token, "2" + tokenizer.eos_token]
 
 
 def test_cut_rows_keep_what_is_left_of_their_response():
     tokenizer = byte_tokenizer()
-    rows = [Row("12345", "67"), Row("1", "2"), Row("", "123456789")]
+    rows = [DataRow("12345", "67"), DataRow("1", "2"), DataRow("", "123456789")]
     kept = encode(tokenizer, rows, 5)
     assert [(len(example.ids), example.spans) for example in kept] == [(3, ((1, 3),)), (5, ((0, 5),))]
-    two_turns = Row(chat=(Turn("user", "a"), Turn("assistant", "b"), Turn("user", "cdefgh"), Turn("assistant", "i")))
+    two_turns = DataRow(
+        chat=(ChatTurn("user", "a"), ChatTurn("assistant", "b"), ChatTurn("user", "cdefgh"), ChatTurn("assistant", "i"))
+    )
     (cut,) = encode(tokenizer, [two_turns], 8)
     assert len(cut.spans) == 1
 
@@ -319,23 +341,23 @@ def test_cut_rows_keep_what_is_left_of_their_response():
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=200), room=st.integers(30, 90), seed=st.integers(0, 9))
 def test_packs_hold_every_example_once_and_fit(sizes, room, seed):
     examples = [Example((n,) * size, ((0, size),)) for n, size in enumerate(sizes)]
-    made = packs(examples, room, seed)
+    made = pack_examples(examples, room, seed)
     assert sorted(example.ids[0] for pack in made for example in pack) == list(range(len(sizes)))
     assert all(sum(len(example.ids) for example in pack) <= room for pack in made)
-    assert made == packs(examples, room, seed)
+    assert made == pack_examples(examples, room, seed)
     half_full = sum(2 * sum(len(e.ids) for e in pack) <= room for pack in made)
     assert half_full <= 1, "two packs that fit together would have been one"
 
 
 def test_draws_depend_on_their_number_alone():
     class Numbered:
-        def lay(self, example, rng, step):
-            row = plain(example)
+        def build(self, example, rng, step):
+            row = causal_row(example)
             row.ids[0] = rng.randint(0, 10**6) * 100 + step
             return row
 
     made = [(Example((n, n), ((1, 2),)),) for n in range(5)]
-    rows = Rows(made, Numbered(), steps=4, batch=3, seed=1)
+    rows = TrainingSet(made, Numbered(), steps=4, batch=3, seed=1)
     forward = [rows[i] for i in range(len(rows))]
     assert [rows[i] for i in reversed(range(len(rows)))] == forward[::-1]
     assert [row.ids[0] % 100 for row in forward] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3], "a layout knows its step"

@@ -10,7 +10,8 @@ from fluid_eval.common.spec import build_spec
 from fluid_eval.results import run_folder
 from fluid_eval.running import job as job
 from fluid_eval.running.job import run
-from fluid_eval.running.workers import RayPool, open_pool
+from fluid_eval.running.ray_pool import RayPool
+from fluid_eval.running.workers import open_pool
 
 LIMIT = 2
 """Documents of a task, and of each of MMLU's 57 subjects."""
@@ -57,6 +58,10 @@ def test_four_tasks_from_one_call(four_tasks):
         "float32",
         260032,
     )
+    kind, reason = where["engine"]["forward_kind"], where["engine"]["forward_reason"]
+    assert (kind == "compiled") == (where["engine"]["forward"] == "compiled")
+    assert kind in ("compiled", "explicit")
+    assert reason
 
 
 def test_a_sample_says_all_about_itself(four_tasks):
@@ -143,17 +148,17 @@ def cluster():
 @pytest.fixture
 def closed(cluster, monkeypatch):
     """Has runs on Ray work there; which pools they closed, which go on here."""
-    found = []
+    pools = []
 
     class Kept:
         def __getattr__(self, name):
             return getattr(cluster, name)
 
         def close(self) -> None:
-            found.append(self)
+            pools.append(self)
 
     monkeypatch.setattr(job, "open_pool", lambda spec: Kept() if spec.engine.kind == "ray" else open_pool(spec))
-    return found
+    return pools
 
 
 def test_ray_gives_the_same_numbers(four_tasks, stories, data_dir, tmp_path, closed):

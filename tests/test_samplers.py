@@ -65,12 +65,12 @@ def plain_nbdiff(checkpoint: Checkpoint, prompt, decoder: NbdiffSettings, new_to
                     score[j] = {"probability": float(top[0]), "margin": float(top[0] - top[1]), "entropy": order}[
                         decoder.rule
                     ]
-                least = decoder.least_sureness
+                least = decoder.confidence_threshold
                 best = max(open_, key=lambda j: score[j])
                 written = {j: token[j] for j in open_ if j == best or score[j] > least}
                 assert set(written.values()) != {mask}, "the public code would not end"
-                for j, said in written.items():
-                    block[j] = said
+                for j, chosen in written.items():
+                    block[j] = chosen
             if not set(checkpoint.end_ids).isdisjoint(block):
                 return cut(checkpoint, answer + block, new_tokens), count
         answer += block
@@ -131,12 +131,12 @@ def test_nbdiff_is_the_public_decoder(rule, threshold, parts):
     else:
         bounds = {"confidence": threshold}
     decoder = NbdiffSettings(block_length=length, small_blocks=small, rule=rule, **bounds)
-    found = write(CHECKPOINT, decoder, requests(3, NEW), slots=2)
+    answers = write(CHECKPOINT, decoder, requests(3, NEW), slots=2)
     for request in requests(3, NEW):
         ids, count = plain_nbdiff(CHECKPOINT, request.prompt, decoder, NEW)
-        assert found[request.key].ids == ids
-        used = {kind: n for kind, n in found[request.key].trace.forwards.items() if kind in count}
-        assert sum(found[request.key].trace.forwards.values()) == sum(count.values())
+        assert answers[request.key].ids == ids
+        used = {kind: n for kind, n in answers[request.key].trace.forwards.items() if kind in count}
+        assert sum(answers[request.key].trace.forwards.values()) == sum(count.values())
         assert used == count
 
 
@@ -176,11 +176,11 @@ def test_llada_is_the_public_decoder(values, more):
     decoder = LladaSettings(**values, **more)
     work = [replace(request, seed=REQUEST_SEED) for request in requests(2, NEW)]
     early = write(checkpoint, decoder, work, slots=2)
-    whole = write(checkpoint, replace(decoder, whole_canvas=True), work, slots=3)
+    full_canvas = write(checkpoint, replace(decoder, whole_canvas=True), work, slots=3)
     for request in work:
         ids, forwards = plain_llada(checkpoint, request.prompt, decoder, NEW)
-        assert whole[request.key].ids == early[request.key].ids == ids
-        assert whole[request.key].trace.forwards == {**dict.fromkeys(KINDS, 0), "denoise": forwards}
+        assert full_canvas[request.key].ids == early[request.key].ids == ids
+        assert full_canvas[request.key].trace.forwards == {**dict.fromkeys(KINDS, 0), "denoise": forwards}
         assert early[request.key].trace.forwards["denoise"] <= forwards
 
 
@@ -195,8 +195,8 @@ def test_an_end_that_is_taken_away_leaves_its_confidence_to_the_others():
         logits = torch.full((2, 259), -20.0)
         logits[0, [30, 31]] = torch.tensor([0.6, 0.4]).log()  # 0.6 either way
         logits[1, [40, 1]] = torch.tensor([0.51, 0.49]).log()  # 0.51, or all
-        row = strategy._row(0)
-        strategy._step(row, strategy._open_slots(row), logits)
+        (row,) = strategy._states(1)
+        strategy._denoise(row, strategy._open_slots(row), logits)
         chosen[suppress] = [token != checkpoint.mask_id for token in row.ids[2:].tolist()]
     assert chosen == {False: [True, False], True: [False, True]}
 

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from bench.sandbox import mutated
 from fluid_eval.benchmarks import humaneval_samples
 from fluid_eval.benchmarks.datasets import load_rows
-from fluid_eval.benchmarks.humaneval_samples import held, load_problems, pass_rates, score_file
+from fluid_eval.benchmarks.humaneval_samples import load_problems, outcomes_of, pass_rates, score_file
 from fluid_eval.cli import main
-from fluid_eval.sandbox import Trial, Verdict, child, judge, ladder
+from fluid_eval.sandbox import Outcome, Trial, child, judge, ladder
 from fluid_eval.sandbox.passing import build_predictions_instruct, pass_at_k, trial
-from fluid_eval.sandbox.pool import Judges
+from fluid_eval.sandbox.pool import JudgePool
 from fluid_eval.sandbox.tiers import DISK, Jailed, Unsafe, remove
 from fluid_model.common.errors import ConfigError
 
@@ -34,7 +34,7 @@ ADD = "def add(a, b):\n    return a + b\n"
 
 @pytest.fixture(scope="module")
 def judges():
-    with closing(Judges(ladder.chosen(allow_unsafe=True))) as opened:
+    with closing(JudgePool(ladder.chosen(allow_unsafe=True))) as opened:
         yield opened
 
 
@@ -157,36 +157,40 @@ for n in range(3, 64):
 
 
 def test_verdicts(judges):
-    told = held(judges, [Trial(program, tests, *setup, timeout=2.0) for program, tests, _, *setup in CASES.values()])
-    assert {n: v.told for n, v in zip(CASES, told, strict=True)} == {n: want for n, (_, _, want, *_) in CASES.items()}
-    assert {verdict.isolation for verdict in told} == {judges.tier}
-    assert all(verdict.seconds < 30 for verdict in told)
+    outcomes = outcomes_of(
+        judges, [Trial(program, tests, *setup, timeout=2.0) for program, tests, _, *setup in CASES.values()]
+    )
+    assert {n: v.result for n, v in zip(CASES, outcomes, strict=True)} == {
+        n: want for n, (_, _, want, *_) in CASES.items()
+    }
+    assert {verdict.isolation for verdict in outcomes} == {judges.tier}
+    assert all(verdict.seconds < 30 for verdict in outcomes)
 
 
 def test_a_prompts_helpers_are_the_prompts(judges):
     setup = "def double(x):\n    return 2 * x\n\ndef f(x):\n    pass\n"
     tests = "assert double(f(1)) == 4"
     right, liar = "def f(x):\n    return x + 1\n", "def f(x):\n    return 0\n\ndef double(x):\n    return 4\n"
-    told = held(judges, [Trial(setup + program, tests, setup, "f") for program in (right, liar, "")])
-    assert [verdict.passed for verdict in told] == [True, False, False]
+    outcomes = outcomes_of(judges, [Trial(setup + program, tests, setup, "f") for program in (right, liar, "")])
+    assert [verdict.passed for verdict in outcomes] == [True, False, False]
 
 
 def test_canonical_solutions_pass_and_broken_ones_do_not(judges):
     rows = list(load_rows("humaneval", "test", None))[30:40]  # with find_zero and decode_cyclic, which use helpers
     for body, passes in (("canonical_solution", True), (None, False)):
         programs = [row["prompt"] + (row[body] if body else "    return None\n") for row in rows]
-        told = held(judges, [trial(row, program) for row, program in zip(rows, programs, strict=True)])
-        assert [verdict.passed for verdict in told] == [passes] * 10
+        outcomes = outcomes_of(judges, [trial(row, program) for row, program in zip(rows, programs, strict=True)])
+        assert [verdict.passed for verdict in outcomes] == [passes] * 10
 
 
 def test_a_trial_is_held_once_and_a_killed_process_is_replaced(judges):
     first = judges.submit(Trial(ADD, "assert add(2, 2) == 4"))
     assert first.result().passed
     assert judges.submit(Trial(ADD, "assert add(2, 2) == 4")) is first
-    for place in judges.places:
+    for place in judges.wardens:
         if place._process is not None:
             os.kill(place._process.pid, signal.SIGKILL)
-    assert all(v.passed for v in held(judges, [Trial(ADD, f"assert add({n}, 2) == {n + 2}") for n in range(4)]))
+    assert all(v.passed for v in outcomes_of(judges, [Trial(ADD, f"assert add({n}, 2) == {n + 2}") for n in range(4)]))
 
 
 PLAIN = st.recursive(
@@ -199,9 +203,9 @@ PLAIN = st.recursive(
 )  # fmt: skip
 
 
-def line(answer: bytes) -> judge.Line:
+def line(answer: bytes) -> judge.ProgramChannel:
     """One that an answer has come in on."""
-    return judge.Line(io.BytesIO(len(answer).to_bytes(4, "big") + answer), os.open(os.devnull, os.O_WRONLY))
+    return judge.ProgramChannel(io.BytesIO(len(answer).to_bytes(4, "big") + answer), os.open(os.devnull, os.O_WRONLY))
 
 
 def same(one: object, other: object) -> bool:
@@ -212,8 +216,8 @@ def same(one: object, other: object) -> bool:
 @given(PLAIN)
 @settings(max_examples=150)
 def test_plain_data_crosses_as_it_is(value):
-    text = child.Values().carried(value)
-    assert same(line(b"").rebuilt(json.loads(text)), value)
+    text = child.Values().encode(value)
+    assert same(line(b"").decode(json.loads(text)), value)
 
 
 JSON = st.recursive(
@@ -235,8 +239,8 @@ def test_no_answer_does_anything_but_fail_or_be_plain_data(answer):
     held_line = line(answer)
     try:
         assert plain(held_line.answer("value")["value"])
-    except judge.Over:
-        assert held_line.over
+    except judge.ProgramFailed:
+        assert held_line.failure
     finally:
         os.close(held_line._answers)
 
@@ -300,25 +304,27 @@ def test_results_are_written_whole_or_not_at_all(judges, tmp_path, monkeypatch, 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(humaneval_samples, "held", interrupted)
+    monkeypatch.setattr(humaneval_samples, "outcomes_of", interrupted)
     monkeypatch.setattr(ladder, "chosen", lambda **_: Unsafe.name)
     assert main.main(["score", str(samples), "--incomplete", "--workers", "1"]) == 130
     assert "no results were written" in capsys.readouterr().err
     assert sorted(file.name for file in tmp_path.iterdir()) == [samples.name, results.name]
     assert results.read_text() == "earlier\n"
     monkeypatch.setattr(
-        humaneval_samples, "held", lambda judges, trials: [Verdict("passed", "", 0.0, Unsafe.name) for _ in trials]
+        humaneval_samples,
+        "outcomes_of",
+        lambda judges, trials: [Outcome("passed", "", 0.0, Unsafe.name) for _ in trials],
     )
     assert main.main(["score", str(samples), "--incomplete", "--workers", "1", "--k", "1,10"]) == 0
-    told = capsys.readouterr()
-    assert "pass@10 cannot be estimated: a problem has only 1 sample" in told.err
-    assert "pass@1 " in told.out
+    printed = capsys.readouterr()
+    assert "pass@10 cannot be estimated: a problem has only 1 sample" in printed.err
+    assert "pass@1 " in printed.out
     assert json.loads(results.read_text())["passed"]
-    monkeypatch.setattr(humaneval_samples, "held", lambda *_: pytest.fail("nothing can come of it"))
+    monkeypatch.setattr(humaneval_samples, "outcomes_of", lambda *_: pytest.fail("nothing can come of it"))
     assert main.main(["score", str(samples), "--incomplete", "--k", "10,100"]) == 2
-    told = capsys.readouterr()
-    assert "pass@10, pass@100 cannot be estimated: a problem has only 1 sample; pass --k 1" in told.err
-    assert not told.out
+    printed = capsys.readouterr()
+    assert "pass@10, pass@100 cannot be estimated: a problem has only 1 sample; pass --k 1" in printed.err
+    assert not printed.out
 
 
 def test_no_programs_give_no_rates():
@@ -327,7 +333,9 @@ def test_no_programs_give_no_rates():
 
 def test_code_is_refused_where_nothing_isolates_it(monkeypatch):
     monkeypatch.setattr(
-        ladder, "found", lambda: ladder.Found(None, (("sandlock", "absent"), ("bubblewrap", "no bwrap")))
+        ladder,
+        "strongest_tier",
+        lambda: ladder.IsolationHere(None, (("sandlock", "absent"), ("bubblewrap", "no bwrap"))),
     )
     with pytest.raises(
         ConfigError, match=r"sandlock: absent; bubblewrap: no bwrap.*apt install bubblewrap.*--allow-unsafe"
@@ -335,19 +343,19 @@ def test_code_is_refused_where_nothing_isolates_it(monkeypatch):
         ladder.chosen(allow_unsafe=False)
     assert ladder.chosen(allow_unsafe=True).startswith("none")
     monkeypatch.setattr("sys.platform", "darwin")
-    assert ladder.tried(ladder.LADDER[0]) == "needs Linux"
+    assert ladder.failure_of(ladder.LADDER[0]) == "needs Linux"
 
 
 def test_mutations_are_seeded_and_change_the_function_alone():
     source = "def helper(x):\n    return x + 1\n\ndef f(x):\n    return helper(x) * 2 if x > 3 else 0\n"
-    found = {mutated(source, "f", random.Random(seed)) for seed in range(20)}
-    assert len(found) > 4
-    assert all("return x + 1" in one and one.split("def f")[1] != source.split("def f")[1] for one in found)
+    mutants = {mutated(source, "f", random.Random(seed)) for seed in range(20)}
+    assert len(mutants) > 4
+    assert all("return x + 1" in one and one.split("def f")[1] != source.split("def f")[1] for one in mutants)
     assert mutated(source, "f", random.Random(3)) == mutated(source, "f", random.Random(3))
 
 
 def test_the_probe_sees_what_is_open():
-    why = ladder.tried(Unsafe)
+    why = ladder.failure_of(Unsafe)
     done = ("read a file", "change a file's mode", "connect to loopback", "make processes", "listen", "limit", "slow")
     assert all(what in why for what in done)
 

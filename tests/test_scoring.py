@@ -26,9 +26,9 @@ def test_scores_are_those_of_a_plain_forward():
         for n in range(9)
     ]
     for slots in (1, 4, 32):
-        found = {s.key: s for s in Scorer(CHECKPOINT.backbone, slots).score(requests)}
+        scores = {s.key: s for s in Scorer(CHECKPOINT.backbone, slots).score(requests)}
         for request in requests:
-            for (context, tail), value in zip(request.pairs, found[request.key].loglikelihoods, strict=True):
+            for (context, tail), value in zip(request.pairs, scores[request.key].loglikelihoods, strict=True):
                 assert value == pytest.approx(plain(CHECKPOINT.model, context, tail), abs=1e-4)
 
 

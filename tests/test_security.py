@@ -20,9 +20,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fluid_eval.sandbox import Trial, Verdict, calls
-from fluid_eval.sandbox.ladder import found, report
-from fluid_eval.sandbox.pool import Judges
+from fluid_eval.sandbox import Outcome, Trial, calls
+from fluid_eval.sandbox.ladder import report, strongest_tier
+from fluid_eval.sandbox.pool import JudgePool
 from fluid_eval.sandbox.tiers import LADDER, Unsafe
 from fluid_model.common.errors import ConfigError
 
@@ -53,17 +53,17 @@ def host(folder: Path) -> Iterator[dict[str, object]]:
         udp.bind(tcp.getsockname())
         for each, name in zip(datagrams, (address, f"\0{address}"), strict=True):
             each.bind(f"{name}.datagrams")
-        for heard, name in ((unix, address), (abstract, f"\0{address}")):
-            heard.bind(name)
-            heard.listen()
+        for listener, name in ((unix, address), (abstract, f"\0{address}")):
+            listener.bind(name)
+            listener.listen()
         yield {
             "SECRET": str(secret), "MARK": str(mark), "PORT": tcp.getsockname()[1], "PID": os.getpid(),
             "DATA": str(data), "SOCKET": address, "SHARED": str(shared),
         }  # fmt: skip
-        for heard in (tcp, unix, abstract, udp, *datagrams):
-            heard.setblocking(False)
+        for listener in (tcp, unix, abstract, udp, *datagrams):
+            listener.setblocking(False)
             with pytest.raises(BlockingIOError):
-                _ = heard.recv(1) if heard in (udp, *datagrams) else heard.accept()
+                _ = listener.recv(1) if listener in (udp, *datagrams) else listener.accept()
         assert shared.read_text() == "shared", "an attack changed shared memory"
         assert not Path(f"{shared}.new").exists(), "an attack made shared memory"
     assert secret.read_text() == "secret", "an attack changed a file"
@@ -90,14 +90,14 @@ def named(process: psutil.Process) -> str:
 
 
 @contextmanager
-def attacked(names: tuple[str, ...], tier: str, folder: Path) -> Iterator[dict[str, Future[Verdict]]]:
+def attacked(names: tuple[str, ...], tier: str, folder: Path) -> Iterator[dict[str, Future[Outcome]]]:
     """Verdicts on attacks, and on an honest program; afterwards nothing of them is left."""
     work = folder / "work"
     work.mkdir()
     before = jails()  # those of other tests' runs stand ready until their process ends
     with host(folder) as things, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(work))
-        with closing(Judges(tier)) as judges:
+        with closing(JudgePool(tier)) as judges:
             submitted = {}
             for name in names:
                 text = adversarial.program(ATTACKS[name], things)
@@ -120,7 +120,7 @@ def attacked(names: tuple[str, ...], tier: str, folder: Path) -> Iterator[dict[s
 @pytest.fixture(scope="module", params=[tier.name for tier in LADDER])
 def verdicts(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[Verdict]]]:
+) -> Iterator[dict[str, Future[Outcome]]]:
     """Of all attacks on one tier."""
     (tier,) = (each for each in LADDER if each.name == request.param)
     if why := report()[tier.name]:
@@ -136,7 +136,7 @@ def test_some_tier_holds_here():
     """Without one the session of attacks would succeed with nothing tried."""
     print("\n".join(f"{name}: {why or 'holds'}" for name, why in report().items()))
     assert not all(report().values()), f"nothing was attacked, since no isolation holds here: {report()}"
-    assert found().name == next(name for name, why in report().items() if not why)
+    assert strongest_tier().name == next(name for name, why in report().items() if not why)
 
 
 @pytest.mark.security
@@ -186,8 +186,8 @@ def test_nothing_gets_through_as_an_ordinary_user():
 
 
 def test_attacks_of_each_kind_do_not_get_through(tmp_path):
-    if (tier := found().name) is None:
-        pytest.skip(f"no isolation here: {found()}")
+    if (tier := strongest_tier().name) is None:
+        pytest.skip(f"no isolation here: {strongest_tier()}")
     with attacked(adversarial.QUICK, tier, tmp_path) as submitted:
         for name, future in submitted.items():
             verdict = future.result()
@@ -216,14 +216,14 @@ def test_the_docs_count_the_attacks():
 def test_the_metric_has_code_evals_interface():
     from fluid_eval.benchmarks import humaneval_metric  # evaluate takes seconds to import
 
-    if found().name is None:
-        pytest.skip(f"no isolation here: {found()}")
+    if strongest_tier().name is None:
+        pytest.skip(f"no isolation here: {strongest_tier()}")
     rates, results = humaneval_metric.CodeEval().compute(
         predictions=[["def add(a, b): return a * b", "def add(a, b): return a + b"], ["x = 1", "x = 2"]],
         references=["assert add(2, 3) == 5", "assert x == 2"], k=[1, 2, 3], num_workers=2, timeout=2.0,
     )  # fmt: skip
     assert rates == {"pass@1": 0.5, "pass@2": 1.0}
-    assert [(n, told["passed"], told["task_id"]) for n, told in results[0]] == [(0, False, 0), (1, True, 0)]
+    assert [(n, verdict["passed"], verdict["task_id"]) for n, verdict in results[0]] == [(0, False, 0), (1, True, 0)]
     assert results[1][0][1]["result"] == "failed: AssertionError"
 
 
@@ -233,7 +233,7 @@ def test_a_metric_without_programs_has_no_rates(monkeypatch):
 
     monkeypatch.setattr(humaneval_metric, "chosen", lambda **_: Unsafe.name)
     monkeypatch.setattr(
-        humaneval_metric, "held", lambda judges, trials: [Verdict("passed", "", 0.0, "") for _ in trials]
+        humaneval_metric, "outcomes_of", lambda judges, trials: [Outcome("passed", "", 0.0, "") for _ in trials]
     )
     compute = humaneval_metric.CodeEval()._compute
     assert compute([], []) == compute([[]], ["f()"]) == ({}, {})

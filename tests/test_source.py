@@ -99,12 +99,12 @@ def test_a_hub_that_never_answers_does_not_hold_up(tmp_path, cache, monkeypatch)
         asked = []
         fetch = hub.snapshot_download
         monkeypatch.setattr(hub, "snapshot_download", lambda *_, **how: [asked.append(how), fetch(*_, **how)][1])
-        assert hub.local("owner/name", weights=True).name == COMMIT
+        assert hub.local_folder("owner/name", weights=True).name == COMMIT
         with pytest.raises(
             ConfigError, match=r"model=owner/other: the hub gave \w*Timeout and its cache holds no such"
         ):
-            hub.local("owner/other", weights=False)
-        assert waits == [0.2, 0.2], "one question each, given up in time"
+            hub.local_folder("owner/other", weights=False)
+        assert waits == [0.2, 0.2], "one question each, ended in time"
     assert all(how["local_files_only"] for how in asked), "a download would wait without end"
 
 
@@ -171,15 +171,15 @@ def tokenizer(tmp_path_factory):
 def by_scores(text: str) -> list[int]:
     """SentencePiece's rule: write spaces out, one in front of each stretch; join the best-scored neighbours; bytes."""
     scores = {piece: score for piece, score, kind in pieces() if kind == 1}
-    ids, found = piece_ids(), [1]
+    ids, sequence = piece_ids(), [1]
     for part in filter(None, re.split(r"(\[unused\d+\])", text)):
         symbols = [part] if part in UNUSED else list(SPACE + part.replace(" ", SPACE))
         while pairs := [n for n in range(len(symbols) - 1) if symbols[n] + symbols[n + 1] in scores]:
             best = max(pairs, key=lambda n: scores[symbols[n] + symbols[n + 1]])
             symbols[best : best + 2] = [symbols[best] + symbols[best + 1]]
         for symbol in symbols:
-            found += [ids[symbol]] if symbol in ids else [ids[f"<0x{byte:02X}>"] for byte in symbol.encode()]
-    return found
+            sequence += [ids[symbol]] if symbol in ids else [ids[f"<0x{byte:02X}>"] for byte in symbol.encode()]
+    return sequence
 
 
 @settings(max_examples=150, deadline=None)

@@ -8,11 +8,11 @@ import math
 import pytest
 
 from fluid_eval.analysis.compare import compare
-from fluid_eval.analysis.speed_ratios import Clocked, speeds
+from fluid_eval.analysis.speed_ratios import TimedRun, speeds
 from fluid_eval.cli.main import main
 from fluid_eval.common.paths import resource
 from fluid_eval.common.spec import build_spec
-from fluid_eval.output.report.stored import read_runs
+from fluid_eval.output.report.runs import read_runs
 from fluid_eval.results import run_folder, speed_conditions, speed_repeats
 from fluid_eval.results.metrics import cost
 from fluid_eval.running.job import run
@@ -42,7 +42,7 @@ def test_a_resumed_run_feeds_what_an_unbroken_one_does(tmp_path):
         "decoder": {"name": "fluid", "slot_budget": 40},
     }  # fmt: skip
     spec = build_spec(values)
-    whole = run(spec, tmp_path / "whole")
+    complete = run(spec, tmp_path / "whole")
     (broken := tmp_path / "broken").mkdir()
     for name in (run_folder.SPEC, run_folder.ENVIRONMENT):
         (broken / name).write_bytes((tmp_path / "whole" / name).read_bytes())
@@ -52,8 +52,8 @@ def test_a_resumed_run_feeds_what_an_unbroken_one_does(tmp_path):
     again = list(run_folder.read_samples(broken))
     assert [r["trace"] for r in again] == [r["trace"] for r in records]
     assert {json.dumps(r["draft_policy"]) for r in again} == {json.dumps({"slot_budget": 40, "rows": 6})}
-    assert (whole["conditions"]["rows"], whole["conditions"]["slot_budget"]) == ([6], [40])
-    assert {**whole["conditions"], "sessions": 2} == resumed["conditions"]
+    assert (complete["conditions"]["rows"], complete["conditions"]["slot_budget"]) == ([6], [40])
+    assert {**complete["conditions"], "sessions": 2} == resumed["conditions"]
 
 
 def test_what_forwards_hold_under_is_marked_where_it_differs(tmp_path, capsys):
@@ -65,13 +65,13 @@ def test_what_forwards_hold_under_is_marked_where_it_differs(tmp_path, capsys):
     }
     made = {"decoder": FLUID, "spec": {"decoder": FLUID}}
     base = write_run(tmp_path / "base", drafted([1.0] * 12), **made)
-    for place, (told, changes) in enumerate(cases.items()):
+    for place, (expected, changes) in enumerate(cases.items()):
         records = answers([1.0] * 12) if changes is None else drafted([1.0] * 12, **changes)
         other = write_run(tmp_path / str(place), records, **made)
-        assert "; ".join(pair_of([base, other])["unequal"]) == told
+        assert "; ".join(pair_of([base, other])["unequal"]) == expected
         assert pair_of([base, other])["tokens_per_forward"]["ratio"] == 1, "marked, not hidden"
         assert main(["compare", str(base), str(other)]) == 0
-        assert f"tok/fwd under unequal conditions: {told}" in " ".join(capsys.readouterr().out.split())
+        assert f"tok/fwd under unequal conditions: {expected}" in " ".join(capsys.readouterr().out.split())
     assert pair_of([base, write_run(tmp_path / "same", drafted([1.0] * 12), **made)])["unequal"] == []
     mixed = write_run(tmp_path / "mixed", [*drafted([1.0] * 6), *drafted([1.0] * 12, rows=6)[6:]], **made)
     assert pair_of([base, mixed])["unequal"][-1] == "rows a forward changed while the other ran"
@@ -103,9 +103,9 @@ def test_only_repeats_in_turns_say_how_sure_a_ratio_is(tmp_path, capsys):
     assert 1.7 < second["low"] < 2 < second["high"] < 2.5
     assert pair_of([base, other])["cautions"] == []
     apart = timed(tmp_path / "apart", records, [0.5, 1.5, 0.5], session="another")
-    found = pair_of([base, apart])
-    assert (found["tokens_per_second"]["low"], found["tokens_per_second"]["interleaved"]) == (None, False)
-    assert [text.split(":")[0] for text in found["cautions"]] == ["not interleaved", "one run each, no interval"]
+    pair = pair_of([base, apart])
+    assert (pair["tokens_per_second"]["low"], pair["tokens_per_second"]["interleaved"]) == (None, False)
+    assert [text.split(":")[0] for text in pair["cautions"]] == ["not interleaved", "one run each, no interval"]
     assert main(["compare", str(base), str(apart)]) == 0
     assert "tok/s: not interleaved: the machine's drift" in " ".join(capsys.readouterr().out.split())
 
@@ -134,10 +134,10 @@ def test_a_sweep_is_timed_in_turns(tiny_fluid, tmp_path, capsys):
     assert first["points"][0]["tokens_per_second"]["low"] is None
     result = Sweep(plan(values), tmp_path / "s", resume=True).work(speed_repeats=2)
     folders = [tmp_path / "s" / p["folder"] for p in result["points"]]
-    held = [speed_repeats.read(folder) for folder in folders]
-    assert len({tuple((r.session, r.turn) for r in each) for each in held}) == 1, "the same turns"
-    assert [len(each) for each in held] == [2] * 3
-    assert not any(r.unequal for each in held for r in each)
+    repeats = [speed_repeats.read(folder) for folder in folders]
+    assert len({tuple((r.session, r.turn) for r in each) for each in repeats}) == 1, "the same turns"
+    assert [len(each) for each in repeats] == [2] * 3
+    assert not any(r.unequal for each in repeats for r in each)
     assert result["answered_now"] == 0
     for point in result["points"]:
         speed = point["tokens_per_second"]
@@ -187,7 +187,7 @@ def test_a_group_of_written_and_scored_documents_has_one_speed_everywhere():
     assert placed.tokens_per_forward.mean == pytest.approx(apart.tokens_per_forward)
     assert placed.tokens_per_second.mean == pytest.approx(apart.tokens_per_second)
     assert placed.n == 40
-    run = Clocked({}, {}, {}, [], [together])
+    run = TimedRun({}, {}, {}, [], [together])
     assert speeds(run, run)["tokens_per_forward"]["base"] == pytest.approx(apart.tokens_per_forward)
     again = [speed_repeats.Repeat("s", turn, {record["key"]: 0.5 for record in written}) for turn in range(2)]
     paces = as_point("p", {}, together, owners, repeats=again).paces

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fluid_eval
 from fluid_eval.common.spec import build_spec
-from fluid_eval.results.metrics import lines
+from fluid_eval.results.metrics import table_rows
 from fluid_eval.results.run_folder import Run, encode, parse, read_samples
 from fluid_model import ConfigError
 from fluid_model.common.errors import RunError
@@ -95,18 +95,18 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
 
 def test_a_torn_last_line_is_dropped_and_reported(tmp_path):
     file = fill(tmp_path / "r") / "samples.jsonl"
-    whole = file.read_bytes()
-    file.write_bytes(whole + whole.splitlines()[0][:40])
+    intact = file.read_bytes()
+    file.write_bytes(intact + intact.splitlines()[0][:40])
     run = Run(tmp_path / "r", SPEC, resume=True)
     assert len(run.samples) == 3
-    assert file.read_bytes() != whole, "nothing is written before begin"
+    assert file.read_bytes() != intact, "nothing is written before begin"
     run.begin({})
     run.close()
     assert run.notices == [
         "3 samples are from an earlier session; wall time is the last session's",
         f"{file}: the last line was cut short; dropped 40 bytes",
     ]
-    assert file.read_bytes() == whole
+    assert file.read_bytes() == intact
 
 
 def test_answers_of_other_weights_are_not_mixed(tmp_path):
@@ -146,9 +146,9 @@ def test_a_broken_spec_is_named(tmp_path):
 def test_a_changed_line_is_found(tmp_path):
     """A sample says what it said when it was written, or is no sample."""
     file = fill(tmp_path / "r") / "samples.jsonl"
-    whole = file.read_bytes()
-    at = whole.index(b'"output_ids": [1, 2]') + len('"output_ids": [')
-    file.write_bytes(whole[:at] + b"7" + whole[at + 1 :])
+    intact = file.read_bytes()
+    at = intact.index(b'"output_ids": [1, 2]') + len('"output_ids": [')
+    file.write_bytes(intact[:at] + b"7" + intact[at + 1 :])
     with pytest.raises(
         ConfigError, match=r"line 1: not a sample \(its checksum is another\); without that line, --resume"
     ):
@@ -204,7 +204,7 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path, monkeypatch):
             self.file.close()
 
     monkeypatch.setattr(run, "_file", Full(run._file))
-    with pytest.raises(RunError, match=r"samples.jsonl: No space left on device; what is finished is stored"):
+    with pytest.raises(RunError, match=r"samples.jsonl: No space left on device; finished samples are stored"):
         run.append(sample(1))
     run.close()
     again = Run(tmp_path / "r", SPEC, resume=True)
@@ -223,7 +223,7 @@ def test_what_was_given_up_counts_nowhere_and_is_tried_again(tmp_path):
     run.append(lost)
     assert run.samples["gsm8k/1"]["lost"], "here it is known"
     run.close()
-    (line,) = lines("gsm8k", [{**record, "truncated": 0} for record in read_samples(tmp_path / "r")])
+    (line,) = table_rows("gsm8k", [{**record, "truncated": 0} for record in read_samples(tmp_path / "r")])
     assert (line.n, line.score, line.cost.forwards) == (1, 0.0, 4)
     again = Run(tmp_path / "r", SPEC, resume=True)
     assert list(again.samples) == ["gsm8k/0"]

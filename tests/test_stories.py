@@ -34,8 +34,8 @@ def test_stories260k_comes_to_draft_its_own_text(stories, data_dir, tmp_path):
         words += ["--set", setting]
     threads = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     subprocess.run(words, cwd=resource("recipes").parent, env=threads, check=True)
-    told = json.loads((tmp_path / "stories" / TRAINING_FILE).read_text(encoding="utf-8"))
-    losses = [entry["l_diff"] for entry in told["before"][0]["history"] if "l_diff" in entry]
+    training = json.loads((tmp_path / "stories" / TRAINING_FILE).read_text(encoding="utf-8"))
+    losses = [entry["l_diff"] for entry in training["before"][0]["history"] if "l_diff" in entry]
     assert losses[-1] < losses[0]
     checkpoint = fluid_model.load(str(tmp_path / "stories"))
     openings = [json.loads(line)["text"][:80] for line in unseen]

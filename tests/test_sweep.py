@@ -1,4 +1,4 @@
-"""A sweep: points in turns, one frontier, whatever happened on the way."""
+"""A sweep: points in document batches, one frontier, whatever happened on the way."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import fluid_eval
 from fluid_eval.cli import EXIT_UNHEALTHY
 from fluid_eval.cli.main import main
 from fluid_eval.results.run_folder import Run, read_samples
+from fluid_eval.running.chunks import FailedRequest
 from fluid_eval.running.job import run
-from fluid_eval.running.workers import InlinePool, Lost
+from fluid_eval.running.workers import InlinePool
 from fluid_eval.sweeps import pareto
 from fluid_eval.sweeps import sweep as module
 from fluid_eval.sweeps.grid import plan
@@ -29,7 +30,7 @@ def values(tiny_fluid):
     }  # fmt: skip
 
 
-def told(result) -> list:
+def without_clock(result) -> list:
     """What does not depend on the clock."""
     return [
         (p["name"], p["n"], p["score"], p["tokens_per_forward"], p["forwards_per_answer"]) for p in result["points"]
@@ -41,13 +42,13 @@ def test_a_sweep_is_its_runs_and_their_frontier(values, tmp_path):
     assert [p["name"] for p in result["points"]] == ["verify", "no verify", "ar"]
     for point, planned in zip(result["points"], plan(values).points, strict=True):
         alone = run(planned.spec, tmp_path / planned.spec.id)
-        found = {r["key"]: r for r in read_samples(tmp_path / "s" / point["folder"])}
+        records = {r["key"]: r for r in read_samples(tmp_path / "s" / point["folder"])}
         expected = {r["key"]: r for r in read_samples(tmp_path / planned.spec.id)}
-        assert found.keys() == expected.keys()
-        for key, record in found.items():
+        assert records.keys() == expected.keys()
+        for key, record in records.items():
             assert record["output_ids"] == expected[key]["output_ids"], (point["name"], key)
             assert record["scores"] == expected[key]["scores"]
-        assert point["n"] == len(found) == 24
+        assert point["n"] == len(records) == 24
         assert sum(line["n"] for line in alone["lines"]) >= 24
         assert fluid_eval.load_results(tmp_path / "s" / point["folder"]).shape[0] == point["n"]
     assert result["points"][0]["score"] == result["points"][2]["score"], "verified text is AR's"
@@ -57,9 +58,9 @@ def test_a_sweep_is_its_runs_and_their_frontier(values, tmp_path):
     assert (tmp_path / "s" / "frontier.svg").stat().st_size > 1000
 
 
-def test_points_take_turns(values, tmp_path, monkeypatch):
+def test_points_answer_in_document_batches(values, tmp_path, monkeypatch):
     """So that an early stop still compares."""
-    monkeypatch.setattr(module, "TURN", 3)
+    monkeypatch.setattr(module, "LEAST_SAMPLES", 3)
     seen: list[tuple[str, int]] = []
     real = InlinePool.run
 
@@ -75,12 +76,12 @@ def test_points_take_turns(values, tmp_path, monkeypatch):
 
 def break_off(values, folder, monkeypatch):
     """Interrupt a sweep at its 31st answer."""
-    keep, kept = Run.append, []
+    keep, stored = Run.append, []
 
     def interrupted(self, record):
         keep(self, record)
-        kept.append(record["key"])
-        if len(kept) == 31:
+        stored.append(record["key"])
+        if len(stored) == 31:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Run, "append", interrupted)
@@ -98,7 +99,7 @@ def test_a_broken_sweep_goes_on_and_ends_as_an_unbroken_one(values, tmp_path, mo
     again = Sweep(plan(values), tmp_path / "s", resume=True)
     assert again.missing == 3 * 24 - 31
     result = again.work()
-    assert told(result) == told(unbroken)
+    assert without_clock(result) == without_clock(unbroken)
     assert result["answered_now"] == 3 * 24 - 31
     assert Sweep(plan(values), tmp_path / "s", resume=True).work() == result, "nothing is left to do"
 
@@ -127,7 +128,7 @@ def test_other_folders_are_refused(values, tmp_path):
 
 
 def test_points_surely_beaten_are_ended(values, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "TURN", 6)
+    monkeypatch.setattr(module, "LEAST_SAMPLES", 6)
     monkeypatch.setattr(pareto, "below", lambda a, b, **_: a.name == "no verify" and b.name == "ar")
     result = Sweep(plan(values), tmp_path / "s").work(stop_dominated=True)
     ended = {p["name"]: (p["stopped"], p["n"]) for p in result["points"]}
@@ -160,12 +161,12 @@ def test_what_was_given_up_is_tried_again(values, tmp_path, monkeypatch):
     """A sample that one day's workers could not answer is no part of that day's scores, and answered the next."""
     values["decoder"] = {"name": "fluid", "slot_budget": 10_000}  # dear slots are fed by how many rows share a forward
     del values["sweep"]["point"]
-    whole = Sweep(plan(values), tmp_path / "whole").work()
+    complete = Sweep(plan(values), tmp_path / "whole").work()
     real, bad = InlinePool.run, "mini_gsm8k_1/3"
 
     def lossy(self, chunks):
         for point, answer in real(self, chunks):
-            yield point, Lost(bad, "its worker died") if answer.key == bad else answer
+            yield point, FailedRequest(bad, "its worker died") if answer.key == bad else answer
 
     monkeypatch.setattr(InlinePool, "run", lossy)
     result = Sweep(plan(values), tmp_path / "s").work()
@@ -175,7 +176,7 @@ def test_what_was_given_up_is_tried_again(values, tmp_path, monkeypatch):
     monkeypatch.setattr(InlinePool, "run", real)
     again = Sweep(plan(values), tmp_path / "s", resume=True)
     assert again.missing == 2
-    assert told(again.work()) == told(whole)
+    assert without_clock(again.work()) == without_clock(complete)
 
 
 def test_drawn_examples_are_those_of_a_run(tiny_fluid, data_dir, tmp_path):
@@ -194,19 +195,19 @@ def test_drawn_examples_are_those_of_a_run(tiny_fluid, data_dir, tmp_path):
 
 
 def test_what_is_answered_so_far_compares(values, tmp_path, monkeypatch):
-    """By the turns that all points have answered; nothing is answered for it, and no result is written."""
-    monkeypatch.setattr(module, "TURN", 3)
-    whole = Sweep(plan(values), tmp_path / "whole").work()
+    """By the batches that all points have answered; nothing is answered for it, and no result is written."""
+    monkeypatch.setattr(module, "LEAST_SAMPLES", 3)
+    complete = Sweep(plan(values), tmp_path / "whole").work()
     break_off(values, tmp_path / "s", monkeypatch)
     monkeypatch.setattr(InlinePool, "run", lambda *_: pytest.fail("nothing is to be answered"))
     job = Sweep(plan(values), tmp_path / "s", resume=True)
-    found = job.so_far()
-    assert [p["n"] for p in found["points"]] == [2 * -(-12 * round(8 * found["so_far"]) // 8)] * 3
-    assert 0 < found["so_far"] < 31 / 72
-    assert found["points"][0]["score"] == found["points"][2]["score"]
+    result = job.so_far()
+    assert [p["n"] for p in result["points"]] == [2 * -(-12 * round(8 * result["so_far"]) // 8)] * 3
+    assert 0 < result["so_far"] < 31 / 72
+    assert result["points"][0]["score"] == result["points"][2]["score"]
     assert job.missing == 3 * 24 - 31
     assert not (tmp_path / "s" / "result.json").exists()
-    assert Sweep(plan(values), tmp_path / "whole", resume=True).so_far()["points"] == whole["points"]
+    assert Sweep(plan(values), tmp_path / "whole", resume=True).so_far()["points"] == complete["points"]
     with pytest.raises(ConfigError, match="not all points have answered their first 12%"):
         Sweep(plan(values), tmp_path / "none").so_far()
 
@@ -217,12 +218,12 @@ def test_files_enough_are_open(monkeypatch):
     limits = {"now": (600, 5000)}
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits["now"])
     monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.update(now=pair))
-    module._open_enough(50)
+    module._allow_open_files(50)
     assert limits["now"] == (600, 5000)
-    module._open_enough(1000)
+    module._allow_open_files(1000)
     assert limits["now"] == (2500, 5000)
     with pytest.raises(ConfigError, match="3000 points needs 6500 open files, and 5000 are allowed"):
-        module._open_enough(3000)
+        module._allow_open_files(3000)
 
 
 def test_one_place_on_the_curve_has_no_area():

@@ -1,4 +1,4 @@
-"""The adaptation tax: the right runs for each method, each step held against the one before."""
+"""The cost of an adaptation: the right stages for each method, each compared with the one before."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fluid_eval.analysis.adaptation_cost import plan_tax
+from fluid_eval.analysis.adaptation_cost import plan_stages
 from fluid_eval.cli import EXIT_CONFIG, EXIT_UNHEALTHY
 from fluid_eval.cli.main import main
 from fluid_model.common.errors import ConfigError
@@ -16,7 +16,7 @@ VALUES = {"tasks": ["gsm8k"], "model": {"path": "m", "dtype": "float32"}}
 
 def made_of(method, **changes):
     """Each step's name, model and decoder."""
-    steps, plan = plan_tax({**VALUES, **changes}, "p", method)
+    steps, plan = plan_stages({**VALUES, **changes}, "p", method)
     specs = [point.spec for point in plan.points]
     return [(s.name, spec.model.path, spec.decoder.name) for s, spec in zip(steps, specs, strict=True)], specs
 
@@ -45,8 +45,8 @@ def test_the_parent_shares_what_is_not_the_adapted_models_own():
 
 def test_what_has_no_tax_is_refused():
     for method, values, message in (
-        (None, {}, "m is a plain causal model; name a model that was adapted"),
-        ("fluid", {"decoder": "ar"}, "m was adapted to fluid; .* leave its decoder to it"),
+        (None, {}, "m is a plain causal model; name an adapted model"),
+        ("fluid", {"decoder": "ar"}, "m was adapted to fluid; .* no decoder but its own"),
         ("fluid", {"model": "p"}, "p is its own parent"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -1,4 +1,4 @@
-"""`fluid-eval trace` tells what the engine did, and docs/decoders.md shows what it tells."""
+"""`fluid-eval trace` shows what the engine did, and docs/decoders.md shows its output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 import fluid_model
-from fluid_eval.analysis.trace import runs, watch
+from fluid_eval.analysis.trace import runs, trace_answer
 from fluid_eval.cli.main import main
 from fluid_eval.common.paths import resource
 from fluid_eval.common.spec import build_spec
@@ -34,23 +34,29 @@ def test_lines_are_the_forwards_and_make_up_the_answer(decoder):
     method = "fluid" if decoder["name"] == "ar" else decoder["name"]
     model = str(resource("checkpoints") / f"tiny-{method}")
     spec = build_spec({"tasks": "mini", "model": model, "decoder": decoder, "max_new_tokens": 24})
-    found, answer = watch(spec, PROMPT)
-    count = {kind: sum(line.kind == kind for line in found) for kind in answer.trace.forwards}
+    records, answer = trace_answer(spec, PROMPT)
+    count = {kind: sum(line.kind == kind for line in records) for kind in answer.trace.forwards}
     assert count == answer.trace.forwards
-    assert sum(line.slots for line in found) == answer.trace.slots
-    places = [place for line in found for place in line.kept]
+    assert sum(line.slots for line in records) == answer.trace.slots
+    places = [place for line in records for place in line.committed]
     assert places == list(range(len(places)))
-    assert "".join(text for line in found for text in line.kept.values()).replace("⏎", "\n").startswith(answer.text)
-    drafted, rivals = dict[int, str](), 0
-    assert any(line.rivals for line in found) == (decoder == {"name": "fluid"})
-    for line in found:
-        assert not set(line.drafted) & set(places[: sum(len(before.kept) for before in found[: found.index(line)])])
+    assert (
+        "".join(text for line in records for text in line.committed.values()).replace("⏎", "\n").startswith(answer.text)
+    )
+    drafted, siblings = dict[int, str](), 0
+    assert any(line.siblings for line in records) == (decoder == {"name": "fluid"})
+    for line in records:
+        assert not set(line.drafted) & set(
+            places[: sum(len(before.committed) for before in records[: records.index(line)])]
+        )
         if decoder["name"] == "fluid" and line.kind != "prefill":
-            last = max(line.kept, default=-1)
-            others = [place for place, text in line.kept.items() if place != last and text != drafted.get(place, text)]
-            assert not others or rivals, "what is kept was drafted, if not as the likeliest"
-        rivals = line.rivals
-        drafted = line.drafted if line.kept else drafted | dict(line.drafted)
+            last = max(line.committed, default=-1)
+            others = [
+                place for place, text in line.committed.items() if place != last and text != drafted.get(place, text)
+            ]
+            assert not others or siblings, "committed tokens were drafted, if not as the likeliest candidates"
+        siblings = line.siblings
+        drafted = line.drafted if line.committed else drafted | dict(line.drafted)
 
 
 def test_watching_changes_nothing():
@@ -62,7 +68,7 @@ def test_watching_changes_nothing():
     engine.watch = seen.append
     assert {g.key: g.ids for g in engine.generate(work)} == expected
     assert {step.key for step in seen} == {"0", "1", "2"}
-    assert all(len(step.ids) == len(step.places) == len(step.hung) for step in seen)
+    assert all(len(step.ids) == len(step.positions) == len(step.anchors) for step in seen)
 
 
 def test_runs():
@@ -85,15 +91,15 @@ def test_a_conversation_is_traced_as_a_run_asks_it(tmp_path):
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     values = {"tasks": "mini", "model": str(folder), "max_new_tokens": 24}
     values |= {"decoder": {"name": "fluid", "slot_budget": 64}}
-    plain, _ = watch(build_spec(values), f"system: Omar\nuser: {PROMPT}\n")
+    plain, _ = trace_answer(build_spec(values), f"system: Omar\nuser: {PROMPT}\n")
     tokenizer = fluid_model.load_tokenizer(str(folder))
     begins = TemplateProcessing("#### $A", special_tokens=[("####", tokenizer.convert_tokens_to_ids("####"))])
     tokenizer.backend_tokenizer.post_processor = begins
     tokenizer.save_pretrained(folder)
     assert len(fluid_model.load_tokenizer(str(folder)).encode("")) == 1
     chat = build_spec({**values, "chat": {"system": "Omar"}})
-    assert watch(chat, PROMPT)[0] == plain
-    assert watch(build_spec(values), f"system: Omar\nuser: {PROMPT}\n")[0] != plain
+    assert trace_answer(chat, PROMPT)[0] == plain
+    assert trace_answer(build_spec(values), f"system: Omar\nuser: {PROMPT}\n")[0] != plain
 
 
 def test_bad_input_is_one_line(capsys):
@@ -109,8 +115,8 @@ def test_bad_input_is_one_line(capsys):
 def test_the_page_shows_what_the_command_prints(capsys, monkeypatch):
     monkeypatch.chdir(resource("docs").parent)
     page = (resource("docs") / "decoders.md").read_text(encoding="utf-8")
-    told = re.findall(r"<!-- (fluid-eval trace .*?) -->\n(.*?)\n<!-- end -->", page, re.DOTALL)
-    assert {"ar", "fluid", "nbdiff", "llada"} == {re.search(r"--decoder (\w+)", command)[1] for command, _ in told}
-    for command, table in told:
+    tables = re.findall(r"<!-- (fluid-eval trace .*?) -->\n(.*?)\n<!-- end -->", page, re.DOTALL)
+    assert {"ar", "fluid", "nbdiff", "llada"} == {re.search(r"--decoder (\w+)", command)[1] for command, _ in tables}
+    for command, table in tables:
         assert main(shlex.split(command)[1:]) == 0
         assert capsys.readouterr().out.strip() == table.strip()

@@ -53,7 +53,7 @@ def test_the_chain_from_nothing_to_a_fluid_checkpoint(tmp_path, lora):
     with pytest.raises(ConfigError, match="needs a K-head"):
         fluid_model.engine_for(adapted, FluidSettings())
 
-    told = train(recipe_for(tmp_path, "fluid", "fluid-horizon", tmp_path / "hybrid", tau=[0.5, 2.8]))
+    training = train(recipe_for(tmp_path, "fluid", "fluid-horizon", tmp_path / "hybrid", tau=[0.5, 2.8]))
     final = fluid_model.load(str(tmp_path / "fluid"), tau=2.8)
     assert final.manifest.tau == (0.5, 2.8)
     before, after = adapted.model.state_dict(), final.model.state_dict()
@@ -65,15 +65,15 @@ def test_the_chain_from_nothing_to_a_fluid_checkpoint(tmp_path, lora):
     ]
     assert texts[0] == texts[1]
     written = json.loads((tmp_path / "fluid" / "training.json").read_text())
-    assert written["recipe_hash"] == told["recipe_hash"]
-    assert build_recipe(written["recipe"]).hash == told["recipe_hash"]
+    assert written["recipe_hash"] == training["recipe_hash"]
+    assert build_recipe(written["recipe"]).hash == training["recipe_hash"]
     assert {"l_ar", "l_diff"} <= json.loads((tmp_path / "hybrid" / "training.json").read_text())["history"][0].keys()
 
 
 def test_a_resumed_training_gives_the_weights_of_an_unbroken_one(tmp_path, monkeypatch):
     parent = save_model(tmp_path / "parent")
-    whole, broken = (recipe_for(tmp_path, name, "fluid-hybrid", parent) for name in ("whole", "broken"))
-    train(whole)
+    unbroken, broken = (recipe_for(tmp_path, name, "fluid-hybrid", parent) for name in ("whole", "broken"))
+    train(unbroken)
     loss, calls = StageTrainer.compute_loss, []
 
     def killed(self, model, inputs, *more, **options):
@@ -120,24 +120,24 @@ def test_an_adapter_as_llama_factory_saves_it_is_a_stage_1_result(tmp_path, own_
 @pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4}])
 def test_the_other_methods_train_and_load(tmp_path, stage, lora):
     parent = save_model(tmp_path / "parent")
-    told = train(recipe_for(tmp_path, "out", stage, parent, lora=lora, blocks={"length": 4, "every": 2}))
+    training = train(recipe_for(tmp_path, "out", stage, parent, lora=lora, blocks={"length": 4, "every": 2}))
     made = fluid_model.load(str(tmp_path / "out"))
     assert (made.manifest.method, made.manifest.block_length) == (stage, 4 if stage == "nbdiff" else None)
     assert made.manifest.parent == "../parent"
-    assert {"l_diff", "accepted"} <= told["final"].keys()
-    assert ("drift" in told["final"]) == ("l_ar" in told["final"]) == (stage == "nbdiff")
+    assert {"l_diff", "accepted"} <= training["final"].keys()
+    assert ("drift" in training["final"]) == ("l_ar" in training["final"]) == (stage == "nbdiff")
     with pytest.raises(ConfigError, match="needs a checkpoint of stage fluid-hybrid"):
         train(recipe_for(tmp_path, "x", "fluid-horizon", tmp_path / "out", tau=[1.0]))
 
 
 def test_a_recipes_hash_names_what_it_says_and_nothing_else():
     """Defaults and the place of the result do not count, so that later settings leave old hashes alone."""
-    said = {"stage": "nbdiff", "model": {"parent": "p"}, "data": {"files": ["f"]}, "optim": {"steps": 5}, "seed": 3}
-    text = json.dumps({**said, "out": None}, sort_keys=True)
+    given = {"stage": "nbdiff", "model": {"parent": "p"}, "data": {"files": ["f"]}, "optim": {"steps": 5}, "seed": 3}
+    text = json.dumps({**given, "out": None}, sort_keys=True)
     expected = hashlib.sha256(text.encode()).hexdigest()[:12]
-    assert build_recipe({**said, "out": "a"}).hash == build_recipe({**said, "out": "b"}).hash == expected
-    assert build_recipe({**said, "out": "a", "blocks": {"length": 32}}).hash == expected
-    assert build_recipe({**said, "out": "a", "blocks": {"length": 16}}).hash != expected
+    assert build_recipe({**given, "out": "a"}).hash == build_recipe({**given, "out": "b"}).hash == expected
+    assert build_recipe({**given, "out": "a", "blocks": {"length": 32}}).hash == expected
+    assert build_recipe({**given, "out": "a", "blocks": {"length": 16}}).hash != expected
 
 
 def test_steps_may_be_taken_in_parts(tmp_path):
@@ -161,21 +161,21 @@ def test_steps_may_be_taken_in_parts(tmp_path):
 def test_the_manifest_says_how_it_was_made(tmp_path):
     parent = save_model(tmp_path / "parent")
     train(recipe_for(tmp_path, "out", "fluid-hybrid", parent))
-    told = json.loads((tmp_path / "out" / "training.json").read_text())
-    assert told["parent_hash"] == weights_hash(parent)
-    assert told["parent_hash"] != weights_hash(tmp_path / "out")
-    assert told["data"][0]["sha256"] == hashlib.sha256((tmp_path / "rows.jsonl").read_bytes()).hexdigest()
-    assert told["seed"] == 1
-    assert {"loss", "l_ar", "l_diff", "accepted", "drift"} <= told["final"].keys()
-    assert told["final"]["drift"] > 0
+    training = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert training["parent_hash"] == weights_hash(parent)
+    assert training["parent_hash"] != weights_hash(tmp_path / "out")
+    assert training["data"][0]["sha256"] == hashlib.sha256((tmp_path / "rows.jsonl").read_bytes()).hexdigest()
+    assert training["seed"] == 1
+    assert {"loss", "l_ar", "l_diff", "accepted", "drift"} <= training["final"].keys()
+    assert training["final"]["drift"] > 0
     assert not (tmp_path / "out.training").exists()
 
 
 def test_a_kill_while_saving_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     """Neither a half-written step nor a half-written result is ever taken for a whole one."""
     parent = save_model(tmp_path / "parent")
-    whole = recipe_for(tmp_path, "whole", "fluid-hybrid", parent)
-    train(whole)
+    unbroken = recipe_for(tmp_path, "whole", "fluid-hybrid", parent)
+    train(unbroken)
     broken = recipe_for(tmp_path, "broken", "fluid-hybrid", parent)
     save = StageTrainer._save_optimizer_and_scheduler
 
@@ -204,10 +204,10 @@ def test_a_kill_while_saving_leaves_the_last_good_checkpoint(tmp_path, monkeypat
 def test_what_is_measured_last_is_what_is_saved(tmp_path):
     """Weights saved in bfloat16 are rounded before the final figures are taken."""
     parent = save_model(tmp_path / "parent")
-    told = train(recipe_for(tmp_path, "out", "ar", parent, save_dtype="bfloat16"))
+    training = train(recipe_for(tmp_path, "out", "ar", parent, save_dtype="bfloat16"))
     assert (tmp_path / "out" / "model.safetensors").stat().st_size < (parent / "model.safetensors").stat().st_size * 0.6
     again = recipe_for(tmp_path, "x", "ar", tmp_path / "out", optim={"steps": 1, "learning_rate": 1e-12})
-    assert train(again)["final"]["loss"] == pytest.approx(told["final"]["loss"], abs=1e-5)
+    assert train(again)["final"]["loss"] == pytest.approx(training["final"]["loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -231,9 +231,9 @@ def test_what_is_measured_last_is_what_is_saved(tmp_path):
     ],
 )
 def test_bad_recipes_fail_before_any_data_is_read(tmp_path, changes, message):
-    good = as_table(recipe_for(tmp_path, "x", "ar"))
+    valid = as_table(recipe_for(tmp_path, "x", "ar"))
     with pytest.raises(ConfigError) as caught:
-        build_recipe({**good, **changes})
+        build_recipe({**valid, **changes})
     assert message in str(caught.value)
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fluid_eval.benchmarks.humaneval_samples import held
+from fluid_eval.benchmarks.humaneval_samples import outcomes_of
 from fluid_eval.sandbox import Trial, child, judge, ladder, pool, tiers, warden
 from fluid_eval.sandbox.files import interpreter_files
 from fluid_eval.sandbox.ladder import tier_named
-from fluid_eval.sandbox.pool import Judges
+from fluid_eval.sandbox.pool import JudgePool
 from fluid_eval.sandbox.tiers import Sandlock, Unsafe
 from fluid_model.common.errors import ConfigError
 
@@ -28,7 +28,7 @@ ADD = "def add(a, b):\n    return a + b\n"
 
 
 def test_what_one_trial_leaves_unread_is_not_the_nexts_answer(monkeypatch):
-    asked = '    found = line.answer("names")["names"]\n'
+    asked = '    defined = channel.answer("names")["names"]\n'
     source = Path(judge.__file__).read_text()
     assert asked in source
     late = source.replace(asked, "    compile(tests, '', 'exec')\n" + asked)  # a verdict before the answer is taken
@@ -68,9 +68,9 @@ def f():
 @pytest.mark.parametrize("program", [DEEP, ENDS_ITS_JUDGE], ids=["depth", "end of the warden"])
 def test_whatever_a_program_does_is_its_verdict(program):
     """Where nothing isolates it, so that it can."""
-    with closing(Judges(Unsafe.name, 1)) as judges:
-        got = held(judges, [Trial(program, "f()\nassert 0", timeout=1.0), Trial(ADD, "assert add(1, 2) == 3")])
-        folder = Path(judges.places[0]._folder)
+    with closing(JudgePool(Unsafe.name, 1)) as judges:
+        got = outcomes_of(judges, [Trial(program, "f()\nassert 0", timeout=1.0), Trial(ADD, "assert add(1, 2) == 3")])
+        folder = Path(judges.wardens[0]._folder)
         assert [v.reason for v in got] == ["failed", "passed"], got
     assert not folder.exists()
 
@@ -88,9 +88,9 @@ def test_what_cannot_be_looked_at_or_ended_is_the_programs_verdict(monkeypatch):
     try:
         here._open_judge()
         with monkeypatch.context() as patch:
-            patch.setattr(warden.Watch, "look", lambda self, **_: self._jailed and 1 / 0)
-            told = here.judge(ADD, "", "assert add(1, 2) == 3", "", 2.0)
-            assert told == ("failed", "its judge gave up: division by zero")
+            patch.setattr(warden.FolderWatch, "check", lambda self, **_: self._jailed and 1 / 0)
+            outcome = here.judge(ADD, "", "assert add(1, 2) == 3", "", 2.0)
+            assert outcome == ("failed", "its judge gave up: division by zero")
         monkeypatch.setattr(tiers.Jailed, "overfull", lambda self: False)
         assert here.judge(ADD, "", "assert add(1, 2) == 3", "", 2.0) == ("passed", "")
     finally:
@@ -105,7 +105,7 @@ def test_interpreters_that_ended_before_a_program_had_begun_are_replaced():
             here._judge.end()
             here._next.end()
             (here._judge, here._next) = (None, None) if n else (dead(here._judge), dead(here._next))
-            here._to_judge = None if n else warden.Line(here._judge, here._watch)
+            here._to_judge = None if n else warden.JailChannel(here._judge, here._watch)
     finally:
         here.close()
 
@@ -120,7 +120,7 @@ def dead(jailed: tiers.Jailed) -> tiers.Jailed:
 
 def test_a_program_may_take_longer_than_a_warden_may_hang(monkeypatch):
     monkeypatch.setattr(pool, "HANGS", 30.0)
-    with pool.Place(Unsafe.name) as place:
+    with pool.WardenProcess(Unsafe.name) as place:
         assert place.judge(Trial(ADD, "assert add(1, 2) == 3")).passed
         monkeypatch.setattr(pool, "HANGS", 0.0)
         assert place.judge(Trial("import time\ndef f(): time.sleep(0.5)", "f()", timeout=20.0)).passed
@@ -130,8 +130,8 @@ def test_a_program_may_take_longer_than_a_warden_may_hang(monkeypatch):
 def test_wardens_end_with_whoever_asks_them(tmp_path):
     program = "import time\ndef f(): time.sleep(60)"
     script = (
-        f"from fluid_eval.sandbox.pool import Place, Trial\nplace = Place({Unsafe.name!r})\nplace._open()\n"
-        f"print(place._process.pid, place._folder, flush=True)\nplace.judge(Trial({program!r}, 'f()', timeout=60))"
+        f"from fluid_eval.sandbox.pool import Trial, WardenProcess\nw = WardenProcess({Unsafe.name!r})\nw._open()\n"
+        f"print(w._process.pid, w._folder, flush=True)\nw.judge(Trial({program!r}, 'f()', timeout=60))"
     )
     asking = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert asking.stdout
@@ -194,7 +194,7 @@ def f(): threading.Thread(target=later, daemon=True).start()
 )
 @pytest.mark.parametrize("name", [Unsafe.name, "sandlock"])
 def test_a_folder_without_a_limit_is_watched_by_the_clock(name, program, tests):
-    if name != Unsafe.name and (why := ladder.tried(Sandlock)):
+    if name != Unsafe.name and (why := ladder.failure_of(Sandlock)):
         pytest.skip(f"{name} does not hold here: {why}")
     here = warden.Warden(tier_named(name, interpreter_files()))  # no mounts of its own in this process
     started = time.monotonic()
@@ -223,10 +223,10 @@ def f(): time.sleep(50)
 
 @pytest.mark.parametrize("tier", ladder.LADDER, ids=lambda tier: tier.name)
 def test_a_killed_warden_takes_all_of_its_jails_along(tier):
-    if why := ladder.tried(tier):
+    if why := ladder.failure_of(tier):
         pytest.skip(f"{tier.name} does not hold here: {why}")
     program = f"EXECUTABLE = {interpreter_files().executable!r}\n{STAYS}"
-    with pool.Place(tier.name) as place:
+    with pool.WardenProcess(tier.name) as place:
         place._open()
         trial = Trial(program, "def g():\n    while True: pass\nf\ng()", timeout=50)
         place._process.stdin.write(json.dumps(asdict(trial)) + "\n")
@@ -243,5 +243,5 @@ def test_a_killed_warden_takes_all_of_its_jails_along(tier):
 def test_verdicts_need_no_home(monkeypatch):
     """As where a container runs under a number without a name."""
     monkeypatch.delenv("HOME", raising=False)
-    with pool.Place(ladder.chosen(allow_unsafe=True)) as place:
+    with pool.WardenProcess(ladder.chosen(allow_unsafe=True)) as place:
         assert place.judge(Trial("import os\ndef f(): return 'HOME' in os.environ", "assert not f()")).passed

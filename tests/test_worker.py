@@ -105,8 +105,8 @@ def test_long_rows_do_not_keep_short_ones_from_being_many(tiny_model, monkeypatc
 
     monkeypatch.setattr(Engine, "generate", watch)
     monkeypatch.setattr(worker, "free_memory", lambda _: int(2 * 8 * 153 * 4 * 2 * 2 * 2 * 4 / 4))
-    found = {answer.key: answer.ids for answer in worker.Worker().run(spec, work)}
-    assert found == expected
+    answers = {answer.key: answer.ids for answer in worker.Worker().run(spec, work)}
+    assert answers == expected
     assert [kinds for _, kinds in seen] == [{"long"}, {"short"}]
     assert seen[0][0] < len(expected) <= seen[1][0]
 
@@ -153,4 +153,4 @@ def test_a_spec_gets_the_k_head_of_its_tau(tmp_path):
         values = {"tasks": "mini", "model": {"path": str(tmp_path / "two"), "tau": tau}, "decoder": "fluid"}
         one.facts(build_spec(values).to_dict())
         assert one._checkpoint.head is one._checkpoint.heads[head]
-    assert len(one._held) == 1
+    assert len(one._checkpoints) == 1

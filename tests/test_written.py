@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import fluid_model
 from fluid_eval.common.paths import resource
 from fluid_model import ArSettings, FluidSettings, LladaSettings, NbdiffSettings
-from fluid_model.engine.records import Generation, Step
-from fluid_model.tokens import Tokenizer, spell
+from fluid_model.engine.records import Generation, RowForward
+from fluid_model.tokens import Tokenizer, decode_pieces
 
 from .conftest import SHARED
 from .test_laws import CHECKPOINT, NEW, requests
@@ -37,9 +37,9 @@ CANVAS = (
 
 
 @cache
-def written(decoder, slots: int = 4) -> tuple[dict[str, Generation], dict[str, list[Step]]]:
+def written(decoder, slots: int = 4) -> tuple[dict[str, Generation], dict[str, list[RowForward]]]:
     """Answers, and what a watcher saw of each."""
-    seen: list[Step] = []
+    seen: list[RowForward] = []
     engine = fluid_model.engine_for(CHECKPOINT, decoder, slots)
     engine.watch = seen.append
     answers = {answer.key: answer for answer in engine.generate(requests())}
@@ -63,10 +63,10 @@ def test_causal_decoders_write_from_left_to_right_what_the_watcher_sees(decoder)
         when = answer.trace.written
         assert when == sorted(when)
         late = not isinstance(decoder, ArSettings)  # a commit hands out what the forward before it has written
-        told = [
+        expected = [
             number - (late and step.kind == "commit") for number, step in enumerate(steps[key], 1) for _ in step.tokens
         ]
-        assert when == told[: len(when)]
+        assert when == expected[: len(when)]
         if isinstance(decoder, ArSettings):
             assert when == list(range(1, len(when) + 1))
         else:
@@ -85,8 +85,8 @@ def test_a_slot_names_the_pass_after_which_the_canvas_holds_its_token(decoder):
         assert not trace.rejected
         for place, (token, when) in enumerate(zip(answer.ids, trace.written, strict=True), start):
             for number, step in enumerate(steps[key], 1):
-                if place in step.places and step.ids[0] != CHECKPOINT.mask_id:  # nor LLaDA's pass without the prompt
-                    fed = step.ids[step.places.index(place)]
+                if place in step.positions and step.ids[0] != CHECKPOINT.mask_id:  # nor LLaDA's pass without the prompt
+                    fed = step.ids[step.positions.index(place)]
                     assert fed == (token if when < number else CHECKPOINT.mask_id)
     assert any(answer.trace.written != sorted(answer.trace.written) for answer in answers.values())
 
@@ -94,22 +94,22 @@ def test_a_slot_names_the_pass_after_which_the_canvas_holds_its_token(decoder):
 @pytest.mark.parametrize("decoder", [FLUID, REFERENCE])
 def test_rejected_drafts_were_fed_and_another_token_was_written(decoder):
     answers, steps = written(decoder)
-    found = 0
+    count = 0
     for key, answer in answers.items():
         start = len(requests()[int(key)].prompt)
         for forward, place, drafts in answer.trace.rejected:
             step = steps[key][forward - 1]
-            slots = [*zip(step.ids, step.places, step.hung, strict=True)][::-1]  # the likeliest drafts come first
+            slots = [*zip(step.ids, step.positions, step.anchors, strict=True)][::-1]  # the likeliest drafts come first
             tokens = {at: i for i, at, hung in slots if hung is None}
             assert [tokens[start + place + i] for i in range(len(drafts))] == drafts
             if place < len(answer.ids):
                 assert answer.ids[place] != drafts[0]
                 assert answer.trace.written[place] == forward
             assert place + len(drafts) <= NEW
-            found += 1
+            count += 1
         checked = sum(min(n, NEW) for n in answer.trace.predicted)
         assert checked >= sum(len(drafts) for *_, drafts in answer.trace.rejected)
-    assert found > 10
+    assert count > 10
 
 
 def test_nothing_is_thrown_out_behind_a_stop_string():
@@ -156,13 +156,13 @@ def test_pieces_and_drafts_make_up_the_text(name: str, text: str, noise: list[in
     chosen = tokenizer(name)
     ids = (*chosen(text, add_special_tokens=False)["input_ids"], *noise)
     cut = min(cut, len(ids))
-    pieces, (draft,) = spell(chosen, ids, [(cut, ids[cut:])])
-    whole, head = chosen.decode(ids), chosen.decode(ids[:cut])
+    pieces, (draft,) = decode_pieces(chosen, ids, [(cut, ids[cut:])])
+    decoded, head = chosen.decode(ids), chosen.decode(ids[:cut])
     assert len(pieces) == len(ids)
-    assert "".join(pieces) == whole
-    if "\ufffd" not in head and whole.startswith(head):  # or bytes of one character stand on both sides
+    assert "".join(pieces) == decoded
+    if "\ufffd" not in head and decoded.startswith(head):  # or bytes of one character stand on both sides
         assert "".join(pieces[:cut]) == head
-        assert head + draft == whole
+        assert head + draft == decoded
 
 
 def test_pieces_of_a_tokenizer_that_mends_its_text():
@@ -171,4 +171,4 @@ def test_pieces_of_a_tokenizer_that_mends_its_text():
     chosen.clean_up_tokenization_spaces = True
     chosen.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     ids = tuple(chosen("Well , I do n't know .")["input_ids"])
-    assert "".join(spell(chosen, ids)[0]) == chosen.decode(ids) == "Well, I don't know."
+    assert "".join(decode_pieces(chosen, ids)[0]) == chosen.decode(ids) == "Well, I don't know."

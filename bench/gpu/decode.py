@@ -22,7 +22,7 @@ from fluid_model.forward import attention_masks
 from fluid_model.forward.kv_cache import KVCache
 
 from .. import bars, clock
-from .plan import Bench, Bounds, Plan
+from .plan import Bench, Bounds, GpuPlan
 
 SLOTS = (8, 16, 32, 64)
 """Slots a row of FLUID's forwards."""
@@ -45,10 +45,10 @@ def measure(bench: Bench) -> None:
     captured = bench.plan.device.type == "cuda"
     for on in (False, True) if captured else (False,):
         bench.backbone.capture(on=on)
-        told = replace(bench, note="" if on == captured else ", not captured")
+        labelled = replace(bench, note="" if on == captured else ", not captured")
         for part in (forwards, speeds, timeline, memory):
             for rows in bench.plan.concurrency:
-                part(told, rows)
+                part(labelled, rows)
     bench.backbone.capture(on=False)
 
 
@@ -92,7 +92,7 @@ def once(bench: Bench, cache: KVCache, feed: Feed) -> None:
     bench.backbone.logits(bench.backbone.forward(feed.ids, reading, cache))
 
 
-def prompts(plan: Plan, rows: int) -> list[tuple[int, ...]]:
+def prompts(plan: GpuPlan, rows: int) -> list[tuple[int, ...]]:
     """Random ids, alike but for the last: `context` of them each."""
     ids = torch.randint(plan.vocabulary, (plan.context,), generator=torch.Generator().manual_seed(1)).tolist()
     return [(*ids[:-1], row) for row in range(rows)]
@@ -104,11 +104,11 @@ them, summed over rows.
 """
 
 
-def write(engine: Engine, plan: Plan, new: int, first: int = 0) -> Tally:
+def write(engine: Engine, plan: GpuPlan, new: int, first: int = 0) -> Tally:
     """Let all rows write until the first of them has `new` tokens.  first: the number of the first row's answer."""
     asked = [Request(str(n), ids, new, seed=first + n) for n, ids in enumerate(prompts(plan, engine.slots))]
     answer = next(engine.generate(asked))
-    rows = engine._rows  # that go on
+    rows = engine._active  # that go on
     traces = [answer.trace, *(row.trace for row in rows)]
     return Counter(
         tokens=len(answer.ids) + sum(len(row.ids) for row in rows),
@@ -165,8 +165,8 @@ def speeds(bench: Bench, rows: int) -> None:
 
 def _less(long: list[float], short: list[float]) -> float | None:
     """By how much the medians differ, the first runs aside; None where that cannot be told from chance."""
-    found = statistics.median(long[1:]) - statistics.median(short[1:])
-    return found if found > 0 else None
+    difference = statistics.median(long[1:]) - statistics.median(short[1:])
+    return difference if difference > 0 else None
 
 
 def _ratio(one: float | None, other: float | None) -> float | None:
@@ -176,7 +176,7 @@ def _ratio(one: float | None, other: float | None) -> float | None:
 def timeline(bench: Bench, rows: int) -> None:
     """Where FLUID's time goes, prompts included: each part waits for the device, so that none is told as another."""
     plan, engine, spent = bench.plan, bench.fluid(rows), defaultdict[str, float](float)
-    parts = {"the model": (engine.backbone, "forward"), "acceptance": (engine.strategy, "_say")}
+    parts = {"the model": (engine.backbone, "forward"), "acceptance": (engine.strategy, "_predict")}
     for part, (owner, name) in parts.items():
         setattr(owner, name, partial(_spend, spent, part, getattr(owner, name), plan.device))
     try:
@@ -192,9 +192,9 @@ def timeline(bench: Bench, rows: int) -> None:
 def _spend(
     spent: defaultdict[str, float], part: str, call: Callable[..., Any], device: torch.device, *words: Any
 ) -> Any:
-    took, found = clock.took(partial(call, *words), device)
+    took, result = clock.took(partial(call, *words), device)
     spent[part] += took
-    return found
+    return result
 
 
 def memory(bench: Bench, rows: int) -> None:

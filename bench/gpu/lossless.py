@@ -30,8 +30,8 @@ Answers = Mapping[str, Generation]
 
 
 @dataclass(frozen=True)
-class Told:
-    """What one dtype's answers were, by rows and by who wrote them, and seconds of FLUID's at the most rows."""
+class DtypeAnswers:
+    """Answers in one dtype, by rows and by decoder, and seconds of FLUID's at the most rows."""
 
     answers: dict[tuple[int, str], Answers]
     seconds: float
@@ -39,29 +39,29 @@ class Told:
 
 def measure(bench: Bench) -> None:
     """Texts at every number of rows, in both dtypes."""
-    plan, put = bench.plan, bench.found.put
+    plan, put = bench.plan, bench.measurements.put
     count = PROMPTS if plan.is_whole else QUICK_PROMPTS
     seconds = {}
     for dtype in DTYPES:
         checkpoint = _tiny(bench, dtype)
         work = requests(checkpoint, count, min(plan.tokens, replay.NEW))
-        told = write(checkpoint, work, plan.concurrency)
-        alone = told.answers[plan.concurrency[0], "AR"]
+        written = write(checkpoint, work, plan.concurrency)
+        alone = written.answers[plan.concurrency[0], "AR"]
         for rows in plan.concurrency:
-            ar, ours = (told.answers[rows, name] for name in ("AR", "ours"))
+            ar, ours = (written.answers[rows, name] for name in ("AR", "ours"))
             margins = [margin(checkpoint, r, ar[r.key], ours[r.key]) for r in work if ar[r.key].ids != ours[r.key].ids]
             put(f"texts equal to AR's, {dtype}", rows, 1 - len(margins) / len(work))
             put(f"widest margin where they part, nats, {dtype}", rows, max(margins, default=0.0))
             same = sum(ar[key].ids == alone[key].ids for key in ar)
             put(f"AR's texts equal to those of the first batch, {dtype}", rows, same / len(work))
-        seconds[dtype] = told.seconds
+        seconds[dtype] = written.seconds
     put("time of float32 / bfloat16, tiny-fluid", plan.concurrency[-1], seconds["float32"] / seconds["bfloat16"])
     one_shape(bench, count)
 
 
 def one_shape(bench: Bench, count: int) -> None:
     """AR in bfloat16 with all forwards of one shape: its texts at every number of rows; what that costs at the most."""
-    plan, put, most = bench.plan, bench.found.put, max(bench.plan.concurrency)
+    plan, put, most = bench.plan, bench.measurements.put, max(bench.plan.concurrency)
     checkpoint = _tiny(bench, "bfloat16")
     work = requests(checkpoint, count, min(plan.tokens, replay.NEW))
     columns = max(len(request.prompt) + request.max_new_tokens for request in work) + 1 + SLOTS
@@ -70,12 +70,12 @@ def one_shape(bench: Bench, count: int) -> None:
         checkpoint.backbone.capture(on=only is not None, only=only)
         for rows in plan.concurrency:
             engine = fluid_model.engine_for(checkpoint, ArSettings(), rows)
-            passed, found = clock.took(partial(_all, engine, work), plan.device)
+            passed, generations = clock.took(partial(_all, engine, work), plan.device)
             seconds.append(passed)
             if only is not None:
-                answers.append({answer.key: answer for answer in found})
-    for rows, found_there in zip(plan.concurrency, answers, strict=True):
-        same = sum(found_there[key].ids == answers[0][key].ids for key in found_there)
+                answers.append({answer.key: answer for answer in generations})
+    for rows, batch_answers in zip(plan.concurrency, answers, strict=True):
+        same = sum(batch_answers[key].ids == answers[0][key].ids for key in batch_answers)
         put("AR's texts equal to those of the first batch, bfloat16, one shape", rows, same / len(work))
     put("time of one shape / of many, AR, tiny-fluid", most, seconds[-1] / seconds[len(plan.concurrency) - 1])
 
@@ -91,7 +91,7 @@ def requests(checkpoint: Checkpoint, count: int, new: int) -> list[Request]:
     return [Request(str(n), prompt, new) for n, prompt in enumerate(ids)]
 
 
-def write(checkpoint: Checkpoint, work: list[Request], concurrency: tuple[int, ...]) -> Told:
+def write(checkpoint: Checkpoint, work: list[Request], concurrency: tuple[int, ...]) -> DtypeAnswers:
     """Answers of AR and of FLUID at every number of rows."""
     answers: dict[tuple[int, str], Answers] = {}
     seconds = 0.0
@@ -99,9 +99,9 @@ def write(checkpoint: Checkpoint, work: list[Request], concurrency: tuple[int, .
     for rows in concurrency:
         for name, settings in both.items():
             engine = fluid_model.engine_for(checkpoint, settings, rows)
-            seconds, found = clock.took(partial(_all, engine, work), checkpoint.backbone.device)
-            answers[rows, name] = {answer.key: answer for answer in found}
-    return Told(answers, seconds)
+            seconds, generations = clock.took(partial(_all, engine, work), checkpoint.backbone.device)
+            answers[rows, name] = {answer.key: answer for answer in generations}
+    return DtypeAnswers(answers, seconds)
 
 
 def _all(engine: Engine, work: list[Request]) -> list[Generation]:

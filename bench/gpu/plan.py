@@ -22,7 +22,7 @@ QUICK = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class GpuPlan:
     """The model, and how much is measured.
 
     context: tokens a row has read before.  tokens: to write.  answers: written by FLUID at least.  forwards, runs: of
@@ -57,10 +57,10 @@ class Plan:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
 
-class Found:
+class Measurements:
     """What was measured, by what it is and how many rows share a forward (0: whatever their number)."""
 
-    def __init__(self, plan: Plan, bounds: Bounds) -> None:
+    def __init__(self, plan: GpuPlan, bounds: Bounds) -> None:
         self.plan, self.bounds = plan, bounds
         self.cells: dict[str, dict[int, Bar]] = {}
 
@@ -91,8 +91,8 @@ class Found:
 def _cell(bar: Bar | None) -> str:
     if bar is None:
         return ""
-    told = "not measured" if bar.measured is None else f"{bar.measured:g}"
-    return told if bar.ok is None else f"{told} ({bar.bar}: {'yes' if bar.ok else '**no**'})"
+    text = "not measured" if bar.measured is None else f"{bar.measured:g}"
+    return text if bar.ok is None else f"{text} ({bar.bar}: {'yes' if bar.ok else '**no**'})"
 
 
 class _Mute:
@@ -102,7 +102,7 @@ class _Mute:
         return ""
 
 
-def build(plan: Plan) -> Checkpoint:
+def build(plan: GpuPlan) -> Checkpoint:
     """Random weights, made where they stay: bfloat16, or float32 on a CPU. Nothing ends its answers."""
     heads = max(4, plan.hidden // 128)
     config = transformers.LlamaConfig(
@@ -117,8 +117,8 @@ def build(plan: Plan) -> Checkpoint:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         head = KHead(plan.hidden, FluidSettings().max_horizon)
     backbone = Backbone(model)
-    if backbone.written_out is None:
-        raise ConfigError("this model's forward is not written out; see fluid_model.forward.llama.fits")
+    if backbone.explicit is None:
+        raise ConfigError("no explicit Llama forward for this model; see fluid_model.forward.llama.misfit")
     return Checkpoint(backbone, _Mute(), (), mask_id=plan.vocabulary - 1, head=head)
 
 
@@ -126,21 +126,21 @@ def build(plan: Plan) -> Checkpoint:
 class Bench:
     """What is measured with. bandwidth: of copies, bytes a second.  note: how, where there are several ways."""
 
-    plan: Plan
+    plan: GpuPlan
     checkpoint: Checkpoint
     tape: replay.Tape
     bandwidth: float
-    found: Found
+    measurements: Measurements
     note: str = ""
 
     def put(self, what: str, rows: int, measured: float | None) -> None:
-        """Note what was found, and how."""
-        self.found.put(what + self.note, rows, measured)
+        """Add a measurement under its name and this bench's note."""
+        self.measurements.put(what + self.note, rows, measured)
 
     @property
     def backbone(self) -> Backbone:
-        found: Backbone = self.checkpoint.backbone
-        return found
+        backbone: Backbone = self.checkpoint.backbone
+        return backbone
 
     @property
     def read(self) -> int:

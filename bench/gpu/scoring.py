@@ -10,7 +10,7 @@ import torch
 from fluid_model import Score, Scorer, ScoreRequest
 
 from .. import clock
-from .plan import Bench, Bounds, Plan
+from .plan import Bench, Bounds, GpuPlan
 
 BOUNDS: Bounds = {}
 SUBJECTS, QUESTIONS = 4, 32
@@ -20,7 +20,7 @@ SHOTS, OWN, CHOICES = 700, 90, 4
 
 def measure(bench: Bench) -> None:
     """Questions a second, with shots read once a subject and once a question, beside what products allow."""
-    plan, put = bench.plan, bench.found.put
+    plan, put = bench.plan, bench.measurements.put
     rate = clock.product_rate(plan.device, bench.backbone.dtype, plan.forwards)
     ceiling = rate / (2 * bench.read / torch.finfo(bench.backbone.dtype).bits * 8)  # tokens a second
     put("products, TFLOP/s", 0, rate / 1e12)
@@ -34,33 +34,33 @@ def measure(bench: Bench) -> None:
         put("scoring, time with nothing shared / shared", rows, took[False] / took[True])
 
 
-def work(plan: Plan, *, shared: bool) -> list[ScoreRequest]:
+def work(plan: GpuPlan, *, shared: bool) -> list[ScoreRequest]:
     """Random ids; where nothing is shared every question begins otherwise."""
     generator = torch.Generator().manual_seed(2)
     shots, own = lengths(plan)
-    found = list[ScoreRequest]()
+    requests = list[ScoreRequest]()
     for subject in range(SUBJECTS):
         before = torch.randint(plan.vocabulary, (shots,), generator=generator).tolist()
         for question in range(_questions(plan) // SUBJECTS):
-            first = before[0] if shared else len(found)
+            first = before[0] if shared else len(requests)
             asked = torch.randint(plan.vocabulary, (own,), generator=generator).tolist()
             context = (first, *before[1:], *asked)
-            found.append(ScoreRequest(f"{subject}/{question}", tuple((context, (c,)) for c in range(CHOICES))))
-    return found
+            requests.append(ScoreRequest(f"{subject}/{question}", tuple((context, (c,)) for c in range(CHOICES))))
+    return requests
 
 
-def lengths(plan: Plan) -> tuple[int, int]:
+def lengths(plan: GpuPlan) -> tuple[int, int]:
     """Tokens of shots and of a question: smaller where the plan is."""
     return min(SHOTS, plan.context), min(OWN, plan.context // 4)
 
 
-def fed(plan: Plan, *, shared: bool) -> int:
+def fed(plan: GpuPlan, *, shared: bool) -> int:
     """Tokens that are read: the last of a prompt says the choices, which are not."""
     shots, own = lengths(plan)
     return (SUBJECTS if shared else _questions(plan)) * shots + _questions(plan) * own
 
 
-def _questions(plan: Plan) -> int:
+def _questions(plan: GpuPlan) -> int:
     return SUBJECTS * (QUESTIONS if plan.is_whole else 2)
 
 

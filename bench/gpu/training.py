@@ -18,8 +18,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fluid_model.train.row_layouts import Example, HybridFans, MaskFans
-from fluid_model.train.stages import FLEX_MULTIPLE, Batch, Horizons, collate, row_loss
+from fluid_model.train.row_layouts import AllMaskLayout, Example, HybridLayout
+from fluid_model.train.stages import FLEX_MULTIPLE, Batch, HorizonCalibration, collate, row_loss
 
 from .. import bars, clock
 from .plan import Bench, Bounds
@@ -37,7 +37,7 @@ WEIGHTS = (1.0, 1.0)
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainingStep:
     """seconds: of a step.  loss: of the first one, before anything moved.  peak: bytes, None where nobody counts."""
 
     seconds: float
@@ -47,16 +47,16 @@ class Step:
 
 def measure(bench: Bench) -> None:
     """Stage 1 by both masks, then stage 2. What a device's memory cannot hold is not measured."""
-    plan, put = bench.plan, bench.found.put
+    plan, put = bench.plan, bench.measurements.put
     model, mask = bench.checkpoint.model, bench.checkpoint.mask_id
     assert mask is not None
-    batch = laid(bench, HybridFans(mask, K_MAX, range(1, plan.vocabulary - 1)))
+    batch = laid(bench, HybridLayout(mask, K_MAX, range(1, plan.vocabulary - 1)))
     put("training, slots a token", 0, batch["ids"].shape[1] / plan.context)
-    found = {}
+    steps = {}
     for name in ("flex_attention", "sdpa") if plan.device.type == "cuda" else ("sdpa",):
         with attention(model, name):
-            found[name] = stage_one(bench, batch)
-    dense, block = found.get("sdpa"), found.get("flex_attention")
+            steps[name] = stage_one(bench, batch)
+    dense, block = steps.get("sdpa"), steps.get("flex_attention")
     for name, step in (("dense masks", dense), ("block masks", block)):
         put(f"training, tokens/s, {name}", 0, None if step is None else plan.context / step.seconds)
         peak = None if step is None else step.peak
@@ -66,16 +66,16 @@ def measure(bench: Bench) -> None:
     put("training step, dense masks / block masks", 0, ratio)
     put("training, loss of block masks - of dense ones", 0, abs(dense.loss - block.loss) if dense and block else None)
     with attention(model, "flex_attention" if both else "sdpa"):
-        fans = laid(bench, MaskFans(mask, K_MAX))
+        fans = laid(bench, AllMaskLayout(mask, K_MAX))
         one, five = (stage_two(bench, fans, taus) for taus in ((TAUS[3],), TAUS))
     put("stage 2, five taus / one", 0, five / one)
 
 
-def laid(bench: Bench, layout: HybridFans | MaskFans) -> Batch:
+def laid(bench: Bench, layout: HybridLayout | AllMaskLayout) -> Batch:
     """One row of random tokens, laid out, on the device."""
     plan = bench.plan
     ids = torch.randint(1, plan.vocabulary - 1, (plan.context,), generator=torch.Generator().manual_seed(3)).tolist()
-    row = layout.lay(Example(tuple(ids), ((plan.context // 4, plan.context),)), random.Random(0), 0)
+    row = layout.build(Example(tuple(ids), ((plan.context // 4, plan.context),)), random.Random(0), 0)
     return {name: value.to(plan.device) for name, value in collate([row], FLEX_MULTIPLE).items()}
 
 
@@ -90,7 +90,7 @@ def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def stage_one(bench: Bench, batch: Batch) -> Step | None:
+def stage_one(bench: Bench, batch: Batch) -> TrainingStep | None:
     """A step of LoRA: forward, backward, AdamW. None if memory does not suffice."""
     plan, inner = bench.plan, bench.checkpoint.model
     torch.manual_seed(0)
@@ -116,12 +116,12 @@ def _loss(model: Any, inner: PreTrainedModel, batch: Batch) -> Tensor:
 
 def stage_two(bench: Bench, batch: Batch, taus: tuple[float, ...]) -> float:
     """Seconds of a step of the K-heads of so many taus."""
-    horizons = Horizons(bench.checkpoint.model, K_MAX, taus).to(bench.plan.device)
+    horizons = HorizonCalibration(bench.checkpoint.model, K_MAX, taus).to(bench.plan.device)
     step = _timed(bench.plan.device, horizons, lambda: horizons(**batch)["loss"], bench.plan.forwards)
     return step.seconds
 
 
-def _timed(device: torch.device, module: nn.Module, loss: Callable[[], Tensor], runs: int) -> Step:
+def _timed(device: torch.device, module: nn.Module, loss: Callable[[], Tensor], runs: int) -> TrainingStep:
     """Steps of what moves in a module."""
     moving = [weight for weight in module.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(moving, lr=1e-4)
@@ -137,4 +137,4 @@ def _timed(device: torch.device, module: nn.Module, loss: Callable[[], Tensor], 
         torch.cuda.reset_peak_memory_stats(device)
     seconds = clock.median(step, device, runs)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return Step(seconds, float(losses[0].detach()), peak)
+    return TrainingStep(seconds, float(losses[0].detach()), peak)

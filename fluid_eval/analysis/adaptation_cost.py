@@ -1,5 +1,7 @@
-"""What an adaptation costs and buys, step by step: the parent token by token, the adapted weights token by token, then
-in parallel with drafts checked, then with drafts not checked. One sweep of those points, compared in pairs.
+"""The cost of an adaptation, stage by stage: `fluid-eval tax`.
+
+AR parent → adapted weights decoded as AR → verified parallel decoding → unverified parallel decoding. One sweep runs
+all stages; each is then compared in pairs with the stage before it and with the parent.
 """
 
 from __future__ import annotations
@@ -14,75 +16,81 @@ from fluid_model.common.errors import ConfigError
 from fluid_model.common.files import Nested
 
 from ..common.spec import tables
-from ..sweeps.grid import Plan, plan
+from ..sweeps.grid import SweepPlan, plan
 from .compare import compare
 
 UNVERIFIED = "dropping verification"
-ANYWHERE = ("dtype", "device", "trust_remote_code")
-"""What of a model's settings its parent shares; the others tell of the adapted one alone."""
+SHARED_MODEL_SETTINGS = ("dtype", "device", "trust_remote_code")
+"""Model settings that the parent shares; the others describe the adapted model alone."""
 SAMPLING = ("temperature", "top_p")
-"""Settings that all decoders have, and must have alike."""
+"""Settings that all decoders have, and that must be equal over the stages."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """A run of the tax. name: what was done to the run before it.  settings: what tells it from the others."""
+class AdaptationStage:
+    """One run of the comparison. name: the change from the stage before.  settings: of this stage, by dotted name."""
 
     name: str
     settings: Mapping[str, Any]
 
 
-def steps(values: Nested, parent: str, method: str) -> list[Step]:
-    """The runs of a tax, the parent's first. values: of the adapted model's run, its decoder's among them.
+def stages(values: Nested, parent: str, method: str) -> list[AdaptationStage]:
+    """The stages for an adaptation method, the parent's first. values: of the adapted model's run, decoder included.
 
-    What cannot be is left out: LLaDA's weights do not write token by token, and only FLUID checks its drafts.
+    Stages that do not exist are left out: LLaDA's weights cannot decode as AR, and only FLUID verifies its drafts.
     """
+    # 1) settings of the parent, of the adapted weights as AR, of the parallel decoder
     decoder = values.get("decoder", {})
-    shared = {f"decoder.{name}": decoder[name] for name in SAMPLING if name in decoder}
-    own = {f"model.{name}": value for name, value in values["model"].items()}
-    ar, parallel = {**own, "decoder.name": "ar", **shared}, {**own, "decoder.name": method, **shared}
-    first = Step("parent, AR", {"model.path": parent, "decoder.name": "ar", **shared})
+    sampling = {f"decoder.{name}": decoder[name] for name in SAMPLING if name in decoder}
+    adapted = {f"model.{name}": value for name, value in values["model"].items()}
+    as_ar = {**adapted, "decoder.name": "ar", **sampling}
+    parallel = {**adapted, "decoder.name": method, **sampling}
+    # 2) the stages that this method has
+    first = AdaptationStage("parent, AR", {"model.path": parent, "decoder.name": "ar", **sampling})
     if method == "llada":
-        return [first, Step("adaptation, diffusion", parallel)]
-    adapted = Step("adaptation", ar)
+        return [first, AdaptationStage("adaptation, diffusion", parallel)]
+    second = AdaptationStage("adaptation", as_ar)
     if method == "nbdiff":
-        return [first, adapted, Step("block diffusion", parallel)]
-    checked = Step("verified parallel decoding", {**parallel, "decoder.verify": True})
-    return [first, adapted, checked, Step(UNVERIFIED, {**parallel, "decoder.verify": False})]
+        return [first, second, AdaptationStage("block diffusion", parallel)]
+    verified = AdaptationStage("verified parallel decoding", {**parallel, "decoder.verify": True})
+    return [first, second, verified, AdaptationStage(UNVERIFIED, {**parallel, "decoder.verify": False})]
 
 
-def plan_tax(values: Nested, parent: str, method: str | None) -> tuple[list[Step], Plan]:
-    """The steps and the sweep that makes them. method: what the model was adapted to.
+def plan_stages(values: Nested, parent: str, method: str | None) -> tuple[list[AdaptationStage], SweepPlan]:
+    """The stages and the sweep that runs them.
 
-    values: of the adapted model's run, as a spec file holds them.
-    Raises ConfigError where the model was adapted to nothing, is its own parent, or a run is none.
+    values: of the adapted model's run, as a spec file holds them.  method: adaptation method of the model.
+    Raises ConfigError where the model is not adapted, is its own parent, or a stage's settings are invalid.
     """
     values = tables(values)
     model = values["model"]["path"]
-    asked = values.get("decoder", {}).get("name", method)
-    if method is None or asked != method:
-        is_what = f"was adapted to {method}" if method else "is a plain causal model"
-        raise ConfigError(f"tax: {model} {is_what}; name a model that was adapted, and leave its decoder to it")
-    found = steps(values, parent, method)
-    shared = {name: value for name, value in values["model"].items() if name in ANYWHERE}
+    decoder = values.get("decoder", {}).get("name", method)
+    if method is None or decoder != method:
+        status = f"was adapted to {method}" if method else "is a plain causal model"
+        raise ConfigError(f"tax: {model} {status}; name an adapted model, and no decoder but its own")
+    planned_stages = stages(values, parent, method)
+    shared = {name: value for name, value in values["model"].items() if name in SHARED_MODEL_SETTINGS}
     base = {**values, "model": shared, "decoder": {**values.get("decoder", {}), "name": method}}
-    planned = plan({**base, "sweep": {"point": [dict(step.settings) for step in found]}})
-    if len(planned.points) < len(found):
+    planned = plan({**base, "sweep": {"point": [dict(stage.settings) for stage in planned_stages]}})
+    if len(planned.points) < len(planned_stages):
         raise ConfigError(f"tax: {model} is its own parent; name with --parent the model it was adapted from")
-    return found, planned
+    return planned_stages, planned
 
 
-def measure(found: list[Step], folders: list[Path]) -> Nested:
-    """Each step against the run before it, and what it all comes to against the parent, as `compare` tells pairs.
+def measure(planned_stages: list[AdaptationStage], folders: list[Path]) -> Nested:
+    """Each stage compared with the stage before it, and with the parent; see `compare`.
 
-    All were asked alike but for a chat template of their own, which is told and forbids nothing.
+    folders: finished runs, one a stage. Protocols differ at most in the chat template, which is reported and allowed.
     """
-    pairs = [compare(both, across_protocols=True)["pairs"][0] for both in pairwise(folders)]
-    whole = compare(folders, across_protocols=True)
+    step_pairs = [compare(both, across_protocols=True)["pairs"][0] for both in pairwise(folders)]
+    against_parent = compare(folders, across_protocols=True)
+    changes = planned_stages[1:]
     return {
-        "runs": whole["runs"],
-        "protocol_difference": whole["protocol_difference"],
-        "names": [step.name for step in found],
-        "steps": [{"step": step.name, **pair} for step, pair in zip(found[1:], pairs, strict=True)],
-        "against_parent": [{"step": step.name, **pair} for step, pair in zip(found[1:], whole["pairs"], strict=True)],
+        "runs": against_parent["runs"],
+        "protocol_difference": against_parent["protocol_difference"],
+        "names": [stage.name for stage in planned_stages],
+        "steps": [{"step": stage.name, **pair} for stage, pair in zip(changes, step_pairs, strict=True)],
+        "against_parent": [
+            {"step": stage.name, **pair} for stage, pair in zip(changes, against_parent["pairs"], strict=True)
+        ],
     }

@@ -1,4 +1,10 @@
-"""Does a decoder write what greedy AR writes with the same weights? `fluid-eval audit`; the rules are in docs/audit.md.
+"""Losslessness: does a decoder write the text that AR decoding of the same weights writes? `fluid-eval audit`.
+
+Greedy text is compared token by token, and each first difference is either rounding (a numerical near-tie) or a fault
+of the algorithm. Sampled text is tested against AR's distribution. The rules and their limits are in docs/audit.md.
+
+    AR:        ... has 17 plates    <- first difference at place 3 of the answer
+    decoder:   ... has 11 plates    <- near-tie if both logits lie within the measured rounding error of the largest
 
 Legend: n places, V vocabulary.
 """
@@ -24,35 +30,37 @@ from fluid_model.settings import ArSettings, DecoderSettings, FluidSettings
 
 from ..running.lm_eval_model import Ids
 from ..running.worker import load_for
-from .reopen import Stored, Text, open_stored
+from .reopen import ReopenedRun, StoredText, open_run
 
-Verdict = Literal["identical", "numerical near-tie", "algorithmic"]
-"""Of greedy text. Sampled text: no difference found, undecided, or different."""
+AuditVerdict = Literal["identical", "numerical near-tie", "algorithmic"]
+"""Of greedy text. Of sampled text: no difference found, undecided, or different."""
 FAULTS = ("algorithmic", "different")
-"""Verdicts that are no rounding."""
-Write = Callable[[Checkpoint, Sequence[Request]], Iterable[Generation]]
-"""How the decoder under audit answers."""
+"""Verdicts that rounding does not explain."""
+Decode = Callable[[Checkpoint, Sequence[Request]], Iterable[Generation]]
+"""The decoder under audit: answers requests with the weights given."""
 END = "(end)"
+"""Shown where one text ends and the other goes on."""
 ROWS = 16
 CONTEXT = 60
-"""Characters of a divergence's context that are told."""
+"""Characters reported before a divergence."""
 NOISE_TEXTS, NOISE_PLACES = 8, 32
 """Texts, and places of each, over which rounding is measured."""
 NOISE_SHAPES = ((1, 1), (4, 8))
-"""Rows and slots of the cached forwards that are held against a plain one."""
+"""Rows and slots of the cached forwards that are compared with an uncached one."""
 BINS, LEAST_P = 20, 0.001
-"""Of the distribution test: bins, and the probability below which it fails."""
+"""Of the distribution test: bins, and the p below which it fails."""
 RARE, ENOUGH = 1e-4, 2000
-"""Of the distribution test: the chance, at most, of what counts as rare; the tokens from which on it clears a run."""
+"""Of the distribution test: the largest chance that counts as rare; the fewest tokens that can clear a run."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where a text first leaves AR's.
+    """The first difference between a text and AR's.
 
-    place: in the answer, from 0.  forward: that wrote it, None where not recorded.  margin: likeliest minus second
-    likeliest token there, nats, in the run's dtype; margin_recheck: in the recheck's.  agrees_in_recheck: whether
-    decoder and AR write the same there, both run again in the recheck's dtype.
+    place: in the answer, from 0.  forward: the one that wrote the token, None where not recorded.
+    ours, theirs: the decoder's token and AR's.
+    margin: likeliest minus second likeliest logit there, nats, in the run's dtype; margin_recheck: in the recheck's.
+    agrees_in_recheck: decoder and AR write the same text if both decode again in the recheck's dtype.
     """
 
     key: str
@@ -64,145 +72,166 @@ class Divergence:
     margin: float
     margin_recheck: float
     agrees_in_recheck: bool
-    verdict: Verdict
+    verdict: AuditVerdict
 
 
 def audit_run(folder: Path) -> dict[str, Any]:
     """Audit a finished run; see `audit`. Raises ConfigError if it cannot be opened."""
-    stored = open_stored(folder)
-    decoder = stored.spec.decoder
+    run = open_run(folder)
+    decoder = run.spec.decoder
 
-    def write(checkpoint: Checkpoint, requests: Sequence[Request]) -> Iterable[Generation]:
+    def decode(checkpoint: Checkpoint, requests: Sequence[Request]) -> Iterable[Generation]:
         return engine_for(checkpoint, decoder, ROWS).generate(requests)
 
     return {
-        "model": stored.spec.model.path,
-        "decoder": stored.spec.to_dict()["decoder"],
-        **audit(stored.texts, stored.checkpoint, decoder, write, lambda: precise(stored)),
+        "model": run.spec.model.path,
+        "decoder": run.spec.to_dict()["decoder"],
+        **audit(run.texts, run.checkpoint, decoder, decode, lambda: load_wider(run)),
     }
 
 
-def precise(stored: Stored) -> Checkpoint:
+def load_wider(run: ReopenedRun) -> Checkpoint:
     """A run's model in the next wider dtype: float32, or float64 where the run is in float32 already."""
-    if stored.checkpoint.backbone.dtype == torch.float32:
-        return in_float64(load_for(stored.spec))
-    return load_for(replace(stored.spec, model=replace(stored.spec.model, dtype="float32")))
+    if run.checkpoint.backbone.dtype == torch.float32:
+        return in_float64(load_for(run.spec))
+    return load_for(replace(run.spec, model=replace(run.spec.model, dtype="float32")))
 
 
 def in_float64(checkpoint: Checkpoint) -> Checkpoint:
-    """The same weights in float64; the checkpoint given is used up. Norms stay float32 in transformers' own forward,
-    which rounds each slot alike whatever stands beside it.
+    """The same weights in float64. The given checkpoint's modules are converted in place.
+
+    Norms stay float32 in transformers' own forward, which rounds a slot alike whatever stands beside it.
     """
     head = None if checkpoint.head is None else checkpoint.head.double()
     backbone = Backbone(checkpoint.model.double())
-    backbone.written_out = None  # it is for narrower dtypes
+    backbone.explicit = None  # transformers' own forward rounds least
     return replace(checkpoint, backbone=backbone, head=head)
 
 
 def audit(
-    texts: Sequence[Text], checkpoint: Checkpoint, decoder: DecoderSettings, write: Write,
+    texts: Sequence[StoredText], checkpoint: Checkpoint, decoder: DecoderSettings, decode: Decode,
     wider: Callable[[], Checkpoint],
 ) -> dict[str, Any]:  # fmt: skip
-    """What audit.json holds of texts that `write` wrote.
+    """The content of audit.json for texts that `decode` wrote.
 
-    wider: the same weights in a dtype that rounds less, asked for where texts differ.  Greedy text is judged token by
-    token; sampled text by its distribution, and what is told of tokens is against AR with the same random numbers.
+    wider: loads the same weights in a dtype that rounds less; called only where greedy texts differ.
+    Sampled text: the counts of equal tokens are against AR with the same random numbers.
     """
-    theirs = {answer.key: answer.ids for answer in _ar(checkpoint, decoder, texts)}
-    parted = {t.key: place for t in texts if (place := parting(t, theirs[t.key])) is not None}
-    lengths = {t.key: len(t.ids) + t.ended for t in texts}
-    told: dict[str, Any] = {
+    # 1) AR decodes the same prompts; count agreeing tokens, ends included
+    ar_ids = {answer.key: answer.ids for answer in _decode_ar(checkpoint, decoder, texts)}
+    divergent = {t.key: place for t in texts if (place := first_difference(t, ar_ids[t.key])) is not None}
+    lengths = {text.key: len(text.ids) + text.ended for text in texts}
+    report: dict[str, Any] = {
         "verdict": "identical",
-        "promises": promises(decoder),
+        "promises": promises_ar_text(decoder),
         "n": len(texts),
-        "identical": len(texts) - len(parted),
+        "identical": len(texts) - len(divergent),
         "tokens": sum(lengths.values()),
-        "agreeing_tokens": sum(parted.get(key, length) for key, length in lengths.items()),
-        "dtype": _name(checkpoint),
+        "agreeing_tokens": sum(divergent.get(key, length) for key, length in lengths.items()),
+        "dtype": _dtype_name(checkpoint),
         "recheck": None,
         "tolerance": None,
         "divergences": [],
         "distribution": None,
     }
+    # 2) sampled text: by distribution
     if decoder.temperature > 0:
-        found = distribution(texts, checkpoint, decoder)
-        sound = "no difference found" if found["n"] >= ENOUGH else "undecided"
-        return {**told, "verdict": sound if found["ok"] else "different", "distribution": found}
-    if not parted:
-        return told
-    judge = Judge(checkpoint, wider(), [t for t in texts if t.key in parted], theirs)
-    divergences = judge.judge(decoder, write)
-    worst = any(each.verdict == "algorithmic" for each in divergences)
+        test = distribution(texts, checkpoint, decoder)
+        passed = "no difference found" if test["n"] >= ENOUGH else "undecided"
+        return {**report, "verdict": passed if test["ok"] else "different", "distribution": test}
+    # 3) greedy text: by the first difference of each text
+    if not divergent:
+        return report
+    judge = DivergenceJudge(checkpoint, wider(), [t for t in texts if t.key in divergent], ar_ids)
+    divergences = judge.judge(decoder, decode)
+    algorithmic = any(divergence.verdict == "algorithmic" for divergence in divergences)
     return {
-        **told,
-        "verdict": "algorithmic" if worst else "numerical near-tie",
-        "recheck": _name(judge.wide),
+        **report,
+        "verdict": "algorithmic" if algorithmic else "numerical near-tie",
+        "recheck": _dtype_name(judge.wide),
         "tolerance": judge.tolerance,
-        "divergences": [asdict(each) for each in divergences],
+        "divergences": [asdict(divergence) for divergence in divergences],
     }
 
 
-def promises(decoder: DecoderSettings) -> bool:
-    """Whether a decoder claims to write AR's text."""
+def promises_ar_text(decoder: DecoderSettings) -> bool:
+    """Whether a decoder claims to be lossless: to write AR's text."""
     return isinstance(decoder, ArSettings) or (isinstance(decoder, FluidSettings) and decoder.verify)
 
 
-def parting(text: Text, theirs: Ids) -> int | None:
-    """The first place where a text is not AR's, its end included; None if there is none."""
+def first_difference(text: StoredText, ar_ids: Ids) -> int | None:
+    """The first place where a text differs from AR's, its end included; None if there is none."""
     end = (None,) if text.ended else ()
-    pairs = zip((*text.ids, *end), (*theirs, None), strict=False)
-    return next((place for place, (ours, other) in enumerate(pairs) if ours != other), None)
+    pairs = zip((*text.ids, *end), (*ar_ids, None), strict=False)
+    return next((place for place, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
 
 
-class Judge:
-    """Texts that differ from AR's: by rounding, or by what the decoder does?"""
+class DivergenceJudge:
+    """Decides whether texts differ from AR's by rounding or by a fault of the decoder.
 
-    def __init__(self, narrow: Checkpoint, wide: Checkpoint, texts: Sequence[Text], theirs: Mapping[str, Ids]) -> None:
-        self.narrow, self.wide, self.texts, self.theirs = narrow, wide, texts, theirs
-        self.tolerance = self._tolerance(narrow, texts, theirs)
+    narrow: the weights in the run's dtype.  wide: the same weights in the next wider one.
+    ar_ids: AR's answers in the run's dtype, by key.
+    """
 
-    def judge(self, decoder: DecoderSettings, write: Write) -> list[Divergence]:
-        """One verdict a text."""
-        answers = {a.key: a for a in write(self.wide, [_request(t) for t in self.texts])}
-        again = [replace(t, ids=answers[t.key].ids, ended=answers[t.key].finish == "eos") for t in self.texts]
-        theirs = {a.key: a.ids for a in _ar(self.wide, decoder, again)}
-        tolerance = self._tolerance(self.wide, again, theirs)
-        found = []
-        for text, retold in zip(self.texts, again, strict=True):
-            where, other = parting(text, self.theirs[text.key]), parting(retold, theirs[text.key])
-            assert where is not None
-            logits = _plain(self.narrow, (*text.prompt, *text.ids[:where]), 1)[0]
-            wide = _plain(self.wide, (*text.prompt, *text.ids[:where]), 1)[0]
-            close = self._gap(self.narrow, logits, text, self.theirs, where) <= self.tolerance
-            if other is not None:  # it parts in the wider dtype too: there the tie must be closer still
-                beyond = _plain(self.wide, (*retold.prompt, *retold.ids[:other]), 1)[0]
-                close = close and self._gap(self.wide, beyond, retold, theirs, other) <= tolerance
-            found.append(
+    def __init__(
+        self, narrow: Checkpoint, wide: Checkpoint, texts: Sequence[StoredText], ar_ids: Mapping[str, Ids]
+    ) -> None:
+        self.narrow, self.wide, self.texts, self.ar_ids = narrow, wide, texts, ar_ids
+        self.tolerance = self._tolerance(narrow, texts, ar_ids)
+
+    def judge(self, decoder: DecoderSettings, decode: Decode) -> list[Divergence]:
+        """One divergence a text, with its verdict."""
+        # 1) decoder and AR decode the same prompts again in the wider dtype
+        answers = {a.key: a for a in decode(self.wide, [_request(text) for text in self.texts])}
+        rechecks = [
+            replace(text, ids=answers[text.key].ids, ended=answers[text.key].finish == "eos") for text in self.texts
+        ]
+        wide_ar_ids = {answer.key: answer.ids for answer in _decode_ar(self.wide, decoder, rechecks)}
+        wide_tolerance = self._tolerance(self.wide, rechecks, wide_ar_ids)
+        divergences = []
+        for text, recheck in zip(self.texts, rechecks, strict=True):
+            place = first_difference(text, self.ar_ids[text.key])
+            wide_place = first_difference(recheck, wide_ar_ids[text.key])
+            assert place is not None
+            # 2) a near-tie: both choices lie within rounding of the likeliest token
+            logits = _uncached_logits(self.narrow, (*text.prompt, *text.ids[:place]), 1)[0]  # (V,)
+            wide_logits = _uncached_logits(self.wide, (*text.prompt, *text.ids[:place]), 1)[0]
+            near_tie = self._gap(self.narrow, logits, text, self.ar_ids, place) <= self.tolerance
+            # 3) a text that differs in the wider dtype too needs a tie that is closer still
+            if wide_place is not None:
+                beyond = _uncached_logits(self.wide, (*recheck.prompt, *recheck.ids[:wide_place]), 1)[0]
+                gap = self._gap(self.wide, beyond, recheck, wide_ar_ids, wide_place)
+                near_tie = near_tie and gap <= wide_tolerance
+            divergences.append(
                 Divergence(
                     key=text.key,
-                    place=where,
-                    forward=text.written[where] if where < len(text.written) else None,
-                    context=self._text(text.ids[:where])[-CONTEXT:],
-                    ours=self._token(text.ids, where),
-                    theirs=self._token(self.theirs[text.key], where),
+                    place=place,
+                    forward=text.written[place] if place < len(text.written) else None,
+                    context=self._text(text.ids[:place])[-CONTEXT:],
+                    ours=self._token(text.ids, place),
+                    theirs=self._token(self.ar_ids[text.key], place),
                     margin=_margin(logits),
-                    margin_recheck=_margin(wide),
-                    agrees_in_recheck=other is None,
-                    verdict="numerical near-tie" if close else "algorithmic",
+                    margin_recheck=_margin(wide_logits),
+                    agrees_in_recheck=wide_place is None,
+                    verdict="numerical near-tie" if near_tie else "algorithmic",
                 )
             )
-        return found
+        return divergences
 
-    def _gap(self, checkpoint: Checkpoint, logits: Tensor, text: Text, theirs: Mapping[str, Ids], place: int) -> float:
-        """How far the less likely of both choices is below the likeliest token, nats. logits: (V,)."""
+    def _gap(
+        self, checkpoint: Checkpoint, logits: Tensor, text: StoredText, ar_ids: Mapping[str, Ids], place: int
+    ) -> float:
+        """Distance of the less likely of both choices from the likeliest token, nats. logits: (V,)."""
         ends = torch.tensor(checkpoint.end_ids, device=logits.device)
-        said = [logits[ids[place]] if place < len(ids) else logits[ends].max() for ids in (text.ids, theirs[text.key])]
-        return float(logits.max() - torch.stack(said).min())
+        choices = [
+            logits[ids[place]] if place < len(ids) else logits[ends].max() for ids in (text.ids, ar_ids[text.key])
+        ]
+        return float(logits.max() - torch.stack(choices).min())
 
-    def _tolerance(self, checkpoint: Checkpoint, texts: Sequence[Text], theirs: Mapping[str, Ids]) -> float:
-        """By rounding, as measured on what both agree on."""
-        some = texts[:NOISE_TEXTS]
-        return tolerance(checkpoint, [(t.prompt, t.ids[: parting(t, theirs[t.key])]) for t in some])
+    def _tolerance(self, checkpoint: Checkpoint, texts: Sequence[StoredText], ar_ids: Mapping[str, Ids]) -> float:
+        """The rounding measured over the tokens that decoder and AR agree on."""
+        agreed = [(t.prompt, t.ids[: first_difference(t, ar_ids[t.key])]) for t in texts[:NOISE_TEXTS]]
+        return tolerance(checkpoint, agreed)
 
     def _text(self, ids: Ids) -> str:
         text: str = self.narrow.tokenizer.decode(ids)
@@ -213,102 +242,122 @@ class Judge:
 
 
 def tolerance(checkpoint: Checkpoint, texts: Iterable[tuple[Ids, Ids]]) -> float:
-    """Nats by which rounding can turn one choice into another: twice the most it moves a logit (two may move) over
-    these (prompt, answer).
+    """Nats by which rounding can turn one choice into another: twice the largest error of a logit, as two may move.
+
+    texts: (prompt, answer) pairs.
     """
-    return 2 * max((rounding(checkpoint, *each) for each in texts), default=0.0)
+    return 2 * max((rounding(checkpoint, *pair) for pair in texts), default=0.0)
 
 
 @torch.inference_mode()
 def rounding(checkpoint: Checkpoint, prompt: Ids, answer: Ids) -> float:
-    """The most by which a logit of the two likeliest tokens differs between one plain forward and cached ones of other
-    shapes, over an answer's last places; at least a unit in the last place of the largest, nats.
+    """Largest difference of a logit between an uncached forward and cached forwards of other shapes, nats.
+
+    Over the two likeliest tokens at an answer's last places; at least a unit in the last place of the largest logit.
     """
+    # 1) the reference: one uncached forward
     ids, backbone = (*prompt, *answer), checkpoint.backbone
     tail = min(NOISE_PLACES, len(answer) + 1, len(ids))
-    plain = _plain(checkpoint, ids, tail)  # (n, V)
-    best, which = plain.topk(2)
-    unit = max(torch.finfo(backbone.dtype).eps, torch.finfo(plain.dtype).eps)
-    moved = unit * float(best.abs().max())
+    uncached = _uncached_logits(checkpoint, ids, tail)  # (n, V)
+    best, tokens = uncached.topk(2)  # (n, 2)
+    unit = max(torch.finfo(backbone.dtype).eps, torch.finfo(uncached.dtype).eps)
+    error = unit * float(best.abs().max())
+    # 2) the same ids through the cache, a few slots at a time
     for rows, width in NOISE_SHAPES:
         cache, start, hidden = KVCache(rows, len(ids)), 0, []
         while start < len(ids):
             stop = min(start + width, len(ids)) if start else max(1, len(ids) - tail)
             fed = torch.tensor([ids[start:stop]] * rows, device=backbone.device)
-            reading = cache.set_write_positions(0, [start] * rows, stop - start, backbone.device)
-            hidden.append(backbone.forward(fed, reading, cache)[0])
+            attention = cache.set_write_positions(0, [start] * rows, stop - start, backbone.device)
+            hidden.append(backbone.forward(fed, attention, cache)[0])
             start = stop
         cached = backbone.logits(torch.cat(hidden)[-tail:])
-        moved = max(moved, float((cached.gather(1, which) - best).abs().max()))
-    return moved
+        error = max(error, float((cached.gather(1, tokens) - best).abs().max()))
+    return error
 
 
 @torch.inference_mode()
 def distribution(
-    texts: Sequence[Text], checkpoint: Checkpoint, decoder: DecoderSettings, seed: int = 0
+    texts: Sequence[StoredText], checkpoint: Checkpoint, decoder: DecoderSettings, seed: int = 0
 ) -> dict[str, Any]:
-    """Whether sampled tokens come from the model's own distribution: chi-square over their randomised ranks, and how
-    many are tokens that it hardly ever says, which no bin of the former shows.
+    """Tests whether sampled tokens come from the model's own distribution, after temperature and nucleus.
 
-    Each token's place in the distribution function of its plain forward, after temperature and nucleus, the likeliest
-    first, is uniform where it was drawn from it.  (Rosenblatt 1952)  n: tokens, ends included.  rare: tokens where one
-    as unlikely comes with a chance below RARE.  p: the smaller of both tests, times two.
+    Ranks: a token's randomised place in the distribution function, likeliest token first, is uniform if the token was
+    drawn from it (Rosenblatt 1952); chi-square over BINS bins.
+    Rare tokens: more tokens with a tail chance below RARE than a binomial allows; no bin shows them.
+    n: tokens, ends included.  p: the smaller of both p values, times two (Bonferroni).
     """
     from scipy.stats import binomtest, chisquare
 
-    heat, top_p = decoder.temperature, getattr(decoder, "top_p", 1.0)
-    slack = tolerance(checkpoint, [(text.prompt, text.ids) for text in texts[:NOISE_TEXTS]]) / heat
+    temperature, top_p = decoder.temperature, getattr(decoder, "top_p", 1.0)
+    slack = tolerance(checkpoint, [(text.prompt, text.ids) for text in texts[:NOISE_TEXTS]]) / temperature
     random, counts, rare = torch.Generator().manual_seed(seed), torch.zeros(BINS), 0
     for text in texts:
-        count = len(text.ids) + text.ended
-        if not count:
+        n = len(text.ids) + text.ended
+        if not n:
             continue
-        logits = _plain(checkpoint, (*text.prompt, *text.ids), len(text.ids) + 1)[:count].cpu()  # (n, V)
-        scaled = logits / heat
-        probabilities, order = nucleus(scaled, top_p)
+        # 1) the distribution that AR samples from at each place
+        logits = _uncached_logits(checkpoint, (*text.prompt, *text.ids), len(text.ids) + 1)[:n].cpu()  # (n, V)
+        scaled = logits / temperature
+        probabilities, order = nucleus(scaled, top_p)  # (n, V) each, likeliest first
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
-        said = list(text.ids)
-        if text.ended:  # which of the tokens that end a text it was is not stored: as likely as each is to be drawn
-            kept = torch.empty_like(scaled[-1]).scatter(0, order[-1], probabilities[-1])
-            ends = torch.tensor(checkpoint.end_ids)
-            chances = kept[ends] if kept[ends].any() else scaled[-1, ends].softmax(-1)
-            said.append(int(ends[chances.multinomial(1, generator=random)]))
-        rank = (order == torch.tensor(said)[:, None]).int().argmax(-1, keepdim=True)
-        inside = torch.rand(count, 1, generator=random)
+        sampled = list(text.ids)
+        if text.ended:
+            sampled.append(_draw_end(scaled[-1], probabilities[-1], order[-1], checkpoint.end_ids, random))
+        # 2) each token's place in the distribution function
+        rank = (order == torch.tensor(sampled)[:, None]).int().argmax(-1, keepdim=True)  # (n, 1)
+        inside = torch.rand(n, 1, generator=random)
         place = (probabilities.cumsum(-1) - probabilities).gather(1, rank) + inside * probabilities.gather(1, rank)
         counts += torch.histc(place.clamp(0, 1), BINS, 0, 1)
+        # 3) tokens that AR hardly ever samples
         rare += int((tail(scaled.gather(1, order), rank, top_p, slack) < RARE).sum())
-    n = int(counts.sum())
-    ranks = chisquare(counts.double().numpy()) if n else None
+    total = int(counts.sum())
+    ranks = chisquare(counts.double().numpy()) if total else None
     p_ranks = float(ranks.pvalue) if ranks else 1.0
-    p_rare = float(binomtest(rare, n, RARE, alternative="greater").pvalue) if n else 1.0
+    p_rare = float(binomtest(rare, total, RARE, alternative="greater").pvalue) if total else 1.0
     p = min(1.0, 2 * min(p_ranks, p_rare))
     return {
-        "n": n, "statistic": float(ranks.statistic) if ranks else 0.0, "dof": BINS - 1, "p_ranks": p_ranks,
+        "n": total, "statistic": float(ranks.statistic) if ranks else 0.0, "dof": BINS - 1, "p_ranks": p_ranks,
         "rare": rare, "rare_below": RARE, "p_rare": p_rare, "p": p, "enough": ENOUGH, "ok": p >= LEAST_P,
     }  # fmt: skip
 
 
-def tail(scaled: Tensor, rank: Tensor, top_p: float, slack: float) -> Tensor:
-    """Chance, at most, that nucleus sampling says a token no likelier than this one; 0 outside the nucleus.
+def _draw_end(
+    scaled: Tensor, probabilities: Tensor, order: Tensor, end_ids: Sequence[int], random: torch.Generator
+) -> int:
+    """An end token for a text that ended: runs do not store which one it was, so it is drawn by AR's chances.
 
-    scaled: (n, V) logits over the temperature, falling.  rank: (n, 1) the token's.  slack: nats by which rounding may
-    have moved two logits against each other where the token was drawn; all doubt goes to the token.  Returns (n,).
+    scaled: (V,) logits over the temperature.  probabilities, order: (V,) after nucleus, and their token ids.
+    """
+    in_nucleus = torch.empty_like(scaled).scatter(0, order, probabilities)
+    ends = torch.tensor(end_ids)
+    chances = in_nucleus[ends] if in_nucleus[ends].any() else scaled[ends].softmax(-1)
+    return int(ends[chances.multinomial(1, generator=random)])
+
+
+def tail(scaled: Tensor, rank: Tensor, top_p: float, slack: float) -> Tensor:
+    """Upper bound on the chance that nucleus sampling draws a token no likelier than this one; 0 outside the nucleus.
+
+    scaled: (n, V) logits over the temperature, falling.  rank: (n, 1) rank of the token.
+    slack: nats by which rounding may have moved two logits against each other; every doubt favours the token.
+    Returns (n,).
     """
     logs = scaled.double().log_softmax(-1)
     nothing = logs.new_zeros(len(logs), 1)
-    ahead = torch.searchsorted(-logs, -(logs + slack))  # of each: the tokens that are likelier whatever rounding did
+    # 1) probability of the tokens ahead of each, whatever rounding did
+    ahead = torch.searchsorted(-logs, -(logs + slack))  # (n, V) how many they are
     before = torch.cat([nothing, logs.exp().cumsum(-1)], -1).gather(1, ahead)
     before = before / (before + (1 - before).clamp(min=0) * math.exp(slack))
-    kept = logs.exp().masked_fill(before >= top_p, 0.0)
-    sums = torch.cat([nothing, kept.cumsum(-1)], -1)
+    # 2) the nucleus, and in it the probability of this token and those behind it
+    in_nucleus = logs.exp().masked_fill(before >= top_p, 0.0)
+    sums = torch.cat([nothing, in_nucleus.cumsum(-1)], -1)
     below = (sums[:, -1:] - sums.gather(1, ahead.gather(1, rank))) * math.exp(slack) / top_p
-    return below.clamp(max=1).masked_fill(kept.gather(1, rank) == 0, 0.0)[:, 0]
+    return below.clamp(max=1).masked_fill(in_nucleus.gather(1, rank) == 0, 0.0)[:, 0]
 
 
 @torch.inference_mode()
-def _plain(checkpoint: Checkpoint, ids: Ids, count: int) -> Tensor:
-    """(count, V) logits at the last places of a row read at once by transformers' own forward, without a cache."""
+def _uncached_logits(checkpoint: Checkpoint, ids: Ids, count: int) -> Tensor:
+    """(count, V) logits at the last places of a row, by one forward of transformers' own code without a cache."""
     row = torch.tensor([ids], device=checkpoint.backbone.device)
     hidden = checkpoint.model.base_model(input_ids=row, use_cache=False).last_hidden_state[0, -count:]
     return checkpoint.backbone.logits(hidden)
@@ -320,16 +369,18 @@ def _margin(logits: Tensor) -> float:
     return float(first - second)
 
 
-def _ar(checkpoint: Checkpoint, decoder: DecoderSettings, texts: Sequence[Text]) -> Iterable[Generation]:
-    """AR's answers, as far as these texts go."""
+def _decode_ar(
+    checkpoint: Checkpoint, decoder: DecoderSettings, texts: Sequence[StoredText]
+) -> Iterable[Generation]:  # fmt: skip
+    """AR's answers to the prompts of these texts, each as long as its text."""
     settings = ArSettings(decoder.temperature, getattr(decoder, "top_p", 1.0))
     return engine_for(checkpoint, settings, ROWS).generate([_request(text) for text in texts])
 
 
-def _request(text: Text) -> Request:
-    """As many tokens as it wrote, its end included. Stop strings need not be looked for: it has ended where it did."""
+def _request(text: StoredText) -> Request:
+    """A request for as many tokens as the text has, its end included, and therefore without stop strings."""
     return Request(text.key, text.prompt, max(1, len(text.ids) + text.ended), seed=text.seed)
 
 
-def _name(checkpoint: Checkpoint) -> str:
+def _dtype_name(checkpoint: Checkpoint) -> str:
     return str(checkpoint.backbone.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""A stored run opened again to be looked into: its model, and its texts as ids."""
+"""A finished run reopened for analysis: its model loaded, and the texts it wrote as token ids."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from ..running.worker import load_for, weights_name
 
 
 @dataclass(frozen=True)
-class Text:
-    """An answer and what it answers.
+class StoredText:
+    """A stored answer and its prompt, as token ids.
 
-    ended: whether its end is the decoder's own choice, to be compared: the model ended it, or nothing that it was asked
-    to stop at did.  seed: of its random numbers.  written: the forward that wrote each token, empty
-    where the run did not record it.
+    ended: the end is the decoder's own choice and takes part in comparisons. False where the length limit or a stop
+    string cut the answer.
+    seed: of the row's random numbers.
+    written: for each token the forward that wrote it, empty where the run did not record it.
     """
 
     key: str
@@ -36,65 +37,78 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A finished run, its model loaded."""
+class ReopenedRun:
+    """A finished run with its model loaded."""
 
     spec: RunSpec
     checkpoint: Checkpoint
-    texts: tuple[Text, ...]
+    texts: tuple[StoredText, ...]
 
 
-def open_stored(folder: Path) -> Stored:
+def open_run(folder: Path) -> ReopenedRun:
     """Load a finished run's model and the texts it wrote.
 
-    Raises ConfigError if there is no finished run, nothing was written, or weights or tokenizer are others by now.
+    Raises ConfigError if there is no finished run, if it generated no text, or if weights or tokenizer have changed.
     """
+    # 1) the run
     spec = held_spec(folder) if (folder / SPEC).exists() else None
     if spec is None or not (folder / RESULT).exists():
         raise ConfigError(f"{folder}: no finished run here; name a folder that fluid-eval run --out wrote")
-    written = [r for r in read_samples(folder) if r["finish"] not in (None, "lost")]
-    if not written:
+    records = [record for record in read_samples(folder) if record["finish"] not in (None, "lost")]
+    if not records:
         raise ConfigError(
-            f"nothing is written in {', '.join(spec.tasks)}: likelihoods alone; name tasks that are answered, such as "
-            "mini_gsm8k"
+            f"no text was generated in {', '.join(spec.tasks)}, only log-likelihoods; name tasks with generated "
+            "answers, such as mini_gsm8k"
         )
+    # 2) its model, which must have the same weights
     checkpoint = load_for(spec)
-    before = read_environment(folder / ENVIRONMENT).get("same", {}).get("weights")
-    if checkpoint.folder is not None and before not in (None, weights_name(checkpoint.folder)):
-        raise ConfigError(f"{folder}: the weights at {spec.model.path} are others now than those of this run")
-    asked = (read_result(folder / RESULT).get("protocol") or {}).get("tasks", {})
-    encoded = encode_prompts(checkpoint.tokenizer, list({r["prompt"] for r in written}), chat=spec.chat is not None)
-    vocabulary, window = checkpoint.model.get_input_embeddings().num_embeddings, checkpoint.backbone.window
+    weights = read_environment(folder / ENVIRONMENT).get("same", {}).get("weights")
+    if checkpoint.folder is not None and weights not in (None, weights_name(checkpoint.folder)):
+        raise ConfigError(f"{folder}: the weights at {spec.model.path} have changed since this run")
+    # 3) its texts, which must have the same prompt tokens
+    protocols = (read_result(folder / RESULT).get("protocol") or {}).get("tasks", {})
+    prompts = encode_prompts(checkpoint.tokenizer, list({r["prompt"] for r in records}), chat=spec.chat is not None)
     texts = []
-    for record in written:
+    for record in records:
         if missing := {"prompt_tokens", "truncated"} - record.keys():
-            raise ConfigError(f"{folder}: {record['key']} does not tell its {' and '.join(sorted(missing))}")
-        ids, count = encoded[record["prompt"]], record["prompt_tokens"]
-        if len(ids) != count + record["truncated"]:
+            raise ConfigError(f"{folder}: {record['key']} lacks {' and '.join(sorted(missing))}")
+        ids = prompts[record["prompt"]]
+        if len(ids) != record["prompt_tokens"] + record["truncated"]:
             raise ConfigError(f"{folder}: the prompt of {record['key']} has other tokens now than in this run")
-        if (
-            not count
-            or count + len(record["output_ids"]) > window
-            or max(record["output_ids"], default=0) >= vocabulary
-        ):
-            raise ConfigError(f"{folder}: {record['key']} cannot be this model's: its window or vocabulary is smaller")
-        when = tuple(record["trace"].get("written", ()))
-        seed, ended = row_seed(spec.seed, record["key"]), not was_cut(record, asked, checkpoint.tokenizer)
-        answer = tuple(record["output_ids"])
-        texts.append(Text(record["key"], record["task"], ids[-count:], answer, ended, seed, when))
-    return Stored(spec, checkpoint, tuple(texts))
+        _check_fits(folder, record, checkpoint)
+        texts.append(
+            StoredText(
+                key=record["key"],
+                task=record["task"],
+                prompt=ids[-record["prompt_tokens"] :],
+                ids=tuple(record["output_ids"]),
+                ended=not was_cut(record, protocols, checkpoint.tokenizer),
+                seed=row_seed(spec.seed, record["key"]),
+                written=tuple(record["trace"].get("written", ())),
+            )
+        )
+    return ReopenedRun(spec, checkpoint, tuple(texts))
 
 
-def was_cut(record: Record, asked: Nested, tokenizer: Tokenizer) -> bool:
-    """Whether the length limit or a stop string ended an answer, as it says: it has that length, or holds one.
+def _check_fits(folder: Path, record: Record, checkpoint: Checkpoint) -> None:
+    """Raises ConfigError if a stored answer exceeds the model's window or vocabulary."""
+    vocabulary, window = checkpoint.model.get_input_embeddings().num_embeddings, checkpoint.backbone.window
+    prompt, answer = record["prompt_tokens"], record["output_ids"]
+    if not prompt or prompt + len(answer) > window or max(answer, default=0) >= vocabulary:
+        raise ConfigError(f"{folder}: {record['key']} cannot be this model's: its window or vocabulary is smaller")
 
-    asked: task -> its protocol, empty of runs that are older than those, which are believed.
+
+def was_cut(record: Record, protocols: Nested, tokenizer: Tokenizer) -> bool:
+    """Whether the length limit or a stop string ended an answer. The recorded finish must agree with the answer: it has
+    that length, or holds a stop string.
+
+    protocols: task -> its protocol; empty of older runs, whose recorded finish is trusted.
     """
-    told = asked.get(record["task"], {})
+    protocol = protocols.get(record["task"], {})
     if record["finish"] == "length":
-        return len(record["output_ids"]) >= (told.get("max_gen_toks") or 0)
+        return len(record["output_ids"]) >= (protocol.get("max_gen_toks") or 0)
     if record["finish"] == "stop":
-        stops, text = told.get("until"), tokenizer.decode(record["output_ids"])
+        stops, text = protocol.get("until"), tokenizer.decode(record["output_ids"])
         stops = [stops] if isinstance(stops, str) else stops
         return stops is None or any(stop in text for stop in (*stops, tokenizer.eos_token) if stop)
     return False

@@ -1,7 +1,7 @@
-"""Stored answers read by another profile's extractors: nothing is written by a model again, none is loaded.
+"""Rescoring: a run's stored answers scored again by another profile's extractors. No model is loaded.
 
-Prompts, stops, lengths and the decoder stay those of the run; what comes out is a run folder like any other, whose
-protocol says so ("lm-eval prompts, fluid-paper extractors").
+Prompts, stop strings, lengths and the decoder stay those of the run. The result is an ordinary run folder; its protocol
+names both: "lm-eval prompts, fluid-paper extractors".
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from ..running.job import result_of
 
 
 class StoredLM(LM):
-    """Answers from a run's samples. Raises ConfigError where a question is not the one that was answered."""
+    """An lm-eval model that returns a run's stored answers.
+
+    Raises ConfigError if a request has no stored answer, or its prompt is not the stored one.
+    """
 
     tokenizer_name = ""
 
@@ -39,57 +42,64 @@ class StoredLM(LM):
         self._chat = chat
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The last question: the template is the model's, and no model is here."""
+        """The last question alone: the template belongs to the model, which is not loaded."""
         return next(turn["content"] for turn in reversed(chat_history) if turn["role"] == "user")
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         return [str(record["output"]) for _, record in self._records(requests)]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        places: dict[str, int] = {}
-        found = []
+        """Stored log-likelihoods; a document's choices come in the order in which they were scored."""
+        choices: dict[str, int] = {}
+        scores = []
         for key, record in self._records(requests):
-            place = places[key] = places.get(key, -1) + 1
-            found.append((record["loglikelihoods"][place], record["greedy"][place]))
-        return found
+            choice = choices[key] = choices.get(key, -1) + 1
+            scores.append((record["loglikelihoods"][choice], record["greedy"][choice]))
+        return scores
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         raise ConfigError(f"{self._folder}: likelihoods of whole texts are not stored and cannot be scored again")
 
     def _records(self, requests: list[Instance]) -> Iterator[tuple[str, Record]]:
+        """(key, stored record) of each request."""
         for instance in requests:
-            key, asked = f"{instance.task_name}/{instance.doc_id}", instance.args[0]
+            key, prompt = f"{instance.task_name}/{instance.doc_id}", instance.args[0]
             record = self._samples.get(key)
             if record is None:
                 raise ConfigError(f"{self._folder} holds no answer to {key}; its task or data have changed since")
-            same = asked.strip() in record["prompt"] if self._chat else asked == record["prompt"]
-            if not same:
-                raise ConfigError(f"{self._folder}: the question of {key} is not the one that was answered")
+            # of a conversation only the last question is known here
+            is_same = prompt.strip() in record["prompt"] if self._chat else prompt == record["prompt"]
+            if not is_same:
+                raise ConfigError(f"{self._folder}: the prompt of {key} has changed since it was answered")
             yield key, record
 
 
 def rescore(folder: Path, profile: str, out: Path | None = None, *, data_dir: str | None = None) -> tuple[Nested, Path]:
-    """Score a finished run's answers by a profile's extractors; returns the result and its folder.
+    """Score a finished run's answers by a profile's extractors. Returns the result and its folder.
 
-    out: default: beside the run, NAME-read-as-PROFILE.  data_dir: where the targets are, if not where the run had them.
+    out: default: beside the run, NAME-read-as-PROFILE.  data_dir: of the targets; default: where the run had them.
     Raises ConfigError if the folder holds no finished run, the profile has no extractor for any of its tasks, or the
-    questions have changed since.
+    prompts have changed since.
     """
+    # 1) the finished run
     if (folder / POINTS).is_dir():
         raise ConfigError(f"{folder}: a sweep, not a run; name one of the run folders in {folder / POINTS}")
-    held = held_spec(folder) if folder.is_dir() else None
-    if held is None or not (folder / RESULT).is_file():
+    run_spec = held_spec(folder) if folder.is_dir() else None
+    if run_spec is None or not (folder / RESULT).is_file():
         raise ConfigError(f"{folder}: no finished run here (no {RESULT})")
+    # 2) the same spec with the other profile's extractors, where it has any
     reader = profiles.read_profile(profile)
-    own = held.extractor or held.profile
-    spec = replace(held, extractor=None if profile == held.profile else profile, data_dir=data_dir or held.data_dir)
-    lm_eval_tasks.check_names(held.tasks)
+    current = run_spec.extractor or run_spec.profile
+    extractor = None if profile == run_spec.profile else profile
+    spec = replace(run_spec, extractor=extractor, data_dir=data_dir or run_spec.data_dir)
+    lm_eval_tasks.check_names(run_spec.tasks)
     tasks = lm_eval_tasks.load_tasks(spec)
-    reads = [name for name in tasks["tasks"] if _extracts(name, profile) or _extracts(name, own)]
-    if profile != own and not reads:
+    affected = [name for name in tasks["tasks"] if _has_extractor(name, profile) or _has_extractor(name, current)]
+    if profile != current and not affected:
         raise ConfigError(
-            f"profile {reader.name} has no extractor of its own for {', '.join(held.tasks)}: scores would be the same"
+            f"profile {reader.name} has no extractor of its own for {', '.join(run_spec.tasks)}: scores would be equal"
         )
+    # 3) score, and describe the result as a run of its own
     clock, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     opened = Run(out or folder.with_name(f"{folder.name}-read-as-{reader.name}"), spec, resume=False)
     records, before = _scored(folder, spec, tasks), read_result(folder / RESULT, ("notices",))
@@ -98,8 +108,9 @@ def rescore(folder: Path, profile: str, out: Path | None = None, *, data_dir: st
         **({"conditions": before["conditions"]} if "conditions" in before else {}),
         "started": started,
         "remote_code": before.get("remote_code", []),
-        "notices": [*before["notices"], *_notices(folder, held, reader, reads)],
+        "notices": [*before["notices"], *_notices(folder, run_spec, reader, affected)],
     }
+    # 4) store it
     opened.begin({**read_environment(folder / ENVIRONMENT), "rescored": {"from": str(folder), "started": started}})
     result["wall_seconds"] = round(time.perf_counter() - clock, 3)
     if (folder / speed_repeats.REPEATS).is_file():
@@ -109,33 +120,35 @@ def rescore(folder: Path, profile: str, out: Path | None = None, *, data_dir: st
 
 
 def _scored(folder: Path, spec: RunSpec, tasks: lm_eval_tasks.Tasks) -> list[Record]:
+    """The run's records with the scores of these tasks' extractors."""
     samples = {record["key"]: record for record in read_samples(folder)}
     results = lm_eval_tasks.evaluate(spec, tasks, StoredLM(samples, folder, chat=spec.chat is not None))
     return lm_eval_tasks.scored_records(tasks, results, samples)
 
 
-def _extracts(task: str, profile: str) -> bool:
-    told = profiles.read_profile(profile).of(task)
-    return told is not None and told.extractor is not None
+def _has_extractor(task: str, profile: str) -> bool:
+    protocol = profiles.read_profile(profile).of(task)
+    return protocol is not None and protocol.extractor is not None
 
 
-def _notices(folder: Path, held: RunSpec, reader: profiles.Profile, reads: list[str]) -> list[str]:
-    """What of the profile was applied, and what would have needed new answers."""
-    told = {name: reader.of(name) for name in reads}
-    abouts = {t.extractor.about if t and t.extractor else "lm-eval's" for t in told.values()}
-    how = f" ({'; '.join(sorted(abouts))})" if abouts else ""
-    found = [f"answers of {folder}, not written again, read by the extractors of {reader.name}{how}"]
-    asked = (
-        "num_fewshot",
-        "description",
-        "doc_to_text",
-        "fewshot_config",
-        "gen_prefix",
-        "until",
-        "max_gen_toks",
-        "chat",
-    )
-    left = [name for name in asked if any(t and getattr(t, name) is not None for t in told.values())]
-    if left and reader.name != profiles.read_profile(held.profile).name:
-        found.append(f"of {reader.name} not applied, since it would need new answers: {', '.join(left)}")
-    return found
+PROMPT_FIELDS = (
+    *("num_fewshot", "description", "doc_to_text", "fewshot_config", "gen_prefix"),
+    *("until", "max_gen_toks", "chat"),
+)
+"""Fields of a profile that shape the answers, so that stored ones cannot follow them."""
+
+
+def _notices(folder: Path, run_spec: RunSpec, reader: profiles.Profile, affected: list[str]) -> list[str]:
+    """Which parts of the profile were applied, and which would need new answers."""
+    # 1) applied: the extractors
+    protocols = {name: reader.of(name) for name in affected}
+    extractors = {p.extractor.about if p and p.extractor else "lm-eval's" for p in protocols.values()}
+    how = f" ({'; '.join(sorted(extractors))})" if extractors else ""
+    notices = [f"answers of {folder}, not written again, read by the extractors of {reader.name}{how}"]
+    # 2) not applied: prompts and stops
+    unused = [
+        name for name in PROMPT_FIELDS if any(p and getattr(p, name) is not None for p in protocols.values())
+    ]  # fmt: skip
+    if unused and reader.name != profiles.read_profile(run_spec.profile).name:
+        notices.append(f"of {reader.name} not applied, since it would need new answers: {', '.join(unused)}")
+    return notices

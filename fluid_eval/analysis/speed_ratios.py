@@ -1,7 +1,7 @@
-"""How two runs' speeds compare on the documents they share, and what such a ratio does not say. No torch.
+"""Speed ratios of two runs over the documents they share, and the limits of such a ratio. No torch.
 
-Tokens/forward are counts: documents are all there is to be unsure of. Tokens/s are of a machine: only repeats that both
-runs took in turns say how sure their ratio is.
+Tokens/forward are counts: only the choice of documents makes them uncertain. Tokens/s are measurements of a machine:
+only repeats that both runs took in turns give their ratio an interval.
 """
 
 from __future__ import annotations
@@ -21,106 +21,121 @@ APART = "not interleaved: the machine's drift between the runs is in the ratio"
 
 
 @dataclass(frozen=True)
-class Clocked:
-    """A run as its speeds need it. held: its repeats.  records: its samples of the documents compared, by task."""
+class TimedRun:
+    """A run as its speeds need it. repeats: its speed repeats.  records: samples of the shared documents, by task."""
 
     spec: Nested
     environment: Nested
     result: Nested
-    held: Sequence[speed_repeats.Repeat]
+    repeats: Sequence[speed_repeats.Repeat]
     records: Sequence[Sequence[Mapping[str, Any]]]
 
     @property
     def all(self) -> list[Mapping[str, Any]]:
+        """The samples of all tasks."""
         return [record for task in self.records for record in task]
 
     @property
     def conditions(self) -> Nested:
-        """As its result tells them; of older runs, what their samples and environment do."""
-        held: Nested | None = self.result.get("conditions")
-        return held or speed_conditions.describe(self.environment, {**self.result, **self.spec}, self.all)
+        """Stored in its result; of older runs, derived from samples and environment."""
+        stored: Nested | None = self.result.get("conditions")
+        return stored or speed_conditions.describe(self.environment, {**self.result, **self.spec}, self.all)
 
 
-def speeds(base: Clocked, other: Clocked) -> Nested:
-    """Ratios of both speeds, other over base, over the tasks that both wrote answers to; None where there is none.
+def speeds(base: TimedRun, other: TimedRun) -> Nested:
+    """Ratios of both speeds, other over base, over the tasks that both generated answers to; None where there is none.
 
-    not_compared: why tokens/s have no ratio.  cautions: what the ratio of tokens/s does not say.  unequal: what beside
-    the decoders is in the ratio of tokens/forward.  conditions: under which those of each run hold.
+    not_compared: reasons why tokens/s have no ratio.  cautions: limits of the ratio of tokens/s.
+    unequal: conditions beside the decoders that differ and affect tokens/forward.  conditions: of each run.
     """
-    wrote = [
-        place
-        for place, tasks in enumerate(zip(base.records, other.records, strict=True))
+    # 1) tasks with generated answers in both runs, and their generated samples
+    shared = [
+        number
+        for number, tasks in enumerate(zip(base.records, other.records, strict=True))
         if all(any(record["output_ids"] for record in task) for task in tasks)
     ]
-    ours, theirs = (
-        replace(run, records=[[r for r in run.records[place] if r["finish"] is not None] for place in wrote])
-        for run in (base, other)
-    )
-    reasons = speed_conditions.unequal_seconds(
-        *(speed_conditions.machine(run.environment, run.spec) for run in (base, other))
-    )  # fmt: skip
-    second = _seconds(ours, theirs) if wrote and not reasons else None
+    ours, theirs = _generated(base, shared), _generated(other, shared)
+    # 2) tokens/s, where both ran on the same machine in the same way
+    machines = [speed_conditions.machine(run.environment, run.spec) for run in (base, other)]
+    reasons = speed_conditions.unequal_seconds(*machines)
+    second = _per_second(ours, theirs) if shared and not reasons else None
     return {
         "tokens_per_second": second,
-        "tokens_per_forward": _forwards(ours, theirs) if wrote else None,
+        "tokens_per_forward": _per_forward(ours, theirs) if shared else None,
         "not_compared": reasons,
         "cautions": _cautions(base, other, second) if second else [],
-        "unequal": speed_conditions.unequal_forwards(ours.conditions, theirs.conditions) if wrote else [],
+        "unequal": speed_conditions.unequal_forwards(ours.conditions, theirs.conditions) if shared else [],
         "conditions": {
-            "base": speed_conditions.told(ours.conditions),
-            "other": speed_conditions.told(theirs.conditions),
+            "base": speed_conditions.drafting(ours.conditions),
+            "other": speed_conditions.drafting(theirs.conditions),
         },
     }
 
 
-def _forwards(base: Clocked, other: Clocked) -> Nested | None:
-    columns = [
-        [
-            [float(len(record["output_ids"])) for record in run.all],
-            [float(sum(record["trace"]["forwards"].values())) for record in run.all],
-        ]
-        for run in (base, other)
-    ]
-    (a, under_a), (b, under_b) = columns
-    ratio = ratio_of_sums([b, under_a], [under_b, a], [len(task) for task in base.records])
-    return None if ratio is None else _told(ratio, math.fsum(a) / math.fsum(under_a), math.fsum(b) / math.fsum(under_b))
+def _generated(run: TimedRun, tasks: Sequence[int]) -> TimedRun:
+    """The run with the generated samples of these tasks alone."""
+    records = [[record for record in run.records[number] if record["finish"] is not None] for number in tasks]
+    return replace(run, records=records)
 
 
-def _seconds(base: Clocked, other: Clocked) -> Nested | None:
-    """By repeats taken in turns where there are any, else by one speed each, without an interval."""
-    paces = [speed_repeats.paces(run.all, run.held) for run in (base, other)]
+def _per_forward(base: TimedRun, other: TimedRun) -> Nested | None:
+    """Ratio of tokens/forward: (tokens / forwards) of the other over that of the base, documents paired."""
+    tokens_a, forwards_a = _counts(base)
+    tokens_b, forwards_b = _counts(other)
+    ratio = ratio_of_sums([tokens_b, forwards_a], [forwards_b, tokens_a], [len(task) for task in base.records])
+    if ratio is None:
+        return None
+    return _entry(
+        ratio, math.fsum(tokens_a) / math.fsum(forwards_a), math.fsum(tokens_b) / math.fsum(forwards_b)
+    )  # fmt: skip
+
+
+def _counts(run: TimedRun) -> tuple[list[float], list[float]]:
+    """Tokens and forwards of each sample."""
+    tokens = [float(len(record["output_ids"])) for record in run.all]
+    forwards = [float(sum(record["trace"]["forwards"].values())) for record in run.all]
+    return tokens, forwards
+
+
+def _per_second(base: TimedRun, other: TimedRun) -> Nested | None:
+    """Ratio of tokens/s: from repeats taken in turns where there are any, else from one run each, no interval."""
+    # 1) repeats that both runs took in turns
+    paces = [speed_repeats.tokens_per_second(run.all, run.repeats) for run in (base, other)]
     if ratio := speed_repeats.ratio(*paces):
         both = [turn for turn in paces[0] if turn in paces[1]]
-        base_speed, other_speed = (geometric([own[turn] for turn in both]).mean for own in paces)
-        return {**_told(ratio, base_speed, other_speed), "repeats": len(both), "interleaved": True}
-    ours, theirs = (_one(run, own) for run, own in zip((base, other), paces, strict=True))
+        means = [geometric([own[turn] for turn in both]).mean for own in paces]
+        return {**_entry(ratio, *means), "repeats": len(both), "interleaved": True}
+    # 2) one speed each
+    ours, theirs = _tokens_per_second(base, paces[0]), _tokens_per_second(other, paces[1])
     if not ours or theirs is None:
         return None
-    alone = Interval(theirs / ours, math.nan, math.nan, 1)
-    together = bool(session := base.environment.get("session")) and session == other.environment.get("session")
-    return {**_told(alone, ours, theirs), "repeats": 0, "interleaved": together}
+    ratio = Interval(theirs / ours, math.nan, math.nan, 1)
+    session = base.environment.get("session")
+    is_interleaved = bool(session) and session == other.environment.get("session")
+    return {**_entry(ratio, ours, theirs), "repeats": 0, "interleaved": is_interleaved}
 
 
-def _one(run: Clocked, paces: Mapping[speed_repeats.Turn, float]) -> float | None:
-    """A run's tokens/s: the mean of its repeats where it has any."""
+def _tokens_per_second(run: TimedRun, paces: Mapping[speed_repeats.Turn, float]) -> float | None:
+    """A run's tokens/s: the mean of its repeats where it has any. None if its samples took no time."""
     if paces:
         return geometric(list(paces.values())).mean
     seconds = math.fsum(float(record["seconds"]) for record in run.all)
     return sum(len(record["output_ids"]) for record in run.all) / seconds if seconds else None
 
 
-def _cautions(base: Clocked, other: Clocked, second: Nested) -> list[str]:
-    found = []
+def _cautions(base: TimedRun, other: TimedRun, second: Nested) -> list[str]:
+    """Limits of a ratio of tokens/s."""
+    cautions = []
     if not second["interleaved"]:
-        found.append(APART)
+        cautions.append(APART)
     if second["low"] is None:
-        found.append(ONE_RUN)
-    for who, run in (("the base", base), ("the other", other)):
+        cautions.append(ONE_RUN)
+    for name, run in (("the base", base), ("the other", other)):
         if not second["repeats"] and (run.environment.get("sessions") or 1) > 1:
-            found.append(f"{who} was broken off and resumed: its tokens/s are of several sessions")
-    return found
+            cautions.append(f"{name} was broken off and resumed: its tokens/s are of several sessions")
+    return cautions
 
 
-def _told(ratio: Interval, base: float, other: float) -> Nested:
-    held = ratio.to_dict()
-    return {"ratio": held["mean"], "low": held["low"], "high": held["high"], "base": base, "other": other}
+def _entry(ratio: Interval, base: float, other: float) -> Nested:
+    values = ratio.to_dict()
+    return {"ratio": values["mean"], "low": values["low"], "high": values["high"], "base": base, "other": other}

@@ -1,4 +1,13 @@
-"""How one answer came about, forward by forward: `fluid-eval trace`."""
+"""How one answer is decoded, forward by forward: `fluid-eval trace`.
+
+A row of the table, from FLUID in steps of one forward (a round in the stored trace):
+
+    | | forward | slots | masks behind | committed | drafted | siblings |
+    | 4 | round | 6 | 5 | 5-6: ` - ` | 7-10: `6 = <<1` | 5 |
+
+Forward 4 fed 6 slots, among them a mask block anchored at place 5 of the answer. Its verification committed places 5
+and 6. The draft tree of the next forward holds places 7 to 10, and 5 sibling candidates for them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +23,7 @@ from rich.text import Text
 
 from fluid_model.checkpoints.checkpoint import Checkpoint, describe
 from fluid_model.decoders import engine_for
-from fluid_model.engine.records import Generation, Request, Step
+from fluid_model.engine.records import Generation, Request, RowForward
 
 from ..benchmarks.chat_template import open_chat
 from ..common.spec import RunSpec
@@ -26,107 +35,138 @@ NEW_LINE = "⏎"
 
 
 @dataclass(frozen=True)
-class Line:
-    """One forward. kept: what the answer grew by.  drafted: what stands in the next feed and did not before. Both by
-    place in the answer, from 0.  rivals: drafts fed beside these, for places that have one.  fans: places of the tokens
-    that masks hang on, counted alike (-1: the prompt's last).
+class ForwardRecord:
+    """One forward of one row. Places count the answer's tokens from 0; -1 is the prompt's last token.
+
+    committed: text of the tokens that the answer grew by, by place.
+    drafted: text of the draft tokens that are new in the next forward, by place; of siblings the likeliest.
+    siblings: further candidates fed for places that have a draft token.
+    anchors: places of the tokens that mask blocks are anchored at.
     """
 
     kind: str
     slots: int
-    kept: Mapping[int, str]
+    committed: Mapping[int, str]
     drafted: Mapping[int, str]
-    rivals: int
-    fans: Sequence[int]
+    siblings: int
+    anchors: Sequence[int]
 
 
-def watch(spec: RunSpec, prompt: str) -> tuple[list[Line], Generation]:
-    """Write one answer and keep what happened. Raises ConfigError as a run would."""
+def trace_answer(spec: RunSpec, prompt: str) -> tuple[list[ForwardRecord], Generation]:
+    """Decode one answer and record its forwards. Raises ConfigError as a run would."""
+    # 1) load the model as a run does
     model = spec.model
     info = describe(model.path, model.method, trust_remote_code=model.trust_remote_code, base=model.base)
     check_decoder(spec, info)
     print(reason(spec, info), file=sys.stderr)
     checkpoint = load_for(spec)
     engine = engine_for(checkpoint, spec.decoder, slots=1)
-    steps: list[Step] = []
+    steps: list[RowForward] = []
     engine.watch = steps.append
+    # 2) the prompt, as a conversation where the run has a chat template
     chat = open_chat(spec.chat, checkpoint.tokenizer, spec.model.path)
     if chat is not None:
         prompt = chat.render([*chat.system_turn, {"role": "user", "content": prompt}])
     ids = tuple(checkpoint.tokenizer(prompt, add_special_tokens=chat is None)["input_ids"])
+    # 3) decode
     room = max(1, checkpoint.backbone.window - len(ids))
     (answer,) = engine.generate([Request("trace", ids, min(spec.max_new_tokens or room, room), seed=spec.seed)])
-    return lines(steps, checkpoint, len(ids)), answer
+    return forward_records(steps, checkpoint, len(ids)), answer
 
 
-def lines(steps: Sequence[Step], checkpoint: Checkpoint, prompt: int) -> list[Line]:
-    """Steps of one row as places and texts. prompt: its length in tokens."""
-    found, done, before = [], 0, dict[int, int]()
+def forward_records(steps: Sequence[RowForward], checkpoint: Checkpoint, prompt: int) -> list[ForwardRecord]:
+    """The engine's steps of one row as places and texts. prompt: its length in tokens."""
+    records: list[ForwardRecord] = []
+    length = 0  # of the answer so far
+    pending: dict[int, int] = {}  # draft tokens of the last forward, by place
     for step, following in zip(steps, [*steps[1:], None], strict=True):
-        kept = dict(enumerate(step.tokens, done))
-        done += len(kept)
-        after, rivals = _written(following, checkpoint.mask_id, prompt) if following else ({}, 0)
-        if kept:
-            before = {}  # what was drafted and not kept is gone
-        fresh = {i: token for i, token in after.items() if i >= done and before.get(i) != token}
-        before = after
-        fans = sorted({at - prompt for at in step.hung if at is not None})
-        said, drafted = ({i: _show(checkpoint, token) for i, token in ids.items()} for ids in (kept, fresh))
-        found.append(Line(step.kind, len(step.ids), said, drafted, rivals, fans))
-    return found
+        # 1) committed tokens
+        committed = dict(enumerate(step.tokens, length))
+        length += len(committed)
+        if committed:
+            pending = {}  # draft tokens that were not accepted are dropped
+        # 2) draft tokens that the next forward feeds, and which of them are new
+        draft, siblings = _draft_of(following, checkpoint.mask_id, prompt) if following else ({}, 0)
+        fresh = {place: token for place, token in draft.items() if place >= length and pending.get(place) != token}
+        pending = draft
+        # 3) anchors of this forward's mask blocks
+        anchors = sorted({position - prompt for position in step.anchors if position is not None})
+        records.append(
+            ForwardRecord(
+                kind=step.kind,
+                slots=len(step.ids),
+                committed=_texts(checkpoint, committed),
+                drafted=_texts(checkpoint, fresh),
+                siblings=siblings,
+                anchors=anchors,
+            )
+        )
+    return records
 
 
-def _written(step: Step, mask_id: int | None, prompt: int) -> tuple[dict[int, int], int]:
-    """Tokens of an answer that a feed holds, by place: of rivals the likeliest, which come first. And the others."""
-    slots = zip(step.ids, step.places, strict=True)
-    tokens = [(at - prompt, token) for token, at in slots if at >= prompt and token != mask_id]
-    first = dict(reversed(tokens))
-    return dict(sorted(first.items())), len(tokens) - len(first)
+def _draft_of(step: RowForward, mask_id: int | None, prompt: int) -> tuple[dict[int, int], int]:
+    """Draft tokens that a forward feeds, by place in the answer, and how many siblings are left out.
+
+    Siblings share a place; the first fed is the likeliest and is the one returned.
+    """
+    slots = zip(step.ids, step.positions, strict=True)
+    tokens = [(position - prompt, token) for token, position in slots if position >= prompt and token != mask_id]
+    likeliest = dict(reversed(tokens))
+    return dict(sorted(likeliest.items())), len(tokens) - len(likeliest)
 
 
-def _show(checkpoint: Checkpoint, token: int) -> str:
-    text: str = checkpoint.tokenizer.decode([token])
-    return text.replace("\n", NEW_LINE)
+def _texts(checkpoint: Checkpoint, tokens: Mapping[int, int]) -> dict[int, str]:
+    """Each token's own text, new lines shown as a sign."""
+    decode = checkpoint.tokenizer.decode
+    return {place: decode([token]).replace("\n", NEW_LINE) for place, token in tokens.items()}
 
 
 def runs(texts: Mapping[int, str]) -> list[tuple[str, str]]:
-    """Unbroken runs of places, as ("3-7", text)."""
-    found = []
+    """Unbroken runs of places and their text: {3: "a", 4: "b", 7: "c"} -> [("3-4", "ab"), ("7", "c")]."""
+    pieces = []
     for _, group in groupby(enumerate(sorted(texts)), key=lambda pair: pair[1] - pair[0]):
         places = [place for _, place in group]
         name = str(places[0]) if len(places) == 1 else f"{places[0]}-{places[-1]}"
-        found.append((name, "".join(texts[place] for place in places)))
-    return found
+        pieces.append((name, "".join(texts[place] for place in places)))
+    return pieces
 
 
-def markdown(found: Sequence[Line]) -> str:
-    """A table, one line a forward."""
-    rivals = any(line.rivals for line in found)
-    head = ("", "forward", "slots", "fans behind", "kept", "drafted", *(["rivals"] if rivals else []))
-    body = [
-        (
-            str(i), line.kind, str(line.slots), ", ".join(map(str, line.fans)),
-            *(" ".join(f"{place}: `{text}`" for place, text in runs(texts)) for texts in (line.kept, line.drafted)),
-            *([str(line.rivals)] if rivals else []),
-        )
-        for i, line in enumerate(found, 1)
-    ]  # fmt: skip
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body))
+def markdown(records: Sequence[ForwardRecord]) -> str:
+    """A Markdown table, a row for each forward. The column of siblings is there if any forward had some."""
+    with_siblings = any(record.siblings for record in records)
+    head = ["", "forward", "slots", "masks behind", "committed", "drafted"]
+    rows = []
+    for number, record in enumerate(records, 1):
+        anchors = ", ".join(map(str, record.anchors))
+        row = [str(number), record.kind, str(record.slots), anchors]
+        row += [" ".join(f"{place}: `{text}`" for place, text in runs(record.committed))]
+        row += [" ".join(f"{place}: `{text}`" for place, text in runs(record.drafted))]
+        rows.append(row + [str(record.siblings)] * with_siblings)
+    head += ["siblings"] * with_siblings
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
-def show(found: Sequence[Line], answer: Generation, decoder: Mapping[str, Any]) -> None:
-    """The same in colours, the answer as it grows: new tokens green, drafts yellow, masks grey."""
+def show(records: Sequence[ForwardRecord], answer: Generation, decoder: Mapping[str, Any]) -> None:
+    """Print the growing answer in colours: committed tokens green, draft tokens yellow, masks grey."""
+    # 1) the table
     console = Console(width=None if Console().is_terminal else 80, highlight=False)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), expand=True)
     for name, right in (("", True), ("forward", False), ("slots", True)):
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
     table.add_column("the answer after it", ratio=1)
-    state: dict[int, tuple[str, str]] = {}
-    for i, line in enumerate(found, 1):
-        state = {place: (text, "") for place, (text, style) in state.items() if style != "yellow" or place in line.kept}
-        state |= {place: (text, "green") for place, text in line.kept.items()}
-        state |= {place: (text, "yellow") for place, text in line.drafted.items()}
-        table.add_row(str(i), line.kind, str(line.slots), _canvas(state))
+    # 2) the answer after each forward
+    canvas: dict[int, tuple[str, str]] = {}  # place -> text and colour
+    for number, record in enumerate(records, 1):
+        # tokens of earlier forwards lose their colour; old draft tokens go unless committed now
+        canvas = {
+            place: (text, "")
+            for place, (text, colour) in canvas.items()
+            if colour != "yellow" or place in record.committed
+        }
+        canvas |= {place: (text, "green") for place, text in record.committed.items()}
+        canvas |= {place: (text, "yellow") for place, text in record.drafted.items()}
+        table.add_row(str(number), record.kind, str(record.slots), _painted(canvas))
+    # 3) totals
     console.print(table)
     tokens, forwards = len(answer.ids), sum(answer.trace.forwards.values())
     console.print(
@@ -135,8 +175,8 @@ def show(found: Sequence[Line], answer: Generation, decoder: Mapping[str, Any]) 
     console.print(f"decoder {', '.join(f'{name}={value}' for name, value in decoder.items())}")
 
 
-def _canvas(state: Mapping[int, tuple[str, str]]) -> Text:
+def _painted(canvas: Mapping[int, tuple[str, str]]) -> Text:
     text = Text()
-    for place in range(max(state, default=-1) + 1):
-        text.append(*state.get(place, ("·", "bright_black")))
+    for place in range(max(canvas, default=-1) + 1):
+        text.append(*canvas.get(place, ("·", "bright_black")))
     return text

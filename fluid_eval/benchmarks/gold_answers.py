@@ -1,7 +1,7 @@
-"""What a benchmark's row gives as the right answer, where files write it in several ways. What is ambiguous is refused.
+"""Gold answers of benchmark rows, whose files write them in several ways. Ambiguous answers are errors.
 
-MMLU: 0 to 3, or A to D, or the text of one choice. Digits as text count from 0 or from 1 as the whole file shows: a "0"
-among them says 0, a "4" says 1. GSM8K: what follows "####".
+MMLU: a number from 0 to 3, a letter from A to D, or the text of one choice. Digits as text may count from 0 or from 1;
+the file's other answers decide: a "0" anywhere means 0, a "4" means 1. GSM8K: the text after "####".
 """
 
 from __future__ import annotations
@@ -13,44 +13,41 @@ LETTERS = "ABCD"
 
 
 def first_digit(answers: Sequence[Any]) -> int | None:
-    """What answers written as digits count from, 0 or 1; None where they do not show it.
-
-    answers: of a whole file.
-    """
-    said = {answer.strip() for answer in answers if isinstance(answer, str)}
-    if not said <= set("01234") or {"0", "4"} <= said:
+    """Whether answers written as digits count from 0 or from 1; None if undecided. answers: of a whole file."""
+    digits = {answer.strip() for answer in answers if isinstance(answer, str)}
+    if not digits <= set("01234") or {"0", "4"} <= digits:
         return None
-    return 0 if "0" in said else 1 if "4" in said else None
+    return 0 if "0" in digits else 1 if "4" in digits else None
 
 
 def choice_of(answer: Any, choices: Sequence[str], first: int | None) -> int:
-    """The place of the right choice, from 0.  first: what digits count from.
+    """Index of the right choice, from 0.  first: see `first_digit`.
 
-    Raises ValueError where the answer names none, or two.
+    Raises ValueError if the answer names no choice, or two.
     """
     if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)  # as tables with gaps write whole numbers
+        answer = int(answer)  # data frames with missing values store whole numbers as floats
     if type(answer) is int and 0 <= answer < len(LETTERS):
         return answer
     if not isinstance(answer, str):
         raise ValueError(f"answer={answer!r:.80} cannot be one: write 0 to 3, or A to D")
-    said = answer.strip()
-    digit = said.isdecimal() and said.isascii()
-    if digit and first is not None:
-        return int(said) - first
-    meant = {place for place, choice in enumerate(choices) if choice.strip() == said}
-    if len(said) == 1 and said.upper() in LETTERS:
-        meant.add(LETTERS.index(said.upper()))
-    if digit and int(said) <= len(LETTERS):
+    text = answer.strip()
+    is_digit = text.isdecimal() and text.isascii()
+    if is_digit and first is not None:
+        return int(text) - first
+    candidates = {place for place, choice in enumerate(choices) if choice.strip() == text}
+    if len(text) == 1 and text.upper() in LETTERS:
+        candidates.add(LETTERS.index(text.upper()))
+    if is_digit and int(text) <= len(LETTERS):
         raise ValueError(f"answer={answer!r} may count from 0 or from 1: write numbers from 0 to 3, or A to D")
-    if len(meant) != 1:
-        which = "names two choices" if meant else "is no choice"
+    if len(candidates) != 1:
+        which = "names two choices" if candidates else "is no choice"
         raise ValueError(f"answer={answer!r:.80} {which}: write 0 to 3, or A to D")
-    return meant.pop()
+    return candidates.pop()
 
 
-def meaning(name: str, row: dict[str, Any]) -> str | None:
-    """What is wrong with a row although each field is of its kind, in words; None where nothing is."""
+def problem_of(name: str, row: dict[str, Any]) -> str | None:
+    """Why a row whose fields have the right types cannot be scored, for an error message; None if it can."""
     if name == "gsm8k" and not row["answer"].rpartition("####")[1]:
         return f"answer={row['answer']!r:.60} has no '####' before the number: every answer would be wrong"
     if name == "gsm8k" and not row["answer"].rpartition("####")[2].strip():

@@ -1,9 +1,9 @@
-"""The judge as a metric of the `evaluate` library, with code_eval's interface; no hub is asked for anything.
+"""pass@k as a metric of the `evaluate` library, with code_eval's interface, judged in the sandbox. No network.
 
     metric = evaluate.load("PATH/OF/THIS/FILE")        or CodeEval()
     rates, results = metric.compute(predictions=[["def add(a, b): return a + b"]], references=["assert add(2, 3) == 5"])
 
-References are the user's own and run apart from the predictions: they call the functions that a prediction defines.
+References are trusted code. They run in another process than the predictions, whose functions they call.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from fluid_model.common.errors import ConfigError
 
 from ..sandbox import TIMEOUT, Trial
 from ..sandbox.ladder import chosen
-from ..sandbox.pool import Judges
-from .humaneval_samples import held, pass_rates
+from ..sandbox.pool import JudgePool
+from .humaneval_samples import outcomes_of, pass_rates
 
 Results = dict[int, list[tuple[int, dict[str, Any]]]]
 
@@ -45,25 +45,25 @@ class CodeEval(evaluate.Metric):
         num_workers: int = 4,
         timeout: float = TIMEOUT,
     ) -> tuple[dict[str, float], Results]:
-        """pass@k for each k that every problem has programs for, and by problem what became of each program.
+        """pass@k for each k up to the programs of every problem, and the outcome of each program by problem.
 
         Raises ConfigError, naming the options, where code cannot be isolated.
         """
         if len(predictions) != len(references):
             raise ConfigError(f"{len(predictions)} lists of predictions for {len(references)} references")
+        # 1) judge all programs of all problems
         trials = [
             Trial(program, tests, timeout=timeout)
             for programs, tests in zip(predictions, references, strict=True)
             for program in programs
         ]
-        with closing(Judges(chosen(allow_unsafe=False), num_workers)) as judges:
-            verdicts = iter(held(judges, trials))
+        with closing(JudgePool(chosen(allow_unsafe=False), num_workers)) as judges:
+            judged = iter(outcomes_of(judges, trials))
+        # 2) by problem
         results: Results = {}
         for task, programs in enumerate(predictions):
-            for number, verdict in zip(range(len(programs)), verdicts, strict=False):
-                told = {"task_id": task, "passed": verdict.passed, "result": verdict.told, "completion_id": number}
-                results.setdefault(task, []).append((number, {**told, "isolation": verdict.isolation}))
-        outcomes = {
-            str(task): [each["passed"] for _, each in results.get(task, ())] for task in range(len(predictions))
-        }
+            for number, outcome in zip(range(len(programs)), judged, strict=False):
+                row = {"task_id": task, "passed": outcome.passed, "result": outcome.result, "completion_id": number}
+                results.setdefault(task, []).append((number, {**row, "isolation": outcome.isolation}))
+        outcomes = {str(task): [row["passed"] for _, row in results.get(task, ())] for task in range(len(predictions))}
         return pass_rates(outcomes, list(k)), results

@@ -1,4 +1,16 @@
-"""The one call into lm-eval: which tasks there are, what they ask, and what lm-eval says of the answers."""
+"""lm-eval's tasks: building them, running lm-eval's evaluation loop over our model, reading back its scores.
+
+One document of `gsm8k`, from task file to stored sample:
+
+    tasks/gsm8k/gsm8k.yaml           doc_to_text: "Question: {{question}}\\nAnswer:", num_fewshot: 5, until, filters
+    load_tasks, build requests       one Instance: arguments = (prompt, {"until": ["Question:", …], …})
+                                     prompt = "Question: … #### 5\\n\\n…Question: Janet's ducks …\\nAnswer:"
+    lm.generate_until (FluidLM)      " She sells 9 eggs … #### 18"                            `running.lm_eval_model`
+    filter "strict-match"            "18"
+    metric exact_match               1.0
+    scored_records                   the record with "extracted": {"strict-match": "18", "flexible-extract": "18"},
+                                     "target": "… #### 18", "scores": {"exact_match,strict-match": 1.0, …}
+"""
 
 from __future__ import annotations
 
@@ -24,9 +36,9 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
 Tasks = dict[str, Any]
-"""What lm-eval's TaskManager.load gives: tasks, groups, group_map."""
+"""Result of lm-eval's TaskManager.load: tasks, groups, group_map."""
 Asked = list[Any]
-"""What lm-eval asks: its Instances."""
+"""Requests of lm-eval: a list of its Instances."""
 DEFAULT_NEW_TOKENS = 256
 """lm-eval's own answer length for a task that sets none."""
 
@@ -34,7 +46,7 @@ DEFAULT_NEW_TOKENS = 256
 def check_names(names: tuple[str, ...]) -> None:
     """Raise ConfigError, naming the known tasks, if one is not among them."""
     manager = _catalogue()
-    parts = ("mmlu_", "mini_")  # their groups say enough
+    parts = ("mmlu_", "mini_")  # the error names their groups only
     main = sorted(set(manager.all_groups) | {n for n in manager.all_subtasks if not n.startswith(parts)})
     for name in names:
         if name not in manager.all_groups and name not in manager.all_subtasks:
@@ -49,15 +61,16 @@ def known_tasks() -> set[str]:
 
 
 def inside(name: str) -> set[str]:
-    """Names of all that a group holds, groups in it and theirs too; none for a task."""
+    """Names of all tasks and groups inside a group, at any depth; none for a task."""
     return _inside(_catalogue(), name)
 
 
 def outermost(names: Iterable[str]) -> tuple[str, ...]:
-    """Names, each once, without those that a group among them holds."""
-    names, manager = dict.fromkeys(names), _catalogue()
-    held = {member for name in names for member in _inside(manager, name)}
-    return tuple(name for name in names if name not in held)
+    """Names, each once, without those inside a group among them."""
+    names = dict.fromkeys(names)
+    manager = _catalogue()
+    nested = {member for name in names for member in _inside(manager, name)}
+    return tuple(name for name in names if name not in nested)
 
 
 def _inside(manager: Any, name: str) -> set[str]:
@@ -65,7 +78,7 @@ def _inside(manager: Any, name: str) -> set[str]:
     members = entry.tags if entry.kind.name == "TAG" else (entry.cfg or {}).get("task")
     if not isinstance(members, (list, set)):
         return set()
-    return {found for member in members for found in (member, *_inside(manager, member))}
+    return set(members).union(*(_inside(manager, member) for member in members))
 
 
 def unsafe_names(names: tuple[str, ...]) -> list[str]:
@@ -79,7 +92,7 @@ def unsafe_names(names: tuple[str, ...]) -> list[str]:
 
 
 def writes(name: str) -> bool:
-    """Whether a task, or one of a group's, has answers written rather than scored by likelihood."""
+    """Whether a task, or one inside a group, generates answers rather than comparing likelihoods."""
     manager = _catalogue()
     kinds = ((manager.task_index[one].cfg or {}).get("output_type") for one in {name} | _inside(manager, name))
     return "generate_until" in kinds
@@ -87,7 +100,7 @@ def writes(name: str) -> bool:
 
 @contextmanager
 def _templates() -> Iterator[None]:
-    """What goes wrong with a template as ConfigError."""
+    """Template errors as ConfigError."""
     from jinja2 import TemplateError
 
     try:
@@ -98,7 +111,7 @@ def _templates() -> Iterator[None]:
 
 @_templates()
 def load_tasks(spec: RunSpec) -> Tasks:
-    """Build the tasks with the spec's settings, their data loaded. Raises ConfigError where data are missing."""
+    """Build the tasks with the spec's settings and load their data. Raises ConfigError where data are missing."""
     manager = _manager(spec.data_dir)
     _apply_profile(manager, spec)
     try:
@@ -117,7 +130,7 @@ def load_tasks(spec: RunSpec) -> Tasks:
 
 
 def _apply_profile(manager: Any, spec: RunSpec) -> None:
-    """Have the manager build tasks as the run's profile wants them."""
+    """Put the fields that the run's profile changes into the manager's task entries."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     for name, changed in profiles.changes(spec, manager.all_subtasks).items():
@@ -130,24 +143,29 @@ def _apply_profile(manager: Any, spec: RunSpec) -> None:
 
 
 def check_settings(spec: RunSpec, tasks: Tasks, window: int) -> None:
-    """Raise ConfigError if an answer leaves no room for its prompt or cannot be laid out by the decoder, shots are too
-    many, a task wants to sample, or has no place for thinking.
+    """Raise ConfigError if a task cannot be answered under these settings. window: the model's, in tokens.
+
+    Checked: the number of shots, the answer's length against the window and the decoder's canvas, thinking, sampling.
     """
     thinking = spec.chat is not None and spec.chat.thinking
     for name, task in tasks["tasks"].items():
-        shots, examples = task.get_config("num_fewshot") or 0, len(task.sampler.df)
+        # 1) few-shot examples
+        shots = task.get_config("num_fewshot") or 0
+        examples = len(task.sampler.df)
         if shots > examples:
             raise ConfigError(f"num_fewshot={shots}: task {name} has {examples} examples to draw from")
+        # 2) the answer's length
         settings = task.get_config("generation_kwargs") or {}
         length = settings.get("max_gen_toks", DEFAULT_NEW_TOKENS)
-        writes = task.get_config("output_type") == "generate_until"
-        if writes and (needed := answer_slots(spec.decoder, length)) >= window:
+        generates = task.get_config("output_type") == "generate_until"
+        if generates and (needed := answer_slots(spec.decoder, length)) >= window:
             canvas = f", written on a canvas of {needed}," if needed > length else ""
             raise ConfigError(
                 f"max_new_tokens={length} of task {name}{canvas} leaves no room for a prompt in the model's window of "
                 f"{window}; pass a smaller --max-new-tokens{' or --set decoder.gen_length' if canvas else ''}"
             )
-        if thinking and not writes:
+        # 3) thinking and sampling
+        if thinking and not generates:
             raise ConfigError(
                 f"chat.thinking=true: task {name} writes nothing, it compares likelihoods; run it without"
             )
@@ -158,7 +176,7 @@ def check_settings(spec: RunSpec, tasks: Tasks, window: int) -> None:
 
 
 def limit_for(spec: RunSpec, share: float) -> float | None:
-    """lm-eval's limit for that share of a run's documents: a number of them, or a share where the run takes all."""
+    """lm-eval's `limit` for a share of a run's documents: a count, or a fraction where the run has no limit."""
     if share >= 1:
         return spec.limit
     return share if spec.limit is None else math.ceil(share * spec.limit)
@@ -166,10 +184,10 @@ def limit_for(spec: RunSpec, share: float) -> float | None:
 
 @_templates()
 def requests(spec: RunSpec, tasks: Tasks, lm: LM) -> Asked:
-    """All that lm-eval's loop will ask. Raises ConfigError for a template that cannot be rendered."""
+    """All requests of lm-eval's evaluation loop. Raises ConfigError for a template that cannot be rendered."""
     asked: Asked = []
     for task in tasks["tasks"].values():
-        task.set_fewshot_seed(seed=spec.seed)  # tasks built before draw on
+        task.set_fewshot_seed(seed=spec.seed)  # built before, a task has advanced its generator
         task.build_all_requests(
             limit=spec.limit,
             system_instruction=spec.chat.system if spec.chat else None,
@@ -184,9 +202,10 @@ def requests(spec: RunSpec, tasks: Tasks, lm: LM) -> Asked:
 
 @_templates()
 def evaluate(spec: RunSpec, tasks: Tasks, lm: LM, share: float = 1.0) -> dict[str, Any]:
-    """lm-eval's own loop: build requests, have them answered by `lm`, filter and score. Returns its results.
+    """lm-eval's evaluation loop: build requests, answer them with `lm`, filter, score. Returns its results.
 
-    share: of each task's documents, the first ones.  Raises ConfigError for a template that cannot be rendered.
+    share: fraction of each task's documents, from the first.
+    Raises ConfigError for a template that cannot be rendered.
     """
     import numpy as np
     from lm_eval import evaluator
@@ -194,8 +213,8 @@ def evaluate(spec: RunSpec, tasks: Tasks, lm: LM, share: float = 1.0) -> dict[st
     random.seed(spec.seed)
     np.random.seed(spec.seed)
     for task in tasks["tasks"].values():
-        task.set_fewshot_seed(seed=spec.seed)  # tasks evaluated before draw on
-    found = evaluator.evaluate(
+        task.set_fewshot_seed(seed=spec.seed)  # evaluated before, a task has advanced its generator
+    results = evaluator.evaluate(
         lm=lm,
         task_dict=tasks,
         limit=limit_for(spec, share),
@@ -206,8 +225,8 @@ def evaluate(spec: RunSpec, tasks: Tasks, lm: LM, share: float = 1.0) -> dict[st
         fewshot_as_multiturn=spec.chat is not None and spec.chat.multiturn,
         system_instruction=spec.chat.system if spec.chat else None,
     )
-    assert found is not None, "rank 0 always gets results"
-    return dict(found)
+    assert results is not None, "rank 0 always gets results"
+    return dict(results)
 
 
 def runs_code(task: Any) -> bool:
@@ -216,20 +235,23 @@ def runs_code(task: Any) -> bool:
 
 
 def _programs(task: Any, doc: dict[str, Any], texts: list[str]) -> list[str]:
-    """What answers to a document are as programs, by the task's own filter."""
-    (made,) = task.get_config("filter_list")[0]["filter"][0]["filter_fn"]([texts], [doc])
-    return list(made)
+    """Answers to a document as programs: prompt and completion joined by the task's own filter."""
+    (programs,) = task.get_config("filter_list")[0]["filter"][0]["filter_fn"]([texts], [doc])
+    return list(programs)
 
 
 def begin_judging(tasks: Tasks, name: str, doc: dict[str, Any], text: str) -> None:
-    """Have an answer judged while others are written, where it is a program."""
+    """Start the tests of an answer that is a program, while other answers are generated."""
     task = tasks["tasks"][name]
     if runs_code(task):
         passing.begin(doc, _programs(task, doc, [text]))
 
 
 def scored_records(tasks: Tasks, results: Mapping[str, Any], samples: Mapping[str, Record]) -> list[Record]:
-    """Samples with lm-eval's scores, the answers its filters extracted and the targets, in task and document order."""
+    """Stored samples with target, extracted answers and scores from lm-eval, in task and document order.
+
+    results: of `evaluate`; lm-eval lists a document once a filter.  samples: stored records by key.
+    """
     records = []
     for name, examples in results["samples"].items():
         extract = (tasks["tasks"][name].get_config("metadata") or {}).get("extract")
@@ -240,10 +262,11 @@ def scored_records(tasks: Tasks, results: Mapping[str, Any], samples: Mapping[st
             record["target"] = _target(tasks["tasks"][name], example)
             record["extracted"][example["filter"]] = _extracted(example, record, extract)
             if runs_code(tasks["tasks"][name]):
-                judged = passing.verdicts(example["doc"], example["filtered_resps"][0])
-                record["verdicts"] = [{"result": v.told, "isolation": v.isolation} for v in judged]
+                judged = passing.outcomes(example["doc"], example["filtered_resps"][0])
+                record["verdicts"] = [{"result": v.result, "isolation": v.isolation} for v in judged]
             for metric in example["metrics"]:
-                score = 0.0 if record.get("broken") else float(example[metric])  # else nobody's answer may be right
+                # a non-finite row has no answer, and must not be scored as if it had chosen one
+                score = 0.0 if record.get("broken") else float(example[metric])
                 record["scores"][f"{metric},{example['filter']}"] = score
         records += [merged[doc_id] for doc_id in sorted(merged)]
     return records
@@ -257,14 +280,14 @@ def members(tasks: Tasks, name: str) -> list[str]:
 
 
 def minerva_answer(output: str) -> str:
-    """The answer that Minerva's exact match compares, for the task files that use it."""
+    """The answer that Minerva's exact match compares; named in task files."""
     from lm_eval.tasks.minerva_math.utils import get_unnormalized_answer, normalize_final_answer
 
     return str(normalize_final_answer(get_unnormalized_answer(output)))
 
 
 def boxed_answer(output: str) -> str:
-    """What stands in an answer's last box, normalised as Minerva does; empty without one."""
+    r"""Content of an answer's last \boxed{}, normalised as Minerva does; empty without one."""
     from lm_eval.tasks.minerva_math.utils import last_boxed_only_string, normalize_final_answer, remove_boxed
 
     boxed = last_boxed_only_string(output)
@@ -272,7 +295,7 @@ def boxed_answer(output: str) -> str:
 
 
 def boxed_results(doc: Mapping[str, Any], results: list[str]) -> dict[str, int]:
-    """Scores of a MATH answer by its last box (exact_match) and as a whole (math_verify), for profiles."""
+    """Scores of a MATH answer: exact_match of its last box, math_verify of the whole text; named in profiles."""
     from lm_eval.tasks.minerva_math.utils import is_equiv, process_results
 
     answer = boxed_answer(results[0])
@@ -287,12 +310,12 @@ def versions(tasks: Tasks) -> dict[str, Any]:
 
 @cache
 def _catalogue() -> Any:
-    """What tasks there are, read once; tasks are built by managers of their own."""
+    """The index of tasks, read once. Tasks are built by other managers, one a run."""
     return _manager(None)
 
 
 def _manager(data_dir: str | None) -> Any:
-    """Our own task folder only: indexing lm-eval's takes ten seconds."""
+    """A task manager over our task folder only: indexing lm-eval's takes ten seconds."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
@@ -301,7 +324,7 @@ def _manager(data_dir: str | None) -> Any:
 
 
 def _confine_templates() -> None:
-    """Let what lm-eval renders reach nothing but the document: a profile's templates may be somebody else's."""
+    """Render lm-eval's templates in a sandbox: a profile may come from a third party."""
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from lm_eval import utils
@@ -319,10 +342,10 @@ def _target(task: Any, example: Mapping[str, Any]) -> str:
 
 
 def _extracted(example: Mapping[str, Any], record: Record, extract: Callable[[str], str] | None) -> str:
-    """The answer that was scored: the task's own extraction, a choice, or what the filter left."""
+    """The answer that was scored: by the task's `extract` function, else the choice, else the filter's output."""
     if extract is not None:
         return extract(record["output"])
     if "choices" in record:
         return str(record["output"])
-    (left,) = example["filtered_resps"]
-    return str(left[0] if isinstance(left, list) else left)
+    (filtered,) = example["filtered_resps"]
+    return str(filtered[0] if isinstance(filtered, list) else filtered)

@@ -1,21 +1,23 @@
-"""Conventions with a name: how a task is asked, where its answers end, how they are read. No torch, no lm-eval.
+"""Profiles: named evaluation conventions (prompt, shots, stops, answer extraction). Neither torch nor lm-eval.
 
-A profile is a TOML file: bundled (`tasks/profiles/NAME.toml`) or a user's own. For each task it changes fields of
-lm-eval's task file, and keeps all others; tasks it does not name are lm-eval's. What a run really used is read back
-from the tasks as built, and hashed: two runs with one hash were asked and read alike.
+A profile is a TOML file: bundled (`tasks/profiles/NAME.toml`) or a user's own. For each task it overrides fields of
+lm-eval's task file; tasks it does not name stay lm-eval's.
 
-about = "…"
-[tasks.gsm8k]                 # covers gsm8k and every task named gsm8k_…; the longest name that covers a task counts
-source = "where this is published"
-num_fewshot = 4
-doc_to_text = "…"             # Jinja, or "!function module.name", as in lm-eval's files
-fewshot_config = { … }        # how the examples are chosen, asked and answered, where not as lm-eval's file says
-until = ["…"]
-max_gen_toks = 512
-chat = { thinking = true }    # written as a chat with these settings
-[tasks.gsm8k.extractor]       # whole: nothing of lm-eval's filters and metrics stays
-about = "…"
-filter_list, metric_list, process_results, extract    # as in lm-eval's files
+    about = "…"
+    [tasks.gsm8k]                 # gsm8k and every task named gsm8k_…; the longest matching name wins
+    source = "where this is published"
+    num_fewshot = 4
+    doc_to_text = "…"             # Jinja, or "!function module.name", as in lm-eval's files
+    fewshot_config = { … }        # choice, prompt and answer of few-shot examples, where they differ from lm-eval's
+    until = ["…"]
+    max_gen_toks = 512
+    chat = { thinking = true }    # chat settings
+    [tasks.gsm8k.extractor]       # replaces lm-eval's filters and metrics entirely
+    about = "…"
+    filter_list, metric_list, process_results, extract    # as in lm-eval's files
+
+The protocol that a run used is read back from the built tasks and hashed: equal hashes mean equal prompts, stops and
+extraction.
 """
 
 from __future__ import annotations
@@ -40,17 +42,19 @@ from ..common.spec import DEFAULT_PROFILE, ChatSpec, RunSpec
 
 UNSTATED = "not stated; lm-eval's used"
 FUNCTION = "!function "
-ASKED = (
+PROMPT_FIELDS = (
     "description", "doc_to_text", "doc_to_choice", "doc_to_target", "gen_prefix", "fewshot_split", "fewshot_config",
     "fewshot_delimiter", "target_delimiter", "process_docs",
 )  # fmt: skip
-"""Fields of a task that decide what is asked."""
+"""Fields of a task file that decide its prompts."""
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """How answers are read and scored, in lm-eval's terms. extract: function of an answer's text that gives the part
-    that is compared, for reports, where process_results hides it.
+    """Answer extraction and metrics, in lm-eval's terms.
+
+    extract: function from an answer's text to the part that is compared; reports need it if process_results scores the
+    text itself.
     """
 
     about: str
@@ -61,11 +65,11 @@ class Extractor:
 
 
 @dataclass(frozen=True)
-class Shots:
-    """How examples are chosen, asked and answered, by lm-eval's names for it; None keeps the task's.
+class FewShotConfig:
+    """lm-eval's `fewshot_config`; None keeps the task's.
 
-    sampler: default (drawn) or first_n (the first rows, in order).  process_docs: function from the rows to those that
-    examples are taken from.  target_delimiter: what stands between an example's question and answer.
+    sampler: default (random) or first_n (the first rows, in order).  process_docs: function from the split's rows to
+    the candidate examples.  target_delimiter: text between an example's question and answer.
     """
 
     sampler: Literal["default", "first_n"] | None = None
@@ -77,13 +81,13 @@ class Shots:
 
 @dataclass(frozen=True)
 class TaskProtocol:
-    """What a profile changes of a task; None keeps lm-eval's."""
+    """A profile's overrides of one task; None keeps lm-eval's."""
 
     source: str
     num_fewshot: int | None = None
     description: str | None = None
     doc_to_text: str | None = None
-    fewshot_config: Shots | None = None
+    fewshot_config: FewShotConfig | None = None
     gen_prefix: str | None = None
     until: tuple[str, ...] | None = None
     max_gen_toks: int | None = None
@@ -97,19 +101,19 @@ class TaskProtocol:
 
 @dataclass(frozen=True)
 class Profile:
-    """A named convention. tasks: by the name that covers them."""
+    """A named evaluation convention. tasks: overrides by task name or prefix."""
 
     name: str
     about: str
     tasks: dict[str, TaskProtocol] = field(default_factory=dict)
 
     def key_for(self, task: str) -> str | None:
-        """The longest name of the profile that covers a task, itself or as `NAME_…`."""
-        covering = [key for key in self.tasks if task == key or task.startswith(key + "_")]
-        return max(covering, key=len, default=None)
+        """The longest name in the profile that matches a task, as itself or as `NAME_…`."""
+        matching = [key for key in self.tasks if task == key or task.startswith(key + "_")]
+        return max(matching, key=len, default=None)
 
     def of(self, task: str) -> TaskProtocol | None:
-        """What the profile says of a task, None where it says nothing."""
+        """Overrides of a task, None where the profile has none."""
         key = self.key_for(task)
         return None if key is None else self.tasks[key]
 
@@ -128,25 +132,26 @@ def read_profile(name: str) -> Profile:
     values = read_toml(file)
     try:
         tasks = values.pop("tasks", {})
-        if not isinstance(tasks, dict) or not all(isinstance(told, dict) for told in tasks.values()):
+        if not isinstance(tasks, dict) or not all(isinstance(table, dict) for table in tasks.values()):
             raise ConfigError("tasks must be tables: [tasks.gsm8k]")
-        read = {task: build(TaskProtocol, told, f"tasks.{task}.") for task, told in tasks.items()}
+        protocols = {task: build(TaskProtocol, table, f"tasks.{task}.") for task, table in tasks.items()}
         profile: Profile = build(Profile, {"name": file.stem, **values, "tasks": {}})
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
-    return Profile(profile.name, profile.about, read)
+    return Profile(profile.name, profile.about, protocols)
 
 
 def chat_of(values: Nested) -> Nested:
-    """A run's values with the chat that its profile writes its tasks as, unless they set one.
+    """A run's values with the chat settings of its profile, unless the values set their own.
 
-    Raises ConfigError where the profile writes some as chats and others not.
+    Raises ConfigError if the profile has chat settings for some of the tasks only.
     """
     if "chat" in values or "profile" not in values or not values.get("tasks"):
         return values
     profile, tasks = read_profile(str(values["profile"])), values["tasks"]
     names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else tasks
-    chats = {name: told.chat if (told := profile.of(name)) else None for name in names}
+    protocols = {name: profile.of(name) for name in names}
+    chats = {name: protocol.chat if protocol else None for name, protocol in protocols.items()}
     if len({json.dumps(asdict(chat) if chat else None) for chat in chats.values()}) > 1:
         one = ", ".join(name for name, chat in chats.items() if chat)
         raise ConfigError(f"profile={profile.name} writes {one} as a chat and the other tasks not; run them apart")
@@ -155,67 +160,74 @@ def chat_of(values: Nested) -> Nested:
 
 
 def changes(spec: RunSpec, names: Iterable[str]) -> dict[str, Nested]:
-    """For each task that the run's profile or extractor changes, the changed fields of its lm-eval file.
+    """Overrides of lm-eval's task files, by task: prompts from the run's profile, extraction from its extractor's.
 
-    `generation_kwargs` holds only what changes in it. Raises ConfigError where a profile names what is no task.
+    `generation_kwargs` holds only its changed keys. Raises ConfigError if a profile names no existing task.
     """
     names = list(names)
-    asks = read_profile(spec.profile)
-    reads = asks if spec.extractor is None else read_profile(spec.extractor)
-    for profile in (asks, reads):
+    prompting = read_profile(spec.profile)
+    extracting = prompting if spec.extractor is None else read_profile(spec.extractor)
+    for profile in (prompting, extracting):
         used = {profile.key_for(name) for name in names}
         for key in profile.tasks.keys() - used:
             raise ConfigError(f"profile {profile.name}: tasks.{key} covers no task")
-    found = {}
+    overrides = {}
     for name in names:
-        asked, read = asks.of(name), reads.of(name)
-        changed = {**(_asked(asked) if asked else {}), **(_read(read.extractor) if read and read.extractor else {})}
-        if changed:
-            found[name] = changed
-    return found
+        fields_changed: Nested = {}
+        if (protocol := prompting.of(name)) is not None:
+            fields_changed |= _prompt_fields(protocol)
+        if (protocol := extracting.of(name)) is not None and protocol.extractor is not None:
+            fields_changed |= _extractor_fields(protocol.extractor)
+        if fields_changed:
+            overrides[name] = fields_changed
+    return overrides
 
 
 def check_chat(spec: RunSpec, names: Iterable[str]) -> None:
-    """Raise ConfigError where the profile writes one of these tasks as a chat and the run does not."""
+    """Raise ConfigError if the profile has chat settings for one of these tasks and the run is no chat."""
     profile = read_profile(spec.profile)
     for name in names:
-        told = profile.of(name)
-        if spec.chat is None and told is not None and told.chat is not None:
+        protocol = profile.of(name)
+        if spec.chat is None and protocol is not None and protocol.chat is not None:
             raise ConfigError(f"profile={profile.name} writes {name} as a chat; pass --chat, or run it apart")
 
 
-def _asked(told: TaskProtocol) -> Nested:
+def _prompt_fields(protocol: TaskProtocol) -> Nested:
     """A profile's prompts, stops and lengths as fields of a task file."""
-    same = ("num_fewshot", "description", "doc_to_text", "gen_prefix")
-    found = {name: _function(value) for name in same if (value := getattr(told, name)) is not None}
-    if told.fewshot_config is not None:
-        shots = asdict(told.fewshot_config)
-        found["fewshot_config"] = {name: _function(value) for name, value in shots.items() if value is not None}
-    kwargs = {"until": None if told.until is None else list(told.until), "max_gen_toks": told.max_gen_toks}
-    if kept := {name: value for name, value in kwargs.items() if value is not None}:
-        found["generation_kwargs"] = kept
-    return found
+    same_name = ("num_fewshot", "description", "doc_to_text", "gen_prefix")
+    values = {name: _function(value) for name in same_name if (value := getattr(protocol, name)) is not None}
+    if protocol.fewshot_config is not None:
+        shots = asdict(protocol.fewshot_config)
+        values["fewshot_config"] = {name: _function(value) for name, value in shots.items() if value is not None}
+    generation: Nested = {}
+    if protocol.until is not None:
+        generation["until"] = list(protocol.until)
+    if protocol.max_gen_toks is not None:
+        generation["max_gen_toks"] = protocol.max_gen_toks
+    if generation:
+        values["generation_kwargs"] = generation
+    return values
 
 
-def _read(extractor: Extractor) -> Nested:
-    """A profile's extractor as fields of a task file; what it leaves out is taken out of the file."""
-    found = {name: _function(getattr(extractor, name)) for name in ("metric_list", "filter_list", "process_results")}
-    return {**found, "metadata": {"extract": _function(extractor.extract), "extractor": extractor.about}}
+def _extractor_fields(extractor: Extractor) -> Nested:
+    """A profile's extractor as fields of a task file. Fields it leaves out are removed from the file."""
+    values = {name: _function(getattr(extractor, name)) for name in ("metric_list", "filter_list", "process_results")}
+    return {**values, "metadata": {"extract": _function(extractor.extract), "extractor": extractor.about}}
 
 
 def _function(value: Any) -> Any:
-    """Values with "!function module.name" replaced by the function, in lists and tables too."""
+    """A value with each "!function module.name" resolved, in nested lists and tables too."""
     if isinstance(value, str) and value.startswith(FUNCTION):
         module, _, name = value.removeprefix(FUNCTION).strip().rpartition(".")
-        if module.split(".")[0] in sys.stdlib_module_names:  # a profile may be somebody else's
+        if module.split(".")[0] in sys.stdlib_module_names:  # a profile may come from a third party
             raise ConfigError(f"{value!r}: no function of Python's own reads an answer; name one made for it")
         try:
-            found = getattr(importlib.import_module(module), name)
+            function = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
             raise ConfigError(f"{value!r}: no such function ({error})") from error
-        if not isinstance(found, FunctionType):
+        if not isinstance(function, FunctionType):
             raise ConfigError(f"{value!r}: is no function")
-        return found
+        return function
     if isinstance(value, list):
         return [_function(item) for item in value]
     if isinstance(value, dict):
@@ -224,42 +236,45 @@ def _function(value: Any) -> Any:
 
 
 def protocol_name(spec: RunSpec) -> str:
-    """The profile, what overrides it, and whose extractor reads the answers: `lm-eval+num_fewshot=0`."""
+    """The profile with the run's overrides and extractor, such as `lm-eval+num_fewshot=0`."""
     profile = read_profile(spec.profile)
     words = [profile.name]
     words += [f"{n}={v}" for n in ("num_fewshot", "max_new_tokens") if (v := getattr(spec, n)) is not None]
-    if spec.chat is not None and not any(told.chat for told in profile.tasks.values()):
+    if spec.chat is not None and not any(protocol.chat for protocol in profile.tasks.values()):
         words.append("chat")
     name = "+".join(words)
     return name if spec.extractor is None else f"{name} prompts, {read_profile(spec.extractor).name} extractors"
 
 
 def describe(spec: RunSpec, tasks: Mapping[str, Any], members: Mapping[str, list[str]], chat: Nested | None) -> Nested:
-    """The protocol a run used, for its result: `name`, `hash` (12 hex digits of what `tasks` tells), `about`, `tasks`.
+    """The protocol that a run used, for its result: `name`, `hash` (12 hex digits over the tasks), `about`, `tasks`.
 
-    tasks: lm-eval's, as built, by name.  members: of each task of the spec.  chat: the conversation's settings.
+    tasks: lm-eval's, as built, by name.  members: leaf tasks of each task of the spec.  chat: its settings.
     """
     profile = read_profile(spec.profile)
-    leaves = {leaf: _told(tasks[leaf], profile, chat) for names in members.values() for leaf in names}
-    told = {}
-    for name, names in members.items():  # a group is told as its first member, under the templates of all
-        template = _digest([leaves[leaf]["template"] for leaf in names]) if len(names) > 1 else None
-        told[name] = {**leaves[names[0]], **({"template": template} if template else {})}
-    digest = _digest({leaf: {**one, "source": None} for leaf, one in leaves.items()})
-    return {"name": protocol_name(spec), "hash": digest, "about": profile.about, "tasks": told}
+    leaves = {leaf: _task_protocol(tasks[leaf], profile, chat) for names in members.values() for leaf in names}
+    protocols = {}
+    for name, names in members.items():
+        protocols[name] = dict(leaves[names[0]])  # a group shows its first member's
+        if len(names) > 1:
+            protocols[name]["template"] = _digest([leaves[leaf]["template"] for leaf in names])
+    digest = _digest({leaf: {**protocol, "source": None} for leaf, protocol in leaves.items()})
+    return {"name": protocol_name(spec), "hash": digest, "about": profile.about, "tasks": protocols}
 
 
-def _told(task: Any, profile: Profile, chat: Nested | None) -> Nested:
-    """One task's protocol, from the task as built."""
-    config, said = task.config, profile.of(task.config.task)
-    kwargs = (config.generation_kwargs or {}) if config.output_type == "generate_until" else {}
+def _task_protocol(task: Any, profile: Profile, chat: Nested | None) -> Nested:
+    """One task's protocol, read from the task as built."""
+    config = task.config
+    override = profile.of(config.task)
+    published = override.source if override else UNSTATED
     filters = {one["name"]: json.dumps(_plain(one["filter"])) for one in config.filter_list or []}
     if config.process_results is not None or not filters:
         filters = {"none": str(_plain(config.process_results) or "as written")}
+    kwargs = (config.generation_kwargs or {}) if config.output_type == "generate_until" else {}
     return {
-        "source": "lm-eval's task file" if profile.name == DEFAULT_PROFILE else said.source if said else UNSTATED,
+        "source": "lm-eval's task file" if profile.name == DEFAULT_PROFILE else published,
         "num_fewshot": config.num_fewshot or 0,
-        "template": _digest([_plain(getattr(config, name, None)) for name in ASKED]),
+        "template": _digest([_plain(getattr(config, name, None)) for name in PROMPT_FIELDS]),
         "prompt": str(_plain(config.doc_to_text)),
         "until": list(kwargs.get("until") or []),
         "max_gen_toks": kwargs.get("max_gen_toks"),
@@ -271,7 +286,7 @@ def _told(task: Any, profile: Profile, chat: Nested | None) -> Nested:
 
 
 def _plain(value: Any) -> Any:
-    """Values that JSON can hold: functions by their name, dataclasses as tables."""
+    """A value as JSON: functions by their qualified name, dataclasses as tables."""
     if isinstance(value, partial):
         return _plain(value.func)
     if callable(value):

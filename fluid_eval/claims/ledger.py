@@ -1,10 +1,15 @@
-"""The claim ledger (reports/claims.toml): what was published, by whom, of which weights, under which convention.
+"""The claim ledger (reports/claims.toml): published numbers with their source, weights and convention.
 
-[[source]]   where cells stand: a paper's table, a model card, this project's own measurement
-[[decoder]]  a way of writing that cells name
-[[system]]   weights and how they write: what is needed to measure a claim again
+[[source]]   a publication: a paper's table, a model card, this project's own measurement
+[[decoder]]  a decoder that claims name, with its settings
+[[system]]   weights and their decoder: what is needed to measure a claim again
 [[claim]]    one published cell
-[[ranking]]  what a text says of two systems' cells
+[[ranking]]  a statement of a text that one system is better than another
+
+A claim: the value of one cell, its place, and the convention and decoder that its source states.
+
+    { table = "main", system = "FLUID-7B", task = "gsm8k", metric = "exact_match,none", value = 91.9,
+      source = "FLUID README and card", profile = "fluid-paper", decoder = "fluid (b)" }
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from fluid_model.common.fields import at_least, build
 from fluid_model.common.files import Nested, read_toml
 from fluid_model.settings import check_range
 
-from ..benchmarks.datasets import SOURCES
+from ..benchmarks.datasets import DATASETS
 from ..common.paths import resource
 
 Table = Literal["tiny", "main", "ablation", "speed", "own"]
@@ -32,37 +37,39 @@ NOT_A_SCORE: Mapping[Unit, str] = {
     "tok/round": "stride",
     "times": "speed-up",
 }
-"""Units that are no shares, and the metric each is of."""
+"""Units other than percent, and the metric of each."""
 
 UNSTATED = "not stated"
 UNSTATED_CONVENTION = f"convention {UNSTATED}"
 KINDS = ("source", "decoder", "system", "claim", "ranking")
 UNKNOWN = "unknown: "
 SIZES: Mapping[str, int] = {"math": 5000, "mbpp": 500, "ifeval": 541, "mmlu_pro": 12032}
-"""Questions of test sets that no task here is of (MBPP: its test split; others use 974, 427 or 378 of it)."""
+"""Sizes of test sets without a task here (MBPP: its test split; others use 974, 427 or 378 questions of it)."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where cells stand.
+class PublishedSource:
+    """A publication that claims come from.
 
-    by: whose it is, where they wrote more than one.  whole: tables of it of which the ledger holds every row, so that
-    what is missing is missing there.  generated: a program wrote it, so that two equal columns are no slip.  ours: it
-    is this project's, so that its cells are no claims of others.  second_hand: read in others' notes, not itself.
+    by: its authors, where they published more than one.
+    complete: its tables of which the ledger holds every row, so that a missing row is missing there.
+    generated: written by a program, so that two equal columns are no typing error.
+    ours: this project's, so that its cells are not claims of others.
+    second_hand: known from others' notes alone.
     """
 
     name: str
     cite: str
     by: str = ""
-    whole: tuple[Table, ...] = ()
+    complete: tuple[Table, ...] = ()
     generated: bool = False
     ours: bool = False
     second_hand: bool = False
 
 
 @dataclass(frozen=True)
-class Decoder:
-    """A way of writing. run: a run's decoder settings for it."""
+class PublishedDecoder:
+    """A decoder that claims name. run: its settings in a run."""
 
     name: str
     about: str
@@ -70,19 +77,20 @@ class Decoder:
 
     @property
     def verifies(self) -> bool:
-        """Whether its text is greedy AR's of the same weights, so that no setting of it moves a score."""
+        """Whether it is lossless: its text is greedy AR's of the same weights, whatever its settings."""
         return self.run.get("name") == "fluid" and bool(self.run.get("verify", True))
 
 
 @dataclass(frozen=True)
 class System:
-    """Weights, and how they write.
+    """Weights and their decoder: one row of a published table.
 
-    weights: the model's folder below --models-dir, or a bundled checkpoint.  hub: its id, where known.  parent: the
-    system it was adapted from.  own: the sources in which its authors report on it.  same_as: the system that this row
-    of an ablation is.  stride_of: the system that this one differs from in its stride alone, as its source tells it.
-    decoders: how it writes is a matter of dispute, so that each cell of it says which way it means.  device: what it
-    takes at least.  run: settings of runs that measure it.
+    weights: the model's folder below --models-dir, or a bundled checkpoint.  hub: its id, where known.
+    parent: the system it was adapted from.  own: sources in which its own authors report on it.
+    same_as: the system that this row of an ablation repeats.
+    stride_of: the system from which this one differs in its stride alone, by its source.
+    decoders: its decoder is disputed, so that each of its claims must name one.
+    device: the least it needs.  run: settings of runs that measure it.
     """
 
     name: str
@@ -105,13 +113,16 @@ class System:
 class Claim:
     """One published cell.
 
-    task: a task, or a group for what is measured over all its members.  metric: "name" or "name,filter" of a score, or
-    what its unit is of (NOT_A_SCORE).  value: as published, percent for scores.  to: the upper end, where a range was.
-    profile: the convention it follows, if that is one of this package's; else convention tells it in words, and with
-    neither it is not stated.  decoder: the way of writing it means, by name, or "unknown: " and why that is.  where: in
-    its source.  parts: tasks that a mean is over.  n: questions behind it, where not the whole test set.  margin:
-    within which a measured value is the same, in its unit.  hardware: of speeds.  decimals: as published, where the
-    value as a number does not show them (2.00, 3700).  run: settings beside the system's.
+    task: a task, or a group whose members are measured together.
+    metric: "name" or "name,filter" of a score; for other units the name in NOT_A_SCORE.
+    value: as published, percent for scores.  to: the upper end of a published range.
+    profile: the stated convention, if this package has it.  convention: a stated one in words. With neither, the
+    convention is not stated.
+    decoder: by name, or "unknown: " and the reason.  where: place in the source.
+    parts: tasks that a mean is over.  n: questions behind it, if not the whole test set.
+    margin: largest difference that counts as the same value, in its unit.  hardware: of speeds.
+    decimals: published digits, where the number does not show them (2.00, 3700).
+    run: settings beside the system's.
     """
 
     table: Table
@@ -147,25 +158,25 @@ class Claim:
         if self.decimals is not None:
             check_range("decimals", self.decimals, 0, 9)
         if self.metric != NOT_A_SCORE.get(self.unit, self.metric):
-            raise ConfigError(f"metric={self.metric!r}: unit {self.unit} is of {NOT_A_SCORE[self.unit]}")
+            raise ConfigError(f"metric={self.metric!r}: unit {self.unit} needs {NOT_A_SCORE[self.unit]}")
         if self.profile and self.convention:
             raise ConfigError(
-                f"convention={self.convention!r}: profile={self.profile!r} says it; leave one of both out"
+                f"convention={self.convention!r}: profile={self.profile!r} states it too; leave one of both out"
             )
 
     @property
     def decoder_unknown(self) -> bool:
-        """Whether its source leaves open how it was written."""
+        """Whether its source leaves the decoder open."""
         return self.decoder.startswith(UNKNOWN)
 
     @property
     def stated(self) -> str:
-        """The convention, as far as it is known."""
+        """The stated convention, or "not stated"."""
         return self.profile or self.convention or UNSTATED
 
     @property
     def rounding(self) -> float:
-        """Half a unit of the last digit published: what a rounded value may be off by."""
+        """Half a unit of the last published digit: the largest rounding error."""
         shown = len(repr(self.value).partition(".")[2])
         return 0.5 * 10.0 ** -(shown if self.decimals is None else self.decimals)
 
@@ -180,8 +191,9 @@ class Claim:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What a text says of cells of its own: one system is better than another. says: its words or their sense.
-    tasks: those it says it of, all tasks of both where it names none.
+    """A source's statement that one of its systems is better than another.
+
+    says: its words, or their sense.  tasks: the tasks it is about; all common tasks if it names none.
     """
 
     source: str
@@ -193,38 +205,38 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Ledger:
-    """All claims, in file order, with the systems and sources they name."""
+    """All claims, in file order, with the systems, sources and decoders they name."""
 
     claims: tuple[Claim, ...]
     systems: Mapping[str, System]
-    sources: Mapping[str, Source]
-    decoders: Mapping[str, Decoder] = field(default_factory=dict)
+    sources: Mapping[str, PublishedSource]
+    decoders: Mapping[str, PublishedDecoder] = field(default_factory=dict)
     rankings: tuple[Ranking, ...] = ()
 
     def ours(self, claim: Claim) -> bool:
-        """Whether a claim is this project's own figure."""
+        """Whether a claim is one of this project's own figures."""
         return self.sources[claim.source].ours
 
 
 def task_size(task: str) -> int | None:
     """Questions of a benchmark's canonical test set; None where this package does not know it."""
-    return SOURCES[task].known["test"][0] if task in SOURCES else SIZES.get(task)
+    return DATASETS[task].known["test"][0] if task in DATASETS else SIZES.get(task)
 
 
 def published_n(claim: Claim) -> int | None:
-    """Questions behind a published score, as far as they are known."""
+    """Number of questions behind a published score, None if unknown."""
     return claim.n or task_size(claim.task)
 
 
 def read_claims(file: Path | None = None) -> Ledger:
-    """A ledger, default: the bundled one. Raises ConfigError naming the file, the entry and what is wrong with it."""
+    """Read a ledger, by default the bundled one. Raises ConfigError naming the file, the entry and its fault."""
     file = file or resource("reports") / "claims.toml"
     values = read_toml(file)
     if unknown := values.keys() - set(KINDS):
         raise ConfigError(f"{file}: {sorted(unknown)[0]} is no table of a claim ledger; known: {', '.join(KINDS)}")
-    sources: dict[str, Source] = {one.name: one for one in _entries(file, values, "source", Source)}
-    systems: dict[str, System] = {one.name: one for one in _entries(file, values, "system", System)}
-    decoders: dict[str, Decoder] = {one.name: one for one in _entries(file, values, "decoder", Decoder)}
+    sources: dict[str, PublishedSource] = _by_name(_entries(file, values, "source", PublishedSource))
+    systems: dict[str, System] = _by_name(_entries(file, values, "system", System))
+    decoders: dict[str, PublishedDecoder] = _by_name(_entries(file, values, "decoder", PublishedDecoder))
     claims: list[Claim] = list(_entries(file, values, "claim", Claim))
     rankings: list[Ranking] = list(_entries(file, values, "ranking", Ranking))
     ledger = Ledger(tuple(claims), systems, sources, decoders, tuple(rankings))
@@ -235,8 +247,12 @@ def read_claims(file: Path | None = None) -> Ledger:
     return ledger
 
 
+def _by_name(entries: Iterator[Any]) -> dict[str, Any]:
+    return {entry.name: entry for entry in entries}
+
+
 def _check_names(file: Path, ledger: Ledger) -> None:
-    """Raise ConfigError where an entry names another that is not there, or a cell of a disputed decoder names none."""
+    """Raise ConfigError if an entry names a missing one, or a claim of a disputed decoder names none."""
     for system in ledger.systems.values():
         named = [(name, getattr(system, name)) for name in ("parent", "same_as", "stride_of")]
         for name, value in [*named, *(("own", source) for source in system.own)]:

@@ -1,11 +1,11 @@
-"""What a measurement says of a published number: reproduced, not reproduced, or neither at this n.
+"""Verdicts on published numbers: reproduced, not reproduced, or undecided at this n.
 
-reproduced      surely within the margin of the number as it stands: two one-sided tests, 5% each
-not reproduced  surely further off than the margin, the published number's own chance counted too; over a whole table at
-                most 5% hold one such verdict by chance (Holm)
-cannot tell     neither; with the questions it would take
+reproduced      within the margin of the published number: two one-sided tests, 5% each (TOST)
+not reproduced  further off than the margin, the published number's own sampling error included; corrected over the
+                whole table, so that at most 5% of tables hold one such verdict by chance (Holm)
+cannot tell     neither; the verdict names the number of questions that would decide
 
-A project's own figures are no claims of others. Run again they are equal to the last digit published, or they differ.
+The project's own figures are not claims of others. Run again, they are equal to the last published digit, or differ.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ EQUAL, DIFFERS = "re-run, equal", "re-run, differs"
 
 @dataclass(frozen=True)
 class Margins:
-    """How far apart two numbers may be and still be one result, where a claim does not say.
+    """Default margins: differences up to these count as the same result, unless a claim has a margin of its own.
 
-    points: of scores. Three are less than most gaps that this field's tables argue from, and enough for GSM8K's and
-    MMLU's sizes to decide in one run; MATH500's 500 and HumanEval's 164 questions are often too few for it, and that is
-    said rather than hidden in a wider one.  percent: of speeds and counts, of the published value.
+    points: of scores. Three are fewer than most gaps that this field's tables argue from, and one run over GSM8K or
+    MMLU decides them. MATH500's 500 and HumanEval's 164 questions are often too few; the verdict then says so.
+    percent: of speeds and counts, in percent of the published value.
     """
 
     points: float = 3.0
@@ -42,7 +42,7 @@ class Margins:
         check_range("speed_margin", self.percent, 0, 100, open_low=True)
 
     def of(self, claim: Claim) -> float:
-        """In the claim's unit."""
+        """The margin for a claim, in its unit."""
         if claim.margin is not None:
             return claim.margin
         return self.points if claim.unit == "%" else self.percent / 100 * claim.value
@@ -50,8 +50,10 @@ class Margins:
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim and what was measured of it (shares for scores). as_stated: by the convention it states, or it states
-    none.  own: of this project's own figures.
+    """A claim and its measurement (shares for scores).
+
+    as_stated: measured by the convention that the claim states, or it states none.
+    own: the claim is one of this project's own figures.
     """
 
     claim: Claim
@@ -62,8 +64,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Judgement:
-    """verdict: the word, what is unstated, then what it rests on.  margin: in the claim's unit, with p_within and
-    p_beyond (corrected) of both tests; None where no test was made.
+    """A verdict and the tests behind it.
+
+    verdict: its kind, unstated conditions and the reason: `cannot tell (convention not stated): n = 40 is too few ..`
+    margin: in the claim's unit.  p_within, p_beyond: of both tests, p_beyond corrected by Holm. None without a test.
     """
 
     verdict: str
@@ -73,7 +77,7 @@ class Judgement:
 
 
 def judge(findings: Sequence[Finding], margins: Margins | None = None) -> list[Judgement]:
-    """A judgement of each, corrected for how many there are."""
+    """A judgement of each finding; p values are corrected over all tested findings."""
     margins = margins or Margins()
     tested = [f for f in findings if f.as_stated and not f.own]
     corrected = iter(holm([_beyond(f, margins.of(f.claim)) for f in tested]))
@@ -89,38 +93,46 @@ def judge(findings: Sequence[Finding], margins: Margins | None = None) -> list[J
 
 
 def _judgement(finding: Finding, margin: float, p_beyond: float) -> Judgement:
-    claim, found = finding.claim, finding.measured
+    claim, measured = finding.claim, finding.measured
     share, low, high = _bounds(claim, margin)
-    p_within = within(found, low, high, share=share) if found.bounded else 1.0
-    said = f"{_number(claim, margin)}"
-    if not found.bounded:
-        told = f"{CANNOT_TELL}{_unstated(claim)}: n = {found.n:,} is too few for an interval"
+    p_within = within(measured, low, high, share=share) if measured.bounded else 1.0
+    shown, unstated = _number(claim, margin), _unstated(claim)
+    if not measured.bounded:
+        verdict = f"{CANNOT_TELL}{unstated}: n = {measured.n:,} is too few for an interval"
     elif p_within <= LEVEL:
-        told = f"{REPRODUCED}{_unstated(claim)}: within {said}"
+        verdict = f"{REPRODUCED}{unstated}: within {shown}"
     elif p_beyond <= LEVEL:
-        told = f"{NOT_REPRODUCED}{_unstated(claim)}: {_number(claim, _off(finding))} off, surely more than {said}"
+        verdict = f"{NOT_REPRODUCED}{unstated}: {_number(claim, _off(finding))} off, surely more than {shown}"
     else:
-        told = f"{CANNOT_TELL}{_unstated(claim)}: n = {found.n:,} is too few for {said}, {_enough(finding, margin)}"
-    return Judgement(told, margin, p_within, p_beyond)
+        verdict = f"{CANNOT_TELL}{unstated}: n = {measured.n:,} is too few for {shown}, {_enough(finding, margin)}"
+    return Judgement(verdict, margin, p_within, p_beyond)
 
 
 def _enough(finding: Finding, margin: float) -> str:
-    """The n it would take were the published number exactly right, or as far off as seen where that n was had."""
-    claim, found = finding.claim, finding.measured
+    """The number of questions that would decide.
+
+    First if the published number is exactly right; where the measurement had that many, if it is as far off as seen.
+    """
+    claim, measured = finding.claim, finding.measured
+    # 1) standard deviation of one question's value
     scale = 100 if claim.unit == "%" else 1
-    spread = (found.high - found.low) / (2 * Z95) * math.sqrt(found.n)
-    spread = math.sqrt(claim.value / 100 * (1 - claim.value / 100)) if claim.unit == "%" else spread
+    if claim.unit == "%":
+        spread = math.sqrt(claim.value / 100 * (1 - claim.value / 100))
+    else:
+        spread = (measured.high - measured.low) / (2 * Z95) * math.sqrt(measured.n)
+    # 2) questions if the published number is right; a share of 0 or 1 has no spread but needs some
     off = _off(finding)
     n = questions_needed(spread, margin / scale)
-    if claim.unit == "%" and margin < scale:  # a share of 0 or 1 has no spread, and yet takes some
+    if claim.unit == "%" and margin < scale:
         n = max(n, math.ceil(math.log(LEVEL) / math.log(1 - margin / scale)))
-    if n > found.n:
+    if n > measured.n:
         return f"about {n:,} would do if it is right"
     n = questions_needed(spread, abs(margin - off) / scale)
     return f"about {n:,} would do if it is {_number(claim, off)} off, as seen"
 
 
 def _beyond(finding: Finding, margin: float) -> float:
+    """Uncorrected p that the true value lies beyond the margin; 1 for a measurement without an interval."""
     if not finding.measured.bounded:
         return 1.0
     share, low, high = _bounds(finding.claim, margin)
@@ -129,7 +141,7 @@ def _beyond(finding: Finding, margin: float) -> float:
 
 
 def _bounds(claim: Claim, margin: float) -> tuple[bool, float, float]:
-    """Whether it is a share, and what counts as equal to the published value, its rounding and range included."""
+    """(is a share, low, high): bounds of the values equal to the published one, its rounding and range included."""
     share = claim.unit == "%"
     scale = 100 if share else 1
     end = claim.value if claim.to is None else claim.to
@@ -137,14 +149,14 @@ def _bounds(claim: Claim, margin: float) -> tuple[bool, float, float]:
 
 
 def _off(finding: Finding) -> float:
-    """From the measured value to the nearest published one, in the claim's unit."""
+    """Distance of the measured value from the nearest published one, in the claim's unit."""
     claim, scale = finding.claim, 100 if finding.claim.unit == "%" else 1
     seen, end = scale * finding.measured.mean, finding.claim.value if claim.to is None else claim.to
     return max(0.0, claim.value - seen, seen - end)
 
 
 def _rerun(finding: Finding) -> str:
-    """Equal to the last digit published, or by how much not."""
+    """Verdict on an own figure: equal to the last published digit, or the difference."""
     claim, off = finding.claim, _off(finding)
     return EQUAL if off <= claim.rounding + 1e-9 else f"{DIFFERS}: by {_number(claim, off)}"
 
@@ -155,6 +167,6 @@ def _number(claim: Claim, value: float) -> str:
 
 
 def _unstated(claim: Claim) -> str:
-    """What the published number leaves open, so that a miss may be for that."""
-    left = [name for name, told in (("convention", claim.profile), ("decoder", not claim.decoder_unknown)) if not told]
-    return f" ({' and '.join(left)} {UNSTATED})" if left else ""
+    """Conditions that the published number leaves open, which may explain a difference."""
+    unstated = ["convention"] * (not claim.profile) + ["decoder"] * claim.decoder_unknown
+    return f" ({' and '.join(unstated)} {UNSTATED})" if unstated else ""

@@ -6,25 +6,25 @@ import argparse
 import json
 
 from . import EXIT_FAILED, EXIT_OK
-from .options import add_looked_into, looked_into
+from .options import add_analysed_run, analysed_run
 
-HELP = "does a decoder write what greedy AR writes with the same weights"
+HELP = "losslessness: does a decoder write AR's text of the same weights?"
 
 
 def add(audit: argparse.ArgumentParser) -> None:
-    add_looked_into(audit)
+    add_analysed_run(audit)
 
 
 def main(options: argparse.Namespace) -> int:
-    with looked_into(options) as folder:
+    with analysed_run(options) as folder:
         from ..analysis.losslessness import FAULTS, audit_run
         from ..output.terminal_audits import print_audit
         from ..results.run_folder import AUDIT, write_json
 
-        found = audit_run(folder)
-        write_json(folder / AUDIT, found)
+        report = audit_run(folder)
+        write_json(folder / AUDIT, report)
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(report, indent=2))
     else:
-        print_audit(found)
-    return EXIT_FAILED if found["verdict"] in FAULTS else EXIT_OK
+        print_audit(report)
+    return EXIT_FAILED if report["verdict"] in FAULTS else EXIT_OK

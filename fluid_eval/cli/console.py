@@ -1,6 +1,6 @@
-"""What lies around every command: an output that may be full or know few letters, and errors as one line for people.
+"""Output and errors of every command: unencodable letters, closed or full outputs, errors as one line.
 
-No torch: its errors are known by their words.
+No torch is imported: its out-of-memory errors are recognised by their messages.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _NO_MEMORY = re.compile(
     r"|can't start new thread|failed to create thread",
     re.IGNORECASE,
 )
-"""How libraries below say that memory, or room for a thread's stack, is missing."""
+"""Messages of libraries for missing memory, or a missing thread stack."""
 
 
 def tolerate_any_output() -> None:
-    """Letters that the output cannot show become question marks: a result is not lost for a dash."""
+    """Replace letters that the output cannot encode by question marks, so that a dash ends no command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def in_one_line(error: Exception) -> tuple[str | None, int]:
-    """(what to say, exit code) of what ended a command; None where it is nobody's but this program's own fault.
+    """(message, exit code) for an exception that ended a command.
 
-    Nothing is said (an empty text) to a reader that is gone.
+    The message is None for faults of this program, which need a traceback. It is empty if the output was closed.
     """
     if isinstance(error, ConfigError):
         return _joined(error), EXIT_CONFIG
@@ -56,7 +56,7 @@ def in_one_line(error: Exception) -> tuple[str | None, int]:
 
 
 def is_no_memory(error: BaseException | None) -> bool:
-    """Whether an error, or what it came of, is that memory ran out."""
+    """Whether an error, or one of its causes, means that memory ran out."""
     while error is not None:
         kind = isinstance(error, RuntimeError | ImportError | OSError)
         if isinstance(error, MemoryError) or (kind and _NO_MEMORY.search(str(error))):
@@ -70,7 +70,7 @@ def _joined(error: Exception) -> str:
 
 
 def _allowed() -> str:
-    """How much memory this process may have, in words."""
+    """The memory available to this process, in words."""
     import resource
 
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -81,7 +81,7 @@ def _allowed() -> str:
 
 
 def _silence() -> None:
-    """Let the interpreter's own last flush go nowhere: it would complain once more."""
+    """Redirect standard output to nowhere, so that the interpreter's last flush does not fail again."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-HELP = "versions, devices, data, code isolation; exit 1 if a run would fail"
+HELP = "check versions, devices, data, code isolation; exit 1 if a run would fail"
 
 
 def add(doctor: argparse.ArgumentParser) -> None:

@@ -6,25 +6,25 @@ import argparse
 import json
 
 from . import EXIT_OK
-from .options import add_looked_into, looked_into
+from .options import add_analysed_run, analysed_run
 
-HELP = "what the K-head says against what drafts are worth"
+HELP = "K-head diagnostics: predicted strides against accepted lengths"
 
 
 def add(khead: argparse.ArgumentParser) -> None:
-    add_looked_into(khead)
+    add_analysed_run(khead)
 
 
 def main(options: argparse.Namespace) -> int:
-    with looked_into(options) as folder:
+    with analysed_run(options) as folder:
         from ..analysis.khead import khead_run
         from ..output.terminal_audits import print_khead
         from ..results.run_folder import KHEAD, write_json
 
-        found = khead_run(folder)
-        write_json(folder / KHEAD, found)
+        report = khead_run(folder)
+        write_json(folder / KHEAD, report)
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(report, indent=2))
     else:
-        print_khead(found)
+        print_khead(report)
     return EXIT_OK

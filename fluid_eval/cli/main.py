@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from fluid_model.common.versions import ShowVersions
+
 from . import EXIT_INTERRUPTED, audit, compare, doctor, khead, report, reproduce, rescore, run, score, sweep, tax, trace
 from .console import in_one_line, tolerate_any_output
 
@@ -31,25 +33,27 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(
         prog="fluid-eval",
-        description="Evaluate language models that write in parallel, beside the autoregressive ones they came from.",
+        description="Evaluate language models that decode in parallel, beside the AR models they were adapted from.",
     )
+    top.add_argument("--version", action=ShowVersions, libraries=("torch", "transformers", "lm-eval"))
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        command.add(commands.add_parser(name, help=command.HELP))
+        description = command.HELP[0].upper() + command.HELP[1:]
+        command.add(commands.add_parser(name, help=command.HELP, description=description))
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code (see commands): of bad input and failures one line says which."""
+    """Run a command and return its exit code (see the package). Invalid input and failures print one line."""
     tolerate_any_output()
     options = parser().parse_args(arguments)
     os.environ.setdefault("TQDM_DISABLE", "1")  # our own bars are enough
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # on a shared machine threads must not spin for one another
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads must not spin on a shared machine
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         code = int(COMMANDS[options.command].main(options))
-        sys.stdout.flush()  # else what cannot be written is found after the last line of this program
+        sys.stdout.flush()  # an error of the output must show here, not at interpreter exit
         return code
     except KeyboardInterrupt:
         print("fluid-eval: interrupted; what is finished is stored, --resume goes on", file=sys.stderr)

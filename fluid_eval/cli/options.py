@@ -1,4 +1,4 @@
-"""What commands that run a model have in common: its settings as flags, files and `--set`, later ones winning."""
+"""Settings shared by commands that run a model: from a spec file, then flags, then `--set`; later ones win."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from ..common.spec import RunSpec
 
 BUNDLED = "tiny-fluid"
-"""The checkpoint a run takes if none is named."""
+"""The checkpoint of a run without --model."""
 BUNDLED_TASKS = "mini_gsm8k,mini_math,mini_humaneval,mini_mmlu"
 WRITTEN_TASKS, WRITTEN_LIMIT = "mini_gsm8k,mini_math", 20
-"""What a model writes to be looked into where no tasks are named, and how much of each."""
+"""Tasks, and documents of each, of runs made for an audit or K-head diagnostics without --tasks."""
 
 _FLAGS = {
     "tasks": "tasks",
@@ -46,76 +46,86 @@ _FLAGS = {
 """Flag -> setting of the spec."""
 
 
-def add_settings(run: argparse.ArgumentParser, spec: str = "SPEC.toml") -> argparse._ArgumentGroup:
-    """What a run is, and where; returns the group of the latter.  spec: what the argument without a flag may be."""
-    run.add_argument("spec", nargs="?", type=Path, metavar=spec, help="the settings below from a file")
+def add_settings(
+    run: argparse.ArgumentParser, spec: str = "SPEC.toml", about: str = "settings from a file; flags override it"
+) -> argparse._ArgumentGroup:
+    """Add the settings of a run. Returns the group "where". spec, about: name and help of the positional argument."""
+    run.add_argument("spec", nargs="?", type=Path, metavar=spec, help=about)
     what = run.add_argument_group("what to run")
     what.add_argument("--tasks", metavar="A,B", help="gsm8k, math500, humaneval, mmlu, mmlu_SUBJECT, mini")
     what.add_argument(
         "--model",
         metavar="PATH_OR_HUB_ID",
-        help="any Hugging Face causal LM, or a FLUID folder; default: the bundled tiny-fluid",
+        help="Hugging Face causal LM, or an adapted checkpoint; default: the bundled tiny-fluid",
     )
-    what.add_argument("--decoder", metavar="ar|fluid|nbdiff|llada", help="default: as the model was adapted, else ar")
-    what.add_argument("--set", action="append", default=[], metavar="A.B=C", help="e.g. decoder.confidence=0.9")
-    what.add_argument("--limit", type=whole, metavar="N", help="first N documents of each task")
-    what.add_argument("--num-fewshot", type=whole, metavar="N", help="default: the task's own")
-    what.add_argument("--max-new-tokens", type=whole, metavar="N", help="default: the task's own")
     what.add_argument(
-        "--profile", metavar="NAME|FILE", help="convention: lm-eval (default), fluid-paper, llada, minimal, my.toml"
+        "--decoder", metavar="ar|fluid|nbdiff|llada", help="default: that of the model's adaptation, else ar"
     )
-    what.add_argument("--chat", action="store_true", help="prompts by the chat template; --set chat.system=TEXT, ...")
-    what.add_argument("--seed", type=whole, metavar="N", help="default: 1234")
     what.add_argument(
-        "--trust-remote-code", action="store_const", const=True, help="agree to run code of the model's repository"
+        "--set", action="append", default=[], metavar="A.B=C", help="any setting, e.g. decoder.confidence=0.9"
     )
-    what.add_argument("--allow-code", action="store_true", help=argparse.SUPPRESS)  # asked for before code was isolated
+    what.add_argument("--limit", type=integer, metavar="N", help="first N documents of each task")
+    what.add_argument("--num-fewshot", type=integer, metavar="N", help="few-shot examples; default: the task's own")
+    what.add_argument(
+        "--max-new-tokens", type=integer, metavar="N", help="length limit of answers; default: the task's own"
+    )
+    what.add_argument(
+        "--profile", metavar="NAME|FILE", help="protocol: lm-eval (default), fluid-paper, llada, minimal, my.toml"
+    )
+    what.add_argument("--chat", action="store_true", help="use the chat template; --set chat.system=TEXT, ...")
+    what.add_argument("--seed", type=integer, metavar="N", help="random seed; default: 1234")
+    what.add_argument(
+        "--trust-remote-code", action="store_const", const=True, help="run code from the model's repository"
+    )
+    what.add_argument(
+        "--allow-code", action="store_true", help=argparse.SUPPRESS
+    )  # from before generated code was isolated
     where = run.add_argument_group("where")
     where.add_argument("--data-dir", metavar="DIR", help="benchmark data; default: FLUID_DATA_DIR, else the hub")
-    where.add_argument("--batch-size", type=whole, metavar="N|auto", help="rows at a time")
+    where.add_argument("--batch-size", type=integer, metavar="N|auto", help="rows decoded together")
     where.add_argument("--dtype", metavar="auto|float32|bfloat16")
     where.add_argument("--device", metavar="auto|cpu|cuda")
-    where.add_argument("--engine", metavar="inline|ray", help="in this process (default), or Ray workers")
-    where.add_argument("--workers", type=whole, metavar="N", help="Ray workers; default: one a GPU")
+    where.add_argument("--engine", metavar="inline|ray", help="decode in this process (default), or in Ray workers")
+    where.add_argument("--workers", type=integer, metavar="N", help="Ray workers; default: one for each GPU")
     where.add_argument(
-        "--allow-unsafe-code", action="store_const", const=True, help="run the model's code where nothing isolates it"
+        "--allow-unsafe-code", action="store_const", const=True, help="run generated code without isolation"
     )
     where.add_argument("--ray-address", metavar="HOST:PORT", help="default: RAY_ADDRESS, else a private cluster")
     return where
 
 
 def add_speed_repeats(where: argparse._ArgumentGroup) -> None:
-    """For commands that measure speeds."""
+    """Add --speed-repeats, for commands that measure speeds."""
     where.add_argument(
         "--speed-repeats", type=int, default=0, metavar="N",
-        help="write all answers N times more for their time; without, tokens/s have no interval",
+        help="generate all answers N more times to time them; without, tokens/s have no interval",
     )  # fmt: skip
 
 
-def exit_code(lost: Mapping[str, str], health: Sequence[Mapping[str, Any]]) -> int:
-    """Of a run that ended: samples given up are worse than gates over their thresholds."""
+def exit_code(failed: Mapping[str, str], health: Sequence[Mapping[str, Any]]) -> int:
+    """Exit code of a finished run: failed samples win over health gates above their thresholds."""
     unhealthy = any(not gate["ok"] for gate in health)
-    return EXIT_FAILED if lost else EXIT_UNHEALTHY if unhealthy else EXIT_OK
+    return EXIT_FAILED if failed else EXIT_UNHEALTHY if unhealthy else EXIT_OK
 
 
-def add_looked_into(command: argparse.ArgumentParser) -> None:
-    """A stored run, or what a run is, made now."""
-    where = add_settings(command, "RUN|SPEC.toml")
-    where.add_argument("--out", type=Path, metavar="DIR", help="keep the run made now in this folder")
-    where.add_argument("--json", action="store_true", help="print what was found as JSON")
+def add_analysed_run(command: argparse.ArgumentParser) -> None:
+    """Add the run to analyse: a stored one, or settings of a run to make first."""
+    where = add_settings(command, "RUN|SPEC.toml", "a finished run, or settings of a new one from a file")
+    where.add_argument("--out", type=Path, metavar="DIR", help="keep the new run in this folder")
+    where.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 @contextmanager
-def looked_into(options: argparse.Namespace) -> Iterator[Path]:
-    """The folder of the stored run that is named, or of a run made now, which is kept where --out says so.
+def analysed_run(options: argparse.Namespace) -> Iterator[Path]:
+    """The folder of the named stored run, or of a new run, which is kept in --out or removed afterwards.
 
-    Raises ConfigError if settings come with a stored run, which has its own.
+    Raises ConfigError if settings are given with a stored run, which has its own.
     """
     if options.spec is not None and options.spec.is_dir():
         given = [name for name in (*_FLAGS, "set", "chat", "out") if getattr(options, name) not in (None, [], False)]
         if given:
             flags = ", ".join("--" + name.replace("_", "-") for name in given)
-            raise ConfigError(f"{options.spec} is a stored run, read as it is: drop {flags}, or name no run")
+            raise ConfigError(f"{options.spec} is a stored run with its own settings: drop {flags}, or name no run")
         yield options.spec
         return
     if options.spec is None and options.tasks is None:
@@ -130,8 +140,8 @@ def looked_into(options: argparse.Namespace) -> Iterator[Path]:
         yield folder
 
 
-def whole(text: str) -> int | str:
-    """A whole number where it is one; the spec says what is wrong with anything else."""
+def integer(text: str) -> int | str:
+    """An integer, or the text itself, which the spec refuses with a message."""
     try:
         return int(text)
     except ValueError:
@@ -139,7 +149,7 @@ def whole(text: str) -> int | str:
 
 
 def spec_of(options: argparse.Namespace) -> RunSpec:
-    """What is to run, with the decoder of its model where none is named."""
+    """The run's spec, with the decoder of its model if none is named."""
     from ..common.spec import build_spec
     from ..running.decoder_choice import with_decoder
 
@@ -147,7 +157,8 @@ def spec_of(options: argparse.Namespace) -> RunSpec:
 
 
 def values_of(options: argparse.Namespace) -> dict[str, Any]:
-    """A spec's values: from its file, then flags, then --set."""
+    """The values of a spec: from its file, then flags, then --set."""
+    # 1) file and environment
     from fluid_model.common.fields import assign, put
     from fluid_model.common.files import read_toml
 
@@ -160,28 +171,28 @@ def values_of(options: argparse.Namespace) -> dict[str, Any]:
     values = tables(values)
     if options.model is None and "model" not in values:
         _take_bundled(values, options)
+    # 2) flags
     if options.decoder and values.get("decoder", {}).get("name", options.decoder) != options.decoder:
-        values["decoder"] = {}  # another decoder's settings mean nothing to this one
+        values["decoder"] = {}  # of another decoder
     for flag, name in _FLAGS.items():
         if (value := getattr(options, flag)) is not None:
             put(values, name, value)
     if options.chat:
         values.setdefault("chat", {})
+    # 3) --set
     for setting in options.set:
         assign(values, setting)
     return chat_of(values)
 
 
 def _take_bundled(values: dict[str, Any], options: argparse.Namespace) -> None:
-    """No model given: the bundled tiny-fluid, on the mini suite unless tasks are given. Says so."""
+    """Default model: the bundled tiny-fluid, on the mini suite unless tasks are given. Prints a notice."""
     from ..common.paths import resource
 
     values["model"] = {"path": str(resource("checkpoints") / BUNDLED)}
     if options.tasks is None and "tasks" not in values:
         values["tasks"] = BUNDLED_TASKS
-        values["allow_unsafe_code"] = (
-            True  # weights that come with this package; isolated all the same where that can be
-        )
+        values["allow_unsafe_code"] = True  # bundled weights; still isolated where possible
     print(
         f"No model given: the bundled {BUNDLED}, 1.8M parameters, trained on the mini suite's\n"
         "kind of questions alone. For a real one, a 7B checkpoint for instance:\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-HELP = "one self-contained HTML page from run folders; Markdown and LaTeX for a paper"
+HELP = "HTML page of run folders; Markdown and LaTeX for a paper"
 
 
 def add(report: argparse.ArgumentParser) -> None:
@@ -18,12 +18,17 @@ def add(report: argparse.ArgumentParser) -> None:
     )
     report.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: report.html in the first folder")
     report.add_argument(
-        "--base", type=Path, metavar="RUN", help="what others are held to; default: the first, of a sweep its first AR"
+        "--base",
+        type=Path,
+        metavar="RUN",
+        help="run to compare the others with; default: the first, of a sweep its first AR point",
     )
-    report.add_argument("--across-protocols", action="store_true", help="compare runs that were asked otherwise too")
-    report.add_argument("--claims", type=Path, metavar="FILE", help="claims.json, as fluid-eval reproduce writes it")
-    report.add_argument("--markdown", type=Path, metavar="FILE", help="also an appendix: protocol, tables, verdicts")
-    report.add_argument("--latex", type=Path, metavar="FILE", help="also a table of the scores, for booktabs")
+    report.add_argument("--across-protocols", action="store_true", help="compare runs with different protocols too")
+    report.add_argument("--claims", type=Path, metavar="FILE", help="claims.json of fluid-eval reproduce")
+    report.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write an appendix too: verdicts, tables, protocol"
+    )
+    report.add_argument("--latex", type=Path, metavar="FILE", help="write a table of the scores too, for booktabs")
 
 
 def main(options: argparse.Namespace) -> int:

@@ -7,13 +7,13 @@ import json
 import os
 from pathlib import Path
 
-HELP = "score a run's stored answers by another profile's extractors"
+HELP = "score stored answers again by another profile's extractors"
 
 
 def add(rescore: argparse.ArgumentParser) -> None:
     rescore.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     rescore.add_argument(
-        "--profile", required=True, metavar="NAME|FILE", help="whose extractors: minimal, my.toml, ..."
+        "--profile", required=True, metavar="NAME|FILE", help="profile whose extractors to use: minimal, my.toml, ..."
     )
     rescore.add_argument("--out", type=Path, metavar="DIR", help="default: RUN-read-as-PROFILE")
     rescore.add_argument("--data-dir", metavar="DIR", help="benchmark data; default: where the run had them")

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from .options import add_settings, add_speed_repeats, exit_code, spec_of
 
-HELP = "run tasks with a model: table, run folder, result"
+HELP = "evaluate a model on tasks: scores, speeds, run folder"
 
 
 def add(run: argparse.ArgumentParser) -> None:
     where = add_settings(run)
     where.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/TASKS-MODEL-DECODER-ID")
-    where.add_argument("--resume", action="store_true", help="go on with a run folder")
+    where.add_argument("--resume", action="store_true", help="continue an interrupted run")
     where.add_argument("--json", action="store_true", help="print the result as JSON")
     add_speed_repeats(where)
 

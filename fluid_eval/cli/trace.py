@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .options import BUNDLED, whole
+from .options import BUNDLED, integer
 
-HELP = "how one answer comes about, forward by forward"
+HELP = "how one answer is decoded, forward by forward"
 
 
 def add(trace: argparse.ArgumentParser) -> None:
     trace.add_argument("--model", metavar="PATH_OR_HUB_ID", help="default: the bundled tiny-fluid")
-    trace.add_argument("--decoder", metavar="ar|fluid|nbdiff|llada", help="default: as the model was adapted, else ar")
-    trace.add_argument("--prompt", required=True, metavar="TEXT", help="what the answer continues; \\n is a new line")
-    trace.add_argument("--set", action="append", default=[], metavar="A.B=C", help="e.g. decoder.confidence=0.9")
-    trace.add_argument("--max-new-tokens", type=whole, default=64, metavar="N", help="default: 64")
-    trace.add_argument("--markdown", action="store_true", help="a plain table instead of colours")
+    trace.add_argument(
+        "--decoder", metavar="ar|fluid|nbdiff|llada", help="default: that of the model's adaptation, else ar"
+    )
+    trace.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; \\n is a new line")
+    trace.add_argument(
+        "--set", action="append", default=[], metavar="A.B=C", help="any setting, e.g. decoder.confidence=0.9"
+    )
+    trace.add_argument("--max-new-tokens", type=integer, default=64, metavar="N", help="length limit; default: 64")
+    trace.add_argument("--markdown", action="store_true", help="a Markdown table instead of colours")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -26,6 +30,7 @@ def main(options: argparse.Namespace) -> int:
     from ..common.spec import build_spec
     from ..running.decoder_choice import with_decoder
 
+    # 1) the spec of a run with one prompt
     bundled = {"path": str(resource("checkpoints") / BUNDLED)}
     values: dict[str, Any] = {"tasks": "mini", "model": {"path": options.model} if options.model else bundled}
     if options.decoder:
@@ -34,11 +39,12 @@ def main(options: argparse.Namespace) -> int:
     for setting in options.set:
         assign(values, setting)
     spec = build_spec(with_decoder(values))
-    from ..analysis.trace import markdown, show, watch
+    # 2) decode and print
+    from ..analysis.trace import markdown, show, trace_answer
 
-    found, answer = watch(spec, options.prompt.replace("\\n", "\n"))
+    records, answer = trace_answer(spec, options.prompt.replace("\\n", "\n"))
     if options.markdown:
-        print(markdown(found))
+        print(markdown(records))
     else:
-        show(found, answer, spec.to_dict()["decoder"])
+        show(records, answer, spec.to_dict()["decoder"])
     return 0

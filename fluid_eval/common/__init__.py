@@ -1,1 +1,1 @@
-"""What every package stands on: the spec of a run, intervals and tests, tables, paths, progress bars."""
+"""Shared ground of all packages: the spec of a run, confidence intervals and tests, tables, paths, progress bars."""

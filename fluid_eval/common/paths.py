@@ -1,4 +1,4 @@
-"""Where tasks and templates are: beside the package in a checkout, inside it once installed from a wheel."""
+"""Folders of tasks, recipes and templates: beside the package in a checkout, inside it when installed from a wheel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Progress on long work: bars with samples/s and time left on a terminal; elsewhere nothing, or a line now and then."""
+"""Progress of long work on standard error. On a terminal: bars with samples/s and time left. Elsewhere: nothing for one
+run (`ProgressBar`), a line every EVERY seconds for a sweep (`Board`).
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:.1f}/s" if speed else "", style="progress.data.speed")
 
 
-class _Shown:
-    """Bars while it is entered, where standard error is a terminal."""
+class _TerminalBars:
+    """A context in which bars are drawn, if standard error is a terminal."""
 
     def __init__(self, *, shown: bool = True) -> None:
         console = Console(stderr=True)
@@ -38,76 +40,79 @@ class _Shown:
         self._progress.stop()
 
 
-class Bar(_Shown):
-    """One piece of work of `total` samples."""
+class ProgressBar(_TerminalBars):
+    """Progress of one run over `total` samples."""
 
     def __init__(self, title: str, total: int, *, shown: bool = True) -> None:
         super().__init__(shown=shown)
         self._task = self._progress.add_task(title, total=total)
 
     def skip(self, count: int) -> None:
-        """Samples that need no work."""
+        """Count samples that are stored already."""
         self._progress.update(self._task, completed=count)
 
     def advance(self) -> None:
-        """One more sample is done."""
+        """Count one more sample."""
         self._progress.advance(self._task)
 
 
 EVERY = 30.0
 """Seconds between two lines where there is no terminal."""
 MOST_BARS = 16
-"""Points a terminal shows at once: those that are furthest from done."""
+"""Points with a bar of their own at once, those with the fewest samples done first."""
 
 
-class Board(_Shown):
-    """Many pieces of work at once: one bar over all, one each. counts: samples held and in all, of each.
-
-    Without a terminal it writes a line every EVERY seconds.
-    """
+class Board(_TerminalBars):
+    """Progress of a sweep: one bar over all points, one a point. counts: samples done and in all, of each point."""
 
     def __init__(self, names: Sequence[str], counts: Sequence[tuple[int, int]]) -> None:
         super().__init__()
-        done, total = (sum(column) for column in zip(*counts, strict=True))
+        done = sum(point_done for point_done, _ in counts)
+        total = sum(point_total for _, point_total in counts)
         self._all = self._progress.add_task("all points", total=total, completed=done)
         width = max(map(len, names))
         self._tasks = {
-            name: self._progress.add_task(name.ljust(min(width, 40))[:40], total=of, completed=held, visible=False)
-            for name, (held, of) in zip(names, counts, strict=True)
+            name: self._progress.add_task(
+                name.ljust(min(width, 40))[:40], total=of, completed=done_before, visible=False
+            )
+            for name, (done_before, of) in zip(names, counts, strict=True)
         }
         self._answered = self._failed = 0
-        self._held, self._total = done, total
-        self._started = self._told = time.monotonic()
+        self._done_before, self._total = done, total
+        self._started = self._last_update = time.monotonic()
 
     def advance(self, name: str, *, failed: bool = False) -> None:
-        """A point has one more sample."""
+        """Count one more sample of a point."""
         self._answered += 1
         self._failed += failed
         self._progress.advance(self._all)
         self._progress.advance(self._tasks[name])
         now = time.monotonic()
-        if now - self._told > (1.0 if self._shown else EVERY):
-            self._told = now
-            self._tell(now)
+        if now - self._last_update > (1.0 if self._shown else EVERY):
+            self._last_update = now
+            if self._shown:
+                self._update_bars()
+            else:
+                self._print_line(now)
 
     def stop(self, name: str) -> None:
-        """A point was ended early."""
+        """A point stopped early: its missing samples leave the total."""
         task = self._progress.tasks[self._tasks[name]]
         left = int((task.total or 0) - task.completed)
         self._total -= left
         self._progress.update(self._all, total=self._total)
         self._progress.update(self._tasks[name], description=f"{task.description} (ended)", visible=False)
 
-    def _tell(self, now: float) -> None:
-        if self._shown:
-            going = sorted((t for t in self._progress.tasks if not t.finished), key=lambda t: t.completed)
-            chosen = {task.id for task in going[:MOST_BARS]} | {self._all}
-            for task in self._progress.tasks:
-                task.visible = task.id in chosen
-            self._progress.update(self._all, description=f"all points, {self._failed} failed")
-            return
+    def _update_bars(self) -> None:
+        unfinished = sorted((t for t in self._progress.tasks if not t.finished), key=lambda t: t.completed)
+        chosen = {task.id for task in unfinished[:MOST_BARS]} | {self._all}
+        for task in self._progress.tasks:
+            task.visible = task.id in chosen
+        self._progress.update(self._all, description=f"all points, {self._failed} failed")
+
+    def _print_line(self, now: float) -> None:
         speed = self._answered / (now - self._started)
-        done = self._held + self._answered
+        done = self._done_before + self._answered
         left = int((self._total - done) / speed)
         print(
             f"{done:,} of {self._total:,} samples, {speed:.1f}/s, {self._failed} failed, "

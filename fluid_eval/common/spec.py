@@ -1,8 +1,14 @@
-"""What a run is: a frozen spec, checked as a whole before anything else happens. No torch here.
+"""RunSpec: every setting of a run, frozen and validated before the run starts. No torch here.
 
-A spec comes from a TOML file, `--set a.b=c` and flags, later ones winning. Its id is the hash of what decides the
-answers; where and how fast they are computed (workers, batch size, folder) and when they are called unhealthy is not
-part of it.
+    RunSpec
+    ├── tasks, limit, num_fewshot, max_new_tokens, profile, extractor, seed      the benchmark
+    ├── model     ModelSpec        checkpoint, dtype, device
+    ├── decoder   DecoderSettings  ar, fluid, nbdiff or llada (`fluid_model.settings`)
+    ├── chat      ChatSpec         None for plain prompts
+    └── engine, health, batch_size, data_dir, allow_unsafe_code                  no part of the id
+
+Values come from a TOML file, `--set a.b=c` and flags; later ones win. The id hashes the settings that decide the
+answers. Settings that change speed, place or health thresholds only are left out of it.
 """
 
 from __future__ import annotations
@@ -20,12 +26,12 @@ from fluid_model.common.files import Nested
 from fluid_model.settings import DECODERS, ArSettings, DecoderSettings, FluidSettings, check_range
 
 DEFAULT_PROFILE = "lm-eval"
-"""The convention of a run that names none."""
+"""The profile of a run that names none."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which checkpoint, and how it is loaded."""
+    """The checkpoint, and how it is loaded. path: folder or hub id."""
 
     path: str
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -33,13 +39,13 @@ class ModelSpec:
     tau: float | None = None
     mask_token: str | None = None
     end_tokens: tuple[str, ...] | None = None
-    """Texts of the tokens that end an answer, instead of what the model's own files say."""
+    """Texts of the tokens that end an answer, in place of the model's own."""
     method: Literal["nbdiff", "llada"] | None = None
-    """What the model was adapted to, where its files do not tell."""
+    """Adaptation of the model, if its files do not record it."""
     trust_remote_code: bool = False
-    """Whether code of the model's repository may run, with all the rights of the user."""
+    """Whether code of the model's repository may run, with the user's rights."""
     base: str | None = None
-    """Folder or hub id that an adapter is put into, instead of the one it names."""
+    """Folder or hub id of an adapter's base model, in place of the one it names."""
 
     def __post_init__(self) -> None:
         if self.end_tokens == ():
@@ -48,7 +54,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """Who does the work. It changes how long a run takes, never what it answers."""
+    """The workers. They change how long a run takes, never its answers."""
 
     kind: Literal["inline", "ray"] = "inline"
     workers: int | None = None
@@ -66,12 +72,12 @@ class EngineSpec:
 class ChatSpec:
     """Prompts as conversations, by the tokenizer's chat template.
 
-    multiturn: few-shot examples as turns of their own (else all in the one user turn).  thinking: whether the model
-    is to think first, told to the template as `enable_thinking`; then only what follows the thinking is the answer.
-    end_of_thinking: the text that ends it (None: looked up).  read_thoughts: the answer is the whole text, thoughts
-    included, as harnesses have it that do not know the model's end of thinking.  suffix: put at the end of the
-    question, such as " /no_think".  variables: further ones for the template. template: name of
-    one, where the tokenizer has several.
+    multiturn: few-shot examples as separate turns (else all in one user turn).
+    thinking: passed to the template as `enable_thinking`; the answer is then the text after the thinking.
+    end_of_thinking: text that ends the thinking (None: looked up in the vocabulary).
+    read_thoughts: score the text with its thinking, as harnesses do that do not know the end of thinking.
+    suffix: appended to the question, such as " /no_think".
+    variables: further template variables.  template: name of a template, if the tokenizer has several.
     """
 
     system: str | None = None
@@ -101,10 +107,10 @@ class ChatSpec:
 
 @dataclass(frozen=True)
 class HealthSpec:
-    """What share of a task's samples each health gate may count before the run is called unhealthy; 1 turns it off.
+    """Threshold of each health gate: the share of a task's samples above which the run is unhealthy; 1 turns it off.
 
-    A sample that a gate counts may have cost its score. What a set-up alone is to blame for may explain one point, what
-    weak models do too five or ten.
+    A counted sample may have lost its score. Faults of the set-up alone are allowed one point of score; faults that
+    weak models also show, five or ten.
     """
 
     length_limit: float = 0.1
@@ -124,9 +130,8 @@ class HealthSpec:
 class RunSpec:
     """One run: a model, a decoder, tasks.
 
-    chat: None for plain prompts.  profile: the convention its tasks are asked and read by, a bundled one's name or a
-    file.  extractor: the profile whose extractors read the answers, where that is another.  health: judges answers,
-    changes none.
+    chat: None for plain prompts.  profile: prompts, stops and answer extraction of the tasks, a bundled profile's name
+    or a TOML file.  extractor: another profile to extract answers by (None: `profile`).  health: thresholds only.
     """
 
     tasks: tuple[str, ...]
@@ -162,12 +167,15 @@ class RunSpec:
         return dict(values)
 
     def identity(self) -> Nested:
-        """What decides the answers."""
+        """The settings that decide the answers, as hashed by `id`.
+
+        Fields that did not exist in earlier versions are left out at their defaults, so that older runs keep their ids.
+        """
         values = self.to_dict()
         for name in ("engine", "health", "batch_size", "data_dir", "allow_unsafe_code"):
             del values[name]
         for name, default in (("chat", None), ("profile", DEFAULT_PROFILE), ("extractor", None)):
-            if values[name] == default:  # runs from before there were any keep their id
+            if values[name] == default:
                 del values[name]
         if not self.model.trust_remote_code:
             del values["model"]["trust_remote_code"]
@@ -186,7 +194,7 @@ class RunSpec:
 
 
 def tables(values: Mapping[str, Any]) -> Nested:
-    """Values with `model = "path"`, `decoder = "name"` and `chat = true` written out as the tables they stand for."""
+    """Spec values with the shorthands `model = "path"`, `decoder = "name"` and `chat = true` expanded to tables."""
     values = dict(values)
     for name, inner in (("model", "path"), ("decoder", "name")):
         if isinstance(values.get(name), str):
@@ -204,7 +212,7 @@ def build_spec(values: Mapping[str, Any]) -> RunSpec:
         values["tasks"] = [name.strip() for name in values["tasks"].split(",") if name.strip()]
     if isinstance(values.get("data_dir"), str):
         values["data_dir"] = os.path.expanduser(values["data_dir"])
-    values.pop("allow_code", None)  # asked for by specs of before code was isolated; there is nothing to agree to now
+    values.pop("allow_code", None)  # a field of earlier specs, without effect since code runs isolated
     settings = _decoder(values.pop("decoder", {}))
     spec: RunSpec = build(RunSpec, {**values, "decoder": settings}, how_to_give=_HOW_TO_GIVE)
     return spec
@@ -237,5 +245,5 @@ _TEMPLATE_OWN = {
     "chat_template": "from the tokenizer",
     "tokenize": "to false",
 }
-"""Template variables, and arguments beside them, that are no user's to set, and where they come from."""
+"""Template variables and arguments that users may not set, and where they come from."""
 _HOW_TO_GIVE = {"tasks": ": pass --tasks gsm8k,math500", "model": ": pass --model FOLDER_OR_HUB_ID"}

@@ -1,10 +1,19 @@
-"""Intervals and paired tests. Counts get Wilson's interval, their paired differences Bonett and Price's, other means
-and differences the normal one; over tasks, their limits are combined. Ratios of sums over documents get the
-jackknife's, speeds measured again Student's t on logarithms. Documents are drawn with replacement, as many of each task
-as there are (Efron and Tibshirani 1993, chapter 13), to see how often one point beats another at two things at once.
-No figure depends on the order of what it is of: sums are exact before they are rounded, once.
+"""Confidence intervals (95%) and paired tests.
 
-Legend: D documents sorted by task, R draws.
+    quantity                           interval or test                                     function
+    share of right answers             Wilson 1927                                          interval
+    other means                        normal                                               interval
+    mean over tasks                    limits combined (Zou and Donner 2008)                mean_over_tasks
+    paired difference of shares        Bonett and Price 2012                                difference_over_tasks
+    ratio of sums (tokens/forward)     jackknife of the logarithm, Student's t              ratio_of_sums
+    repeated speeds                    Student's t on logarithms                            geometric
+    discordant answers of two runs     exact McNemar test; minimum detectable effect        mcnemar, …
+    two quantities (a Pareto front)    bootstrap over documents, stratified by task         drawn, sums
+                                       (Efron and Tibshirani 1993, chapter 13)
+
+Results do not depend on the order of documents: sums are exact, and rounded once (math.fsum).
+
+Legend: D documents sorted by task, R bootstrap draws, C columns.
 """
 
 from __future__ import annotations
@@ -31,12 +40,12 @@ Z80 = 0.8416212335729143
 FEWEST = 10
 """Documents below which a ratio of sums has no interval."""
 _ROUNDING = 1e-18
-"""Sums of equal numbers may differ by rounding; squares up to this are 0."""
+"""Rounding error of a variance: up to this it counts as 0."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95% interval, over n values; low and high are NaN where nothing says how sure the mean is."""
+    """A mean and its 95% interval, over n values. low and high are NaN where no interval can be estimated."""
 
     mean: float
     low: float
@@ -45,13 +54,14 @@ class Interval:
 
     @property
     def bounded(self) -> bool:
-        """Whether there is an interval at all."""
+        """Whether there is an interval."""
         return not math.isnan(self.low)
 
     def to_dict(self) -> dict[str, float | None]:
-        """mean, low, high, n; None for bounds that are not known."""
-        low, high = (self.low, self.high) if self.bounded else (None, None)
-        return {"mean": self.mean, "low": low, "high": high, "n": self.n}
+        """mean, low, high, n; None for bounds that cannot be estimated."""
+        if not self.bounded:
+            return {"mean": self.mean, "low": None, "high": None, "n": self.n}
+        return {"mean": self.mean, "low": self.low, "high": self.high, "n": self.n}
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -63,62 +73,66 @@ def interval(values: Sequence[float]) -> Interval:
     if all(value in (0, 1) for value in values):
         from scipy.stats import binomtest
 
-        found = binomtest(round(math.fsum(values)), n).proportion_ci(0.95, method="wilson")
-        return Interval(mean, float(found.low), float(found.high), n)
+        wilson = binomtest(round(math.fsum(values)), n).proportion_ci(0.95, method="wilson")
+        return Interval(mean, float(wilson.low), float(wilson.high), n)
     return _normal(values)
 
 
 def _normal(values: Sequence[float]) -> Interval:
     n = len(values)
     mean = math.fsum(values) / n
-    spread = math.fsum((value - mean) ** 2 for value in values) / max(1, n - 1)
-    half = Z95 * math.sqrt(spread / n)
+    variance = math.fsum((value - mean) ** 2 for value in values) / max(1, n - 1)
+    half = Z95 * math.sqrt(variance / n)
     return Interval(mean, mean - half, mean + half, n)
 
 
 def drawn(sizes: Sequence[int], draws: int, seed: int) -> Floats:
-    """How often each document is drawn: (1 + R, D). Row 0 is the documents as they are.
+    """Bootstrap counts: how often each draw contains each document, (1 + R, D). Row 0 is the data itself, all ones.
 
-    sizes: documents of each task. Nothing else decides the draws, so whatever has the same documents shares them.
+    sizes: documents of each task; each draw resamples within tasks. Draws depend on sizes and seed alone, so all points
+    of a sweep share them.
     """
     import numpy as np
 
     rng = np.random.default_rng(seed)
-    found = []
+    counts = []
     for size in sizes:
+        # (R, size) documents; a draw's are shifted by its own offset, so that one bincount serves all draws
         picks = rng.integers(size, size=(draws, size)) + size * np.arange(draws)[:, None]
-        found.append(np.bincount(picks.ravel(), minlength=draws * size).reshape(draws, size))
-    return np.vstack([np.ones((1, sum(sizes))), np.hstack(found)])
+        counts.append(np.bincount(picks.ravel(), minlength=draws * size).reshape(draws, size))
+    return np.vstack([np.ones((1, sum(sizes))), np.hstack(counts)])  # (1 + R, D)
 
 
 def sums(counts: Floats, columns: Floats) -> Floats:
-    """Sums of columns over documents that are drawn so often, in whatever order both stand: (1 + R, C).
+    """Column sums of each bootstrap draw, counts @ columns, independent of the order of documents: (1 + R, C).
 
-    counts: (1 + R, D) of `drawn`.  columns: (D, C), finite. A product of matrices adds in an order of its own, which
-    the place of a column decides. So each column is rounded to a grid on which every sum is exact: D times its largest
-    number is 2^52 steps at most. Whole numbers stay as they are; others change by 2^-52 D of the largest.
+    counts: (1 + R, D) of `drawn`.  columns: (D, C), finite.
+    A matrix product adds in an order that depends on the column's place. So each column is first rounded to a grid on
+    which every sum is exact: D times its largest number is at most 2^52 grid steps. Whole numbers do not change; others
+    change by at most 2^-52 D of the largest.
     """
     import numpy as np
 
-    _, power = np.frexp(len(columns) * abs(columns).max(axis=0, initial=0.0))
-    found: Floats = np.ldexp(counts @ np.rint(np.ldexp(columns, 52 - power)), power - 52)
-    return found
+    _, power = np.frexp(len(columns) * abs(columns).max(axis=0, initial=0.0))  # (C,)
+    grid_steps = np.rint(np.ldexp(columns, 52 - power))  # (D, C)
+    totals: Floats = np.ldexp(counts @ grid_steps, power - 52)
+    return totals
 
 
 def mean_over_tasks(tasks: Sequence[Sequence[float]]) -> Interval:
-    """Mean of the tasks' means, with its 95% interval. tasks: each task's values, of one or more documents.
+    """Mean of task means, with its 95% interval. tasks: values of each task, one a document.
 
-    Raises ConfigError if there is no task, or one without values.
+    Raises ConfigError if there is no task, or a task without values.
     """
     _check_tasks([len(task) for task in tasks])
     return _mean_of([interval(task) for task in tasks])
 
 
 def difference_over_tasks(base: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> Interval:
-    """Mean over tasks of what the other run's mean is above the base's, with its 95% interval, paired.
+    """Mean over tasks of the paired difference other - base, with its 95% interval.
 
-    base, other: each task's scores, those of a document at the same place in both.
-    Raises ConfigError if there is no task, one without scores, or both have not as many.
+    base, other: scores of each task; index i is the same document in both.
+    Raises ConfigError if there is no task, a task without scores, or the two runs differ in length.
     """
     _check_tasks([len(task) for task in base])
     if [len(task) for task in base] != [len(task) for task in other]:
@@ -127,81 +141,83 @@ def difference_over_tasks(base: Sequence[Sequence[float]], other: Sequence[Seque
 
 
 def _paired(base: Sequence[float], other: Sequence[float]) -> Interval:
-    """Of one task: Bonett and Price's interval (2012, J. Educ. Behav. Stat. 37:479) where every score is 0 or 1, the
-    normal one of the differences otherwise.
+    """Paired difference of one task. If every score is 0 or 1: Bonett and Price's interval (2012, J. Educ. Behav. Stat.
+    37:479); else the normal one of the differences.
 
-    As if each run had got one document more right alone: flips that are few, or all to one side, do not make it sure.
+    Their adjustment adds one discordant document on each side. So few flips, or flips to one side only, do not give an
+    interval of width 0.
     """
-    differences = [b - a for a, b in zip(base, other, strict=True)]
+    differences = [theirs - ours for ours, theirs in zip(base, other, strict=True)]
     if any(score not in (0, 1) for score in (*base, *other)):
         return _normal(differences)
     n = len(differences)
-    lost, gained = ((differences.count(sign) + 1) / (n + 2) for sign in (-1, 1))
+    lost = (differences.count(-1) + 1) / (n + 2)
+    gained = (differences.count(1) + 1) / (n + 2)
     half = Z95 * math.sqrt((lost + gained - (gained - lost) ** 2) / (n + 2))
     middle = gained - lost
     return Interval(math.fsum(differences) / n, max(-1.0, middle - half), min(1.0, middle + half), n)
 
 
 def _mean_of(tasks: Sequence[Interval]) -> Interval:
-    """The mean of independent means: their distances to their limits add up as variances do (Zou and Donner 2008,
-    Stat. Med. 27:1693).
+    """Mean of independent means. Distances from mean to limit add in squares, as standard errors do (Zou and Donner
+    2008, Stat. Med. 27:1693).
     """
     mean = math.fsum(task.mean for task in tasks) / len(tasks)
-    below, above = (
-        math.sqrt(math.fsum(d * d for d in distances)) / len(tasks)
-        for distances in ([t.mean - t.low for t in tasks], [t.high - t.mean for t in tasks])
-    )
+    below = math.sqrt(math.fsum((task.mean - task.low) ** 2 for task in tasks)) / len(tasks)
+    above = math.sqrt(math.fsum((task.high - task.mean) ** 2 for task in tasks)) / len(tasks)
     return Interval(mean, mean - below, mean + above, sum(task.n for task in tasks))
 
 
 def ratio_of_sums(
     over: Sequence[Sequence[float]], under: Sequence[Sequence[float]], sizes: Sequence[int]
 ) -> Interval | None:
-    """Sum over sum, with its 95% interval; None where nothing stands below. sizes: documents of each task.
+    """Ratio of column sums, with its 95% interval; None where a denominator is 0. sizes: documents of each task.
 
-    over, under: columns of D numbers. Of several columns their sums are multiplied: the ratio of two runs' speeds on
+    over, under: columns of D numbers. Sums of several columns are multiplied: the ratio of two runs' tokens/forward on
     the same documents is `ratio_of_sums([tokens, base_forwards], [forwards, base_tokens], sizes)`.
-    The interval is the jackknife's, of the logarithm (Efron and Tibshirani 1993, chapter 11), by Student's t with
-    Satterthwaite's degrees of freedom; there is none below FEWEST documents that differ, where it would hold the truth
-    too seldom.
+    The interval is the jackknife's, on the logarithm (Efron and Tibshirani 1993, chapter 11), by Student's t with
+    Satterthwaite's degrees of freedom. There is none below FEWEST documents that differ: its coverage would be too low.
     Raises ConfigError if there is no document or a column has another length.
     """
     _check_tasks(sizes)
     n = sum(sizes)
     if wrong := [len(column) for column in (*over, *under) if len(column) != n]:
         raise ConfigError(f"a column of {wrong[0]} numbers: there are {n} documents")
-    columns = [(column, math.fsum(column), sign) for side, sign in ((over, 1), (under, -1)) for column in side]
-    if any(total <= 0 for _, total, sign in columns if sign < 0):
+    # 1) the ratio, and its value without each document (the jackknife)
+    columns = [(column, math.fsum(column), 1) for column in over]
+    columns += [(column, math.fsum(column), -1) for column in under]
+    if any(total <= 0 for _, total, power in columns if power < 0):
         return None
-    mean = math.prod(total**sign for _, total, sign in columns)
-    without = [[(total - column[doc], sign) for column, total, sign in columns] for doc in range(n)]
-    if n < 2 or any(rest <= 0 for each in without for rest, _ in each):
+    mean = math.prod(total**power for _, total, power in columns)
+    without = [[(total - column[doc], power) for column, total, power in columns] for doc in range(n)]
+    if n < 2 or any(rest <= 0 for sums_left in without for rest, _ in sums_left):
         return Interval(mean, math.nan, math.nan, n)
+    logs = [math.fsum(power * math.log(rest) for rest, power in sums_left) for sums_left in without]
 
-    # 1) what each document does to the logarithm, within its task
-    logs = [math.fsum(sign * math.log(rest) for rest, sign in each) for each in without]
+    # 2) the variance of the logarithm: squared influence of each document, within its task
     squares: list[float] = []
     for size, end in zip(sizes, accumulate(sizes), strict=True):
-        own = logs[end - size : end]
-        middle = math.fsum(own) / size
-        squares += [(size - 1) / size * (log - middle) ** 2 for log in own]
-
-    # 2) how sure their sum, the variance, is: few documents that decide it make it less so
+        of_task = logs[end - size : end]
+        middle = math.fsum(of_task) / size
+        squares += [(size - 1) / size * (log - middle) ** 2 for log in of_task]
     variance = math.fsum(squares)
-    if variance <= _ROUNDING:  # all documents alike, such as AR's tokens a forward without ends
+    if variance <= _ROUNDING:  # all documents alike, such as AR's one token a forward
         return Interval(mean, mean, mean, n)
     if n < FEWEST:
         return Interval(mean, math.nan, math.nan, n)
+
+    # 3) degrees of freedom: fewer where few documents decide the variance
     kurtosis = n * math.fsum(square**2 for square in squares) / variance**2
-    # Satterthwaite's 2 n / (kurtosis - 1), halved: of few documents the kurtosis comes out too small
+    # Satterthwaite's 2 n / (kurtosis - 1), halved: the kurtosis of few documents is estimated too small
     freedom = min(max(n / max(kurtosis - 1, _ROUNDING), 1.0), max(n - len(sizes), 1))
     half = _student(freedom) * math.sqrt(variance)
     return Interval(mean, mean * math.exp(-half), mean * math.exp(half), n)
 
 
 def geometric(values: Sequence[float]) -> Interval:
-    """Geometric mean of positive values with the 95% interval by Student's t on their logarithms: of speeds measured
-    again, and of their ratios. One value has no interval.
+    """Geometric mean of repeated speeds or of their ratios, with the 95% interval by Student's t on logarithms.
+
+    values: positive. One value has no interval.
     """
     n = len(values)
     logs = [math.log(value) for value in values]
@@ -214,15 +230,17 @@ def geometric(values: Sequence[float]) -> Interval:
 
 
 def sureness(ratios: Sequence[float]) -> float:
-    """How sure it is that true ratios lie above 1, of those measured: Student's t on their logarithms, one-sided. 0 of
-    fewer than two.
+    """Confidence that the true ratio exceeds 1, from repeated measurements: one-sided Student's t on logarithms.
+
+    0 for fewer than two ratios.
     """
     from scipy.stats import t
 
     if len(ratios) < 2:
         return 0.0
-    found = geometric(ratios)
-    middle, half = math.log(found.mean), math.log(found.high / found.mean)
+    measured = geometric(ratios)
+    middle = math.log(measured.mean)
+    half = math.log(measured.high / measured.mean)
     if half <= _ROUNDING:
         return float(middle > _ROUNDING)
     return float(t.cdf(middle / half * _student(len(ratios) - 1), len(ratios) - 1))
@@ -236,10 +254,10 @@ def _student(freedom: float) -> float:
 
 
 def mcnemar(b: int, c: int) -> float:
-    """Exact two-sided p of McNemar's test: whether of the documents that only one of two runs got right each had the
-    same chance of them. b, c: documents that only the one, only the other, got right. 1 where there are none.
+    """Exact two-sided p of McNemar's test, whose null is that discordant documents fall to either run equally often.
 
-    (McNemar 1947; exact: a sign test, Agresti, Categorical Data Analysis, section 10.1.4)
+    b, c: documents that only the first, only the second run got right. 1 where there are none.
+    (McNemar 1947; exact as a sign test: Agresti, Categorical Data Analysis, section 10.1.4)
     """
     from scipy.stats import binomtest
 
@@ -249,12 +267,12 @@ def mcnemar(b: int, c: int) -> float:
 
 
 def minimum_detectable(n: float, discordant: float) -> float:
-    """The smallest true difference of two paired shares that McNemar's test at 5% finds with a power of 80%; 1 where
-    n documents can show none.
+    """Minimum detectable effect: the smallest true difference of two paired shares that McNemar's test at 5% detects
+    with 80% power; 1 where n documents can detect none.
 
-    n: of a mean over tasks, as many as one task would need for its spread; that may be no whole number.
-    discordant: share of the documents that only one of both gets right (of other scores: the mean squared difference).
-    It cannot be less than the difference itself, so where few or none were seen, all are taken to be to one side.
+    n: documents; of a mean over tasks, the effective number, which need not be whole.
+    discordant: share of documents that one run alone gets right (of other scores: the mean squared difference). It
+    cannot be below the difference itself, so where few were observed all are taken to fall to one side.
     (Connor 1987, Biometrics 43:207: n d^2 = (z_a sqrt(s) + z_b sqrt(s - d^2))^2 with the discordant share s, solved for
     d: with x = d / sqrt(s), x sqrt(n) = z_a + z_b sqrt(1 - x^2), which n alone decides.)
     """

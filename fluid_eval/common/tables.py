@@ -1,4 +1,4 @@
-"""Tables for papers: Markdown and LaTeX from heads and rows of text."""
+"""Tables for papers, in Markdown and LaTeX, from column heads and rows of text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ESCAPES = str.maketrans({
 
 
 def bracketed(value: Interval | None, digits: int, scale: int = 1) -> str:
-    """A mean with its interval, such as "78.2 [76.1, 80.3]", without brackets where there is none; a dash for None."""
+    """A mean with its interval, "78.2 [76.1, 80.3]"; the mean alone if it has no interval; a dash for None."""
     if value is None:
         return "–"
     mean, low, high = (f"{scale * number:,.{digits}f}" for number in (value.mean, value.low, value.high))
@@ -31,16 +31,18 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plain(text: str) -> str:
-    """A text as one line of Markdown that opens no HTML."""
+    """A text as one line of Markdown, with HTML escaped."""
     return text.replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace("\n", " ")
 
 
 def latex(heads: Sequence[str], rows: Sequence[Sequence[str]], *, notes: Sequence[str] = ()) -> str:
-    """A tabular that needs the booktabs package, and a small paragraph below it for each note."""
+    """A tabular (needs the booktabs package), then a footnotesize paragraph for each note."""
 
     def line(cells: Iterable[str]) -> str:
         text = " & ".join(cell.translate(_ESCAPES) for cell in cells)
-        return ("{}" if text.startswith(("[", "*")) else "") + text + " \\\\\n"  # what stands before would take them
+        return (
+            ("{}" if text.startswith(("[", "*")) else "") + text + " \\\\\n"
+        )  # else \\ or \toprule takes them as arguments
 
     form = "l" * len(heads)
     body = "".join(line(row) for row in rows)

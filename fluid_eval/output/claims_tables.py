@@ -1,4 +1,4 @@
-"""Claims and their verdicts as tables: on a terminal, and as a page of docs. Reads what claims.json holds; no torch."""
+"""Claims and their verdicts as tables, on the terminal and in docs/claims.md. Reads claims.json; no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from fluid_model.common.files import Nested, read_json
 from ..claims.ledger import TABLES, UNSTATED, UNSTATED_CONVENTION
 from .terminal import screen
 
-Row = Mapping[str, Any]
+ClaimRow = Mapping[str, Any]
+"""An entry of claims.json's `rows`."""
 TITLES = {
     "tiny": "This project's own",
     "main": "Main tables",
@@ -24,85 +25,85 @@ TITLES = {
     "own": "Authors on their own systems",
 }
 SHORT = {"%": "", "tok/forward": " tok/fwd"}
-_OF_ROW = {
+_NEEDED = {
     "table", "system", "task", "metric", "published", "published_to", "unit", "profile", "convention", "measured",
     "verdict", "source", "note", "run",
 }  # fmt: skip
 LEGEND = (
-    "reproduced: surely within the margin named, by two one-sided tests of 5% each; not reproduced: surely further "
-    "off, the published number's own chance at its n counted too, and corrected for how many were judged (Holm: at "
-    "most 5% of tables hold one by chance); cannot tell: neither, with the n it would take; "
-    f"{UNSTATED_CONVENTION}, decoder {UNSTATED}: judged by those it was measured with, so that a miss may be for them; "
-    "different convention: measured under another protocol than the one stated, by what the run did, so not judged; "
-    "re-run: this project's own figures, equal to the last digit published or not, which no one else claims; "
+    "reproduced: within the named margin, by two one-sided tests of 5% each; not reproduced: further off, with the "
+    "published number's own sampling error at its n, corrected for the number of claims judged (Holm: at most 5% of "
+    "tables hold one by chance); cannot tell: neither, with the n that would decide; "
+    f"{UNSTATED_CONVENTION}, decoder {UNSTATED}: judged as measured, so that a difference may be due to them; "
+    "different convention: measured under another protocol than the stated one, and so not judged; "
+    "re-run: this project's own figures, equal to the last published digit or not, which no one else claims; "
     "scores in %"
 )
 
 
 def read_claims(file: Path) -> Nested:
-    """What `fluid-eval reproduce` wrote. Raises ConfigError naming what is missing."""
-    found = read_json(file)
-    rows, clashes = found.get("rows"), found.get("lint")
-    if not (isinstance(rows, list) and rows and isinstance(clashes, list)):
+    """Read the claims.json of `fluid-eval reproduce`. Raises ConfigError naming the fields it lacks."""
+    claims = read_json(file)
+    rows, conflicts = claims.get("rows"), claims.get("lint")
+    if not (isinstance(rows, list) and rows and isinstance(conflicts, list)):
         raise ConfigError(f"{file}: holds no claims (rows and lint); name the claims.json that reproduce wrote")
-    for where, needed, entries in (("rows", _OF_ROW, rows), ("lint", {"cells", "kind", "reason"}, clashes)):
+    for where, needed, entries in (("rows", _NEEDED, rows), ("lint", {"cells", "kind", "reason"}, conflicts)):
         for place, entry in enumerate(entries):
             if missing := needed - (entry.keys() if isinstance(entry, dict) else set()):
-                told = ", ".join(sorted(missing))
-                raise ConfigError(f"{file}: {where}[{place}] lacks {told}; name the claims.json that reproduce wrote")
-    return found
+                fields = ", ".join(sorted(missing))
+                raise ConfigError(f"{file}: {where}[{place}] lacks {fields}; name the claims.json that reproduce wrote")
+    return claims
 
 
-def published(row: Row) -> str:
-    """As published: a number, or a range, with its unit where it is no score."""
+def published(row: ClaimRow) -> str:
+    """The published value: a number or a range, with its unit unless it is a score."""
     ends = [end for end in (row["published"], row["published_to"]) if end is not None]
-    decimals = row.get("decimals")  # none where the values show them, and in files from before there were any
+    decimals = row.get("decimals")  # None where the values show them, and in older files
     value = "–".join(str(end) if decimals is None else f"{end:.{decimals}f}" for end in ends)
     return f"{value}{SHORT.get(row['unit'], ' ' + row['unit'])}"
 
 
-def measured(row: Row) -> str:
-    """As measured, with its interval where it has one; a dash where nothing was."""
-    found = row["measured"]
-    if found is None:
+def measured(row: ClaimRow) -> str:
+    """The measured value with its interval, if it has one; a dash if nothing was measured."""
+    interval = row["measured"]
+    if interval is None:
         return "–"
     scale, digits = (100, 1) if row["unit"] == "%" else (1, 2)
-    value, low, high = (
-        None if found[name] is None else f"{scale * found[name]:.{digits}f}" for name in ("score", "low", "high")
-    )
-    return f"{value}" if low is None else f"{value} [{low}, {high}]"
+    value = f"{scale * interval['score']:.{digits}f}"
+    if interval["low"] is None:
+        return value
+    return f"{value} [{scale * interval['low']:.{digits}f}, {scale * interval['high']:.{digits}f}]"
 
 
-def convention(row: Row) -> str:
-    """The stated convention and, where it was measured by another, that one; with the run's own settings, if any."""
-    told = row["convention"]
-    name = (told["measured"] or "").rpartition(" ")[0]
+def convention(row: ClaimRow) -> str:
+    """The stated convention; if measured by another one, both: `stated → measured`."""
+    conventions = row["convention"]
+    name = (conventions["measured"] or "").rpartition(" ")[0]
     if row["profile"] and name.split("+")[0] == row["profile"]:
         return name
-    return f"{told['published']} → {name}" if name else str(told["published"])
+    return f"{conventions['published']} → {name}" if name else str(conventions["published"])
 
 
-def stands(row: Row) -> str:
-    """Where a published number stands: its source, and the place in it."""
+def stands(row: ClaimRow) -> str:
+    """The source of a published number, and the place in it."""
     return ", ".join(part for part in (row["source"], row.get("where")) if part)
 
 
 def kind(verdict: str) -> str:
-    """Which a verdict is, without what it adds."""
+    """The kind of a verdict, without conditions and reason: `cannot tell`."""
     return verdict.partition(":")[0].partition(" (")[0]
 
 
-def taken(row: Row) -> str:
-    """When a row was measured, and at which commit of this package (its version, where it was installed)."""
-    found = row.get("taken")  # none where nothing was run, and in files from before it was kept
-    if not found:
+def taken(row: ClaimRow) -> str:
+    """Day and commit (or version, if installed) of a measurement; empty if nothing was measured."""
+    run = row.get("taken")  # None where nothing was run, and in older files
+    if not run:
         return ""
-    at = f"commit {found['commit'][:7]}" if found["commit"] else f"version {found['version']}"
-    return f"{found['started'][:10]}, {at}{' with changes' if found['dirty'] else ''}"
+    at = f"commit {run['commit'][:7]}" if run["commit"] else f"version {run['version']}"
+    return f"{run['started'][:10]}, {at}{' with changes' if run['dirty'] else ''}"
 
 
-def occasions(rows: Sequence[Row]) -> list[str]:
-    """What was measured when: a line for each day and commit, with its systems."""
+def occasions(rows: Sequence[ClaimRow]) -> list[str]:
+    """A line for each day and commit of measurement, with its systems."""
     systems: dict[str, list[str]] = {}
     for row in rows:
         if at := taken(row):
@@ -110,15 +111,15 @@ def occasions(rows: Sequence[Row]) -> list[str]:
     return [f"measured {at}: {', '.join(dict.fromkeys(names))}" for at, names in systems.items()]
 
 
-def in_tables(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
+def in_tables(rows: Sequence[ClaimRow]) -> Iterator[tuple[str, list[ClaimRow]]]:
     """Rows by table, in the tables' order."""
     for table in TABLES:
-        if found := [row for row in rows if row["table"] == table]:
-            yield TITLES[table], found
+        if members := [row for row in rows if row["table"] == table]:
+            yield TITLES[table], members
 
 
-def summary(rows: Sequence[Row]) -> str:
-    """How many of each verdict, and how many of them chance alone may have made."""
+def verdict_counts(rows: Sequence[ClaimRow]) -> str:
+    """Number of each verdict, and the chance of a wrong one among them."""
     kinds = [row["verdict"].partition(":")[0] for row in rows]
     counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     tested = sum(bool(row.get("p") and row["p"]["within"] is not None) for row in rows)
@@ -126,77 +127,70 @@ def summary(rows: Sequence[Row]) -> str:
     return counted + chance
 
 
-def external(found: Mapping[str, Any]) -> str:
-    """How many of others' claims were measured; empty in files from before that was counted."""
-    counted = found.get("external")
+def external(claims: Mapping[str, Any]) -> str:
+    """Number of others' claims that were measured; empty for older files."""
+    counted = claims.get("external")
     return f"Claims of others measured here: {counted['measured']} of {counted['claims']}" if counted else ""
 
 
-def print_verdicts(found: Mapping[str, Any]) -> None:
-    """The tables in 80 columns, then what the linter found."""
+def print_verdicts(claims: Mapping[str, Any]) -> None:
+    """Print the tables in 80 columns, a summary, and conflicts between claims."""
     console = screen()
-    for title, rows in in_tables(found["rows"]):
+    for title, rows in in_tables(claims["rows"]):
         console.print(f"{title}\n")
         _print_table(console, rows)
         console.print()
-    lines = [summary(found["rows"]), external(found), *occasions(found["rows"])]
+    lines = [verdict_counts(claims["rows"]), external(claims), *occasions(claims["rows"])]
     console.print("\n".join(line for line in lines if line) + f"\n\n{LEGEND}")
     console.print("convention: a profile of docs/protocols.md; other: in the claim's own words (claims.md has them)")
     console.print("NAME/: the model's folder below --models-dir (or FLUID_MODELS_DIR)")
-    if found["lint"]:
-        console.print("\nClaims that clash")
-        for clash in found["lint"]:
-            console.print(f"- {clash['kind']}: {clash['cells'][0]}: {clash['reason']}")
+    if claims["lint"]:
+        console.print("\nConflicting claims")
+        for conflict in claims["lint"]:
+            console.print(f"- {conflict['kind']}: {conflict['cells'][0]}: {conflict['reason']}")
 
 
-def _print_table(console: Console, rows: Sequence[Row]) -> None:
-    """Each system's name above its cells; without columns for what was measured where nothing was."""
-    ran = any(row["measured"] for row in rows)
-    console.print(_columns(ran, header=True))
+def _print_table(console: Console, rows: Sequence[ClaimRow]) -> None:
+    """Print a table, each system's name above its cells. Without measurements their columns are left out."""
+    has_measurements = any(row["measured"] for row in rows)
+    console.print(_columns(has_measurements, header=True))
     for system in dict.fromkeys(row["system"] for row in rows):
         console.print(system)
-        table = _columns(ran, header=False)
+        table = _columns(has_measurements, header=False)
         for row in (row for row in rows if row["system"] == system):
-            results = (measured(row), str(row["measured"]["n"]) if row["measured"] else "–") if ran else ()
-            told = convention(row) if row["profile"] else "other" if row["convention"]["published"] != UNSTATED else "–"
-            table.add_row(f"  {row['task']}", published(row), *results, told, row["verdict"])
+            results = [measured(row), str(row["measured"]["n"]) if row["measured"] else "–"] * has_measurements
+            in_words = "other" if row["convention"]["published"] != UNSTATED else "–"
+            stated = convention(row) if row["profile"] else in_words
+            table.add_row(f"  {row['task']}", published(row), *results, stated, row["verdict"])
         console.print(table)
 
 
-def _columns(ran: bool, *, header: bool) -> Table:
+def _columns(has_measurements: bool, *, header: bool) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=header)
     table.add_column("", width=16, overflow="fold")
-    for name, width in (("published", 12), ("measured", 19), ("n", 5)) if ran else (("published", 15),):
+    for name, width in (("published", 12), ("measured", 19), ("n", 5)) if has_measurements else (("published", 15),):
         table.add_column(name, justify="right", no_wrap=True, width=width)
     table.add_column("convention", overflow="fold", width=11)
     table.add_column("verdict", overflow="fold")
     return table
 
 
-def page(found: Mapping[str, Any]) -> str:
-    """All of it in Markdown."""
+def page(claims: Mapping[str, Any]) -> str:
+    """The page docs/claims.md: all tables, conflicts and sources in Markdown."""
+    # 1) introduction and counts
     parts = [
         "# Claims\n",
-        "Written by `fluid-eval reproduce --docs docs/claims.md`: every cell of `reports/claims.toml` beside what was "
-        f"measured, on the day and at the commit that its row tells. {LEGEND[0].upper()}{LEGEND[1:]}.\n\n"
-        "Conventions are told in [protocols.md](protocols.md).\n",
-        f"{summary(found['rows'])}. {external(found)}.\n",
+        "Written by `fluid-eval reproduce --docs docs/claims.md`: every cell of `reports/claims.toml` beside its "
+        f"measurement, with the day and commit of each. {LEGEND[0].upper()}{LEGEND[1:]}.\n\n"
+        "Conventions are described in [protocols.md](protocols.md).\n",
+        f"{verdict_counts(claims['rows'])}. {external(claims)}.\n",
     ]
-    for title, rows in in_tables(found["rows"]):
+    # 2) tables
+    for title, rows in in_tables(claims["rows"]):
         parts.append(f"## {title}\n")
         head = (
-            "system",
-            "task",
-            "metric",
-            "published",
-            "measured",
-            "n",
-            "convention",
-            "decoder",
-            "verdict",
-            "measured at",
-            "source",
-            "note",
+            *("system", "task", "metric", "published", "measured", "n", "convention", "decoder", "verdict"),
+            *("measured at", "source", "note"),
         )
         parts.append("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
         for row in rows:
@@ -207,10 +201,11 @@ def page(found: Mapping[str, Any]) -> str:
             )  # fmt: skip
             parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts.append("")
+    # 3) conflicts and sources
     parts.append(
-        "## Claims that clash\n\nFound in the ledger by rules (`fluid_eval/claims/conflicts.py`), without measuring.\n"
+        "## Conflicting claims\n\nFound in the ledger by rules (`fluid_eval/claims/conflicts.py`), without measuring.\n"
     )
-    parts.append("| what | cells | why |\n|---|---|---|")
-    parts += [f"| {c['kind']} | {'; '.join(c['cells'])} | {c['reason']} |" for c in found["lint"]]
-    parts += ["\n## Sources\n", *(f"- {name}: {cite}" for name, cite in found["sources"].items())]
+    parts.append("| conflict | cells | reason |\n|---|---|---|")
+    parts += [f"| {c['kind']} | {'; '.join(c['cells'])} | {c['reason']} |" for c in claims["lint"]]
+    parts += ["\n## Sources\n", *(f"- {name}: {cite}" for name, cite in claims["sources"].items())]
     return "\n".join(parts) + "\n"

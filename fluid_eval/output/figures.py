@@ -1,4 +1,4 @@
-"""Figures of a report, as SVG text that lives inside a page: its colours and fonts are the page's, light or dark.
+"""Figures of a report as SVG inside the page, with the page's colours and fonts, light or dark.
 
 Drawn with matplotlib's object interface: no display, no global state, the same bytes for the same numbers.
 """
@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..common.tables import bracketed
 from ..sweeps.frontier_files import ACCENT, INK, NAMES, STYLE, figure
 from ..sweeps.pareto import Placed, Speed
+from .terminal import ResultLine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Line = Mapping[str, Any]
 
 _CSS = {
     ACCENT: "var(--accent)",
@@ -28,17 +27,17 @@ _CSS = {
     "#dcdcdc": "color-mix(in srgb, var(--soft) 30%, var(--paper))",
     "#ffffff": "var(--paper)",
 }
-"""The frontier's colours: matplotlib wants numbers, the page has CSS."""
+"""matplotlib's colours -> the page's CSS."""
 _WIDTH = 5.2
 """Inches. Narrow enough that the text stays readable when a phone shrinks the figure."""
 
 
-def score_speed(placed: Sequence[Placed], by: Speed, *, alike: bool) -> str:
+def score_speed(placed: Sequence[Placed], by: Speed, *, comparable: bool) -> str:
     """Score (%) against a speed, both with their 95% intervals. SVG text, empty if no point has that speed.
 
-    alike: the points answered the same documents: the frontier is drawn through those that none passes.
+    comparable: the points answered the same documents, so that their frontier is drawn.
     """
-    drawn = figure(placed, by=by, size=(_WIDTH, 3.9 if alike else 3.4), alike=alike)
+    drawn = figure(placed, by=by, size=(_WIDTH, 3.9 if comparable else 3.4), comparable=comparable)
     if drawn is None:
         return ""
     spots = (
@@ -47,8 +46,8 @@ def score_speed(placed: Sequence[Placed], by: Speed, *, alike: bool) -> str:
     return _svg(drawn, f"Score against {NAMES[by]}. {'; '.join(spots)}.")
 
 
-def tokens_per_forward(lines: Sequence[Line]) -> str:
-    """Tokens per forward of each task that writes, as bars from 0, with AR's bound of 1 marked. SVG text, or empty."""
+def tokens_per_forward(lines: Sequence[ResultLine]) -> str:
+    """Tokens per forward of each generating task, as bars, with AR's bound of 1 marked. SVG text, or empty."""
     tasks = [line for line in first_lines(lines) if line["tokens_per_forward"] is not None]
     if not tasks:
         return ""
@@ -56,6 +55,7 @@ def tokens_per_forward(lines: Sequence[Line]) -> str:
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
+        # 1) a bar and its number for each task
         figure = Figure(figsize=(_WIDTH, 0.9 + 0.42 * len(tasks)), layout="constrained")
         axes = figure.subplots()
         values = [line["tokens_per_forward"] for line in tasks]
@@ -64,6 +64,7 @@ def tokens_per_forward(lines: Sequence[Line]) -> str:
             axes.annotate(
                 f"{value:.2f}", (1, place), xycoords=("axes fraction", "data"), ha="right", va="center_baseline"
             )
+        # 2) AR's bound, axes
         axes.axvline(1, color=INK, lw=0.9, ls=(0, (4, 3)))
         axes.set_yticks(range(len(tasks)), labels=[line["task"] for line in tasks])
         axes.tick_params(axis="y", length=0)
@@ -75,12 +76,12 @@ def tokens_per_forward(lines: Sequence[Line]) -> str:
         return _svg(figure, f"Tokens per forward: {names}.")
 
 
-def first_lines(lines: Sequence[Line]) -> list[Line]:
+def first_lines(lines: Sequence[ResultLine]) -> list[ResultLine]:
     """The line of each task's first metric."""
-    found: dict[str, Line] = {}
+    firsts: dict[str, ResultLine] = {}
     for line in lines:
-        found.setdefault(line["task"], line)
-    return list(found.values())
+        firsts.setdefault(line["task"], line)
+    return list(firsts.values())
 
 
 def _svg(figure: Figure, title: str) -> str:

@@ -1,14 +1,15 @@
-"""What commands print: tables that fit 80 columns. Here what they share."""
+"""Shared by all tables on the terminal, which fit 80 columns: console, table style, formats of numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-Line = Mapping[str, Any]
+ResultLine = Mapping[str, Any]
+"""A line of a result or comparison: task, score, interval, speeds."""
 
 
 def screen() -> Console:
@@ -21,42 +22,51 @@ def bare_table() -> Table:
     return Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
 
 
-def score(line: Line) -> str:
+def plain_table(first: str, others: Sequence[str]) -> Table:
+    """A table without lines: names on the left, then right-aligned numbers."""
+    table = bare_table()
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def score(line: ResultLine) -> str:
     """Percent with its 95% interval."""
     return f"{100 * line['score']:.1f} [{100 * line['low']:.1f}, {100 * line['high']:.1f}]"
 
 
 def number(value: float | None, digits: int = 0) -> str:
-    """A number, or a dash where there is none."""
+    """A number, a dash for None."""
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
-def difference(found: Line) -> str:
+def difference(interval: ResultLine) -> str:
     """A difference of shares in points with its interval, such as "-2.4 [-4.8, 0.1]"."""
-    mean, low, high = (round(100 * found[name], 1) + 0.0 for name in ("mean", "low", "high"))
+    mean, low, high = (round(100 * interval[name], 1) + 0.0 for name in ("mean", "low", "high"))
     return f"{mean:+.1f} [{low:.1f}, {high:.1f}]"
 
 
-def ratio(found: Line) -> str:
-    """A ratio with its interval, where it has one, such as "1.05 [1.02, 1.07]"."""
-    if found["low"] is None:
-        return f"{found['ratio']:.2f}"
-    return f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+def ratio(interval: ResultLine) -> str:
+    """A ratio with its interval, if it has one, such as "1.05 [1.02, 1.07]"."""
+    if interval["low"] is None:
+        return f"{interval['ratio']:.2f}"
+    return f"{interval['ratio']:.2f} [{interval['low']:.2f}, {interval['high']:.2f}]"
 
 
-def speed(found: Line, digits: int = 0) -> str:
-    """A speed with its interval, where it has one, such as "7,325 [7,100, 7,560]"."""
-    if found.get("low") is None:
-        return number(found["mean"], digits)
-    return f"{number(found['mean'], digits)} [{number(found['low'], digits)}, {number(found['high'], digits)}]"
+def speed(interval: ResultLine, digits: int = 0) -> str:
+    """A speed with its interval, if it has one, such as "7,325 [7,100, 7,560]"."""
+    if interval.get("low") is None:
+        return number(interval["mean"], digits)
+    return f"{number(interval['mean'], digits)} [{number(interval['low'], digits)}, {number(interval['high'], digits)}]"
 
 
 def probability(p: float | None) -> str:
-    """A p value, as far as it says something; a dash where there is none."""
+    """A p value to three digits, a dash for None."""
     return "–" if p is None else f"{p:.3f}" if p >= 0.001 else "<.001"
 
 
-def metric(line: Line) -> str:
-    """Metric and filter in one name, short where the filter says nothing."""
+def metric(line: ResultLine) -> str:
+    """Metric and filter in one name; default filters are left out."""
     names = {"strict-match": " strict", "flexible-extract": " flex", "none": "", "create_test": ""}
     return f"{line['metric']}{names.get(line['filter'], ' ' + line['filter'])}"

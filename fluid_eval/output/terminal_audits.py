@@ -1,32 +1,34 @@
-"""What an audit and the K-head's diagnostics print."""
+"""Losslessness audits and K-head diagnostics on the terminal."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
 
-from .terminal import bare_table, number, screen
+from .terminal import bare_table, number, plain_table, screen
 
 MOST_DIVERGENCES = 12
-"""Divergences an audit prints."""
+"""Divergences printed at most."""
 
 
-def print_audit(found: Mapping[str, Any]) -> None:
-    """The verdict, and where texts differ."""
+def print_audit(report: Mapping[str, Any]) -> None:
+    """Print an audit: agreement with AR, tests or divergences, the verdict."""
     console = screen()
-    decoder, sampled = found["decoder"], found["distribution"]
+    # 1) the run and how far it agrees
+    decoder, sampled = report["decoder"], report["distribution"]
     settings = ", ".join(f"{k}={v}" for k, v in decoder.items() if k != "name")
-    console.print(f"{found['model']}  decoder {decoder['name']} ({settings})")
-    console.print(f"against {'sampled' if sampled else 'greedy'} AR of the same weights, {found['dtype']}")
+    console.print(f"{report['model']}  decoder {decoder['name']} ({settings})")
+    console.print(f"against {'sampled' if sampled else 'greedy'} AR of the same weights, {report['dtype']}")
     console.print()
     same = "AR's with the same random numbers" if sampled else "AR's"
     console.print(
-        f"{found['identical']:,} of {found['n']:,} texts are {same}; {found['agreeing_tokens']:,} of "
-        f"{found['tokens']:,} tokens, ends included, stand before a difference"
+        f"{report['identical']:,} of {report['n']:,} texts are {same}; {report['agreeing_tokens']:,} of "
+        f"{report['tokens']:,} tokens, ends included, agree before the first difference"
     )
+    # 2) sampled text: both tests
     if sampled:
         console.print(
             f"ranks: chi-square {sampled['statistic']:.1f} on {sampled['dof']} degrees of freedom over "
@@ -38,83 +40,89 @@ def print_audit(found: Mapping[str, Any]) -> None:
             f"expected, p = {sampled['p_rare']:.2g}"
         )
         console.print(f"both together: p = {sampled['p']:.2g}")
-    if found["divergences"]:
-        table = bare_table()
-        table.add_column("sample", overflow="fold")
-        for name in ("place", "ours", "AR's", "margin", f"in {found['recheck']}"):
-            table.add_column(name, justify="right", no_wrap=name not in ("ours", "AR's"))
-        table.add_column("again")
-        table.add_column("verdict", no_wrap=True)
-        for each in found["divergences"][:MOST_DIVERGENCES]:
-            table.add_row(
-                each["key"], str(each["place"]), json.dumps(each["ours"]), json.dumps(each["theirs"]),
-                f"{each['margin']:.2g}", f"{each['margin_recheck']:.2g}",
-                "agrees" if each["agrees_in_recheck"] else "differs", each["verdict"].removeprefix("numerical "),
-            )  # fmt: skip
-        console.print(table)
-        if len(found["divergences"]) > MOST_DIVERGENCES:
-            console.print(f"and {len(found['divergences']) - MOST_DIVERGENCES} more (--json)")
+    # 3) greedy text: the divergences
+    if report["divergences"]:
+        console.print(_divergences(report))
+        if len(report["divergences"]) > MOST_DIVERGENCES:
+            console.print(f"and {len(report['divergences']) - MOST_DIVERGENCES} more (--json)")
         console.print(
-            f"margin: likeliest minus second likeliest token, nats; rounding explains {found['tolerance']:.2g}"
+            f"margin: likeliest minus second likeliest token, nats; rounding explains {report['tolerance']:.2g}"
         )
-        console.print(f"again: both written anew in {found['recheck']}")
-    if not found["promises"]:
+        console.print(f"again: both decoded again in {report['recheck']}")
+    # 4) the verdict
+    if not report["promises"]:
         console.print("this decoder does not promise AR's text")
-    few = f" (under {sampled['enough']:,} tokens)" if found["verdict"] == "undecided" else ""
-    console.print(f"verdict: {found['verdict']}{few}")
+    few = f" (under {sampled['enough']:,} tokens)" if report["verdict"] == "undecided" else ""
+    console.print(f"verdict: {report['verdict']}{few}")
 
 
-def print_khead(found: Mapping[str, Any]) -> None:
-    """Strides by task; calibration and policies over all tasks."""
-    console = screen()
-    tau = "unknown" if found["tau"] is None else f"{found['tau']:g}"
-    console.print(found["model"])
-    console.print(f"K-head of tau {tau}, K_max {found['k_max']}, slot budget {found['slot_budget']}")
-    console.print()
-    tasks = _plain("task", ("places", "said", "possible", "K*", "best fixed", "regret"))
-    for name, task in found["tasks"].items():
-        tasks.add_row(
-            name, f"{task['positions']:,}", number(task["predicted"], 2), number(task["possible"], 2),
-            number(task["k_star"], 2), str(task["best_fixed"]), f"{100 * task['regret']:+.1f}%",
+def _divergences(report: Mapping[str, Any]) -> Table:
+    """The first difference of each text from AR's."""
+    table = bare_table()
+    table.add_column("sample", overflow="fold")
+    for name in ("place", "ours", "AR's", "margin", f"in {report['recheck']}"):
+        table.add_column(name, justify="right", no_wrap=name not in ("ours", "AR's"))
+    table.add_column("again")
+    table.add_column("verdict", no_wrap=True)
+    for each in report["divergences"][:MOST_DIVERGENCES]:
+        table.add_row(
+            each["key"], str(each["place"]), json.dumps(each["ours"]), json.dumps(each["theirs"]),
+            f"{each['margin']:.2g}", f"{each['margin_recheck']:.2g}",
+            "agrees" if each["agrees_in_recheck"] else "differs", each["verdict"].removeprefix("numerical "),
         )  # fmt: skip
-    console.print(tasks)
+    return table
+
+
+def print_khead(report: Mapping[str, Any]) -> None:
+    """Print K-head diagnostics: strides by task, then calibration and draft policies over all tasks."""
+    console = screen()
+    tau = "unknown" if report["tau"] is None else f"{report['tau']:g}"
+    console.print(report["model"])
+    console.print(f"K-head of tau {tau}, K_max {report['k_max']}, slot budget {report['slot_budget']}")
+    overall = report["tasks"]["all"]
+    for table in (_tasks(report["tasks"]), _calibration(overall), _policies(overall, report["k_max"])):
+        console.print()
+        console.print(table)
     console.print()
-    whole = found["tasks"]["all"]
-    said, steps = (
-        {row[name]: row for row in whole[part]} for part, name in (("calibration", "predicted"), ("by_step", "step"))
-    )
-    strides = _plain("stride", ("said", "possible then", "reached", "right up to here"))
-    for k, step in steps.items():
-        row = said.get(k, {"n": 0, "mean_possible": None, "reached": None})
-        strides.add_row(
-            str(k),
-            f"{row['n']:,}",
-            number(row["mean_possible"], 2),
-            _percent(row["reached"]),
-            _percent(step["accepted"]),
-        )
-    console.print(strides)
-    console.print()
-    policies = _plain("policy", ("forwards/token", "slots/token", "cost/token"))
-    told = ("K-head", f"fixed {whole['best_fixed']}", "fixed 1", f"fixed {found['k_max']}", "oracle")
-    for policy in whole["policies"]:
-        if policy["name"] in told:
-            names = ("forwards_per_token", "slots_per_token", "cost_per_token")
-            policies.add_row(policy["name"], *(number(policy[name], 3) for name in names))
-    console.print(policies)
-    console.print()
-    console.print("said: the K-head's mean stride, or places where it says this one")
-    console.print("possible: tokens that a full draft gets right   reached: as many as it said")
+    console.print("head: the K-head's mean stride, or places where it predicts this stride")
+    console.print("possible: tokens accepted of a full draft   reached: as many as predicted")
     console.print("cost: forwards, and a slot as one over the slot budget")
     console.print("regret: of the K-head's cost over the best fixed stride's, chosen on these texts")
 
 
-def _plain(first: str, others: Sequence[str]) -> Table:
-    """A table without lines: a name, then numbers."""
-    table = bare_table()
-    table.add_column(first, no_wrap=True)
-    for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
+def _tasks(tasks: Mapping[str, Any]) -> Table:
+    """Predicted and possible strides by task."""
+    table = plain_table("task", ("places", "head", "possible", "K*", "best fixed", "regret"))
+    for name, task in tasks.items():
+        table.add_row(
+            name, f"{task['positions']:,}", number(task["predicted"], 2), number(task["possible"], 2),
+            number(task["k_star"], 2), str(task["best_fixed"]), f"{100 * task['regret']:+.1f}%",
+        )  # fmt: skip
+    return table
+
+
+def _calibration(overall: Mapping[str, Any]) -> Table:
+    """For each stride: how often the K-head predicts it, how often it is possible then, and anywhere."""
+    never = {"n": 0, "mean_possible": None, "reached": None}
+    predicted = {row["predicted"]: row for row in overall["calibration"]}
+    table = plain_table("stride", ("head", "possible then", "reached", "accepted up to here"))
+    for step in overall["by_step"]:
+        row = predicted.get(step["step"], never)
+        table.add_row(
+            str(step["step"]), f"{row['n']:,}", number(row["mean_possible"], 2), _percent(row["reached"]),
+            _percent(step["accepted"]),
+        )  # fmt: skip
+    return table
+
+
+def _policies(overall: Mapping[str, Any], k_max: int) -> Table:
+    """Costs of the K-head, of three fixed strides and of the oracle."""
+    shown = ("K-head", f"fixed {overall['best_fixed']}", "fixed 1", f"fixed {k_max}", "oracle")
+    table = plain_table("policy", ("forwards/token", "slots/token", "cost/token"))
+    for policy in overall["policies"]:
+        if policy["name"] in shown:
+            costs = (policy[name] for name in ("forwards_per_token", "slots_per_token", "cost_per_token"))
+            table.add_row(policy["name"], *(number(cost, 3) for cost in costs))
     return table
 
 

@@ -1,4 +1,4 @@
-"""What a comparison and a tax print."""
+"""Comparisons and the cost of an adaptation on the terminal."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from rich.console import Console
 from rich.table import Table
 
 from ..analysis.compare import entries
-from .terminal import bare_table, difference, number, probability, ratio, score, screen
+from .terminal import bare_table, difference, number, plain_table, probability, ratio, score, screen
 
 MACHINE = "tok/s: per worker; intervals are of repeats in turns, else there are none"
 
 
 def print_comparison(comparison: Mapping[str, Any], *, flips: bool = False) -> None:
-    """Every pair of runs: scores, speeds, flips. flips: name all that changed, not only the first."""
+    """Print every pair of runs: scores, speeds, flips. flips: list all flipped documents, not only the first three."""
     console = screen()
+    # 1) the runs and their protocols
     models = {run["folder"]: f"{Path(run['model']).name}, {run['decoder']['name']}" for run in comparison["runs"]}
     _print_protocols(console, comparison["protocol_difference"])
     if len(comparison["runs"]) > 2 and len(comparison["pairs"]) < len(comparison["runs"]):
-        console.print("each against the first; --all-pairs holds every two against each other")
+        console.print("each against the first; --all-pairs compares every two")
         console.print()
+    # 2) each pair
     for pair in comparison["pairs"]:
         console.print(f"base:  {pair['base']}  ({models[pair['base']]})", soft_wrap=True)
         console.print(f"other: {pair['other']}  ({models[pair['other']]})", soft_wrap=True)
@@ -34,48 +36,50 @@ def print_comparison(comparison: Mapping[str, Any], *, flips: bool = False) -> N
             console.print()
         _notes(console, pair, flips)
         console.print()
+    # 3) legend
     console.print("score: %, by a task's first metric   all: mean over tasks")
     console.print("difference: other less base, in points, with its paired 95% interval")
-    console.print("p: McNemar's exact test   MDE: what would be found 4 times of 5, in points")
+    console.print("p: McNemar's exact test   MDE: smallest difference detected with 80% power")
     console.print(MACHINE)
 
 
 def _print_protocols(console: Console, differences: Sequence[str]) -> None:
     if differences:
-        console.print("asked or read differently (base / other):")
+        console.print("protocols differ (base / other):")
         for line in differences:
             console.print(f"  {line}")
         console.print()
 
 
 def print_tax(result: Mapping[str, Any], folder: Path) -> None:
-    """Every step of an adaptation: scores and speeds, over all tasks and of each."""
+    """Print every stage of an adaptation: scores and speeds, over all tasks and of each, then the total."""
     console = screen()
     _print_protocols(console, result["protocol_difference"])
+    # 1) each stage against the one before, by task
     steps, last = result["steps"], result["against_parent"][-1]
-    names = [entry["task"] for entry in last["tasks"]]
-    of = {name: [next(e for e in step["tasks"] if e["task"] == name) for step in steps] for name in names}
-    whole = {"all": [{**step["all"], "speed": step["speed"]} for step in steps]} if len(of) > 1 else {}
-    for title, make in (("score", _steps), ("speed", _paces)):
-        table = bare_table()
-        table.add_column("", no_wrap=True)
-        for name in ("score", "step", "p") if title == "score" else ("tok/s", "step", "tok/fwd", "step"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for task, each in {**whole, **of}.items():
-            make(table, task, result["names"], each)
+    tasks = {}
+    for name in (entry["task"] for entry in last["tasks"]):
+        tasks[name] = [next(entry for entry in step["tasks"] if entry["task"] == name) for step in steps]
+    if len(tasks) > 1:
+        tasks = {"all": [{**step["all"], "speed": step["speed"]} for step in steps], **tasks}
+    scores = plain_table("", ("score", "step", "p"))
+    speeds = plain_table("", ("tok/s", "step", "tok/fwd", "step"))
+    for task, each in tasks.items():
+        _add_scores(scores, task, result["names"], each)
+        _add_speeds(speeds, task, result["names"], each)
+    for table in (scores, speeds):
         console.print(table)
         console.print()
-    table = bare_table()
-    table.add_column("all, from the parent to", no_wrap=True)
-    for name in ("score", "p", "tok/s"):
-        table.add_column(name, justify="right", no_wrap=True)
+    # 2) each stage against the parent, over all tasks
+    table = plain_table("all, from the parent to", ("score", "p", "tok/s"))
     for total in result["against_parent"]:
-        pace = _ratio(total["speed"]["tokens_per_second"])
+        speed = _ratio(total["speed"]["tokens_per_second"])
         table.add_row(
-            f"  {total['step']}", difference(total["all"]["difference"]), probability(total["all"]["mcnemar_p"]), pace
+            f"  {total['step']}", difference(total["all"]["difference"]), probability(total["all"]["mcnemar_p"]), speed
         )
     console.print(table)
     console.print()
+    # 3) notes
     for step in result["steps"]:
         _notes(console, {**step, "all": {"flips": {"gained": [], "lost": []}}}, False)
     console.print("score: %, with its 95% interval   all: mean over tasks")
@@ -84,17 +88,17 @@ def print_tax(result: Mapping[str, Any], folder: Path) -> None:
     console.print(f"folder: {folder}  (each run is a folder below points/)", soft_wrap=True)
 
 
-def _steps(table: Table, task: str, names: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> None:
-    """Scores after each step, the parent's first."""
+def _add_scores(table: Table, task: str, names: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> None:
+    """A task's score at each stage, the parent's first, and its change from the stage before."""
     table.add_row(task)
     scores = [entries[0]["base"], *(entry["other"] for entry in entries)]
-    for name, found, entry in zip(names, scores, (None, *entries), strict=True):
-        step = (difference(entry["difference"]), probability(entry["mcnemar_p"])) if entry else ()
-        table.add_row(f"  {name}", score({"score": found["mean"], **found}), *step)
+    for name, interval, entry in zip(names, scores, (None, *entries), strict=True):
+        change = (difference(entry["difference"]), probability(entry["mcnemar_p"])) if entry else ()
+        table.add_row(f"  {name}", score({"score": interval["mean"], **interval}), *change)
 
 
-def _paces(table: Table, task: str, names: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> None:
-    """Speeds after each step; nothing of tasks that do not write."""
+def _add_speeds(table: Table, task: str, names: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> None:
+    """A task's speeds at each stage; nothing for tasks without generated answers."""
     speeds = [(entry["speed"]["tokens_per_second"], entry["speed"]["tokens_per_forward"]) for entry in entries]
     if speeds[0][1] is None:
         return
@@ -110,10 +114,7 @@ def _ratio(speed: Mapping[str, Any] | None) -> str:
 
 
 def _differences(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = bare_table()
-    table.add_column("task", no_wrap=True)
-    for name in ("base", "other", "difference", "p", "MDE", "n", "gained", "lost"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = plain_table("task", ("base", "other", "difference", "p", "MDE", "n", "gained", "lost"))
     for entry in rows:
         means = (f"{100 * entry[run]['mean']:.1f}" for run in ("base", "other"))
         rest = (probability(entry["mcnemar_p"]), f"{100 * entry['mde']:.1f}", entry["n"], entry["c"], entry["b"])
@@ -122,7 +123,7 @@ def _differences(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _ratios(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Speeds, two lines a task that writes."""
+    """Speeds, two lines for each task with generated answers."""
     table = bare_table()
     for name in ("task", "speed"):
         table.add_column(name, no_wrap=True)
@@ -139,13 +140,15 @@ def _ratios(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _notes(console: Console, pair: Mapping[str, Any], flips: bool) -> None:
-    """What flipped, what was left out, and what to mind."""
-    for name, what in (("gained", "right only in other"), ("lost", "right only in base")):
+    """Print flips, unpaired documents, cautions about speeds, and failed health gates."""
+    # 1) documents
+    for name, meaning in (("gained", "right only in other"), ("lost", "right only in base")):
         if keys := pair["all"]["flips"][name]:
-            console.print(f"{what}: {_listed(keys, None if flips else 3)}")
-    for why, keys in pair["unpaired"].items():
+            console.print(f"{meaning}: {_listed(keys, None if flips else 3)}")
+    for reason, keys in pair["unpaired"].items():
         if keys:
-            console.print(f"left out, {why}: {_listed(keys, 3)}")
+            console.print(f"left out, {reason}: {_listed(keys, 3)}")
+    # 2) limits of the speed ratios
     if pair["speed"]["tokens_per_forward"] and pair["speed"]["not_compared"]:
         console.print(f"tok/s do not compare: {'; '.join(pair['speed']['not_compared'])}")
     for caution in pair["speed"]["cautions"]:
@@ -158,6 +161,7 @@ def _notes(console: Console, pair: Mapping[str, Any], flips: bool) -> None:
     else:
         for run, text in conditions.items():
             console.print(f"tok/fwd of {run}: at {text}")
+    # 3) health
     for folder, over in pair["unhealthy"].items():
         if over:
             console.print(f"over a health gate's threshold in {folder}: {', '.join(over)}")

@@ -1,4 +1,4 @@
-"""What a run prints."""
+"""Result tables of a run on the terminal."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from rich.table import Table
 
 from ..results import speed_conditions
 from ..results.health import RULES
-from .terminal import Line, bare_table, metric, number, score, screen
+from .terminal import ResultLine, bare_table, metric, number, score, screen
 
 
 def print_result(result: Mapping[str, Any], folder: Path, *, settable: bool = True) -> None:
-    """The result table, the data's fingerprints and where everything is. settable: the command takes settings."""
+    """Print scores, costs, health, data fingerprints and the run folder. settable: the command takes settings."""
     console = screen()
+    # 1) model, decoder, protocol
     decoder = ", ".join(f"{k}={v}" for k, v in result["decoder"].items() if k != "name")
     console.print(f"{result['model']}  decoder {result['decoder']['name']} ({decoder})")
     if chat := result.get("chat"):
@@ -24,6 +25,7 @@ def print_result(result: Mapping[str, Any], folder: Path, *, settable: bool = Tr
     if used := result.get("protocol"):
         console.print(f"protocol {used['name']} {used['hash']}")
     console.print()
+    # 2) scores, costs, speeds
     console.print(_table(result["lines"]))
     console.print()
     console.print(_costs(result["lines"]))
@@ -31,27 +33,31 @@ def print_result(result: Mapping[str, Any], folder: Path, *, settable: bool = Tr
     if repeats := max((line.get("speed_repeats", 0) for line in result["lines"]), default=0):
         console.print(_speeds(result["lines"]))
         console.print()
+    # 3) legend
     console.print("score: % and its 95% interval   cut: prompts cut from the left to fit the window")
     console.print("tok/s: per worker               limit: answers that hit the length limit")
     console.print("tokens: of answers before their end; forwards by kind, summed over samples")
     if not repeats and any(line["tokens_per_second"] for line in result["lines"]):
         console.print("tok/s of one run have no interval: a machine is never as fast twice (--speed-repeats 5)")
-    if (under := result.get("conditions")) and (held := speed_conditions.told(under)):
-        console.print(f"tok/fwd at {held}")
+    if (under := result.get("conditions")) and (conditions := speed_conditions.drafting(under)):
+        console.print(f"tok/fwd at {conditions}")
+    # 4) health, data, notices, failures, folder
     print_health(console, result.get("health", []), settable=settable)
     for message in result["data"]:
         console.print(f"data: {message}")
     for message in result["notices"]:
         console.print(f"note: {message}")
+    if quantization := result.get("quantization"):
+        console.print(f"weights: {quantization}")
     if ran := result.get("remote_code"):
         console.print(f"code of the model's repository ran: {', '.join(ran)}")
     for key, reason in result.get("lost", {}).items():
-        console.print(f"given up, and in no score: {key} ({reason})")
+        console.print(f"failed, and in no score: {key} ({reason})")
     console.print(f"run folder: {folder}  (fluid-eval report {folder})", soft_wrap=True)
 
 
 def print_health(console: Console, health: Sequence[Mapping[str, Any]], *, settable: bool = True) -> None:
-    """What the gates counted, where that is anything, and what to do about those over their thresholds."""
+    """Print health gates that counted anything, and how to change the thresholds that were exceeded."""
     table = bare_table()
     for name in ("", "health", "task"):
         table.add_column(name, no_wrap=True)
@@ -71,8 +77,8 @@ def print_health(console: Console, health: Sequence[Mapping[str, Any]], *, setta
         console.print(f"!: more than allowed, exit code 3{off}")
 
 
-def _costs(lines: Sequence[Line]) -> Table:
-    """What each task's answers cost: forwards by kind, slots fed."""
+def _costs(lines: Sequence[ResultLine]) -> Table:
+    """Cost of each task's answers: tokens, forwards by kind, slots fed a token."""
     firsts = [line for i, line in enumerate(lines) if line["task"] not in {before["task"] for before in lines[:i]}]
     kinds = [
         kind for kind in lines[0]["forwards_by_kind"] if any(line["forwards_by_kind"].get(kind) for line in firsts)
@@ -88,8 +94,8 @@ def _costs(lines: Sequence[Line]) -> Table:
     return table
 
 
-def _speeds(lines: Sequence[Line]) -> Table:
-    """Tokens/s of the tasks that were timed again, with the interval of the repeats."""
+def _speeds(lines: Sequence[ResultLine]) -> Table:
+    """Tokens/s of the tasks with speed repeats, with the interval of the repeats."""
     table = bare_table()
     table.add_column("task", no_wrap=True)
     for name in ("tok/s", "95% interval", "repeats"):
@@ -100,8 +106,8 @@ def _speeds(lines: Sequence[Line]) -> Table:
     return table
 
 
-def _table(lines: Sequence[Line]) -> Table:
-    """One line a metric; what the answers cost stands on a task's first line."""
+def _table(lines: Sequence[ResultLine]) -> Table:
+    """A line for each metric; speeds and cut prompts are on a task's first line."""
     table = bare_table()
     table.add_column("task", no_wrap=True)
     table.add_column("metric", no_wrap=True)

@@ -1,4 +1,4 @@
-"""What a sweep prints."""
+"""Points and frontier of a sweep on the terminal."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .terminal import bare_table, number, score, screen
 from .terminal import speed as pace
 
 if TYPE_CHECKING:
-    from ..sweeps.grid import Plan
+    from ..sweeps.grid import SweepPlan
     from ..sweeps.sweep import Estimate
 
 
-def print_plan(plan: Plan, estimate: Estimate, folder: Path) -> None:
-    """What a sweep would do."""
+def print_plan(plan: SweepPlan, estimate: Estimate, folder: Path) -> None:
+    """Print the points of a sweep and its estimated cost."""
     console = screen()
     table = bare_table()
     table.add_column("point", no_wrap=True)
@@ -39,13 +39,14 @@ def print_plan(plan: Plan, estimate: Estimate, folder: Path) -> None:
 
 
 def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
-    """A sweep's points, the fastest first, and where everything is."""
+    """Print a sweep's points, the fastest first, its frontier and its folder."""
     console = screen()
     table = bare_table()
     table.add_column("", no_wrap=True)
     table.add_column("point")
     for name in ("score", "tok/s", "tok/fwd", "fwd/ans"):
         table.add_column(name, justify="right", no_wrap=True)
+    # 1) the points, the fastest first
     by, notes = result["by"], list[str]()
     unhealthy = {gate["point"] for gate in result.get("health", []) if not gate["ok"]}
     speed = {p["name"]: (p[by] or {"mean": 0.0})["mean"] for p in result["points"]}
@@ -59,20 +60,22 @@ def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
             mark, point["name"], place, pace(second), number(forward["mean"], 2), number(answer["mean"], 1)
         )  # fmt: skip
         if point["stopped"]:
-            notes.append(f"{point['name']}: ended early, {point['stopped']}")
+            notes.append(f"{point['name']}: stopped early, {point['stopped']}")
     console.print(table)
     console.print()
+    # 2) legend
     if "so_far" in result:
         console.print(f"so far: the first {result['so_far']:.0%} of each task's documents")
-    console.print("*: on the frontier   -: surely beaten: another is no worse, and faster")
+    console.print("*: on the frontier   -: dominated: another is no worse, and faster (95%)")
     if any(point["tokens_per_second"] and not point.get("repeats") for point in result["points"]):
-        console.print("tok/s of one run have no interval: which point writes more a second is not sure,")
-        console.print("and none is surely beaten in it; --resume --speed-repeats 5 times all in turns")
+        console.print("tok/s of one run have no interval: which point is faster is uncertain, and none")
+        console.print("is dominated in them; --resume --speed-repeats 5 times all points in turns")
     if notes:
-        console.print("x: ended early")
+        console.print("x: stopped early")
     if unhealthy:
-        console.print("!: a health gate is over its threshold; result.json tells which")
+        console.print("!: a health gate is over its threshold; see result.json")
     console.print("score: mean over tasks, %, with its 95% interval   tok/s: per worker")
+    # 3) conclusions, failures, files
     if result["best"] is not None:
         against = result["baseline"] or "the best score"
         console.print(f"fastest that scores at most {result['within']:g} (%) less than {against}: {result['best']}")
@@ -81,6 +84,6 @@ def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
     for note in notes:
         console.print(note)
     for key, reason in result["lost"].items():
-        console.print(f"given up, and in no score: {key} ({reason})")
+        console.print(f"failed, and in no score: {key} ({reason})")
     files = "frontier.png .svg .csv .parquet .md .tex" if result["figure"] else "frontier.csv .parquet .md .tex"
     console.print(f"folder: {folder}  ({files}; each point is a run folder below points/)", soft_wrap=True)

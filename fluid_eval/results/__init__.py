@@ -1,1 +1,1 @@
-"""What a run leaves behind: the run folder, its metrics, its health gates."""
+"""Results of runs: the run folder, samples, metrics, health gates, speed repeats."""

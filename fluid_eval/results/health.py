@@ -1,7 +1,8 @@
-"""Health gates: how often something kept answers from being what the model had to say. Reads records alone; no torch.
+"""Health gates: how many answers the set-up may have spoiled, rather than the model. Reads records only; no torch.
 
-A sample that a gate counts may have cost its score, so a gate's share is about how many points of score it may explain.
-Two BOS at a prompt's start are no gate: the adapter refuses such a prompt before anything is answered.
+Examples: an answer cut off by the length limit, a truncated prompt, no answer extracted, non-finite logits. A counted
+sample may have lost its score, so a gate's share bounds the points of score that the fault may explain. A prompt with
+two BOS tokens has no gate: `lm_eval_model` refuses it before anything is generated.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from ..common.spec import HealthSpec
 
 Record = Mapping[str, Any]
 NO_ANSWER = {"", "[invalid]", "[invalidanswer]"}
-"""What lm-eval's filters and Minerva's normaliser give where they found nothing."""
+"""Results of lm-eval's filters and Minerva's normaliser where they extract nothing."""
 KEYS = 20
-"""Keys of samples a gate names at most."""
+"""Sample keys that a gate lists at most."""
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What one gate counted in one task of a run. n: samples it could have counted.  keys: of the first it counted."""
+    """One gate of one task. count: samples with the fault, of the n it applies to.  keys: of the first KEYS of them."""
 
     gate: str
     task: str
@@ -39,25 +40,25 @@ class Gate:
         return self.share <= self.threshold
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, share and ok among them."""
+        """Plain values, with share and ok."""
         return {**asdict(self), "keys": list(self.keys), "share": self.share, "ok": self.ok}
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """setting: of the threshold, in HealthSpec.  asks: whether a sample can be counted.  counts: whether it is."""
+    """setting: the threshold's field in HealthSpec.  applies: to which samples.  is_faulty: of those."""
 
     setting: str
-    asks: Callable[[Record], bool]
-    counts: Callable[[Record], bool]
+    applies: Callable[[Record], bool]
+    is_faulty: Callable[[Record], bool]
 
 
-def _wrote(record: Record) -> bool:
+def _is_generated(record: Record) -> bool:
     return record["finish"] is not None
 
 
 def _no_answer(record: Record) -> bool:
-    """By what the task's first metric compares: where that is a strict format, another filter may have found one."""
+    """Nothing extracted by the filter of the task's first metric; a laxer filter may have extracted an answer."""
     return str(next(iter(record["extracted"].values()))).strip() in NO_ANSWER
 
 
@@ -66,9 +67,9 @@ def _timed_out(record: Record) -> bool:
 
 
 RULES = {
-    "length limit": _Rule("length_limit", _wrote, lambda r: r["finish"] == "length"),
-    "empty answer": _Rule("empty_answer", _wrote, lambda r: not r["output"].strip()),
-    "no answer extracted": _Rule("no_answer", _wrote, _no_answer),
+    "length limit": _Rule("length_limit", _is_generated, lambda r: r["finish"] == "length"),
+    "empty answer": _Rule("empty_answer", _is_generated, lambda r: not r["output"].strip()),
+    "no answer extracted": _Rule("no_answer", _is_generated, _no_answer),
     "prompt truncated": _Rule("prompt_truncated", lambda r: True, lambda r: r["truncated"] > 0),
     "numbers not finite": _Rule("broken", lambda r: True, lambda r: r.get("broken", False)),
     "sandbox time-out": _Rule("sandbox_timeout", lambda r: "verdicts" in r, _timed_out),
@@ -80,24 +81,24 @@ RULES = {
 
 
 def gates(records: Sequence[Record], members: Mapping[str, Sequence[str]], thresholds: HealthSpec) -> list[Gate]:
-    """Every gate of every task that has samples it could count. Samples that were given up count nowhere.
+    """Gates of each task, those aside that apply to no sample. Samples whose request failed do not count.
 
     members: leaf tasks of each task of the run, as in a result.
     """
-    found = []
+    results = []
     for task, leaves in members.items():
-        those = [r for r in records if r["task"] in leaves and "lost" not in r]
+        answered = [r for r in records if r["task"] in leaves and "lost" not in r]
         for name, rule in RULES.items():
-            asked = [r for r in those if rule.asks(r)]
-            keys = [r["key"] for r in asked if rule.counts(r)]
-            if asked:
+            applicable = [r for r in answered if rule.applies(r)]
+            keys = [r["key"] for r in applicable if rule.is_faulty(r)]
+            if applicable:
                 threshold = getattr(thresholds, rule.setting)
-                found.append(Gate(name, task, len(keys), len(asked), threshold, tuple(keys[:KEYS])))
-    return found
+                results.append(Gate(name, task, len(keys), len(applicable), threshold, tuple(keys[:KEYS])))
+    return results
 
 
 def judge_again(stored: Sequence[Mapping[str, Any]], thresholds: HealthSpec) -> list[dict[str, Any]]:
-    """A result's gates by other thresholds."""
+    """Stored gates under other thresholds."""
     allowed = {name: getattr(thresholds, rule.setting) for name, rule in RULES.items()}
     return [
         {**gate, "threshold": allowed[gate["gate"]], "ok": gate["share"] <= allowed[gate["gate"]]} for gate in stored

@@ -1,4 +1,4 @@
-"""From scored samples to the result table: scores with intervals, and what the answers cost."""
+"""The result table from scored samples: scores with intervals, and costs (tokens, forwards, slots, seconds)."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..common.stats import geometric, interval
-from .speed_repeats import Repeat, paces
+from .speed_repeats import Repeat, tokens_per_second
 
 Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a set of answers cost. Every forward counts, prefill and commit too; only ids before the end count.
+    """Cost of a set of answers.
 
-    slots: fed in all forwards, prompts included.  tokens_per_second is per worker: tokens over the engine's time,
-    summed over samples; where the answers were timed again (speed_repeats), the repeats' geometric mean with its 95%
-    interval, which one run does not have. What is per token is over the written answers alone: likelihood tasks of a
-    group do not dilute it, and it is None where nothing was written.
-    unended_thinking: answers of a thinking model that came to no answer.
+    tokens: ids of generated answers before their end token.  forwards: all kinds, prefill and commit included.
+    slots: fed in all forwards, prompts included.  seconds: the engine's time, summed over samples.
+    *_per_token, tokens_per_*: over generated answers only, so that likelihood tasks of a group do not dilute them; None
+    where nothing was generated.
+    tokens_per_second: per worker.  With speed repeats, their geometric mean with a 95% interval (low, high); one run
+    has no interval.
+    unended_thinking: answers of a thinking model without an end of thinking.
     """
 
     tokens: int
@@ -41,8 +43,11 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of the result table. low, high: 95% interval of the score."""
+class TableRow:
+    """One row of the result table: one metric of a task or group. low, high: 95% interval of the score, over n samples.
+
+    filter: lm-eval's answer extraction that the metric was computed on.
+    """
 
     task: str
     metric: str
@@ -54,34 +59,39 @@ class Line:
     cost: Cost
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, the cost's among them."""
+        """Plain values, those of the cost at the same level."""
         values = asdict(self)
-        return {**{k: v for k, v in values.items() if k != "cost"}, **values["cost"]}
+        spent = values.pop("cost")
+        return {**values, **spent}
 
 
 def cost(records: Sequence[Record], repeats: Sequence[Repeat] = ()) -> Cost:
-    """Sum what the samples cost, in whatever order they come. repeats: the same answers timed again."""
-    wrote = [r for r in records if r["finish"] is not None]
-    tokens = sum(len(r["output_ids"]) for r in wrote)
+    """Cost of samples, independent of their order. repeats: the same answers timed again."""
+    # 1) all samples
     kinds = dict.fromkeys(kind for r in records for kind in r["trace"]["forwards"])
     by_kind = {kind: sum(r["trace"]["forwards"].get(kind, 0) for r in records) for kind in kinds}
-    writing = sum(sum(r["trace"]["forwards"].values()) for r in wrote)
-    writing_slots, writing_seconds = sum(r["trace"]["slots"] for r in wrote), math.fsum(r["seconds"] for r in wrote)
-    again = paces(records, repeats)
-    speed = geometric(list(again.values())).to_dict() if again else {"low": None, "high": None}
-    alone = tokens / writing_seconds if writing_seconds else None
+    # 2) generated ones only
+    generated = [r for r in records if r["finish"] is not None]
+    tokens = sum(len(r["output_ids"]) for r in generated)
+    generated_forwards = sum(sum(r["trace"]["forwards"].values()) for r in generated)
+    generated_slots = sum(r["trace"]["slots"] for r in generated)
+    generated_seconds = math.fsum(r["seconds"] for r in generated)
+    # 3) speed: of the repeats where there are any, else of this run
+    repeated = tokens_per_second(records, repeats)
+    speed = geometric(list(repeated.values())).to_dict() if repeated else {"low": None, "high": None}
+    of_this_run = tokens / generated_seconds if generated_seconds else None
     return Cost(
         tokens=tokens,
         forwards=sum(by_kind.values()),
         forwards_by_kind=by_kind,
         slots=sum(r["trace"]["slots"] for r in records),
         seconds=math.fsum(r["seconds"] for r in records),
-        slots_per_token=writing_slots / tokens if tokens else None,
-        tokens_per_forward=tokens / writing if writing else None,
-        tokens_per_second=speed.get("mean", alone),
+        slots_per_token=generated_slots / tokens if tokens else None,
+        tokens_per_forward=tokens / generated_forwards if generated_forwards else None,
+        tokens_per_second=speed.get("mean", of_this_run),
         tokens_per_second_low=speed["low"],
         tokens_per_second_high=speed["high"],
-        speed_repeats=len(again),
+        speed_repeats=len(repeated),
         truncated_prompts=sum(r["truncated"] > 0 for r in records),
         length_limit_hits=sum(r["finish"] == "length" for r in records),
         unended_thinking=sum(not r.get("thinking_ended", True) for r in records),
@@ -89,17 +99,17 @@ def cost(records: Sequence[Record], repeats: Sequence[Repeat] = ()) -> Cost:
 
 
 def first_scores(records: Sequence[Record]) -> dict[str, float]:
-    """Each sample's score by its task's first metric, by key; none for samples that were given up."""
+    """Score of each sample by its task's first metric, by key; samples whose request failed have none."""
     return {r["key"]: float(next(iter(r["scores"].values()))) for r in records if "lost" not in r}
 
 
-def lines(task: str, records: Sequence[Record], repeats: Sequence[Repeat] = ()) -> list[Line]:
-    """One line per metric and filter of a task or group, over all its samples but those that were given up."""
+def table_rows(task: str, records: Sequence[Record], repeats: Sequence[Repeat] = ()) -> list[TableRow]:
+    """One row a metric and filter of a task or group, over its samples; those whose request failed do not count."""
     records = [record for record in records if "lost" not in record]
     spent = cost(records, repeats)
-    found = []
+    rows = []
     for name in dict.fromkeys(name for r in records for name in r["scores"]):
         values = interval([r["scores"][name] for r in records if name in r["scores"]])
-        metric, _, used = name.partition(",")
-        found.append(Line(task, metric, used, values.mean, values.low, values.high, values.n, spent))
-    return found
+        metric, _, filter_name = name.partition(",")
+        rows.append(TableRow(task, metric, filter_name, values.mean, values.low, values.high, values.n, spent))
+    return rows

@@ -1,10 +1,23 @@
-"""A sample as a run keeps it: its fields, its line with a checksum, and what a line must hold to be one.
+"""The record of one sample: its fields, and its line in samples.jsonl with a checksum. Neither torch nor lm-eval.
 
-    {"key": "gsm8k/0", "task": "gsm8k", "doc_id": 0, "prompt": "Question: …", "prompt_hash": "…", "output": " 2 …",
-     "output_ids": [29871, …], "finish": "eos", "seconds": 0.8, "scores": {"exact_match,strict-match": 1.0},
-     "trace": {"forwards": {"prefill": 1, "round": 40}, "slots": 911, "predicted": [4, …], "accepted": [3, …]}, …}
+A generated answer (generate_until), as stored when the run ends:
 
-No torch, no lm-eval.
+    {"key": "gsm8k/0",                    TASK/DOCUMENT, and /2, /3 … for further answers to one document
+     "task": "gsm8k", "doc_id": 0, "prompt": "Question: …", "prompt_hash": "9f0c…", "prompt_tokens": 412,
+     "truncated": 0,                      prompt tokens cut from the left to fit the window
+     "output": " 2 …",                    the text up to the stop string or end token
+     "output_ids": [29871, …],            its token ids
+     "finish": "eos",                     eos | stop | length | broken (non-finite row) | lost (request failed)
+     "seconds": 0.8,                      its share of the engine's time
+     "trace": {"forwards": {"prefill": 1, "round": 40},     forwards by kind
+               "slots": 911,                                slots fed in all of them
+               "predicted": [4, …], "accepted": [3, …],     stride drafted, length accepted, of each step
+               "written": [1, 1, 2, …], "rejected": […]},   forward that committed each token; rejected draft tokens
+     "extracted": {"strict-match": "2"}, "target": "2", "scores": {"exact_match,strict-match": 1.0},
+     "crc32": "1ebb2838"}                 of the line without this field
+
+A likelihood answer has `"finish": null`, no output ids, and `choices`, `loglikelihoods` and `greedy`, one of each a
+choice.
 """
 
 from __future__ import annotations
@@ -20,15 +33,15 @@ from .value_checks import Check, amount, below, by_name, count, each, flag, mayb
 
 Record = dict[str, Any]
 WIDEST = 1 << 16
-"""Tokens of a round, above which no decoder goes."""
+"""Above the stride of any decoder."""
 IDS = 1 << 31
-"""Token ids are below it."""
+"""Above any token id."""
 FIELDS: dict[str, Check] = {
     "key": text, "task": text, "doc_id": count, "prompt": text, "prompt_hash": text, "output": text,
     "output_ids": each(below(IDS)), "finish": maybe(text), "trace": lambda value: isinstance(value, dict),
     "seconds": amount,
 }  # fmt: skip
-"""Fields every sample has, and what they hold."""
+"""Fields of every sample."""
 COUNTS: dict[str, Check] = {
     "forwards": by_name(count), "slots": count, "predicted": each(below(WIDEST)), "accepted": each(below(WIDEST)),
 }  # fmt: skip
@@ -37,28 +50,29 @@ STEPS: dict[str, Check] = {
     "written": each(count),
     "rejected": each(row(count, count, each(below(IDS)))),
 }
-"""Fields of traces that tell which forward wrote what."""
-MAYBE: dict[str, Check] = {
+"""Fields of traces that record the forward of each token."""
+OPTIONAL_FIELDS: dict[str, Check] = {
     "scores": by_name(number), "extracted": by_name(text), "lost": text, "truncated": count, "prompt_tokens": count,
     "broken": flag, "pieces": each(text), "rejected": each(text), "raw_output": text, "thinking_ended": flag,
     "choices": each(text), "loglikelihoods": each(number), "standard_errors": each(maybe(number)),
     "greedy": each(flag), "target": text, "verdicts": each(table({"result": text, "isolation": text})),
 }  # fmt: skip
-"""Fields that some samples have."""
+"""Fields of some samples."""
 CHECKSUM = b', "crc32": "'
-"""Begins a line's last field: of the line without it."""
+"""Start of a line's last field, the CRC-32 of the bytes before it."""
 
 
 def check_record(record: Record) -> None:
-    """Raise ValueError unless a record has what every sample has, and nothing in it contradicts itself."""
-    if problem := wrong(record, FIELDS, MAYBE):
+    """Raise ValueError unless a record has the fields of a sample, of their types, with consistent lengths."""
+    if problem := wrong(record, FIELDS, OPTIONAL_FIELDS):
         raise ValueError(problem)
     trace = record["trace"]
     if problem := wrong(trace, COUNTS, STEPS):
         raise ValueError(f"of its trace, {problem}")
     if 0 in trace["predicted"]:
         raise ValueError("of its trace, predicted holds a stride of 0")
-    written, tokens = len(trace.get("written", ())), len(record["output_ids"])
+    written = len(trace.get("written", ()))
+    tokens = len(record["output_ids"])
     if written not in (0, tokens):
         raise ValueError(f"of its trace, written tells of {written} tokens, and there are {tokens}")
     lengths = {len(record[name]) for name in ("choices", "loglikelihoods", "greedy") if name in record}
@@ -67,11 +81,11 @@ def check_record(record: Record) -> None:
 
 
 def parse(line: bytes) -> Record:
-    """A line's record. Raises ValueError where it is none, or not what was written."""
-    body, sign, check = line.rstrip(b"\n").rpartition(CHECKSUM)
-    if not sign:
+    """The record of a line. Raises ValueError if the line is no record, or its checksum differs."""
+    body, separator, checksum = line.rstrip(b"\n").rpartition(CHECKSUM)
+    if not separator:
         raise ValueError("no checksum")
-    if check != f'{zlib.crc32(body):08x}"}}'.encode():
+    if checksum != f'{zlib.crc32(body):08x}"}}'.encode():
         raise ValueError("its checksum is another")
     record = parse_json(body + b"}")
     if not isinstance(record, dict):
@@ -80,14 +94,15 @@ def parse(line: bytes) -> Record:
 
 
 def encode(record: Record) -> bytes:
-    """A record's line, which `parse` reads."""
+    """The line of a record, the inverse of `parse`."""
     body = json.dumps(record, ensure_ascii=True)[:-1].encode()
     return body + CHECKSUM + f'{zlib.crc32(body):08x}"}}\n'.encode()
 
 
 def in_order(records: Iterable[Record], tasks: Iterable[str]) -> list[Record]:
-    """Samples by task, those of other tasks last, and document, in whatever order answers came: what is drawn by place,
-    or listed, is the same for the same samples.
+    """Samples sorted by task, in the order of `tasks` (others last), then document.
+
+    Answers arrive in any order. Sorted, bootstrap draws and listings depend on the samples alone.
     """
-    places = {task: place for place, task in enumerate(tasks)}
-    return sorted(records, key=lambda r: (places.get(r["task"], len(places)), r["task"], r["doc_id"], r["key"]))
+    rank = {task: place for place, task in enumerate(tasks)}
+    return sorted(records, key=lambda r: (rank.get(r["task"], len(rank)), r["task"], r["doc_id"], r["key"]))

@@ -1,7 +1,8 @@
-"""What a run's speeds hold under: in forwards, for decoders that draft by what a slot costs, and in seconds. No torch.
+"""Conditions under which a run's tokens/forward and tokens/s hold, and whether two runs share them. No torch.
 
-Where FLUID verifies in rounds of one forward it feeds a slot only where that pays, so tokens/forward depend on the slot
-budget in force and on the rows that share a forward. What was not recorded is unknown: it never counts as equal.
+FLUID with verification in one forward a step drafts by marginal cost: a slot is fed only where its expected gain
+exceeds it. Its tokens/forward therefore depend on the slot budget and on the rows that share a forward. Other decoders'
+do not. Tokens/s depend on the machine too. A condition that was not recorded is unknown, and equal to no other.
 """
 
 from __future__ import annotations
@@ -12,89 +13,98 @@ from typing import Any
 from fluid_model.common.files import Nested
 
 UNKNOWN = "not recorded"
-MACHINE = ("device", "dtype", "threads", "workers", "forward", "processor", "cpus")
-DRAFTING = ("slot_budget", "rows", "forward")
+MACHINE_FIELDS = ("device", "dtype", "threads", "workers", "forward", "processor", "cpus")
+WHERE_RECORDED = ("forward_kind",)
+"""Of the machine, too, but not of runs recorded before it was: compared only where both runs have it."""
+DRAFTING_FIELDS = ("slot_budget", "rows", "forward")
 
 
 def describe(environment: Mapping[str, Any], spec: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> Nested:
-    """A run's conditions, as its result keeps them; None for what was not recorded.
+    """A run's conditions, as stored in its result; None for a condition that was not recorded.
 
-    slot_budget, rows: of each answer, as decided how much was drafted, each value once (more than one: the run was
-    broken off and went on under others, or memory ran out); None where drafts do not depend on them.  forward: whose.
-    batch_size: as asked.  sessions: processes that answered.
+    slot_budget, rows: values that the draft policy used, each once, over all answers; None where drafts do not depend
+    on them. Several values: the run was resumed under others, or memory ran out.
+    forward: compiled or torch.  batch_size: as asked.  sessions: processes that answered.
     """
     engine = environment.get("engine", {})
-    found: Nested = {
+    conditions: Nested = {
         "drafts_by_cost": drafts_by_cost(spec),
         "forward": engine.get("forward"),
         "batch_size": spec.get("batch_size"),
         "sessions": environment.get("sessions"),
     }
-    wrote = [record for record in records if record.get("output_ids")]
+    generated = [record for record in records if record.get("output_ids")]
     for name in ("slot_budget", "rows"):
-        held = [record.get("draft_policy", {}).get(name) for record in wrote]
-        known = bool(held) and None not in held
-        found[name] = sorted(set(held)) if known and found["drafts_by_cost"] else None
-    return found
+        values = [record.get("draft_policy", {}).get(name) for record in generated]
+        known = bool(values) and None not in values
+        conditions[name] = sorted(set(values)) if known and conditions["drafts_by_cost"] else None
+    return conditions
 
 
 def drafts_by_cost(spec: Mapping[str, Any]) -> bool:
-    """Whether a run's decoder drafts by what a slot costs: FLUID that verifies, in rounds of one forward."""
+    """Whether a run's decoder drafts by marginal cost: FLUID with verification, one forward a step."""
     decoder = spec.get("decoder") or {}
     return decoder.get("name") == "fluid" and decoder.get("rounds", "one") == "one" and decoder.get("verify", True)
 
 
 def unequal_forwards(base: Nested, other: Nested) -> list[str]:
-    """Why tokens/forward of two runs, by their conditions, are not of the decoders alone. Empty where they are.
+    """Reasons why tokens/forward of two runs differ by more than their decoders. Empty if there are none.
 
-    Two runs that draft by cost need the same budget and rows; beside one that does, the other needs the same forward.
+    Two runs that draft by cost need equal budgets and rows. If one of the two does, both need the same forward.
     """
-    drafting = [run for run in (base, other) if run["drafts_by_cost"]]
-    if not drafting:
+    drafting_runs = [run for run in (base, other) if run["drafts_by_cost"]]
+    if not drafting_runs:
         return []
-    found = []
-    for name in DRAFTING if len(drafting) == 2 else ("forward",):
+    reasons = []
+    # 1) between the runs
+    for name in DRAFTING_FIELDS if len(drafting_runs) == 2 else ("forward",):
         ours, theirs = base[name], other[name]
         if ours is None or theirs is None:
-            found.append(f"{_words(name)}: {UNKNOWN}")
+            reasons.append(f"{_words(name)}: {UNKNOWN}")
         elif ours != theirs:
-            found.append(f"{_words(name)}: {_value(ours)} / {_value(theirs)}")
-    for who, run in (("the base", base), ("the other", other)):
+            reasons.append(f"{_words(name)}: {_value(ours)} / {_value(theirs)}")
+    # 2) within each
+    for which, run in (("the base", base), ("the other", other)):
         mixed = [_words(name) for name in ("slot_budget", "rows") if len(run[name] or ()) > 1]
         if run["drafts_by_cost"] and mixed:
-            found.append(f"{' and '.join(mixed)} changed while {who} ran")
-    return found
+            reasons.append(f"{' and '.join(mixed)} changed while {which} ran")
+    return reasons
 
 
-def told(run: Nested) -> str | None:
-    """What a run's tokens/forward hold under, in words; None where they depend on neither budget nor rows."""
+def drafting(run: Nested) -> str | None:
+    """Slot budget and rows of a run that drafts by cost, for printing beside its tokens/forward; None for others."""
     if not run["drafts_by_cost"]:
         return None
     return ", ".join(f"{_words(name)} {_value(run[name])}" for name in ("slot_budget", "rows"))
 
 
 def unequal_seconds(base: Nested, other: Nested) -> list[str]:
-    """Why tokens/s of two runs do not compare: what of where they ran differs or is not known. Empty if they do.
+    """Differences between two runs' machines that make their tokens/s incomparable. Empty if there are none.
 
-    base, other: as `machine` gives them.
+    base, other: see `machine`.
     """
-    unknown = [name for name in MACHINE if base[name] is None or other[name] is None]
+    unknown = [name for name in MACHINE_FIELDS if base[name] is None or other[name] is None]
     if unknown:
         return [f"{', '.join(unknown)}: {UNKNOWN}"]
-    return [f"{name}: {base[name]} / {other[name]}" for name in (*MACHINE, "batch_size") if base[name] != other[name]]
+    both = [name for name in WHERE_RECORDED if base.get(name) is not None and other.get(name) is not None]
+    names = (*MACHINE_FIELDS, *(both if base["forward"] == other["forward"] else ()), "batch_size")
+    return [f"{name}: {base[name]} / {other[name]}" for name in names if base[name] != other[name]]
 
 
 def machine(environment: Mapping[str, Any], spec: Mapping[str, Any]) -> Nested:
-    """What makes a run's seconds."""
+    """Device, dtype, threads and the rest that a run's seconds depend on."""
     where = {**environment, **environment.get("engine", {})}
-    return {**{name: where.get(name) for name in MACHINE}, "batch_size": spec.get("batch_size")}
+    return {
+        **{name: where.get(name) for name in (*MACHINE_FIELDS, *WHERE_RECORDED)},
+        "batch_size": spec.get("batch_size"),
+    }
 
 
 def _words(name: str) -> str:
     return {"slot_budget": "slot budget", "rows": "rows a forward"}.get(name, name)
 
 
-def _value(found: Any) -> str:
-    if found is None:
+def _value(value: Any) -> str:
+    if value is None:
         return UNKNOWN
-    return ", ".join(map(str, found)) if isinstance(found, list) else str(found)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,12 +1,12 @@
-"""Speed repeats: the same answers written again for their time alone. No torch.
+"""Speed repeats: a run's answers generated again, only to time them. No torch.
 
-A machine is never as fast twice. How much it varies is seen only where the same work is timed several times, and two
-settings compare only where they take turns in one process. `repeats.jsonl` in a run folder holds one line a repeat:
+Timings vary from repeat to repeat, so a speed has an interval only over repeats. Two settings are compared within one
+process that alternates between them. `repeats.jsonl` in a run folder holds one line a repeat:
 
     {"session": "5f1c…", "turn": 0, "seconds": {"gsm8k/0": 0.041, …}, "unequal": [], "crc32": "…"}
 
-session: one process that timed; runs timed in turns share it.  turn: which of its repeats.  seconds: each answer's
-share of the engine's time.  unequal: answers whose tokens were not those stored.
+session: one timing process; runs timed in alternation share it.  turn: index of the repeat in its session.
+seconds: engine time of each answer.  unequal: answers whose tokens differ from the stored ones.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from fluid_model.common.fields import at_least
 
 from ..common.stats import Interval, geometric
 from .run_folder import REPEATS as REPEATS
-from .run_folder import torn_bytes
 from .sample_records import encode, parse
+from .samples_file import torn_bytes
 
 Turn = tuple[str, int]
-"""Session and turn: repeats of several runs with the same ones took turns in one process."""
+"""Session and turn of a repeat. Repeats of two runs with equal ones were timed in alternation, in one process."""
 
 
 @dataclass(frozen=True)
 class Repeat:
-    """One more writing of a run's answers (see the module)."""
+    """Times of a run's answers, generated once more. See the module for the fields."""
 
     session: str
     turn: int
@@ -40,12 +40,12 @@ class Repeat:
 
 
 def check_count(repeats: int | None) -> None:
-    """Raise ConfigError for a number of repeats that gives no interval."""
+    """Raise ConfigError for fewer repeats than an interval needs."""
     at_least("speed_repeats", repeats, 2)
 
 
 def append(folder: Path, repeat: Repeat) -> None:
-    """Keep one repeat in a run folder. What a crash left of a line before it is dropped."""
+    """Append one repeat to a run folder, after dropping a torn line that a crash left."""
     file = folder / REPEATS
     torn = torn_bytes(file)
     with file.open("ab") as handle:
@@ -54,54 +54,57 @@ def append(folder: Path, repeat: Repeat) -> None:
 
 
 def read(folder: Path) -> list[Repeat]:
-    """Repeats of a run folder, none where it holds none. Raises ConfigError naming the line that is no repeat."""
+    """Repeats of a run folder, in file order. Raises ConfigError naming the line that is no repeat."""
     file = folder / REPEATS
     if not file.is_file():
         return []
-    whole = file.read_bytes()[: -torn_bytes(file) or None]
-    found = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    lines = file.read_bytes()[: -torn_bytes(file) or None].splitlines()
+    repeats = []
+    for number, line in enumerate(lines, 1):
         try:
-            held = parse(line)
-            times = {str(key): float(value) for key, value in held["seconds"].items()}
-            if not all(0 <= value < math.inf for value in times.values()):
+            values = parse(line)
+            seconds = {str(key): float(value) for key, value in values["seconds"].items()}
+            if not all(0 <= value < math.inf for value in seconds.values()):
                 raise ValueError("seconds below 0 or infinite")
-            found.append(Repeat(str(held["session"]), int(held["turn"]), times, list(held["unequal"])))
+            repeats.append(Repeat(str(values["session"]), int(values["turn"]), seconds, list(values["unequal"])))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{file}, line {number}: not a repeat ({error}); remove the file, and time again with --speed-repeats"
             ) from error
-    return found
+    return repeats
 
 
-def enough(held: Sequence[Repeat], wanted: int) -> bool:
-    """Whether one session timed at least that many: repeats of several processes are not of one machine's state."""
-    sessions = [repeat.session for repeat in held]
+def enough(repeats: Sequence[Repeat], wanted: int) -> bool:
+    """Whether one session timed at least `wanted` repeats. Sessions do not add up: the machine's state differs."""
+    sessions = [repeat.session for repeat in repeats]
     return any(sessions.count(session) >= wanted for session in set(sessions)) or not wanted
 
 
-def paces(records: Iterable[Mapping[str, Any]], held: Sequence[Repeat]) -> dict[Turn, float]:
-    """Tokens/s of these written samples in each repeat that timed all of them; of samples that write nothing, none."""
-    wrote = [record for record in records if record["finish"] is not None]
-    tokens = sum(len(record["output_ids"]) for record in wrote)
-    found = {}
-    for repeat in held:
-        if tokens and all(record["key"] in repeat.seconds for record in wrote):
-            seconds = math.fsum(repeat.seconds[record["key"]] for record in wrote)
+def tokens_per_second(records: Iterable[Mapping[str, Any]], repeats: Sequence[Repeat]) -> dict[Turn, float]:
+    """Tokens/s over the generated samples among `records`, for each repeat that timed all of them.
+
+    Empty where nothing was generated: likelihood tasks have no tokens/s.
+    """
+    generated = [record for record in records if record["finish"] is not None]
+    tokens = sum(len(record["output_ids"]) for record in generated)
+    speeds = {}
+    for repeat in repeats:
+        if tokens and all(record["key"] in repeat.seconds for record in generated):
+            seconds = math.fsum(repeat.seconds[record["key"]] for record in generated)
             if seconds > 0:
-                found[repeat.session, repeat.turn] = tokens / seconds
-    return found
+                speeds[repeat.session, repeat.turn] = tokens / seconds
+    return speeds
 
 
 def ratio(base: Mapping[Turn, float], other: Mapping[Turn, float]) -> Interval | None:
-    """How many times as fast the other was, from the repeats in which both took turns; None where there are none."""
+    """Speed of the other run over the base's, from repeats timed in alternation; None where there are none."""
     both = [turn for turn in base if turn in other]
     return geometric([other[turn] / base[turn] for turn in both]) if both else None
 
 
-def notices(held: Sequence[Repeat]) -> list[str]:
-    """What a reader of the speeds must know."""
-    keys = sorted({key for repeat in held for key in repeat.unequal})
+def notices(repeats: Sequence[Repeat]) -> list[str]:
+    """A warning if repeats generated other tokens than the stored ones."""
+    keys = sorted({key for repeat in repeats for key in repeat.unequal})
     if not keys:
         return []
     more = ", …" if len(keys) > 1 else ""

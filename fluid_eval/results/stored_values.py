@@ -1,6 +1,7 @@
-"""What spec.json, result.json and environment.json hold, checked as they are read: none of them has a checksum.
+"""Schemas of spec.json, result.json, environment.json, audit.json and khead.json, checked on reading.
 
-A field that is there must be what its name says; which fields must be there is up to who reads. No torch, no lm-eval.
+These files have no checksum. Fields may be missing, since earlier versions wrote fewer: each reader names the fields it
+needs. A field that is present must have its type. Neither torch nor lm-eval.
 """
 
 from __future__ import annotations
@@ -19,32 +20,32 @@ LINE: dict[str, Check] = {
     "slots_per_token": maybe(amount), "tokens_per_forward": maybe(amount), "tokens_per_second": maybe(amount),
     "truncated_prompts": count, "length_limit_hits": count, "unended_thinking": count,
 }  # fmt: skip
-"""Of each line of the table."""
+"""A row of the result table (`lines`, `parts`)."""
 COUNTED = {name: LINE[name] for name in ("task", "n")}
-"""What of a line is read where none is shown."""
+"""Fields of a row that every reader needs."""
 GATE: dict[str, Check] = {
     "gate": text, "task": text, "count": count, "n": lambda n: count(n) and n > 0, "threshold": number,
     "keys": each(text), "share": number, "ok": flag,
 }  # fmt: skip
-"""Of each health gate."""
+"""A health gate."""
 PROTOCOL: dict[str, Check] = {
     "num_fewshot": maybe(count), "template": text, "prompt": text, "until": anything, "source": text,
     "max_gen_toks": maybe(count), "extractors": by_name(text), "metrics": each(anything),
     "chat": maybe(by_name(anything)),
 }  # fmt: skip
-"""Of each task's protocol, as far as a run tells it."""
+"""The protocol of one task."""
 CONDITIONS: dict[str, Check] = {
     "drafts_by_cost": flag, "forward": maybe(text), "batch_size": anything, "sessions": maybe(count),
     "slot_budget": maybe(each(count)), "rows": maybe(each(count)),
 }  # fmt: skip
-"""What speeds hold under; see `conditions`."""
+"""Conditions of the speeds, see `speed_conditions`."""
 RESULT_HOLDS: dict[str, Check] = {
     "spec_id": text, "model": text, "decoder": table({"name": text}), "chat": maybe(by_name(anything)),
     "protocol": maybe(table({}, {"name": text, "hash": text, "about": text, "tasks": by_name(table({}, PROTOCOL))})),
     "lines": each(table(COUNTED, LINE)), "parts": each(table(COUNTED, LINE)), "members": by_name(each(text)),
     "task_versions": by_name(anything), "data": each(text), "health": each(table(GATE)), "lost": by_name(text),
     "started": text, "wall_seconds": amount, "notices": each(text), "remote_code": each(text),
-    "conditions": table(CONDITIONS),
+    "quantization": maybe(text), "conditions": table(CONDITIONS),
 }  # fmt: skip
 SPEC_HOLDS: dict[str, Check] = {
     "id": text, "tasks": each(text), "model": table({"path": text}), "decoder": table({"name": text}),
@@ -62,11 +63,11 @@ ENVIRONMENT_HOLDS: dict[str, Check] = {
 _DIVERGENCE: dict[str, Check] = {
     "key": text, "place": count, "context": text, "ours": text, "theirs": text, "margin": number, "verdict": text,
 }  # fmt: skip
-_DIVERGENCE_MAYBE: dict[str, Check] = {"forward": maybe(count), "margin_recheck": number, "agrees_in_recheck": flag}
+_OPTIONAL_DIVERGENCE: dict[str, Check] = {"forward": maybe(count), "margin_recheck": number, "agrees_in_recheck": flag}
 AUDIT_HOLDS: dict[str, Check] = {
     "verdict": text, "n": count, "identical": count, "tokens": count, "agreeing_tokens": count,
     "dtype": text, "recheck": maybe(text), "tolerance": maybe(number),
-    "divergences": each(table(_DIVERGENCE, _DIVERGENCE_MAYBE)),
+    "divergences": each(table(_DIVERGENCE, _OPTIONAL_DIVERGENCE)),
     "distribution": maybe(table({"n": count, "p": number, "ok": flag, "enough": count})),
 }  # fmt: skip
 _POLICY: dict[str, Check] = {
@@ -81,23 +82,23 @@ KHEAD_HOLDS: dict[str, Check] = {
         "policies": each(table(_POLICY)), "best_fixed": count, "regret": number,
     })),
 }  # fmt: skip
-"""What audit.json and khead.json must hold to be shown."""
-BESIDE_MAYBE: dict[str, Check] = {"promises": flag, "tau": maybe(number), "k_max": count}
-"""What they may hold besides: earlier versions did not write all of it."""
+"""Fields of audit.json and khead.json that reports need."""
+OPTIONAL_BESIDE: dict[str, Check] = {"promises": flag, "tau": maybe(number), "k_max": count}
+"""Their optional fields: earlier versions did not write all of them."""
 
 
 def read_beside(file: Path, holds: dict[str, Check]) -> Nested | None:
-    """What an audit or a K-head's look left beside a run; None where there was none. Raises ConfigError naming both."""
+    """audit.json or khead.json of a run; None where it is missing. Raises ConfigError naming file and field."""
     if not file.exists():
         return None
     values = read_json(file)
-    if problem := wrong(values, holds, BESIDE_MAYBE):
+    if problem := wrong(values, holds, OPTIONAL_BESIDE):
         raise ConfigError(f"{file}: not as fluid-eval {file.stem} writes it ({problem}); remove it, or make it anew")
     return values
 
 
 def read_result(file: Path, needed: Iterable[str] = (), *, shown: bool = False) -> Nested:
-    """A run's result.  needed: what it must tell.  shown: whether its lines are, and so must tell all.
+    """A run's result.  needed: fields that must be present.  shown: rows must be complete, for printing.
 
     Raises ConfigError naming file and field.
     """
@@ -109,7 +110,7 @@ def read_result(file: Path, needed: Iterable[str] = (), *, shown: bool = False) 
 
 
 def read_spec(file: Path, needed: Iterable[str] = ()) -> Nested:
-    """A run's spec as it was written, by whatever version.  needed: what it must tell.
+    """A run's spec as stored, by any version.  needed: fields that must be present.
 
     Raises ConfigError naming file and field.
     """
@@ -120,7 +121,7 @@ def read_spec(file: Path, needed: Iterable[str] = ()) -> Nested:
 
 
 def read_environment(file: Path) -> Nested:
-    """Where a run was; empty where the file is missing. Raises ConfigError naming file and field."""
+    """A run's environment; empty where the file is missing. Raises ConfigError naming file and field."""
     return _checked(file, read_json(file), ENVIRONMENT_HOLDS) if file.exists() else {}
 
 

@@ -1,1 +1,1 @@
-"""Running a spec: the job, lm-eval's model over our engine, the workers, the machine."""
+"""Running a spec: the job, lm-eval's model interface, the workers, facts of the machine."""

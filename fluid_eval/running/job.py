@@ -1,4 +1,12 @@
-"""The main job: spec in, run folder and result out. What can be wrong is found before anything is written."""
+"""A run from spec to result. All checks come before the first write.
+
+run(spec, folder)
+    1) check     task names, isolation, folder                      `check_tasks`, `Run`
+    2) prepare   tasks and data, tokenizer, chat, decoder           `prepare`; no weights yet
+    3) answer    lm-eval's loop over FluidLM; workers start at the first missing answer    `Job.score`
+    4) time      speed repeats, if asked for                        `time_in_turns`
+    5) result    rows, costs, health, protocol, conditions          `result_of`, then `Run.finish`
+"""
 
 from __future__ import annotations
 
@@ -19,49 +27,55 @@ from fluid_model.tokens import single_id
 
 from ..benchmarks import chat_template as chat
 from ..benchmarks import datasets, lm_eval_tasks, profiles
-from ..common.progress import Bar
+from ..common.progress import ProgressBar
 from ..common.spec import RunSpec
 from ..results import health, speed_conditions
 from ..results import speed_repeats as repeats
-from ..results.metrics import lines
+from ..results.metrics import table_rows
 from ..results.run_folder import ENVIRONMENT, RESULT, Record, Run
 from ..results.stored_values import read_environment, read_result
 from ..sandbox import passing
 from . import environment
+from .chunks import Pool
 from .decoder_choice import reason
 from .repeat_timing import time_in_turns
-from .workers import Pool, open_pool
+from .workers import open_pool
 
 if TYPE_CHECKING:
     from fluid_model.checkpoints.checkpoint import ModelInfo
 
 
 _PRINTED = ("model", "decoder", "lines", "data", "notices")
-"""What a run that is finished already must tell of itself."""
+"""Fields that the result of a finished run needs to be printed again."""
 
 
 def default_folder(spec: RunSpec) -> Path:
-    """runs/TASKS-MODEL-ID."""
+    """runs/TASKS-MODEL-DECODER-ID."""
     model = Path(spec.model.path.rstrip("/")).name
     tasks = "+".join(spec.tasks) if len(spec.tasks) <= 4 else f"{spec.tasks[0]}+{len(spec.tasks) - 1}"
     return Path("runs") / f"{tasks}-{model}-{spec.decoder.name}-{spec.id[:8]}"
 
 
 def run(spec: RunSpec, folder: Path, *, resume: bool = False, speed_repeats: int = 0) -> Nested:
-    """Run a spec to its end and return the result, as stored in result.json.
+    """Run a spec and return its result, as stored in result.json.
 
-    speed_repeats: how often all answers are written again for their time, at least, in one session (0: not at all).
-    Raises ConfigError, with nothing written, if the spec cannot be run here.
+    resume: continue an unfinished run; a finished one returns its stored result under the spec's health thresholds.
+    speed_repeats: times that all answers are generated again for timing, in one session (0: none).
+    Raises ConfigError, with nothing written, if the spec cannot run here.
     """
+    # 1) check
     repeats.check_count(speed_repeats or None)
     check_tasks(spec)
     opened = Run(folder, spec, resume=resume)
     timed = repeats.enough(repeats.read(folder), speed_repeats)
-    held = read_result(folder / RESULT, _PRINTED, shown=True) if timed and (folder / RESULT).exists() else None
-    if held is not None and not held.get("lost"):
-        return {**held, "health": health.judge_again(held.get("health", []), spec.health)}
+    if timed and (folder / RESULT).exists():
+        stored = read_result(folder / RESULT, _PRINTED, shown=True)
+        if not stored.get("lost"):
+            return {**stored, "health": health.judge_again(stored.get("health", []), spec.health)}
+    # 2) prepare
     go_offline_unless_needed(spec)
     ready = prepare(spec, lm_eval_tasks.load_tasks(spec))
+    # 3) answer, time, write the result
     job = Job(spec, opened, ready)
     try:
         return job.work(0 if timed else speed_repeats)
@@ -70,7 +84,7 @@ def run(spec: RunSpec, folder: Path, *, resume: bool = False, speed_repeats: int
 
 
 def check_tasks(spec: RunSpec) -> None:
-    """Raise ConfigError if a task is unknown, or would run code that cannot be isolated here."""
+    """Raise ConfigError if a task is unknown, or runs model-written code that cannot be isolated here."""
     lm_eval_tasks.check_names(spec.tasks)
     if unsafe := lm_eval_tasks.unsafe_names(spec.tasks):
         passing.allow_unsafe(spec.allow_unsafe_code)
@@ -81,15 +95,18 @@ def check_tasks(spec: RunSpec) -> None:
 
 
 def go_offline_unless_needed(spec: RunSpec) -> None:
-    """Have nobody wait for a hub that is not there, where model or data are to come from it."""
+    """Go offline if the model or data come from the hub and it does not answer."""
     if not (spec.data_dir and Path(spec.model.path).expanduser().is_dir()):
         datasets.go_offline_if_unreachable()
 
 
 @dataclass(frozen=True)
-class Ready:
-    """What a run needs beside weights. window: tokens the model reads.  remote_code: classes of its repository.
-    decoder: which writes, and why, in a line.
+class Prepared:
+    """Parts of a run that need no weights.
+
+    tasks: lm-eval's, built.  window: the model's, in tokens.  conversation: None for plain prompts.
+    remote_code: classes from the model's repository.  decoder: a line that names the decoder, and why.
+    quantization: of the weights before they were dequantised, if they were.
     """
 
     tasks: lm_eval_tasks.Tasks
@@ -98,10 +115,14 @@ class Ready:
     conversation: chat.Chat | None
     remote_code: tuple[str, ...]
     decoder: str
+    quantization: str | None
 
 
-def prepare(spec: RunSpec, tasks: lm_eval_tasks.Tasks) -> Ready:
-    """All that can be known before weights are read. Raises ConfigError if the spec cannot be run here."""
+def prepare(spec: RunSpec, tasks: lm_eval_tasks.Tasks) -> Prepared:
+    """Check a spec against its model's files and open tokenizer and chat, before weights are read.
+
+    Raises ConfigError if the spec cannot run here.
+    """
     from fluid_model.checkpoints.checkpoint import describe, load_tokenizer, pick_device
 
     pick_device(spec.model.device)
@@ -115,12 +136,15 @@ def prepare(spec: RunSpec, tasks: lm_eval_tasks.Tasks) -> Ready:
         single_id(tokenizer, text, "end token")
     conversation = chat.open_chat(spec.chat, tokenizer, spec.model.path)
     lm_eval_tasks.check_settings(spec, tasks, info.window)
-    return Ready(tasks, tokenizer, info.window, conversation, info.remote_code, reason(spec, info))
+    return Prepared(
+        tasks, tokenizer, info.window, conversation, info.remote_code, reason(spec, info), info.quantization
+    )
 
 
 def check_decoder(spec: RunSpec, info: ModelInfo) -> None:
-    """Raise ConfigError if the decoder cannot serve this model."""
+    """Raise ConfigError if the decoder does not fit this model."""
     name, k_max, tau = spec.decoder.name, info.k_max, info.tau
+    # 1) the method
     if name == "fluid" and k_max is None:
         raise ConfigError(f"decoder=fluid needs a K-head, and {spec.model.path} has none; use --decoder ar")
     if spec.decoder.method not in (None, info.method):
@@ -129,7 +153,8 @@ def check_decoder(spec: RunSpec, info: ModelInfo) -> None:
     if name == "ar" and info.method == "llada":
         raise ConfigError(f"decoder=ar: {spec.model.path} reads in both directions; use --decoder llada")
     if isinstance(spec.decoder, NbdiffSettings):
-        spec.decoder.part(spec.decoder.length(info.block_length))
+        spec.decoder.small_block_length(spec.decoder.block_length_for(info.block_length))
+    # 2) the K-head
     floor = spec.decoder.min_horizon if isinstance(spec.decoder, FluidSettings) else 1
     if k_max is not None and floor > k_max:
         raise ConfigError(f"min_horizon={floor} exceeds what this model's K-head was trained for (k_max={k_max})")
@@ -139,17 +164,17 @@ def check_decoder(spec: RunSpec, info: ModelInfo) -> None:
 
 
 class Job:
-    """One run under way."""
+    """One run in progress. opened: its run folder.  lm: the model that lm-eval calls."""
 
     def __init__(
         self,
         spec: RunSpec,
         opened: Run,
-        ready: Ready,
-        bar: Callable[[str, int], Bar] = Bar,
+        ready: Prepared,
+        bar: Callable[[str, int], ProgressBar] = ProgressBar,
         encoded: dict[str, tuple[int, ...]] | None = None,
     ) -> None:
-        """encoded: ids by text, shared by jobs with the same tokenizer."""
+        """bar: opens a progress bar.  encoded: token ids by text, shared by jobs with one tokenizer."""
         from .lm_eval_model import FluidLM
 
         self.spec = spec
@@ -158,8 +183,10 @@ class Job:
         self._chat = ready.conversation
         self._pool: Pool | None = None
         self._started = datetime.now(UTC)
-        judge = partial(lm_eval_tasks.begin_judging, ready.tasks)
-        self.lm = FluidLM(ready.tokenizer, ready.window, self.pool, opened, bar, ready.conversation, encoded, judge)
+        start_tests = partial(lm_eval_tasks.begin_judging, ready.tasks)
+        self.lm = FluidLM(
+            ready.tokenizer, ready.window, self.pool, opened, bar, ready.conversation, encoded, start_tests
+        )
 
     def pool(self) -> Pool:
         """The workers, started when the first answer is missing."""
@@ -170,23 +197,24 @@ class Job:
         return self._pool
 
     def begin(self, pool: Pool, session: str | None = None) -> None:
-        """Write the run folder's head: only now is the model known to load. session: of runs answered in turns."""
+        """Load the model, then write the run folder's spec and environment. session: shared by runs timed in turns."""
         facts = pool.facts(self.spec)
         self.lm.at_once = facts["device"] != "cpu"
-        where = {**environment.describe(), "started": self._started.isoformat(timespec="seconds")}
-        where["session"] = session or secrets.token_hex(6)
-        where["engine"] = {**facts, "workers": pool.size}
-        where["same"] = {name: facts.get(name) for name in ("weights", "device", "dtype")}
-        where["same"] |= {name: where["versions"][name] for name in ("torch", "transformers", "lm-eval")}
-        where["same"]["task versions"] = lm_eval_tasks.versions(self.ready.tasks)
-        where["data"] = [vars(f) for f in datasets.fingerprints(self.spec.data_dir)]
-        where["isolation"] = (
-            passing.isolation() if any(map(lm_eval_tasks.runs_code, self.ready.tasks["tasks"].values())) else None
-        )
-        self.opened.begin(where)
+        values = {**environment.describe(), "started": self._started.isoformat(timespec="seconds")}
+        values["session"] = session or secrets.token_hex(6)
+        values["engine"] = {**facts, "workers": pool.size}
+        # a resumed run must agree in these, see `Run.begin`
+        same = {name: facts.get(name) for name in ("weights", "device", "dtype")}
+        same |= {name: values["versions"][name] for name in ("torch", "transformers", "lm-eval")}
+        same["task versions"] = lm_eval_tasks.versions(self.ready.tasks)
+        values["same"] = same
+        values["data"] = [vars(fingerprint) for fingerprint in datasets.fingerprints(self.spec.data_dir)]
+        runs_code = any(map(lm_eval_tasks.runs_code, self.ready.tasks["tasks"].values()))
+        values["isolation"] = passing.isolation() if runs_code else None
+        self.opened.begin(values)
 
     def work(self, speed_repeats: int = 0) -> Nested:
-        """Have everything answered and scored, and timed so often; write and return the result."""
+        """Answer and score all requests, take speed repeats, write and return the result."""
         clock = time.perf_counter()
         records = self.score()
         if speed_repeats:
@@ -198,27 +226,28 @@ class Job:
         return result
 
     def score(self, share: float = 1.0) -> list[Record]:
-        """Samples with their scores, of the first documents of each task: that share of them."""
+        """Scored samples. share: fraction of each task's documents, from the first."""
         results = lm_eval_tasks.evaluate(self.spec, self.ready.tasks, self.lm, share)
         return lm_eval_tasks.scored_records(self.ready.tasks, results, self.opened.samples)
 
     def health(self, records: list[Record]) -> list[Nested]:
-        """What the health gates count in scored samples."""
+        """Health gates of scored samples."""
         return _health(self.spec, self.ready.tasks, records)
 
     def _result(self, records: list[Record]) -> Nested:
-        held = repeats.read(self.opened.folder)
-        where = read_environment(self.opened.folder / ENVIRONMENT)
-        talk = self._chat.describe() if self._chat else None
+        stored_repeats = repeats.read(self.opened.folder)
+        stored_environment = read_environment(self.opened.folder / ENVIRONMENT)
+        chat_settings = self._chat.describe() if self._chat else None
         return {
-            **result_of(self.spec, self.ready.tasks, records, talk, held),
-            "conditions": speed_conditions.describe(where, self.spec.to_dict(), records),
+            **result_of(self.spec, self.ready.tasks, records, chat_settings, stored_repeats),
+            "conditions": speed_conditions.describe(stored_environment, self.spec.to_dict(), records),
             "started": self._started.isoformat(timespec="seconds"),
             "remote_code": list(self.ready.remote_code),
+            "quantization": self.ready.quantization,
             "notices": [
                 *self.opened.notices,
                 *(self._chat.notices(records) if self._chat else []),
-                *repeats.notices(held),
+                *repeats.notices(stored_repeats),
             ],
         }
 
@@ -233,14 +262,17 @@ def result_of(
     tasks: lm_eval_tasks.Tasks,
     records: list[Record],
     chat: Nested | None,
-    held: Sequence[repeats.Repeat],
+    stored_repeats: Sequence[repeats.Repeat],
 ) -> Nested:
-    """What scored samples come to: lines, members, parts, protocol. chat: the conversation's.  held: speed repeats."""
+    """The result of scored samples, as stored. chat: its settings.
+
+    lines: rows of the spec's tasks.  parts: rows of tasks and groups inside them.  members: leaf tasks of each task.
+    """
     members = _members(spec, tasks)
 
-    def table(name: str) -> list[dict[str, Any]]:
+    def rows_of(name: str) -> list[dict[str, Any]]:
         leaves = set(members.get(name) or lm_eval_tasks.members(tasks, name))
-        return [line.to_dict() for line in lines(name, [r for r in records if r["task"] in leaves], held)]
+        return [row.to_dict() for row in table_rows(name, [r for r in records if r["task"] in leaves], stored_repeats)]
 
     parts = [*tasks["groups"], *(n for n in tasks["tasks"] if n not in spec.tasks)]
     return {
@@ -249,9 +281,9 @@ def result_of(
         "decoder": spec.to_dict()["decoder"],
         "chat": chat,
         "protocol": profiles.describe(spec, tasks["tasks"], members, chat),
-        "lines": [line for name in spec.tasks for line in table(name)],
+        "lines": [row for name in spec.tasks for row in rows_of(name)],
         "members": members,
-        "parts": [line for name in parts if name not in spec.tasks for line in table(name)],
+        "parts": [row for name in parts if name not in spec.tasks for row in rows_of(name)],
         "task_versions": lm_eval_tasks.versions(tasks),
         "data": [f.message for f in datasets.fingerprints(spec.data_dir)],
         "health": _health(spec, tasks, records),

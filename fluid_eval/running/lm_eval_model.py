@@ -1,12 +1,26 @@
-"""lm-eval's LM over our engine: drop what the run already holds, send the rest, keep answers as they come.
+"""lm-eval's model interface over our workers: answers come from the run folder or, if missing there, from the pool.
 
-Towards lm-eval this is rank 0 of 1; parallelism lives below, in the pool.
+A generation request, from lm-eval's Instance to the stored sample (gsm8k, document 0):
+
+    Instance("generate_until", doc, arguments=("Question: Janet's ducks lay 16 eggs …\\nAnswer:",
+             {"until": ["Question:", "</s>"], "max_gen_toks": 512, "do_sample": False}))
+        │ _generation_work: encode the prompt, cut it from the left to the window
+        ▼
+    Request(key="gsm8k/0", prompt=(1, 16492, …), max_new_tokens=512, stops=("Question:", "</s>"), seed=…, truncated=0)
+        │ pool.run: chunks to workers, answers in any order
+        ▼
+    Generation(key="gsm8k/0", ids=(2296, …), text=" She sells 9 eggs …", finish="stop", trace=…, seconds=0.8)
+        │ store: one line in samples.jsonl
+        ▼
+    {"key": "gsm8k/0", "prompt": "Question: …", "output": " She sells 9 eggs …", "output_ids": [2296, …], …}
+
+The Instances of one likelihood question (one a choice) become one ScoreRequest. A stored sample of the same prompt is
+not asked again. lm-eval sees rank 0 of 1: parallelism lies in the pool.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,32 +31,34 @@ from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normaliz
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from fluid_model.common.errors import ConfigError
-from fluid_model.engine.records import Generation, Request, Score, ScoreRequest, Trace
+from fluid_model.engine.records import Generation, Request, Score, ScoreRequest
 from fluid_model.settings import answer_slots
-from fluid_model.tokens import Tokenizer, encodable, spell
+from fluid_model.tokens import Tokenizer, encodable
 
 from ..benchmarks.chat_template import Chat
-from ..common.progress import Bar
-from ..results.run_folder import Record, Run
-from .workers import Lost, Pool, chunks_of
+from ..common.progress import ProgressBar
+from ..results.run_folder import Run
+from .answer_records import failed_record, generation_record, likelihood_record, prompt_hash
+from .chunks import FailedRequest, Pool, chunks_of
 
 if TYPE_CHECKING:
     from .worker import Answer, Work
 
 Ids = tuple[int, ...]
 ENCODE_AT_ONCE = 2048
+"""Prompts in one call of the tokenizer."""
 
 
 class FluidLM(TemplateLM):
-    """Answers lm-eval's requests from the run folder or, where it has none, from the pool.
+    """Answers lm-eval's requests from the run folder or, if missing there, from the pool.
 
-    pool: called once, when the first answer is missing.  window: tokens the model can read.  chat: None for plain
-    prompts.  encoded: ids by text, shared by those that have the same tokenizer and ask the same.  written: told of
-    each answer, its task, document and text: when all are written, or `at_once`.
+    window: the model's, in tokens.  pool: opens the workers, called when the first answer is missing.
+    chat: None for plain prompts.  encoded: token ids by text, shared between runs with one tokenizer.
+    on_text: called with task, document and text of each generated answer; after all answers, or `at_once`.
     """
 
     at_once = False
-    """Whether who is told of an answer may work beside those who write the next: not where they share processors."""
+    """Whether `on_text` is called as answers arrive. It starts tests of programs, which on a CPU slow the workers."""
 
     def __init__(
         self,
@@ -50,14 +66,13 @@ class FluidLM(TemplateLM):
         window: int,
         pool: Callable[[], Pool],
         run: Run,
-        bar: Callable[[str, int], Bar],
+        bar: Callable[[str, int], ProgressBar],
         chat: Chat | None = None,
         encoded: dict[str, Ids] | None = None,
-        written: Callable[[str, dict[str, Any], str], None] | None = None,
+        on_text: Callable[[str, dict[str, Any], str], None] | None = None,
     ) -> None:
         super().__init__()
-        self._tell = written
-        self._documents: dict[str, tuple[str, dict[str, Any]]] = {}
+        self._on_text = on_text
         self._encoded = {} if encoded is None else encoded
         self.tokenizer = tokenizer
         self._window = window
@@ -65,7 +80,10 @@ class FluidLM(TemplateLM):
         self._run = run
         self._bar = bar
         self._chat = chat
-        self._asked: dict[str, str | list[tuple[str, str]]] = {}
+        self._prompts: dict[str, str | list[tuple[str, str]]] = {}
+        """Of each pending request: its prompt, or its (context, continuation) pairs."""
+        self._documents: dict[str, tuple[str, dict[str, Any]]] = {}
+        """Of each pending generation: its task and document."""
         self._end_of_thinking = chat.cut if chat else None
         self._eos = None if tokenizer.eos_token_id is None else tokenizer.decode(tokenizer.eos_token_id)
 
@@ -77,8 +95,8 @@ class FluidLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        begin = self.tokenizer.bos_token_id
-        return int(begin) if begin is not None else self.eot_token_id
+        bos = self.tokenizer.bos_token_id
+        return int(bos) if bos is not None else self.eot_token_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -94,86 +112,89 @@ class FluidLM(TemplateLM):
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def missing(self, requests: Sequence[Instance]) -> list[Work]:
-        """What of these requests the run does not hold yet; `keep` takes the answers."""
-        writes = [instance for instance in requests if instance.request_type == "generate_until"]
-        scores = [instance for instance in requests if instance.request_type == "loglikelihood"]
-        return [*self._to_write(writes)[1], *self._to_score(scores)[1]]
+        """Work for those of the requests that the run has no sample of; `store` takes the answers."""
+        return [
+            *self._generation_work(_of_type(requests, "generate_until"))[1],
+            *self._likelihood_work(_of_type(requests, "loglikelihood"))[1],
+        ]
 
-    def keep(self, answer: Answer | Lost) -> None:
-        """Store an answer to what `missing` asked for."""
-        asked, document = self._asked.pop(answer.key), self._documents.pop(answer.key, None)
-        if isinstance(answer, Lost):
-            self._run.append(_lost(answer, asked))
+    def store(self, answer: Answer | FailedRequest) -> None:
+        """Append the answer to a pending request to the run folder."""
+        prompt = self._prompts.pop(answer.key)
+        document = self._documents.pop(answer.key, None)
+        if isinstance(answer, FailedRequest):
+            self._run.append(failed_record(answer, prompt))
         elif isinstance(answer, Generation):
-            self._run.append(self._written(answer, str(asked)))
-            if self.at_once and self._tell is not None and document is not None:
-                self._tell(*document, answer.text)
+            self._run.append(generation_record(answer, str(prompt), self.tokenizer, self._end_of_thinking))
+            if self.at_once and self._on_text is not None and document is not None:
+                self._on_text(*document, answer.text)
         else:
-            self._run.append(_scored(answer, list(asked)))  # type: ignore[arg-type]  # pairs, where likelihoods are asked
+            self._run.append(likelihood_record(answer, list(prompt)))  # type: ignore[arg-type]  # a Score has pairs
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts before their stop strings, in request order."""
-        keys, work = self._to_write(requests)
-        self._work("writing", keys, work)
+        """Answers, each up to its stop string, in request order."""
+        keys, work = self._generation_work(requests)
+        self._answer("writing", keys, work)
         texts = [self._run.samples[key]["output"] for key in keys]
-        if self._tell is not None and not self.at_once:
-            fresh = {item.key for item in work}
+        if self._on_text is not None and not self.at_once:
+            new = {item.key for item in work}
             for key, instance, text in zip(keys, requests, texts, strict=True):
-                if key in fresh:
-                    self._tell(instance.task_name, instance.doc, text)
+                if key in new:
+                    self._on_text(instance.task_name, instance.doc, text)
         return texts
 
     def to_time(self, requests: Sequence[Instance]) -> list[Request]:
-        """All that is written, held or not, but for samples that were given up."""
-        writes = [instance for instance in requests if instance.request_type == "generate_until"]
-        prompts = self._encode_all(instance.args[0] for instance in writes)
+        """Generation requests to time again: all, stored or not, but those that failed."""
+        generations = _of_type(requests, "generate_until")
+        prompts = self._encode_all(instance.args[0] for instance in generations)
         return [
-            self._request(key, prompts[instance.args[0]], dict(instance.args[1]), len(writes))
-            for key, instance in zip(keys_of(writes), writes, strict=True)
+            self._request(key, prompts[instance.args[0]], dict(instance.args[1]), len(generations))
+            for key, instance in zip(keys_of(generations), generations, strict=True)
             if key in self._run.samples
         ]
 
-    def _to_write(self, requests: Sequence[Instance]) -> tuple[list[str], list[Request]]:
-        """Keys of all, and what is missing."""
+    def _generation_work(self, requests: Sequence[Instance]) -> tuple[list[str], list[Request]]:
+        """Keys of all requests, and work for those without a stored sample."""
         prompts = self._encode_all(instance.args[0] for instance in requests)
-        keys, work = keys_of(requests), []
+        keys = keys_of(requests)
+        work = []
         for key, instance in zip(keys, requests, strict=True):
             text, options = instance.args
-            if not self._held(key, text):
+            if not self._is_stored(key, text):
                 work.append(self._request(key, prompts[text], dict(options), len(requests)))
-                self._asked[key] = text
+                self._prompts[key] = text
                 self._documents[key] = instance.task_name, instance.doc
-            elif self._tell is not None:
-                self._tell(instance.task_name, instance.doc, self._run.samples[key]["output"])
+            elif self._on_text is not None:
+                self._on_text(instance.task_name, instance.doc, self._run.samples[key]["output"])
         return keys, work
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-likelihood, is greedy) of each continuation; the choices of one question go together."""
-        questions, work = self._to_score(requests)
-        self._work("scoring", list(questions), work)
-        found: dict[int, tuple[float, bool]] = {}
-        for key, group in questions.items():
+        """(log-likelihood, is greedy) of each continuation, in request order."""
+        questions, work = self._likelihood_work(requests)
+        self._answer("scoring", list(questions), work)
+        results: dict[int, tuple[float, bool]] = {}
+        for key, choices in questions.items():
             record = self._run.samples[key]
-            for instance, value, greedy in zip(group, record["loglikelihoods"], record["greedy"], strict=True):
-                found[id(instance)] = value, greedy
-        return [found[id(instance)] for instance in requests]
+            for instance, value, greedy in zip(choices, record["loglikelihoods"], record["greedy"], strict=True):
+                results[id(instance)] = value, greedy
+        return [results[id(instance)] for instance in requests]
 
-    def _to_score(self, requests: Sequence[Instance]) -> tuple[dict[str, list[Instance]], list[ScoreRequest]]:
-        """Requests of each question by key, and the questions that are missing."""
+    def _likelihood_work(self, requests: Sequence[Instance]) -> tuple[dict[str, list[Instance]], list[ScoreRequest]]:
+        """Choices of each question by key, and work for the questions without a stored sample."""
         questions: dict[str, list[Instance]] = {}
         for instance in requests:
             questions.setdefault(f"{instance.task_name}/{instance.doc_id}", []).append(instance)
-        missing = {k: group for k, group in questions.items() if not self._held(k, group[0].args[0])}
-        pairs = self._encode_pairs([i.args for group in missing.values() for i in group])
-        seed = self._run.spec.seed
-        self._asked |= {key: [i.args for i in group] for key, group in missing.items()}
-        return questions, [
-            ScoreRequest(key, tuple(pairs[i.args] for i in group), row_seed(seed, key))
-            for key, group in missing.items()
-        ]
+        missing = {key: choices for key, choices in questions.items() if not self._is_stored(key, choices[0].args[0])}
+        pairs = self._encode_pairs([instance.args for choices in missing.values() for instance in choices])
+        work = []
+        for key, choices in missing.items():
+            self._prompts[key] = [instance.args for instance in choices]
+            encoded = tuple(pairs[instance.args] for instance in choices)
+            work.append(ScoreRequest(key, encoded, row_seed(self._run.spec.seed, key)))
+        return questions, work
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows as wide as the model's, each token predicted once."""
+        """Log-likelihood of whole texts, in windows as wide as the model's. Each token is predicted once."""
         totals = []
         for instance in requests:
             (text,) = instance.args
@@ -191,93 +212,86 @@ class FluidLM(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         work = [ScoreRequest(str(n), ((tuple(c), tuple(t)),)) for n, (_texts, c, t) in enumerate(requests)]
-        found = {answer.key: answer for answer in self._answers(work) if isinstance(answer, Score)}
-        return [(found[item.key].loglikelihoods[0], found[item.key].greedy[0]) for item in work]
+        scores = {answer.key: answer for answer in self._answers(work) if isinstance(answer, Score)}
+        return [(scores[item.key].loglikelihoods[0], scores[item.key].greedy[0]) for item in work]
 
-    def _held(self, key: str, prompt: str) -> bool:
-        """Whether the run holds this sample. Raises ConfigError if its prompt has changed since."""
-        held = self._run.samples.prompt_hash(key)
-        if held is not None and held != prompt_hash(prompt):
+    def _is_stored(self, key: str, prompt: str) -> bool:
+        """Whether the run has this sample. Raises ConfigError if it answers another prompt."""
+        stored_hash = self._run.samples.prompt_hash(key)
+        if stored_hash is not None and stored_hash != prompt_hash(prompt):
             raise ConfigError(f"{self._run.folder}: the prompt of {key} is not the one stored; start another run")
-        return held is not None
+        return stored_hash is not None
 
     def _request(self, key: str, prompt: Ids, options: dict[str, Any], asked: int) -> Request:
-        """Cut a prompt from the left so that its answer fits the window; say how much was cut. asked: in the run."""
+        """A generation request. The prompt is cut from the left so that the answer fits the window.
+
+        options: lm-eval's generation kwargs.  asked: generation requests of the run, for the draft policy.
+        """
         settings = normalize_gen_kwargs(options)
         stops = handle_stop_sequences(settings["until"], eos=self._eos)
         room = self._window - answer_slots(self._run.spec.decoder, settings["max_gen_toks"])
-        fed = (prompt or (self.prefix_token_id,))[-room:]
+        fitting = (prompt or (self.prefix_token_id,))[-room:]
         return Request(
             key=key,
-            prompt=fed,
+            prompt=fitting,
             max_new_tokens=settings["max_gen_toks"],
             stops=tuple(stops),
             seed=row_seed(self._run.spec.seed, key),
-            truncated=max(0, len(prompt) - len(fed)),
+            truncated=max(0, len(prompt) - len(fitting)),
             end_of_thinking=self._end_of_thinking,
             asked=asked,
         )
 
-    def _written(self, answer: Generation, prompt: str) -> Record:
-        drafts = [(place, ids) for _, place, ids in answer.trace.rejected]
-        pieces, rejected = spell(self.tokenizer, answer.ids, drafts)
-        record = {
-            **base_record(answer, prompt),
-            "output": answer.text,
-            "output_ids": list(answer.ids),
-            "pieces": pieces,
-            "rejected": rejected,
-            "finish": answer.finish,
-        }
-        if answer.draft_policy is not None:
-            record["draft_policy"] = vars(answer.draft_policy)
-        if self._end_of_thinking is not None:
-            record["raw_output"] = self.tokenizer.decode(answer.ids)
-            record["thinking_ended"] = self._end_of_thinking in record["raw_output"]
-        return record
-
-    def _work(self, title: str, keys: Sequence[str], work: Sequence[Work]) -> None:
-        """Send missing work to the pool and store answers as they come."""
+    def _answer(self, title: str, keys: Sequence[str], work: Sequence[Work]) -> None:
+        """Send missing work to the pool and store answers as they arrive."""
         with self._bar(title, len(keys)) as bar:
             bar.skip(len(keys) - len(work))
             if work:
                 for answer in self._answers(work):
-                    self.keep(answer)
+                    self.store(answer)
                     bar.advance()
 
-    def _answers(self, work: Sequence[Work]) -> Iterator[Answer | Lost]:
+    def _answers(self, work: Sequence[Work]) -> Iterator[Answer | FailedRequest]:
         pool = self._pool()
         for _, answer in pool.run(chunks_of(pool, "", self._run.spec, work)):
             yield answer
 
     def _encode_all(self, texts: Iterable[str]) -> dict[str, Ids]:
-        """Token ids of distinct texts."""
+        """Token ids by text."""
         texts = dict.fromkeys(texts)
         distinct = [text for text in texts if text not in self._encoded]
         self._encoded |= encode_prompts(self.tokenizer, distinct, chat=self._chat is not None)
         return {text: self._encoded[text] for text in texts}
 
     def _encode_pairs(self, texts: list[tuple[str, str]]) -> dict[tuple[str, str], tuple[Ids, Ids]]:
-        """Context and continuation ids as lm-eval splits them: encode the whole, cut at the context's length."""
+        """Context and continuation ids, split as lm-eval does: encode both as one text, cut at the context's length."""
+        # 1) trailing white space of the context belongs to the continuation
         split = {}
         for context, continuation in texts:
-            bare = context.rstrip()
-            split[context, continuation] = bare, context[len(bare) :] + continuation
-        encoded = self._encode_all([c for c, _ in split.values() if c] + [c + t for c, t in split.values() if c])
+            stripped = context.rstrip()
+            split[context, continuation] = stripped, context[len(stripped) :] + continuation
+        contexts = [context for context, _ in split.values() if context]
+        joined = [context + continuation for context, continuation in split.values() if context]
+        encoded = self._encode_all(contexts + joined)
+        # 2) cut; an empty context is the prefix token alone
         pairs = {}
         for args, (context, continuation) in split.items():
             if context:
-                whole, head = encoded[context + continuation], encoded[context]
-                pairs[args] = head, whole[len(head) :]
+                context_ids, both_ids = encoded[context], encoded[context + continuation]
+                pairs[args] = context_ids, both_ids[len(context_ids) :]
             else:
-                tail = tuple(self.tok_encode(continuation, add_special_tokens=False))
-                begin = (self.prefix_token_id,)
-                pairs[args] = (tail[:1], tail[1:]) if tail[:1] == begin else (begin, tail)
+                ids = tuple(self.tok_encode(continuation, add_special_tokens=False))
+                prefix = (self.prefix_token_id,)
+                pairs[args] = (ids[:1], ids[1:]) if ids[:1] == prefix else (prefix, ids)
         return pairs
 
 
+def _of_type(requests: Sequence[Instance], request_type: str) -> list[Instance]:
+    return [instance for instance in requests if instance.request_type == request_type]
+
+
 def keys_of(requests: Sequence[Instance]) -> list[str]:
-    """A sample's name, TASK/DOCUMENT, with a number behind it from a document's second answer on."""
+    """Sample keys: TASK/DOCUMENT, and TASK/DOCUMENT/2, /3 … for further answers to one document."""
     seen: Counter[str] = Counter()
     keys = []
     for instance in requests:
@@ -287,77 +301,31 @@ def keys_of(requests: Sequence[Instance]) -> list[str]:
     return keys
 
 
-def prompt_hash(prompt: str) -> str:
-    """16 hex digits that name a prompt."""
-    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
 def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], *, chat: bool) -> dict[str, Ids]:
-    """Token ids of distinct prompts. The tokenizer adds its special tokens unless the text has its own BOS or is a
-    conversation: there the template decides, as in transformers.
+    """Token ids of distinct prompts.
 
-    Raises ConfigError if a text starts with two BOS.
+    The tokenizer adds its special tokens unless the text starts with BOS or is a chat prompt, whose template decides.
+    Raises ConfigError if a prompt starts with two BOS.
     """
-    begin, encoded = tokenizer.bos_token_id, dict[str, Ids]()
-    first = begin if begin is not None else tokenizer.eos_token_id
-    bos = "" if first is None else tokenizer.decode(first)
-    for has_bos in (False, True):
-        group = [t for t in texts if bool(bos) and has_bos_prefix(t, bos) == has_bos]
-        group = group if bos else [] if has_bos else list(texts)
+    encoded: dict[str, Ids] = {}
+    bos_id = tokenizer.bos_token_id
+    first_id = bos_id if bos_id is not None else tokenizer.eos_token_id
+    bos = "" if first_id is None else tokenizer.decode(first_id)
+    # 1) texts with and without a BOS of their own are encoded apart
+    with_bos = [text for text in texts if bos and has_bos_prefix(text, bos)]
+    without_bos = [text for text in texts if not (bos and has_bos_prefix(text, bos))]
+    for group, add_special_tokens in ((without_bos, not chat), (with_bos, False)):
         for start in range(0, len(group), ENCODE_AT_ONCE):
             part = group[start : start + ENCODE_AT_ONCE]
-            clean = [encodable(text) for text in part]
-            ids = tokenizer(clean, add_special_tokens=not has_bos and not chat)["input_ids"]
+            ids = tokenizer([encodable(text) for text in part], add_special_tokens=add_special_tokens)["input_ids"]
             encoded.update(zip(part, map(tuple, ids), strict=True))
-    if begin is not None and any(ids[:2] == (begin, begin) for ids in encoded.values()):
+    # 2) a template or task text that writes BOS where the tokenizer adds one
+    if bos_id is not None and any(ids[:2] == (bos_id, bos_id) for ids in encoded.values()):
         where = "the model's chat template" if chat else "the task's text"
         raise ConfigError(f"a prompt starts with {bos} twice, as written by {where}; take one out there")
     return encoded
 
 
 def row_seed(seed: int, key: str) -> int:
-    """A row's own seed, so that its random numbers do not depend on what runs beside it."""
+    """The seed of one row: its random numbers do not depend on the rows that share its batch."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7])
-
-
-def base_record(answer: Generation | Score, prompt: str) -> Record:
-    """What the record of any answer has."""
-    task, doc_id = answer.key.split("/")[:2]
-    if isinstance(answer, Generation):
-        broken = answer.finish == "broken"
-    else:
-        broken = any(map(math.isnan, answer.loglikelihoods))
-    return {
-        "key": answer.key,
-        "task": task,
-        "doc_id": int(doc_id),
-        "prompt_hash": prompt_hash(prompt),
-        "prompt": prompt,
-        "prompt_tokens": answer.prompt_tokens,
-        "truncated": answer.truncated,
-        "trace": vars(answer.trace),
-        "seconds": answer.seconds,
-        **({"broken": True} if broken else {}),
-    }
-
-
-def _lost(answer: Lost, asked: str | list[tuple[str, str]]) -> Record:
-    """A sample that was given up: it has no answer and counts nowhere."""
-    nothing = Score(answer.key, (0.0,) * len(asked), (False,) * len(asked), Trace(), 0.0)
-    if isinstance(asked, str):
-        return {**base_record(nothing, asked), "output": "", "output_ids": [], "finish": "lost", "lost": answer.reason}
-    return {**_scored(nothing, asked), "output": "", "lost": answer.reason}
-
-
-def _scored(answer: Score, args: list[tuple[str, str]]) -> Record:
-    best = max(range(len(args)), key=lambda i: answer.loglikelihoods[i])
-    return {
-        **base_record(answer, args[0][0]),
-        "output": args[best][1].strip(),
-        "output_ids": [],
-        "finish": None,
-        "choices": [continuation for _, continuation in args],
-        "loglikelihoods": list(answer.loglikelihoods),
-        "standard_errors": list(answer.errors),
-        "greedy": list(answer.greedy),
-    }

@@ -1,4 +1,11 @@
-"""Speed repeats: answers of one run, or of several in turns, written again for their time (see `repeats`)."""
+"""Taking speed repeats: the answers of one run, or of several in alternation, are generated again and timed.
+
+    turn 0   run A, run B
+    turn 1   run B, run A        every other turn in reverse order, against drift of the machine
+    turn 2   run A, run B
+
+`results.speed_repeats` has the stored form.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ..benchmarks import lm_eval_tasks
-from ..common.progress import Bar
+from ..common.progress import ProgressBar
 from ..common.spec import RunSpec
 from ..results import speed_repeats
 from ..results.run_folder import Run
-from .workers import Pool, chunks_of
+from .chunks import Pool, chunks_of
 
 if TYPE_CHECKING:
     from fluid_model.engine.records import Request
@@ -19,8 +26,8 @@ if TYPE_CHECKING:
     from .lm_eval_model import FluidLM
 
 
-class Timed(Protocol):
-    """A run whose folder is open, and what says what it writes."""
+class RepeatableRun(Protocol):
+    """A run with an open folder, whose answers can be generated again (`running.job.Job`)."""
 
     @property
     def spec(self) -> RunSpec: ...
@@ -32,23 +39,27 @@ class Timed(Protocol):
     def lm(self) -> FluidLM: ...
 
 
-def time_in_turns(pool: Pool, jobs: Mapping[str, Timed], asked: Mapping[str, lm_eval_tasks.Asked], count: int) -> None:
-    """Write all answers of these jobs `count` times more, each job once a turn, every other turn in reverse order, and
-    keep what each took. jobs, asked: by name.
+def time_in_turns(
+    pool: Pool, jobs: Mapping[str, RepeatableRun], asked: Mapping[str, lm_eval_tasks.Asked], count: int
+) -> None:
+    """Time all answers of these jobs `count` times more, each job once a turn, and store the repeats.
 
-    A job that lost an answer in a turn has no repeat of it. Its run folder must be open.
+    jobs, asked: jobs and their lm-eval requests, by name. The run folders must be open. A job with a failed request in
+    a turn has no repeat of that turn.
     """
     work = {name: jobs[name].lm.to_time(asked[name]) for name in jobs}
     session = secrets.token_hex(6)
     total = count * sum(map(len, work.values()))
-    with Bar("timing", total) as bar:
+    with ProgressBar("timing", total) as bar:
         for turn in range(count):
             for name in list(work)[:: 1 if turn % 2 == 0 else -1]:
                 if work[name]:
                     _time(pool, name, jobs[name], work[name], (session, turn), bar)
 
 
-def _time(pool: Pool, name: str, job: Timed, work: Sequence[Request], turn: speed_repeats.Turn, bar: Bar) -> None:
+def _time(
+    pool: Pool, name: str, job: RepeatableRun, work: Sequence[Request], turn: speed_repeats.Turn, bar: ProgressBar
+) -> None:
     """One repeat of one job."""
     from fluid_model.engine.records import Generation
 

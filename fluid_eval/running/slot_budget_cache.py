@@ -1,4 +1,7 @@
-"""Slot budgets measured so far, one a device and model, kept in the user's cache folder."""
+"""Measured slot budgets, one a device and model, in the user's cache folder.
+
+slot_budgets.json   {"tiny-fluid 61b9a688adeaefd9 on cpu, float32, 1, compiled": 2}
+"""
 
 from __future__ import annotations
 
@@ -14,33 +17,33 @@ if TYPE_CHECKING:
 
 
 def file() -> Path:
-    """Where they are kept. Raises OSError where there is no place that is the user's alone."""
+    """Path of the cache file. Raises OSError if no folder is writable by this user alone."""
     return cache_folder.folder() / "slot_budgets.json"
 
 
 def known() -> dict[str, int]:
-    """Budgets by device and model; none where the file is missing, damaged or another's."""
+    """Budgets by model and device; none if the file is missing, damaged or another user's."""
     try:
-        held = cache_folder.kept(file().name)
-        values = json.loads(held.read_text(encoding="utf-8")) if held else {}
+        cached = cache_folder.cached_file(file().name)
+        values = json.loads(cached.read_text(encoding="utf-8")) if cached else {}
         return {str(name): int(value) for name, value in values.items()}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
 
 
 def recall(backbone: Backbone, device: str, model: str) -> int:
-    """The budget measured earlier for this device and model, or one measured now and kept if the folder can be written.
+    """The budget of this model on this device: cached, else measured now and cached if the folder is writable.
 
-    device: all that makes it fast or slow.  model: what tells its weights from others.
+    device: every fact that its speed depends on.  model: name and hash of the weights.
     """
     name = f"{model} on {device}"
     budgets = known()
     if name not in budgets:
         budgets[name] = backbone.slot_budget
-        _keep(budgets)
+        _store(budgets)
     return budgets[name]
 
 
-def _keep(budgets: dict[str, int]) -> None:
-    with suppress(OSError):  # then it is measured again next time
+def _store(budgets: dict[str, int]) -> None:
+    with suppress(OSError):  # measured again next time
         files.write(file(), json.dumps(budgets, indent=1))

@@ -1,4 +1,11 @@
-"""Holds a model and works through requests. Runs in this process or inside a Ray actor; knows neither."""
+"""The worker: loads a checkpoint and answers requests with it. The same in this process and inside a Ray actor.
+
+worker.run(spec, requests)
+    1) checkpoint of the spec: loaded, or reused from an earlier spec (a sweep's points share it)
+    2) requests in bands of similar length, the longest first (`_bands`)
+    3) rows a batch: as asked, or as many as key/value memory allows (`rows_for`)
+    4) engine (generation) or scorer (likelihoods) for each band; out of memory: the rest with half as many rows
+"""
 
 from __future__ import annotations
 
@@ -25,106 +32,118 @@ Work = Request | ScoreRequest
 Answer = Generation | Score
 Item = TypeVar("Item", Request, ScoreRequest)
 WEIGHTS_END = 1 << 22
-"""Bytes read at each end of a weights file to name it."""
+"""Bytes hashed at each end of a weights file."""
 AUTO_ROWS = 32
-"""Rows at a time where the user leaves it to us, if memory allows."""
+"""Rows a batch with `batch_size = "auto"`, if memory allows."""
 KEEP_SHARE = 0.25
-"""Share of free memory that checkpoints held may take when another one is to be loaded; else they are dropped."""
+"""Share of free memory up to which loaded checkpoints stay when another one is loaded; above it they are dropped."""
 KV_SHARE = 0.5
-"""Share of free memory that keys and values may take with an automatic batch size."""
+"""Share of free memory for the key/value cache with `batch_size = "auto"`."""
 
 
 class Worker:
-    """Holds checkpoints for many batches of requests of many specs. A checkpoint is loaded once, when first needed."""
+    """Answers requests of any number of specs. Loads each checkpoint once, when it is first needed."""
 
     def __init__(self, threads: int | None = None) -> None:
-        """threads: CPU threads to use (torch's own choice if None)."""
-        self._held: dict[ModelSpec, Checkpoint] = {}
+        """threads: CPU threads to use (None: torch's default)."""
+        self._checkpoints: dict[ModelSpec, Checkpoint] = {}
         self._names: dict[Path, str] = {}
-        self._fit: dict[ModelSpec, int] = {}  # rows that memory took, where it did not take all
+        self._fitting_rows: dict[ModelSpec, int] = {}
+        """Rows a batch that fit into memory, for models that ran out of it."""
         if threads is not None:
             torch.set_num_threads(threads)
 
     def facts(self, spec: Nested) -> dict[str, Any]:
-        """What a spec runs on here: device, dtype, threads, parameters. Raises ConfigError if its model cannot load.
+        """What a spec runs on here: device, dtype, threads, forward, parameters.
 
-        spec: as RunSpec.to_dict gives it.
+        spec: as RunSpec.to_dict gives it.  Raises ConfigError if its model cannot load.
         """
-        self._take(spec)
+        self._load(spec)
         backbone, folder = self._checkpoint.backbone, self._checkpoint.folder
         if folder is not None and folder not in self._names:
             self._names[folder] = weights_name(folder)
         return {
             **device_facts(backbone),
+            "forward_kind": backbone.forward_choice.kind,
+            "forward_reason": backbone.forward_choice.reason,
             "parameters": sum(p.numel() for p in self._checkpoint.model.parameters()),
             "weights": self._names[folder] if folder else None,
-            "slot_budget": backbone.slot_budget if prices_slots(self._spec.decoder) else None,
+            "slot_budget": backbone.slot_budget if needs_slot_budget(self._spec.decoder) else None,
         }
 
-    def _take(self, spec: Nested) -> None:
-        """Turn to a spec: its checkpoint, loaded unless it is held, and its K-head."""
+    def _load(self, spec: Nested) -> None:
+        """Switch to a spec: its checkpoint, loaded unless it is already, with the K-head of its tau."""
         self._spec = build_spec(spec)
-        key = self._key = replace(self._spec.model, tau=None)
-        if key not in self._held:
-            held = sum(weights_bytes(checkpoint.model) for checkpoint in self._held.values())
-            if self._held and held > KEEP_SHARE * free_memory(next(iter(self._held.values())).backbone.device):
-                self._held.clear()
-                vars(self).pop("_checkpoint", None)
-                torch.cuda.empty_cache()
-            self._held[key] = load(
+        key = self._key = replace(self._spec.model, tau=None)  # one load serves all K-heads
+        if key not in self._checkpoints:
+            self._make_room()
+            self._checkpoints[key] = load(
                 key.path, dtype=key.dtype, device=key.device, mask_token=key.mask_token,
                 end_tokens=key.end_tokens, method=key.method, trust_remote_code=key.trust_remote_code,
                 base=key.base,
             )  # fmt: skip
-        self._checkpoint = self._held[key].with_tau(self._spec.model.tau)
-        price_slots(self._checkpoint, self._spec)
+        self._checkpoint = self._checkpoints[key].with_tau(self._spec.model.tau)
+        set_slot_budget(self._checkpoint, self._spec)
+
+    def _make_room(self) -> None:
+        """Drop the loaded checkpoints if they take more than KEEP_SHARE of free memory."""
+        if not self._checkpoints:
+            return
+        used = sum(weights_bytes(checkpoint.model) for checkpoint in self._checkpoints.values())
+        device = next(iter(self._checkpoints.values())).backbone.device
+        if used > KEEP_SHARE * free_memory(device):
+            self._checkpoints.clear()
+            vars(self).pop("_checkpoint", None)
+            torch.cuda.empty_cache()
 
     def run(self, spec: Nested, work: Sequence[Work]) -> Iterator[Answer]:
-        """Answers to a spec's requests as they are finished, in any order."""
-        self._take(spec)
+        """Answers to a spec's requests as they finish, in any order."""
+        self._load(spec)
         asked = self._spec.batch_size
-        self._most = self._fit.get(self._key, AUTO_ROWS) if asked == "auto" else int(asked)
-        generate = [item for item in work if isinstance(item, Request)]
-        score = [item for item in work if isinstance(item, ScoreRequest)]
-        for longest, requests in self._bands(generate, lambda r: len(r.prompt) + r.max_new_tokens):
-            yield from self._all(requests, longest, self._write)
-        for longest, questions in self._bands(score, lambda r: max(len(a) + len(b) for a, b in r.pairs)):
-            yield from self._all(questions, longest, self._score)
+        self._max_rows = self._fitting_rows.get(self._key, AUTO_ROWS) if asked == "auto" else int(asked)
+        generations = [item for item in work if isinstance(item, Request)]
+        questions = [item for item in work if isinstance(item, ScoreRequest)]
+        for longest, requests in self._bands(generations, lambda r: len(r.prompt) + r.max_new_tokens):
+            yield from self._answer_all(requests, longest, self._generate)
+        for longest, scored in self._bands(questions, lambda r: max(len(a) + len(b) for a, b in r.pairs)):
+            yield from self._answer_all(scored, longest, self._score)
 
     def _bands(self, work: list[Item], tokens: Callable[[Item], int]) -> Iterator[tuple[int, list[Item]]]:
-        """All work at once where memory takes as many rows as wanted of the longest; else what is at least half as long
-        as the longest first, so that long rows do not keep short ones from being many. With the longest's tokens.
+        """Work in bands of similar length, the longest first, each with the tokens of its longest item.
+
+        One band if memory fits a full batch of the longest item. Else a band ends at half its longest item's length:
+        long rows, of which few fit, would otherwise limit the batches of short ones.
         """
         left = sorted(work, key=tokens, reverse=True)
         while left:
             longest = tokens(left[0])
-            fits = self.rows_for(longest) >= min(self._most, len(left))
+            fits = self.rows_for(longest) >= min(self._max_rows, len(left))
             count = len(left) if fits else sum(2 * tokens(item) >= longest for item in left)
             yield longest, left[:count]
             left = left[count:]
 
-    def _write(self, requests: list[Request], rows: int) -> Iterator[Answer]:
+    def _generate(self, requests: list[Request], rows: int) -> Iterator[Answer]:
         return engine_for(self._checkpoint, self._spec.decoder, rows).generate(requests)
 
     def _score(self, requests: list[ScoreRequest], rows: int) -> Iterator[Answer]:
         return scorer_for(self._checkpoint, self._spec.decoder, rows).score(requests)
 
-    def _all(
-        self, work: list[Item], longest: int, answers: Callable[[list[Item], int], Iterator[Answer]]
+    def _answer_all(
+        self, work: list[Item], longest: int, answer: Callable[[list[Item], int], Iterator[Answer]]
     ) -> Iterator[Answer]:
-        """Answers to all work. Where memory runs out, what is not answered yet goes on with half as many rows at once,
-        from then on, unless the user set how many.
+        """Answers to all work. Out of memory, the unanswered rest continues with half as many rows a batch, as do later
+        bands; a batch size that the user set is not changed.
 
-        longest: tokens of a row.  answers: to the work that is left, that many rows at a time.
-        Raises RunError where memory does not take one row, or not as many as asked.
+        longest: tokens of the longest row.  answer: answers work with so many rows a batch.
+        Raises RunError if one row does not fit, or not as many as the user asked for.
         """
-        left: dict[str, Item] = {item.key: item for item in work}
-        while left:
-            rows = min(self._most, self.rows_for(longest))
+        unanswered: dict[str, Item] = {item.key: item for item in work}
+        while unanswered:
+            rows = min(self._max_rows, self.rows_for(longest))
             try:
-                for answer in answers(list(left.values()), rows):
-                    del left[answer.key]
-                    yield answer
+                for result in answer(list(unanswered.values()), rows):
+                    del unanswered[result.key]
+                    yield result
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -133,46 +152,45 @@ class Worker:
                         f"batch_size={rows}: out of memory with rows of {longest} tokens; "
                         + ("nothing smaller is left" if rows == 1 else "pass a smaller --batch-size, or auto")
                     ) from error
-                self._most = self._fit[self._key] = rows // 2
+                self._max_rows = self._fitting_rows[self._key] = rows // 2
             torch.cuda.empty_cache()
 
     def rows_for(self, tokens: int) -> int:
-        """Rows of `tokens` tokens to keep at once: as asked, or as many as free memory takes, up to AUTO_ROWS."""
+        """Rows a batch, each `tokens` long: as asked, or as many as key/value memory fits, up to AUTO_ROWS."""
         if self._spec.batch_size != "auto":
             return int(self._spec.batch_size)
         backbone = self._checkpoint.backbone
         config = backbone.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        row: int = 2 * config.num_hidden_layers * heads * size * tokens * torch.finfo(backbone.dtype).bits // 8
-        return max(1, min(AUTO_ROWS, int(KV_SHARE * free_memory(backbone.device)) // row))
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        numbers = 2 * config.num_hidden_layers * kv_heads * head_size * tokens  # keys and values of one row
+        row_bytes: int = numbers * torch.finfo(backbone.dtype).bits // 8
+        return max(1, min(AUTO_ROWS, int(KV_SHARE * free_memory(backbone.device)) // row_bytes))
 
 
 def load_for(spec: RunSpec) -> Checkpoint:
-    """The checkpoint a run names, and its slot budget where the decoder asks for one. Raises ConfigError if it cannot
-    load.
-    """
+    """The checkpoint of a run, with its slot budget if the decoder needs one. Raises ConfigError if it cannot load."""
     model = spec.model
     checkpoint = load(
         model.path, dtype=model.dtype, device=model.device, tau=model.tau, mask_token=model.mask_token,
         end_tokens=model.end_tokens, method=model.method, trust_remote_code=model.trust_remote_code,
         base=model.base,
     )  # fmt: skip
-    price_slots(checkpoint, spec)
+    set_slot_budget(checkpoint, spec)
     return checkpoint
 
 
-def price_slots(checkpoint: Checkpoint, spec: RunSpec) -> None:
-    """See to a checkpoint's slot budget, where the decoder asks for one: from the user's cache, or measured now."""
+def set_slot_budget(checkpoint: Checkpoint, spec: RunSpec) -> None:
+    """Set a checkpoint's slot budget, if the decoder needs one: from the user's cache, or measured now."""
     backbone = checkpoint.backbone
-    if prices_slots(spec.decoder) and checkpoint.folder is not None and "slot_budget" not in vars(backbone):
+    if needs_slot_budget(spec.decoder) and checkpoint.folder is not None and "slot_budget" not in vars(backbone):
         device = ", ".join(str(fact) for fact in device_facts(backbone).values())
         name = f"{Path(spec.model.path).name} {weights_name(checkpoint.folder)}"
         backbone.slot_budget = slot_budget_cache.recall(backbone, device, name)
 
 
-def prices_slots(decoder: DecoderSettings) -> bool:
-    """Whether a decoder needs to know what a slot costs on this device."""
+def needs_slot_budget(decoder: DecoderSettings) -> bool:
+    """Whether a decoder drafts by the marginal cost of a slot on this device, and sets no budget of its own."""
     return (
         isinstance(decoder, FluidSettings)
         and decoder.rounds == "one"
@@ -182,13 +200,13 @@ def prices_slots(decoder: DecoderSettings) -> bool:
 
 
 def device_facts(backbone: Backbone) -> dict[str, Any]:
-    """What makes a model fast or slow here: device, dtype, threads, whose forward."""
+    """Device, dtype, threads and forward (compiled or torch), which decide a model's speed."""
     cuda = backbone.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(backbone.device) if cuda else "cpu",
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "forward": "torch" if backbone.native is None else "compiled",
+        "forward": "torch" if backbone.compiled is None else "compiled",
     }
 
 
@@ -198,9 +216,9 @@ def weights_bytes(model: torch.nn.Module) -> int:
 
 
 def weights_name(folder: Path) -> str:
-    """What tells one model's weights from another's: a hash over a folder's files, wherever it came from.
+    """Hash that identifies a model's weights: over the names, sizes and both ends of a folder's files.
 
-    Of large files only the size and both ends are read, which a retrained or converted model changes.
+    Retraining or conversion changes the ends; hashing all of a 7B model would take a minute.
     """
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
@@ -213,7 +231,7 @@ def weights_name(folder: Path) -> str:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch found no memory, on whatever device."""
+    """Whether torch ran out of memory, on a GPU or a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 

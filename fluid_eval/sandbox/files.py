@@ -1,4 +1,4 @@
-"""The interpreter's own files: all that a program may read."""
+"""Files of the Python interpreter, which are the only files that a program can read."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ for name in sorted(os.listdir(sys.argv[1])) if os.path.isdir(sys.argv[1]) else (
         pass
 print("\\n".join({line.split(maxsplit=5)[5].strip() for line in open("/proc/self/maps") if ".so" in line}))
 """
-"""Imports each extension module of the folder it is given and names the shared objects that are loaded then."""
+"""Script: imports each extension module of a folder and prints the shared objects that are then loaded."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """executable: the interpreter, links followed.  binds: (what is on this machine, where a program finds it), files
-    and folders.  hidden: folders below them that are left out.
+    """Files of a jail. executable: the interpreter, links resolved.  binds: (source here, place in the jail), files and
+    folders.  hidden: folders below them that the jail does not show.
     """
 
     executable: str
@@ -43,9 +43,11 @@ def interpreter_files() -> Files:
     standard = list(dict.fromkeys(os.path.realpath(sysconfig.get_path(n, vars=base)) for n in ("stdlib", "platstdlib")))
     extensions = os.path.join(standard[-1], "lib-dynload")
     words = [executable, *NO_SITE, "-c", _MAPPED, extensions]
-    told = subprocess.run(words, capture_output=True, text=True, check=True, env={}, cwd="/").stdout.split("\n")
+    mapped_objects = subprocess.run(words, capture_output=True, text=True, check=True, env={}, cwd="/").stdout.split(
+        "\n"
+    )
     binds = {executable: executable, **{folder: folder for folder in standard}}
-    for mapped in filter(None, told):
+    for mapped in filter(None, mapped_objects):
         if not any(mapped.startswith(f"{folder}/") for folder in standard):
             binds |= _library(Path(mapped))
     loaders = [str(file) for folder in ("/lib", "/lib64") for file in Path(folder).glob("ld-*.so*")]
@@ -55,15 +57,17 @@ def interpreter_files() -> Files:
 
 
 def _library(mapped: Path) -> dict[str, str]:
-    """Place -> source of a shared object: a distribution's folder of such whole, since binding each of them would take
-    longer than to start an interpreter; elsewhere, and where Python's packages lie too, its names alone.
+    """Place -> source of a shared object, under all its names.
+
+    In /usr/lib its whole folder: binding the files one by one takes longer than starting an interpreter. Elsewhere, and
+    in folders with Python packages, the object alone.
     """
     folder = mapped.parent
     if folder.is_relative_to("/usr/lib") and not any(folder.glob("python*")):
-        found = {str(folder): str(folder)}
+        binds = {str(folder): str(folder)}
     else:
-        found = {str(name): str(mapped) for name in folder.glob("*.so*") if name.resolve() == mapped}
+        binds = {str(name): str(mapped) for name in folder.glob("*.so*") if name.resolve() == mapped}
     short = Path("/", *folder.parts[2:])  # /usr/lib/... is /lib/... too, where the two are merged
     if folder.parts[1:2] == ("usr",) and short.resolve() == folder:
-        found |= {name.removeprefix("/usr"): source for name, source in found.items()}
-    return found
+        binds |= {name.removeprefix("/usr"): source for name, source in binds.items()}
+    return binds

@@ -1,4 +1,4 @@
-"""Which tier holds here: each is tried with a program that attempts what it must not be able to do."""
+"""Choice of the isolation tier: each is tested on this machine with a program that attempts forbidden operations."""
 
 from __future__ import annotations
 
@@ -77,81 +77,82 @@ def fill():
         with open(str(n), "wb") as file:
             file.write(bytes({FILE}))
 """
-"""What no program may manage. Each is harmless where it succeeds."""
+"""The test program: operations that must all fail. Each is harmless if it succeeds."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """name: the tier that holds, None without one.  failed: (tier, why not), of those tried before."""
+class IsolationHere:
+    """Isolation on this machine. name: the strongest tier that holds, or None.  failed: stronger tiers, and why."""
 
     name: str | None
     failed: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
-        missing = "; ".join(f"{name}: {why}" for name, why in self.failed)
+        missing = "; ".join(f"{name}: {reason}" for name, reason in self.failed)
         return f"{self.name or 'none'}{f' ({missing})' if missing else ''}"
 
 
 @contextmanager
 def _bait() -> Iterator[tuple[str, int, int, bytes]]:
-    """A file, a listening port and a process that an attempt may go for, and which network namespace is theirs."""
+    """Targets of the attempts: a file, a listening port, a process id, and the cookie of their network namespace."""
     with tempfile.TemporaryDirectory(prefix="fluid-eval-bait-") as folder, socket.create_server(("127.0.0.1", 0)) as s:
         secret = Path(folder, "secret")
         secret.write_text("secret")
         network = b""
-        with suppress(OSError):  # Linux 5.14, which is older than tiers that share this namespace
+        with suppress(OSError):  # needs Linux 5.14; tiers that share this namespace need more
             network = s.getsockopt(socket.SOL_SOCKET, 71, 8)  # SO_NETNS_COOKIE
         yield str(secret), s.getsockname()[1], os.getpid(), network
 
 
-def tried(tier: type[Tier]) -> str:
-    """Why a tier does not hold here, "" if it does."""
-    from .pool import Place
+def failure_of(tier: type[Tier]) -> str:
+    """Why a tier does not hold on this machine, "" if it does."""
+    from .pool import WardenProcess
 
     if sys.platform != "linux":
         return "needs Linux"
     try:
-        with _bait() as bait, Place(tier.name) as place:
-            verdict = place.judge(
+        with _bait() as bait, WardenProcess(tier.name) as warden:
+            attempted = warden.judge(
                 Trial(ATTEMPTS, f"done = attempts{bait}\nassert not done, f'did {{done}}'", timeout=15)
             )
-            filled = place.judge(Trial(ATTEMPTS, "fill()", timeout=15))
+            filled = warden.judge(Trial(ATTEMPTS, "fill()", timeout=15))
     except OSError as error:
         return " ".join(str(error).split())
     if filled.passed:
         return "did fill the disk"
-    return "" if verdict.passed else verdict.detail or verdict.reason
+    return "" if attempted.passed else attempted.detail or attempted.reason
 
 
 @functools.cache
 def report() -> dict[str, str]:
-    """All tiers, and why each does not hold here, "" where it does: for those who must know what was not tried."""
-    return {tier.name: tried(tier) for tier in LADDER}
+    """All tiers, each with the reason why it does not hold on this machine, "" if it does."""
+    return {tier.name: failure_of(tier) for tier in LADDER}
 
 
 @functools.cache
-def found() -> Found:
-    """The strongest tier that holds here. Takes about a second, once."""
+def strongest_tier() -> IsolationHere:
+    """The strongest tier that holds on this machine. Takes about a second, once."""
     failed: list[tuple[str, str]] = []
     for tier in LADDER:
-        why = tried(tier)
-        if not why:
-            return Found(tier.name, tuple(failed))
-        failed.append((tier.name, why))
-    return Found(None, tuple(failed))
+        reason = failure_of(tier)
+        if not reason:
+            return IsolationHere(tier.name, tuple(failed))
+        failed.append((tier.name, reason))
+    return IsolationHere(None, tuple(failed))
 
 
 def chosen(*, allow_unsafe: bool) -> str:
-    """The tier to judge in. Raises ConfigError, naming the options, where none holds and none is not allowed."""
-    here = found()
+    """The tier to judge in. Raises ConfigError, naming the options, if none holds and running unsafe is not allowed."""
+    here = strongest_tier()
     if here.name is not None:
         return here.name
     if not allow_unsafe or sys.platform == "win32":
-        raise ConfigError(f"code cannot be isolated here ({str(here)[6:-1]}); {WAYS_OUT}")
+        failed = str(here).removeprefix("none (").removesuffix(")")
+        raise ConfigError(f"code cannot be isolated here ({failed}); {WAYS_OUT}")
     return Unsafe.name
 
 
 def tier_named(name: str, *values: Any) -> Tier:
-    """A tier by its name."""
+    """A tier by name, constructed with `values`."""
     every: tuple[type[Tier], ...] = (*LADDER, Unsafe)
     return next(tier for tier in every if tier.name == name)(*values)

@@ -1,4 +1,6 @@
-"""Linux namespaces, for the tiers that have no library for them, and what a process takes upon itself for good."""
+"""Linux namespaces for tiers without a library for them, and restrictions that a process puts on itself: capabilities,
+death signal, seccomp filter.
+"""
 
 from __future__ import annotations
 
@@ -22,24 +24,25 @@ _DETACH, _DEATH_SIGNAL, _NO_NEW_PRIVILEGES = 2, 1, 38
 
 _DESCRIPTORS = 4096
 SHARED = "/dev/shm"
-"""Where the C library keeps named semaphores, which locks of `multiprocessing` are."""
+"""Folder of named semaphores, which the locks of `multiprocessing` are."""
 
 
 def apply_filter(program: bytes) -> None:
-    """Put this process, and what it becomes, under a filter. Raises OSError where the kernel refuses."""
+    """Put this process, and programs it executes, under a seccomp filter. Raises OSError if the kernel refuses."""
 
     class Program(ctypes.Structure):
         _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
     code = ctypes.create_string_buffer(program, len(program))
     _call("prctl", _NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-    found = Program(len(program) // 8, ctypes.cast(code, ctypes.c_void_p))
-    _call("prctl", 22, 2, ctypes.byref(found), 0, 0)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    header = Program(len(program) // 8, ctypes.cast(code, ctypes.c_void_p))
+    _call("prctl", 22, 2, ctypes.byref(header), 0, 0)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 
 def confining(filtered: bytes, parent: int) -> str:
-    """Source of what an interpreter runs to give up its capabilities, end with its parent and put itself under a
-    filter, where nothing that starts it does so.
+    """Python source by which an interpreter drops its capabilities, ends with its parent and sets the filter itself.
+
+    For tiers whose launcher does not.
     """
     parts = [inspect.getsource(part) for part in (_call, drop_privileges, die_with_parent, apply_filter)]
     head = "from __future__ import annotations\nimport ctypes, os\n"  # each import costs every program milliseconds
@@ -47,35 +50,39 @@ def confining(filtered: bytes, parent: int) -> str:
         f"_LIBC, _NO_NEW_PRIVILEGES = ctypes.CDLL(None, use_errno=True), {_NO_NEW_PRIVILEGES}\n"
         f"_DEATH_SIGNAL, _KILL = {_DEATH_SIGNAL}, {int(_KILL)}\n"
     )
-    ran = f"drop_privileges()\ndie_with_parent({parent})\napply_filter({filtered!r})\n"
-    return "\n".join([head, values, *parts, ran])
+    run = f"drop_privileges()\ndie_with_parent({parent})\napply_filter({filtered!r})\n"
+    return "\n".join([head, values, *parts, run])
 
 
 def enter(binds: Sequence[tuple[str, str]], hidden: Sequence[str], root: Path, work: str, disk: int) -> None:
-    """Move this process into namespaces of its own: no network, no processes of others, and for files only `binds`
-    (source, place), read-only, without `hidden`, and an empty folder `work` of `disk` bytes, named /dev/shm too.
+    """Move this process into new namespaces, with no network and no other processes in sight.
 
-    root: an empty folder, covered meanwhile.  Only a child of this process is in its own process namespace.  Raises
-    OSError where the kernel refuses.
+    Its files are `binds` (source, place), read-only, without `hidden`, and an empty folder `work` of `disk` bytes,
+    which is /dev/shm too. root: an empty folder, used as mount point.
+    Only children of this process are in the new process namespace.  Raises OSError if the kernel refuses.
     """
+    # 1) namespaces; the user becomes nobody
     user, group = os.geteuid(), os.getegid()
     _call("unshare", sum(_NEW.values()))
     for name, text in (("setgroups", "deny"), ("uid_map", f"65534 {user} 1"), ("gid_map", f"65534 {group} 1")):
         Path("/proc/self", name).write_text(text)
+    # 2) a new root with the interpreter's files
     _mount("none", "/", None, _RECURSIVE | _PRIVATE)
     _mount("tmpfs", str(root), "tmpfs", _NO_SUID | _NO_DEV, "size=1m,mode=755")
     for source, place in (*binds, ("/dev/null", "/dev/null")):
         _bind(source, Path(f"{root}{place}"))
     for folder in hidden:
         _mount("tmpfs", f"{root}{folder}", "tmpfs", _READ_ONLY | _NO_SUID | _NO_DEV, "size=4k")
-    here = Path(f"{root}{work}")
-    here.mkdir(parents=True, exist_ok=True)
+    # 3) the private folder
+    private = Path(f"{root}{work}")
+    private.mkdir(parents=True, exist_ok=True)
     old = root / "old"
     old.mkdir()
-    _mount("tmpfs", str(here), "tmpfs", _NO_SUID | _NO_DEV | _NO_EXEC, f"size={disk},nr_inodes=1024,mode=777")
+    _mount("tmpfs", str(private), "tmpfs", _NO_SUID | _NO_DEV | _NO_EXEC, f"size={disk},nr_inodes=1024,mode=777")
     shared = Path(f"{root}{SHARED}")
     shared.mkdir()
-    _mount(str(here), str(shared), None, _BIND)
+    _mount(str(private), str(shared), None, _BIND)
+    # 4) switch to the new root, drop the old one, make it read-only
     _call("syscall", _pivot_root(), str(root).encode(), str(old).encode())
     os.chdir("/")
     _call("umount2", b"/old", _DETACH)
@@ -85,8 +92,9 @@ def enter(binds: Sequence[tuple[str, str]], hidden: Sequence[str], root: Path, w
 
 
 def own_mounts() -> None:
-    """Give this process a view of the file system that it may change. Raises OSError where the kernel refuses, as it
-    does an ordinary user where user namespaces are off. For processes with a single thread.
+    """Give this process its own mount namespace. For processes with a single thread.
+
+    Raises OSError if the kernel refuses, as it does an ordinary user where user namespaces are off.
     """
     user, group = os.geteuid(), os.getegid()
     if user == 0:
@@ -100,9 +108,9 @@ def own_mounts() -> None:
 
 @contextmanager
 def covered(folder: str, disk: int) -> Iterator[None]:
-    """What is started within finds an empty folder, and /dev/shm, to be new and of `disk` bytes; nobody else does.
+    """Mount an empty file system of `disk` bytes over a folder and /dev/shm, visible to processes started within only.
 
-    For processes with mounts of their own. Raises OSError where the kernel refuses.
+    For processes with a mount namespace of their own. Raises OSError if the kernel refuses.
     """
     _call("unshare", _NEW["NS"])
     _mount("tmpfs", folder, "tmpfs", _NO_SUID | _NO_DEV | _NO_EXEC, f"size={disk},nr_inodes=1024,mode=700")
@@ -110,13 +118,13 @@ def covered(folder: str, disk: int) -> Iterator[None]:
     try:
         yield
     finally:
-        _call("unshare", _NEW["NS"])  # a copy, in which it is taken away again
+        _call("unshare", _NEW["NS"])  # unmount in a copy: processes started within keep theirs
         for place in (SHARED, folder):
             _call("umount2", place.encode(), _DETACH)
 
 
 def drop_privileges() -> None:
-    """Give up all capabilities in the namespace: what it set up stays as it is."""
+    """Drop all capabilities. The mounts and namespaces of this process stay."""
 
     class Header(ctypes.Structure):
         _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
@@ -124,7 +132,7 @@ def drop_privileges() -> None:
     for capability in range(64):
         try:
             _call("prctl", 24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
-        except OSError:  # beyond the last one there is, or there are none to give up
+        except OSError:  # beyond the last capability, or none to drop
             break
     _call("prctl", _NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     none = (ctypes.c_uint32 * 6)()
@@ -132,25 +140,30 @@ def drop_privileges() -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends. parent: its id, 0 where it is out of this one's sight."""
+    """Have the kernel kill this process when its parent ends. parent: its id, 0 if in another process namespace."""
     _call("prctl", _DEATH_SIGNAL, _KILL, 0, 0, 0)
-    if os.getppid() != parent:  # it has ended already
+    if os.getppid() != parent:  # the parent has ended already
         os._exit(127)
 
 
 def spawn(words: Sequence[str], stdin: int, stdout: int, prepare: Callable[[], None], filtered: bytes | None) -> int:
-    """Run words, without environment, as the first process of namespaces that `prepare` makes and under a filter.
+    """Run a command, without environment, as the first process of the namespaces that `prepare` makes, under a filter.
 
-    Returns the id of a process, leader of a group, that ends when that one does. When it is killed, or this one is, the
-    kernel ends all that words have made, whatever they did to be spared: each process namespace ends with its first
-    process, and theirs lies within one whose first process is ours alone.  For callers with a single thread.
+        caller
+        └─ leader      leads a process group; killed with the caller
+           └─ keeper   first process of the outer process namespace, which ends with it
+              └─ first process of the inner namespace: the command
+
+    Returns the leader's id. The leader ends when the command does. If the leader or the caller is killed, the kernel
+    ends every process that the command has made: a process namespace ends with its first process.
+    For callers with a single thread.
     """
     caller = os.getpid()
     leader = os.fork()
     if leader:
         return leader
     try:
-        # 1) outside: in sight of the caller, and with nothing of words' in sight of it
+        # 1) leader: a new session, then namespaces
         os.setsid()
         die_with_parent(caller)
         null = os.open(os.devnull, os.O_RDWR)
@@ -158,14 +171,14 @@ def spawn(words: Sequence[str], stdin: int, stdout: int, prepare: Callable[[], N
         prepare()
         if (keeper := os.fork()) != 0:
             _wait_for(keeper)
-        # 2) the keeper: first of a process namespace, which ends with it
+        # 2) keeper
         die_with_parent(0)
         if select.select([ours], [], [], 0)[0]:
             os._exit(127)
         _call("unshare", _NEW["PID"])
         if (first := os.fork()) != 0:
             _wait_for(first)
-        # 3) words: first of a namespace of their own, in which they see nobody
+        # 3) the command: only its own processes are in sight
         for source, target in ((stdin, 0), (stdout, 1), (null, 2)):
             os.dup2(source, target)
         os.closerange(3, _DESCRIPTORS)
@@ -189,9 +202,10 @@ def _bind(source: str, place: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.touch()
     _mount(source, str(place), None, _BIND)
-    held = os.statvfs(place).f_flag & (_NO_SUID | _NO_DEV | _NO_EXEC | 1024 | 2048)  # what a bind may not take away
+    # a remount may not clear these flags
+    locked = os.statvfs(place).f_flag & (_NO_SUID | _NO_DEV | _NO_EXEC | 1024 | 2048)
     device = 0 if source == os.devnull else _READ_ONLY | _NO_DEV
-    _mount("none", str(place), None, _BIND | _REMOUNT | _NO_SUID | held | device)
+    _mount("none", str(place), None, _BIND | _REMOUNT | _NO_SUID | locked | device)
 
 
 def _mount(source: str, place: str, kind: str | None, flags: int, data: str = "") -> None:

@@ -1,7 +1,12 @@
-"""The isolation ladder: ways to run an interpreter that can reach nothing, strongest first.
+"""Isolation tiers: ways to start a jailed interpreter, the strongest first (LADDER).
 
-Each tier gives a fresh interpreter no environment, an empty private folder, no network, and for files only the
-interpreter's own. Limits that a process sets on itself for good are set by what it runs first.
+    Sandlock     Landlock and seccomp, by the library sandlock        Linux 6.7
+    Bubblewrap   namespaces, by bwrap                                 bwrap, user namespaces
+    Unshare      namespaces, by system calls of our own               user namespaces
+    Unsafe       resource limits only                                 --allow-unsafe-code
+
+All but Unsafe give a fresh interpreter no environment, an empty private folder, no network, and the interpreter's own
+files only. Its first statements set resource limits on itself, which it cannot lift (BOOT).
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ DISK = 8 << 20
 """Bytes of the private folder."""
 FILE = 1 << 20
 DEEPEST = 64
-"""Folders in each other."""
+"""Levels of nested folders."""
 LIMITS = {
     "AS": 1 << 30,
     "CPU": 60,
@@ -37,11 +42,11 @@ LIMITS = {
     "MSGQUEUE": 0,
     "SIGPENDING": 64,
 }
-"""Bytes of memory, seconds of processor time, bytes of a file, open files, bytes of a core dump, of memory that is not
-paged out and of messages between processes, and signals that wait: these last are the user's quotas, not a program's.
+"""Bytes of memory, seconds of processor time, bytes of a file, open files; bytes of a core dump, of locked memory and
+of message queues, pending signals. The last ones would use up quotas of the user, who runs other processes.
 """
 _NAMESPACED = {"NPROC": 64}
-"""Processes and threads, where the kernel counts them by user namespace (and not at all for root)."""
+"""Processes and threads, in tiers where the kernel counts them by user namespace (for root it does not)."""
 BOOT = """import marshal, resource, sys
 for name, most in LIMITS.items():
     kind = getattr(resource, "RLIMIT_" + name)
@@ -53,14 +58,15 @@ for name, most in LIMITS.items():
             raise
 exec(CONFINING, {})
 exec(marshal.load(sys.stdin.buffer), {"__name__": "jailed"})"""
-"""What an interpreter is started with: it limits itself, reads code from its standard input and runs that."""
+"""First code of an interpreter: set the limits, confine itself, then run code from standard input."""
 _WORK = "/work"
 
 
 @dataclass(frozen=True)
 class Jailed:
-    """A running interpreter. stdin, stdout: our ends of its pipes.  end: kills it with all it made; reaps it.  folder:
-    its private one, where nothing but being watched keeps it small.
+    """A running interpreter. stdin, stdout: our ends of its pipes.  end: kills and reaps it with all its processes.
+
+    folder: its private folder, if that has no file system limit and must be watched; else None.
     """
 
     stdin: int
@@ -69,17 +75,17 @@ class Jailed:
     folder: str | None = None
 
     def overfull(self) -> bool:
-        """Whether the private folder holds more than it may, or what cannot be looked at."""
+        """Whether the private folder exceeds DISK bytes or DEEPEST levels, or cannot be read."""
         return self.folder is not None and _overfull(self.folder)
 
 
 def _overfull(folder: str) -> bool:
-    """A look ends where it has seen too much, so that many files do not make it long."""
+    """Stops at the limit, so that many files do not make the scan long."""
     size, waiting = 0, [(folder, 0)]
     try:
         while waiting:
             place, depth = waiting.pop()
-            with suppress(FileNotFoundError), os.scandir(place) as entries:  # gone meanwhile
+            with suppress(FileNotFoundError), os.scandir(place) as entries:  # removed during the scan
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
                         size += FILE // 64
@@ -95,13 +101,14 @@ def _overfull(folder: str) -> bool:
 
 
 def remove(folder: str) -> None:
-    """Remove a folder that a program, ended by now, had to itself. However deep: what lies in its folders is moved up
-    until none is left. Never raises.
+    """Remove the private folder of a program that has ended. Never raises.
+
+    Works at any depth, beyond the longest path: contents of inner folders are moved up until no folder is left.
     """
     with suppress(OSError):
         os.chmod(folder, 0o700)
         while entries := _entries(folder):
-            above = os.path.join(folder, secrets.token_hex(8))  # no name that is there
+            above = os.path.join(folder, secrets.token_hex(8))  # a name that is not taken
             for entry in entries:
                 if not entry.is_dir(follow_symlinks=False):
                     os.unlink(entry.path)
@@ -113,9 +120,9 @@ def remove(folder: str) -> None:
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """What is in a folder, its own folders opened to us."""
-    with os.scandir(folder) as found:
-        entries = list(found)
+    """Entries of a folder, its inner folders made accessible."""
+    with os.scandir(folder) as scanned:
+        entries = list(scanned)
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
             os.chmod(entry.path, 0o700)
@@ -123,38 +130,37 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 class Tier:
-    """One way. name: as recorded.  needs: how to get it, for those who lack it."""
+    """A way to start a jailed interpreter. name: as recorded in outcomes.  needs: requirement, for error messages."""
 
     name: str
     needs: str
     limits: ClassVar[dict[str, int]] = LIMITS
 
     def __init__(self, files: Files) -> None:
-        """Raises OSError or ImportError where something it needs is missing."""
+        """Raises OSError or ImportError if a requirement is missing."""
         self.files = files
         self.command = self.booting("")
 
     def booting(self, confining: str) -> list[str]:
-        """The command of an interpreter that limits itself, runs `confining`, and then what it reads."""
+        """The interpreter's command line. confining: source that it runs after setting its limits."""
         boot = BOOT.replace("LIMITS", repr(self.limits)).replace("CONFINING", repr(confining))
         return [self.files.executable, *NO_SITE, "-c", boot]
 
     def settle(self) -> None:
-        """Make ready what holds for a whole process, which is the tier's alone."""
+        """Set up process-wide state. The process must serve this tier only."""
 
     def start(self, *, processes: bool) -> Jailed:
-        """Start an interpreter. processes: whether it may fork (the judge does).  Raises OSError where it cannot."""
+        """Start an interpreter. processes: allow fork (the judge needs it).  Raises OSError on failure."""
         raise NotImplementedError
 
 
 class Sandlock(Tier):
     """Landlock and seccomp, by the library of that name.
 
-    That library's filter takes no orders about most of the network's calls, and leaves root its capabilities: before it
-    reads a program, the interpreter gives these up, puts itself under our filter too, and has the kernel end it with
-    the warden, since no process namespace does. The library's copy-on-write folder, which would have a quota, is not
-    used: with it the calls that change a file's marks are let through, wherever the file is. The private folder is a
-    file system of its own where mounts can be made, and is watched where they cannot.
+    The library's filter does not cover most network calls, and leaves root its capabilities. So before it reads a
+    program, the interpreter drops capabilities, adds our filter, and asks for SIGKILL when the warden ends (there is no
+    process namespace to end it). The library's copy-on-write folder has a quota but is not used: it allows calls that
+    change attributes of any file. The private folder is a file system of its own if mounts are possible, else watched.
     """
 
     name = "sandlock"
@@ -193,23 +199,24 @@ class Sandlock(Tier):
                 cwd=folder,
             )
             pipe = sandlock.StdioMode.PIPED
+            # started within the mount, the interpreter keeps it when we leave
             with spaces.covered(folder, DISK) if self._mounts else nullcontext():
                 process = box.popen(self._commands[processes], stdin=pipe, stdout=pipe, stderr=sandlock.StdioMode.NULL)
-                number = os.pidfd_open(process.pid)
+                pidfd = os.pidfd_open(process.pid)
         except BaseException as error:
             remove(folder)
             raise OSError(f"sandlock: {error}") from error
-        end = partial(_end_sandlock, process, number, folder)
+        end = partial(_end_sandlock, process, pidfd, folder)
         return Jailed(process.stdin.fileno(), process.stdout.fileno(), end, None if self._mounts else folder)
 
 
-def _end_sandlock(process: Any, number: int, folder: str) -> None:
-    """Kill it, its group and what became of its group's leader; reap it."""
-    by_number = partial(signal.pidfd_send_signal, number, signal.SIGKILL)
-    for ended in (by_number, process.kill, partial(process.wait, timeout=5)):
+def _end_sandlock(process: Any, pidfd: int, folder: str) -> None:
+    """Kill the process and its group, and reap it."""
+    by_pidfd = partial(signal.pidfd_send_signal, pidfd, signal.SIGKILL)
+    for step in (by_pidfd, process.kill, partial(process.wait, timeout=5)):
         with suppress(OSError, RuntimeError):
-            ended()
-    os.close(number)
+            step()
+    os.close(pidfd)
     for stream in (process.stdin, process.stdout):
         with suppress(OSError):
             stream.close()
@@ -217,7 +224,7 @@ def _end_sandlock(process: Any, number: int, folder: str) -> None:
 
 
 class Bubblewrap(Tier):
-    """Namespaces by bwrap, with our system-call filter where libseccomp is found."""
+    """Namespaces by bwrap, with our system-call filter if libseccomp is installed."""
 
     name = "bubblewrap"
     needs = "apt install bubblewrap"
@@ -225,10 +232,10 @@ class Bubblewrap(Tier):
 
     def __init__(self, files: Files) -> None:
         super().__init__(files)
-        found = shutil.which("bwrap")
-        if found is None:
+        bwrap = shutil.which("bwrap")
+        if bwrap is None:
             raise OSError("bwrap is not installed")
-        words = [found, "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--die-with-parent"]
+        words = [bwrap, "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--die-with-parent"]
         words += ["--clearenv", "--cap-drop", "ALL", "--dev-bind", os.devnull, os.devnull]
         for source, place in files.binds:
             words += ["--ro-bind", source, place]
@@ -240,6 +247,7 @@ class Bubblewrap(Tier):
         self._filters = {processes: calls.system_call_filter(processes=processes) for processes in (False, True)}
 
     def start(self, *, processes: bool) -> Jailed:
+        # 1) bwrap reads the filter from a pipe
         words = list(self._words)
         passed: tuple[int, ...] = ()
         if (filtered := self._filters[processes]) is not None:
@@ -248,6 +256,7 @@ class Bubblewrap(Tier):
             os.close(sent)
             words += ["--seccomp", str(number)]
             passed = (number,)
+        # 2) start
         try:
             process = subprocess.Popen(
                 [*words, "--", *self.command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -270,7 +279,7 @@ def _end_popen(process: subprocess.Popen[bytes]) -> None:
 
 
 def _end_group(leader: int) -> None:
-    """Kill a process group; wait for those of it that are, or become, our children."""
+    """Kill a process group, and reap its members that are, or become, our children."""
     with suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
     with suppress(ChildProcessError):
@@ -279,7 +288,7 @@ def _end_group(leader: int) -> None:
 
 
 class Unshare(Tier):
-    """Namespaces by system calls of our own, with our system-call filter where libseccomp is found."""
+    """Namespaces by system calls of our own, with our system-call filter if libseccomp is installed."""
 
     name = "unshare"
     needs = "user namespaces"
@@ -309,7 +318,7 @@ def _end_spawned(leader: int, *ends: int) -> None:
 
 
 class Unsafe(Tier):
-    """A process with limits and nothing more: what it reads and whom it calls is up to it."""
+    """No isolation: a separate process with resource limits, which can read files and use the network."""
 
     name = "none (separate process, limits)"
     needs = "--allow-unsafe-code"

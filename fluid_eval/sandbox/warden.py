@@ -1,7 +1,14 @@
-"""One place where programs are judged: a small process that starts a jail for each program and one for the judge, hands
-messages from one to the other, watches the clock, and reports what the judge said.
+"""The warden: a process that judges programs, one at a time.
 
-    python -m fluid_eval.sandbox.warden        trials and verdicts, a JSON line each, on standard input and output
+    python -m fluid_eval.sandbox.warden        trials in, outcomes out, a JSON line each
+
+        pool ──trial──▶ warden ──▶ judge's jail      job: setup, tests, entry    ──▶ names wanted
+                        │    ──▶ program's jail    program, names               ──▶ values
+                        │    judge ──call──▶ program, program ──answer──▶ judge   until the verdict
+        pool ◀─outcome─┘
+
+It starts a jail for each program and one judge for many, relays their messages, enforces deadlines and the size of the
+program's folder. The judge's verdict alone decides whether a program passed.
 """
 
 from __future__ import annotations
@@ -27,11 +34,11 @@ from .tiers import Jailed, Tier, remove
 START = 20.0
 """Seconds that an interpreter may take to come up."""
 GRACE = 1.0
-"""Seconds that tests may take beyond the program's."""
+"""Seconds that tests may take beyond the program's time-out."""
 WATCH = 0.05
-"""Seconds between looks at a private folder that has no limit of its own."""
+"""Seconds between checks of a private folder without a file system limit."""
 LARGEST = 8 << 20
-"""Bytes of an answer."""
+"""Bytes of an answer at most."""
 
 
 def _code(name: str) -> CodeType:
@@ -39,49 +46,49 @@ def _code(name: str) -> CodeType:
     return compile(file.read_text(encoding="utf-8"), name, "exec", optimize=2)
 
 
-class Late(Exception):  # noqa: N818
-    """The clock ran out."""
+class DeadlineExceeded(Exception):  # noqa: N818
+    """A deadline passed."""
 
 
-class Gone(Exception):  # noqa: N818
-    """The other end is closed, or sends what nobody asked for."""
+class ChannelClosed(Exception):  # noqa: N818
+    """The other end closed its pipe or broke the rules: an answer too large, a folder too full."""
 
 
-class NotUp(Exception):  # noqa: N818
-    """An interpreter that ended before the program had begun."""
+class StartFailed(Exception):  # noqa: N818
+    """An interpreter ended before its program began."""
 
 
-class Watch:
-    """Looks at a program's folder by the clock, whatever is said or awaited meanwhile."""
+class FolderWatch:
+    """Checks the size of a program's folder every WATCH seconds, whatever the warden waits for."""
 
     def __init__(self) -> None:
         self._jailed: Jailed | None = None
         self._due = 0.0
 
     def on(self, jailed: Jailed | None) -> None:
-        """Watch this one from now on."""
+        """Watch this jail from now on; None for no jail."""
         self._jailed, self._due = jailed, 0.0
 
-    def look(self, *, now: bool = False) -> None:
-        """Raises Gone where the folder holds too much. now: whether or not it is time for it."""
+    def check(self, *, now: bool = False) -> None:
+        """Raises ChannelClosed if the folder is too full. now: check even if none is due."""
         if self._jailed is None or not (now or time.monotonic() >= self._due):
             return
         if self._jailed.overfull():
-            raise Gone("the program filled its folder")
-        self._due = time.monotonic() + WATCH  # from its end: a slow look leaves time for others
+            raise ChannelClosed("the program filled its folder")
+        self._due = time.monotonic() + WATCH  # counted from the end of a check, which may be slow
 
 
-class Line:
-    """Length-prefixed messages to and from a jailed interpreter, by a deadline (of time.monotonic)."""
+class JailChannel:
+    """Length-prefixed messages to and from a jailed interpreter, with deadlines (of time.monotonic)."""
 
-    def __init__(self, jailed: Jailed, watch: Watch) -> None:
+    def __init__(self, jailed: Jailed, watch: FolderWatch) -> None:
         self._jailed, self._watch = jailed, watch
         self._left = b""
         os.set_blocking(jailed.stdin, False)
         os.set_blocking(jailed.stdout, False)
 
     def send(self, data: bytes, deadline: float) -> None:
-        """Raises Gone or Late."""
+        """Raises ChannelClosed or DeadlineExceeded."""
         rest = memoryview(data)
         while rest:
             try:
@@ -89,153 +96,163 @@ class Line:
             except BlockingIOError:
                 self._wait(self._jailed.stdin, select.POLLOUT, deadline)
             except OSError as error:
-                raise Gone from error
+                raise ChannelClosed from error
 
     def receive(self, deadline: float) -> bytes:
-        """The next message. Raises Gone or Late."""
+        """The next message. Raises ChannelClosed or DeadlineExceeded."""
         message = self._message(deadline)
-        self._watch.look(now=True)
+        self._watch.check(now=True)
         return message
 
     def _message(self, deadline: float) -> bytes:
         size = int.from_bytes(self._exactly(4, deadline), "big")
         if size > LARGEST:
-            raise Gone("an answer is too large")
+            raise ChannelClosed("an answer is too large")
         return self._exactly(size, deadline)
 
     def _wait(self, number: int, what: int, deadline: float) -> None:
         poll = select.poll()
         poll.register(number, what)
         while (left := deadline - time.monotonic()) > 0:
-            self._watch.look()
+            self._watch.check()
             if poll.poll(min(left, WATCH) * 1000):
                 return
-        raise Late
+        raise DeadlineExceeded
 
     def _exactly(self, size: int, deadline: float) -> bytes:
-        parts, held = [self._left], len(self._left)
-        while held < size:
-            self._watch.look()
+        parts, size_read = [self._left], len(self._left)
+        while size_read < size:
+            self._watch.check()
             try:
                 part = os.read(self._jailed.stdout, 1 << 16)
             except BlockingIOError:
                 self._wait(self._jailed.stdout, select.POLLIN, deadline)
                 continue
             except OSError as error:
-                raise Gone from error
+                raise ChannelClosed from error
             if not part:
-                raise Gone("the program ended its process")
+                raise ChannelClosed("the program ended its process")
             parts.append(part)
-            held += len(part)
+            size_read += len(part)
             if time.monotonic() > deadline:
-                raise Late
+                raise DeadlineExceeded
         data = b"".join(parts)
         self._left = data[size:]
         return data[:size]
 
 
 class Warden:
-    """Judges one program at a time. The judge's interpreter serves many; it is replaced when it hangs. A program's
-    serves one, and comes up while the one before is judged.
+    """Judges one program at a time.
+
+    The judge's interpreter serves many programs and is replaced when it fails. A program's interpreter serves one, and
+    starts while the one before is judged.
     """
 
     def __init__(self, tier: Tier) -> None:
         self._tier = tier
-        self._child, self._judges = (marshal.dumps(_code(name)) for name in ("child.py", "judge.py"))
+        self._child_code = marshal.dumps(_code("child.py"))
+        self._judge_code = marshal.dumps(_code("judge.py"))
         self._next: Jailed | None = None
         self._judge: Jailed | None = None
-        self._to_judge: Line | None = None
-        self._watch = Watch()
+        self._to_judge: JailChannel | None = None
+        self._watch = FolderWatch()
 
     def judge(self, program: str, setup: str, tests: str, entry: str, timeout: float) -> tuple[str, str]:
-        """(passed, failed or timed out; why). Raises OSError where no jail can be started; whatever happens after that
-        is the verdict.
-        """
+        """Reason (passed, failed or timed out) and detail of the outcome. Raises OSError if no jail can be started."""
         job = marshal.dumps((setup, tests, entry))
         try:
+            # 1) names that the tests want of the program
             try:
-                names = self._asked(job)
-            except Gone:  # it ended after its last verdict, which is no fault of this program
-                names = self._asked(job)
-            code = self._child + marshal.dumps((program, names))
+                names = self._names_wanted(job)
+            except ChannelClosed:  # the judge ended after its last verdict: no fault of this program
+                names = self._names_wanted(job)
+            # 2) the program and its tests
+            code = self._child_code + marshal.dumps((program, names))
             try:
                 return self._run(code, timeout)
-            except NotUp:  # it ended before it had run anything of the program's
+            except StartFailed:  # nothing of the program has run yet
                 return self._run(code, timeout)
-        except Late:
+        except DeadlineExceeded:
             self._end_judge()
             return "timed out", ""
-        except (Gone, NotUp) as error:
+        except (ChannelClosed, StartFailed) as error:
             self._end_judge()
             return "failed", str(error) or "the judge ended"
 
-    def _asked(self, job: bytes) -> list[str]:
-        """What tests want of the program. A judge that fails is ended. Raises Gone or Late."""
+    def _names_wanted(self, job: bytes) -> list[str]:
+        """Names that the tests want of the program. Raises DeadlineExceeded, or ChannelClosed with the judge ended."""
         deadline = time.monotonic() + START
         judge = self._open_judge()
         try:
             judge.send(job, deadline)
             return [str(name) for name in json.loads(judge.receive(deadline)[1:])]
-        except Gone:
+        except ChannelClosed:
             self._end_judge()
             raise
 
     def _run(self, code: bytes, timeout: float) -> tuple[str, str]:
-        """Raises OSError where no jail can be started, NotUp, Late, or Gone where the judge ends."""
+        """Reason and detail of the program's outcome.
+
+        Raises OSError if no jail can be started, StartFailed, DeadlineExceeded, or ChannelClosed if the judge ends.
+        """
         jailed, self._next = self._next or self._tier.start(processes=False), None
         self._watch.on(jailed)
         try:
-            verdict = self._judged(Line(jailed, self._watch), code, timeout)
-        except (NotUp, Late, Gone):
+            outcome = self._relay(JailChannel(jailed, self._watch), code, timeout)
+        except (StartFailed, DeadlineExceeded, ChannelClosed):
             raise
-        except Exception as error:  # such as an OSError of looking at what the program has made
+        except Exception as error:  # such as an OSError from the program's files
             self._end_judge()
-            verdict = "failed", f"its judge gave up: {error or type(error).__name__}"
+            outcome = "failed", f"its judge gave up: {error or type(error).__name__}"
         finally:
             self._watch.on(None)
-            with suppress(Exception):  # what is left goes with the warden's own folder
+            with suppress(Exception):  # files it leaves are removed with the warden's own folder
                 jailed.end()
-        return verdict
+        return outcome
 
-    def _judged(self, program: Line, code: bytes, timeout: float) -> tuple[str, str]:
+    def _relay(self, program: JailChannel, code: bytes, timeout: float) -> tuple[str, str]:
+        """Relay calls and answers between judge and program until the verdict. Reason and detail of the outcome."""
         judge = self._open_judge()
+        # 1) start the program, and meanwhile the next interpreter
         deadline = time.monotonic() + START
-        over = None
         try:
             program.send(code, deadline)
-            with suppress(OSError):  # then it is started when it is needed, or not at all
+            with suppress(OSError):  # then it starts when it is needed
                 self._next = self._tier.start(processes=False)
-            program.receive(deadline)  # it is up
-        except Gone as error:
-            raise NotUp(str(error) or "the program ended its process") from error
-        sent = 0
+            program.receive(deadline)  # its interpreter is up
+        except ChannelClosed as error:
+            raise StartFailed(str(error) or "the program ended its process") from error
+        # 2) its first answer: the names wanted
         deadline = time.monotonic() + timeout
+        failure = None
         try:
             answer = program.receive(deadline)
-        except Gone as error:
-            over = str(error) or "the program ended its process"
+        except ChannelClosed as error:
+            failure = str(error) or "the program ended its process"
+        # 3) the judge reads each answer, and sends the next call or the verdict
+        sent = 0
         while True:
-            data = json.dumps({"over": over}).encode() if over else answer
+            data = json.dumps({"over": failure}).encode() if failure else answer
             judge.send(len(data).to_bytes(4, "big") + data, deadline + GRACE)
             sent += 1
             message = judge.receive(deadline + GRACE)
             if message[:1] == b"v":
-                passed, reason, taken = json.loads(message[1:])
-                if taken != sent:  # what it left unread would be taken for the next program's answer
+                passed, reason, received = json.loads(message[1:])
+                if received != sent:  # an unread answer would count for the next program
                     self._end_judge()
                 return "passed" if passed else "failed", reason
-            if over is None:
+            if failure is None:
                 try:
                     program.send(message[1:], deadline)
                     answer = program.receive(deadline)
-                except Gone as error:
-                    over = str(error) or "the program ended its process"
+                except ChannelClosed as error:
+                    failure = str(error) or "the program ended its process"
 
-    def _open_judge(self) -> Line:
+    def _open_judge(self) -> JailChannel:
         if self._to_judge is None:
             self._judge = self._tier.start(processes=True)
-            self._to_judge = Line(self._judge, self._watch)
-            self._to_judge.send(self._judges, time.monotonic() + START)
+            self._to_judge = JailChannel(self._judge, self._watch)
+            self._to_judge.send(self._judge_code, time.monotonic() + START)
         return self._to_judge
 
     def _end_judge(self) -> None:
@@ -254,15 +271,15 @@ class Warden:
 
 
 def serve(requests: Iterator[str]) -> None:
-    """The first line says which tier and which files; each further one is a trial. Answers with a JSON line each."""
+    """Answer requests with a JSON line each. The first names tier and files; each further one is a trial."""
     head = json.loads(next(requests))
     try:
         tier = tier_named(head["tier"], Files(**head["files"]))
         tier.settle()
     except (OSError, ImportError) as error:
-        _tell({"error": str(error)})
+        _reply({"error": str(error)})
         return
-    _tell({})
+    _reply({})
     warden = Warden(tier)
     try:
         for line in requests:
@@ -270,21 +287,23 @@ def serve(requests: Iterator[str]) -> None:
             try:
                 reason, detail = warden.judge(**json.loads(line))
             except OSError as error:
-                _tell({"error": str(error)})
+                _reply({"error": str(error)})
                 return
-            _tell({"reason": reason, "detail": detail, "seconds": time.perf_counter() - started})
+            _reply({"reason": reason, "detail": detail, "seconds": time.perf_counter() - started})
     finally:
         warden.close()
         remove(head["folder"])
 
 
-def _tell(values: dict[str, Any]) -> None:
+def _reply(values: dict[str, Any]) -> None:
     print(json.dumps(values), flush=True)
 
 
 if __name__ == "__main__":
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans below become ours, to be reaped
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG: it reaches us when whoever asks ends
+        ctypes.CDLL(None).prctl(
+            36, 1, 0, 0, 0
+        )  # PR_SET_CHILD_SUBREAPER: orphaned descendants become our children, to be reaped
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG: sent to us when our parent ends
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     serve(iter(sys.stdin))

@@ -1,6 +1,6 @@
-"""A sweep's points as tables and a figure, in files: for programs (CSV, Parquet) and for papers (Markdown, LaTeX, SVG).
+"""The frontier in files: tables for programs (CSV, Parquet) and papers (Markdown, LaTeX), and a figure (PNG, SVG).
 
-Drawn with matplotlib's object interface: no display, no global state, the same bytes for the same numbers.
+The figure uses matplotlib's object interface: no display, no global state, the same bytes for the same numbers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SHORT = {"decoder.confidence": "γ", "decoder.max_horizon": "K", "model.tau": "
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top in pixels."""
 FEW = 8
-"""Points up to which all are labelled, not those of the frontier alone."""
+"""With up to this many points all are labelled, with more only those on the frontier."""
 ACCENT, INK = "#1f5fa8", "#222222"
 STYLE = {
     "svg.hashsalt": "frontier",
@@ -67,9 +67,10 @@ _NOTE: dict[str, Any] = {
 
 
 def table(placed: Sequence[Placed]) -> pandas.DataFrame:
-    """One row a point: its settings by name, n, each measure with _low and _high (score in percent), what became of it.
+    """One row a point: settings, n, each measure with _low and _high (score in percent), dominated_by, stopped.
 
-    A setting whose values are of several kinds is given as text, and is missing where a point does not have it.
+    A setting with values of several types is given as text; it is missing where a point does not have it.
+    Raises ConfigError if a setting has the name of another column.
     """
     import pandas
 
@@ -80,18 +81,18 @@ def table(placed: Sequence[Placed]) -> pandas.DataFrame:
     for measure in ("score", *SPEEDS):
         scale = 100 if measure == "score" else 1
         for end, suffix in (("mean", ""), ("low", "_low"), ("high", "_high")):
-            found: list[Interval | None] = [getattr(p, measure) for p in placed]
-            bounds = [math.nan if v is None else getattr(v, end) for v in found]
+            intervals: list[Interval | None] = [getattr(p, measure) for p in placed]
+            bounds = [math.nan if v is None else getattr(v, end) for v in intervals]
             values = [None if math.isnan(bound) else round(scale * bound, 10) for bound in bounds]
             numbers[measure + suffix] = pandas.array(values, dtype="Float64")
     texts = {name: _column([getattr(p, name) for p in placed], "string") for name in ("dominated_by", "stopped")}
     if clash := rows.columns.intersection([*numbers, *texts]).tolist():
-        raise ConfigError(f"setting {clash[0]!r} is named as a column of the table is")
+        raise ConfigError(f"setting {clash[0]!r} has the name of a column of the table")
     return rows.assign(**numbers, **texts)
 
 
 def write_tables(placed: Sequence[Placed], folder: Path) -> list[Path]:
-    """frontier.csv and .parquet hold numbers, frontier.md and .tex cells such as "78.2 [76.1, 80.3]". Returns them."""
+    """Write frontier.csv and .parquet (numbers), .md and .tex (cells like "78.2 [76.1, 80.3]"). Returns them."""
     rows = table(placed)
     files = [folder / f"frontier.{kind}" for kind in ("csv", "parquet", "md", "tex")]
     rows.to_csv(files[0], index=False)
@@ -109,19 +110,19 @@ def draw(
     baseline: str | None = None,
     title: str | None = None,
 ) -> bool:
-    """frontier.png and frontier.svg: score against speed with 95% intervals. False, and no files, if none has a speed.
+    """Write frontier.png and .svg: score against speed, with 95% intervals. False, and no files, without speeds.
 
     by: the speed that `placed` was measured by.  baseline: a point's name, marked by a star and a line at its score.
-    Frontier points are labelled with their settings, but for those whose label finds no room.
+    Frontier points are labelled with their settings where there is room.
     """
-    found = figure(placed, by=by, baseline=baseline, title=title)
-    if found is None:
+    drawn = figure(placed, by=by, baseline=baseline, title=title)
+    if drawn is None:
         return False
     from matplotlib import rc_context
 
     with rc_context(STYLE):
-        found.savefig(folder / "frontier.png")
-        found.savefig(folder / "frontier.svg", metadata={"Date": None, "Creator": None})
+        drawn.savefig(folder / "frontier.png")
+        drawn.savefig(folder / "frontier.svg", metadata={"Date": None, "Creator": None})
     return True
 
 
@@ -132,13 +133,14 @@ def figure(
     baseline: str | None = None,
     title: str | None = None,
     size: tuple[float, float] = (7.2, 4.8),
-    alike: bool = True,
+    comparable: bool = True,
 ) -> Figure | None:
-    """What `draw` writes, None if no point has a speed. size: inches.
+    """The figure that `draw` writes; None if no point has a speed.
 
-    alike: the points answered the same documents, so that one may pass another. Without, each stands for itself: no
-    frontier, and all are labelled.
+    size: inches.  comparable: the points answered the same documents. Otherwise no frontier is drawn, and all points
+    are labelled.  Raises ConfigError if the baseline is no point.
     """
+    # 1) points to draw
     shown = [p for p in placed if getattr(p, by) is not None]
     base = next((p for p in placed if p.name == baseline), None)
     if baseline is not None and base is None:
@@ -148,6 +150,7 @@ def figure(
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    # 2) axes
     with rc_context(STYLE):
         drawn = Figure(figsize=size, dpi=150, layout="constrained")
         axes = drawn.subplots()
@@ -156,22 +159,24 @@ def figure(
         axes.set_ylabel("score (%)")
         if title:
             axes.set_title(title, fontsize=10)
-        best = frontier(shown, by) if alike else []
-        if alike:
+        # 3) points, frontier, baseline
+        best = frontier(shown, by) if comparable else []
+        if comparable:
             _points(axes, shown, best, by, base)
             drawn.legend(loc="outside lower center", ncols=5, frameon=False, handletextpad=0.4, columnspacing=1.4)
         else:
             _crosses(axes, shown, by, marker="o", color=ACCENT, ms=6.5, zorder=3, bars=(ACCENT, 1.1))
         _limits(axes, shown, by, base)
-        drawn.draw_without_rendering()  # lays the axes out, so that data have places
+        # 4) labels, where there is room
+        drawn.draw_without_rendering()  # lays the axes out, so that data coordinates have pixels
         texts = {p.name: short(p.settings) or p.name for p in shown if p.name in best or len(shown) <= FEW}
-        lines = _lines(axes, shown, best, by, base)
-        _label(axes, shown, texts | ({base.name: base.name} if base else {}), lines, by)
+        texts |= {base.name: base.name} if base else {}
+        _label(axes, shown, texts, _lines(axes, shown, best, by, base), by)
     return drawn
 
 
 def short(settings: Mapping[str, Any]) -> str:
-    """Settings in a few letters: γ=0.9 K=16 no verify."""
+    """Settings in short: γ=0.9 K=16 no verify."""
     words = []
     for key, value in settings.items():
         if key == "decoder.verify" and isinstance(value, bool):
@@ -187,7 +192,7 @@ def _settings(placed: Iterable[Placed]) -> list[str]:
 
 
 def _column(values: Sequence[Any], kind: str | None = None) -> pandas.api.extensions.ExtensionArray:
-    """Values in a column of their kind, as text if they have several; None is missing."""
+    """Values in a column of their type, as text if they have several; None is missing."""
     import pandas
 
     kinds = {type(value) for value in values if value is not None}
@@ -198,17 +203,18 @@ def _column(values: Sequence[Any], kind: str | None = None) -> pandas.api.extens
 
 
 def _cells(placed: Sequence[Placed]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows for readers. Speeds that no point has are left out."""
-    keys, speeds = _settings(placed), [by for by in SPEEDS if any(getattr(p, by) for p in placed)]
+    """Heads and rows of the printed table. Speeds that no point has are left out."""
+    keys = _settings(placed)
+    speeds = [by for by in SPEEDS if any(getattr(p, by) for p in placed)]
     heads = ["point", *keys, "n", "score (%)", *(NAMES[by] for by in speeds), "note"]
     rows = []
     for p in placed:
-        found = (bracketed(getattr(p, by), _DIGITS[by]) for by in speeds)
+        cells = (bracketed(getattr(p, by), _DIGITS[by]) for by in speeds)
         settings = ("–" if (value := p.settings.get(key)) is None else str(value) for key in keys)
         notes = ["tokens/s of one run, no interval"] * (p.tokens_per_second is not None and p.repeats < 2)
         notes += [f"dominated by {p.dominated_by}"] * (p.dominated_by is not None)
         notes += [f"stopped: {p.stopped}"] * (p.stopped is not None)
-        rows.append([p.name, *settings, str(p.n), bracketed(p.score, 1, 100), *found, "; ".join(notes)])
+        rows.append([p.name, *settings, str(p.n), bracketed(p.score, 1, 100), *cells, "; ".join(notes)])
     return heads, rows
 
 
@@ -220,12 +226,14 @@ def _points(axes: Axes, shown: Sequence[Placed], best: Sequence[str], by: Speed,
         "stopped early": {"color": "#8a8a8a", "mfc": "white", "ms": 5, "zorder": 2.2, "bars": ("#b5b5b5", 0.5)},
         "dominated": {"color": "#b5b5b5", "ms": 3.5, "zorder": 2, "bars": ("#dcdcdc", 0.5)},
     }
+    # 1) points by kind
     kinds: dict[str, list[Placed]] = {kind: [] for kind in looks}
     for p in shown:
         if p is not base:
-            lost = "dominated" if p.dominated_by is not None else "behind, not surely"
-            kind = "stopped early" if p.stopped is not None else "frontier" if p.name in best else lost
+            behind = "dominated" if p.dominated_by is not None else "behind, not surely"
+            kind = "stopped early" if p.stopped is not None else "frontier" if p.name in best else behind
             kinds[kind].append(p)
+    # 2) the frontier's step line, then the points
     if len(best) > 1:
         spots = {p.name: _spot(p, by) for p in shown}
         steps = zip(*(spots[name] for name in best), strict=True)
@@ -233,6 +241,7 @@ def _points(axes: Axes, shown: Sequence[Placed], best: Sequence[str], by: Speed,
     for kind, points in kinds.items():
         if points:
             _crosses(axes, points, by, marker="o", label=kind, **looks[kind])
+    # 3) the baseline: a line at its score, a star if it has a speed
     if base is not None:
         label = None if base in shown else f"baseline ({base.name})"
         axes.axhline(100 * base.score.mean, color=INK, lw=0.8, ls=(0, (4, 3)), zorder=1.8, label=label)
@@ -242,70 +251,75 @@ def _points(axes: Axes, shown: Sequence[Placed], best: Sequence[str], by: Speed,
 
 
 def _crosses(axes: Axes, points: Sequence[Placed], by: Speed, *, bars: tuple[str, float], **look: Any) -> None:
-    """Points with both intervals. An end can pass the mean by a rounding error, which matplotlib would refuse."""
-    spots = zip(*(_spot(p, by) for p in points), strict=True)
-    x, y = (list(values) for values in spots)
-    tall, wide = _reach([p.score for p in points], 100), _reach([getattr(p, by) for p in points])
+    """Points with both intervals as error bars."""
+    spots = [_spot(p, by) for p in points]
+    x = [speed for speed, _ in spots]
+    y = [score for _, score in spots]
+    tall = _error_bars([p.score for p in points], 100)
+    wide = _error_bars([getattr(p, by) for p in points])
     axes.errorbar(x, y, tall, wide, fmt="none", ecolor=bars[0], elinewidth=bars[1], zorder=look["zorder"])
     axes.plot(x, y, ls="none", **look)
 
 
-def _reach(found: Sequence[Interval], scale: int = 1) -> list[list[float]]:
-    """How far intervals go below and above their means."""
-    ends = [(v.mean - _least(v), _most(v) - v.mean) for v in found]
+def _error_bars(intervals: Sequence[Interval], scale: int = 1) -> list[list[float]]:
+    """Lengths below and above the means. Rounding can put a mean outside its interval, which matplotlib refuses."""
+    ends = [(v.mean - _low(v), _high(v) - v.mean) for v in intervals]
     return [[scale * max(0.0, low) for low, _ in ends], [scale * max(0.0, high) for _, high in ends]]
 
 
-def _least(found: Interval) -> float:
-    """Where an interval begins, or the mean where there is none."""
-    return found.low if found.bounded else found.mean
+def _low(interval: Interval) -> float:
+    """The lower end, or the mean of one without ends."""
+    return interval.low if interval.bounded else interval.mean
 
 
-def _most(found: Interval) -> float:
-    """Where an interval ends, or the mean where there is none."""
-    return found.high if found.bounded else found.mean
+def _high(interval: Interval) -> float:
+    """The upper end, or the mean of one without ends."""
+    return interval.high if interval.bounded else interval.mean
 
 
 def _limits(axes: Axes, shown: Sequence[Placed], by: Speed, base: Placed | None) -> None:
-    """All intervals in sight, with room for labels, and no closer than a few points of score."""
+    """Axis limits that show all intervals, with room for labels, and span a few points of score at least."""
     scores = [p.score for p in shown] + ([base.score] if base else [])
-    low, high = 100 * min(s.low for s in scores), 100 * max(s.high for s in scores)
+    low = 100 * min(score.low for score in scores)
+    high = 100 * max(score.high for score in scores)
     room = max(3.0, 0.1 * (high - low))
     bottom, top = max(low - room, -3.0), min(high + room, 103.0)
     axes.set_ylim(bottom, top)
     axes.set_yticks([tick for tick in axes.get_yticks() if max(bottom, 0) <= tick <= min(top, 100)])
     paces: list[Interval] = [getattr(p, by) for p in shown]
-    left, right = (end(bound(s) for s in paces) for end, bound in ((min, _least), (max, _most)))
+    left, right = min(map(_low, paces)), max(map(_high, paces))
     room = max(0.02 * right, 0.08 * (right - left))
     axes.set_xlim(max(0, left - room), right + 2.5 * room)
 
 
 def _label(axes: Axes, shown: Sequence[Placed], texts: Mapping[str, str], lines: Sequence[Box], by: Speed) -> None:
-    """Write texts, by point's name, beside their points where they cover least; not at all where they would meet.
+    """Write texts, by point's name, beside their points where they cover least. A label without room is left out.
 
-    The axes must have been laid out, so that data have places.
+    The axes must have been laid out, so that data coordinates have pixels.
     """
     import numpy as np
 
+    # 1) what labels should not cover, with weights
     unit = axes.figure.dpi / 72  # pixels a point
     marks = [(mark, 1.0 if p.name in texts else 0.3) for p in shown for mark in _marks(axes, p, by, 4 * unit)]
     marks += [(line, 0.6) for line in lines]
     left, bottom, right, top = np.array([mark for mark, _ in marks]).T  # (marks,) each
     weights = np.array([weight for _, weight in marks])
+    # 2) for each label the best free place, the best score first
     taken: list[Bbox] = []
     for p in sorted((p for p in shown if p.name in texts), key=lambda p: -p.score.mean):
         note = axes.annotate(fill(texts[p.name], 32, break_on_hyphens=False), _spot(p, by), (0, 0), **_NOTE)
         size = note.get_window_extent()
-        found: list[tuple[float, float, float, float, Bbox]] = []
+        candidates: list[tuple[float, float, float, float, Bbox]] = []
         for gap, dx, dy in _places(size.width / unit, size.height / unit):
             box = size.translated(dx * unit, dy * unit).padded(1.5 * unit)
             if _within(axes, box) and not any(box.overlaps(other) for other in taken):
                 covered = (left < box.x1) & (right > box.x0) & (bottom < box.y1) & (top > box.y0)
-                found.append((float(weights[covered].sum()) + 0.05 * gap, gap, dx, dy, box))
-        if not found:
+                candidates.append((float(weights[covered].sum()) + 0.05 * gap, gap, dx, dy, box))
+        if not candidates:
             note.remove()
             continue
-        _, gap, dx, dy, box = min(found, key=lambda one: one[0])
+        _, gap, dx, dy, box = min(candidates, key=lambda one: one[0])
         note.set_position((dx, dy))
         assert note.arrow_patch is not None
         note.arrow_patch.set_visible(gap > 10)
@@ -313,7 +327,7 @@ def _label(axes: Axes, shown: Sequence[Placed], texts: Mapping[str, str], lines:
 
 
 def _within(axes: Axes, box: Bbox) -> bool:
-    """Whether nothing of a text is cut off or lies on an axis."""
+    """Whether a text lies inside the axes and the figure."""
     room = axes.bbox
     return bool(box.x0 >= room.x0 and box.x1 < axes.figure.bbox.x1 - 5 and box.y0 >= room.y0 and box.y1 <= room.y1)
 
@@ -323,28 +337,28 @@ def _spot(p: Placed, by: Speed) -> tuple[float, float]:
 
 
 def _marks(axes: Axes, p: Placed, by: Speed, radius: float) -> list[Box]:
-    """What a point covers: itself and its two intervals."""
+    """Boxes that a point covers: its marker and its two error bars."""
     speed: Interval = getattr(p, by)
     x, y = axes.transData.transform(_spot(p, by))
-    ends = [(_least(speed), 100 * p.score.low), (_most(speed), 100 * p.score.high)]
+    ends = [(_low(speed), 100 * p.score.low), (_high(speed), 100 * p.score.high)]
     (x0, y0), (x1, y1) = axes.transData.transform(ends)
     return [(x - radius, y - radius, x + radius, y + radius), (x0, y - 1, x1, y + 1), (x - 1, y0, x + 1, y1)]
 
 
 def _lines(axes: Axes, shown: Sequence[Placed], best: Sequence[str], by: Speed, base: Placed | None) -> list[Box]:
-    """Where the frontier's steps and the baseline's line run."""
+    """Boxes that the frontier's steps and the baseline's line cover."""
     spots = {p.name: axes.transData.transform(_spot(p, by)) for p in shown}
-    found = []
+    boxes = []
     for (x0, y0), (x1, y1) in pairwise(spots[name] for name in best):
-        found += [(x0, min(y0, y1), x0, max(y0, y1)), (min(x0, x1), y1, max(x0, x1), y1)]
+        boxes += [(x0, min(y0, y1), x0, max(y0, y1)), (min(x0, x1), y1, max(x0, x1), y1)]
     if base is not None:
         y = axes.transData.transform((0, 100 * base.score.mean))[1]
-        found.append((axes.bbox.x0, y, axes.bbox.x1, y))
-    return [(x0 - 1, y0 - 1, x1 + 1, y1 + 1) for x0, y0, x1, y1 in found]
+        boxes.append((axes.bbox.x0, y, axes.bbox.x1, y))
+    return [(x0 - 1, y0 - 1, x1 + 1, y1 + 1) for x0, y0, x1, y1 in boxes]
 
 
 def _places(width: float, height: float) -> Iterator[tuple[float, float, float]]:
-    """Gaps and lower left corners that put a text of this size around a point, near ones first."""
+    """Gaps, and lower left corners of a text of this size around a point, near ones first."""
     for gap in (7, 13, 20, 30, 42, 56):
         for dx in (gap, -gap - width, -width / 2):
             for dy in (-height / 2, gap, -gap - height):

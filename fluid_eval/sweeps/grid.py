@@ -1,9 +1,9 @@
-"""Which runs a sweep is made of: a grid over settings, a random sample of it, points named one by one.
+"""The runs of a sweep: a grid over settings, a random sample of it, and single points.
 
-In a spec file a sweep is a run's settings and a table beside them:
+In a spec file, a sweep is a run's settings and a `[sweep]` table. These five points are four of FLUID and one of AR:
 
     [sweep.grid]
-    "decoder.confidence" = [0.5, 0.7, 0.9]
+    "decoder.confidence" = [0.5, 0.9]
     "decoder.verify" = [true, false]
 
     [[sweep.point]]
@@ -18,9 +18,10 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -34,16 +35,19 @@ from ..running.decoder_choice import with_decoder
 
 KNOWN = {"grid", "point", "sample", "seed"}
 MOST_POINTS = 100_000
+"""Largest grid that is run in full."""
+SAME_FOR_ALL = ("tasks", "limit", "num_fewshot", "profile", "extractor", "seed")
+"""Settings that all points share, so that they answer the same questions."""
 SHORT = {
     "decoder.confidence": "γ", "decoder.max_horizon": "K", "model.tau": "τ", "decoder.block_length": "block",
     "decoder.name": "", "model.path": "",
 }  # fmt: skip
-"""Names of settings in a point's name; of those that are empty the value says enough."""
+"""Names of settings in a point's name; empty where the value alone is clear."""
 
 
 @dataclass(frozen=True)
 class PlannedPoint:
-    """One run of a sweep. settings: what tells it from the others."""
+    """One run of a sweep. settings: those that distinguish it from the other points, by dotted name."""
 
     name: str
     settings: Mapping[str, Any]
@@ -51,116 +55,124 @@ class PlannedPoint:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All points of a sweep, each spec once. merged: points of the grid that are the same run as another."""
+class SweepPlan:
+    """All points of a sweep, each spec once. merged: number of grid points that equal another point's run."""
 
     points: tuple[PlannedPoint, ...]
     merged: int
 
     @property
     def id(self) -> str:
-        """12 hex digits of the points' ids."""
+        """The sweep's id: 12 hex digits over the points' ids."""
         return hashlib.sha256("".join(sorted(point.spec.id for point in self.points)).encode()).hexdigest()[:12]
 
 
 def read_axis(text: str) -> tuple[str, list[Any]]:
-    """`name=a,b,c` as --sweep takes it: values are TOML where they are, plain text otherwise."""
+    """An axis as --sweep takes it: `name=a,b,c`. Values are read as TOML, or as plain text where they are none.
+
+    Raises ConfigError if the name or the values are missing.
+    """
     name, sign, values = text.partition("=")
     if not sign or not name.strip() or not values:
         raise ConfigError(f"--sweep {text}: must read name=value,value")
     return name.strip(), [read_value(value.strip()) for value in values.split(",")]
 
 
-def plan(values: Mapping[str, Any]) -> Plan:
-    """The points of a sweep's values. Raises ConfigError naming the point that is no run, and what is wrong with it."""
+def plan(values: Mapping[str, Any]) -> SweepPlan:
+    """The points of a sweep.
+
+    values: a run's settings with the table `sweep`.  Raises ConfigError naming the first invalid point and its fault.
+    """
+    # 1) check the sweep table
     values = dict(values)
     sweep = values.pop("sweep", {})
     if not isinstance(sweep, Mapping) or (unknown := set(sweep) - KNOWN):
-        what = f"sweep.{sorted(unknown)[0]} is no setting" if isinstance(sweep, Mapping) else "sweep must be a table"
-        raise ConfigError(f"{what}; known: {', '.join(f'sweep.{name}' for name in sorted(KNOWN))}")
-    points = sweep.get("point", [])
-    if not isinstance(points, Sequence) or not all(isinstance(point, Mapping) for point in points):
-        raise ConfigError(f"sweep.point={points!r} must be tables: [[sweep.point]]")
-    settings = [*_grid(sweep), *(dict(_flat(point)) for point in points)]
+        fault = f"sweep.{sorted(unknown)[0]} is no setting" if isinstance(sweep, Mapping) else "sweep must be a table"
+        raise ConfigError(f"{fault}; known: {', '.join(f'sweep.{name}' for name in sorted(KNOWN))}")
+    single = sweep.get("point", [])
+    if not isinstance(single, Sequence) or not all(isinstance(point, Mapping) for point in single):
+        raise ConfigError(f"sweep.point={single!r} must be tables: [[sweep.point]]")
+    # 2) settings of each point: the grid's, then the single ones
+    settings = [*_grid(sweep), *(dict(_flat(point)) for point in single)]
     if not any(settings):
         raise ConfigError(
             "a sweep needs settings to vary: --sweep decoder.confidence=0.5,0.9, or a file's [sweep.grid]"
         )
-    found: dict[str, PlannedPoint] = {}
+    # 3) a run for each, equal runs once
+    points: dict[str, PlannedPoint] = {}
     for point in settings:
-        kept, spec = _spec(values, point)
-        if spec.id not in found:
-            found[spec.id] = PlannedPoint(_name(kept), kept, spec)
-    _check_same_questions(found.values())
-    names = Counter(point.name for point in found.values())
-    if max(names.values()) > 1:  # they differ in what a short name does not tell
-        found = {key: replace(point, name=f"{point.name} {key[:4]}") for key, point in found.items()}
-    return Plan(tuple(found.values()), len(settings) - len(found))
+        relevant, spec = _spec(values, point)
+        if spec.id not in points:
+            points[spec.id] = PlannedPoint(_name(relevant), relevant, spec)
+    _check_same_questions(points.values())
+    # 4) unique names: where short names coincide, the spec's id distinguishes them
+    names = Counter(point.name for point in points.values())
+    if max(names.values()) > 1:
+        points = {key: replace(point, name=f"{point.name} {key[:4]}") for key, point in points.items()}
+    return SweepPlan(tuple(points.values()), len(settings) - len(points))
 
 
 def _grid(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Points of the grid, or as many of them as asked."""
+    """Settings of the grid's points, or of a random sample of them."""
+    # 1) the axes
     axes = dict(_flat(sweep.get("grid", {})))
     for name, axis in axes.items():
         if not isinstance(axis, list) or not axis:
             raise ConfigError(f"sweep.grid.{name}={axis!r} must be a list of values")
     if not axes:
         return []
-    count = 1
-    for axis in axes.values():
-        count *= len(axis)
+    # 2) all points, unless fewer are asked for
+    count = math.prod(len(axis) for axis in axes.values())
     sample, seed = sweep.get("sample"), sweep.get("seed", 0)
     at_least("sweep.sample", sample, 1)
     if count > MOST_POINTS and sample is None:
         raise ConfigError(f"sweep.grid has {count:,} points; take some of them: sweep.sample=100")
-    places: Sequence[int] = range(count)
-    if sample is not None and sample < count:
-        places = sorted(random.Random(seed).sample(places, sample))
     if sample is None or sample >= count:
         return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    return [_at(axes, place) for place in places]
+    # 3) a sample of point numbers, so that a huge grid is never built
+    return [_point(axes, number) for number in sorted(random.Random(seed).sample(range(count), sample))]
 
 
-def _at(axes: Mapping[str, list[Any]], place: int) -> dict[str, Any]:
-    """The point at a place of the grid, the first axis running fastest."""
+def _point(axes: Mapping[str, list[Any]], number: int) -> dict[str, Any]:
+    """The point of the grid with this number; the first axis runs fastest."""
     point = {}
     for name, axis in axes.items():
-        place, index = divmod(place, len(axis))
+        number, index = divmod(number, len(axis))
         point[name] = axis[index]
     return point
 
 
-def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested tables as dotted names."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"sweep: {values!r} must be a table of settings")
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{name}.")
+            yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield before + name, value
+            yield prefix + name, value
 
 
 def _spec(values: Mapping[str, Any], point: Mapping[str, Any]) -> tuple[dict[str, Any], RunSpec]:
-    """A point's run, and what of its settings means something to its decoder."""
-    kept = dict(point)
+    """A point's settings without those of other decoders, and its run. Raises ConfigError naming the point."""
+    relevant = dict(point)
     try:
         merged = copy.deepcopy(tables(values))
         if "decoder.name" not in point:
             merged["decoder"] = _own_decoder(merged, point)
-        else:  # what means nothing to it is left out
-            kept = _known_to(point["decoder.name"], point)
+        else:
+            relevant = _known_to(point["decoder.name"], point)
             if point["decoder.name"] != _own_decoder(merged, point).get("name"):
-                merged["decoder"] = {}
-        for name, value in kept.items():
+                merged["decoder"] = {}  # the base's settings belong to another decoder
+        for name, value in relevant.items():
             put(merged, name, value)
-        return kept, build_spec(merged)
+        return relevant, build_spec(merged)
     except ConfigError as error:
         raise ConfigError(f"sweep point {_name(point)}: {error}") from error
 
 
 def _own_decoder(values: Nested, point: Mapping[str, Any]) -> Nested:
-    """The base's decoder, named as the model of a point would have it where the base names none."""
+    """The base's decoder settings; its name, if not given, is chosen by the point's model."""
     values = copy.deepcopy(values)
     for name, value in point.items():
         if name.partition(".")[0] == "model":
@@ -174,27 +186,26 @@ def _known_to(decoder: Any, point: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(decoder, str) or decoder not in DECODERS:
         return dict(point)
     known = {f"decoder.{f.name}" for f in fields(DECODERS[decoder])} | {"decoder.name"}
-    kept = {name: value for name, value in point.items() if not name.startswith("decoder.") or name in known}
+    relevant = {name: value for name, value in point.items() if not name.startswith("decoder.") or name in known}
     if decoder != "fluid":
-        kept.pop("model.tau", None)  # no K-head to choose
-    return kept
+        relevant.pop("model.tau", None)  # only FLUID has K-heads to choose from
+    return relevant
 
 
-def _check_same_questions(points: Sequence[PlannedPoint] | Any) -> None:
-    """All points of a sweep answer the same questions; else nothing can be compared."""
-    seen: dict[str, Any] = {}
+def _check_same_questions(points: Iterable[PlannedPoint]) -> None:
+    """Raises ConfigError unless all points answer the same questions; other scores cannot be compared."""
+    first: dict[str, Any] = {}
     for point in points:
         identity = point.spec.identity()
-        asked = {name: identity.get(name) for name in ("tasks", "limit", "num_fewshot", "profile", "extractor", "seed")}
-        for name, value in asked.items():
-            if seen.setdefault(name, value) != value:
+        for name in SAME_FOR_ALL:
+            if first.setdefault(name, identity.get(name)) != identity.get(name):
                 raise ConfigError(
                     f"sweep point {point.name}: {name} differs between points, whose answers could not be compared"
                 )
 
 
 def _name(settings: Mapping[str, Any]) -> str:
-    """What tells a point from others, in short: `γ=0.9 K=16 no verify`."""
+    """A point's settings in short: `γ=0.9 K=16 no verify`."""
     words = []
     for name, value in settings.items():
         last = SHORT.get(name, name.rpartition(".")[2])

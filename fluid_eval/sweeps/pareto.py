@@ -1,10 +1,11 @@
-"""Quality against speed: what each point of a sweep reaches, and which points another one beats at both. No torch.
+"""The accuracy/throughput frontier of a sweep: scores and speeds of its points, and which points dominate others. No
+torch.
 
-Comparisons rest on a bootstrap: documents are drawn again with replacement, as many of each task as there are, and
-every point is measured on the same ones: what is hard for one is mostly hard for another, so their difference is surer
-than two intervals let one think. Tokens/s vary with the machine: they compare by repeats in which points took turns.
+Scores and counted speeds are compared by a paired bootstrap: documents are resampled with replacement within each task,
+the same for all points. Documents are about equally hard for all points, so a paired difference varies less than two
+separate intervals suggest. Tokens/s vary with the machine: they are compared by speed repeats taken in turns.
 
-Legend: P points, D documents, R draws.
+Legend: P points, D documents, R resamples.
 """
 
 from __future__ import annotations
@@ -30,30 +31,29 @@ if TYPE_CHECKING:
     Floats = NDArray[float64]
 
 Speed = Literal["tokens_per_second", "tokens_per_forward", "forwards_per_answer"]
-"""Of forwards per answer, fewer are faster."""
+"""Fewer forwards per answer are faster."""
 SPEEDS: tuple[Speed, ...] = get_args(Speed)
 LEAST = 20
-"""Common documents below which no point is said to beat another: drawn again, a handful is too sure of itself."""
-SURE = 0.95
-"""Share of the draws in which a point must be beaten to count as dominated."""
+"""Fewest common documents for a comparison: a bootstrap over a handful is overconfident."""
+CONFIDENCE = 0.95
+"""Share of the resamples in which another point must be better for a point to count as dominated."""
 _SAME = 1e-9
-"""Equal numbers that were reached in two ways may differ by rounding; differences up to this, of speeds up to this part
-of them, are none.
-"""
+"""Differences up to this are rounding and count as none; of speeds, relative differences."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """One point, measured on the documents it answered, each number with its 95% interval.
+    """One point's score and speeds on the documents it answered, each with its 95% interval.
 
-    n: documents answered.  score: mean over tasks of each task's mean, so that a task with many documents does not
-    outweigh the others.  tokens_per_second and tokens_per_forward: sum over sum, and forwards_per_answer: a mean, over
-    the answers of tasks that write (those in which the point wrote a token at all; an empty answer among them counts
-    with its cost). None where nothing was written.
-    repeats: how often the same answers were timed again. tokens_per_second is their geometric mean, and its interval
-    theirs; without repeats it has none.
-    dominated_by: the fastest point that scores no less and is faster, both in 95% of the draws; faster in tokens/s: in
-    repeats taken in turns, sure to 95% by Student's t.
+    n: documents answered.
+    score: mean over tasks of each task's mean, so that a task with many documents does not outweigh the others.
+    tokens_per_second, tokens_per_forward: ratios of sums over the generated answers; None without any.
+    forwards_per_answer: mean over the same answers. They are those of tasks in which the point generated a token; an
+    empty answer counts with its cost.
+    repeats: number of speed repeats. tokens_per_second is their geometric mean, with its interval; without repeats it
+    has no interval.
+    dominated_by: the fastest point that scores no less and is faster, in 95% of the resamples. Faster in tokens/s: in
+    the repeats taken in turns, with 95% confidence by Student's t.
     """
 
     name: str
@@ -71,10 +71,11 @@ class Placed:
 def measure(
     points: Sequence[Point], *, by: Speed = "tokens_per_second", draws: int = 1000, seed: int = 0
 ) -> list[Placed]:
-    """Every point with its intervals and the point that dominates it, if one does, by the speed `by`.
+    """Every point with its intervals and the point that dominates it, if any, by the speed `by`.
 
-    A point's own numbers are over its own documents, and owe nothing to what other points there are. Two points are
-    compared on the documents both answered, if those are at least LEAST. One that was stopped early dominates no other.
+    A point's own numbers are over its own documents and do not depend on other points. Two points are compared on their
+    common documents, if those are at least LEAST. A point that was stopped early dominates no other.
+    Raises ConfigError if a point has no samples, or two points share a name.
     """
     _check(by, draws)
     _check_names(points)
@@ -85,39 +86,39 @@ def measure(
 
 
 def below(
-    a: Point, b: Point, *, by: Speed = "tokens_per_second", draws: int = 1000, seed: int = 0, sure: float = 0.99
+    a: Point, b: Point, *, by: Speed = "tokens_per_second", draws: int = 1000, seed: int = 0, confidence: float = 0.99
 ) -> bool:
-    """Whether b scores more and is faster than a, both in a share of at least `sure` of the draws: a may be stopped.
+    """Whether b scores more and is faster than a, in at least `confidence` of the resamples: a may be stopped.
 
-    Faster in tokens/s: as sure by the points' paces.  Over the documents both answered; False while those are fewer
-    than LEAST.
+    Faster in tokens/s: with the same confidence, by the points' paces.  Over their common documents; False while those
+    are fewer than LEAST.
     """
     _check(by, draws)
-    check_range("sure", sure, 0, 1)
+    check_range("confidence", confidence, 0, 1)
     board = _lay_out([a, b])
-    docs = board.held[0] & board.held[1]
+    docs = board.answered[0] & board.answered[1]
     if docs.sum() < LEAST:
         return False
-    if by == "tokens_per_second" and _faster(a, b) < sure:
+    if by == "tokens_per_second" and _faster(a, b) < confidence:
         return False
-    return _ahead(_replicas(board, [0, 1], docs, draws, seed), 0, 1, by, strictly=True) >= sure
+    return _ahead(_resampled(board, [0, 1], docs, draws, seed), 0, 1, by, strictly=True) >= confidence
 
 
 def frontier(placed: Sequence[Placed], by: Speed = "tokens_per_second") -> list[str]:
-    """Names, slowest first, of the points that no other passes in mean score or mean speed without losing in the other.
+    """Names, slowest first, of the Pareto-optimal points by mean score and mean speed.
 
-    Points that were stopped early are left out, as their means are of other documents, and points without that speed.
+    Left out are points without that speed, and points that were stopped early: their means are of other documents.
     """
     _check(by)
     ranked = [(speed, p) for p in placed if p.stopped is None and (speed := pace(p, by)) is not None]
 
-    def passed(speed: float, score: float) -> bool:
-        """Whether another point gains in one and loses in neither."""
+    def is_beaten(speed: float, score: float) -> bool:
+        """Whether another point is better in score or speed and worse in neither."""
         margin = _SAME * abs(speed)
         gains = ((other - speed, p.score.mean - score) for other, p in ranked)
         return any(a >= -margin and b >= -_SAME and (a > margin or b > _SAME) for a, b in gains)
 
-    return [p.name for speed, p in sorted(ranked, key=lambda one: one[0]) if not passed(speed, p.score.mean)]
+    return [p.name for speed, p in sorted(ranked, key=lambda one: one[0]) if not is_beaten(speed, p.score.mean)]
 
 
 def best(
@@ -132,48 +133,49 @@ def best(
 ) -> Placed | None:
     """The fastest point whose score is at most `within` percentage points below the baseline's, None if there is none.
 
-    baseline: a point's name; None takes the best score there is.  points: what `placed` was measured from; with them
-    the loss must be that small for sure, which is to say at the lower end of the 95% interval of the paired difference.
-    Points that were stopped early do not take part.
+    baseline: a point's name; None takes the best score.
+    points: those that `placed` was measured from. With them, the far end of the 95% interval of the paired difference
+    must lie within the bound, not only the mean.
+    Points that were stopped early do not take part. Raises ConfigError for a baseline that is no such point.
     """
     _check(by, draws)
     if not placed:
         raise ConfigError("placed=[]: there is nothing to choose from")
-    whole = {p.name: p for p in placed if p.stopped is None}
+    complete = {p.name: p for p in placed if p.stopped is None}
     if baseline is None:
-        if not whole:
+        if not complete:
             return None
-        baseline = _greatest({p.name: p.score.mean for p in whole.values()}, _SAME)
-    if baseline not in whole:
-        raise ConfigError(f"baseline={baseline!r} must be a point that was not stopped early: {', '.join(whole)}")
+        baseline = _greatest({p.name: p.score.mean for p in complete.values()}, _SAME)
+    if baseline not in complete:
+        raise ConfigError(f"baseline={baseline!r} must be a point that was not stopped early: {', '.join(complete)}")
     if points is None:
-        losses = {p.name: whole[baseline].score.mean - p.score.mean for p in whole.values()}
-    elif missing := whole.keys() - {p.name for p in points}:
+        losses = {p.name: complete[baseline].score.mean - p.score.mean for p in complete.values()}
+    elif missing := complete.keys() - {p.name for p in points}:
         raise ConfigError(f"points lack {', '.join(sorted(missing))}, which placed has")
     else:
         _check_names(points)
-        losses = _greatest_losses([p for p in points if p.name in whole], baseline, draws, seed)
-    near = [p for p in whole.values() if losses[p.name] <= within / 100 + _SAME]
+        losses = _greatest_losses([p for p in points if p.name in complete], baseline, draws, seed)
+    near = [p for p in complete.values() if losses[p.name] <= within / 100 + _SAME]
     paces = {p.name: speed for p in near if (speed := pace(p, by)) is not None}
-    return whole[_greatest(paces)] if paces else None
+    return complete[_greatest(paces)] if paces else None
 
 
 def aup(pairs: Iterable[tuple[float, float]], *, y_max: float | None = None, published: bool = False) -> float:
     """Area under the accuracy-parallelism curve of (tokens per forward, accuracy in percent) pairs.
 
-    From the least to the most tokens per forward, by trapezoids over y w(y): w(y) = min(exp(-3 (1 - y / y_max)), 1)
-    makes lost accuracy cost more than itself. y_max: the best accuracy among the pairs unless given, such as the AR
-    parent's. Of pairs with the same tokens per forward, but for rounding, the most accurate one counts; where that
-    leaves fewer than two the area is 0.
-    published: as the d3LLM leaderboard has it (AUP, arXiv 2601.07568; alpha 3). Pairs more than 5 points below the one
-    with the least tokens per forward are dropped, and that one's tokens per forward times its accuracy is added, for
-    the way from 0 to it. Only such areas may stand beside published ones.
+    Trapezoids over y w(y), from the least to the most tokens per forward. w(y) = min(exp(-3 (1 - y / y_max)), 1)
+    penalises lost accuracy.  y_max: the best accuracy among the pairs unless given, such as the AR parent's.
+    Of pairs with equal tokens per forward the most accurate counts. The area of fewer than two pairs is 0.
+    published: AUP of the d3LLM leaderboard (arXiv 2601.07568, alpha 3). It drops pairs more than 5 points below the one
+    with the least tokens per forward, and adds the rectangle from 0 to that one. Only such areas compare with published
+    ones.
+    Raises ConfigError without pairs or for values out of range.
     """
     curve: dict[float, float] = {}
     for x, y in sorted(pairs):
         check_range("tokens per forward", x, 0, math.inf, open_low=True)
         check_range("accuracy (percent)", y, 0, 100)
-        x = next((held for held in curve if math.isclose(held, x, rel_tol=_SAME)), x)
+        x = next((known for known in curve if math.isclose(known, x, rel_tol=_SAME)), x)
         curve[x] = max(y, curve.get(x, 0.0))
     if not curve:
         raise ConfigError("pairs=[]: an area needs (tokens per forward, accuracy) pairs")
@@ -191,7 +193,7 @@ def aup(pairs: Iterable[tuple[float, float]], *, y_max: float | None = None, pub
 
 
 def pace(placed: Placed, by: Speed) -> float | None:
-    """A point's mean speed as a number of which more is faster: forwards per answer come negative."""
+    """A point's mean speed, forwards per answer negated, so that a larger number is faster."""
     speed: Interval | None = getattr(placed, by)
     return None if speed is None else _sign(by) * speed.mean
 
@@ -216,50 +218,56 @@ def _check(by: Speed, draws: int = 1) -> None:
 
 @dataclass(frozen=True)
 class _Board:
-    """Points and documents side by side, the documents sorted by task.
+    """All points' values over all documents, the documents sorted by task.
 
-    task: (D,) number of each document's task.  held: (P, D) who answered what.  values: (P, D, 4) score; tokens,
-    forwards, answers of tasks that write.
+    task: (D,) number of each document's task.  answered: (P, D) whether a point answered a document.
+    values: (P, D, 4) score; tokens, forwards and number of generated answers.
     """
 
     task: NDArray[int64]
-    held: NDArray[bool_]
+    answered: NDArray[bool_]
     values: Floats
 
 
 def _lay_out(points: Sequence[Point]) -> _Board:
-    """Raises ConfigError if a point answered nothing, or a document twice."""
+    """Raises ConfigError if a point has no samples, or two of one document."""
     import numpy as np
 
+    # 1) the documents that any point answered, by task
     if empty := [p.name for p in points if not p.samples]:
         raise ConfigError(f"point {empty[0]!r} has no samples; leave it out")
     keys = sorted({(s.task, s.doc) for p in points for s in p.samples})
-    place = {key: i for i, key in enumerate(keys)}
-    number = {task: i for i, task in enumerate(dict.fromkeys(task for task, _ in keys))}
-    held = np.zeros((len(points), len(keys)), dtype=bool)
-    values = np.zeros((*held.shape, 4))
-    for i, p in enumerate(points):
-        writing = {s.task for s in p.samples if s.tokens}
-        for s in p.samples:
-            at = place[s.task, s.doc]
-            if held[i, at]:
-                raise ConfigError(f"point {p.name!r} has two samples of document {s.doc} of {s.task}")
-            held[i, at] = True
-            cost = (s.tokens, s.forwards, 1) if s.written and s.task in writing else (0, 0, 0)
-            values[i, at] = (s.score, *cost)
-    return _Board(np.array([number[task] for task, _ in keys]), held, values)
+    column = {key: i for i, key in enumerate(keys)}
+    task_number = {task: i for i, task in enumerate(dict.fromkeys(task for task, _ in keys))}
+    # 2) each point's values
+    answered = np.zeros((len(points), len(keys)), dtype=bool)  # (P, D)
+    values = np.zeros((*answered.shape, 4))  # (P, D, 4)
+    for i, point in enumerate(points):
+        generating = {s.task for s in point.samples if s.tokens}
+        for sample in point.samples:
+            at = column[sample.task, sample.doc]
+            if answered[i, at]:
+                raise ConfigError(f"point {point.name!r} has two samples of document {sample.doc} of {sample.task}")
+            answered[i, at] = True
+            counts = sample.written and sample.task in generating
+            cost = (sample.tokens, sample.forwards, 1) if counts else (0, 0, 0)
+            values[i, at] = (sample.score, *cost)
+    return _Board(np.array([task_number[task] for task, _ in keys]), answered, values)
 
 
-def _replicas(board: _Board, who: Sequence[int], docs: NDArray[bool_], draws: int, seed: int) -> dict[str, Floats]:
-    """Score and speeds of points over the same drawn documents: (1 + R, P) each, row 0 undrawn, NaN for no speed."""
+def _resampled(board: _Board, who: Sequence[int], docs: NDArray[bool_], draws: int, seed: int) -> dict[str, Floats]:
+    """Score and speeds of points over the same resampled documents: (1 + R, P) each, NaN for no speed.
+
+    Row 0 is of the documents as they are. who: numbers of the points.  docs: (D,) documents to resample.
+    """
     import numpy as np
 
     _, sizes = np.unique(board.task[docs], return_counts=True)
     values = board.values[np.ix_(np.asarray(who), np.flatnonzero(docs))]  # (P, D, 4)
-    values[:, :, 0] /= np.repeat(sizes * len(sizes), sizes)  # so that the scores' sum is the mean of the tasks' means
+    values[:, :, 0] /= np.repeat(sizes * len(sizes), sizes)  # their sum is the mean of the tasks' means
     columns = values.transpose(1, 2, 0).reshape(len(values[0]), -1)  # (D, 4 P)
-    found = sums(drawn(sizes.tolist(), draws, seed), columns)
-    score, tokens, forwards, answers = np.moveaxis(found.reshape(-1, 4, len(who)), 1, 0)
+    totals = sums(drawn(sizes.tolist(), draws, seed), columns)  # (1 + R, 4 P)
+    score, tokens, forwards, answers = np.moveaxis(totals.reshape(-1, 4, len(who)), 1, 0)  # (1 + R, P) each
 
     def ratio(over: Floats, under: Floats) -> Floats:
         return np.divide(over, under, out=np.full_like(over, np.nan), where=under > 0)
@@ -272,69 +280,77 @@ def _replicas(board: _Board, who: Sequence[int], docs: NDArray[bool_], draws: in
 
 
 def _place(point: Point) -> Placed:
+    """A point's own score and speeds with their intervals."""
+    # 1) scores by task; samples whose cost counts, by task
     scores: dict[str, list[float]] = {}
     for sample in point.samples:
         scores.setdefault(sample.task, []).append(sample.score)
-    writing = {sample.task for sample in point.samples if sample.tokens}
-    wrote = sorted((s for s in point.samples if s.written and s.task in writing), key=lambda sample: sample.task)
-    sizes = list(Counter(sample.task for sample in wrote).values())
-    tokens, forwards = [float(s.tokens) for s in wrote], [float(s.forwards) for s in wrote]
-    seconds = math.fsum(sample.seconds for sample in wrote)
-    pace = Interval(math.fsum(tokens) / seconds, math.nan, math.nan, len(wrote)) if seconds else None
+    generating = {sample.task for sample in point.samples if sample.tokens}
+    generated = [sample for sample in point.samples if sample.written and sample.task in generating]
+    generated.sort(key=lambda sample: sample.task)
+    sizes = list(Counter(sample.task for sample in generated).values())
+    # 2) tokens/s: the repeats' mean, or that of one run without an interval
+    tokens = [float(sample.tokens) for sample in generated]
+    forwards = [float(sample.forwards) for sample in generated]
+    seconds = math.fsum(sample.seconds for sample in generated)
+    pace = Interval(math.fsum(tokens) / seconds, math.nan, math.nan, len(generated)) if seconds else None
     if point.paces:
         pace = geometric(list(point.paces.values()))
     return Placed(
-        point.name,
-        point.settings,
-        len(point.samples),
-        mean_over_tasks(list(scores.values())),
-        pace,
-        ratio_of_sums([tokens], [forwards], sizes) if wrote else None,
-        ratio_of_sums([forwards], [[1.0] * len(wrote)], sizes) if wrote else None,
-        len(point.paces),
+        name=point.name,
+        settings=point.settings,
+        n=len(point.samples),
+        score=mean_over_tasks(list(scores.values())),
+        tokens_per_second=pace,
+        tokens_per_forward=ratio_of_sums([tokens], [forwards], sizes) if generated else None,
+        forwards_per_answer=ratio_of_sums([forwards], [[1.0] * len(generated)], sizes) if generated else None,
+        repeats=len(point.paces),
         stopped=point.stopped,
     )
 
 
 def _dominators(board: _Board, points: Sequence[Point], by: Speed, draws: int, seed: int) -> list[list[int]]:
-    """For each point, those that dominate it. Pairs with the same common documents are drawn together."""
+    """For each point, the numbers of those that dominate it."""
     import numpy as np
 
-    together: dict[bytes, list[tuple[int, int]]] = {}
+    # 1) pairs (a, b), may b dominate a, by their common documents: equal sets are resampled once
+    pairs_of: dict[bytes, list[tuple[int, int]]] = {}
     for b in (i for i, p in enumerate(points) if p.stopped is None):
         for a in (i for i in range(len(points)) if i != b):
-            together.setdefault((board.held[a] & board.held[b]).tobytes(), []).append((a, b))
-    found: list[list[int]] = [[] for _ in points]
-    for common, pairs in together.items():
+            pairs_of.setdefault((board.answered[a] & board.answered[b]).tobytes(), []).append((a, b))
+    # 2) compare each pair on its resampled documents
+    dominators: list[list[int]] = [[] for _ in points]
+    for common, pairs in pairs_of.items():
         docs = np.frombuffer(common, dtype=bool)
         if docs.sum() < LEAST:
             continue
         who = sorted({i for pair in pairs for i in pair})
         column = {i: j for j, i in enumerate(who)}
-        drawn = _replicas(board, who, docs, draws, seed)
+        resampled = _resampled(board, who, docs, draws, seed)
         for a, b in pairs:
-            if by == "tokens_per_second" and _faster(points[a], points[b]) < SURE:
+            if by == "tokens_per_second" and _faster(points[a], points[b]) < CONFIDENCE:
                 continue
-            if _ahead(drawn, column[a], column[b], by, strictly=False) >= SURE:
-                found[a].append(b)
-    return found
+            if _ahead(resampled, column[a], column[b], by, strictly=False) >= CONFIDENCE:
+                dominators[a].append(b)
+    return dominators
 
 
-def _ahead(drawn: Mapping[str, Floats], a: int, b: int, by: Speed, *, strictly: bool) -> float:
-    """Share of the draws in which b is faster than a and scores no less (`strictly`: more). In tokens/s no draw says
-    which is faster: that is for `_faster`.
+def _ahead(resampled: Mapping[str, Floats], a: int, b: int, by: Speed, *, strictly: bool) -> float:
+    """Share of the resamples in which b is faster than a and scores no less (`strictly`: more).
+
+    Resampled documents say nothing about tokens/s: then only scores are compared here, and speeds by `_faster`.
     """
-    gain = drawn["score"][1:, b] - drawn["score"][1:, a]
-    more = gain > _SAME if strictly else gain >= -_SAME
+    gain = resampled["score"][1:, b] - resampled["score"][1:, a]  # (R,)
+    scores = gain > _SAME if strictly else gain >= -_SAME
     if by == "tokens_per_second":
-        return float(more.mean())
-    speed = _sign(by) * drawn[by][1:]
+        return float(scores.mean())
+    speed = _sign(by) * resampled[by][1:]  # (R, P)
     faster = speed[:, b] - speed[:, a] > _SAME * abs(speed[:, a])
-    return float((faster & more).mean())
+    return float((faster & scores).mean())
 
 
 def _faster(a: Point, b: Point) -> float:
-    """How sure it is that b writes more tokens/s than a, by the repeats in which both took turns."""
+    """Confidence that b generates more tokens/s than a, by the repeats that both took in turns."""
     return sureness([pace / a.paces[turn] for turn, pace in b.paces.items() if turn in a.paces])
 
 
@@ -345,24 +361,24 @@ def _with_best(placed: Sequence[Placed], i: int, better: Sequence[int], by: Spee
 
 
 def _greatest(values: Mapping[str, float], margin: float | None = None) -> str:
-    """The first of those that nothing passes by more than the margin, by default that of speeds."""
+    """The first name whose value is within the margin of the largest. margin: default: rounding of speeds."""
     top = max(values.values())
     least = top - (_SAME * abs(top) if margin is None else margin)
     return next(name for name, value in values.items() if value >= least)
 
 
 def _greatest_losses(points: Sequence[Point], baseline: str, draws: int, seed: int) -> dict[str, float]:
-    """How much less each point may score than the baseline: the far end of the paired difference's 95% interval."""
+    """Each point's largest plausible loss against the baseline: the far end of the 95% interval, paired."""
     import numpy as np
 
     board = _lay_out(points)
     base = [p.name for p in points].index(baseline)
-    found = {}
-    for i, p in enumerate(points):
-        docs = board.held[i] & board.held[base]
+    losses = {}
+    for i, point in enumerate(points):
+        docs = board.answered[i] & board.answered[base]
         if docs.any():
-            score = _replicas(board, [i, base], docs, draws, seed)["score"]
-            found[p.name] = float(-np.percentile(score[1:, 0] - score[1:, 1], 2.5))
+            score = _resampled(board, [i, base], docs, draws, seed)["score"]
+            losses[point.name] = float(-np.percentile(score[1:, 0] - score[1:, 1], 2.5))
         else:
-            found[p.name] = math.inf
-    return found
+            losses[point.name] = math.inf
+    return losses

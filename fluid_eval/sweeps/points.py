@@ -1,4 +1,4 @@
-"""One point of a sweep as the frontier wants it: its settings and what each document scored and cost. No torch."""
+"""One point of a sweep: its settings, and the score and cost of each document. No torch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 from fluid_model.settings import check_range
 
 from ..results.metrics import Record, first_scores
-from ..results.speed_repeats import Repeat, Turn, paces
+from ..results.speed_repeats import Repeat, Turn, tokens_per_second
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One document as a point answered it. score: 0 to 1.  tokens: of the answer.  written: False if scored instead."""
+    """One document's score (0 to 1) and cost at a point.
+
+    tokens: of the answer.  written: False where choices were scored by log-likelihood instead of generated.
+    """
 
     task: str
     doc: int | str
@@ -33,9 +36,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Point:
-    """One choice of settings and the documents it answered. stopped: why it was ended before it had answered all.
+    """One choice of settings and the documents it answered.
 
-    paces: tokens/s of repeats, those of points that took turns under the same name.
+    stopped: the reason why it was stopped early, before it had answered all documents.
+    paces: tokens/s of each repeat; repeats that points took in turns have the same key.
     """
 
     name: str
@@ -54,9 +58,9 @@ def as_point(
     stopped: str | None = None,
     repeats: Sequence[Repeat] = (),
 ) -> Point:
-    """Samples as a frontier wants them: a document's score is that of its task's first metric.
+    """A point from a run's sample records. A document's score is that of its task's first metric.
 
-    owners: leaf task -> the task that was asked for, which is what counts as one.  repeats: see `cost`.
+    owners: leaf task -> the requested task (or group), over which scores are averaged.  repeats: of the run's timing.
     """
     scores = first_scores(records)
     samples = [
@@ -66,6 +70,8 @@ def as_point(
             seconds=record["seconds"], written=record["finish"] is not None,
         )
         for record in records
-        if record["key"] in scores and record["key"].count("/") == 1  # a document's first answer, where it has several
+        if record["key"] in scores and record["key"].count("/") == 1  # the first of several answers
     ]  # fmt: skip
-    return Point(name, dict(settings), samples, stopped, paces([r for r in records if "lost" not in r], repeats))
+    return Point(
+        name, dict(settings), samples, stopped, tokens_per_second([r for r in records if "lost" not in r], repeats)
+    )

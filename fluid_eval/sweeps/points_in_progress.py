@@ -1,4 +1,8 @@
-"""A sweep's points under way: what they have answered of each turn, how long it took, what is left."""
+"""Points of a running sweep: what they have answered of each document batch, how fast, and what is unanswered.
+
+A sweep cuts each task's documents into batches, the same for all points: batch 0 of 8 is the first eighth of each task.
+All points answer a batch before any of them goes on to the next, so that they compare at every time.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +24,12 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Under:
-    """A point under way. asked: all of it.  work: what it has not answered, by turn.  stopped: why it was ended early.
-    paces: tokens/s of its turns in this session, in which all points answered the same documents.
+class PointInProgress:
+    """A point of a running sweep.
+
+    asked: its lm-eval requests.  work: the unanswered ones, by document batch.
+    stopped: the reason why it was stopped early, None otherwise.
+    paces: tokens/s of each batch in this session, over which all points answered the same documents.
     """
 
     planned: PlannedPoint
@@ -32,60 +39,59 @@ class Under:
     stopped: str | None = None
     paces: dict[speed_repeats.Turn, float] = field(default_factory=dict)
 
-    def note_pace(self, turn: int, answers: Sequence[tuple[int, float]]) -> None:
-        """Note how fast a turn was. answers: tokens and seconds of each."""
-        tokens, seconds = sum(n for n, _ in answers), math.fsum(s for _, s in answers)
+    def note_pace(self, batch: int, answers: Sequence[tuple[int, float]]) -> None:
+        """Record the speed of a document batch. answers: (tokens, seconds) of each."""
+        tokens = sum(n for n, _ in answers)
+        seconds = math.fsum(s for _, s in answers)
         if tokens and seconds > 0:
-            self.paces["", turn] = tokens / seconds
+            self.paces["", batch] = tokens / seconds
 
     def timed(self, count: int) -> bool:
-        """Whether it was timed that often, or writes nothing that could be."""
-        writes = any(instance.request_type == "generate_until" for instance in self.asked)
-        return not writes or speed_repeats.enough(speed_repeats.read(self.job.opened.folder), count)
+        """Whether it has `count` speed repeats, or generates nothing that could be timed."""
+        generates = any(instance.request_type == "generate_until" for instance in self.asked)
+        return not generates or speed_repeats.enough(speed_repeats.read(self.job.opened.folder), count)
+
+    def answered_share(self, batches: int) -> float:
+        """The share of its document batches that are answered in full."""
+        return sum(not self._is_unanswered(batch) for batch in range(batches)) / batches
+
+    def _is_unanswered(self, batch: int) -> bool:
+        samples = self.job.opened.samples
+        return any(item.key not in samples for item in self.work.get(batch, []))
+
+    def to_point(self, records: list[Record]) -> Point:
+        """The point with these scored records and its speed repeats."""
+        tasks = self.job.ready.tasks
+        owners = {leaf: name for name in self.planned.spec.tasks for leaf in lm_eval_tasks.members(tasks, name)}
+        repeats = speed_repeats.read(self.job.opened.folder)
+        return as_point(
+            self.name, self.planned.settings, records, owners, stopped=self.stopped, repeats=repeats
+        )  # fmt: skip
 
     @property
     def name(self) -> str:
         return self.planned.name
 
 
-def point_of(under: Under, records: list[Record]) -> Point:
-    """A point with what it answered, and how long that took each time."""
-    tasks = under.job.ready.tasks
-    owners = {leaf: name for name in under.planned.spec.tasks for leaf in lm_eval_tasks.members(tasks, name)}
-    held = speed_repeats.read(under.job.opened.folder)
-    return as_point(
-        under.name, under.planned.settings, records, owners, stopped=under.stopped, repeats=held
-    )  # fmt: skip
-
-
-def held_share(under: Under, turns: int) -> float:
-    """The share of the documents a stopped point has answered."""
-    done = [turn for turn in range(turns) if not left(under, turn)]
-    return len(done) / turns
-
-
-def left(under: Under, turn: int) -> bool:
-    """Whether a turn's work is not all answered."""
-    held = under.job.opened.samples
-    return any(item.key not in held for item in under.work.get(turn, []))
-
-
-def by_turn(
-    point: PlannedPoint, job: Job, asked: lm_eval_tasks.Asked, documents: Mapping[str, int], turns: int
+def unanswered_by_batch(
+    point: PlannedPoint, job: Job, asked: lm_eval_tasks.Asked, documents: Mapping[str, int], batches: int
 ) -> dict[int, list[Work]]:
-    """What a point has not answered, by the turn its document is in. documents: how many each task has."""
+    """A point's unanswered requests, by the document batch they belong to. documents: how many each task has."""
+    # of each task: the document behind the last of each batch
     ends = {
-        name: [_count(point, count, (turn + 1) / turns) for turn in range(turns)] for name, count in documents.items()
+        task: [_documents(point, count, (batch + 1) / batches) for batch in range(batches)]
+        for task, count in documents.items()
     }
-    found: dict[int, list[Work]] = defaultdict(list)
+    unanswered: dict[int, list[Work]] = defaultdict(list)
     for item in job.lm.missing(asked):
-        task, doc = item.key.split("/")[:2]
-        found[next(turn for turn, end in enumerate(ends[task]) if int(doc) < end)].append(item)
-    return dict(found)
+        task, document = item.key.split("/")[:2]
+        batch = next(batch for batch, end in enumerate(ends[task]) if int(document) < end)
+        unanswered[batch].append(item)
+    return dict(unanswered)
 
 
-def _count(point: PlannedPoint, documents: int, share: float) -> int:
-    """Documents of a task that lie in that share of a run."""
+def _documents(point: PlannedPoint, documents: int, share: float) -> int:
+    """Number of a task's documents in a share of a run, the run's limit applied."""
     limit = lm_eval_tasks.limit_for(point.spec, share)
     if limit is None:
         return documents

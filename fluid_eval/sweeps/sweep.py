@@ -1,7 +1,8 @@
-"""A sweep: many runs of the same questions, answered in turns, ending in a frontier.
+"""A sweep: many runs over the same questions, with a frontier of score against speed at the end.
 
-Each point is a run folder of its own below points/, and whatever reads a run reads it. Points take turns, a share of
-the documents each, so that an early stop still compares; workers hold what they load and serve every point.
+Each point is an ordinary run folder below points/. The documents are cut into batches, and all points answer one batch
+before the next: points compare at any time, and dominated ones can be stopped early. Workers keep the models they have
+loaded and serve every point.
 """
 
 from __future__ import annotations
@@ -23,32 +24,34 @@ from fluid_model.common.files import Nested, read_json
 from fluid_model.engine.records import Generation
 
 from ..benchmarks import lm_eval_tasks
-from ..common.progress import Bar, Board
+from ..common.progress import Board, ProgressBar
 from ..common.spec import RunSpec
 from ..common.stats import Interval
 from ..results import speed_repeats as repeats
 from ..results.run_folder import POINTS, RESULT, SWEEP, Record, Run, lock, read_samples, write_json
+from ..running.chunks import Chunk, FailedRequest, Pool, chunks_of
 from ..running.job import Job, check_tasks, go_offline_unless_needed, prepare
 from ..running.repeat_timing import time_in_turns
-from ..running.workers import Chunk, Lost, Pool, chunks_of, open_pool
+from ..running.workers import open_pool
 from . import pareto
-from .grid import Plan, PlannedPoint
-from .points_in_progress import Under, by_turn, held_share, point_of
+from .grid import PlannedPoint, SweepPlan
+from .points_in_progress import PointInProgress, unanswered_by_batch
 
-TURNS, TURN = 8, 64
-"""Shares of the documents that points take in turns, at most, and samples of a turn at least: few fill no batch."""
+MOST_BATCHES, LEAST_SAMPLES = 8, 64
+"""Document batches at most, and samples of a batch at least: fewer would leave the engine's rows empty."""
 PILOT = 16
-"""Samples of a point that a pilot takes to reckon what a sweep costs."""
+"""Samples of a point that the pilot of `estimate` answers."""
 PILOT_POINTS = 6
-"""Points that a pilot tries, spread over the sweep."""
+"""Points that the pilot takes, spread over the sweep."""
 OTHER_FILES = 500
-"""Files that a process has open beside the points' own: libraries, Ray."""
+"""Files that a process has open beside those of the points: libraries, Ray."""
 
 
 @dataclass(frozen=True)
 class _Shared:
-    """What points have in common, so that many of them take no more time and memory to prepare than one: tasks and what
-    they ask, by the settings that decide it; ids of texts, by tokenizer.
+    """Built once and shared by all points, so that many points take no more time and memory to prepare than one.
+
+    tasks, requests: by the settings they depend on.  encoded: token ids of texts, by tokenizer.
     """
 
     tasks: dict[str, lm_eval_tasks.Tasks]
@@ -61,13 +64,15 @@ class _Shared:
         if key not in self.tasks:
             self.tasks[key] = lm_eval_tasks.load_tasks(spec)
         ready = prepare(spec, self.tasks[key])
-        return Job(spec, run, ready, partial(Bar, shown=False), self.encoded[repr((spec.model.path, spec.chat))])
+        return Job(
+            spec, run, ready, partial(ProgressBar, shown=False), self.encoded[repr((spec.model.path, spec.chat))]
+        )
 
     def asked(self, point: PlannedPoint, job: Job) -> tuple[lm_eval_tasks.Asked, dict[str, int]]:
-        """What a point is asked, and how many documents each task has."""
+        """A point's lm-eval requests, and the number of documents of each task."""
         spec = point.spec
-        words = (spec.model.path, spec.chat) if spec.chat else ()
-        key = repr((spec.tasks, spec.num_fewshot, spec.max_new_tokens, spec.data_dir, words))
+        template = (spec.model.path, spec.chat) if spec.chat else ()
+        key = repr((spec.tasks, spec.num_fewshot, spec.max_new_tokens, spec.data_dir, template))
         if key not in self.requests:
             documents = {name: len(task.eval_docs) for name, task in job.ready.tasks["tasks"].items()}
             self.requests[key] = lm_eval_tasks.requests(spec, job.ready.tasks, job.lm), documents
@@ -76,7 +81,7 @@ class _Shared:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a sweep will take. samples: still missing.  forwards, seconds: reckoned from `tried` samples."""
+    """The expected cost of a sweep. samples: unanswered.  forwards, seconds: extrapolated from `tried` samples."""
 
     points: int
     samples: int
@@ -86,18 +91,18 @@ class Estimate:
 
 
 class Sweep:
-    """All points of a plan, prepared; nothing is written before `work`."""
+    """All points of a plan, prepared to run. Nothing is written before `work`."""
 
     def __init__(
         self,
-        plan: Plan,
+        plan: SweepPlan,
         folder: Path,
         *,
         resume: bool = False,
         open_pool: Callable[[RunSpec], Pool] = open_pool,
     ) -> None:
-        """Raises ConfigError if a point cannot be run here, or the folder holds something else, or holds this sweep and
-        `resume` is false.
+        """Raises ConfigError if a point cannot run here, or if the folder holds other files, or this sweep without
+        `resume`.
         """
         self.plan = plan
         self.folder = folder
@@ -106,22 +111,24 @@ class Sweep:
         first = plan.points[0].spec
         check_tasks(first)
         go_offline_unless_needed(first)
-        self._under: list[Under] = []
-        self._turns = 2
+        self._points: list[PointInProgress] = []
+        self._batches = 2
         shared = _Shared({}, {}, defaultdict(dict))
         for point in plan.points:
             run = Run(folder / POINTS / point.spec.id, point.spec, resume=True)
             job = shared.job(point, run)
             asked, documents = shared.asked(point, job)
-            self._turns = max(2, min(TURNS, len({(i.task_name, i.doc_id) for i in asked}) // TURN))
-            self._under.append(Under(point, job, asked, by_turn(point, job, asked, documents, self._turns)))
-        print(*dict.fromkeys(under.job.ready.decoder for under in self._under), sep="\n", file=sys.stderr)
+            documents_asked = {(instance.task_name, instance.doc_id) for instance in asked}
+            self._batches = max(2, min(MOST_BATCHES, len(documents_asked) // LEAST_SAMPLES))
+            work = unanswered_by_batch(point, job, asked, documents, self._batches)
+            self._points.append(PointInProgress(point, job, asked, work))
+        print(*dict.fromkeys(point.job.ready.decoder for point in self._points), sep="\n", file=sys.stderr)
 
     def _check_folder(self, resume: bool) -> None:
         file = self.folder / SWEEP
         if file.exists() and file.stat().st_size:
-            held = read_json(file)
-            if held.get("id") != self.plan.id:
+            stored = read_json(file)
+            if stored.get("id") != self.plan.id:
                 raise ConfigError(f"{self.folder} holds another sweep; choose another --out")
             if not resume:
                 raise ConfigError(f"{self.folder} holds this sweep; pass --resume to go on, or another --out")
@@ -130,17 +137,17 @@ class Sweep:
 
     @property
     def _baseline(self) -> str | None:
-        """The first point that writes token by token."""
-        return next((each.name for each in self._under if each.planned.spec.decoder.name == "ar"), None)
+        """The first point that decodes autoregressively."""
+        return next((point.name for point in self._points if point.planned.spec.decoder.name == "ar"), None)
 
     @property
     def missing(self) -> int:
-        """Samples that are not answered yet."""
-        return sum(len(work) for under in self._under for work in under.work.values())
+        """Number of unanswered samples."""
+        return sum(len(work) for point in self._points for work in point.work.values())
 
     @contextmanager
     def _pool(self) -> Iterator[Pool]:
-        """Workers for all points, let go whatever happens."""
+        """Workers for all points, closed in any case."""
         pool = self._open_pool(self.plan.points[0].spec)
         try:
             yield pool
@@ -148,21 +155,21 @@ class Sweep:
             pool.close()
 
     def estimate(self) -> Estimate:
-        """What the sweep will take, from a few samples of a few points. Writes nothing."""
+        """The cost of the sweep, from a pilot over a few samples of a few points. Writes nothing."""
         tried, forwards, seconds = 0, 0.0, 0.0
         with self._pool() as pool:
-            every = max(1, len(self._under) // PILOT_POINTS)
-            for under in self._under[::every][:PILOT_POINTS]:
-                some = [item for turn in sorted(under.work) for item in under.work[turn]]
-                some = some[:: max(1, len(some) // PILOT)][:PILOT]
-                for _, answer in pool.run(chunks_of(pool, under.name, under.planned.spec, some)):
-                    if not isinstance(answer, Lost):
+            every = max(1, len(self._points) // PILOT_POINTS)
+            for point in self._points[::every][:PILOT_POINTS]:
+                unanswered = [item for batch in sorted(point.work) for item in point.work[batch]]
+                pilot = unanswered[:: max(1, len(unanswered) // PILOT)][:PILOT]
+                for _, answer in pool.run(chunks_of(pool, point.name, point.planned.spec, pilot)):
+                    if not isinstance(answer, FailedRequest):
                         tried += 1
                         forwards += sum(answer.trace.forwards.values())
                         seconds += answer.seconds
             size = pool.size
         share = self.missing / max(1, tried)
-        return Estimate(len(self._under), self.missing, forwards * share, seconds * share / size, tried)
+        return Estimate(len(self._points), self.missing, forwards * share, seconds * share / size, tried)
 
     def work(
         self,
@@ -172,40 +179,43 @@ class Sweep:
         within: float = 1.0,
         speed_repeats: int = 0,
     ) -> Nested:
-        """Answer, score, place; returns the sweep's result, as stored in result.json.
+        """Answer and score all points and place them on the frontier. Returns the sweep's result.json.
 
-        speed_repeats: how often all points' answers are written again for their time, in turns, at least.
-
-        stop_dominated: end points that another one beats at score and speed, as far as both have come.  within: points
-        of score that the best point may lie below AR, or where there is no AR below the best score.
+        stop_dominated: stop points early that another one beats at score and speed on the documents so far.
+        by: the speed that counts.  within: points of score that the best point may lie below AR; without AR, below the
+        best score.
+        speed_repeats: least number of times that all answers are generated again for their time, points in turns.
         """
+        # 1) nothing to do if the stored result was made with the same settings
         repeats.check_count(speed_repeats or None)
-        held = read_json(self.folder / RESULT) if (self.folder / RESULT).exists() else {}
-        ended = {point["name"] for point in held.get("points", []) if point["stopped"]} if stop_dominated else set()
-        timed = all(u.timed(speed_repeats) for u in self._under if u.name not in ended)
-        if (held.get("by"), held.get("within")) == (by, within) and (stop_dominated or not self.missing) and timed:
-            return held
-        _open_enough(len(self._under))
+        stored = read_json(self.folder / RESULT) if (self.folder / RESULT).exists() else {}
+        stopped = {point["name"] for point in stored.get("points", []) if point["stopped"]} if stop_dominated else set()
+        timed = all(point.timed(speed_repeats) for point in self._points if point.name not in stopped)
+        if (stored.get("by"), stored.get("within")) == (by, within) and (stop_dominated or not self.missing) and timed:
+            return stored
+        _allow_open_files(len(self._points))
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / SWEEP).open("ab") as head:
             lock(head, self.folder)
             self._write_head(head)
             started, before = time.perf_counter(), self.missing
             try:
+                # 2) answer what is missing, then time it
                 if before or not timed:
                     with self._pool() as pool:
                         self._begin(pool, timed)
-                        with Board([u.name for u in self._under], self._counts()) as board:
+                        with Board([point.name for point in self._points], self._counts()) as board:
                             self._answer(pool, board, stop_dominated, by)
                         if not timed:
                             self._time(pool, speed_repeats)
+                # 3) score, place, store
                 return self._finish(by, within, before, time.perf_counter() - started)
             finally:
-                for under in self._under:
-                    under.job.close()
+                for point in self._points:
+                    point.job.close()
 
     def _write_head(self, head: IO[bytes]) -> None:
-        """Into the file that is held, which must stay the same one."""
+        """Write the list of points into the locked file, which must not be replaced."""
         points = [
             {"name": p.name, "settings": dict(p.settings), "folder": f"{POINTS}/{p.spec.id}"} for p in self.plan.points
         ]
@@ -214,124 +224,133 @@ class Sweep:
             head.flush()
 
     def _counts(self) -> list[tuple[int, int]]:
-        """Samples held and samples in all, of each point."""
-        found = []
-        for under in self._under:
-            held = len(under.job.opened.samples)
-            found.append((held, held + sum(map(len, under.work.values()))))
-        return found
+        """(answered, all) samples of each point."""
+        counts = []
+        for point in self._points:
+            answered = len(point.job.opened.samples)
+            counts.append((answered, answered + sum(map(len, point.work.values()))))
+        return counts
 
     def _begin(self, pool: Pool, timed: bool) -> None:
         session = secrets.token_hex(6)
-        for under in self._under:
-            if under.work or not timed:
-                under.job.begin(pool, session)
+        for point in self._points:
+            if point.work or not timed:
+                point.job.begin(pool, session)
 
     def _time(self, pool: Pool, count: int) -> None:
-        """Time all points that have answered everything, in turns."""
-        going = {under.name: under for under in self._under if under.stopped is None}
-        jobs, asked = ({name: getattr(u, of) for name, u in going.items()} for of in ("job", "asked"))
+        """Speed repeats of all points that have answered everything, in turns."""
+        finished = [point for point in self._points if point.stopped is None]
+        jobs = {point.name: point.job for point in finished}
+        asked = {point.name: point.asked for point in finished}
         time_in_turns(pool, jobs, asked, count)
 
     def _answer(self, pool: Pool, board: Board, stop_dominated: bool, by: pareto.Speed) -> None:
-        under = {each.name: each for each in self._under}
-        turns: list[list[Chunk]] = [self._chunks(pool, turn) for turn in range(self._turns)]
-        if not stop_dominated:
-            turns = [[chunk for turn in turns for chunk in turn]]
-        for turn, chunks in enumerate(turns):
-            left = [chunk for chunk in chunks if under[chunk.point].stopped is None]
-            spent: dict[str, list[tuple[int, float]]] = defaultdict(list)
-            for name, answer in pool.run(left):
-                under[name].job.lm.keep(answer)
-                board.advance(name, failed=isinstance(answer, Lost))
+        """Answer everything missing, one document batch after the other; stop dominated points between batches."""
+        points = {point.name: point for point in self._points}
+        batches: list[list[Chunk]] = [self._chunks(pool, batch) for batch in range(self._batches)]
+        if not stop_dominated:  # nothing happens between batches, so all go at once
+            batches = [[chunk for chunks in batches for chunk in chunks]]
+        for batch, chunks in enumerate(batches):
+            # 1) answer and store the batch
+            running = [chunk for chunk in chunks if points[chunk.point].stopped is None]
+            spent: dict[str, list[tuple[int, float]]] = defaultdict(list)  # tokens, seconds of each answer
+            for name, answer in pool.run(running):
+                points[name].job.lm.keep(answer)
+                board.advance(name, failed=isinstance(answer, FailedRequest))
                 if isinstance(answer, Generation):
                     spent[name].append((len(answer.ids), answer.seconds))
-            for name, each in spent.items():
-                under[name].note_pace(turn, each)
-            if stop_dominated and turn + 1 < self._turns:
-                self._stop_dominated((turn + 1) / self._turns, by, board)
+            # 2) its speed, then dominated points
+            for name, answers in spent.items():
+                points[name].note_pace(batch, answers)
+            if stop_dominated and batch + 1 < self._batches:
+                self._stop_dominated((batch + 1) / self._batches, by, board)
 
-    def _chunks(self, pool: Pool, turn: int) -> list[Chunk]:
-        """A turn's work, models one after the other, since loading one costs more than a chunk."""
-        models = {each.planned.spec.model.path: None for each in self._under}
-        order = sorted(self._under, key=lambda each: list(models).index(each.planned.spec.model.path))
+    def _chunks(self, pool: Pool, batch: int) -> list[Chunk]:
+        """A batch's work, ordered by model, since loading a model costs more than a chunk."""
+        models = list(dict.fromkeys(point.planned.spec.model.path for point in self._points))
+        order = sorted(self._points, key=lambda point: models.index(point.planned.spec.model.path))
         return [
-            chunk for each in order for chunk in chunks_of(pool, each.name, each.planned.spec, each.work.get(turn, []))
+            chunk
+            for point in order
+            for chunk in chunks_of(pool, point.name, point.planned.spec, point.work.get(batch, []))
         ]
 
     def _stop_dominated(self, share: float, by: pareto.Speed, board: Board) -> None:
-        """End points that another one surely beats at both so far."""
-        going = [each for each in self._under if each.stopped is None]
-        points = {each.name: replace(point_of(each, each.job.score(share)), paces=each.paces) for each in going}
-        for each in going:
-            if each.name == self._baseline:
-                continue  # all others are held against it
-            others = (other.name for other in going if other is not each and other.stopped is None)
-            better = next((name for name in others if pareto.below(points[each.name], points[name], by=by)), None)
+        """Stop points that another one beats at score and speed on the documents so far."""
+        running = [point for point in self._points if point.stopped is None]
+        measured = {point.name: replace(point.to_point(point.job.score(share)), paces=point.paces) for point in running}
+        for point in running:
+            if point.name == self._baseline:
+                continue  # the others are compared with it
+            others = (other.name for other in running if other is not point and other.stopped is None)
+            better = next((name for name in others if pareto.below(measured[point.name], measured[name], by=by)), None)
             if better is not None:
-                each.stopped = f"below {better} after {share:.0%} of the documents"
-                board.stop(each.name)
+                point.stopped = f"below {better} after {share:.0%} of the documents"
+                board.stop(point.name)
 
     def so_far(self, *, by: pareto.Speed = "tokens_per_second", within: float = 1.0) -> Nested:
-        """Place the points by the turns that all have answered; answers and stores nothing but tables and figure.
+        """Place the points by the document batches that all of them have answered. Writes only tables and figure.
 
-        Raises ConfigError if there is none yet.
+        Raises ConfigError if there is no such batch yet.
         """
-        turns = next(
-            (turn for turn in range(self._turns) if any(each.work.get(turn) for each in self._under)), self._turns
+        batches = next(
+            (batch for batch in range(self._batches) if any(point.work.get(batch) for point in self._points)),
+            self._batches,
         )
-        if not turns:
-            raise ConfigError(f"{self.folder}: not all points have answered their first {1 / self._turns:.0%} yet")
-        scored = [(each, each.job.score(turns / self._turns)) for each in self._under]
-        return {**self._place(scored, by, within), "so_far": turns / self._turns}
+        if not batches:
+            raise ConfigError(f"{self.folder}: not all points have answered their first {1 / self._batches:.0%} yet")
+        scored = [(point, point.job.score(batches / self._batches)) for point in self._points]
+        return {**self._place(scored, by, within), "so_far": batches / self._batches}
 
     def _finish(self, by: pareto.Speed, within: float, answered: int, seconds: float) -> Nested:
         """Score every point, place them all, write tables, figure and result."""
         scored = []
-        for under in self._under:
-            folder = under.job.opened.folder
-            if under.stopped is not None:
-                records = under.job.score(held_share(under, self._turns))
+        for point in self._points:
+            folder = point.job.opened.folder
+            if point.stopped is not None:
+                records = point.job.score(point.answered_share(self._batches))
             else:
                 if not (folder / RESULT).exists():
-                    under.job.work()
+                    point.job.work()
                 records = list(read_samples(folder))
-            scored.append((under, records))
+            scored.append((point, records))
         result = self._place(scored, by, within)
         result |= {"answered_now": answered, "wall_seconds": round(seconds, 3)}
         write_json(self.folder / RESULT, result)
         return result
 
-    def _place(self, scored: list[tuple[Under, list[Record]]], by: pareto.Speed, within: float) -> Nested:
-        """Points by score and speed; writes tables and figure."""
+    def _place(self, scored: list[tuple[PointInProgress, list[Record]]], by: pareto.Speed, within: float) -> Nested:
+        """The points by score and speed, as result.json holds them. Writes tables and figure."""
         from . import frontier_files
 
-        lost = {f"{under.name}: {r['key']}": r["lost"] for under, records in scored for r in records if "lost" in r}
-        points = [point_of(under, records) for under, records in scored]
+        # 1) samples that failed; a point without any other sample has no score
+        failed = {f"{point.name}: {r['key']}": r["lost"] for point, records in scored for r in records if "lost" in r}
+        points = [point.to_point(records) for point, records in scored]
         for point in points:
             if not point.samples:
-                raise RunError(f"{point.name}: every sample was given up ({next(iter(lost.values()), '')})")
+                raise RunError(f"{point.name}: every sample failed ({next(iter(failed.values()), '')})")
+        # 2) intervals, frontier, best point
         placed, baseline = pareto.measure(points, by=by), self._baseline
         frontier_files.write_tables(placed, self.folder)
-        drawn = frontier_files.draw(placed, self.folder, by=by, baseline=baseline)
+        has_figure = frontier_files.draw(placed, self.folder, by=by, baseline=baseline)
         best = pareto.best(placed, baseline=baseline, within=within, by=by)
         return {
             "id": self.plan.id,
             "by": by,
             "baseline": baseline,
-            "points": [_row(place, under) for place, under in zip(placed, self._under, strict=True)],
+            "points": [_result_of(place, point) for place, point in zip(placed, self._points, strict=True)],
             "frontier": pareto.frontier(placed, by),
             "within": within,
             "best": best.name if best else None,
-            "aup": _areas(placed, self._under),
-            "lost": lost,
-            "health": [{"point": u.name, **gate} for u, records in scored for gate in u.job.health(records)],
-            "figure": drawn,
+            "aup": _areas(placed, self._points),
+            "lost": failed,
+            "health": [{"point": p.name, **gate} for p, records in scored for gate in p.job.health(records)],
+            "figure": has_figure,
         }
 
 
-def _open_enough(points: int) -> None:
-    """See that a file to write and one to read may be open for each point. Raises ConfigError where they may not."""
+def _allow_open_files(points: int) -> None:
+    """Raise the limit of open files to two a point, one to write and one to read. Raises ConfigError if not allowed."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -345,18 +364,18 @@ def _open_enough(points: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
 
 
-def _areas(placed: list[pareto.Placed], under: list[Under]) -> dict[str, float]:
+def _areas(placed: list[pareto.Placed], points: list[PointInProgress]) -> dict[str, float]:
     """Area under the accuracy-parallelism curve of each decoder's points (see `pareto.aup`)."""
-    pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for place, each in zip(placed, under, strict=True):
+    pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)  # (tokens per forward, accuracy) of each decoder
+    for place, point in zip(placed, points, strict=True):
         if place.tokens_per_forward is not None and place.stopped is None:
-            pairs[each.planned.spec.decoder.name].append(
+            pairs[point.planned.spec.decoder.name].append(
                 (place.tokens_per_forward.mean, min(100.0, 100 * place.score.mean))
             )
-    return {decoder: pareto.aup(found) for decoder, found in pairs.items() if len(dict(found)) > 1}
+    return {decoder: pareto.aup(curve) for decoder, curve in pairs.items() if len(dict(curve)) > 1}
 
 
-def _row(place: pareto.Placed, under: Under) -> Mapping[str, Any]:
-    """A point of the result."""
-    values = {name: found.to_dict() if isinstance(found, Interval) else found for name, found in vars(place).items()}
-    return {**values, "settings": dict(place.settings), "folder": f"{POINTS}/{under.planned.spec.id}"}
+def _result_of(place: pareto.Placed, point: PointInProgress) -> Mapping[str, Any]:
+    """A point's entry in result.json: the fields of `Placed`, intervals as tables."""
+    values = {name: value.to_dict() if isinstance(value, Interval) else value for name, value in vars(place).items()}
+    return {**values, "settings": dict(place.settings), "folder": f"{POINTS}/{point.planned.spec.id}"}

@@ -1,7 +1,7 @@
-"""PEFT adapters over the model they name: as anyone saves them, and as this project's folders hold them.
+"""PEFT adapters: loaded over their base model, and merged into its weights.
 
-Any kind that can be merged into weights is read (LoRA, DoRA, rsLoRA, IA3, ...), with token rows, whole modules and
-grown vocabularies of its own.
+Every kind that PEFT can merge is supported (LoRA, DoRA, rsLoRA, IA3, ...), with trained token rows, saved modules and
+larger vocabularies.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from .weights import embedding_tables
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
-"""Before the base's own names, in an adapter's files."""
-TRIED = 12
-"""Tokens on which a merged model must say what PEFT says."""
+"""Prefix of the base model's parameter names in an adapter's file."""
+PROBE_TOKENS = 12
+"""Tokens on which a merged model must reproduce the adapter's logits."""
 
 
-def put(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """The model with the folder's adapter in it, as PEFT itself loads it; its vocabulary as large as the adapter's.
+def attach(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Load the folder's adapter over the model, as PEFT does. The vocabulary grows to the adapter's size.
 
-    Raises ConfigError where PEFT refuses, and where the folder lacks a weight or holds one that found no place.
+    Raises ConfigError if PEFT cannot load it, if a weight is missing, or if one does not belong to it.
     """
+    # 1) the configuration, of a kind that can be merged
     if not any((folder / name).is_file() for name in FILES):
         raise ConfigError(f"{folder}: an adapter without weights: neither {' nor '.join(FILES)} is here")
     try:
@@ -47,43 +48,47 @@ def put(model: PreTrainedModel, folder: Path) -> PeftModel:
             kind = config.peft_type.value
             raise ConfigError(f"{folder}: peft_type={kind} cannot be merged into weights, as LoRA or IA3 can")
         config.inference_mode = True
+        # 2) the weights, into a vocabulary that is large enough
         tensors = load_peft_weights(str(folder), device="cpu", key_mapping=ADAPTER_KEYS)
         if (rows := _vocabulary(model, tensors)) is not None:
             model.resize_token_embeddings(rows, mean_resizing=False)
         adapter = PeftModelForCausalLM(model, config)
         set_peft_model_state_dict(adapter, tensors)
+        # 3) the weights that the adapter must and may have
         needed = get_peft_model_state_dict(adapter, save_embedding_layers=False).keys()
         known = needed | get_peft_model_state_dict(adapter, save_embedding_layers=True).keys()
     except ConfigError:
         raise
-    except Exception as error:  # of torch, PEFT, safetensors and transformers, whose types share nothing
+    except Exception as error:  # of torch, PEFT, safetensors and transformers, without a common type
         raise ConfigError(f"{folder}: PEFT cannot load this adapter: {reason(error)}") from error
-    for what, names in (("missing", needed - tensors.keys()), ("unknown", tensors.keys() - known)):
+    for fault, names in (("missing", needed - tensors.keys()), ("unknown", tensors.keys() - known)):
         if names:
-            raise ConfigError(f"{folder}: {len(names)} adapter weights are {what}, first {min(names)}: another base's?")
+            first = min(names)
+            raise ConfigError(f"{folder}: {len(names)} adapter weights are {fault}, first {first}: another base's?")
     return adapter
 
 
 @torch.inference_mode()
 def merge(adapter: PeftModel, folder: Path) -> PreTrainedModel:
-    """The model with the adapter merged into its weights. Raises ConfigError where it would not say the same."""
+    """The model with the adapter merged into its weights. Raises ConfigError if its logits would differ."""
     base = adapter.get_base_model()
-    ids = torch.arange(TRIED, device=base.device)[None] % base.config.get_text_config(decoder=True).vocab_size
+    ids = torch.arange(PROBE_TOKENS, device=base.device)[None] % base.config.get_text_config(decoder=True).vocab_size
     expected = adapter(input_ids=ids, use_cache=False).logits
     try:
-        _unshare(adapter)
+        _untie(adapter)
         model: PreTrainedModel = adapter.merge_and_unload()
-        found = model(input_ids=ids, use_cache=False).logits
-    except Exception as error:  # some kinds of adapters cannot be merged, each in words of its own
+        logits = model(input_ids=ids, use_cache=False).logits
+    except Exception as error:  # adapters that cannot be merged raise errors of many types
         raise ConfigError(f"{folder}: PEFT cannot merge this adapter: {reason(error)}") from error
-    if not (worst := difference(found, expected)) < tolerance(model.dtype):
-        raise ConfigError(f"{folder}: merged into the weights, this adapter says something else (by {worst:.2g})")
-    _settle_tie(model)
+    worst = difference(logits, expected)
+    if not worst < tolerance(model.dtype):  # or not a number
+        raise ConfigError(f"{folder}: merged into the weights, this adapter gives other logits (by {worst:.2g})")
+    _restore_tie(model)
     return model
 
 
 def _vocabulary(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> int | None:
-    """Rows of the embedding tables that an adapter's file holds whole; None if it holds none."""
+    """Rows of the embedding tables saved with an adapter; None if it has none."""
     tables = {id(module): name for name, module in model.named_modules()}
     names = [tables[id(module)] for module in (model.get_input_embeddings(), model.get_output_embeddings())]
     width = model.get_input_embeddings().weight.shape[1]
@@ -96,9 +101,10 @@ def _vocabulary(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> int | 
     return max(rows, default=None)
 
 
-def _unshare(adapter: PeftModel) -> None:
-    """Give every module that an adapter wraps weights of its own: merging writes into them, and others may read the
-    same ones (tied tables). The layers that an adapter repeats share all they have.
+def _untie(adapter: PeftModel) -> None:
+    """Give every adapted module weights of its own, as merging changes them in place.
+
+    Other modules may share these weights: tied embedding tables, and layers that an adapter repeats.
     """
     tables = [*embedding_tables(adapter.get_base_model()).values()]
     wrapped = {layer.get_base_layer() for layer in adapter.modules() if isinstance(layer, BaseTunerLayer)}
@@ -106,14 +112,14 @@ def _unshare(adapter: PeftModel) -> None:
     for module in adapter.modules():
         for name, weight in module.named_parameters(recurse=False):
             users.setdefault(weight, []).append((module, name))
-    for weight, places in users.items():
-        if any(module in wrapped for module, _ in places) or all(weight is not table for table in tables):
-            for module, name in places[1:]:
+    for weight, uses in users.items():
+        if any(module in wrapped for module, _ in uses) or all(weight is not table for table in tables):
+            for module, name in uses[1:]:
                 setattr(module, name, nn.Parameter(weight.detach().clone(), requires_grad=False))
 
 
-def _settle_tie(model: PreTrainedModel) -> None:
-    """Tie the embedding tables again if they came out equal; else say in the configuration that they are two."""
+def _restore_tie(model: PreTrainedModel) -> None:
+    """Tie the embedding tables again if they are still equal; else clear the tie in the configuration."""
     tables = embedding_tables(model)
     if len(tables) == 2 and model.config.get_text_config(decoder=True).tie_word_embeddings:
         if torch.equal(tables["input"], tables["output"]):

@@ -1,6 +1,6 @@
-"""Checkpoints: any Hugging Face causal LM, this project's folders (`manifest`), published layouts (`legacy`).
+"""Checkpoints: any Hugging Face causal LM, this project's folders (`manifest`), others' (`published_layouts`).
 
-Strict in, atomic out.
+Loading is strict, saving is atomic.
 """
 
 from __future__ import annotations
@@ -26,20 +26,19 @@ from ..tokens import Tokenizer, end_ids, single_id
 from . import adapters, published_layouts
 from .gguf_files import quantization
 from .manifest import ADAPTER_FOLDER, CHECKPOINT_FILES, HEAD_FILE, MASK_FILE, Manifest, Method, write_manifest
-from .source import Source, find
-from .weights import embedding_tables, grow, load_weights
+from .source import CheckpointFiles, find_checkpoint
+from .weights import embedding_tables, grow_embeddings, load_weights
 
-LEGACY_K_MAX = 16
-"""Widest stride of FLUID's published training, for adapters that do not say it."""
+PUBLISHED_K_MAX = 16
+"""Widest stride of FLUID's published training, for adapters that do not state it."""
 
 
 @dataclass
 class Checkpoint:
-    """A loaded model with all it needs to write.
+    """A loaded model with its tokenizer, special tokens and K-heads.
 
-    heads: one K-head per entry of manifest.tau (none for a plain AR model).  head: the chosen one.
-    model: the transformers model, with LoRA layers inside where the manifest says weights="adapter".
-    folder: where the files lie.
+    heads: one K-head per entry of manifest.tau (none for a plain AR model).  head: the one in use.
+    adapter: LoRA layers inside `model`, where the manifest states weights="adapter".  folder: of the files.
     """
 
     backbone: Backbone
@@ -57,9 +56,9 @@ class Checkpoint:
         return self.backbone.model
 
     def with_tau(self, tau: float | None) -> Checkpoint:
-        """The same weights with the K-head of one training-time bound (None: its own choice).
+        """The same weights with the K-head of one training-time bound (None: the default).
 
-        Raises ConfigError if there is none for it.
+        Raises ConfigError if the checkpoint has no such K-head.
         """
         chosen = self.manifest.choose(tau) if self.manifest and self.heads else None
         if chosen is None and tau is not None:
@@ -70,8 +69,10 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What can be said of a model without reading its weights. window: tokens.  tau: one per K-head.  method: what it
-    was adapted to, None for a plain causal model.  block_length: NBDiff's, in tokens, where the model says it.
+    """Properties of a checkpoint that need no weights.
+
+    window: tokens.  tau: one per K-head.  method: of the adaptation, None for a plain causal model.
+    block_length: NBDiff's, in tokens, if stated.
     """
 
     architecture: str
@@ -81,7 +82,7 @@ class ModelInfo:
     method: str | None = None
     block_length: int | None = None
     remote_code: tuple[str, ...] = ()
-    """Classes of the repository's own code that run."""
+    """Classes of the repository's code that run."""
     quantization: str | None = None
     """How the weights were quantised before they were read as plain numbers (GGUF)."""
 
@@ -93,35 +94,36 @@ class ModelInfo:
 def describe(
     path: str, method: Method | None = None, *, trust_remote_code: bool = False, base: str | None = None
 ) -> ModelInfo:
-    """Read configuration, manifest and heads, no weights.  method, trust_remote_code, base: see `load`.
+    """Read configuration, manifest and K-heads, no weights.  method, trust_remote_code, base: see `load`.
 
-    Raises ConfigError if it is no causal LM or a bad checkpoint.
+    Raises ConfigError if it is no causal LM, or an invalid checkpoint.
     """
-    source = find(path, weights=False, method=method, trust=trust_remote_code, base=base)
-    config = source.config
-    heads = _heads_of(source, _hidden_size(config))
-    tau: tuple[float | None, ...] = source.manifest.tau if source.manifest else (None,) * len(heads)
+    files = find_checkpoint(path, weights=False, method=method, trust=trust_remote_code, base=base)
+    config = files.config
+    heads = _heads_of(files, _hidden_size(config))
+    tau: tuple[float | None, ...] = files.manifest.tau if files.manifest else (None,) * len(heads)
     named = getattr(config, "architectures", None)
     architecture = str(named[0] if named and isinstance(named, list) else config.model_type)
     k_max = heads[0].k_max if heads else None
-    block_length = source.manifest.block_length if source.manifest else source.published.block_length
-    code = tuple(source.remote_code)
-    return ModelInfo(architecture, context_window(config), k_max, tau, source.method, block_length, code, quantization(source.base))
+    block_length = files.manifest.block_length if files.manifest else files.published.block_length
+    code = tuple(files.remote_code)
+    stored_as = quantization(files.base)
+    return ModelInfo(architecture, context_window(config), k_max, tau, files.method, block_length, code, stored_as)
 
 
 def read_config(path: str, base: str | None = None) -> PretrainedConfig:
     """The configuration of a folder or hub id (for an adapter: its parent's).  base: see `load`."""
-    return find(path, weights=False, base=base).config
+    return find_checkpoint(path, weights=False, base=base).config
 
 
 def is_adapter(path: str) -> bool:
-    """Whether a folder or hub id is a PEFT adapter that anyone may have saved."""
-    return find(path, weights=False).adapted
+    """Whether a folder or hub id is a plain PEFT adapter, without a manifest."""
+    return find_checkpoint(path, weights=False).adapted
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False, base: str | None = None) -> Tokenizer:
-    """The tokenizer of a folder or hub id (for an adapter: the folder's own, which knows the mask token)."""
-    return find(path, weights=False, trust=trust_remote_code, base=base).tokenizer
+    """The tokenizer of a folder or hub id (for an adapter: the folder's own, which has the mask token)."""
+    return find_checkpoint(path, weights=False, trust=trust_remote_code, base=base).tokenizer
 
 
 def load(
@@ -136,31 +138,32 @@ def load(
     trust_remote_code: bool = False,
     base: str | None = None,
 ) -> Checkpoint:
-    """Load a plain causal LM, a folder of this project, a published layout, or a PEFT adapter, which is merged into the
-    weights it names. path: a folder or a hub id.
+    """Load a plain causal LM, a folder of this project, a published layout, or a PEFT adapter merged into its base.
 
-    dtype: auto (float32 on CPU, the checkpoint's own elsewhere), float32, bfloat16.  device: auto, cpu, cuda.
-    tau: which K-head to use, by its training-time bound.  mask_token: overrides the checkpoint's mask token text.
-    end_tokens: texts of the tokens that end an answer, instead of what configuration and tokenizer say.
-    method: what the model was adapted to, where its files do not tell.  trust_remote_code: whether code of the model's
-    repository may run, with all the rights of this process, where no layout known here is its own.  base: folder or hub
-    id that an adapter is put into, instead of the one it names.
+    path: a folder or a hub id.  dtype: auto (float32 on CPU, the checkpoint's own elsewhere), float32, bfloat16.
+    device: auto, cpu, cuda.  tau: training-time bound of the K-head to use.  mask_token: overrides the mask token's
+    text.  end_tokens: texts of the tokens that end an answer, instead of those of configuration and tokenizer.
+    method: of the adaptation, if the files do not state it.  trust_remote_code: code of the model's repository may run,
+    with all rights of this process, if its layout is unknown here.  base: base model of an adapter, a folder or hub id.
     Raises ConfigError for missing or misshapen parts, unknown format versions and unsupported architectures.
     """
+    # 1) all but the weights
     if end_tokens is not None and not end_tokens:
         raise ConfigError("end_tokens=[] leaves nothing that ends an answer; name one text at least")
-    source = find(path, weights=True, method=method, trust=trust_remote_code, base=base)
+    files = find_checkpoint(path, weights=True, method=method, trust=trust_remote_code, base=base)
     target = pick_device(device)
-    tokenizer = source.tokenizer
-    heads = _heads_of(source, _hidden_size(source.config))
-    manifest = source.manifest or _manifest_for(source, path, tokenizer, heads, mask_token)
-    model = load_weights(source, dtype, target)
+    tokenizer = files.tokenizer
+    heads = _heads_of(files, _hidden_size(files.config))
+    manifest = files.manifest or _manifest_for(files, path, tokenizer, heads, mask_token)
+    # 2) the weights, with an adapter inside or merged
+    model = load_weights(files, dtype, target)
     adapter = None
-    if source.manifest is not None and source.manifest.weights == "adapter":
-        adapter = _load_adapter(model, tokenizer, source.folder, source.manifest)
+    if files.manifest is not None and files.manifest.weights == "adapter":
+        adapter = _load_adapter(model, tokenizer, files.folder, files.manifest)
         model = adapter.get_base_model()
-    elif source.adapted:
-        model = adapters.merge(adapters.put(model, source.folder), source.folder)
+    elif files.adapted:
+        model = adapters.merge(adapters.attach(model, files.folder), files.folder)
+    # 3) checks of the forward and of the mask token
     backbone = Backbone(model)
     backbone.probe()
     mask_id = single_id(tokenizer, mask_token or manifest.mask_token) if manifest else None
@@ -176,7 +179,7 @@ def load(
         mask_id=mask_id,
         heads=heads,
         adapter=adapter,
-        folder=source.folder,
+        folder=files.folder,
     ).with_tau(tau)
 
 
@@ -187,12 +190,13 @@ def save(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write a folder, all or nothing: a failure leaves what stood there before.
+    """Write a folder atomically: a failure leaves the old one in place.
 
     A checkpoint without a manifest becomes an ordinary Hugging Face folder.  beside: further text files by name.
-    overwrite: a checkpoint that stands there is replaced; one with files of somebody else's beside it is not.
-    Raises ConfigError if heads and manifest do not fit, or if the folder holds what may not be replaced.
+    overwrite: replace an older checkpoint there, unless other files are beside it.
+    Raises ConfigError if K-heads and manifest do not fit, or if the folder may not be replaced.
     """
+    # 1) check
     manifest, target = checkpoint.manifest, Path(path).resolve()
     if not replace_folder.is_free(target):
         if not overwrite:
@@ -200,6 +204,7 @@ def save(
         replace_folder.check_ours("cannot save: path", target, CHECKPOINT_FILES)
     if len(checkpoint.heads) != len(manifest.tau if manifest else ()):
         raise ConfigError(f"cannot save {target}: a FLUID checkpoint needs a manifest and one K-head per tau")
+    # 2) write a draft beside the target, then swap them
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -220,15 +225,15 @@ def save(
 
 
 def add_mask_token(model: PreTrainedModel, tokenizer: Tokenizer, text: str) -> int:
-    """Make `text` one token and give it an embedding (the mean of the others). Returns its id.
+    """Add the token `text`, its embedding the mean of all others. Returns its id.
 
-    A token the tokenizer knows is taken as it is; embeddings grow only if their table has no row for it.
+    A known token is left as it is. Embedding tables grow only if they have no row for the new one.
     """
     if text in tokenizer.get_vocab():
         return single_id(tokenizer, text)
     tokenizer.add_special_tokens({"additional_special_tokens": [text]}, replace_extra_special_tokens=False)
     token = single_id(tokenizer, text)
-    grow(model, token + 1)
+    grow_embeddings(model, token + 1)
     with torch.no_grad():
         for table in embedding_tables(model).values():
             table[token] = table[:token].mean(0)
@@ -236,51 +241,51 @@ def add_mask_token(model: PreTrainedModel, tokenizer: Tokenizer, text: str) -> i
 
 
 def pick_device(device: str) -> torch.device:
-    """auto -> cuda if there is one. Raises ConfigError for cuda without a device."""
+    """The torch device; auto is cuda if present. Raises ConfigError for cuda without a device."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda: torch sees no CUDA device here; use --device cpu")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
 def device_name() -> str:
-    """The first CUDA device's, as its driver names it; empty without one."""
+    """The driver's name of the first CUDA device; empty without one."""
     return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else ""
 
 
-def _heads_of(source: Source, hidden_size: int) -> list[KHead]:
-    if source.manifest is not None:
-        return _read_heads(source.folder, source.manifest, hidden_size)
-    file = source.folder / published_layouts.HEAD_FILE
+def _heads_of(files: CheckpointFiles, hidden_size: int) -> list[KHead]:
+    if files.manifest is not None:
+        return _read_heads(files.folder, files.manifest, hidden_size)
+    file = files.folder / published_layouts.HEAD_FILE
     return [published_layouts.read_head(file, hidden_size)] if file.is_file() else []
 
 
 def _manifest_for(
-    source: Source, path: str, tokenizer: Tokenizer, heads: list[KHead], mask_token: str | None
+    files: CheckpointFiles, path: str, tokenizer: Tokenizer, heads: list[KHead], mask_token: str | None
 ) -> Manifest | None:
-    """What a manifest would say of a checkpoint that has none; None for a plain causal model."""
-    if source.method is None:
+    """The manifest of a published checkpoint, which has no fluid.json; None for a plain causal model."""
+    if files.method is None:
         return None
-    is_fluid = source.method == "fluid"
+    is_fluid = files.method == "fluid"
     return Manifest(
-        parent=source.parent or path,
-        mask_token=mask_token or published_layouts.mask_text(tokenizer, source.published),
-        k_max=(heads[0].k_max if heads else LEGACY_K_MAX) if is_fluid else None,
+        parent=files.parent or path,
+        mask_token=mask_token or published_layouts.mask_text(tokenizer, files.published),
+        k_max=(heads[0].k_max if heads else PUBLISHED_K_MAX) if is_fluid else None,
         tau=(None,) * len(heads),
-        method=source.method,
-        block_length=source.published.block_length,
+        method=files.method,
+        block_length=files.published.block_length,
     )
 
 
 def _end_ids(
     tokenizer: Tokenizer, model: PreTrainedModel, manifest: Manifest | None, texts: Sequence[str] | None
 ) -> tuple[int, ...]:
-    """Ids of the texts that end an answer, or all that configuration, tokenizer and the published method name."""
+    """Ids of the given end texts; without them, those of configuration, tokenizer and published method."""
     if texts is not None:
         return tuple(sorted(single_id(tokenizer, text, "end token") for text in texts))
-    known = published_layouts.END_TEXTS.get(manifest.method, ()) if manifest else ()
+    end_texts = published_layouts.END_TEXTS.get(manifest.method, ()) if manifest else ()
     vocabulary = tokenizer.get_vocab()
-    more = {vocabulary[text] for text in known if text in vocabulary}
-    return tuple(sorted(more.union(end_ids(tokenizer, model.config, model.generation_config))))
+    published_ids = {vocabulary[text] for text in end_texts if text in vocabulary}
+    return tuple(sorted(published_ids.union(end_ids(tokenizer, model.config, model.generation_config))))
 
 
 def _hidden_size(config: Any) -> int:
@@ -297,7 +302,7 @@ def _read_heads(folder: Path, manifest: Manifest, hidden_size: int) -> list[KHea
     tensors = _read_tensors(file)
     heads = []
     for index in range(len(manifest.tau)):
-        prefix = f"{index}."
+        prefix = f"{index}."  # "0.2.bias" is head 0, layer 2
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         head = published_layouts.head_from_state(state, hidden_size, file)
         if head.k_max != manifest.k_max:
@@ -329,9 +334,9 @@ def _save_adapter(checkpoint: Checkpoint, draft: Path) -> None:
 
 
 def _load_adapter(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, manifest: Manifest) -> PeftModel:
-    """Put LoRA layers into the parent and the mask token's embedding into its tables."""
+    """Attach LoRA layers to the parent, and write the mask token's embedding into its tables."""
     token = add_mask_token(model, tokenizer, manifest.mask_token)
-    grow(model, token + 1)
+    grow_embeddings(model, token + 1)
     file = folder / MASK_FILE
     if not file.is_file():
         raise ConfigError(f"{file}: missing; an adapter folder needs its mask token's embedding")
@@ -341,4 +346,4 @@ def _load_adapter(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, ma
             table[token] = row.to(table)
     if not (folder / ADAPTER_FOLDER / "adapter_config.json").is_file():
         raise ConfigError(f"{folder / ADAPTER_FOLDER}: missing; the manifest says weights=adapter")
-    return adapters.put(model, folder / ADAPTER_FOLDER)
+    return adapters.attach(model, folder / ADAPTER_FOLDER)

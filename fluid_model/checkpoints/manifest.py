@@ -1,8 +1,11 @@
-"""`fluid.json`: what a FLUID checkpoint says of itself. No torch here.
+"""`fluid.json`, the manifest of an adapted checkpoint. No torch.
 
-A folder holds either whole weights ("merged": an ordinary Hugging Face folder) or an adapter over its parent
-("adapter": PEFT files in adapter/, the mask token's embedding beside them), always with khead.safetensors and the
-tokenizer.
+    {"parent": "owner/name", "mask_token": "<|mask|>", "k_max": 16, "tau": [2.8], "weights": "merged",
+     "method": "fluid", "block_length": null, "format_version": 1}
+
+A folder holds merged weights ("merged": an ordinary Hugging Face folder) or an adapter over its parent ("adapter": PEFT
+files in adapter/, the mask token's embedding beside them), and always the tokenizer. FLUID's K-heads are in
+khead.safetensors.
 """
 
 from __future__ import annotations
@@ -30,16 +33,16 @@ CHECKPOINT_FILES = (
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "additional_chat_templates/*", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
-"""Names of what a saved checkpoint consists of: this project's files, a tokenizer's, transformers'."""
+"""File names of a saved checkpoint: this project's, a tokenizer's, transformers'."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """parent: folder or hub id adapted from.  method: what it was adapted to.
+    """The fields of fluid.json. parent: folder or hub id of the base model.  method: of the adaptation.
 
-    fluid: k_max is the widest stride; tau are the training-time bounds, one head each. A tau of null means that the
-    source did not state it. The first one is the default; without any, the checkpoint is not calibrated yet and has no
-    K-head.  nbdiff: block_length in tokens.  llada: attention is bidirectional.
+    fluid: k_max is the widest stride; tau lists the training-time bounds, one K-head each, the default first. A tau of
+    null was not stated by the source. An empty list: not calibrated yet, no K-head.  nbdiff: block_length in tokens.
+    llada: attention is bidirectional.
     """
 
     parent: str
@@ -60,7 +63,7 @@ class Manifest:
                 check_range("tau", bound, 0, 100, open_low=True)
 
     def choose(self, tau: float | None) -> int:
-        """Index of the head trained for `tau` (the first if None). Raises ConfigError naming the known ones."""
+        """Index of the K-head of `tau`; 0 for None. Raises ConfigError naming the known ones."""
         if tau is None:
             return 0
         if tau not in self.tau:
@@ -70,7 +73,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The folder's manifest, or None if it has none. Raises ConfigError, naming the file, if it is not one."""
+    """The folder's manifest, None without one. Raises ConfigError, naming the file, if it is invalid."""
     file = folder / MANIFEST_FILE
     if not file.is_file():
         return None

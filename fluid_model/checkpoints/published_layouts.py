@@ -1,12 +1,14 @@
-"""Reads layouts other projects published, without running their code; nothing else in the package knows them.
+"""Published layouts of other projects, read without their code. No other module knows them.
 
-openPangu-Embedded (config.json says "PanguEmbedded"): a Llama with biases on q, k, v and o.
-NBDiff (arXiv 2512.06776): openPangu's layout. Its config does not tell it from its parent, so the repository's name
-does, or a mask token or block length in the config, or the user (`model.method`). The mask is an unused token.
-LLaDA (arXiv 2502.09992; "llada"): Llama's mathematics under OLMo's names, read in both directions.
-FLUID (arXiv 2605.27387): beside a whole model or a PEFT adapter stands `model_head.bin`, a pickled state dict with
-`diffusion_k_head.{0,2}.{weight,bias}`; the mask token is one of the parent's unused tokens. Its stage 1 is trained with
-LLaMA-Factory, which leaves a bare PEFT adapter.
+openPangu-Embedded   model_type "PanguEmbedded": a Llama with biases on q, k, v and o.
+NBDiff               openPangu's layout (arXiv 2512.06776). Its config equals its parent's; the repository's name
+                     identifies it, or a mask token or block length in the config, or the user (`model.method`). The
+                     mask token is an unused token.
+LLaDA                model_type "llada" (arXiv 2502.09992): Llama's arithmetic under OLMo's parameter names, with
+                     bidirectional attention.
+FLUID                `model_head.bin` beside a model or a PEFT adapter (arXiv 2605.27387): a pickled state dict with
+                     `diffusion_k_head.{0,2}.{weight,bias}`. The mask token is an unused token of the parent. Stage 1 is
+                     trained with LLaMA-Factory and saved as a PEFT adapter.
 """
 
 from __future__ import annotations
@@ -33,15 +35,15 @@ MASK_TEXTS: dict[Method, tuple[str, ...]] = {
     "nbdiff": ("[unused0]", "<unused0>", "unused0"),
     "llada": ("<|mdm_mask|>",),
 }
-"""How published checkpoints spell their mask token. FLUID's code (commit 9093c11) has openPangu's unused32, and <mask>
-over other parents.
+"""Mask tokens of published checkpoints. FLUID's code (commit 9093c11) uses openPangu's unused32, and <mask> over other
+parents.
 """
 END_TEXTS: dict[Method, tuple[str, ...]] = {"llada": ("<|eot_id|>",)}
-"""What ends an answer beside the end of sequence: LLaDA-Instruct closes a turn first."""
+"""End tokens beside the end of sequence: LLaDA-Instruct ends a turn with <|eot_id|>."""
 NBDIFF_NAMES = ("nbdiff-7b-base", "nbdiff-7b-instruct", "openpangu-7b-diffusion-base", "openpangu-r-7b-diffusion")
-"""Repositories whose config.json is their parent's."""
+"""Repositories of NBDiff, whose config.json is their parent's."""
 ADAPTER_KEYS = {r"^model\.model\.": "model.", r"^model\.lm_head\.": "lm_head."}
-"""FLUID's trainer wraps the model once more before it adds LoRA."""
+"""Parameter names of FLUID's adapters, whose trainer wraps the model before it adds LoRA."""
 
 _PANGU_NEEDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -53,7 +55,7 @@ _LLADA_FIXED: dict[str, tuple[Any, ...]] = {
     "attention_layer_norm": (False,), "include_bias": (False,), "include_qkv_bias": (False, None),
     "bias_for_layer_norm": (False, None), "multi_query_attention": (False, None), "block_group_size": (1,),
 }  # fmt: skip
-"""What a LLaDA config may say for its model to be Llama-shaped; what it leaves out is taken to agree."""
+"""Values of a LLaDA config with Llama's architecture; missing ones count as agreeing."""
 _LLADA_BLOCK = {
     "q_proj": "self_attn.q_proj",
     "k_proj": "self_attn.k_proj",
@@ -75,10 +77,10 @@ LLADA_KEYS = {
 
 @dataclass(frozen=True)
 class Published:
-    """What a folder's files say in this package's terms.
+    """A folder's configuration in this package's terms.
 
-    llama: LlamaConfig's fields, where transformers does not know the architecture.  keys: that layout's parameter names
-    (patterns) and Llama's.  method: what the model was adapted to.  mask_id: as config.json states it.
+    llama: fields of LlamaConfig, for an architecture unknown to transformers.  keys: patterns of its parameter names,
+    and Llama's names.  method: of the adaptation.  mask_id, block_length: as config.json states them.
     """
 
     llama: Mapping[str, Any] | None = None
@@ -89,25 +91,26 @@ class Published:
 
 
 def read_published(folder: Path, name: str, method: Method | None = None) -> Published:
-    """Read config.json.  name: how the user calls the model.  method: what the user says it was adapted to.
+    """Read config.json.  name: the model's, as the user states it.  method: of the adaptation, likewise.
 
-    Raises ConfigError, naming the file, if a field is missing or says that the model is not Llama-shaped.
+    Raises ConfigError, naming the file, if a field is missing or contradicts Llama's architecture.
     """
     raw = _read_json(folder / "config.json")
-    found = Published(mask_id=raw.get("mask_token_id"), block_length=raw.get("block_length"))
+    published = Published(mask_id=raw.get("mask_token_id"), block_length=raw.get("block_length"))
     if raw.get("model_type") == "llada":
-        found = replace(found, llama=_llada(raw, folder / "config.json"), keys=LLADA_KEYS, method="llada")
+        published = replace(published, llama=_llada(raw, folder / "config.json"), keys=LLADA_KEYS, method="llada")
     elif raw.get("model_type") == "PanguEmbedded":
-        is_block = found.mask_id is not None or found.block_length is not None
-        is_block |= Path(name).name.lower() in NBDIFF_NAMES
-        found = replace(found, llama=_pangu(raw, folder / "config.json"), method="nbdiff" if is_block else None)
-    return replace(found, method=method or found.method)
+        is_nbdiff = published.mask_id is not None or published.block_length is not None
+        is_nbdiff |= Path(name).name.lower() in NBDIFF_NAMES
+        llama = _pangu(raw, folder / "config.json")
+        published = replace(published, llama=llama, method="nbdiff" if is_nbdiff else None)
+    return replace(published, method=method or published.method)
 
 
 def _pangu(raw: Mapping[str, Any], file: Path) -> dict[str, Any]:
     _need(raw, _PANGU_NEEDS, file)
-    own = {"auto_map", "model_type", "bias", "transformers_version"}
-    return {**{k: v for k, v in raw.items() if k not in own}, "attention_bias": raw["bias"], "mlp_bias": False}
+    dropped = {"auto_map", "model_type", "bias", "transformers_version"}
+    return {**{k: v for k, v in raw.items() if k not in dropped}, "attention_bias": raw["bias"], "mlp_bias": False}
 
 
 def _llada(raw: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -117,9 +120,9 @@ def _llada(raw: Mapping[str, Any], file: Path) -> dict[str, Any]:
             raise ConfigError(f"{file}: {name}={value!r} is not supported; LLaDA-8B has {known[0]!r}")
     vocabulary = raw.get("embedding_size") or raw.get("vocab_size")
     _need({"vocab_size": vocabulary, **raw}, ("vocab_size", "max_sequence_length", "weight_tying"), file)
-    kept = ("architectures", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
+    unchanged = ("architectures", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
     return {
-        **{k: raw[k] for k in kept if k in raw},
+        **{k: raw[k] for k in unchanged if k in raw},
         "vocab_size": vocabulary,
         "hidden_size": raw["d_model"],
         "intermediate_size": raw["mlp_hidden_size"],
@@ -140,17 +143,19 @@ def _need(raw: Mapping[str, Any], names: tuple[str, ...], file: Path) -> None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """The file's object; empty where there is none. Raises ConfigError, naming the file."""
+    """The object of a JSON file, empty without the file. Raises ConfigError naming it."""
     return read_json(file) if file.is_file() else {}
 
 
 def own_classes(folder: Path, file: str) -> list[str]:
-    """Classes of the repository's own code that a file of it names."""
+    """Classes of the repository's code in a file's auto_map."""
     named = _read_json(folder / file).get("auto_map") or {}
     if not isinstance(named, dict):
         raise ConfigError(f"{folder / file}: auto_map={named!r} is no table of classes")
-    found = [each for value in named.values() for each in (value if isinstance(value, list) else [value])]
-    return [str(each) for each in found if each]
+    classes: list[Any] = []
+    for value in named.values():
+        classes += value if isinstance(value, list) else [value]
+    return [str(name) for name in classes if name]
 
 
 def read_head(file: Path, hidden_size: int) -> KHead:
@@ -167,10 +172,10 @@ def read_head(file: Path, hidden_size: int) -> KHead:
 
 
 def head_from_state(state: dict[str, torch.Tensor], hidden_size: int, source: Path) -> KHead:
-    """Build a K-head from {0,2}.{weight,bias}; its widest stride is what the last layer holds."""
-    wanted = sorted(KHead(hidden_size, 1).state_dict())
-    if sorted(state) != wanted:
-        raise ConfigError(f"{source}: a K-head needs {', '.join(wanted)}; found {', '.join(sorted(state)) or 'none'}")
+    """A K-head from {0,2}.{weight,bias}; k_max is the size of the last layer."""
+    names = sorted(KHead(hidden_size, 1).state_dict())
+    if sorted(state) != names:
+        raise ConfigError(f"{source}: a K-head needs {', '.join(names)}; found {', '.join(sorted(state)) or 'none'}")
     bias = state["2.bias"]
     head = KHead(hidden_size, bias.shape[0] if bias.ndim else 1)
     for name, tensor in head.state_dict().items():
@@ -184,22 +189,22 @@ def head_from_state(state: dict[str, torch.Tensor], hidden_size: int, source: Pa
     return head.eval()
 
 
-def mask_text(tokenizer: Tokenizer, found: Published) -> str:
-    """The mask token's text: by the config's id, the tokenizer's own, or how published checkpoints spell it.
+def mask_text(tokenizer: Tokenizer, published: Published) -> str:
+    """The mask token's text: of the config's id, else the tokenizer's mask token, else of MASK_TEXTS.
 
     Raises ConfigError if there is none.
     """
     vocabulary = tokenizer.get_vocab()
-    if found.mask_id is not None:
-        text = next((text for text, token in vocabulary.items() if token == found.mask_id), None)
+    if published.mask_id is not None:
+        text = next((text for text, token in vocabulary.items() if token == published.mask_id), None)
         if text is None:
             raise ConfigError(
-                f"config.json: mask_token_id={found.mask_id} is no token of this tokenizer; set model.mask_token"
+                f"config.json: mask_token_id={published.mask_id} is no token of this tokenizer; set model.mask_token"
             )
         return str(text)
     if tokenizer.mask_token is not None:
         return str(tokenizer.mask_token)
-    spellings = MASK_TEXTS[found.method] if found.method else ()
+    spellings = MASK_TEXTS[published.method] if published.method else ()
     for text in spellings:
         if text in vocabulary:
             return text
@@ -207,9 +212,9 @@ def mask_text(tokenizer: Tokenizer, found: Published) -> str:
 
 
 def adapter_parent(folder: Path, given: str | None = None) -> str | None:
-    """What a bare PEFT adapter's folder says it adapts, or what is given instead; None if it is no such folder.
+    """The base model's name of a bare PEFT adapter, or `given` instead; None for other folders.
 
-    Raises ConfigError if neither names anything.
+    Raises ConfigError if the adapter names none.
     """
     file = folder / ADAPTER_FILE
     if not file.is_file() or (folder / "config.json").is_file():
@@ -217,6 +222,6 @@ def adapter_parent(folder: Path, given: str | None = None) -> str | None:
     parent = given or _read_json(file).get("base_model_name_or_path")
     if not parent or not isinstance(parent, str):
         raise ConfigError(
-            f"{file}: base_model_name_or_path={parent!r} names nothing that it adapts; --set model.base=FOLDER does"
+            f"{file}: base_model_name_or_path={parent!r} names no base model; --set model.base=FOLDER does"
         )
     return parent

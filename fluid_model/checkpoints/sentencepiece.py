@@ -1,6 +1,7 @@
-"""A SentencePiece model as a fast tokenizer, for folders that ship `tokenizer.model` alone: plain Llamas, and openPangu
-and its children, whose class is code of the repository. What the file itself says decides: scores rank merges, its own
-rules normalise.
+"""SentencePiece BPE models as fast tokenizers, for folders with `tokenizer.model` alone.
+
+These are plain Llamas, and openPangu with its adaptations, whose tokenizer class is code of the repository. The model
+file alone decides: its scores rank merges, its rules normalise text. SentencePiece itself is not needed.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from ..tokens import Tokenizer
 
 MODEL_FILE = "tokenizer.model"
 SPACE = "\u2581"
-"""How SentencePiece writes a space."""
-NORMAL, UNKNOWN, CONTROL, OWN, BPE = 1, 2, 3, 4, 2
-"""Of sentencepiece_model.proto: a piece that text is made of; what stands for others; one that text never spells; one
-that is never split; the kind of model read here.
+"""SentencePiece's space."""
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BPE = 1, 2, 3, 4, 2
+"""Codes of sentencepiece_model.proto: types of pieces (normal, unknown, control, user-defined) and the BPE model type.
+
+Control pieces never occur in text; user-defined ones are never split.
 """
 TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
 OPTIONS = ("add_bos_token", "add_eos_token", "model_max_length", "clean_up_tokenization_spaces", "chat_template")
@@ -33,10 +35,11 @@ OPTIONS = ("add_bos_token", "add_eos_token", "model_max_length", "clean_up_token
 def load_sentencepiece(folder: Path) -> Tokenizer:
     """The tokenizer of tokenizer.model and tokenizer_config.json.
 
-    What follows a piece that is never split begins with a space of its own, as repositories' classes have it; where
-    the configuration does not repeat such a piece, SentencePiece itself would leave that space out.
-    Raises ConfigError, naming the file, if it is no BPE model or gives a token another id than the configuration does.
+    Text after a user-defined piece begins with a space of its own, as in the repositories' classes; SentencePiece would
+    leave this space out where the configuration does not repeat the piece.
+    Raises ConfigError, naming the file, if it is no BPE model or contradicts the configuration's token ids.
     """
+    # 1) model and configuration
     proto = _read(folder / MODEL_FILE)
     file = folder / "tokenizer_config.json"
     config = read_json(file) if file.is_file() else {}
@@ -44,6 +47,7 @@ def load_sentencepiece(folder: Path) -> Tokenizer:
     if template.is_file():
         config["chat_template"] = read_text(template)
     config = _defaults(proto, folder) | {name: value for name, value in config.items() if value is not None}
+    # 2) the tokenizer, after a trial
     try:
         stated = {int(i): _token(t) for i, t in config.get("added_tokens_decoder", {}).items()}
         tokenizer = PreTrainedTokenizerFast(
@@ -53,8 +57,9 @@ def load_sentencepiece(folder: Path) -> Tokenizer:
             **{name: config[name] for name in OPTIONS if name in config},
         )
         tokenizer("a")
-    except Exception as error:  # whatever values of a wrong kind trip up
+    except Exception as error:  # values of a wrong type raise errors of many types
         raise ConfigError(f"{file}: no tokenizer can be made of it: {type(error).__name__}: {reason(error)}") from error
+    # 3) ids of the configuration
     vocabulary = tokenizer.get_vocab()
     for token, added in stated.items():
         if vocabulary.get(str(added)) != token:
@@ -65,29 +70,31 @@ def load_sentencepiece(folder: Path) -> Tokenizer:
 
 
 def _defaults(proto: Any, folder: Path) -> dict[str, Any]:
-    """What holds where tokenizer_config.json does not say: the model's own special pieces, a beginning-of-text before
-    every text (as LlamaTokenizer has it), and the tokens of older folders' added_tokens.json.
+    """Defaults of tokenizer_config.json.
+
+    Special tokens of the model, a beginning-of-sequence token before every text (as in LlamaTokenizer), and the tokens
+    of an older folder's added_tokens.json.
     """
     spec, pieces = proto.trainer_spec, proto.pieces
-    marks = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id}
-    found: dict[str, Any] = {
+    special_ids = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id}
+    defaults: dict[str, Any] = {
         name: pieces[i].piece
-        for name, i in marks.items()
+        for name, i in special_ids.items()
         if 0 <= i < len(pieces) and pieces[i].type in (UNKNOWN, CONTROL)
     }
     file = folder / "added_tokens.json"
     if file.is_file():
-        found["added_tokens_decoder"] = {str(i): {"content": text} for text, i in read_json(file).items()}
-    return {**found, "add_bos_token": "bos_token" in found}
+        defaults["added_tokens_decoder"] = {str(i): {"content": text} for text, i in read_json(file).items()}
+    return {**defaults, "add_bos_token": "bos_token" in defaults}
 
 
 def _read(file: Path) -> Any:
     proto = import_protobuf().ModelProto()
     try:
         proto.ParseFromString(file.read_bytes())
-    except Exception as error:  # protobuf's own type, which it keeps to itself
+    except Exception as error:  # of a private type of protobuf
         raise ConfigError(f"{file}: not a SentencePiece model; convert it to tokenizer.json") from error
-    if not proto.pieces:  # other files pass for one that says nothing
+    if not proto.pieces:  # some other files parse as an empty model
         raise ConfigError(f"{file}: not a SentencePiece model; convert it to tokenizer.json")
     if proto.trainer_spec.model_type != BPE:
         raise ConfigError(f"{file}: only BPE models are read here; convert it to tokenizer.json")
@@ -110,14 +117,16 @@ def _convert(proto: Any) -> Fast:
     if rules.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE))
     fast.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
-    fast.add_tokens([AddedToken(p.piece, normalized=False, special=False) for p in proto.pieces if p.type == OWN])
+    fast.add_tokens(
+        [AddedToken(p.piece, normalized=False, special=False) for p in proto.pieces if p.type == USER_DEFINED]
+    )
     back: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     fast.decoder = decoders.Sequence([*back, decoders.Strip(" ", 1, 0)] if rules.add_dummy_prefix else back)
     return fast
 
 
 def _token(value: str | Mapping[str, Any]) -> AddedToken:
-    """A special token, as text or as tokenizer_config.json spells one out."""
+    """A special token of tokenizer_config.json, given as text or as a table."""
     if isinstance(value, str):
         return AddedToken(value, normalized=False, special=True)
     known = ("lstrip", "rstrip", "single_word", "normalized", "special")

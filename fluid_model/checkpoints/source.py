@@ -1,4 +1,4 @@
-"""The files that make a model: where they lie, what they say it is, its configuration and tokenizer. No weights."""
+"""The files of a checkpoint without its weights: folders, manifest, published layout, configuration, tokenizer."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ TOKENIZER_FILES = (
     "tekken.json",
     "vocab-src.json",
 )
-"""Any of these makes a tokenizer; the first two are read here."""
+"""Files of tokenizers; this project reads the first two, transformers the others."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """folder: what the user named.  base: where the weights are; another for an adapter.
-    parent: what an adapter's folder calls its base.  method: what all of it was adapted to.  trust: whether code of the
-    repository may run where nothing here reads its layout.
+class CheckpointFiles:
+    """folder: the user's.  base: the folder with the base model's weights, another one for an adapter.
+
+    parent: an adapter's name for its base.  trust: the repository's code may run where its layout is unknown here.
     """
 
     folder: Path
@@ -43,7 +43,7 @@ class Source:
 
     @property
     def adapted(self) -> bool:
-        """Whether the folder is a PEFT adapter, or holds one beside its weights."""
+        """Whether the folder holds a PEFT adapter, with or without weights beside it."""
         return self.manifest is None and (self.folder / published_layouts.ADAPTER_FILE).is_file()
 
     @property
@@ -52,7 +52,7 @@ class Source:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """transformers' configuration of the base. Raises ConfigError if it is no language model known here."""
+        """transformers' configuration of the base. Raises ConfigError for an unknown architecture."""
         if self.published.llama is None:
             return from_pretrained(AutoConfig, self.base, self.trust)
         try:
@@ -62,7 +62,7 @@ class Source:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The folder's tokenizer, or its base's if it is a bare adapter without one."""
+        """The folder's tokenizer; the base's for an adapter without one."""
         try:
             return _read_tokenizer(self.folder, self.trust)
         except ConfigError:
@@ -72,22 +72,23 @@ class Source:
 
     @property
     def remote_code(self) -> list[str]:
-        """Classes of the repository that run: none unless it is trusted."""
+        """Classes of the repository's code that run; none without trust."""
         named = published_layouts.own_classes(self.base, "config.json") if self.published.llama is None else []
         named += published_layouts.own_classes(self.folder, "tokenizer_config.json")
         return sorted(set(named)) if self.trust else []
 
 
-def find(
+def find_checkpoint(
     path: str, *, weights: bool, method: Method | None = None, trust: bool = False, base: str | None = None
-) -> Source:
-    """Look at a model's files. An adapter's parent is a hub id or a folder, relative to the adapter's.
+) -> CheckpointFiles:
+    """Find a checkpoint's files, and its base model's if it is an adapter.
 
-    path: a folder or a hub id.  weights: whether weights are wanted too.  method: what the user says it was adapted to.
-    trust: whether code of the repository may run.  base: what an adapter is put into, instead of what it names.
-    Raises ConfigError for a path that is no model and for files that say nothing clear.
+    path: a folder or a hub id.  weights: weights are needed, too.  method: the adaptation, as the user states it.
+    trust: the repository's code may run.  base: the base model, instead of the one that an adapter names.
+    Raises ConfigError for a path that is no model, and for files that contradict the arguments.
     """
-    folder = hub.local(path, weights=weights, code=trust)
+    # 1) the folder, its manifest, the name of its base
+    folder = hub.local_folder(path, weights=weights, code=trust)
     manifest = read_manifest(folder)
     if manifest is None:
         parent = published_layouts.adapter_parent(folder, base)
@@ -97,33 +98,41 @@ def find(
             raise ConfigError(f"model.method={method}: {folder / MANIFEST_FILE} says {manifest.method}")
     if base is not None and parent is None:
         raise ConfigError(f"model.base={base}: {path} is no adapter and holds all its weights")
-    place = folder
-    if parent is not None:
-        place, parent = _parent(folder, parent, weights, trust) if base is None else (
-            hub.local(base, weights=weights, code=trust), base,
-        )  # fmt: skip
-    published = published_layouts.read_published(place, parent or path, method)
+    # 2) the base model's folder
+    base_folder = folder
+    if base is not None:
+        base_folder, parent = hub.local_folder(base, weights=weights, code=trust), base
+    elif parent is not None:
+        base_folder, parent = _find_base(folder, parent, weights, trust)
+    # 3) its layout; a published K-head identifies FLUID
+    published = published_layouts.read_published(base_folder, parent or path, method)
     if published.method is None and (folder / published_layouts.HEAD_FILE).is_file():
         published = replace(published, method="fluid")
-    return Source(folder, place, parent, manifest, published, trust)
+    return CheckpointFiles(folder, base_folder, parent, manifest, published, trust)
 
 
-def _parent(folder: Path, named: str, weights: bool, trust: bool) -> tuple[Path, str]:
-    """Where the model lies that an adapter's folder names, and what to call it. Raises ConfigError with the way out."""
+def _find_base(folder: Path, named: str, weights: bool, trust: bool) -> tuple[Path, str]:
+    """The folder of the base that an adapter names, and its name in messages and manifests.
+
+    named: a folder relative to the adapter's, or as in `hub.local_folder`. Raises ConfigError with the way out.
+    """
     try:
         beside = (folder / named).is_dir()
-        place = folder / named if beside else hub.local(named, weights=weights, code=trust)
+        base_folder = folder / named if beside else hub.local_folder(named, weights=weights, code=trust)
     except ConfigError as error:
         raise ConfigError(
             f"{folder}: an adapter over {named!r}: {error}; --set model.base=FOLDER names another"
         ) from error
-    if not (place / "config.json").is_file():
+    if not (base_folder / "config.json").is_file():
         raise ConfigError(f"{folder}: an adapter over {named!r}, which holds no config.json: merge that one first")
-    return place, str(place) if beside else named
+    return base_folder, str(base_folder) if beside else named
 
 
 def _read_tokenizer(folder: Path, trust: bool) -> Tokenizer:
-    """tokenizer.json, else tokenizer.model, whatever class the configuration names; else what transformers finds."""
+    """The tokenizer of tokenizer.json, else of tokenizer.model, else transformers' own choice.
+
+    With `trust`, always transformers' choice, which may be a class of the repository.
+    """
     own = [] if trust else published_layouts.own_classes(folder, "tokenizer_config.json")
     if not trust and not (folder / "tokenizer.json").is_file() and (folder / sentencepiece.MODEL_FILE).is_file():
         return sentencepiece.load_sentencepiece(folder)
@@ -133,17 +142,17 @@ def _read_tokenizer(folder: Path, trust: bool) -> Tokenizer:
             raise ConfigError(f"model={folder}: no tokenizer here: neither {' nor '.join(TOKENIZER_FILES[:2])}{why}")
     elif own:
         tokenizer = from_pretrained(PreTrainedTokenizerFast, folder)
-        tokenizer.init_kwargs.pop("auto_map", None)  # else it would be saved with a name for code that is not there
+        tokenizer.init_kwargs.pop("auto_map", None)  # else it would be saved with a reference to missing code
         return _checked(tokenizer, folder)
     return _checked(from_pretrained(AutoTokenizer, folder, trust), folder)
 
 
 def _checked(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
-    """The tokenizer, once it has spelled a word: a configuration that it cannot work with shows only then."""
+    """The tokenizer, after a trial: some faults of its configuration show only in use."""
     try:
         tokenizer("a")
         tokenizer.decode(tokenizer("a")["input_ids"])
-    except Exception as error:  # whatever the libraries below trip over
+    except Exception as error:  # errors of many types
         raise ConfigError(
             f"model={folder}: its tokenizer does not work: {type(error).__name__}: {reason(error)}"
         ) from error
@@ -151,9 +160,9 @@ def _checked(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
 
 
 def from_pretrained(auto: Any, source: Path, trust: bool = False, **options: Any) -> Any:
-    """transformers' own loading, its errors told in one line.  trust: whether code of the repository may run."""
+    """transformers' own loading, with ConfigErrors of one line.  trust: the repository's code may run."""
     try:
         return auto.from_pretrained(str(source), trust_remote_code=trust, **options)
-    except Exception as error:  # broken files raise whatever the libraries below happen to trip over
-        what = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-        raise ConfigError(f"model={source}: {what}{reason(error)}") from error
+    except Exception as error:  # broken files raise errors of many types
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        raise ConfigError(f"model={source}: {kind}{reason(error)}") from error

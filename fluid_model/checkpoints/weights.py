@@ -1,4 +1,4 @@
-"""A model's weights: exactly those that its configuration has a place for, and rows of its vocabulary."""
+"""Model weights, loaded strictly: exactly those of the configuration. Embedding tables and their growth."""
 
 from __future__ import annotations
 
@@ -10,54 +10,54 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..common.errors import ConfigError
-from .source import Source, from_pretrained
+from .source import CheckpointFiles, from_pretrained
 
 HARMLESS = re.compile(
     r"(^|\.)(v_head|score)\.|(^|\.)position_ids$|rotary_emb\.(inv_freq|\w*cached)$"
     r"|\.(attn|attention|self_attn)\.(attention\.)?(masked_bias|bias)$"
 )
-"""Names of what changes no logit: heads that value or classify, tables that the model computes itself, causal masks."""
+"""Ignored weights, which change no logit: value and classification heads, rotary tables, causal masks."""
 NO_ADAPTER = {"subfolder": "-"}
-"""Where transformers looks for an adapter to put into a model unasked: nowhere. `adapters` does that."""
-MOST_NAMED = 3
-"""Weights that a message names."""
+"""Keeps transformers from loading an adapter unasked; `adapters` loads it."""
+MAX_NAMED = 3
+"""Weights named by a message."""
 
 
-def load_weights(source: Source, dtype: str, device: torch.device) -> PreTrainedModel:
-    """The base's weights, as one model on the device.  dtype: auto, float32, bfloat16.
+def load_weights(source: CheckpointFiles, dtype: str, device: torch.device) -> PreTrainedModel:
+    """The base model with its weights, on the device.  dtype: auto, float32, bfloat16.
 
-    Raises ConfigError where the files lack a weight, hold one of another shape, or one that the model has no place for.
+    Raises ConfigError for a missing weight, one of another shape, or one that the model does not have.
     """
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"dtype={dtype!r}: known are auto, float32, bfloat16")
     number = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
         dtype, torch.float32 if device.type == "cpu" else "auto"
     )
-    foreign = source.published.llama is not None
-    options = {"config": source.config, "key_mapping": dict(source.published.keys)} if foreign else {}
+    is_published = source.published.llama is not None
+    options = {"config": source.config, "key_mapping": dict(source.published.keys)} if is_published else {}
     model, info = from_pretrained(
         AutoModelForCausalLM, source.base, source.trust, dtype=number, output_loading_info=True,
         ignore_mismatched_sizes=True, adapter_kwargs=dict(NO_ADAPTER), **options,
     )  # fmt: skip
     _check(source.base, info)
-    if foreign:
-        model._weight_conversions = None  # else transformers would save under the published names, which fit no config
+    if is_published:
+        model._weight_conversions = None  # else transformers would save under the published names, not the config's
     loaded: PreTrainedModel = model.to(device)
     return loaded
 
 
 def _check(folder: Path, info: dict[str, Any]) -> None:
-    """Raise ConfigError unless the files and the model hold the same weights.  info: what transformers tells."""
-    misshapen = [f"{name} {tuple(found)} for {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]]
+    """Raise ConfigError unless files and model have the same weights.  info: transformers' loading report."""
+    missing = list(info["missing_keys"])
+    missing += [f"{name} {tuple(stored)} for {tuple(needed)}" for name, stored, needed in info["mismatched_keys"]]
     unknown = [name for name in info["unexpected_keys"] if not HARMLESS.search(name)]
-    for what, names in (
-        ("missing or misshapen", [*info["missing_keys"], *misshapen]),
-        ("unknown", unknown),
-    ):
-        if names:
-            named = ", ".join(sorted(names)[:MOST_NAMED])
-            way = "; config.json has no place for them, it is another model's or says too little" * (what == "unknown")
-            raise ConfigError(f"model={folder}: {len(names)} weights are {what}, first {named}{way}")
+    if missing:
+        named = ", ".join(sorted(missing)[:MAX_NAMED])
+        raise ConfigError(f"model={folder}: {len(missing)} weights are missing or misshapen, first {named}")
+    if unknown:
+        named = ", ".join(sorted(unknown)[:MAX_NAMED])
+        why = "config.json has no place for them, it is another model's or says too little"
+        raise ConfigError(f"model={folder}: {len(unknown)} weights are unknown, first {named}; {why}")
 
 
 def embedding_tables(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -68,7 +68,7 @@ def embedding_tables(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return tables
 
 
-def grow(model: PreTrainedModel, rows: int) -> None:
-    """Give the embedding tables that many rows at least. New ones hold nothing of use yet."""
+def grow_embeddings(model: PreTrainedModel, rows: int) -> None:
+    """Grow the embedding tables to at least `rows` rows. New rows are not initialised usefully."""
     if rows > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(rows, mean_resizing=False)

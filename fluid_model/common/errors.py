@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import re
 
-MOST_REASON = 400
-"""Characters of a library's message that are shown."""
+MAX_REASON = 400
+"""Characters shown of a library's message."""
 
 
 class ConfigError(ValueError):
-    """A setting, path or file that cannot work. The message names the value and the way out, on one line."""
+    """An unusable setting, path or file. The message of one line names the value and the way out."""
 
 
 class RunError(RuntimeError):
-    """Work that could not be finished through no fault of the settings. What is done is kept."""
+    """A failure that no setting caused, such as a full disk. Finished work is kept."""
 
 
 def reason(error: BaseException) -> str:
-    """Why a library refused, on one line.
+    """The cause of a library's error, on one line.
 
-    Long messages open with advice and name the cause further down, as "SomeError: why". Elsewhere it is the first line,
-    with the next where the first only announces it ("Error(s) in loading state_dict for X:").
+    A long message opens with advice and names its cause further down, as "SomeError: why". Otherwise the first line is
+    the cause, with the next ones where it ends in a colon ("Error(s) in loading state_dict for X:").
     """
     plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     lines = [" ".join(line.split()) for line in plain.splitlines() if line.strip()] or [type(error).__name__]
@@ -30,4 +30,4 @@ def reason(error: BaseException) -> str:
         if not shown[-1].endswith(":"):
             break
         shown.append(line)
-    return " ".join(shown)[:MOST_REASON]
+    return " ".join(shown)[:MAX_REASON]

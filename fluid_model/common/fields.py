@@ -1,4 +1,4 @@
-"""Settings from plain values: `a.b=c` assignments, and dataclasses checked name by name. No torch here."""
+"""Settings from plain values: `a.b=c` assignments, and dataclasses built with every name and type checked. No torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .files import Nested, parse_toml
 
 
 def at_least(name: str, value: float | None, low: float) -> None:
-    """Raise ConfigError if there is a value and it is below `low`."""
+    """Raise ConfigError if the value is below `low`. None passes."""
     if value is not None and value < low:
         raise ConfigError(f"{name}={value} must be at least {low}")
 
 
 def assign(values: Nested, setting: str) -> None:
-    """Apply one `a.b=c` to nested values. c is read as TOML where it is, as plain text otherwise."""
+    """Apply one assignment `a.b=c` to nested values. c is parsed as TOML, else taken as plain text."""
     name, sign, text = setting.partition("=")
     if not sign or not name:
         raise ConfigError(f"--set {setting}: must read name=value")
@@ -26,7 +26,7 @@ def assign(values: Nested, setting: str) -> None:
 
 
 def read_value(text: str) -> Any:
-    """Read as TOML where it is some, as plain text otherwise."""
+    """The value of a TOML expression, else the text itself: `1` is 1, `[a]` is "[a]"."""
     try:
         return parse_toml(f"value = {text}")["value"]
     except ValueError:
@@ -34,7 +34,7 @@ def read_value(text: str) -> Any:
 
 
 def put(values: Nested, name: str, value: Any) -> None:
-    """Set a dotted name in nested values, making tables on the way."""
+    """Set a dotted name in nested values; missing tables are created. Raises ConfigError at a value on the way."""
     *tables, last = name.split(".")
     for table in tables:
         values = values.setdefault(table, {})
@@ -46,17 +46,17 @@ def put(values: Nested, name: str, value: Any) -> None:
 def build(
     cls: type[Any], values: Mapping[str, Any], where: str = "", how_to_give: Mapping[str, str] | None = None
 ) -> Any:
-    """A dataclass from plain values, every name and type checked.
+    """A dataclass from plain values, with every name and type checked.
 
-    where: prefix of names in messages ("decoder.").  how_to_give: what to say of a field that is missing.
-    Raises ConfigError naming unknown fields (with the known ones), missing ones and bad values.
+    where: prefix of names in messages ("decoder.").  how_to_give: hints of messages on missing fields, by name.
+    Raises ConfigError naming an unknown field (with the known ones), a missing one or a bad value.
     """
     hints = get_type_hints(cls)
     known = {f.name: f for f in fields(cls)}
     for name in values:
         if name not in known:
-            what = f" of decoder {cls.name!r}" if where == "decoder." else ""
-            raise ConfigError(f"{where}{name} is no setting{what}; known: {', '.join(where + n for n in known)}")
+            owner = f" of decoder {cls.name!r}" if where == "decoder." else ""
+            raise ConfigError(f"{where}{name} is no setting{owner}; known: {', '.join(where + n for n in known)}")
     for name, f in known.items():
         if name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise ConfigError(f"{where}{name} is missing" + (how_to_give or {}).get(name, ""))
@@ -64,7 +64,7 @@ def build(
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:
-    """The value as the hint wants it, or ConfigError."""
+    """The value in the type of the hint. Raises ConfigError for another type."""
     if is_dataclass(hint) and isinstance(hint, type):
         if isinstance(value, Mapping):
             return build(hint, value, name + ".")
@@ -73,7 +73,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
             return value
         for option in get_args(hint):
             if is_dataclass(option) and isinstance(value, Mapping):
-                return _coerce(value, option, name)  # what is wrong inside is worth its own message
+                return _coerce(value, option, name)  # an error inside a table keeps its own message
             try:
                 return _coerce(value, option, name)
             except ConfigError:
@@ -88,7 +88,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     elif get_origin(hint) is dict:
         if isinstance(value, Mapping):
             return dict(value)
-    elif get_origin(hint) is list:  # of anything
+    elif get_origin(hint) is list:  # of any values
         if isinstance(value, list):
             return list(value)
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -96,7 +96,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     elif hint is type(None):
         if value is None:
             return None
-    elif type(value) is hint:  # exactly: true is no whole number
+    elif type(value) is hint:  # isinstance would accept true as an integer
         return value
     raise ConfigError(f"{name}={value!r} must be {_describe(hint)}")
 

@@ -1,6 +1,6 @@
-"""Files that nobody vouches for: JSON, TOML and lines of text, of bounded size and depth; a new one written. No torch.
+"""Untrusted files: JSON, TOML and lines of text, of bounded size and depth; and atomic writes. No torch.
 
-Whatever is wrong with a file is a ConfigError that names it; nothing of it is ever run.
+Every fault of a file is a ConfigError that names it. No content is executed.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import IO, Any, cast
 from .errors import ConfigError
 
 Nested = dict[str, Any]
-"""Settings as a file holds them: nested tables of plain values."""
-MOST_BYTES = 1 << 28
-"""Of a file that is read whole."""
-MOST_LINE = 1 << 26
-"""Bytes of a line."""
+"""Nested tables of plain values, as parsed from JSON or TOML."""
+MAX_BYTES = 1 << 28
+"""Size limit of a file that is read at once."""
+MAX_LINE_BYTES = 1 << 26
+"""Size limit of a line."""
 _TOO_DEEP = "nested too deep"
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What JSON says. Raises ValueError for what is none, and for what is nested too deep."""
+    """The value of a JSON text. Raises ValueError for invalid JSON, and for values nested too deep."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -37,27 +37,27 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_toml(text: str) -> Nested:
-    """What TOML says. Raises ValueError for what is none, and for what is nested too deep."""
+    """The tables of a TOML text. Raises ValueError for invalid TOML, and for values nested too deep."""
     try:
         return tomllib.loads(text)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
 
 
-def read_text(file: Path, most: int = MOST_BYTES) -> str:
-    """A whole file as text, without a byte order mark; one named .gz is unpacked on the way.
+def read_text(file: Path, max_bytes: int = MAX_BYTES) -> str:
+    """The text of a file, without a byte order mark. A .gz is decompressed.
 
-    Raises ConfigError naming the file, also where it has more than `most` bytes.
+    Raises ConfigError naming the file if it is unreadable, no UTF-8, or longer than `max_bytes`.
     """
     with _opened(file) as handle:
-        content = handle.read(most + 1)
-    if len(content) > most:
-        raise ConfigError(f"{file}: longer than {most >> 20} MiB, which no such file is")
+        content = handle.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ConfigError(f"{file}: longer than {max_bytes >> 20} MiB, which no such file is")
     return _decoded(content, str(file))
 
 
 def read_json(file: Path) -> Nested:
-    """A JSON object. Raises ConfigError naming the file."""
+    """The object of a JSON file. Raises ConfigError naming the file."""
     text = read_text(file)
     try:
         values = parse_json(text)
@@ -69,7 +69,7 @@ def read_json(file: Path) -> Nested:
 
 
 def read_toml(file: Path) -> Nested:
-    """A TOML file's tables. Raises ConfigError naming the file."""
+    """The tables of a TOML file. Raises ConfigError naming the file."""
     text = read_text(file)
     try:
         return parse_toml(text)
@@ -78,55 +78,56 @@ def read_toml(file: Path) -> Nested:
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers from 1; a file named .gz is unpacked on the way.
+    """(line number from 1, text) of all lines that are not blank. A .gz is decompressed.
 
-    Raises ConfigError naming the file, and the line that is longer than MOST_LINE bytes or no text.
+    Raises ConfigError naming the file, and a line that is longer than MAX_LINE_BYTES or no UTF-8.
     """
     with _opened(file) as handle:
-        for number, line in bounded(handle, file):
+        for number, line in bounded_lines(handle, file):
             if line.strip():
                 yield number, _decoded(line, f"{file}, line {number}")
 
 
-def bounded(handle: IO[bytes], file: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines of an open file, with their numbers from 1. Raises ConfigError, naming `file`, at one that is too long."""
+def bounded_lines(handle: IO[bytes], file: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line) of an open file. Raises ConfigError, naming `file`, at a line that is too long."""
     number = 0
-    while line := handle.readline(MOST_LINE + 1):
+    while line := handle.readline(MAX_LINE_BYTES + 1):
         number += 1
-        if len(line) > MOST_LINE:
-            raise ConfigError(f"{file}, line {number}: longer than {MOST_LINE >> 20} MiB")
+        if len(line) > MAX_LINE_BYTES:
+            raise ConfigError(f"{file}, line {number}: longer than {MAX_LINE_BYTES >> 20} MiB")
         yield number, line
 
 
 def write(file: Path, text: str, errors: str = "strict") -> None:
-    """Write a file, all or nothing: until all of it is written, what was there stays. Raises OSError.
+    """Write a file atomically: a failure leaves the old content in place. Raises OSError.
 
-    A link stays one: what it leads to is replaced. What is there and is no regular file, such as a device or a pipe, is
-    written into.  errors: of the encoding, UTF-8.
+    A symbolic link is kept, and its target replaced. Devices and pipes are written into.  errors: of UTF-8 encoding.
     """
     data = text.encode("utf-8", errors)
+    # 1) devices and pipes cannot be replaced
     try:
         if not stat.S_ISREG(file.stat().st_mode):
-            with file.open("wb") as there:
-                there.write(data)
+            with file.open("wb") as special:
+                special.write(data)
             return
     except FileNotFoundError:
-        pass  # a new one, or a link to one
+        pass  # a new file, or a dangling link
+    # 2) write beside the target, under a name that nobody can guess; then rename
     target = Path(os.path.realpath(file))
-    draft = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.tmp")  # nobody else knows its name before
+    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.tmp")
     try:
-        with draft.open("xb") as new:
+        with temporary.open("xb") as new:
             new.write(data)
-        os.replace(draft, target)
+        os.replace(temporary, target)
     except BaseException:
-        draft.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def write_new(file: Path, text: str) -> None:
-    """Write a file that is not there yet, all or nothing. Raises ConfigError if it is there, or cannot be written."""
+    """Write a new file atomically. Raises ConfigError if it exists or cannot be written."""
     try:
-        with file.open("x"):  # claims the name: nobody's file is replaced
+        with file.open("x"):  # reserves the name, so that no file is replaced
             pass
         try:
             write(file, text)
@@ -149,7 +150,7 @@ def _opened(file: Path) -> Iterator[IO[bytes]]:
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{str(file)!r}: no name of a file ({error})") from error  # it holds a zero
+        raise ConfigError(f"{str(file)!r}: no name of a file ({error})") from error  # a null byte
 
 
 def _decoded(content: bytes, where: str) -> str:

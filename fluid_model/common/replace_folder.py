@@ -1,7 +1,7 @@
-"""Putting a finished folder where another stood, and taking one away: nothing goes that was not written here.
+"""Atomic replacement and removal of result folders. Only this project's own files are removed.
 
-What was written here is known by its name: shell patterns of file names, and of paths ("adapter/*": at any depth).
-Whatever matches none of them is somebody else's, and stays.
+Own files are known by shell patterns of file names ("config.json") and of paths ("adapter/*": at any depth). All others
+are the user's and stay.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .errors import ConfigError
 
 
 def foreign(folder: Path, ours: Sequence[str]) -> str | None:
-    """A path inside the folder that matches none of the patterns; None if there is none, or no folder."""
+    """The first path inside the folder that matches no pattern; None without any, or without a folder."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if (path.is_symlink() or not path.is_dir()) and not _matches(name, ours):
@@ -25,25 +25,23 @@ def foreign(folder: Path, ours: Sequence[str]) -> str | None:
 
 
 def is_free(folder: Path) -> bool:
-    """Whether nothing stands there, or an empty folder."""
+    """Whether the path is missing, or an empty folder."""
     return not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def check_ours(name: str, folder: Path, ours: Sequence[str]) -> None:
-    """Raise ConfigError, naming the setting and what was found, unless the folder holds files of ours alone."""
+    """Raise ConfigError unless the folder holds own files only. name: of the setting that names the folder."""
     if not folder.is_dir():
         raise ConfigError(f"{name}={folder}: is no folder; choose another")
-    if (theirs := foreign(folder, ours)) is not None:
-        raise ConfigError(
-            f"{name}={folder} holds {theirs}, which was not written here; choose another, or move it away"
-        )
+    if (path := foreign(folder, ours)) is not None:
+        raise ConfigError(f"{name}={folder} holds {path}, which was not written here; choose another, or move it away")
 
 
 def remove(folder: Path, ours: Sequence[str]) -> None:
-    """Remove what matches the patterns, and the folder if nothing else is in it. A link goes, not what it leads to."""
+    """Remove own files, and the folder if it is then empty. Symbolic links are removed, their targets are not."""
     if folder.is_symlink() or not folder.is_dir():
         return
-    for path in sorted(folder.rglob("*"), reverse=True):  # what is inside a folder before the folder
+    for path in sorted(folder.rglob("*"), reverse=True):  # content before its folder
         if path.is_dir() and not path.is_symlink():
             _remove_empty(path)
         elif _matches(path.relative_to(folder).as_posix(), ours):
@@ -52,12 +50,11 @@ def remove(folder: Path, ours: Sequence[str]) -> None:
 
 
 def swap(draft: Path, target: Path, ours: Sequence[str]) -> None:
-    """Put the finished draft in the target's place by renames; what stood there stands again if that fails.
+    """Replace the target by the finished draft, by renames; the old target is restored if that fails.
 
-    The target must be free or hold files of ours alone (see `check_ours`). Of what is put aside, only those are
-    removed.
+    The target must be free or hold own files only (see `check_ours`).
     """
-    os.chmod(draft, 0o755)  # mkdtemp makes it private
+    os.chmod(draft, 0o755)  # mkdtemp creates it private
     aside = draft.with_name(draft.name + "-old")
     if target.exists():
         os.rename(target, aside)
@@ -71,7 +68,7 @@ def swap(draft: Path, target: Path, ours: Sequence[str]) -> None:
 
 
 def discard(draft: Path) -> None:
-    """Remove a folder this process made under a name of its own, with all that is in it."""
+    """Remove a temporary folder of this process with all its content."""
     shutil.rmtree(draft, ignore_errors=True)
 
 

@@ -1,4 +1,6 @@
-"""How a model writes: one strategy a file. What to feed, what to keep."""
+"""Decoders, one strategy a file: `ar`, `fluid` (speculative decoding with its own drafts), `fluid_reference` (FLUID's
+published sampler), `nbdiff` (block diffusion), `llada` (masked diffusion). `engine.loop` runs any of them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ def strategy_for(checkpoint: Checkpoint, settings: DecoderSettings) -> Strategy:
     if checkpoint.mask_id is None:
         raise ConfigError(f"decoder={settings.name} needs a mask token, and this model has none; use --decoder ar")
     if isinstance(settings, NbdiffSettings):
-        length = settings.length(checkpoint.manifest.block_length if checkpoint.manifest else None)
+        length = settings.block_length_for(checkpoint.manifest.block_length if checkpoint.manifest else None)
         return NbdiffStrategy(checkpoint.backbone, checkpoint.mask_id, checkpoint.end_ids, length, settings)
     eos_id = checkpoint.tokenizer.eos_token_id
     return LladaStrategy(checkpoint.backbone, checkpoint.mask_id, eos_id, checkpoint.end_ids, settings)
@@ -41,7 +43,9 @@ def _fluid(checkpoint: Checkpoint, settings: FluidSettings) -> Strategy:
 
 
 def scorer_for(checkpoint: Checkpoint, settings: DecoderSettings, slots: int = 16) -> Scorer | CanvasScorer:
-    """Log-likelihoods as this checkpoint defines them: exact where it reads causally, estimated where it does not."""
+    """Log-likelihoods as this checkpoint defines them: exact under causal attention, Monte-Carlo estimates under
+    bidirectional attention.
+    """
     if isinstance(settings, LladaSettings) and checkpoint.mask_id is not None:
         return CanvasScorer(checkpoint.backbone, checkpoint.mask_id, slots, settings.mc_num)
     return Scorer(checkpoint.backbone, slots)

@@ -1,26 +1,28 @@
-"""Autoregressive decoding: feed one token, keep it.
+"""Autoregressive decoding: one token a forward, greedy or by nucleus sampling.
 
 Legend: n active rows, R rows just admitted, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..engine.records import Request
-from ..engine.strategy import Absorbed, Feed
+from ..engine.strategy import NOTHING, Feed, RowUpdate
 from ..forward.backbone import Backbone
 from ..settings import ArSettings
-from .sampling import Draws, choose, likeliest
+from .sampling import Draws, argmax, choose
 
 
 class ArStrategy:
-    """Greedy or nucleus sampling. The newest token is pending: committed to the answer, not yet in the cache."""
+    """State of a row: its latest token, committed to the answer but not cached yet."""
 
-    widest = 1
-    reads_prompt = True
-    behind_prompt: tuple[int, ...] = ()
+    max_slots = 1
+    prefills_prompt = True
+    prompt_mask_block: tuple[int, ...] = ()
     draft_policy = None
 
     def __init__(self, backbone: Backbone, settings: ArSettings) -> None:
@@ -28,34 +30,37 @@ class ArStrategy:
         self.settings = settings
 
     def allocate(self, slots: int) -> None:
-        self._pending = torch.zeros(slots, dtype=torch.long, device=self.backbone.device)
+        self._latest = torch.zeros(slots, dtype=torch.long, device=self.backbone.device)
         self._draws = Draws(slots)
 
-    def admit(self, start: int, requests: list[Request], hidden: Tensor | None, rooms: list[int]) -> Absorbed:
+    def admit(
+        self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]
+    ) -> list[RowUpdate]:
         assert hidden is not None
-        for slot, request in enumerate(requests, start):
-            self._draws.seed(slot, request.seed)
-        return self._choose(start, hidden[:, 0], keep=0)
+        for row, request in enumerate(requests, start):
+            self._draws.seed(row, request.seed)
+        return self._choose(start, hidden[:, 0], cached=NOTHING)
 
     def plan(self, rows: int) -> Feed:
-        return Feed(self._pending[:rows, None], widths=[1] * rows, kinds=["commit"] * rows)
+        return Feed(self._latest[:rows, None], widths=[1] * rows, kinds=["commit"] * rows)
 
-    def absorb(self, feed: Feed, hidden: Tensor, rooms: list[int]) -> Absorbed:
-        return self._choose(0, hidden[:, 0], keep=1)
+    def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> list[RowUpdate]:
+        return self._choose(0, hidden[:, 0], cached=range(1))
 
     def move(self, source: int, target: int) -> None:
-        self._pending[target] = self._pending[source]
+        self._latest[target] = self._latest[source]
         self._draws.move(source, target)
 
-    def _choose(self, start: int, hidden: Tensor, keep: int) -> Absorbed:
-        slots = range(start, start + len(hidden))
+    def _choose(self, start: int, hidden: Tensor, cached: Sequence[int]) -> list[RowUpdate]:
+        """The next token of rows start.. .  hidden: (n, D)."""
+        rows = range(start, start + len(hidden))
         logits = self.backbone.logits(hidden)  # (n, V)
         if self.settings.temperature == 0:
-            chosen = likeliest(logits)
+            tokens = argmax(logits)  # (n,)
         else:
-            draws = self._draws.peek(slots, 1)[:, 0].to(logits.device)
-            chosen, _ = choose(logits, draws, self.settings.temperature, self.settings.top_p, "probability")
-            for slot in slots:
-                self._draws.take(slot, 1)
-        self._pending[start : slots.stop] = chosen
-        return Absorbed(tokens=[[token] for token in chosen.tolist()], keep=[keep] * len(slots))
+            draws = self._draws.peek(rows, 1)[:, 0].to(logits.device)  # (n,)
+            tokens, _ = choose(logits, draws, self.settings.temperature, self.settings.top_p, "probability")
+            for row in rows:
+                self._draws.advance(row, 1)
+        self._latest[start : rows.stop] = tokens
+        return [RowUpdate([token], [0], cached) for token in tokens.tolist()]

@@ -1,96 +1,173 @@
-"""Drafts as a tree: what may come next, each place with its rivals.
+"""Draft trees: candidate continuations that one forward verifies, and the mask blocks that draft the next ones.
 
-Nodes stand in preorder, the likelier child first, so that all that hangs on a node follows it at once.
+The tree is SpecInfer's token tree (Miao et al. 2023), verified by tree attention. Its shape follows the probabilities
+of the draft tokens, as in EAGLE-2's dynamic draft trees (Li et al. 2024). As in Medusa (Cai et al. 2024), candidates do
+not depend on one another: slot j of a mask block proposes the candidates of depth j, which all nodes above share. Mask
+blocks are FLUID's (arXiv 2605.27387; its code calls them fans).
+
+The bonus token "the", candidates cat .6, dog .3 at depth 1 and sat .5, ran .3 at depth 2, nodes of probability .1 at
+least and six nodes at most; two mask blocks, of two slots and of one:
+
+    node  token        depth  parent  path probability  subtree end    mask block
+    0     the            0      -          1.0               6
+    1     ├─ cat        1      0           .6               4
+    2     │  ├─ sat      2      1           .3               3         ├ [mask] [mask]
+    3     │  └─ ran      2      1           .18              4
+    4     └─ dog         1      0           .3               6         ├ [mask]
+    5        └─ sat      2      4           .15              6
+
+Nodes stand in preorder, the likelier child first, so that a subtree is a range of nodes. A forward feeds the nodes,
+then the mask blocks in the order of their anchors, then padding up to the widest row:
+
+    slot       0    1    2    3    4    5    6     7     8     9
+    token     the  cat  sat  ran  dog  sat  [m]   [m]   [m]   [pad]
+    enter     0.0  1.0  2.0  3.0  4.0  5.0  2.1   2.2   4.1   never     as node.step
+    exit      6.0  4.0  3.0  4.0  6.0  6.0  3.0   3.0   5.0   never
+    offset     0    1    2    2    1    2    3     4     2     0        position id, from the bonus token on
+
+A slot attends to another where it enters inside the other's [enter, exit), see `attention_masks`: slot 7 to the, cat,
+sat, slot 6 and itself. If "the cat sat" is accepted, node 2 predicts the next bonus token, and slots 6 and 7 hold the
+candidates of depths 1 and 2 behind it.
+
+Legend: S slots of the widest row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-Draft = tuple[int, float]
-"""A token, and how sure it is, given those before it."""
+from ..forward.attention_masks import MAX_STEPS, NEVER
+
+Candidate = tuple[int, float]
+"""A token and its probability at its place, given that the path up to there is accepted."""
 
 
 @dataclass(frozen=True)
-class Tree:
-    """Texts that begin with one token that is certain, the root.
+class DraftTree:
+    """Nodes in preorder. The root is the bonus token, which is committed already.
 
-    tokens: of each node.  parents: their nodes, -1 of the root's.  reached: how likely each node's text comes true.
-    depths: how far behind the root each stands.
+    tokens: of each node.  parents: index of each node's parent, -1 of the root.
+    path_probabilities: of each node, that the whole path from the root to it is accepted.
+    depths: places behind the root.
     """
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
-    reached: list[float] = field(default_factory=list)
+    path_probabilities: list[float] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
 
     @classmethod
-    def chain(cls, tokens: Sequence[int]) -> Tree:
-        """One text, all of it certain."""
+    def chain(cls, tokens: Sequence[int]) -> DraftTree:
+        """A single path whose tokens are certain."""
         count = len(tokens)
         return cls(list(tokens), list(range(-1, count - 1)), [1.0] * count, list(range(count)))
 
-    @property
-    def ends(self) -> list[int]:
-        """For each node the first one behind it that does not hang on it."""
-        found = list(range(1, len(self.tokens) + 1))
-        for node in range(len(found) - 1, 0, -1):
-            found[self.parents[node]] = max(found[self.parents[node]], found[node])
-        return found
+    def add(self, token: int, parent: int, path_probability: float, depth: int) -> int:
+        """Append a node, the next in preorder. Returns its index."""
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.path_probabilities.append(path_probability)
+        self.depths.append(depth)
+        return len(self.tokens) - 1
 
     @property
-    def last(self) -> list[float]:
-        """For each node how likely it is the last that comes true."""
-        found = list(self.reached)
+    def subtree_ends(self) -> list[int]:
+        """Of each node the first node behind its subtree."""
+        ends = list(range(1, len(self.tokens) + 1))
+        for node in range(len(ends) - 1, 0, -1):  # children before their parents
+            parent = self.parents[node]
+            if ends[node] > ends[parent]:
+                ends[parent] = ends[node]
+        return ends
+
+    @property
+    def stop_probabilities(self) -> list[float]:
+        """Of each node, that the accepted path ends there: its path probability less those of its children."""
+        stops = list(self.path_probabilities)
         for node, parent in enumerate(self.parents[1:], 1):
-            found[parent] -= self.reached[node]
-        return found
+            stops[parent] -= self.path_probabilities[node]
+        return stops
 
     @property
-    def likeliest(self) -> list[int]:
-        """The path from the root down that takes the likelier child each time: the first nodes."""
-        chain = (node for node, parent in enumerate(self.parents) if parent != node - 1)
-        return list(range(next(chain, len(self.parents))))
-
-    def walk(self, said: Sequence[int]) -> list[int]:
-        """The nodes that come true, from the root down.  said: for each node the token that follows it."""
-        path = [0]
-        for node, (token, parent) in enumerate(zip(self.tokens[1:], self.parents[1:], strict=True), 1):
-            if parent == path[-1] and token == said[parent]:
-                path.append(node)
-        return path
+    def greedy_path(self) -> list[int]:
+        """The likeliest child at every node, from the root down: in preorder the first nodes, up to the first leaf."""
+        for node, parent in enumerate(self.parents):
+            if parent != node - 1:
+                return list(range(node))
+        return list(range(len(self.parents)))
 
 
-def grow(root: int, drafts: Sequence[Sequence[Draft]], least: float, most: int) -> Tree:
-    """The likeliest texts after a root: all nodes as likely as `least`, `most` at most.
+def grow(root: int, candidates: Sequence[Sequence[Candidate]], min_probability: float, max_nodes: int) -> DraftTree:
+    """The tree of all paths that are accepted with `min_probability` at least; the likeliest `max_nodes` of its nodes.
 
-    drafts: for each place after the root what may stand there, the surest first, whatever stands before it.
+    candidates: for each depth from 1 on, the likeliest first.
     """
-    tree, open_ = Tree(), [(root, -1, 1.0, 0)]
-    while open_:
-        token, parent, likely, depth = open_.pop()
-        node = len(tree.tokens)
-        tree.tokens.append(token)
-        tree.parents.append(parent)
-        tree.reached.append(likely)
-        tree.depths.append(depth)
+    tree = DraftTree()
+    stack: list[tuple[int, int, float, int]] = [(root, -1, 1.0, 0)]  # token, parent, path probability, depth
+    while stack:
+        token, parent, path_probability, depth = stack.pop()
+        node = tree.add(token, parent, path_probability, depth)
+        if depth == len(candidates):
+            continue
         children = []
-        for draft, sure in drafts[depth] if depth < len(drafts) else ():
-            if likely * sure < least:
-                break
-            children.append((draft, node, likely * sure, depth + 1))
-        open_ += reversed(children)
-    return tree if len(tree.tokens) <= most else _cut(tree, most)
+        for candidate, probability in candidates[depth]:
+            reached = path_probability * probability
+            if reached < min_probability:
+                break  # so are all candidates that follow
+            children.append((candidate, node, reached, depth + 1))
+        stack += reversed(children)  # the likeliest child is popped first
+    return tree if len(tree.tokens) <= max_nodes else _prune(tree, max_nodes)
 
 
-def _cut(tree: Tree, most: int) -> Tree:
-    """The likeliest nodes of a tree, in its order. None is likelier than its parent, which stands before it."""
-    kept = sorted(sorted(range(len(tree.tokens)), key=lambda node: -tree.reached[node])[:most])
-    place = {node: at for at, node in enumerate(kept)} | {-1: -1}
-    return Tree(
-        [tree.tokens[node] for node in kept],
-        [place[tree.parents[node]] for node in kept],
-        [tree.reached[node] for node in kept],
-        [tree.depths[node] for node in kept],
-    )
+def _prune(tree: DraftTree, max_nodes: int) -> DraftTree:
+    """The likeliest nodes, in preorder. No node is likelier than its parent, so what is left is a tree."""
+    by_probability = sorted(range(len(tree.tokens)), key=lambda node: -tree.path_probabilities[node])
+    pruned = DraftTree()
+    new_index = {-1: -1}
+    for node in sorted(by_probability[:max_nodes]):
+        parent = new_index[tree.parents[node]]
+        new_index[node] = pruned.add(tree.tokens[node], parent, tree.path_probabilities[node], tree.depths[node])
+    return pruned
+
+
+class SlotLayout(NamedTuple):
+    """Slots of one row, padded to S: lists of length S each, see `attention_masks.AttentionIntervals`."""
+
+    ids: list[int]
+    enter: list[int]
+    exit: list[int]
+    offsets: list[int]
+
+
+@dataclass
+class Draft:
+    """What a row feeds next: a draft tree, and `masks`, the size of the mask block anchored at each of its nodes."""
+
+    tree: DraftTree
+    masks: list[int]
+
+    @property
+    def slots(self) -> int:
+        """Slots fed."""
+        return len(self.masks) + sum(self.masks)
+
+    def layout(self, mask_id: int, width: int) -> SlotLayout:
+        """The slots in feeding order, padded to `width`; the module's docstring shows one."""
+        tree = self.tree
+        nodes, padding = len(tree.tokens), width - self.slots
+        # 1) nodes, in preorder
+        enter = list(range(0, nodes * MAX_STEPS, MAX_STEPS))
+        exit_ = [end * MAX_STEPS for end in tree.subtree_ends]
+        offsets = list(tree.depths)
+        # 2) mask blocks: each a chain behind its anchor that no other slot attends to
+        for node, masks in enumerate(self.masks):
+            if masks:
+                first, depth = node * MAX_STEPS + 1, tree.depths[node] + 1
+                enter += range(first, first + masks)
+                exit_ += [(node + 1) * MAX_STEPS] * masks
+                offsets += range(depth, depth + masks)
+        # 3) padding, which nothing attends to
+        ids = tree.tokens + [mask_id] * (width - nodes)
+        return SlotLayout(ids, enter + [0] * padding, exit_ + [NEVER] * padding, offsets + [0] * padding)

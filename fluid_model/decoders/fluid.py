@@ -1,26 +1,24 @@
-"""FLUID, one forward a round: what was drafted is verified and the next draft is made in the same call.
+"""FLUID as speculative decoding with one forward a step: it verifies a draft tree and drafts the next.  (FLUID, arXiv
+2605.27387; speculative sampling, Leviathan et al. 2023; tree attention, SpecInfer, Miao et al. 2023)
 
-A round feeds the pending token (written, not cached yet), a tree of drafts after it, and fans of masks behind the
-tokens where the drafts may end. The causal model's own choice at each token says which drafts were right and what comes
-next; the fan behind the last right one holds the next drafts. FLUID is trained in this very layout (see `layout`), and
-what was kept is cached already: attention is causal. Verified text is that of AR under the same weights, sampled text
-included, since every token is chosen from the causal logits by the random number AR would use.
+The model is its own draft model. A step feeds the bonus token, a draft tree behind it, and mask blocks anchored at
+nodes where the accepted path may end (`draft_tree` shows them). From the hidden states of that one forward:
 
-Where drafts are verified, a slot is fed if it is likelier to be used than it is dear. What it costs follows from the
-device's slot budget and from what a forward brings (`_Row.price`); that a draft is used, from the probabilities of the
-drafts up to it; that a fan's slot is used, from where the drafts may end and from how many came true so far. What a fan
-says of one place does not know what stands at the places before it, so every text of a tree draws on the same ones.
+    1) verify    the causal logits at the nodes decide which draft tokens are accepted    `verification`
+    2) commit    the accepted path is cached already; the token behind it is the bonus token of the next step
+    3) draft     the mask block anchored at the path's last node proposes the next tree   `draft_policy`
 
-Legend: n active rows, S slots fed, M masks of a fan, K widest stride, D hidden, V vocabulary.
+The mask blocks have the layout that FLUID is trained in (see `train.row_layouts`). Verified text is that of AR under
+the same weights, sampled text included. Without verification the draft is a chain, committed as it is drafted up to the
+first token below the confidence threshold: the paper's parallel pass.
+
+Legend: n active rows, R rows just admitted, S slots fed, N nodes and M mask-block slots of all rows, C candidates, K
+widest stride, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -28,71 +26,21 @@ import torch
 from torch import Tensor
 
 from ..engine.records import DraftPolicy, Request
-from ..engine.strategy import Absorbed, Feed
-from ..forward.attention_masks import MAX_STEPS, NEVER, AttentionIntervals
+from ..engine.strategy import NOTHING, Feed, RejectedDraft, RowUpdate
+from ..forward.attention_masks import AttentionIntervals
 from ..forward.backbone import Backbone
 from ..forward.khead import KHead
 from ..settings import FluidSettings
-from .draft_tree import Draft, Tree, grow
-from .sampling import Draws, choose, likeliest, surest
-
-CHEAPEST, DEAREST = 0.001, 0.9
-"""Bounds of a slot's price in tokens."""
-MOST_SLOTS = 1024
-"""What a row feeds at most in one forward, however large the budget is."""
-BEFORE = 4
-"""Rounds' worth of experience a row begins with: of ROUND_TOKENS written and ROUND_SLOTS fed, the last draft wrong."""
-ROUND_TOKENS, ROUND_SLOTS = 2.5, 12.0
-
-
-@dataclass
-class _Row:
-    """What a row feeds next, and how its rounds went so far.
-
-    tree: the pending token and drafts.  masks: of the fan behind each of these.
-    rounds, written, fed: counts of rounds, tokens and slots, with what a row begins with.
-    """
-
-    tree: Tree = field(default_factory=Tree)
-    masks: list[int] = field(default_factory=list)
-    rounds: float = BEFORE
-    written: float = BEFORE * ROUND_TOKENS
-    fed: float = BEFORE * ROUND_SLOTS
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.tree.tokens
-
-    @property
-    def slots(self) -> int:
-        return len(self.tokens) + sum(self.masks)
-
-    def price(self, budget: float, rows: int) -> float:
-        """What one more slot costs, in tokens, where n rows like this one share a forward.
-
-        A forward of s slots takes 1 + s / budget as long as an empty one: a slot more takes 1 / budget, in which
-        n g / (1 + n S / budget) tokens would have been written, g and S being the row's own averages.
-        """
-        tokens, slots = self.written / self.rounds, self.fed / self.rounds
-        return min(max(rows * tokens / (budget + rows * slots), CHEAPEST), DEAREST)
-
-    def fans(self, hits: Sequence[float], price: float, widest: int, left: int) -> list[int]:
-        """Masks of each token's fan, `widest` at most, `left` all together.  hits: how likely each is right and last.
-
-        The j-th mask of a fan is used if j drafts come true, each as often as they did so far.
-        """
-        true, found = 1 - self.rounds / self.written, []
-        for hit in hits:
-            worth = 0 if hit <= price or true <= 0 else int(math.log(price / hit) / math.log(true))
-            found.append(min(worth, left, widest))
-            left -= found[-1]
-        return found
+from .draft_policy import MAX_SLOTS, StepStatistics, confident_draft, costed_draft, mask_blocks
+from .draft_tree import Candidate, Draft, DraftTree
+from .sampling import Draws, argmax, choose, top_k
+from .verification import Predictions, rejected_draft, verify_path
 
 
 class FluidStrategy:
-    """Rounds of one forward each. The newest token is pending, as in AR."""
+    """State of a row: its draft, which the next forward feeds, and the statistics of its steps."""
 
-    reads_prompt = True
+    prefills_prompt = True
     draft_policy: DraftPolicy | None = None
 
     def __init__(self, backbone: Backbone, head: KHead, mask_id: int, settings: FluidSettings) -> None:
@@ -100,178 +48,193 @@ class FluidStrategy:
         self.head = head
         self.mask_id = mask_id
         self.settings = settings
-        self.horizon = min(settings.max_horizon, head.k_max)  # K
-        self.widest = 2 * self.horizon
+        self.max_stride = min(settings.max_horizon, head.k_max)  # K
+        self.max_slots = 2 * self.max_stride
+        # A sampled place has one random number, hence one candidate; an unverified draft is a chain.
         self._candidates = settings.candidates if settings.verify and settings.temperature == 0 else 1
-        self._budget = settings.slot_budget or (backbone.slot_budget if settings.verify else 1)
+        self._slot_budget = settings.slot_budget or (backbone.slot_budget if settings.verify else 1)
 
     def allocate(self, slots: int) -> None:
-        self._slots = slots
-        self.draft_policy = DraftPolicy(self._budget, slots) if self.settings.verify else None
-        self.widest = max(2 * self.horizon, min(self._budget // slots, MOST_SLOTS))
-        self._rows = [_Row() for _ in range(slots)]
+        self._batch_rows = slots
+        self.max_slots = max(2 * self.max_stride, min(self._slot_budget // slots, MAX_SLOTS))
+        self._drafts = [Draft(DraftTree(), [])] * slots
+        self._statistics = [StepStatistics()] * slots
         self._draws = Draws(slots)
-        fresh, most = _Row(), self.horizon - 1
-        (masks,) = fresh.fans([1.0], fresh.price(self._budget, slots), most, most) if self.settings.verify else [most]
-        self.behind_prompt = (self.mask_id,) * masks
+        masks = self.max_stride - 1
+        if self.settings.verify:
+            self.draft_policy = DraftPolicy(self._slot_budget, slots)
+            prior = StepStatistics()
+            cost = prior.marginal_cost(self._slot_budget, slots)
+            (masks,) = mask_blocks([1.0], prior.acceptance_rate, cost, masks, masks)
+        self.prompt_mask_block = (self.mask_id,) * masks
 
-    def admit(self, start: int, requests: list[Request], hidden: Tensor | None, rooms: list[int]) -> Absorbed:
-        """hidden: (R, 1 + M, D) at the prompt's last token and the fan behind it."""
+    def admit(
+        self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]
+    ) -> list[RowUpdate]:
+        """hidden: (R, 1 + M, D) at the prompt's last token, the root of a tree of one node, and its mask block."""
         assert hidden is not None
-        masks, rows = hidden.shape[1] - 1, slice(start, start + len(requests))
-        self._rows[rows] = [_Row(Tree.chain(request.prompt[-1:]), [masks]) for request in requests]
-        for slot, request in enumerate(requests, start):
-            self._draws.seed(slot, request.seed)
-        tokens, rejected = [], []
-        answers = self._say(start, hidden, self._rows[rows])
-        for slot, (said, room) in enumerate(zip(answers, rooms, strict=True), start):
-            unsure = self._prepare(self._rows[slot], said, 0, room)
-            tokens.append(self._rows[slot].tokens[: 1 if self.settings.verify else None])
-            rejected.append((len(tokens[-1]), unsure))
-            self._draws.take(slot, len(tokens[-1]))
-        predicted = [] if self.settings.verify else [len(fresh) for fresh in tokens]
-        return Absorbed(tokens, [0] * len(requests), [*predicted], rejected=rejected)
+        for row, request in enumerate(requests, start):
+            self._drafts[row] = Draft(DraftTree.chain(request.prompt[-1:]), [hidden.shape[1] - 1])
+            self._statistics[row] = StepStatistics()
+            self._draws.seed(row, request.seed)
+        predictions = self._predict(start, hidden, self._drafts[start : start + len(requests)])
+        updates = []
+        for row, (predicted, left) in enumerate(zip(predictions, window_left, strict=True), start):
+            if self.settings.verify:
+                bonus = predicted.tokens[0]
+                self._draft(row, predicted, 0, left)
+                update = RowUpdate([bonus], [0], NOTHING)
+            else:
+                update = self._draft_and_commit(row, predicted, 0, left, NOTHING)
+            self._draws.advance(row, len(update.tokens))
+            updates.append(update)
+        return updates
 
     def plan(self, rows: int) -> Feed:
-        """Tokens first, then the fans in the order of what they hang on."""
-        active = self._rows[:rows]
-        widths = [row.slots for row in active]
-        widest, found = max(widths), []
-        for row, width in zip(active, widths, strict=True):
-            count, padding, places = len(row.tokens), [0] * (widest - width), [*row.tree.depths]
-            order, until = [*range(0, count * MAX_STEPS, MAX_STEPS)], [end * MAX_STEPS for end in row.tree.ends]
-            for at, masks in enumerate(row.masks):
-                if masks:
-                    order += range(at * MAX_STEPS + 1, at * MAX_STEPS + masks + 1)
-                    until += [(at + 1) * MAX_STEPS] * masks
-                    places += range(places[at] + 1, places[at] + masks + 1)
-            ids = row.tokens + [self.mask_id] * (widest - count)
-            found.append((ids, order + padding, until + [NEVER] * len(padding), places + padding))
-        fed, *intervals = torch.from_numpy(np.array(found)).to(self.backbone.device).unbind(1)  # (n, S) each
-        return Feed(fed, widths, kinds=["round"] * rows, intervals=AttentionIntervals(*intervals))
+        """The drafts of all rows, side by side."""
+        drafts = self._drafts[:rows]
+        widths = [draft.slots for draft in drafts]
+        width = max(widths)
+        layouts = np.array([draft.layout(self.mask_id, width) for draft in drafts])  # (n, 4, S)
+        ids, *intervals = torch.from_numpy(layouts).to(self.backbone.device).unbind(1)  # (n, S) each
+        return Feed(ids, widths, kinds=["round"] * rows, intervals=AttentionIntervals(*intervals))
 
-    def absorb(self, feed: Feed, hidden: Tensor, rooms: list[int]) -> Absorbed:
-        tokens, kept, rejected = [], [], []
-        predicted: list[int | None] = []
-        active = self._rows[: len(rooms)]
-        answers = self._say(0, hidden, active)
-        for slot, (row, said, room) in enumerate(zip(active, answers, rooms, strict=True)):
-            tree, path = row.tree, self._path(row, said)
-            row.rounds, row.fed = row.rounds + 1, row.fed + row.slots
-            unsure = self._prepare(row, said, path[-1], room - len(path))
-            if self.settings.verify:
-                fresh, likeliest = [*(tree.tokens[node] for node in path[1:]), row.tokens[0]], tree.likeliest
-                predicted.append(len(likeliest))
-                rejected.append(_rejected(tree, likeliest, path))
-            else:
-                fresh = [*row.tokens]
-                predicted.append(len(fresh))
-                rejected.append((len(fresh), unsure))
-            row.written += len(fresh)
-            self._draws.take(slot, len(fresh))
-            tokens.append(fresh)
-            kept.append(path)
-        return Absorbed(tokens, list(map(len, kept)), predicted, rejected=rejected, kept=kept)
+    def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> list[RowUpdate]:
+        predictions = self._predict(0, hidden, self._drafts[: len(window_left)])
+        step = self._verified_step if self.settings.verify else self._unverified_step
+        updates = []
+        for row, (predicted, left) in enumerate(zip(predictions, window_left, strict=True)):
+            update = step(row, predicted, left)
+            self._draws.advance(row, len(update.tokens))
+            updates.append(update)
+        return updates
 
     def move(self, source: int, target: int) -> None:
-        self._rows[target] = self._rows[source]
+        self._drafts[target], self._statistics[target] = self._drafts[source], self._statistics[source]
         self._draws.move(source, target)
 
-    def _say(self, start: int, hidden: Tensor, rows: Sequence[_Row]) -> list[_Said]:
-        """What the slots of rows start.. say, in one transfer to the host.  hidden: (n, S, D)."""
+    def _verified_step(self, row: int, predicted: Predictions, left: int) -> RowUpdate:
+        tree, statistics = self._drafts[row].tree, self._statistics[row]
+        # 1) verify: draft tokens along one path are accepted, all others rejected
+        path = self._accepted_path(tree, predicted)
+        # 2) commit: the accepted draft tokens, and the model's choice behind them, the bonus token
+        tokens = [tree.tokens[node] for node in path[1:]]
+        tokens.append(predicted.tokens[path[-1]])
+        statistics.steps += 1
+        statistics.fed += self._drafts[row].slots
+        # 3) draft: from the mask block anchored at the last accepted node
+        self._draft(row, predicted, path[-1], left - len(path))
+        statistics.committed += len(tokens)  # behind the draft, which is sized by the tokens of earlier steps
+        stride = len(tree.greedy_path)
+        return RowUpdate(tokens, [0] * len(tokens), path, stride, rejected_draft(tree, path))
+
+    def _unverified_step(self, row: int, predicted: Predictions, left: int) -> RowUpdate:
+        # The chain was committed when it was drafted. This forward has cached it.
+        last = len(self._drafts[row].masks) - 1
+        return self._draft_and_commit(row, predicted, last, left - last - 1, cached=range(last + 1))
+
+    def _accepted_path(self, tree: DraftTree, predicted: Predictions) -> list[int]:
+        return verify_path(tree, predicted.tokens)
+
+    def _draft(self, row: int, predicted: Predictions, node: int, left: int) -> None:
+        """Draft behind the bonus token, which follows `node`, as far as slots gain more than they cost."""
+        statistics, masks = self._statistics[row], self.max_stride - 1
+        cost = statistics.marginal_cost(self._slot_budget, self._batch_rows)
+        candidates = self._candidates_behind(self._drafts[row], predicted, node, left)
+        bonus = predicted.tokens[node]
+        self._drafts[row] = costed_draft(bonus, candidates, statistics, cost, masks, self.max_slots)
+
+    def _draft_and_commit(
+        self, row: int, predicted: Predictions, node: int, left: int, cached: Sequence[int]
+    ) -> RowUpdate:
+        """Draft behind `node` without verification: tokens above the confidence threshold are committed at once."""
+        candidates = self._candidates_behind(self._drafts[row], predicted, node, left)
+        draft, dropped = confident_draft(
+            predicted.tokens[node], candidates, self.settings.confidence, self.max_stride - 1
+        )
+        self._drafts[row] = draft
+        tokens = list(draft.tree.tokens)
+        rejected = RejectedDraft(len(tokens), dropped) if dropped else None
+        return RowUpdate(tokens, [0] * len(tokens), cached, len(tokens), rejected)
+
+    def _candidates_behind(self, draft: Draft, predicted: Predictions, node: int, left: int) -> list[list[Candidate]]:
+        """Candidates for each depth behind the bonus token: those of the mask block anchored at `node`, as far as the
+        K-head's stride and the context window reach.  left: positions in the window, the bonus token's included.
+        """
+        stride = max(predicted.strides[node], self.settings.min_horizon)
+        stride = min(stride, self.max_stride, max(left, 1), draft.masks[node] + 1)
+        first = sum(draft.masks[:node])  # mask blocks of earlier nodes
+        return [predicted.candidates_of(mask) for mask in range(first, first + stride - 1)]
+
+    def _predict(self, start: int, hidden: Tensor, drafts: Sequence[Draft]) -> list[Predictions]:
+        """The predictions of the slots of rows start.., with one transfer to the host.  hidden: (n, S, D)."""
+        # 1) hidden states without padding: the nodes of all rows, then the mask blocks of all rows
         slots = hidden.shape[1]
-        counts, masks = [len(row.tokens) for row in rows], [sum(row.masks) for row in rows]
-        fed = [at for row, count in enumerate(counts) for at in range(row * slots, row * slots + count)]
-        known = len(fed)
-        for row, (count, more) in enumerate(zip(counts, masks, strict=True)):
+        nodes = [len(draft.masks) for draft in drafts]
+        masks = [draft.slots - count for draft, count in zip(drafts, nodes, strict=True)]
+        fed: list[int] = []
+        for row, count in enumerate(nodes):
+            fed += range(row * slots, row * slots + count)
+        total_nodes = len(fed)
+        for row, (count, more) in enumerate(zip(nodes, masks, strict=True)):
             fed += range(row * slots + count, row * slots + count + more)
-        hidden = hidden.flatten(0, 1)
-        if len(rows) > 1 or len(fed) < slots:  # tokens of all rows, then their masks, less padding
-            hidden = hidden.index_select(0, torch.tensor(fed, device=hidden.device))  # (fed, D)
-        logits = self.backbone.logits(hidden)  # (fed, V)
+        hidden = hidden.flatten(0, 1)  # (n S, D)
+        if len(drafts) > 1 or len(fed) < slots:  # one row without padding is in this order already
+            hidden = hidden.index_select(0, torch.tensor(fed, device=hidden.device))  # (N + M, D)
+
+        # 2) tokens at nodes, candidates at masks, strides at nodes
+        logits = self.backbone.logits(hidden)  # (N + M, V)
         if self.settings.temperature == 0:
-            tokens = likeliest(logits[:known])
-            drafts, sure = surest(logits[known:], min(self._candidates, logits.shape[-1]))
+            tokens = argmax(logits[:total_nodes])  # (N,)
+            candidates, probabilities = top_k(logits[total_nodes:], min(self._candidates, logits.shape[-1]))  # (M, C)
         else:
-            numbers, heat = self._numbers(start, rows), self.settings.temperature
-            chosen, certain = choose(logits, numbers, heat, self.settings.top_p, "probability")
-            tokens, drafts, sure = chosen[:known], chosen[known:, None], certain[known:, None]
-        strides = self.head.stride(hidden[:known]).to(tokens.device)
-        tables = _to_host((tokens, strides, drafts, sure), packed=hidden.device.type != "cpu")
-        found, at, behind = [], 0, 0
-        for count, more in zip(counts, masks, strict=True):
-            upto, end = at + count, behind + more
-            found.append(_Said(*(table[at:upto] for table in tables[:2]), *(table[behind:end] for table in tables[2:])))
-            at, behind = upto, end
-        return found
+            draws, temperature = self._draws_of(start, drafts), self.settings.temperature
+            chosen, probability = choose(logits, draws, temperature, self.settings.top_p, "probability")
+            tokens = chosen[:total_nodes]
+            candidates, probabilities = chosen[total_nodes:, None], probability[total_nodes:, None]  # (M, 1)
+        strides = self.head.stride(hidden[:total_nodes]).to(tokens.device)  # (N,)
 
-    def _path(self, row: _Row, said: _Said) -> list[int]:
-        """The tokens that are kept: those the model says itself, or all where nothing is verified."""
-        return row.tree.walk(said.tokens) if self.settings.verify else row.tree.likeliest
+        # 3) to the host, row by row
+        tables = _to_host((tokens, strides, candidates, probabilities), packed=hidden.device.type != "cpu")
+        predictions, node, mask = [], 0, 0
+        for count, more in zip(nodes, masks, strict=True):
+            at_nodes, at_masks = slice(node, node + count), slice(mask, mask + more)
+            predictions.append(
+                Predictions(tables[0][at_nodes], tables[1][at_nodes], tables[2][at_masks], tables[3][at_masks])
+            )
+            node, mask = node + count, mask + more
+        return predictions
 
-    def _numbers(self, start: int, rows: Sequence[_Row]) -> Tensor:
-        """The random numbers of the places that slots speak of, counted from the first one not written yet: those of
-        the tokens of all rows, then those of their masks.
+    def _draws_of(self, start: int, drafts: Sequence[Draft]) -> Tensor:
+        """The random number of the place that each slot predicts, (N + M,) in the order of `_predict`.
+
+        Places count from the first that is not committed. With verification the root predicts that place; an unverified
+        chain is committed, so there its last node does.
         """
-        ahead = self._draws.peek(range(start, start + len(rows)), 2 * self.horizon)
-        first = [0 if self.settings.verify else 1 - len(row.tokens) for row in rows]  # drafts may be written already
-        places = [
-            (number, max(0, first[number] + depth)) for number, row in enumerate(rows) for depth in row.tree.depths
-        ]
-        for number, row in enumerate(rows):
-            fans = zip(row.tree.depths, row.masks, strict=True)
-            places += [(number, first[number] + at + step) for at, masks in fans for step in range(1, masks + 1)]
-        which, where = torch.tensor(places).unbind(1)
-        return ahead[which, where].to(self.backbone.device)
-
-    def _prepare(self, row: _Row, said: _Said, last: int, room: int) -> list[int]:
-        """Set what a row feeds next: the token said at slot `last`, what the fan behind it drafted, and new fans.
-
-        Drafts stay within the K-head's stride and the window.  room: slots before the window ends.
-        Returns drafts within the stride that the confidence threshold dropped, where nothing is verified.
-        """
-        token, stride = said.tokens[last], said.strides[last]
-        stride = min(max(stride, self.settings.min_horizon), self.horizon, max(room, 1), row.masks[last] + 1)
-        behind = sum(row.masks[:last])
-        drafts = [said.drafts(mask) for mask in range(behind, behind + stride - 1)]
-        if not self.settings.verify:  # what is drafted is kept, so slots decide over text: all, whatever they cost
-            sure = takewhile(lambda draft: draft[0][1] > self.settings.confidence, drafts)
-            row.tree = Tree.chain([token, *(draft[0][0] for draft in sure)])
-            row.masks = [0] * (len(row.tokens) - 1) + [self.horizon - 1]
-            return [draft[0][0] for draft in drafts[len(row.tokens) - 1 :]]
-        price = row.price(self._budget, self._slots)
-        row.tree = grow(token, drafts, price, self.widest // 2)
-        row.masks = row.fans(row.tree.last, price, self.horizon - 1, self.widest - len(row.tokens))
-        return []
+        ahead = self._draws.peek(range(start, start + len(drafts)), 2 * self.max_stride)  # (n, 2 K)
+        rows, places = list[int](), list[int]()
+        for row, draft in enumerate(drafts):
+            first = 0 if self.settings.verify else 1 - len(draft.masks)
+            rows += [row] * len(draft.masks)
+            places += (max(0, first + depth) for depth in draft.tree.depths)
+        for row, draft in enumerate(drafts):
+            first = 1 if self.settings.verify else 2 - len(draft.masks)
+            for depth, masks in zip(draft.tree.depths, draft.masks, strict=True):
+                rows += [row] * masks
+                places += range(first + depth, first + depth + masks)
+        return ahead[torch.tensor(rows), torch.tensor(places)].to(self.backbone.device)
 
 
 def _to_host(tables: Sequence[Tensor], *, packed: bool) -> list[list[Any]]:
-    """Tables as lists. packed: in one transfer, where float32 travel as the bits of integers."""
+    """Tables as lists. packed: all in one transfer, float32 numbers as the integers of the same bits."""
     if not packed:
         return [table.tolist() for table in tables]
-    whole = [table.view(torch.int32) if table.is_floating_point() else table for table in tables]
-    parts = torch.split(torch.cat([table.flatten() for table in whole]).cpu(), [table.numel() for table in whole])
-    found = [part.to(table.dtype).view(table.shape) for part, table in zip(parts, whole, strict=True)]
-    return [part.view(table.dtype).tolist() for part, table in zip(found, tables, strict=True)]
-
-
-def _rejected(tree: Tree, likeliest: list[int], path: list[int]) -> tuple[int, list[int]]:
-    """How much of the likeliest text came true, and the rest of it."""
-    right = sum(map(operator.eq, path, likeliest))
-    return right - 1, [tree.tokens[node] for node in likeliest[right:]]
-
-
-@dataclass(frozen=True)
-class _Said:
-    """What a row says: of each token what follows it and the K-head's stride from there; of each mask the likeliest
-    tokens and how sure they are, (masks, candidates) each, the surest first.
-    """
-
-    tokens: list[int]
-    strides: list[int]
-    likeliest: list[list[int]]
-    sure: list[list[float]]
-
-    def drafts(self, mask: int) -> list[Draft]:
-        """What a mask drafts."""
-        return list(zip(self.likeliest[mask], self.sure[mask], strict=True))
+    integers = [table.view(torch.int32) if table.is_floating_point() else table for table in tables]
+    together = torch.cat([table.flatten() for table in integers]).cpu()
+    lists = []
+    first = 0
+    for table, integer in zip(tables, integers, strict=True):
+        flat = together[first : first + table.numel()].to(integer.dtype)
+        lists.append(flat.view(table.shape).view(table.dtype).tolist())
+        first += table.numel()
+    return lists

@@ -1,8 +1,14 @@
-"""LLaDA's decoder, batched: prompt and canvas under full attention, nothing cached.  (arXiv 2502.09992)
+"""LLaDA's decoder, batched: masked diffusion under full attention, nothing cached.  (arXiv 2502.09992)
 
-The canvas of `gen_length` masks is filled block by block. Each step predicts masked slots where they stand and keeps
-the n_t surest up to the end of the current block (linear schedule); the rest stays masked. A row is done when the block
-with its first end token is full: later blocks cannot change what stands before.
+A row's canvas of `gen_length` masks is filled block by block. A step is one forward over prompt and canvas: it predicts
+every masked slot where it stands, writes the n_t most confident of them up to the end of the current block (linear
+schedule), and leaves the rest masked (low-confidence remasking). With classifier-free guidance a step is two forwards,
+the first of them with the prompt masked. A row is done when the block with its first end token is full: later blocks
+cannot change the tokens before them.
+
+    prompt     Q : 6 * 7 ? |  canvas, blocks of 4, 4 steps a block
+    step 1                 |  [m]  [m]  [m]  42      [m] [m] [m] [m]
+    step 2                 |  The  [m]  [m]  42      [m] [m] [m] [m]
 
 Legend: n active rows, S slots fed (prompt and canvas), M open slots (masked, up to the block's end), V vocabulary.
 """
@@ -16,30 +22,31 @@ from torch import Tensor
 
 from ..common.errors import ConfigError
 from ..engine.records import Request
-from ..engine.strategy import Absorbed, Feed
+from ..engine.strategy import NOTHING, Feed, RowUpdate, empty_updates
 from ..forward import attention_masks
 from ..forward.backbone import Backbone
 from ..settings import LladaSettings
 
 
 @dataclass
-class _Canvas:
-    """One row: its prompt's length, the ids of prompt and canvas, and how many slots each step of a block writes.
+class _CanvasState:
+    """One row. ids: of prompt and canvas.  prompt: tokens of the prompt.  schedule: slots that each step of a block
+    writes.
 
-    passes: forwards so far.  when: for each slot the pass that wrote it.  unguided: (M, V) logits of this step without
-    the prompt.  reported: tokens of the canvas that were handed out.
+    written_at: for each slot the forward that wrote it.  forwards: so far.  block, step: the current ones.
+    unguided: (M, V) logits of this step without the prompt.  committed: tokens of the canvas that are in the answer.
     """
 
     prompt: int
     ids: Tensor
     schedule: list[int]
-    random: torch.Generator
-    when: Tensor
-    passes: int = 0
+    generator: torch.Generator
+    written_at: Tensor
+    forwards: int = 0
     block: int = 0
     step: int = 0
     unguided: Tensor | None = None
-    reported: int = 0
+    committed: int = 0
 
 
 def schedule(masked: int, steps: int) -> list[int]:
@@ -49,10 +56,10 @@ def schedule(masked: int, steps: int) -> list[int]:
 
 
 class LladaStrategy:
-    """Every forward feeds a row whole."""
+    """State of a row: its canvas. Every forward feeds prompt and canvas."""
 
-    reads_prompt = False
-    behind_prompt: tuple[int, ...] = ()
+    prefills_prompt = False
+    prompt_mask_block: tuple[int, ...] = ()
     draft_policy = None
 
     def __init__(
@@ -66,132 +73,144 @@ class LladaStrategy:
         """eos_id: the tokenizer's end of sequence (LLaDA's EOS).  end_ids: all that end an answer (its EoT too)."""
         self.backbone, self.mask_id, self.settings = backbone, mask_id, settings
         self._eos = [] if eos_id is None else [eos_id]
-        self._turn_ends = [token for token in end_ids if token != eos_id]
-        self.widest = max(settings.block_length, settings.gen_length or 0)
+        self._other_ends = [token for token in end_ids if token != eos_id]
+        self.max_slots = max(settings.block_length, settings.gen_length or 0)
 
     def allocate(self, slots: int) -> None:
-        self._rows: list[_Canvas | None] = [None] * slots
+        self._rows: list[_CanvasState | None] = [None] * slots
 
-    def admit(self, start: int, requests: list[Request], hidden: Tensor | None, rooms: list[int]) -> Absorbed:
-        for slot, (request, room) in enumerate(zip(requests, rooms, strict=True), start):
-            self._rows[slot] = self._open(request, room)
-        return Absorbed(tokens=[[] for _ in requests], keep=[0] * len(requests))
+    def admit(
+        self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]
+    ) -> list[RowUpdate]:
+        for row, (request, left) in enumerate(zip(requests, window_left, strict=True), start):
+            self._rows[row] = self._open(request, left)
+        return empty_updates(len(requests))
 
     def plan(self, rows: int) -> Feed:
-        active = [self._row(slot) for slot in range(rows)]
-        ids = [self._unguided(row) if self._asks_unguided(row) else row.ids for row in active]
-        widths = [len(row) for row in ids]
+        ids = []
+        for state in self._states(rows):
+            ids.append(self._without_prompt(state) if self._needs_unguided(state) else state.ids)
+        widths = list(map(len, ids))
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(self.backbone.device)  # (n, S)
         intervals = attention_masks.bidirectional(torch.tensor(widths, device=padded.device), padded.shape[1])
         return Feed(padded, widths, ["denoise"] * rows, intervals)
 
-    def absorb(self, feed: Feed, hidden: Tensor, rooms: list[int]) -> Absorbed:
-        rows = [self._row(slot) for slot in range(len(feed.widths))]
-        for slot, row in enumerate(rows):
-            open_ = self._open_slots(row)
-            self._step(row, open_, self.backbone.logits(hidden[slot, open_.to(hidden.device)]))  # (M, V)
-        fresh = [self._filled(row) for row in rows]
-        tokens = [row.ids[part].tolist() for row, part in zip(rows, fresh, strict=True)]
-        ago = [(row.passes - row.when[part]).tolist() for row, part in zip(rows, fresh, strict=True)]
-        return Absorbed(tokens, keep=[0] * len(rows), full=[self._end(row) == len(row.ids) for row in rows], ago=ago)
+    def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> list[RowUpdate]:
+        updates = []
+        for state, slots in zip(self._states(len(feed.widths)), hidden, strict=True):  # slots: (S, D)
+            # 1) denoise
+            open_ = self._open_slots(state)  # (M,)
+            self._denoise(state, open_, self.backbone.logits(slots[open_.to(slots.device)]))
+            # 2) commit
+            final = self._newly_final(state)
+            tokens, ages = state.ids[final].tolist(), (state.forwards - state.written_at[final]).tolist()
+            is_full = self._block_start(state) == len(state.ids)
+            updates.append(RowUpdate(tokens, ages, NOTHING, is_full=is_full))
+        return updates
 
     def move(self, source: int, target: int) -> None:
         self._rows[target] = self._rows[source]
 
-    def _row(self, slot: int) -> _Canvas:
-        row = self._rows[slot]
-        assert row is not None
-        return row
+    def _states(self, rows: int) -> list[_CanvasState]:
+        """Of rows 0..rows-1, which are all admitted."""
+        return [state for state in self._rows[:rows] if state is not None]
 
-    def _open(self, request: Request, room: int) -> _Canvas:
+    def _open(self, request: Request, left: int) -> _CanvasState:
+        """Lay a prompt and its canvas of masks out. left: positions of the context window."""
         settings, prompt = self.settings, torch.tensor(request.prompt)
         length, steps = settings.canvas(request.max_new_tokens)
-        if len(prompt) + length > room:
+        if len(prompt) + length > left:
             raise ConfigError(
-                f"request {request.key}: {len(prompt)} prompt tokens and a canvas of {length} exceed the window, {room}"
+                f"request {request.key}: {len(prompt)} prompt tokens and a canvas of {length} exceed the window, {left}"
             )
         ids = torch.cat([prompt, torch.full((length,), self.mask_id)])
-        random = torch.Generator().manual_seed(request.seed)
-        return _Canvas(len(prompt), ids, schedule(settings.block_length, steps), random, torch.zeros_like(ids))
+        generator = torch.Generator().manual_seed(request.seed)
+        return _CanvasState(len(prompt), ids, schedule(settings.block_length, steps), generator, torch.zeros_like(ids))
 
-    def _asks_unguided(self, row: _Canvas) -> bool:
-        return self.settings.guidance > 0 and row.unguided is None
+    def _needs_unguided(self, state: _CanvasState) -> bool:
+        return self.settings.guidance > 0 and state.unguided is None
 
-    def _unguided(self, row: _Canvas) -> Tensor:
+    def _without_prompt(self, state: _CanvasState) -> Tensor:
         """The row with its prompt masked, for classifier-free guidance."""
-        ids = row.ids.clone()
-        ids[: row.prompt] = self.mask_id
+        ids = state.ids.clone()
+        ids[: state.prompt] = self.mask_id
         return ids
 
-    def _end(self, row: _Canvas) -> int:
-        """Slots before the first of a block that is still to fill."""
-        return row.prompt + row.block * self.settings.block_length
+    def _block_start(self, state: _CanvasState) -> int:
+        """First slot of the current block; all blocks before it are full."""
+        return state.prompt + state.block * self.settings.block_length
 
-    def _open_slots(self, row: _Canvas) -> Tensor:
-        """(M,) where a step may write: masks up to the current block's end.
+    def _open_slots(self, state: _CanvasState) -> Tensor:
+        """(M,) slots that a step may write: masks up to the current block's end.
 
-        Masks may have been left before it, where a step predicted the mask itself, or stand in the prompt.
+        Masks may be left before the block, where a step predicted the mask token, or stand in the prompt.
         """
-        return (row.ids[: self._end(row) + self.settings.block_length] == self.mask_id).nonzero()[:, 0]
+        end = self._block_start(state) + self.settings.block_length
+        return (state.ids[:end] == self.mask_id).nonzero()[:, 0]
 
-    def _step(self, row: _Canvas, open_: Tensor, logits: Tensor) -> None:
+    def _denoise(self, state: _CanvasState, open_: Tensor, logits: Tensor) -> None:
         """Write this step's slots. open_: (M,).  logits: (M, V)."""
-        row.passes += 1
-        if self._asks_unguided(row):
-            row.unguided = logits
+        state.forwards += 1
+        # 1) classifier-free guidance: keep the unguided logits for the next forward, which combines both
+        if self._needs_unguided(state):
+            state.unguided = logits
             return
-        if row.unguided is not None:
-            logits = row.unguided + (self.settings.guidance + 1) * (logits - row.unguided)
-            row.unguided = None
-        token, confidence = self._predict(row, logits)
-        scores = torch.full(row.ids.shape, -torch.inf)  # of the whole row: of slots alike topk takes some by its length
+        if state.unguided is not None:
+            logits = state.unguided + (self.settings.guidance + 1) * (logits - state.unguided)
+            state.unguided = None
+        # 2) the most confident predictions, as many as the schedule says
+        token, confidence = self._predict(state, logits)  # (M,) each
+        scores = torch.full(state.ids.shape, -torch.inf)  # of the whole row, as there: topk breaks ties by length
         scores[open_] = confidence
-        said = row.ids.index_put((open_,), token)
-        write = scores.topk(row.schedule[row.step]).indices
-        row.ids[write], row.when[write] = said[write], row.passes
-        row.step += 1
-        if row.step == len(row.schedule):
-            row.block, row.step = row.block + 1, 0
+        written = scores.topk(state.schedule[state.step]).indices
+        predicted = state.ids.index_put((open_,), token)
+        state.ids[written], state.written_at[written] = predicted[written], state.forwards
+        # 3) next step, next block
+        state.step += 1
+        if state.step == len(state.schedule):
+            state.block, state.step = state.block + 1, 0
 
-    def _filled(self, row: _Canvas) -> slice:
-        """What can be handed out: full blocks up to the first slot still a mask, the whole canvas at its end."""
-        end = self._end(row)
-        full = end == len(row.ids)
-        left = (row.ids[row.prompt : end] == self.mask_id).nonzero()
-        if self.settings.whole_canvas and not full:
-            end = row.prompt
-        elif len(left) and not full:
-            end = row.prompt + int(left[0])
-        fresh = slice(row.prompt + row.reported, end)
-        row.reported = end - row.prompt
-        return fresh
+    def _newly_final(self, state: _CanvasState) -> slice:
+        """Slots that no later step changes and that are not committed: full blocks up to the first slot still masked,
+        the whole canvas at its end.
+        """
+        end = self._block_start(state)
+        is_full = end == len(state.ids)
+        still_masked = (state.ids[state.prompt : end] == self.mask_id).nonzero()
+        if self.settings.whole_canvas and not is_full:
+            end = state.prompt
+        elif len(still_masked) and not is_full:
+            end = state.prompt + int(still_masked[0])
+        final = slice(state.prompt + state.committed, end)
+        state.committed = end - state.prompt
+        return final
 
-    def _predict(self, row: _Canvas, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """A token for every open slot and how sure it is. logits: (M, V).  On the host.
+    def _predict(self, state: _CanvasState, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """A token and its confidence for every open slot, on the host. logits: (M, V) -> (M,) each.
 
-        As in the public code an end that is suppressed has its logit taken away: `logits_eos_inf` before the token is
-        chosen, `suppress_end` after it, where the confidences are taken from, the other tokens' rising for it. Its
-        EOS lies in the logits with noise, which are others at temperatures above 0, so it keeps its confidence there.
+        As in the public code, a suppressed end loses its logit: `logits_eos_inf` before the token is chosen,
+        `suppress_end` after it, where confidences are computed, so that those of other tokens rise. The public code
+        suppresses EOS in the noisy logits, which are a copy at temperatures above 0: EOS keeps its confidence there.
         """
         settings, logits = self.settings, logits.cpu()
         if settings.logits_eos_inf:
-            logits = _without(logits, self._eos)
-        token = gumbel(logits, settings.temperature, row.random).argmax(-1)
+            logits = _suppress(logits, self._eos)
+        token = gumbel(logits, settings.temperature, state.generator).argmax(-1)
         if settings.remasking == "random":
-            return token, torch.rand(len(token), generator=row.random)
+            return token, torch.rand(len(token), generator=state.generator)
         if settings.suppress_end:
-            logits = _without(logits, self._turn_ends + (self._eos if settings.temperature == 0 else []))
+            logits = _suppress(logits, self._other_ends + (self._eos if settings.temperature == 0 else []))
         return token, logits.softmax(-1).gather(-1, token[:, None])[:, 0]
 
 
-def _without(logits: Tensor, tokens: list[int]) -> Tensor:
-    """Logits that leave these tokens no probability. (M, V)"""
+def _suppress(logits: Tensor, tokens: list[int]) -> Tensor:
+    """Logits in which these tokens have no probability. (M, V)"""
     return logits.index_fill(-1, torch.tensor(tokens, dtype=torch.long), -torch.inf)
 
 
-def gumbel(logits: Tensor, temperature: float, random: torch.Generator) -> Tensor:
-    """Logits with Gumbel noise in float64, whose argmax is a sample at this temperature. (slots, V)  (LLaDA)"""
+def gumbel(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """Logits with Gumbel noise in float64, whose argmax is a sample at this temperature. (M, V)  (LLaDA)"""
     if temperature == 0:
         return logits
-    noise = torch.rand(logits.shape, dtype=torch.float64, generator=random).clamp(min=1e-300)
+    noise = torch.rand(logits.shape, dtype=torch.float64, generator=generator).clamp(min=1e-300)
     return logits.double() - temperature * torch.log(-torch.log(noise))

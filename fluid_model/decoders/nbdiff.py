@@ -1,155 +1,181 @@
-"""NBDiff's public decoder, batched: block after block, bidirectional inside the active one.  (arXiv 2512.06776)
+"""NBDiff's public decoder, batched: block diffusion over an AR model, block after block.  (arXiv 2512.06776)
 
-Blocks count from the end of the prompt. The token before a block predicts its first one; inside, slot j is predicted at
-slot j - 1. A block's small blocks are filled in turn: every pass writes the surest masked slot and all that pass the
-threshold. After each of them the end of the answer is looked for, and nothing more is fed once it is there. A full
-block without an end is fed once more under the causal mask, which caches its keys, hands its tokens out and opens the
-next.
+A row's step is one block of masks behind its cached tokens, in several forwards of two phases:
+
+    denoise   feed the block under bidirectional attention within it (context-causal mask); write the most confident
+              masked slot of the current small block, and all of its slots above the threshold
+    commit    feed the full block under causal attention, which caches it; its last slot opens the next block
+
+A block is cut into small blocks, which are filled in turn. An end token in a complete small block ends the answer, and
+that block is not cached any more. Predictions are shifted by one, as in AR: slot j - 1 predicts slot j, and the token
+before the block predicts slot 0.
+
+    block of 8, small blocks of 4:   17  -  6  [mask] | [mask] [mask] [mask] [mask]
+    next denoise forward writes                  ^ the only slot left of the current small block
 
 Legend: n active rows, R rows just admitted, S slots fed, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..engine.records import Request
-from ..engine.strategy import Absorbed, Feed
+from ..engine.records import Kind, Request
+from ..engine.strategy import Feed, RowUpdate, empty_updates
 from ..forward import attention_masks
 from ..forward.backbone import Backbone
 from ..settings import NbdiffSettings
 from .sampling import choose
 
 
-class NbdiffStrategy:
-    """A row is either filling its block (both ways) or committing it (causally)."""
+class _Block(NamedTuple):
+    """The host's copy of a row's block, read back once a forward. width: slots inside the window."""
 
-    reads_prompt = True
-    behind_prompt: tuple[int, ...] = ()
+    is_full: bool = False
+    width: int = 0
+
+
+class NbdiffStrategy:
+    """State of a row: its block, filled under bidirectional attention or committed under causal attention."""
+
+    prefills_prompt = True
+    prompt_mask_block: tuple[int, ...] = ()
     draft_policy = None
 
     def __init__(
         self, backbone: Backbone, mask_id: int, end_ids: tuple[int, ...], block_length: int, settings: NbdiffSettings
     ) -> None:
         self.backbone, self.mask_id, self.end_ids, self.settings = backbone, mask_id, frozenset(end_ids), settings
-        self.widest = block_length
-        self.small = settings.part(block_length)
+        self.max_slots = block_length
+        self.small_block = settings.small_block_length(block_length)
 
     def allocate(self, slots: int) -> None:
         device = self.backbone.device
-        self._block = torch.full((slots, self.widest), self.mask_id, device=device)
-        self._written = torch.zeros(slots, self.widest, dtype=torch.bool, device=device)
-        self._ago = torch.zeros_like(self._block)  # passes since a slot was written
+        self._block = torch.full((slots, self.max_slots), self.mask_id, device=device)
+        self._is_written = torch.zeros(slots, self.max_slots, dtype=torch.bool, device=device)
+        self._ages = torch.zeros_like(self._block)  # denoise forwards since a slot was written
         self._width = torch.zeros(slots, dtype=torch.long, device=device)
-        self._host: list[tuple[bool, int]] = [(False, 0)] * slots  # (full, width), read back once a round
-        self._random = [torch.Generator() for _ in range(slots)]
+        self._host = [_Block()] * slots
+        self._generators = [torch.Generator() for _ in range(slots)]
 
-    def admit(self, start: int, requests: list[Request], hidden: Tensor | None, rooms: list[int]) -> Absorbed:
+    def admit(
+        self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]
+    ) -> list[RowUpdate]:
         assert hidden is not None
-        for slot, request in enumerate(requests, start):
-            self._random[slot] = torch.Generator().manual_seed(request.seed)
+        for row, request in enumerate(requests, start):
+            self._generators[row] = torch.Generator().manual_seed(request.seed)
         rows = torch.arange(start, start + len(requests), device=hidden.device)
-        self._open(rows, self.backbone.logits(hidden[:, 0]), rooms)
-        absorbed = Absorbed(tokens=[[] for _ in requests], keep=[0] * len(requests), ago=[[] for _ in requests])
-        self._look(start, absorbed)
-        return absorbed
+        self._open(rows, self.backbone.logits(hidden[:, 0]), window_left)
+        updates = empty_updates(len(requests))
+        self._read_back(start, updates)
+        return updates
 
     def plan(self, rows: int) -> Feed:
-        full, widths = zip(*self._host[:rows], strict=True)
-        ids = self._block[:rows, : max(widths)]
-        both = torch.tensor([0 if done else width for done, width in self._host[:rows]], device=ids.device)
-        return Feed(
-            ids,
-            widths=list(widths),
-            kinds=["commit" if done else "denoise" for done in full],
-            intervals=attention_masks.bidirectional(both, ids.shape[1]),
-        )
+        widths, kinds, bidirectional = list[int](), list[Kind](), list[int]()
+        for block in self._host[:rows]:
+            widths.append(block.width)
+            kinds.append("commit" if block.is_full else "denoise")
+            bidirectional.append(0 if block.is_full else block.width)  # a commit is causal
+        ids = self._block[:rows, : max(widths)]  # (n, S)
+        intervals = attention_masks.bidirectional(torch.tensor(bidirectional, device=ids.device), ids.shape[1])
+        return Feed(ids, widths, kinds, intervals)
 
-    def absorb(self, feed: Feed, hidden: Tensor, rooms: list[int]) -> Absorbed:
-        rows, before = len(feed.ids), self._host[: len(feed.ids)]
-        committed, filling = ([row for row in range(rows) if before[row][0] == full] for full in (True, False))
-        absorbed = Absorbed(tokens=[[] for _ in before], keep=[0] * rows, ago=[[] for _ in before])
-        # 1) fill blocks
-        if filling:
-            at = torch.tensor(filling, device=hidden.device)
-            fed = hidden[at]
-            self._fill(at, self.backbone.logits(torch.cat([fed[:, :1], fed[:, :-1]], 1)))
-        # 2) hand out those that are cached now, and open the next
+    def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> list[RowUpdate]:
+        denoised, committed = list[int](), list[int]()
+        for row, kind in enumerate(feed.kinds):
+            (committed if kind == "commit" else denoised).append(row)
+        updates = empty_updates(len(feed.kinds))
+        # 1) denoise
+        if denoised:
+            at = torch.tensor(denoised, device=hidden.device)
+            states = hidden[at]
+            shifted = torch.cat([states[:, :1], states[:, :-1]], 1)  # (n, S, D), at the slot predicted
+            self._fill(at, self.backbone.logits(shifted))
+        # 2) commit, and open the next block from the last slot
         if committed:
             at = torch.tensor(committed, device=hidden.device)
-            for row, tokens, ago in zip(committed, self._block[at].tolist(), self._ago[at].tolist(), strict=True):
-                width = absorbed.keep[row] = before[row][1]
-                absorbed.tokens[row] += tokens[:width]
-                absorbed.ago[row] += [passes + 1 for passes in ago[:width]]
-            last = hidden[at, self._width[at] - 1]
-            self._open(at, self.backbone.logits(last), [rooms[row] - absorbed.keep[row] for row in committed])
-        # 3) look for the end
-        self._look(0, absorbed)
-        return absorbed
+            for row, tokens, ages in zip(committed, self._block[at].tolist(), self._ages[at].tolist(), strict=True):
+                width = feed.widths[row]
+                since_commit = [age + 1 for age in ages[:width]]  # this forward is one more
+                updates[row] = RowUpdate(tokens[:width], since_commit, range(width))
+            last = hidden[at, self._width[at] - 1]  # (R, D)
+            self._open(at, self.backbone.logits(last), [window_left[row] - feed.widths[row] for row in committed])
+        # 3) commit blocks that hold the answer's end
+        self._read_back(0, updates)
+        return updates
 
     def move(self, source: int, target: int) -> None:
-        for state in (self._block, self._written, self._ago, self._width):
+        for state in (self._block, self._is_written, self._ages, self._width):
             state[target] = state[source]
-        self._host[target], self._random[target] = self._host[source], self._random[source]
+        self._host[target], self._generators[target] = self._host[source], self._generators[source]
 
-    def _open(self, rows: Tensor, logits: Tensor, rooms: list[int]) -> None:
-        """Start a block with its first token, predicted by the token before it. logits: (R, V)."""
-        first, _ = self._choose(rows, logits[:, None])
-        self._width[rows] = torch.tensor(rooms, device=rows.device).clamp(max=self.widest)
+    def _open(self, rows: Tensor, logits: Tensor, window_left: list[int]) -> None:
+        """Start a block with its first token. logits: (R, V), at the token before the block."""
+        first, _ = self._choose(rows, logits[:, None])  # (R, 1)
+        self._width[rows] = torch.tensor(window_left, device=rows.device).clamp(max=self.max_slots)
         self._block[rows] = self.mask_id
-        self._written[rows] = False
-        self._ago[rows] = 0
+        self._is_written[rows] = False
+        self._ages[rows] = 0
         self._block[rows, 0] = first[:, 0]
-        self._written[rows, 0] = first[:, 0] != self.mask_id
+        self._is_written[rows, 0] = first[:, 0] != self.mask_id
 
     def _fill(self, rows: Tensor, logits: Tensor) -> None:
-        """Write the surest masked slot of each row's current small block, and all its slots that are sure enough.
+        """Write the most confident masked slot of each current small block, and all its slots above the threshold.
 
-        A slot whose token is the mask itself stays open, unless the pass wrote nothing else: the public code would
-        not end there.  logits: (n, S, V), each at the slot it predicts; slot 0, where the token before the block
-        predicted a mask, predicts itself.
+        A slot that predicts the mask token stays open, unless the pass wrote nothing else: the public code would not
+        end there.  logits: (n, S, V), each at the slot predicted; slot 0, where the token before the block predicted a
+        mask, predicts itself.
         """
-        token, sureness = self._choose(rows, logits)
+        token, confidence = self._choose(rows, logits)  # (n, S) each
         reach = logits.shape[1]
         slot = torch.arange(reach, device=rows.device)
-        masked = ~self._written[rows, :reach] & (slot < self._width[rows, None])
-        current = masked.int().argmax(-1, keepdim=True) // self.small  # (n, 1)
-        masked &= slot // self.small == current
-        score = sureness.masked_fill(~masked, -torch.inf)
-        write = score > self.settings.least_sureness
-        write.scatter_(1, score.argmax(-1, keepdim=True), value=True)
-        write &= masked
-        real = write & (token != self.mask_id)
-        write = torch.where(real.any(-1, keepdim=True), real, write)
-        self._block[rows, :reach] = torch.where(write, token, self._block[rows, :reach])
-        self._written[rows, :reach] |= write
-        self._ago[rows, :reach] = (self._ago[rows, :reach] + 1).masked_fill(write, 0)
+        # 1) the masked slots of the small block that holds the first masked slot
+        is_masked = ~self._is_written[rows, :reach] & (slot < self._width[rows, None])  # (n, S)
+        current = is_masked.int().argmax(-1, keepdim=True) // self.small_block  # (n, 1)
+        is_open = is_masked & (slot // self.small_block == current)
+        # 2) the most confident of them, and those above the threshold
+        score = confidence.masked_fill(~is_open, -torch.inf)
+        is_chosen = score > self.settings.confidence_threshold
+        is_chosen.scatter_(1, score.argmax(-1, keepdim=True), value=True)
+        is_chosen &= is_open
+        # 3) without those that predict the mask token, unless there are no others
+        is_token = is_chosen & (token != self.mask_id)
+        writes = torch.where(is_token.any(-1, keepdim=True), is_token, is_chosen)
+        # 4) write
+        self._block[rows, :reach] = torch.where(writes, token, self._block[rows, :reach])
+        self._is_written[rows, :reach] |= writes
+        self._ages[rows, :reach] = (self._ages[rows, :reach] + 1).masked_fill(writes, 0)
 
     def _choose(self, rows: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and sureness for slots. logits: (n, S, V).  Returns (n, S) each."""
+        """A token and a confidence for every slot. logits: (n, S, V).  Returns (n, S) each."""
         settings, (n, slots, vocabulary) = self.settings, logits.shape
         draws = torch.zeros(n, slots)
         if settings.temperature > 0:
-            wide = [torch.rand(self.widest, generator=self._random[row]) for row in rows.tolist()]  # whoever is beside
-            draws = torch.stack(wide)[:, :slots]
-        flat, how = draws.reshape(-1).to(logits.device), (settings.temperature, settings.top_p, settings.rule)
-        token, sureness = choose(logits.reshape(-1, vocabulary), flat, *how)
-        return token.reshape(n, slots), sureness.reshape(n, slots)
+            # A row draws for its widest block, so that its numbers do not depend on how wide the batch is.
+            numbers = [torch.rand(self.max_slots, generator=self._generators[row]) for row in rows.tolist()]
+            draws = torch.stack(numbers)[:, :slots]
+        flat_logits, flat_draws = logits.reshape(-1, vocabulary), draws.reshape(-1).to(logits.device)
+        token, confidence = choose(flat_logits, flat_draws, settings.temperature, settings.top_p, settings.rule)
+        return token.reshape(n, slots), confidence.reshape(n, slots)
 
-    def _look(self, start: int, absorbed: Absorbed) -> None:
-        """Hand out blocks that hold an end in a small block that is full; the host hears how rows go on.
+    def _read_back(self, start: int, updates: list[RowUpdate]) -> None:
+        """Update the host's copy of rows start.., and commit what stands before a mask where it holds an end token.
 
-        absorbed: of rows start.., gets the tokens.
+        Only complete small blocks count: their tokens are final. `updates` of rows start.. get the tokens.
         """
-        slot = torch.arange(self.widest, device=self._block.device)
-        at = slice(start, start + len(absorbed.tokens))
-        filled = (self._written[at] | (slot >= self._width[at, None])).cumprod(1).sum(1)  # slots before the first mask
-        state = torch.cat([filled[:, None], self._width[at, None], self._block[at], self._ago[at]], 1).tolist()
-        for number, (reached, width, *slots) in enumerate(state):
-            full = reached >= width
-            done = width if full else reached // self.small * self.small
-            if not self.end_ids.isdisjoint(slots[:done]):
-                absorbed.tokens[number] += slots[:done]
-                absorbed.ago[number] += slots[self.widest :][:done]
-            self._host[start + number] = (full, width)
+        slot = torch.arange(self.max_slots, device=self._block.device)
+        rows = slice(start, start + len(updates))
+        is_done = self._is_written[rows] | (slot >= self._width[rows, None])
+        filled = is_done.cumprod(1).sum(1)  # (n,) slots before the first mask
+        state = torch.cat([filled[:, None], self._width[rows, None], self._block[rows], self._ages[rows]], 1)
+        for number, (reached, width, *slots) in enumerate(state.tolist()):
+            tokens, ages = slots[: self.max_slots], slots[self.max_slots :]
+            is_full = reached >= width
+            final = width if is_full else reached // self.small_block * self.small_block
+            if not self.end_ids.isdisjoint(tokens[:final]):
+                updates[number].tokens.extend(tokens[:final])
+                updates[number].ages.extend(ages[:final])
+            self._host[start + number] = _Block(is_full, width)

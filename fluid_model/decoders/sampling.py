@@ -1,4 +1,4 @@
-"""What token, and how sure: shared by the decoders.
+"""Sampling: from logits to a token and its confidence, shared by the decoders.
 
 Legend: n rows or slots, V vocabulary.
 """
@@ -12,77 +12,90 @@ from ..forward import compiled
 from ..settings import Rule
 
 ENTROPY_FLOOR = 1e-10
-"""What is added to a probability whose logarithm is taken.  (NBDiff, public decoder)"""
+"""Added to a probability before its logarithm.  (NBDiff, public decoder)"""
 
 
 class Draws:
-    """Uniform random numbers of each row, one a place of its text: the token there is drawn by it, whoever does."""
+    """Uniform random numbers of each row, one for each place of its answer.
+
+    A place's token follows from its number, whether AR samples it, a mask block drafts it or verification checks it.
+    With these common random numbers a draft agrees with AR as often as it can.
+    """
 
     def __init__(self, slots: int) -> None:
-        self._random = [torch.Generator() for _ in range(slots)]
-        self._ahead: list[list[float]] = [[] for _ in range(slots)]
+        self._generators = [torch.Generator() for _ in range(slots)]
+        self._ahead: list[list[float]] = [[] for _ in range(slots)]  # drawn for places that are not committed yet
 
-    def seed(self, slot: int, seed: int) -> None:
-        """Begin a row."""
-        self._random[slot], self._ahead[slot] = torch.Generator().manual_seed(seed), []
+    def seed(self, row: int, seed: int) -> None:
+        """Start a row's numbers."""
+        self._generators[row], self._ahead[row] = torch.Generator().manual_seed(seed), []
 
-    def peek(self, slots: range, count: int) -> Tensor:
-        """Numbers of the next `count` places, (n, count)."""
-        for slot in slots:
-            ahead = self._ahead[slot]
-            while len(ahead) < count:
-                ahead.append(float(torch.rand((), generator=self._random[slot])))
-        return torch.tensor([self._ahead[slot][:count] for slot in slots])
+    def peek(self, rows: range, count: int) -> Tensor:
+        """Numbers of the next `count` places of each row, (n, count)."""
+        numbers = []
+        for row in rows:
+            ahead = self._ahead[row]
+            while len(ahead) < count:  # one by one, so that the numbers do not depend on how far rows look ahead
+                ahead.append(float(torch.rand((), generator=self._generators[row])))
+            numbers.append(ahead[:count])
+        return torch.tensor(numbers)
 
-    def take(self, slot: int, count: int) -> None:
-        """A row has written `count` tokens."""
-        del self._ahead[slot][:count]
+    def advance(self, row: int, count: int) -> None:
+        """A row has committed `count` tokens."""
+        del self._ahead[row][:count]
 
     def move(self, source: int, target: int) -> None:
-        self._random[target], self._ahead[target] = self._random[source], self._ahead[source]
+        self._generators[target], self._ahead[target] = self._generators[source], self._ahead[source]
 
 
-def likeliest(logits: Tensor) -> Tensor:
-    """The likeliest token of each row, the first of equals: (n, V) -> (n,). On a CPU numpy looks for it, ten times as
-    fast as torch.
+def argmax(logits: Tensor) -> Tensor:
+    """The likeliest token of each row, the first of equals: (n, V) -> (n,). On a CPU by numpy, which takes a tenth of
+    torch's time.
     """
     return torch.from_numpy(logits.numpy().argmax(-1)) if logits.device.type == "cpu" else logits.argmax(-1)
 
 
-def surest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens of each row, the surest first, and their probabilities: (n, V) -> (n, count) each."""
-    found = compiled.surest(logits, count)
-    if found is not None:
-        return found
-    sure, tokens = logits.softmax(-1).topk(count)
-    return tokens, sure
+def top_k(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens of each row in falling order, and their probabilities: (n, V) -> (n, count) each."""
+    ranked = compiled.top_k(logits, count)
+    if ranked is not None:
+        return ranked
+    probabilities, tokens = logits.softmax(-1).topk(count)
+    return tokens, probabilities
 
 
 def nucleus(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Probabilities in falling order, those outside the nucleus 0, and the ids they belong to: (n, V) each."""
+    """Probabilities in falling order, those outside the nucleus 0, and their token ids: (n, V) each.  (Holtzman et al.
+    2020)
+    """
     probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities
-    return probabilities.masked_fill(before >= top_p, 0.0), order  # the most likely token always stays
+    return probabilities.masked_fill(before >= top_p, 0.0), order  # the likeliest token always stays
 
 
 def choose(logits: Tensor, draws: Tensor, temperature: float, top_p: float, rule: Rule) -> tuple[Tensor, Tensor]:
-    """A token a row and how sure it is, the surer the larger.
+    """A token and a confidence for each row, by temperature and nucleus sampling: (n, V) -> (n,) ids, (n,) confidences.
 
-    One uniform number a row decides, by the inverse distribution function.  logits: (n, V).  draws: (n,) in [0, 1),
-    unused at temperature 0.  Sureness: the token's probability; the gap between the two likeliest; or minus the
-    entropy in nats, each after temperature and nucleus.  Returns (n,) ids and (n,) sureness.  (Holtzman et al. 2020,
-    nucleus sampling; NBDiff, public decoder)
+    draws: (n,) uniform numbers in [0, 1), unused at temperature 0.  rule: what the confidence is, after temperature and
+    nucleus: the token's probability; the margin between the two likeliest tokens; minus the entropy, in nats.
+    (NBDiff, public decoder)
     """
+    # 1) the distribution, in falling order
     scaled = logits / temperature if temperature > 0 else logits
-    probabilities, order = nucleus(scaled, top_p)
-    if top_p < 1:  # else they are whole: to divide by their rounded sum would part slots that are equally sure
+    probabilities, order = nucleus(scaled, top_p)  # (n, V) each
+    if top_p < 1:  # a full nucleus sums to 1 but for rounding, and dividing by that would break ties
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+
+    # 2) the token, by the inverse distribution function at the row's random number
     if temperature > 0:
-        rank = (probabilities.cumsum(-1) <= draws[:, None]).sum(-1, keepdim=True)
-        rank = torch.minimum(rank, (probabilities > 0).sum(-1, keepdim=True) - 1)  # a sum may round to below the draw
+        rank = (probabilities.cumsum(-1) <= draws[:, None]).sum(-1, keepdim=True)  # (n, 1)
+        last = (probabilities > 0).sum(-1, keepdim=True) - 1
+        rank = torch.minimum(rank, last)  # the cumulative sum may round to less than the draw
     else:
         rank = torch.zeros_like(order[:, :1])
     token = order.gather(-1, rank)[:, 0]
+
+    # 3) the confidence
     if rule == "probability":
         return token, probabilities.gather(-1, rank)[:, 0]
     if rule == "margin":

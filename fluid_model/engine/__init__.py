@@ -1,1 +1,1 @@
-"""Slots, cache and the loop: how any decoder's forwards are run and counted."""
+"""Batch generation for any decoder: continuous batching, prefix sharing, end rules, counted forwards."""

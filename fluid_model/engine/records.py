@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: plain records, no torch."""
+"""Records of the engine: requests, generations, scores and their traces. Plain dataclasses, no torch."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ from typing import Literal
 
 Kind = Literal["prefill", "denoise", "verify", "commit", "round"]
 KINDS: tuple[Kind, ...] = ("prefill", "denoise", "verify", "commit", "round")
-"""Why a row took part in a forward: read the prompt; refine a canvas; check it; store keys of kept tokens; check drafts
-and make the next ones at once.
+"""What a forward does for a row. prefill: cache the prompt.  denoise: refine a canvas or block of masks.
+verify: compare a filled canvas with the causal argmax.  commit: cache committed tokens.  round: a speculative step,
+verifying and drafting at once.
 """
 
 Finish = Literal["eos", "stop", "length", "broken"]
-"""Why an answer ends. broken: the model's numbers were no longer finite (NaN or infinite), and there is no answer."""
+"""Why an answer ends: an end-of-sequence id, a stop string, the length limit. broken: the row's hidden states became
+NaN or infinite, and it has no answer.
+"""
 
 
 @dataclass(frozen=True)
 class Request:
     """One prompt to continue.
 
-    prompt: token ids, already cut to the window.  max_new_tokens: ids to write at most.
+    prompt: token ids, already cut to the context window.  max_new_tokens: limit of the answer, in ids.
     stops: strings that end the answer.  seed: of this row's own random numbers.
-    end_of_thinking: text that ends a row's thinking (None: it does not think). Only what follows counts as the
-    answer, and stop strings count only there.
-    truncated: prompt tokens that were cut from the left to make room.
-    asked: requests of the whole run this one is part of, answered or not (None: those it comes with).
+    end_of_thinking: marker that ends a row's thinking (None: the model does not think). The answer is the text behind
+    it, and stop strings count only there.
+    truncated: prompt tokens that were cut from the left.
+    asked: number of requests of the whole run, answered or not (None: as many as come with this one).
     """
 
     key: str
@@ -40,8 +43,9 @@ class Request:
 
 @dataclass(frozen=True)
 class DraftPolicy:
-    """What the number of drafts of an answer depended on, beside weights and prompt: the slot budget in force, and the
-    rows that each slot's cost was reckoned for.
+    """What the size of a row's drafts depends on, beside weights and prompt.
+
+    slot_budget: in force.  rows: that share a forward in the marginal cost of a slot.
     """
 
     slot_budget: int
@@ -50,16 +54,16 @@ class DraftPolicy:
 
 @dataclass
 class Trace:
-    """What it took to write one answer.
+    """The cost of one answer.
 
-    forwards: forwards this row took part in, by kind.  slots: slots fed for it over all of them, its whole prompt
-    included, also where its beginning was read once for several rows.
-    predicted / accepted: stride drafted and tokens the answer grew by, one entry a round (empty for decoders without
-    strides; the last round may lack its `accepted` where the answer ended first).
-    written: for each token of the answer the forward that wrote it, counted from 1 over `forwards` of all kinds; where
-    slots of a canvas are written one by one, the pass that wrote this one.
-    rejected: drafts that verification or the confidence threshold threw out: (forward, place of the first in the
-    answer, ids).
+    forwards: forwards the row took part in, by kind.
+    slots: slots fed for it over all of them. A shared prefix counts as if the row had prefilled it alone.
+    predicted, accepted: the stride that was drafted and the tokens the answer grew by, one entry a step; empty for
+    decoders without strides.
+    written: for each token of the answer the forward that wrote it, counted from 1 over `forwards` of all kinds. Slots
+    of a canvas or block name the denoise forward that wrote them.
+    rejected: drafts thrown out by verification or the confidence threshold: (forward, index in the answer of the first
+    token, ids).
     """
 
     forwards: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
@@ -69,39 +73,40 @@ class Trace:
     written: list[int] = field(default_factory=list)
     rejected: list[tuple[int, int, list[int]]] = field(default_factory=list)
 
-    def count(self, kind: Kind, slots: int) -> None:
-        """Book one forward in which this row fed `slots` slots."""
+    def add_forward(self, kind: Kind, slots: int) -> None:
+        """Count one forward in which the row fed `slots` slots."""
         self.forwards[kind] += 1
         self.slots += slots
 
-    def write(self, ago: Sequence[int]) -> None:
-        """Book tokens of the answer, each written so many forwards ago."""
+    def add_tokens(self, ages: Sequence[int]) -> None:
+        """Record tokens of the answer. ages: forwards since each was written, 0 for the latest."""
         latest = sum(self.forwards.values())
-        self.written += [latest - each for each in ago]
+        self.written += [latest - age for age in ages]
 
-    def reject(self, place: int, ids: list[int], ago: int = 0) -> None:
-        """Book drafts that were thrown out so many forwards ago."""
-        self.rejected.append((sum(self.forwards.values()) - ago, place, ids))
+    def add_rejected(self, index: int, ids: list[int], age: int) -> None:
+        """Record draft tokens thrown out `age` forwards ago. index: of the first, in the answer."""
+        self.rejected.append((sum(self.forwards.values()) - age, index, ids))
 
-    def forget(self) -> None:
-        """There is no answer: only what was spent stays."""
-        for each in (self.predicted, self.accepted, self.written, self.rejected):
-            each.clear()
+    def clear_answer(self) -> None:
+        """Drop all that describes the answer; the counts of forwards and slots stay."""
+        for entries in (self.predicted, self.accepted, self.written, self.rejected):
+            entries.clear()
 
 
 @dataclass(frozen=True)
-class Step:
-    """One forward as one row saw it, for whoever watches.
+class RowForward:
+    """One row's part of one forward, as `Engine.watch` receives it.
 
-    key: the row's request.  ids, places: slots fed and the positions they stood at, (S,) each.  hung: for slots of a
-    fan the position of the token it hangs on, None for others.  tokens: ids the answer grew by.
+    key: of the row's request.  ids, positions: of the S slots fed.
+    anchors: position of the token that a slot of a mask block is anchored at, None for tokens.
+    tokens: ids the answer grew by.
     """
 
     key: str
     kind: Kind
     ids: tuple[int, ...]
-    places: tuple[int, ...]
-    hung: tuple[int | None, ...]
+    positions: tuple[int, ...]
+    anchors: tuple[int | None, ...]
     tokens: tuple[int, ...]
 
 
@@ -109,11 +114,10 @@ class Step:
 class Generation:
     """One finished answer.
 
-    ids: tokens written, up to (not including) the first end-of-sequence id, up to and including the token that
-    completes a stop string.  text: theirs after the thinking, before the stop string.  prompt_tokens, truncated: as
-    fed, as cut.
-    seconds: this row's share of the engine's time, so that a sum over rows is time spent, whatever the batch was.
-    draft_policy: None where drafts depend on nothing but weights and prompt.
+    ids: the answer's tokens, up to the first end-of-sequence id (excluded) or the token that completes a stop string
+    (included).  text: decoded, behind the thinking, before the stop string.
+    seconds: the row's share of the engine's time. Its sum over rows is the time spent, whatever the batch size.
+    draft_policy: None where drafts depend on weights and prompt alone.
     """
 
     key: str
@@ -131,7 +135,7 @@ class Generation:
 class ScoreRequest:
     """Continuations to score: pairs of (context ids, continuation ids), usually one context with several choices.
 
-    seed: of this request's own random numbers, where log-likelihoods are estimated.
+    seed: of this request's own random numbers, for Monte-Carlo estimates.
     """
 
     key: str
@@ -141,10 +145,10 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Score:
-    """Log-likelihood (nats, summed over the continuation) and whether it is the greedy continuation, per pair.
+    """Log-likelihood of each pair's continuation (nats, summed over its tokens), and whether it is the argmax.
 
-    Of an estimate, greedy means all tokens at once, and is False where no sample masked them all.
-    errors: standard errors of estimates, None of a single sample, empty where the log-likelihoods are exact.
+    greedy: of an estimate, whether the argmax of all masked tokens at once is the continuation.
+    errors: standard errors of estimates (None of a single sample); empty where log-likelihoods are exact.
     """
 
     key: str

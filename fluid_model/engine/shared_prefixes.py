@@ -1,48 +1,79 @@
-"""What prompts begin with in common, so that it is read once: few-shot examples above all."""
+"""Prefix sharing: prompts that begin alike, few-shot examples above all, prefill that prefix once.
+
+The batch-mode case of prefix caching (as in PagedAttention, Kwon et al. 2023, and RadixAttention, Zheng et al. 2023):
+all prompts are known at the start, so that sorting them puts those with a common prefix side by side.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SHORTEST = 32
-"""Tokens from which on a beginning is worth a forward of its own."""
+MIN_PREFIX = 32
+"""Tokens from which on a shared prefix is worth a forward of its own."""
 
 
 @dataclass(frozen=True)
-class Group:
-    """Prompts that begin alike. length: tokens they share, 0 if they share too few.  members: places, longest first."""
+class PrefixGroup:
+    """Prompts that share a prefix. length: of the prefix in tokens, 0 without one.  members: prompts by index, the
+    longest first.
+    """
 
     length: int
     members: tuple[int, ...]
 
 
-def group(prompts: Sequence[tuple[int, ...]], own: Sequence[int]) -> list[Group]:
-    """Prompts grouped by what they begin with, the group of the longest first.
+def group(prompts: Sequence[tuple[int, ...]], own: Sequence[int]) -> list[PrefixGroup]:
+    """Partition prompts by shared prefix, the group of the longest prompt first.
 
-    own: tokens at each prompt's end that it must keep to itself, 1 at least.
+    own: tokens at each prompt's end that it must feed itself, 1 at least.
     """
-    order = sorted(range(len(prompts)), key=prompts.__getitem__)
-    found: list[tuple[int, list[int]]] = []
-    for before, place in zip([None, *order], order, strict=False):
-        most = len(prompts[place]) - own[place]
-        if before is not None:
-            shared, members = found[-1]
-            new = min(shared, most, common(prompts[before], prompts[place]))
-            if new >= SHORTEST and (len(members) == 1 or 2 * new >= shared):
-                found[-1] = (new, [*members, place])
-                continue
-        found.append((most, [place]))
-    alone = [place for _, members in found if len(members) == 1 for place in members]
-    groups = [(length, members) for length, members in found if len(members) > 1] + ([(0, alone)] if alone else [])
-    ordered = [Group(length, tuple(sorted(members, key=lambda i: -len(prompts[i])))) for length, members in groups]
+    # 1) Grow groups over the prompts in lexicographic order, where common prefixes are neighbours.
+    lengths: list[int] = []
+    groups: list[list[int]] = []
+    previous: tuple[int, ...] | None = None
+    for index in sorted(range(len(prompts)), key=prompts.__getitem__):
+        prompt = prompts[index]
+        sharable = len(prompt) - own[index]
+        joins = False
+        if previous is not None:
+            prefix = min(lengths[-1], sharable, common_prefix(previous, prompt))
+            # A third prompt joins only if at least half of the prefix of those before it is left.
+            joins = prefix >= MIN_PREFIX and (len(groups[-1]) == 1 or 2 * prefix >= lengths[-1])
+        if joins:
+            lengths[-1] = prefix
+            groups[-1].append(index)
+        else:
+            lengths.append(sharable)
+            groups.append([index])
+        previous = prompt
+
+    # 2) Prompts without a partner make one group, without a prefix.
+    shared: list[tuple[int, list[int]]] = []
+    alone: list[int] = []
+    for length, members in zip(lengths, groups, strict=True):
+        if len(members) > 1:
+            shared.append((length, members))
+        else:
+            alone += members
+    if alone:
+        shared.append((0, alone))
+
+    # 3) Longest first, groups and members: forwards of prompts of like length waste little padding.
+    ordered: list[PrefixGroup] = []
+    for length, members in shared:
+        members.sort(key=lambda index: -len(prompts[index]))
+        ordered.append(PrefixGroup(length, tuple(members)))
     return sorted(ordered, key=lambda each: -len(prompts[each.members[0]]))
 
 
-def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens two prompts begin with in common."""
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the longest common prefix, by bisection: comparing slices costs little even for long prompts."""
     low, high = 0, min(len(one), len(other))
-    while low < high:  # slices are compared at once, so that long prompts cost little
+    while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
     return low

@@ -1,12 +1,19 @@
-"""The seam between the engine and a decoder: what to feed, what to keep.
+"""The interface between the engine and a decoder: which slots a forward feeds, and what its hidden states bring.
 
-Legend: n active rows, S slots fed, D hidden.
+The engine owns the batch and the KV cache; a strategy owns the decoder's state of each row. One step is
+
+    feed = strategy.plan(rows)                          lay out the next forward
+    hidden = model(feed)                                one forward for all active rows
+    updates = strategy.absorb(feed, hidden, ...)        verify, commit, draft
+
+Legend: n active rows, R rows just admitted, S slots fed, M slots of the prompt's mask block, D hidden.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -16,8 +23,10 @@ from .records import DraftPolicy, Kind, Request
 
 @dataclass(frozen=True)
 class Feed:
-    """Slots to feed now. ids: (n, S), a row's slots first, padding after.  widths, kinds: per row.
-    intervals: who reads whom of them (None: every slot what stands before it).
+    """Slots of the next forward.
+
+    ids: (n, S), a row's slots first, padding behind.  widths: slots of each row, padding aside.
+    kinds: what the forward does for each row.  intervals: the mask rule among the slots fed (None: causal).
     """
 
     ids: Tensor
@@ -26,57 +35,73 @@ class Feed:
     intervals: AttentionIntervals | None = None
 
 
-@dataclass(frozen=True)
-class Absorbed:
-    """What a round brought, per row, on the host.
+class RejectedDraft(NamedTuple):
+    """Draft tokens that a step threw out. place: of the first, counted from the first token of the same update."""
 
-    tokens: ids newly committed to the answer.  keep: how many fed slots' keys and values stay cached.
-    kept: which slots these are (empty: of all rows the first).
-    predicted: stride of a round that opened (before its tokens are there) or closed (with them); None if neither.
-    full: whether the decoder has no place left for more tokens (empty: it always has).
-    ago: how many forwards ago each of `tokens` was written (empty: just now, all of them).
-    rejected: drafts thrown out when the token in place of the first was written, and how many of `tokens` stand before
-    it (empty: no row has any).
+    place: int
+    ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class RowUpdate:
+    """What one forward brought one row, on the host.
+
+    tokens: ids committed to the answer.
+    ages: forwards since each of them was written, 0 for this one.
+    cached: fed slots whose keys and values stay in the cache, rising; all others are overwritten.
+    stride: draft length of a step that is complete; None for a forward that completes none.
+    rejected: draft tokens thrown out, None without any.
+    is_full: whether the decoder has no slot left for further tokens.
     """
 
-    tokens: list[list[int]]
-    keep: list[int]
-    predicted: list[int | None] = field(default_factory=list)
-    full: list[bool] = field(default_factory=list)
-    ago: list[list[int]] = field(default_factory=list)
-    rejected: list[tuple[int, list[int]]] = field(default_factory=list)
-    kept: list[list[int]] = field(default_factory=list)
+    tokens: list[int]
+    ages: list[int]
+    cached: Sequence[int]
+    stride: int | None = None
+    rejected: RejectedDraft | None = None
+    is_full: bool = False
+
+
+NOTHING: Sequence[int] = range(0)
+"""`cached` of a row that keeps no fed slot."""
+
+
+def empty_updates(rows: int) -> list[RowUpdate]:
+    """Updates of rows that commit and cache nothing yet."""
+    return [RowUpdate([], [], NOTHING) for _ in range(rows)]
 
 
 class Strategy(Protocol):
-    """A decoder: state over slots, vectorised over rows. Rows are slots 0..n-1 of the engine, always packed."""
+    """A decoder: state of each row, vectorised over rows. Active rows are 0..n-1, always contiguous."""
 
-    widest: int
-    """The most slots one row may feed in one forward, prompts aside; known once rows are allocated."""
-    reads_prompt: bool
-    """Whether prompts are read into the cache before `admit` (not if every forward feeds them again)."""
-    behind_prompt: tuple[int, ...]
-    """Ids fed with each prompt, M of them, as a fan on its last token (see `masks.mask_blocks`); they are not kept."""
+    max_slots: int
+    """Most slots that one row feeds in one forward, prompts aside. Final once rows are allocated."""
+    prefills_prompt: bool
+    """Whether prompts are cached before `admit`; not where every forward feeds them again."""
+    prompt_mask_block: tuple[int, ...]
+    """(M,) ids of a mask block anchored at the prompt's last token, fed with the prefill and never cached."""
 
     @property
     def draft_policy(self) -> DraftPolicy | None:
-        """What the number of drafts depends on, known once rows are allocated; None if on weights and prompt alone."""
+        """What the size of drafts depends on, once rows are allocated; None if on weights and prompt alone."""
 
     def allocate(self, slots: int) -> None:
-        """Make state for `slots` rows: as many as share a forward where a whole run is answered at once."""
+        """Make state for `slots` rows: as many as share a forward when a whole run is answered at once."""
 
-    def admit(self, start: int, requests: list[Request], hidden: Tensor | None, rooms: list[int]) -> Absorbed:
-        """Rows start.. have come in. hidden: (R, 1 + M, D) at each prompt's last token and at what was fed behind it,
-        None if prompts were not read.
+    def admit(
+        self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]
+    ) -> list[RowUpdate]:
+        """Start rows start.. of the batch.
 
-        rooms: slots left before the window ends, per row.  A request's seed is for its own random numbers.
+        hidden: (R, 1 + M, D), at each prompt's last token and its mask block; None without a prefill.
+        window_left: positions between the row's cached tokens and the end of the context window, per row.
         """
 
     def plan(self, rows: int) -> Feed:
-        """What rows 0..rows-1 feed next."""
+        """Lay out the next forward of rows 0..rows-1."""
 
-    def absorb(self, feed: Feed, hidden: Tensor, rooms: list[int]) -> Absorbed:
-        """Digest a forward. hidden: (n, S, D).  rooms: slots left before the window ends, counted before this feed."""
+    def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> list[RowUpdate]:
+        """Take in a forward's hidden states, (n, S, D). window_left: as in `admit`, before this forward's slots."""
 
     def move(self, source: int, target: int) -> None:
-        """Copy one row's state over another's (the engine keeps active rows packed)."""
+        """Copy one row's state over another's: the engine moves the last row into a retired one's place."""

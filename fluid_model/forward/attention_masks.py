@@ -156,10 +156,11 @@ def training_intervals(segment: Tensor, anchor: Tensor, step: Tensor) -> tuple[T
     # One place more for each example, so that a block before its first token is apart from the last token before it.
     token = anchor + 1 + segment
     example = segment + 1  # padding is example 0
-    ends = torch.zeros_like(token).scatter_reduce_(1, example, token + 1, "amax")  # by example: behind its last token
+    ends = token.new_zeros(len(token), token.shape[1] + 1)  # by example: behind its last token; L examples at most
+    ends.scatter_reduce_(1, example, token + 1, "amax")
     exit_ = torch.where(step > 0, token + 1, ends.gather(1, example)) * MAX_STEPS
     padding = segment < 0
-    return (token * MAX_STEPS + step).masked_fill(padding, NEVER - 1), exit_.masked_fill(padding, NEVER)
+    return (token * MAX_STEPS + step).masked_fill(padding, NEVER), exit_.masked_fill(padding, NEVER)
 
 
 def training_mask(segment: Tensor, anchor: Tensor, step: Tensor) -> Tensor:

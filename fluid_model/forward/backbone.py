@@ -1,6 +1,15 @@
-"""Any Hugging Face causal LM behind one forward.
+"""Any Hugging Face causal LM behind one forward over the key/value cache.
 
-Legend: B rows, S slots fed, T key columns, D hidden, V vocabulary.
+Four forwards stand behind it. `Backbone.forward_choice` decides which runs; the first of these that is possible:
+
+    captured      the explicit forward in CUDA graphs, replayed     where `Backbone.capture` was asked for it
+    compiled      the explicit forward in C (`compiled`)            float32 on a CPU, a C compiler, not too large
+    explicit      the forward of Llama in torch (`llama`)           Llama, Qwen2, Mistral; plain linear maps
+    transformers  the model's own modules                           all other causal models
+
+docs/forwards.md has the table in full.
+
+Legend: B rows, S slots fed, M hidden states, T key columns, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,26 +30,36 @@ from . import attention_masks, compiled, cuda_graphs, llama, slot_budget
 from .kv_cache import KVCache
 
 PROBE_LENGTHS = (8, 5)
-"""Prompt tokens of the two rows a probe feeds, the first more where masks reach further; each is then continued by
-PROBE_MORE.
-"""
+"""Prompt tokens of the two rows of a probe; the first row has more where the model's own mask reaches further."""
 PROBE_MORE = 3
+"""Tokens that continue each prompt of a probe."""
 PROBE_SLIDING = 4
 """Sliding window of a probe, in tokens, where the model's own is wider: both rows pass it."""
 PROBE_TOLERANCE = {torch.float32: 1e-3}
 """Largest allowed difference from the model's own logits, relative to their largest magnitude."""
 PROBE_TOLERANCE_HALF = 5e-2
+"""The same for half precision."""
 MOST_WINDOW = 2**31
-"""Tokens; a configuration that says more says nothing."""
+"""Tokens. A configuration with more has a placeholder there."""
 SHORT = 2e8
 """Multiplications and additions up to which a forward runs on one thread."""
 TIMED_CONTEXT, TIMED_SLOTS, TIMED_RUNS, TIMED_SECONDS = 128, 4096, 9, 0.05
-"""Of forwards that are timed: tokens read, slots fed at most, and how often each, and how long, at least."""
+"""Timed forwards: tokens cached, most slots fed, least runs and least seconds of each."""
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
+class ForwardChoice(NamedTuple):
+    """Which forward runs: captured, compiled, explicit or transformers.
+
+    reason: why none that comes before it; for the fastest of a device, what made it possible.
+    """
+
+    kind: str
+    reason: str
+
+
+def difference(logits: Tensor, expected: Tensor) -> float:
     """Largest difference of logits, relative to the largest expected one; nan where some are not finite."""
-    error = (expected.float() - found.float()).abs().max() / expected.float().abs().max().clamp(min=1e-6)
+    error = (expected.float() - logits.float()).abs().max() / expected.float().abs().max().clamp(min=1e-6)
     return float(error)
 
 
@@ -72,20 +91,20 @@ def context_window(config: PretrainedConfig) -> int:
 def _own_window(model: PreTrainedModel) -> int:
     """Tokens after which a mask of the model's own hides the first (GPT-Neo's local attention); 0 without such masks.
 
-    They are buffers, (..., N, N) of query and key, true where readable.
+    Such masks are buffers, (..., N, N) of query and key, True where the query attends to the key.
     """
-    hides = [
+    hidden_first = [
         mask.reshape(-1, *mask.shape[-2:])[0, :, 0] == 0
         for mask in model.buffers()
         if mask.dtype in (torch.bool, torch.uint8) and mask.ndim > 1 and mask.shape[-1] == mask.shape[-2]
     ]
-    return min((int(rows.nonzero()[0, 0]) for rows in hides if rows.any()), default=0)
+    return min((int(queries.nonzero()[0, 0]) for queries in hidden_first if queries.any()), default=0)
 
 
 class Backbone:
-    """A causal LM that reads slots through a KVCache and returns hidden states, then logits where asked.
+    """A causal LM over a KVCache: hidden states of the slots fed, and logits of some of them.
 
-    Splitting the two means the vocabulary projection is paid only for slots somebody looks at.
+    The two are apart, so that the vocabulary projection runs only for slots whose logits are used.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -94,46 +113,63 @@ class Backbone:
         self.window = context_window(model.config)
         self.device = model.device
         self.dtype = model.dtype
-        self._lowest = max(torch.finfo(self.dtype).min, torch.finfo(torch.float32).min)  # of a mask, made in float32
+        self._lowest = max(torch.finfo(self.dtype).min, torch.finfo(torch.float32).min)  # of an additive mask
         self._head: Any = model.get_output_embeddings()
         if self._head is None:
             raise ConfigError(
                 f"{type(model).__name__} has no output embeddings: only causal language models can decode"
             )
         self.vocabulary: int = model.get_input_embeddings().num_embeddings
-        self._once = 2 * sum(weight.numel() for weight in model.parameters())
-        self._cap = getattr(self.config, "final_logit_softcapping", None)
+        self._operations = 2 * sum(weight.numel() for weight in model.parameters())  # of one slot
+        self._softcap = getattr(self.config, "final_logit_softcapping", None)
         self._sliding = getattr(self.config, "sliding_window", None)
         self._layer_types = set(getattr(self.config, "layer_types", None) or ())
-        self.written_out = llama.Forward(model, self.window) if llama.fits(model) else None
-        """The forward written out, where it fits."""
-        found = self.written_out
-        self.native = None if found is None else compiled.Forward.of(model, found.cos, found.sin)
-        """The same, compiled, where it can be."""
+        self.explicit: llama.ExplicitForward | None = None
+        """The explicit Llama forward in torch, where the model fits."""
+        self.compiled: compiled.CompiledForward | None = None
+        """The same in C, where it can run."""
         self.graphs: cuda_graphs.Graphs | None = None
+        """Captured forwards, where asked for."""
+        self._not_compiled = ""
+        self._not_explicit = llama.misfit(model)
+        if not self._not_explicit:
+            self.explicit = explicit = llama.ExplicitForward(model, self.window)
+            self.compiled, self._not_compiled = compiled.CompiledForward.of(model, explicit.cos, explicit.sin)
+
+    @property
+    def forward_choice(self) -> ForwardChoice:
+        """Which forward runs and why, see the module's docstring. The one place that decides."""
+        if self.graphs is not None:
+            return ForwardChoice("captured", "asked for")
+        if self.compiled is not None:
+            return ForwardChoice("compiled", "float32 on a CPU")
+        if self.explicit is not None:
+            return ForwardChoice("explicit", self._not_compiled or "compiled code is turned off")
+        return ForwardChoice("transformers", self._not_explicit or "the explicit forward is turned off")
 
     @torch.inference_mode()
-    def forward(self, ids: Tensor, reading: attention_masks.AttentionPlan, cache: KVCache) -> Tensor:
+    def forward(self, ids: Tensor, plan: attention_masks.AttentionPlan, cache: KVCache) -> Tensor:
         """One model call for all rows.
 
-        ids: (B, S) tokens fed.  reading: where they stand and what they read, of a cache aimed at them.
+        ids: (B, S) tokens fed.  plan: their columns, positions and mask; the cache's write positions are set to it.
         Returns (B, S, D): hidden states after the final norm.
         """
-        if self.native is not None and self.graphs is None:
-            return self.native(ids, reading, cache)
+        if self.compiled is not None and self.forward_choice.kind == "compiled":
+            return self.compiled(ids, plan, cache)
         with self._threads(ids.numel()):
-            return self._forward(ids, reading, cache)
+            return self._forward_in_torch(ids, plan, cache)
 
-    def _forward(self, ids: Tensor, reading: attention_masks.AttentionPlan, cache: KVCache) -> Tensor:
-        places = reading.positions.clamp(max=self.window - 1)
-        if self.written_out is not None:
-            mask = self._additive(reading.mask())
-            replayed = None if self.graphs is None else self.graphs(ids, places, mask, cache)
-            return self.written_out(ids, places, mask, cache) if replayed is None else replayed
+    def _forward_in_torch(self, ids: Tensor, plan: attention_masks.AttentionPlan, cache: KVCache) -> Tensor:
+        """`forward` by any but compiled code."""
+        positions = plan.positions.clamp(max=self.window - 1)
+        if self.explicit is not None:
+            mask = self._additive(plan.mask())
+            replayed = None if self.graphs is None else self.graphs(ids, positions, mask, cache)
+            return self.explicit(ids, positions, mask, cache) if replayed is None else replayed
         output = self.model.base_model(
             input_ids=ids,
-            position_ids=places,
-            attention_mask=self._attention_mask(reading),
+            position_ids=positions,
+            attention_mask=self._attention_mask(plan),
             past_key_values=cache,
             use_cache=True,
         )
@@ -141,13 +177,13 @@ class Backbone:
         return hidden
 
     def capture(self, *, on: bool, only: cuda_graphs.Size | None = None) -> None:
-        """Replay captured forwards, or do not. only: one shape for all, see `graphs`.
+        """Replay captured forwards, or stop doing so. only: one shape for all, see `cuda_graphs`.
 
-        Raises ConfigError where this model's forward is not written out.
+        Raises ConfigError where this model has no explicit forward.
         """
-        if on and self.written_out is None:
-            raise ConfigError(f"{type(self.model).__name__}: only forwards that are written out can be captured")
-        self.graphs = cuda_graphs.Graphs(self.written_out, only) if on and self.written_out is not None else None
+        if on and self.explicit is None:
+            raise ConfigError(f"{type(self.model).__name__}: only the explicit Llama forward can be captured")
+        self.graphs = cuda_graphs.Graphs(self.explicit, only) if on and self.explicit is not None else None
 
     def cache(self, slots: int, columns: int) -> KVCache:
         """Room for so many rows of so many tokens."""
@@ -165,24 +201,26 @@ class Backbone:
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) hidden states -> (..., V) float32 logits."""
         logits = self._projected(hidden.flatten(0, -2)).float().view(*hidden.shape[:-1], -1)
-        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
+        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
     def _projected(self, flat: Tensor) -> Tensor:
-        """(M, D) -> (M, V): at once, or as many at a time as a row of the one shape has slots."""
-        if self.native is not None and self.native.says_tokens and self.graphs is None:
-            return self.native.logits(flat)
+        """(M, D) -> (M, V). Where one shape is captured, as many at a time as it has slots: kernels are chosen by
+        shape, so this keeps a slot's logits independent of the batch.
+        """
+        if self.compiled is not None and self.compiled.projects_vocabulary and self.forward_choice.kind == "compiled":
+            return self.compiled.logits(flat)
         with self._threads(len(flat)):
             if self.graphs is None or self.graphs.only is None:
                 return self._head(flat)  # type: ignore[no-any-return]
             size = self.graphs.only[1]
-            filled = functional.pad(flat, (0, 0, 0, -len(flat) % size)).view(-1, size, flat.shape[-1])
-            return torch.cat([self._head(part) for part in filled])[: len(flat)]
+            padded = functional.pad(flat, (0, 0, 0, -len(flat) % size)).view(-1, size, flat.shape[-1])
+            return torch.cat([self._head(part) for part in padded])[: len(flat)]
 
     @contextmanager
     def _threads(self, slots: int) -> Iterator[None]:
-        """One thread where a forward of that many slots is too short for more: waking them takes longer."""
+        """Runs on one thread where a forward of that many slots is short: waking others would take longer."""
         threads = torch.get_num_threads()
-        if threads == 1 or self._once * slots > SHORT:
+        if threads == 1 or self._operations * slots > SHORT:
             yield
             return
         torch.set_num_threads(1)
@@ -193,47 +231,50 @@ class Backbone:
 
     @cached_property
     def slot_budget(self) -> int:
-        """Slots that cost as much as all else a forward does, measured here and now."""
+        """Slots that cost as much as all else in a forward, see `slot_budget`. Measured at first use."""
         context = min(TIMED_CONTEXT, self.window // 2)
         return slot_budget.measure(lambda slots: self._seconds(context, slots), min(TIMED_SLOTS, self.window - context))
 
     def _seconds(self, context: int, slots: int) -> float:
-        """Time of a forward of one row that feeds `slots` slots behind `context` cached tokens: the fastest of some,
-        since whatever else the machine does only adds.
+        """Time of a forward of one row with `slots` slots behind `context` cached tokens: the fastest of several runs,
+        since other work on the machine only adds time.
         """
-        cache, found = KVCache(1, context + slots), list[float]()
+        cache, times = KVCache(1, context + slots), list[float]()
         ids = torch.zeros(1, max(context, slots), dtype=torch.long, device=self.device)
         self.forward(ids[:, :context], cache.set_write_positions(0, [0], context, self.device), cache)
-        while len(found) < TIMED_RUNS or sum(found) < TIMED_SECONDS:
+        while len(times) < TIMED_RUNS or sum(times) < TIMED_SECONDS:
             started = time.perf_counter()
             hidden = self.forward(ids[:, :slots], cache.set_write_positions(0, [context], slots, self.device), cache)
             float(hidden[0, -1, 0])  # waits for the device
-            found.append(time.perf_counter() - started)
-        return min(found)
+            times.append(time.perf_counter() - started)
+        return min(times)
 
-    def _attention_mask(self, reading: attention_masks.AttentionPlan) -> Tensor | dict[str, Tensor]:
-        full = near = self._additive(reading.mask())
-        if self._sliding is not None and reading.intervals is not None:
+    def _attention_mask(self, plan: attention_masks.AttentionPlan) -> Tensor | dict[str, Tensor]:
+        """Additive masks as transformers' models take them: one for all layers, or one by layer type.
+
+        Raises ConfigError for tree attention through a sliding window.
+        """
+        full = near = self._additive(plan.mask())
+        if self._sliding is not None and plan.intervals is not None:
             raise ConfigError(f"{type(self.model).__name__} reads through a sliding window: only causal decoders run")
-        if self._sliding is not None and reading.total > self._sliding:
-            near = self._additive(attention_masks.sliding(reading.columns, reading.total, self._sliding))
+        if self._sliding is not None and plan.total > self._sliding:
+            near = self._additive(attention_masks.sliding(plan.columns, plan.total, self._sliding))
         if not self._layer_types:
             return near
         if len(self._layer_types) == 1:
             return near if "sliding_attention" in self._layer_types else full
         return {"full_attention": full, "sliding_attention": near}
 
-    def _additive(self, readable: Tensor) -> Tensor:
-        """(B, S, T) bool -> (B, 1, S, T), 0 where readable and the lowest number elsewhere."""
-        return torch.where(readable[:, None], 0.0, self._lowest).to(self.dtype)
+    def _additive(self, mask: Tensor) -> Tensor:
+        """(B, S, T) bool -> (B, 1, S, T), 0 where a query attends to a key and the lowest number elsewhere."""
+        return torch.where(mask[:, None], 0.0, self._lowest).to(self.dtype)
 
     @torch.inference_mode()
     def probe(self) -> None:
-        """Check on two rows, one past every window, that this engine's forward, batched, ragged and cached, is the
-        model's own.
+        """Compare this engine's forward, batched, ragged and cached, with the model's own, on two rows.
 
-        Catches architectures whose attention, positions or logits need more than this engine gives (recurrent state,
-        ALiBi, masks of their own, logit scaling). Raises ConfigError naming the architecture.
+        One row is longer than every window. Catches architectures that need more than this engine gives (recurrent
+        state, ALiBi, masks of their own, logit scaling). Raises ConfigError naming the architecture.
         """
         name = type(self.model).__name__
         generator = torch.Generator().manual_seed(0)
@@ -257,7 +298,7 @@ class Backbone:
 
     @contextmanager
     def _narrowed(self) -> Iterator[None]:
-        """A sliding window that a probe can afford to pass: masks are made of what the configuration says."""
+        """Narrows the sliding window, so that a short probe is longer: masks are made by the configuration."""
         window = self._sliding
         if window is None or window <= PROBE_SLIDING:
             yield
@@ -269,10 +310,13 @@ class Backbone:
             self._sliding = self.config.sliding_window = window
 
     def _probe_cached(self, ids: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-        """Prompts of different length together, then more tokens after each. ids: (2, longest)."""
+        """Logits of two rows by `forward`: prompts of different length together, then more tokens behind each.
+
+        ids: (2, longest).  Returns (length + PROBE_MORE, V) of each row.
+        """
         cache = KVCache(len(ids) + 1, 2 * ids.shape[1])
-        reading = cache.set_write_positions(1, [0] * len(ids), max(lengths), self.device)
-        prompts = self.forward(ids[:, : max(lengths)], reading, cache)
+        plan = cache.set_write_positions(1, [0] * len(ids), max(lengths), self.device)
+        prompts = self.forward(ids[:, : max(lengths)], plan, cache)
         more = torch.stack([row[n : n + PROBE_MORE] for row, n in zip(ids, lengths, strict=True)])
         tails = self.forward(more, cache.set_write_positions(1, list(lengths), PROBE_MORE, self.device), cache)
         rows = zip(prompts, tails, lengths, strict=True)

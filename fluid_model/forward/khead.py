@@ -1,4 +1,4 @@
-"""The K-head: reads a hidden state, says how many tokens to write next.
+"""The K-head: predicts from a hidden state how many tokens to draft next.  (FLUID, elastic horizons)
 
 Legend: D hidden, K widest stride (K_max), R rows.
 """
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import compiled as native
+from . import compiled
 
 
 class KHead(nn.Sequential):
-    """Linear(D, D/4) -> GELU -> Linear(D/4, K); class i means stride i + 1.  (FLUID, elastic horizons)
+    """Linear(D, D/4) -> GELU -> Linear(D/4, K); class i means stride i + 1.
 
     Input: (R, D) last-layer hidden state after the final norm, at the last committed token. Output: (R, K) logits.
     """
@@ -32,10 +32,11 @@ class KHead(nn.Sequential):
         first, _, second = self
         assert isinstance(first, nn.Linear)
         assert isinstance(second, nn.Linear)
-        compiled = native.strides(first, second, hidden)
-        if compiled is not None:
-            return compiled
+        strides = compiled.strides(first, second, hidden)
+        if strides is not None:
+            return strides
         hidden = hidden.to(dtype=first.weight.dtype, device=first.weight.device)
         half = functional.linear(hidden, first.weight, first.bias) * 0.5
-        risen = torch.addcmul(half, half, torch.erf(half * 2**0.5))  # GELU, without a kernel made for every new shape
-        return functional.linear(risen, second.weight, second.bias).argmax(-1) + 1
+        # GELU in elementary operations: torch's own may compile a kernel for every new shape.
+        activated = torch.addcmul(half, half, torch.erf(half * 2**0.5))  # (R, D/4)
+        return functional.linear(activated, second.weight, second.bias).argmax(-1) + 1

@@ -1,8 +1,13 @@
-"""Static key/value slots, written in place at each row's own length.
+"""Static key/value cache: one buffer a layer, written in place at each row's own length.
 
-A rejected suffix is simply overwritten by the next write: nothing is cropped, and copied only what is kept behind
-something that is not.
-Legend: B slots (rows of the cache), S slots fed, T columns, H heads, Dh head size.
+Rejected slots need no rollback: the next write overwrites them. Only an accepted path that skips fed slots is moved, by
+`compact`. A row of length 3 that fed a bonus token and four draft tokens, of which the 2nd and 4th were accepted:
+
+    column    0 1 2 | 3 4 5 6 7
+    written   p r o | b w x y z        b bonus, w y rejected, x z accepted
+    compact   p r o | b x z . .        the next forward writes from column 6 on
+
+Legend: B rows of the cache (`slots` of the batch), S slots fed, T columns in use, H heads, Dh head size.
 """
 
 from __future__ import annotations
@@ -16,27 +21,27 @@ from . import attention_masks
 
 
 class KVCache:
-    """What a transformers attention layer sees as `past_key_values`: it calls `update`, nothing else.
+    """The `past_key_values` of a transformers model: its attention layers call `update`, nothing else.
 
-    Call `aim` before each forward to say which rows are fed and where their keys go. Storage is allocated per layer
-    at first use, with the shapes the model itself produces.
+    Call `set_write_positions` before each forward. Buffers are allocated per layer at first use, with the shapes that
+    the model itself produces.
     """
 
     def __init__(self, slots: int, columns: int) -> None:
         self.slots = slots
         self.columns = columns
-        self._slabs: dict[int, Tensor] = {}  # of each layer: (2, slots, H, columns, Dh), keys then values
-        self._cells: Tensor | None = None  # all of these, where they are one
+        self._layers: dict[int, Tensor] = {}  # (2, B, H, columns, Dh) of each layer, keys then values
+        self._storage: Tensor | None = None  # all layers as one buffer, where `storage` made it
 
     @property
-    def _stored(self) -> list[Tensor]:
-        """All keys and values, (some, slots, H, columns, Dh), in as few tensors as there are."""
-        return [*self._slabs.values()] if self._cells is None else [self._cells.flatten(0, 1)]
+    def _buffers(self) -> list[Tensor]:
+        """All keys and values, (any, B, H, columns, Dh), in as few tensors as there are."""
+        return [*self._layers.values()] if self._storage is None else [self._storage.flatten(0, 1)]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
-        return sum(slab.nbytes for slab in self._slabs.values())
+        return sum(layer.nbytes for layer in self._layers.values())
 
     def set_write_positions(
         self,
@@ -47,77 +52,79 @@ class KVCache:
         widths: list[int] | None = None,
         intervals: attention_masks.AttentionIntervals | None = None,
     ) -> attention_masks.AttentionPlan:
-        """Point the next forward at rows start.., feeding `fed` slots after each row's length.
+        """Set where the next forward writes: rows start.. of the cache, `fed` slots behind each row's length.
 
-        lengths: tokens already cached of each of these rows; all zero is a prefill, which reads only itself.
-        widths, intervals: see `masks.AttentionPlan`, which is returned.
+        lengths: cached tokens of each of these rows.  widths, intervals: see `AttentionPlan`, which is returned.
         """
         self.set_write_columns(start, attention_masks.slot_columns(lengths, fed).to(device), max(lengths) + fed)
         return attention_masks.AttentionPlan(self._write_at, self._total, widths, intervals)
 
     def set_write_columns(self, start: int, write_at: Tensor, total: int) -> None:
-        """The same by columns: rows start.. write where write_at (B, S) says and read the first `total`."""
+        """The same by columns. write_at: (B, S), of rows start.. .  total: T, columns that attention reads."""
         self._start, self._write_at, self._total = start, write_at, total
-        self._where: Tensor | None = None
+        self._scatter_index: Tensor | None = None
 
     @property
     def write_columns(self) -> tuple[int, Tensor, int]:
-        """First row, columns (B, S) written, and columns read, of the next forward."""
+        """First row, columns written (B, S), and number of columns read, of the next forward."""
         return self._start, self._write_at, self._total
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
-        """Store (B, H, S, Dh) keys and values of one layer; return the (B, H, T, Dh) columns to read."""
+        """Write keys and values of one layer, (B, H, S, Dh) each; return the (B, H, T, Dh) that attention reads."""
         return self.put(torch.cat((keys, values), 1), layer)
 
-    def put(self, fresh: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """`update` of keys and values in one: fresh is (B, 2 H, S, Dh), key heads first."""
-        both = fresh.view(len(fresh), 2, -1, *fresh.shape[2:]).transpose(0, 1)  # (2, B, H, S, Dh)
-        if layer not in self._slabs:
-            self._slabs[layer] = fresh.new_zeros(2, self.slots, both.shape[2], self.columns, fresh.shape[-1])
-        if self._where is None or self._where.shape != both.shape:
-            self._where = self._write_at[:, None, :, None].expand_as(both)
-        rows = self._slabs[layer][:, self._start : self._start + len(fresh)]
-        rows.scatter_(3, self._where, both)
-        keys, values = rows.narrow(3, 0, self._total).unbind(0)
+    def put(self, keys_values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """`update` of both in one tensor: (B, 2 H, S, Dh), key heads first."""
+        rows, size = len(keys_values), keys_values.shape[-1]
+        fresh = keys_values.view(rows, 2, -1, *keys_values.shape[2:]).transpose(0, 1)  # (2, B, H, S, Dh)
+        if layer not in self._layers:
+            self._layers[layer] = keys_values.new_zeros(2, self.slots, fresh.shape[2], self.columns, size)
+        if self._scatter_index is None or self._scatter_index.shape != fresh.shape:  # the same for all layers
+            self._scatter_index = self._write_at[:, None, :, None].expand_as(fresh)
+        cached = self._layers[layer][:, self._start : self._start + rows]
+        cached.scatter_(3, self._scatter_index, fresh)
+        keys, values = cached.narrow(3, 0, self._total).unbind(0)  # (B, H, T, Dh) each
         return keys, values
 
-    def cells(self, layers: int, heads: int, size: int) -> Tensor:
-        """Storage of all layers, (layers, 2, slots, H, columns, Dh), float32 on the CPU: for who writes it himself."""
-        if self._cells is None:
-            self._cells = torch.zeros(layers, 2, self.slots, heads, self.columns, size)
-            self._slabs = dict(enumerate(self._cells))
-        return self._cells
+    def storage(self, layers: int, heads: int, size: int) -> Tensor:
+        """The buffer of all layers, (layers, 2, B, H, columns, Dh) float32 on the CPU, for forwards that write it
+        themselves.
+        """
+        if self._storage is None:
+            self._storage = torch.zeros(layers, 2, self.slots, heads, self.columns, size)
+            self._layers = dict(enumerate(self._storage))
+        return self._storage
 
     def broadcast_prefix(self, source: int, start: int, count: int, columns: int) -> None:
-        """Copy one slot's first columns to `count` slots from `start` on: what their prompts begin with."""
-        for slab in self._stored:
-            slab[:, start : start + count, :, :columns] = slab[:, source, None, :, :columns]
+        """Copy the first columns of row `source`, a shared prefix, to `count` rows from `start` on."""
+        for buffer in self._buffers:
+            buffer[:, start : start + count, :, :columns] = buffer[:, source, None, :, :columns]
 
-    def compact(self, lengths: list[int], kept: list[list[int]]) -> None:
-        """Move what was fed and is kept to the front: of rows 0.. the slots `kept` behind their `lengths`.
+    def compact(self, lengths: Sequence[int], cached: Sequence[Sequence[int]]) -> None:
+        """Move the fed slots that stay cached behind their row's cached tokens, of rows 0.. .
 
-        kept: slots counted from a row's first, rising (none for rows that keep their first ones anyway).
+        lengths: cached tokens of each row before this forward.
+        cached: fed slots of each row that stay, rising, counted from the row's first.
         """
-        moved = [
-            (row, lengths[row] + source, lengths[row] + target)
-            for row, slots in enumerate(kept)
-            for target, source in enumerate(slots)
-            if source != target
-        ]
-        if not moved:
+        moves: list[tuple[int, int, int]] = []  # row, source column, target column
+        for row, (length, slots) in enumerate(zip(lengths, cached, strict=True)):
+            if not slots or slots[-1] == len(slots) - 1:
+                continue  # the first slots stay where they are
+            for target, source in enumerate(slots):
+                if source != target:
+                    moves.append((row, length + source, length + target))
+        if not moves:
             return
-        row, source, target = torch.tensor(moved, device=self._stored[0].device).unbind(1)
-        for slab in self._stored:
-            slab[:, row, :, target] = slab[:, row, :, source]
+        row_index, source_index, target_index = torch.tensor(moves, device=self._buffers[0].device).unbind(1)
+        for buffer in self._buffers:
+            buffer[:, row_index, :, target_index] = buffer[:, row_index, :, source_index]
 
-    def clear(self, slot: int) -> None:
-        """Forget a slot's columns. Ordinary ones need not be: nobody reads them. What is not finite does harm even
-        where a mask hides it.
-        """
-        for slab in self._stored:
-            slab[:, slot] = 0
+    def zero_row(self, row: int) -> None:
+        """Zero all columns of a row. Masks hide finite leftovers of a retired row, but not NaN or infinity."""
+        for buffer in self._buffers:
+            buffer[:, row] = 0
 
-    def move(self, source: int, target: int) -> None:
-        """Copy one slot's columns over another's, to keep the active rows together."""
-        for slab in self._stored:
-            slab[:, target].copy_(slab[:, source])
+    def copy_row(self, source: int, target: int) -> None:
+        """Copy one row's columns over another's, so that active rows stay contiguous."""
+        for buffer in self._buffers:
+            buffer[:, target].copy_(buffer[:, source])

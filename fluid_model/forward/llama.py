@@ -1,8 +1,10 @@
-"""The forward of Llama-shaped models, written out over their own weights.
+"""The explicit Llama forward: the arithmetic of Llama-shaped models in few calls a layer, over the model's own weights.
 
-Short forwards of small models wait for Python more than for arithmetic; this is the same arithmetic in a few calls a
-layer, and what CUDA graphs capture (`graphs`) and `native` compiles. `Backbone` takes it where it fits and `probe` has
-shown that it says what transformers says.
+Short forwards of small models wait for Python more than for arithmetic. This one has no module calls. CUDA graphs
+capture it (`cuda_graphs`), and `compiled` is the same in C. `Backbone` takes it where `misfit` has nothing against it;
+`Backbone.probe` compares it with transformers' own.
+
+Source: Llama (Touvron et al. 2023), grouped-query attention (Ainslie et al. 2023), rotary embedding (Su et al. 2021).
 
 Legend: B rows, S slots fed, T key columns, H query heads, G key heads, E head size, D hidden, W window.
 """
@@ -24,89 +26,103 @@ LINEAR = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
 )  # fmt: skip
-"""Of every layer; anything but plain linear maps (LoRA, quantised weights) is transformers' to run."""
+"""Linear maps of every layer. Anything but plain ones (LoRA, quantised weights) is left to transformers."""
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings that depend on a slot's position alone."""
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """Of one layer: the weights of both norms, and its maps. read: to queries, keys and values.  opened: to the gate
-    and what it lets through.
-    """
+class _LayerWeights:
+    """The weights of one layer: both RMS norms and the linear maps."""
 
-    before: Tensor
-    after: Tensor
-    read: Sequence[nn.Linear]
-    out: nn.Linear
-    opened: Sequence[nn.Linear]
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    qkv: Sequence[nn.Linear]
+    attention_out: nn.Linear
+    gate_up: Sequence[nn.Linear]
     down: nn.Linear
 
 
-def fits(model: Any) -> bool:
-    """Whether this module's forward is the model's: a known architecture, plain linear layers, nothing wrapped."""
-    if type(model).__name__ not in MODELS or model.config.hidden_act != "silu":
-        return False
+def misfit(model: Any) -> str:
+    """Why this module's forward is not the model's, in one line; empty where it is."""
+    if type(model).__name__ not in MODELS:
+        return f"{type(model).__name__} is none of {', '.join(MODELS)}"
+    if model.config.hidden_act != "silu":
+        return f"the MLP's activation is {model.config.hidden_act}, not silu"
     if getattr(model.config, "sliding_window", None) is not None:
-        return False
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") not in FIXED_ROPES:
-        return False
+        return "attention has a sliding window"
+    rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in FIXED_ROPES:
+        return f"rotary embedding {rope} depends on more than the position"
     layers = model.base_model.layers
-    return len(layers) > 0 and all(type(layer.get_submodule(name)) is nn.Linear for layer in layers for name in LINEAR)
+    if not len(layers):
+        return "the model has no layers"
+    plain = all(type(layer.get_submodule(name)) is nn.Linear for layer in layers for name in LINEAR)
+    return "" if plain else "some linear maps are not plain ones (LoRA, quantised weights)"
 
 
-class Forward:
-    """Calls of one model."""
+class ExplicitForward:
+    """The forward of one model, in torch."""
 
     def __init__(self, model: Any, window: int) -> None:
         base, config = model.base_model, model.config
-        self._embed, self._norm = base.embed_tokens, base.norm.weight
-        self._size = base.layers[0].self_attn.head_dim  # E
+        self._embed, self._final_norm = base.embed_tokens, base.norm.weight
+        self._head_size = base.layers[0].self_attn.head_dim  # E
         self._heads, self._key_heads = config.num_attention_heads, config.num_key_value_heads
         self._eps = torch.tensor(config.rms_norm_eps, device=model.device)
-        turn = base.rotary_emb(base.norm.weight, torch.arange(window, device=model.device)[None])
-        cos, sin = (table[0][:, None] for table in turn)  # (W, 1, E) each
-        self.cos, self.sin = cos, torch.cat((-sin[..., : self._size // 2], sin[..., self._size // 2 :]), -1)
+        angles = base.rotary_emb(base.norm.weight, torch.arange(window, device=model.device)[None])
+        cos, sin = (table[0][:, None] for table in angles)  # (W, 1, E) each
+        half = self._head_size // 2
+        self.cos, self.sin = cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)
         self._layers = []
         for layer in base.layers:
-            parts = [layer.get_submodule(name) for name in LINEAR]
+            maps = [layer.get_submodule(name) for name in LINEAR]
             norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-            self._layers.append(_Layer(*norms, parts[:3], parts[3], parts[4:6], parts[6]))
+            self._layers.append(_LayerWeights(*norms, maps[:3], maps[3], maps[4:6], maps[6]))
 
     def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
-        """ids, positions: (B, S).  mask: (B, 1, S, T), 0 where readable.  Returns (B, S, D) after the final norm."""
-        rows, slots = ids.shape
+        """ids, positions: (B, S).  mask: (B, 1, S, T) additive, 0 where a query attends to a key.
+
+        Returns (B, S, D) after the final norm.
+        """
         hidden = self._embed(ids)  # (B, S, D)
         cos, sin = self.cos[positions], self.sin[positions]  # (B, S, 1, E)
-        queries_keys = self._heads + self._key_heads
         for number, layer in enumerate(self._layers):
-            normal = self._normed(hidden, layer.before)
-            heads = torch.cat([part(normal) for part in layer.read], -1).view(rows, slots, -1, self._size)
-            _turn(heads[:, :, :queries_keys], cos, sin)
-            heads = heads.transpose(1, 2)  # (B, heads, S, E)
-            keys, values = cache.put(heads[:, self._heads :], number)  # (B, G, T, E)
-            read = functional.scaled_dot_product_attention(
-                heads[:, : self._heads], keys, values, attn_mask=mask, enable_gqa=True
-            )  # (B, H, S, E)
-            hidden = hidden + layer.out(read.transpose(1, 2).reshape(rows, slots, -1))
-            normal = self._normed(hidden, layer.after)
-            gate, through = (part(normal) for part in layer.opened)
-            hidden = hidden + layer.down(functional.silu(gate).mul_(through))
-        return self._normed(hidden, self._norm)
+            hidden = hidden + self._attention(number, layer, hidden, cos, sin, mask, cache)
+            normalized = self._rms_norm(hidden, layer.mlp_norm)
+            gate, up = (linear(normalized) for linear in layer.gate_up)  # (B, S, F) each
+            hidden = hidden + layer.down(functional.silu(gate).mul_(up))
+        return self._rms_norm(hidden, self._final_norm)
 
-    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Root mean square norm. hidden: (B, S, D)."""
-        size = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.addcmul(self._eps, size, size, value=1 / hidden.shape[-1]).rsqrt_()
+    def _attention(
+        self, number: int, layer: _LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: KVCache
+    ) -> Tensor:
+        """What the attention of one layer adds to the residual stream, (B, S, D)."""
+        rows, slots, _ = hidden.shape
+        normalized = self._rms_norm(hidden, layer.attention_norm)
+        qkv = torch.cat([linear(normalized) for linear in layer.qkv], -1)
+        qkv = qkv.view(rows, slots, -1, self._head_size)  # (B, S, H + 2 G, E)
+        _rope(qkv[:, :, : self._heads + self._key_heads], cos, sin)
+        qkv = qkv.transpose(1, 2)  # (B, H + 2 G, S, E)
+        keys, values = cache.put(qkv[:, self._heads :], number)  # (B, G, T, E)
+        heads = functional.scaled_dot_product_attention(
+            qkv[:, : self._heads], keys, values, attn_mask=mask, enable_gqa=True
+        )  # (B, H, S, E)
+        out: Tensor = layer.attention_out(heads.transpose(1, 2).reshape(rows, slots, -1))
+        return out
+
+    def _rms_norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Root mean square norm, its scale taken in float32. hidden: (B, S, D)."""
+        norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.addcmul(self._eps, norm, norm, value=1 / hidden.shape[-1]).rsqrt_()
         return (hidden * scale).to(hidden.dtype).mul_(weight)
 
 
-def _turn(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+def _rope(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotary embedding, in place.
 
     heads: (B, S, heads, E).  cos, sin: (B, S, 1, E), the sine of the left half negative.
     """
     left, right = heads.chunk(2, -1)
-    other = torch.cat((right, left), -1)
-    heads.mul_(cos).addcmul_(other, sin)
+    swapped = torch.cat((right, left), -1)
+    heads.mul_(cos).addcmul_(swapped, sin)

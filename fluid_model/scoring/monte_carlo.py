@@ -1,9 +1,13 @@
 """Log-likelihood of continuations under a bidirectional model: a Monte-Carlo estimate.  (LLaDA, arXiv 2502.09992)
 
-A sample masks l of a continuation's L tokens, l spread evenly over 1..L, and weighs their log-probabilities by L / l.
-One token needs no sampling: its one forward is exact, and choices of one token after the same context share it.
+A sample masks l of a continuation's L tokens, with l spread evenly over 1..L, predicts them in one forward, and weighs
+the sum of their log-probabilities by L / l; the estimate is the mean over samples. A continuation of one token needs no
+sampling: its one forward is exact, and all such choices after the same context share it.
 
-Legend: R rows, S slots, L tokens of a continuation, V vocabulary.
+    context Q: 6*7? A:   continuation " forty two ."   a sample with l = 2:   Q: 6*7? A: [mask] two [mask]
+                                                       weight 3/2 on log p(" forty") + log p(".")
+
+Legend: R rows, S slots, L tokens of a continuation, l masked ones, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,28 +28,55 @@ from ..forward.kv_cache import KVCache
 from .loglikelihood import FORWARD_TOKENS
 
 
+@dataclass(frozen=True)
+class _MaskedTarget:
+    """Masked tokens of one sample. slots: where they stand.  weight: L / l."""
+
+    pair: int
+    slots: list[int]
+    tokens: list[int]
+    weight: float
+
+
 @dataclass
-class _Document:
-    """A request under way. samples: estimates found so far, per pair.  greedy: argmax agrees with all masked.
-    truncated: tokens the longest pair lost.
+class _Estimate:
+    """A request under way. samples: estimates by pair.  greedy: whether the argmax of all masked tokens at once is the
+    continuation, by pair.  open_inputs: masked inputs that are not scored yet.
     """
 
     request: ScoreRequest
     samples: list[list[float]]
     greedy: list[bool]
     truncated: int = 0
-    left: int = 0
+    open_inputs: int = 0
     trace: Trace = field(default_factory=Trace)
     seconds: float = 0.0
 
+    def score(self) -> Score:
+        means, errors = [], []
+        for samples, (_, continuation) in zip(self.samples, self.request.pairs, strict=True):
+            means.append(sum(samples) / len(samples))
+            errors.append(0.0 if len(continuation) == 1 else _standard_error(samples))
+        longest = max(len(context) + len(continuation) for context, continuation in self.request.pairs)
+        return Score(
+            key=self.request.key,
+            loglikelihoods=tuple(means),
+            greedy=tuple(self.greedy),
+            trace=self.trace,
+            seconds=self.seconds,
+            prompt_tokens=longest - self.truncated,
+            truncated=self.truncated,
+            errors=tuple(errors),
+        )
+
 
 @dataclass
-class _Row:
-    """One masked input and what is read off it: (pair, places, tokens, weight)."""
+class _MaskedInput:
+    """One distinct masked input: a row of a forward."""
 
-    document: _Document
+    estimate: _Estimate
     ids: tuple[int, ...]
-    wanted: list[tuple[int, list[int], list[int], float]]
+    targets: list[_MaskedTarget]
 
 
 class CanvasScorer:
@@ -56,33 +87,37 @@ class CanvasScorer:
         self.calls = 0
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[Score]:
-        """Yield each request's estimates as soon as all its rows are done (not in request order).
+        """Yield each request's estimates as soon as all its masked inputs are scored (not in request order).
 
-        Inputs longer than the window lose tokens on the left, and say how many.
+        Inputs longer than the context window are truncated on the left; `Score.truncated` counts it.
         Raises ConfigError for an empty context or continuation, and for a continuation longer than the window.
         """
-        queue = sorted((row for request in requests for row in self._rows(request)), key=lambda row: -len(row.ids))
+        inputs = [each for request in requests for each in self._masked_inputs(request)]
+        inputs.sort(key=lambda each: -len(each.ids))
         done = 0
-        while done < len(queue):
-            take = max(1, min(self.slots, FORWARD_TOKENS // len(queue[done].ids)))
-            batch = queue[done : done + take]
-            done += take
+        while done < len(inputs):
+            # 1) one batch, within the budget of a forward
+            batch = inputs[done : done + max(1, min(self.slots, FORWARD_TOKENS // len(inputs[done].ids)))]
+            done += len(batch)
+            # 2) score
             started = time.perf_counter()
-            self._forward(batch)
+            self._score_batch(batch)
             share = (time.perf_counter() - started) / len(batch)
-            for row in batch:
-                document = row.document
-                document.trace.count("denoise", len(row.ids))
-                document.seconds += share
-                document.left -= 1
-                if document.left == 0:
-                    yield _finish(document)
+            # 3) requests that are finished now
+            for each in batch:
+                estimate = each.estimate
+                estimate.trace.add_forward("denoise", len(each.ids))
+                estimate.seconds += share
+                estimate.open_inputs -= 1
+                if estimate.open_inputs == 0:
+                    yield estimate.score()
 
-    def _rows(self, request: ScoreRequest) -> list[_Row]:
+    def _masked_inputs(self, request: ScoreRequest) -> list[_MaskedInput]:
+        """All samples of a request; those that mask to the same ids share one input."""
         count = len(request.pairs)
-        document = _Document(request, [[] for _ in range(count)], [False] * count)
-        rows: dict[tuple[int, ...], _Row] = {}
-        random, window = torch.Generator().manual_seed(request.seed), self.backbone.window
+        estimate = _Estimate(request, [[] for _ in range(count)], [False] * count)
+        inputs: dict[tuple[int, ...], _MaskedInput] = {}
+        generator, window = torch.Generator().manual_seed(request.seed), self.backbone.window
         for pair, (context, continuation) in enumerate(request.pairs):
             if not context or not continuation or len(continuation) > window:
                 raise ConfigError(
@@ -90,68 +125,59 @@ class CanvasScorer:
                     f"in a window of {window}"
                 )
             self.backbone.check_ids(request.key, context + continuation)
-            whole = (context + continuation)[-window:]
-            start = len(whole) - len(continuation)
-            document.truncated = max(document.truncated, len(context) - start)
-            for masked in self._masks(len(continuation), random):
-                ids = list(whole)
-                places = [start + i for i in masked]
-                for place in places:
-                    ids[place] = self.mask_id
-                row = rows.setdefault(tuple(ids), _Row(document, tuple(ids), []))
-                weight = len(continuation) / len(masked)
-                row.wanted.append((pair, places, [continuation[i] for i in masked], weight))
-        document.left = len(rows)
-        return list(rows.values())
+            text = (context + continuation)[-window:]
+            start = len(text) - len(continuation)
+            estimate.truncated = max(estimate.truncated, len(context) - start)
+            for masked in self._draw_masks(len(continuation), generator):
+                ids = list(text)
+                for index in masked:
+                    ids[start + index] = self.mask_id
+                slots, tokens = [start + index for index in masked], [continuation[index] for index in masked]
+                target = _MaskedTarget(pair, slots, tokens, weight=len(continuation) / len(masked))
+                inputs.setdefault(tuple(ids), _MaskedInput(estimate, tuple(ids), [])).targets.append(target)
+        estimate.open_inputs = len(inputs)
+        return list(inputs.values())
 
-    def _masks(self, length: int, random: torch.Generator) -> list[list[int]]:
-        """Places to mask, one list a sample; the first masks all."""
+    def _draw_masks(self, length: int, generator: torch.Generator) -> list[list[int]]:
+        """Indices to mask, one list a sample, those with most masks first."""
         if length == 1:
             return [[0]]
-        first = int(torch.randint(length, (), generator=random))
-        counts = [(first + round(i * length / self.samples)) % length + 1 for i in range(self.samples)]
-        drawn = [sorted(torch.randperm(length, generator=random)[:count].tolist()) for count in counts]
-        return sorted(drawn, key=len, reverse=True)
+        # Stratified: the numbers of masks are evenly spread from a random start (LLaDA's public code).
+        start = int(torch.randint(length, (), generator=generator))
+        masks = []
+        for sample in range(self.samples):
+            count = (start + round(sample * length / self.samples)) % length + 1
+            masks.append(sorted(torch.randperm(length, generator=generator)[:count].tolist()))
+        return sorted(masks, key=len, reverse=True)
 
     @torch.inference_mode()
-    def _forward(self, batch: list[_Row]) -> None:
+    def _score_batch(self, batch: list[_MaskedInput]) -> None:
         device = self.backbone.device
-        inputs = [torch.tensor(row.ids) for row in batch]
-        longest = max(map(len, inputs))
-        ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)  # (R, S)
+        # 1) forward, under bidirectional attention
+        lengths = [len(each.ids) for each in batch]
+        longest = max(lengths)
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(each.ids) for each in batch], batch_first=True).to(device)
+        intervals = attention_masks.bidirectional(torch.tensor(lengths, device=device), longest)
         cache = KVCache(len(batch), longest)
-        intervals = attention_masks.bidirectional(torch.tensor([len(i) for i in inputs], device=device), longest)
-        reading = cache.set_write_positions(0, [0] * len(batch), longest, device, intervals=intervals)
-        hidden = self.backbone.forward(ids, reading, cache)  # (R, S, D)
+        plan = cache.set_write_positions(0, [0] * len(batch), longest, device, intervals=intervals)
+        hidden = self.backbone.forward(ids, plan, cache)  # (R, S, D)
         self.calls += 1
-        for row, states in zip(batch, hidden, strict=True):
-            for pair, places, tokens, weight in row.wanted:
-                self._read(row.document, pair, states[places], tokens, weight)
+        # 2) log-probabilities of the masked tokens
+        for each, states in zip(batch, hidden, strict=True):
+            for target in each.targets:
+                self._add_sample(each.estimate, target, states[target.slots])
 
-    def _read(self, document: _Document, pair: int, states: Tensor, tokens: list[int], weight: float) -> None:
+    def _add_sample(self, estimate: _Estimate, target: _MaskedTarget, states: Tensor) -> None:
+        """states: (l, D), at the masked tokens."""
         scores = self.backbone.logits(states).log_softmax(-1)  # (l, V)
-        wanted = torch.tensor(tokens, device=scores.device)
-        document.samples[pair].append(weight * float(scores.gather(-1, wanted[:, None]).sum()))
-        if len(tokens) == len(document.request.pairs[pair][1]):
-            document.greedy[pair] = bool((scores.argmax(-1) == wanted).all())
+        tokens = torch.tensor(target.tokens, device=scores.device)
+        loglikelihood = float(scores.gather(-1, tokens[:, None]).sum())
+        estimate.samples[target.pair].append(target.weight * loglikelihood)
+        masks_all = len(tokens) == len(estimate.request.pairs[target.pair][1])
+        if masks_all:
+            estimate.greedy[target.pair] = bool((scores.argmax(-1) == tokens).all())
 
 
-def _finish(document: _Document) -> Score:
-    means = [sum(values) / len(values) for values in document.samples]
-    lengths = [len(continuation) for _, continuation in document.request.pairs]
-    errors = [0.0 if length == 1 else _error(values) for values, length in zip(document.samples, lengths, strict=True)]
-    return Score(
-        key=document.request.key,
-        loglikelihoods=tuple(means),
-        greedy=tuple(document.greedy),
-        trace=document.trace,
-        seconds=document.seconds,
-        prompt_tokens=max(len(context) + len(tail) for context, tail in document.request.pairs) - document.truncated,
-        truncated=document.truncated,
-        errors=tuple(errors),
-    )
-
-
-def _error(samples: list[float]) -> float | None:
-    """Standard error of their mean; None of a single one, which does not show its own."""
+def _standard_error(samples: list[float]) -> float | None:
+    """Of their mean; None of a single sample, whose spread is unknown."""
     return None if len(samples) < 2 else statistics.stdev(samples) / len(samples) ** 0.5

@@ -1,1 +1,1 @@
-"""How checkpoints are made: a recipe, its data, its stage, on transformers' Trainer."""
+"""Training of checkpoints: a recipe, its data and its stage, on transformers' Trainer."""

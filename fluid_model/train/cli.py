@@ -11,6 +11,7 @@ from pathlib import Path
 from ..common.errors import ConfigError, RunError
 from ..common.fields import assign
 from ..common.files import read_toml, write_new
+from ..common.versions import ShowVersions
 from .recipe import build_chain
 
 IMPORT = "import-llamafactory"
@@ -23,12 +24,13 @@ def parser() -> argparse.ArgumentParser:
         description="Make a checkpoint from its recipe.",
         epilog=f"fluid-train {IMPORT} FILE.yaml writes the recipe of a LLaMA-Factory training file.",
     )
+    top.add_argument("--version", action=ShowVersions, libraries=("torch", "transformers", "peft"))
     top.add_argument("recipe", type=Path, metavar="RECIPE.toml")
     top.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a setting of the recipe")
     top.add_argument("--resume", action="store_true", help="go on from the last saved step")
     top.add_argument("--overwrite", action="store_true", help="replace this recipe's own earlier result at its out")
-    top.add_argument("--dry-run", action="store_true", help="tell tokens, FLOPs, memory and time; train nothing")
-    top.add_argument("--gpu", default="h100", metavar="KIND", help="GPU a dry run reckons eight of (default h100)")
+    top.add_argument("--dry-run", action="store_true", help="estimate tokens, FLOPs, memory and time; train nothing")
+    top.add_argument("--gpu", default="h100", metavar="KIND", help="kind of a dry run's eight GPUs (default h100)")
     return top
 
 
@@ -38,7 +40,7 @@ def import_parser() -> argparse.ArgumentParser:
         prog=f"fluid-train {IMPORT}", description="Write the recipe of a LLaMA-Factory training file."
     )
     top.add_argument("file", type=Path, metavar="FILE.yaml")
-    top.add_argument("--devices", type=int, default=1, help="how many the file was written for (default 1)")
+    top.add_argument("--devices", type=int, default=1, help="devices that the file was written for (default 1)")
     top.add_argument("--out", type=Path, metavar="RECIPE.toml", help="a new file to write, in place of standard output")
     return top
 
@@ -69,15 +71,15 @@ def _train(options: argparse.Namespace) -> int:
         assign(values, setting)
     recipes = build_chain(values)
     if options.dry_run:
-        from .plan import tell
+        from .plan import describe_costs
 
-        print(tell(recipes, options.gpu))
+        print(describe_costs(recipes, options.gpu))
         return 0
     from .run import train_chain
 
-    told = train_chain(recipes, resume=options.resume, overwrite=options.overwrite)
-    final = ", ".join(f"{name} {value:.4g}" for name, value in told["final"].items())
-    seconds = told["seconds"] + sum(stage["seconds"] for stage in told["before"])
+    record = train_chain(recipes, resume=options.resume, overwrite=options.overwrite)
+    final = ", ".join(f"{name} {value:.4g}" for name, value in record["final"].items())
+    seconds = record["seconds"] + sum(stage["seconds"] for stage in record["before"])
     if os.environ.get("RANK", "0") == "0":
         print(f"{recipes[-1].out}: {final} after {seconds:.0f} s")
     return 0

@@ -1,8 +1,13 @@
-"""LLaMA-Factory's training files, as the published FLUID configurations are written, to this project's recipes.
+"""Converts LLaMA-Factory's training files, the format of FLUID's published configurations, to recipes.
 
-A key goes to its place in the recipe, or is refused, or is named among the notes; none is dropped without a word. A key
-the file leaves out has LLaMA-Factory's own value, which is written into the recipe (hiyouga/LLaMA-Factory at ff6d4d12,
-src/llamafactory/hparams; the rest is transformers' TrainingArguments).
+    model_name_or_path: parents/pangu           stage = "fluid-hybrid"
+    dataset: alpaca_en                          out = "saves/fluid"
+    cutoff_len: 1024                   ->       [model]
+    max_steps: 32000                            parent = "parents/pangu"
+    output_dir: saves/fluid                     ...
+
+Every key is converted, refused or named in a note. Missing keys get LLaMA-Factory's defaults, written into the recipe
+(hiyouga/LLaMA-Factory at ff6d4d12, src/llamafactory/hparams; the rest is transformers' TrainingArguments).
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from ..common.fields import put
 from ..common.files import Nested, read_text
 from .recipe import build_recipe
 
-PLACES = {
+RENAMED = {
     "model_name_or_path": "model.parent",
     "output_dir": "out",
     "cutoff_len": "data.max_length",
@@ -37,14 +42,14 @@ PLACES = {
     "seed": "seed",
     "k_masks": "fans.k_max",
 }
-"""Keys that are carried over as they are, and where they go."""
+"""Keys that keep their value, and their recipe settings."""
 DEFAULTS = {
     "cutoff_len": 2048, "lora_rank": 8, "lora_dropout": 0.0, "learning_rate": 5e-5, "weight_decay": 0.0,
     "max_grad_norm": 1.0, "bf16": False, "seed": 42, "num_train_epochs": 3.0, "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1, "lr_scheduler_type": "linear", "warmup_steps": 0, "warmup_ratio": 0.0,
     "dataset_dir": "data", "val_size": 0, "lora_target": "all",
 }  # fmt: skip
-"""What holds where a file does not say it."""
+"""LLaMA-Factory's values of missing keys."""
 FLOATS = (
     "lora_dropout",
     "learning_rate",
@@ -59,15 +64,15 @@ TRAINER = (
     "deepspeed", "fsdp", "fsdp_config", "gradient_checkpointing", "gradient_checkpointing_kwargs", "report_to",
     "run_name", "dataloader_num_workers", "ddp_timeout", "ddp_find_unused_parameters", "torch_compile",
 )  # fmt: skip
-"""Keys that are arguments of transformers' Trainer, and stay such."""
-TURNED = frozenset(
+"""Arguments of transformers' Trainer, passed on unchanged."""
+CONVERTED = frozenset(
     (
         "stage", "do_train", "finetuning_type", "lora_target", "dataset", "dataset_dir", "val_size", "max_steps",
         "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type",
         "warmup_ratio", "warmup_steps", "packing", "neat_packing", "train_on_prompt", "mask_history", "pure_bf16",
     )
 )  # fmt: skip
-"""Keys that `convert` turns into something else."""
+"""Keys that `convert` computes other settings from."""
 REFUSED: Mapping[str, Any] = dict.fromkeys((
     "eval_dataset", "interleave_probs", "default_system", "tokenized_path", "adapter_name_or_path", "lora_adapter_path",
     "quantization_bit", "use_dora", "use_rslora", "pissa_init", "loraplus_lr_ratio", "additional_target",
@@ -76,12 +81,11 @@ REFUSED: Mapping[str, Any] = dict.fromkeys((
     "add_special_tokens", "shift_attn", "mixture_of_depths", "train_from_scratch", "disable_shuffling",
     "early_stopping_steps", "load_best_model_at_end",
 )) | {"mix_strategy": "concat", "model_revision": "main", "rope_scaling": "none"}  # fmt: skip
-"""Keys that change what is learnt and have no counterpart here, and a value besides null, false and 0 at which
-they change nothing."""
+"""Keys that change the training and have no counterpart here. The value, like null, false and 0, changes nothing."""
 
 
 def read_yaml(file: Path) -> Nested:
-    """A training file's keys. Raises ConfigError naming the file."""
+    """The keys of a training file. Raises ConfigError naming the file."""
     try:
         values = yaml.safe_load(read_text(file))
     except (yaml.YAMLError, RecursionError) as error:
@@ -92,45 +96,44 @@ def read_yaml(file: Path) -> Nested:
 
 
 def convert(values: Mapping[str, Any], devices: int = 1) -> tuple[Nested, list[str]]:
-    """Recipe values for FLUID's stage 1, and notes on what differs: keys not used, settings with another meaning.
+    """Recipe values for FLUID's stage 1, and notes: unused keys, and settings with another meaning here.
 
-    devices: how many the file was written for; its batch size is a device's.  Raises ConfigError for what cannot be
-    carried over.
+    devices: number of devices that the file was written for; its batch size is per device.
+    Raises ConfigError for a file that cannot be converted.
     """
     given = {key: value for key, value in values.items() if value is not None}
     _check(given, devices)
-    said = {**DEFAULTS, **given}
-    lora = said.get("finetuning_type", "lora") == "lora"
+    settings = {**DEFAULTS, **given}
+    lora = settings.get("finetuning_type", "lora") == "lora"
     notes: list[str] = []
     recipe: Nested = {"stage": "fluid-hybrid"}
-    for key, place in PLACES.items():  # 1) what only changes its name
-        if key in said and (lora or not place.startswith("lora.")):
-            put(recipe, place, _number(key, said[key]) if key in FLOATS else said[key])
+    # 1) keys that change their name only
+    for key, name in RENAMED.items():
+        if key in settings and (lora or not name.startswith("lora.")):
+            put(recipe, name, _number(key, settings[key]) if key in FLOATS else settings[key])
+    # 2) keys that settings are computed from
     if lora:
-        recipe["lora"].setdefault("alpha", 2 * _whole("lora_rank", said["lora_rank"]))
-        targets = _names("lora_target", said["lora_target"])
-        if targets != ["all"]:
-            put(recipe, "lora.targets", targets)
-        notes.append("lora: the mask token's embedding is trained, too; with lora.train_mask = false it is not")
-    _put_data(recipe, said, notes)  # 2) what is told otherwise
-    _put_schedule(recipe, said, devices)
+        _put_lora(recipe, settings, notes)
+    _put_data(recipe, settings, notes)
+    _put_schedule(recipe, settings, devices)
     if "num_train_epochs" in given and "steps" in recipe["optim"]:
         notes.append(f"num_train_epochs: {given['num_train_epochs']!r} gives way to max_steps, as in the Trainer")
-    if said.get("pure_bf16"):
+    if settings.get("pure_bf16"):
         put(recipe, "optim.bf16", True)
-        notes.append("pure_bf16: what is trained stays float32 here, the rest is bfloat16")
-    trainer = {key: given[key] for key in TRAINER if key in given}  # 3) what stays the Trainer's
+        notes.append("pure_bf16: trained weights stay float32 here, the rest is bfloat16")
+    # 3) the Trainer's own arguments
+    trainer = {key: given[key] for key in TRAINER if key in given}
     if trainer:
         recipe["trainer"] = trainer
-    build_recipe(recipe)
-    known = {*PLACES, *TRAINER, *TURNED, *REFUSED}
-    return recipe, notes + [
-        f"not used: {key}: {json.dumps(given[key], default=str)}" for key in given if key not in known
-    ]
+    build_recipe(recipe)  # raises for values that no recipe takes
+    # 4) all others
+    known = {*RENAMED, *TRAINER, *CONVERTED, *REFUSED}
+    notes += [f"not used: {key}: {json.dumps(value, default=str)}" for key, value in given.items() if key not in known]
+    return recipe, notes
 
 
 def _check(given: Mapping[str, Any], devices: int) -> None:
-    """Raises ConfigError for a file that is no training of this kind, or says what cannot be honoured."""
+    """Raise ConfigError for a file of another kind of training, and for unsupported keys."""
     if devices < 1:
         raise ConfigError(f"--devices {devices} must be at least 1")
     if given.get("stage", "sft") not in ("sft", "pt"):
@@ -148,23 +151,34 @@ def _check(given: Mapping[str, Any], devices: int) -> None:
             raise ConfigError(f"{key}={given[key]!r} has no counterpart here; take it out to go on without it")
 
 
-def _put_data(recipe: Nested, said: Mapping[str, Any], notes: list[str]) -> None:
-    folder = said["dataset_dir"]
+def _put_lora(recipe: Nested, settings: Mapping[str, Any], notes: list[str]) -> None:
+    recipe["lora"].setdefault("alpha", 2 * _integer("lora_rank", settings["lora_rank"]))
+    targets = _names("lora_target", settings["lora_target"])
+    if targets != ["all"]:
+        put(recipe, "lora.targets", targets)
+    notes.append("lora: the mask token's embedding is trained, too; with lora.train_mask = false it is not")
+
+
+def _put_data(recipe: Nested, settings: Mapping[str, Any], notes: list[str]) -> None:
+    # 1) data sets
+    folder = settings["dataset_dir"]
     if not isinstance(folder, str) or folder == "ONLINE" or folder.startswith("REMOTE:"):
         raise ConfigError(f"dataset_dir={folder!r}: sets are not fetched; save them as files in a folder")
-    put(recipe, "data.datasets", _names("dataset", said["dataset"]))
+    put(recipe, "data.datasets", _names("dataset", settings["dataset"]))
     put(recipe, "data.dataset_info", str(Path(folder) / "dataset_info.json"))
-    packing = said.get("packing", said.get("stage") == "pt")  # pre-training packs where the file says nothing
-    put(recipe, "data.pack", bool(said.get("neat_packing", False)) or packing)
-    if packing and not said.get("neat_packing"):
-        notes.append("packing: packed rows do not see one another here (LLaMA-Factory's neat_packing)")
-    if said.get("train_on_prompt") and said.get("mask_history"):
+    # 2) packing and loss
+    packing = settings.get("packing", settings.get("stage") == "pt")  # pre-training packs by default
+    put(recipe, "data.pack", bool(settings.get("neat_packing", False)) or packing)
+    if packing and not settings.get("neat_packing"):
+        notes.append("packing: packed rows do not attend to one another here (LLaMA-Factory's neat_packing)")
+    if settings.get("train_on_prompt") and settings.get("mask_history"):
         raise ConfigError("train_on_prompt and mask_history exclude one another")
-    if said.get("train_on_prompt"):
+    if settings.get("train_on_prompt"):
         put(recipe, "data.loss_on", "all")
-    if said.get("mask_history"):
+    if settings.get("mask_history"):
         put(recipe, "data.loss_on", "last")
-    share = _number("val_size", said["val_size"])
+    # 3) held-out rows
+    share = _number("val_size", settings["val_size"])
     if share > 0:
         put(recipe, "data.held_out", int(share) if share >= 1 else share)
         notes.append("val_size: held-out rows are the last ones here, not drawn at random")
@@ -173,54 +187,57 @@ def _put_data(recipe: Nested, said: Mapping[str, Any], notes: list[str]) -> None
         notes.append("val_size is 0: the last 64 rows are held out here, which data.held_out changes")
 
 
-def _put_schedule(recipe: Nested, said: Mapping[str, Any], devices: int) -> None:
-    """Length, batch and learning rate. A max_steps above 0 and a warmup_steps above 0 win, as in the Trainer."""
-    if _whole("max_steps", said.get("max_steps", -1)) > 0:
-        put(recipe, "optim.steps", said["max_steps"])
+def _put_schedule(recipe: Nested, settings: Mapping[str, Any], devices: int) -> None:
+    """Length, batch and learning rate. max_steps and warmup_steps take precedence if above 0, as in the Trainer."""
+    # 1) length and batch
+    if _integer("max_steps", settings.get("max_steps", -1)) > 0:
+        put(recipe, "optim.steps", settings["max_steps"])
     else:
-        put(recipe, "optim.epochs", _number("num_train_epochs", said["num_train_epochs"]))
-    accumulate = _whole("gradient_accumulation_steps", said["gradient_accumulation_steps"])
-    batch = _whole("per_device_train_batch_size", said["per_device_train_batch_size"])
+        put(recipe, "optim.epochs", _number("num_train_epochs", settings["num_train_epochs"]))
+    accumulate = _integer("gradient_accumulation_steps", settings["gradient_accumulation_steps"])
+    batch = _integer("per_device_train_batch_size", settings["per_device_train_batch_size"])
     put(recipe, "optim.accumulate", accumulate)
     put(recipe, "optim.batch_size", batch * accumulate * devices)
-    kind = said["lr_scheduler_type"]
+    # 2) learning rate
+    kind = settings["lr_scheduler_type"]
     put(recipe, "optim.schedule", "constant_with_warmup" if kind == "constant" else kind)
-    steps, share = said["warmup_steps"], _number("warmup_ratio", said["warmup_ratio"])
+    steps, share = settings["warmup_steps"], _number("warmup_ratio", settings["warmup_ratio"])
     if kind == "constant":
-        put(recipe, "optim.warmup", 0.0)  # it knows no warm-up
-    elif 0 < _number("warmup_steps", steps) < 1:  # a share, for the Trainer of transformers 5
+        put(recipe, "optim.warmup", 0.0)  # that schedule has no warm-up
+    elif 0 < _number("warmup_steps", steps) < 1:  # a share, as in transformers 5
         put(recipe, "optim.warmup", float(steps))
-    elif _whole("warmup_steps", steps) > 0:
+    elif _integer("warmup_steps", steps) > 0:
         put(recipe, "optim.warmup_steps", steps)
     else:
         put(recipe, "optim.warmup", share)
 
 
 def _names(key: str, value: Any) -> list[str]:
-    """Names in a list, or between commas."""
+    """Names of a list, or of text with commas."""
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{key}={value!r} must be names: a list, or text with commas between")
-    if not (found := [name.strip() for name in names if name.strip()]):
+    stripped = [name.strip() for name in names if name.strip()]
+    if not stripped:
         raise ConfigError(f"{key} names nothing")
-    return found
+    return stripped
 
 
 def _number(key: str, value: Any) -> float:
     try:
-        return float(value)  # YAML reads 2e-4 as text
+        return float(value)  # YAML parses 2e-4 as text
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{key}={value!r} must be a number") from error
 
 
-def _whole(key: str, value: Any) -> int:
+def _integer(key: str, value: Any) -> int:
     if type(value) is not int:
         raise ConfigError(f"{key}={value!r} must be a whole number")
     return value
 
 
 def as_toml(recipe: Mapping[str, Any], notes: list[str]) -> str:
-    """A recipe file's text, with `notes` as comments, each on one line."""
+    """The text of a recipe file, with `notes` as comments of one line each."""
     lines = [f"# {' '.join(note.split())}" for note in notes]
     lines += [f"{name} = {_toml(value)}" for name, value in recipe.items() if not isinstance(value, dict)]
     for name, table in recipe.items():
@@ -230,7 +247,7 @@ def as_toml(recipe: Mapping[str, Any], notes: list[str]) -> str:
 
 
 def _toml(value: Any) -> str:
-    """Raises ConfigError for what TOML or a recipe has no word for: nothing, a date."""
+    """A value in TOML. Raises ConfigError for values without a TOML form in recipes: null, a date."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):

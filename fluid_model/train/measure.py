@@ -1,102 +1,114 @@
-"""What a training tells of itself on held-out rows: how far drafts reach, how far the model has left its parent.
+"""Held-out measurements of a training: accepted length of mask predictions, and drift from the parent.
 
-Legend: B rows, L slots, M slots looked at, V vocabulary.
+Legend: B rows, L slots, M slots chosen, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from .data import Pack, Rows
-from .row_layouts import IGNORE, Expanded, Layout, Plain
+from .data import Pack, TrainingSet
+from .row_layouts import IGNORE, CausalLayout, Layout, TrainingRow
 from .stages import Batch, collate, slot_logits
 
 DRIFT_SLOTS = 1024
-"""Response tokens the parent's logits are kept for."""
+"""Response tokens that drift is measured on; the parent's logits for them are stored."""
+
+
+class HeldOutBatch(NamedTuple):
+    """Training rows and the batch that `collate` makes of them."""
+
+    rows: list[TrainingRow]
+    batch: Batch
 
 
 class HeldOut:
-    """Held-out rows and the parent's answers to them; made before the first step of a training.
+    """Held-out examples and the parent's logits on them; created before a training's first step.
 
-    full: lays rows out with nothing restored, as a decoder starts.  causal: whether there is an AR path to compare.
+    layout: builds rows without restored slots, as a decoder starts.  causal: whether the model keeps a causal path,
+    whose drift is measured.  batch, multiple: rows of a batch, and see `collate`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, packs: Sequence[Pack], full: Layout, batch: int, *, causal: bool, multiple: int
+        self, model: PreTrainedModel, packs: Sequence[Pack], layout: Layout, batch: int, *, causal: bool, multiple: int
     ) -> None:
         self.inner, self.causal = model, causal
-        self._full = self._batches(packs, full, batch, multiple)
-        self._plain = self._batches(packs, Plain(), batch, multiple) if causal else []
-        self._parent = [logits.to(torch.bfloat16) for logits in self._causal_logits(model)]
+        self._masked = _batches(packs, layout, batch, multiple)
+        self._causal = _batches(packs, CausalLayout(), batch, multiple) if causal else []
+        self._parent_logits = [logits.to(torch.bfloat16) for logits in self._causal_logits(model)]
 
     @torch.no_grad()
-    def look(self, model: Any) -> dict[str, float]:
-        """accepted: tokens in a row that one look at an all-mask canvas gets right, the causal model's own first token
-        counted.  drift: KL(parent || model) of the next token, nats.
+    def measure(self, model: Any) -> dict[str, float]:
+        """accepted: mean accepted length of one forward over masks, greedy; the causal path's own token counts as one.
+        drift: KL(parent || model) of the next token, nats.
         """
-        runs = [run for rows, batch in self._full for run in self._runs(model, rows, batch)]
-        found = {"accepted": self.causal + sum(runs) / max(1, len(runs))}
+        lengths: list[int] = []
+        for rows, batch in self._masked:
+            lengths += self._accepted_lengths(model, rows, batch)
+        figures = {"accepted": self.causal + sum(lengths) / max(1, len(lengths))}
         if self.causal:
-            pairs = zip(self._parent, self._causal_logits(model), strict=True)
-            drift = [divergence(before.float(), after) for before, after in pairs]
-            found["drift"] = float(torch.cat(drift).mean()) if drift else 0.0
-        return found
+            pairs = zip(self._parent_logits, self._causal_logits(model), strict=True)
+            drift = [kl_divergence(parent.float(), logits) for parent, logits in pairs]
+            figures["drift"] = float(torch.cat(drift).mean()) if drift else 0.0
+        return figures
 
-    def _batches(
-        self, packs: Sequence[Pack], lay: Layout, batch: int, multiple: int
-    ) -> list[tuple[list[Expanded], Batch]]:
-        rows = Rows(packs, lay, steps=1, batch=len(packs), seed=0)
-        laid = [rows[i] for i in range(len(rows))]
-        parts = [laid[i : i + batch] for i in range(0, len(laid), batch)]
-        return [(part, collate(part, multiple)) for part in parts]
-
-    def _on_device(self, batch: Batch) -> Batch:
-        return {name: value.to(self.inner.device) for name, value in batch.items()}
+    def _chosen_logits(self, model: Any, batch: Batch, slots: Tensor) -> Tensor:
+        """(M, V) logits of the chosen slots, (B, L) bool."""
+        device = self.inner.device
+        moved = {name: value.to(device) for name, value in batch.items()}
+        return slot_logits(model, self.inner, moved, slots.to(device))
 
     @torch.no_grad()
     def _causal_logits(self, model: Any) -> list[Tensor]:
-        """Logits of the first DRIFT_SLOTS response tokens: (M, V) a batch, on the CPU."""
-        found, room = [], DRIFT_SLOTS
-        for _, batch in self._plain:
-            wanted = batch["labels"] != IGNORE
-            moved = self._on_device(batch)
-            logits = slot_logits(model, self.inner, moved, wanted.to(self.inner.device))[:room].cpu()
-            found.append(logits)
-            room -= len(logits)
-            if room <= 0:
+        """Logits of the first DRIFT_SLOTS response tokens: (M, V) per batch, on the CPU."""
+        chosen, left = [], DRIFT_SLOTS
+        for _, batch in self._causal:
+            logits = self._chosen_logits(model, batch, batch["labels"] != IGNORE)[:left].cpu()
+            chosen.append(logits)
+            left -= len(logits)
+            if left <= 0:
                 break
-        return found
+        return chosen
 
-    def _runs(self, model: Any, rows: list[Expanded], batch: Batch) -> list[int]:
-        """Right guesses in a row, for every group of drafts."""
-        wanted = (batch["diff"] > 0) & (batch["ar"] == 0)  # not the clean token that says a block's first
-        if not bool(wanted.any()):
+    def _accepted_lengths(self, model: Any, rows: list[TrainingRow], batch: Batch) -> list[int]:
+        """Accepted length of every mask block, noised block or canvas of a batch."""
+        # 1) greedy predictions of mask slots; a block's first token, predicted from a clean one, does not count
+        chosen = (batch["diff_weight"] > 0) & (batch["ar_weight"] == 0)
+        if not bool(chosen.any()):
             return []
-        moved = self._on_device(batch)
-        guess = slot_logits(model, self.inner, moved, wanted.to(self.inner.device)).argmax(-1).cpu()
-        right = guess == batch["labels"][wanted]
-        marked = []
-        for (row, slot), good in zip(wanted.nonzero().tolist(), right.tolist(), strict=True):
-            laid = rows[row]
-            marked.append(((row, laid.segment[slot], laid.anchor[slot]), laid.positions[slot], good))
-        marked.sort()
-        groups = groupby(marked, key=lambda item: item[0])
-        return [leading([good for _, _, good in group]) for _, group in groups]
+        predictions = self._chosen_logits(model, batch, chosen).argmax(-1).cpu()
+        correct = predictions == batch["labels"][chosen]
+        # 2) group them by example and anchor
+        blocks: dict[tuple[int, int, int], list[tuple[int, bool]]] = defaultdict(list)
+        for (row, slot), is_correct in zip(chosen.nonzero().tolist(), correct.tolist(), strict=True):
+            training_row = rows[row]
+            block = (row, training_row.segment[slot], training_row.anchor[slot])
+            blocks[block].append((training_row.positions[slot], is_correct))
+        # 3) in order of position, count up to the first error
+        return [accepted_length([is_correct for _, is_correct in sorted(block)]) for block in blocks.values()]
 
 
-def leading(good: list[bool]) -> int:
-    """How many are true before the first that is not."""
-    return next((i for i, value in enumerate(good) if not value), len(good))
+def _batches(packs: Sequence[Pack], layout: Layout, batch: int, multiple: int) -> list[HeldOutBatch]:
+    """All packs once, with the noise of seed 0."""
+    dataset = TrainingSet(packs, layout, steps=1, batch=len(packs), seed=0)
+    rows = [dataset[i] for i in range(len(dataset))]
+    parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+    return [HeldOutBatch(part, collate(part, multiple)) for part in parts]
 
 
-def divergence(before: Tensor, after: Tensor) -> Tensor:
+def accepted_length(correct: list[bool]) -> int:
+    """Correct tokens before the first error."""
+    return correct.index(False) if False in correct else len(correct)
+
+
+def kl_divergence(before: Tensor, after: Tensor) -> Tensor:
     """KL(before || after) of two sets of logits (M, V), in nats: (M,)."""
     p, q = functional.log_softmax(before, -1), functional.log_softmax(after, -1)
     return (p.exp() * (p - q)).sum(-1)

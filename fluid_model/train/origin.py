@@ -1,4 +1,19 @@
-"""training.json: how a checkpoint was made, enough to do it again and to see that it came out the same."""
+"""training.json: the provenance of a checkpoint, enough to train it again and to check the result.
+
+{"recipe": {"stage": "fluid-hybrid", "out": "checkpoints/tiny-fluid", ...},    all settings, defaults included
+ "recipe_hash": "3c7d5e3b2737",                    settings that differ from their defaults, without `out`
+ "commit": "8d1f…+",                               of this code; "+" with uncommitted changes
+ "data": [{"file": "train.jsonl", "sha256": "…", "bytes": 1048576}],
+ "seed": 2,
+ "parent_hash": "9f2c…",                           of the parent's weight files; null for a hub id or a new model
+ "versions": {"torch": "…", "transformers": "…", "python": "…", ...},
+ "hardware": "…", "devices": 1, "threads": 2,
+ "seconds": 1234.5,                                wall time, interrupted attempts included
+ "final": {"loss": 3.28, "l_ar": 3.23, "l_diff": 3.33, "accepted": 1.08, "drift": 0.21},     on held-out rows
+ "before": [...],                                  the same of earlier stages
+ "history": [{"loss": 3.6, "step": 10, ...}, {"eval_loss": 3.3, "step": 20, ...}],
+ "steps": 2400}
+"""
 
 from __future__ import annotations
 
@@ -14,26 +29,29 @@ from typing import Any
 import torch
 
 from .recipe import Recipe, as_table
-from .register import sources
+from .register import data_sources
 from .rows import fingerprint
 
 PACKAGES = ("fluid-eval", "torch", "transformers", "peft", "accelerate", "tokenizers")
 
 
-def told(
+def training_record(
     recipe: Recipe,
     final: dict[str, float],
     history: list[dict[str, Any]],
     seconds: float,
     before: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The manifest of a finished training. before: those of the stages its recipe file asked for earlier."""
+    """training.json of a finished training, less `steps`.
+
+    final: held-out figures, named eval_….  history: Trainer's log.  before: training.json of earlier stages.
+    """
     parent = recipe.model.parent
     return {
         "recipe": as_table(recipe),
         "recipe_hash": recipe.hash,
         "commit": code_commit(),
-        "data": [fingerprint(file) for source in sources(recipe.data) for file in source.files],
+        "data": [fingerprint(file) for source in data_sources(recipe.data) for file in source.files],
         "seed": recipe.seed,
         "parent_hash": weights_hash(Path(parent)) if parent is not None and Path(parent).is_dir() else None,
         "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
@@ -48,9 +66,9 @@ def told(
 
 
 def code_commit() -> str | None:
-    """The commit this code stands at, "+" if files differ from it, None outside a git checkout.
+    """The commit of this code, with "+" if tracked files differ from it; None outside a git checkout.
 
-    Bundled weights may differ: a training replaces them.
+    Bundled weights are not compared: training replaces them.
     """
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
@@ -73,7 +91,7 @@ def weights_hash(folder: Path) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as this system tells it."""
+    """The processor's name, as far as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -1,4 +1,4 @@
-"""What a training starts from: a parent's checkpoint, or a new Llama with a tokenizer learnt from the rows."""
+"""The model that training starts from: a parent checkpoint, or a new Llama with a tokenizer trained on the data."""
 
 from __future__ import annotations
 
@@ -22,15 +22,20 @@ from ..tokens import Tokenizer, end_ids
 from .recipe import LlamaSpec, ParentSpec
 
 
-def start(spec: ParentSpec, texts: Iterable[str], dtype: str, *, calibrates: bool = False) -> Checkpoint:
-    """Load the parent, or make one. texts: what a new tokenizer is learnt from.  dtype: of a parent's weights.
-    calibrates: whether FLUID's stage 2 is to follow: then an adapter is a stage 1, which its own files do not tell.
+def load_parent(spec: ParentSpec, texts: Iterable[str], dtype: str, *, calibrates: bool = False) -> Checkpoint:
+    """Load the parent, or create a new model with random weights.
+
+    texts: training texts for a new tokenizer.  dtype: of a parent's weights.  calibrates: FLUID's stage 2 follows; an
+    adapter then counts as a result of stage 1, which its own files do not state.
+    Raises ConfigError if the parent cannot be loaded.
     """
+    # 1) a parent
     if spec.scratch is None:
         path = str(spec.parent)
         method: Method | None = "fluid" if calibrates and checkpoints.is_adapter(path) else None
         return checkpoints.load(path, dtype=dtype, device="cpu", mask_token=spec.mask_token, method=method)
-    tokenizer = learn_tokenizer(islice(texts, spec.tokenizer_rows), spec.scratch.vocab_size)
+    # 2) or a new model, its vocabulary the new tokenizer's
+    tokenizer = train_tokenizer(islice(texts, spec.tokenizer_rows), spec.scratch.vocab_size)
     config = llama_config(spec.scratch)
     config.vocab_size = len(tokenizer)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -38,9 +43,9 @@ def start(spec: ParentSpec, texts: Iterable[str], dtype: str, *, calibrates: boo
 
 
 def outline(spec: ParentSpec) -> PreTrainedModel:
-    """The model without its weights. Raises ConfigError if its shape cannot be known here."""
-    if (given := spec.scratch or spec.shape) is not None:
-        config = llama_config(given)
+    """The model on the meta device, without weights. Raises ConfigError if its shape is unknown here."""
+    if (shape := spec.scratch or spec.shape) is not None:
+        config = llama_config(shape)
     else:
         config = checkpoints.read_config(str(spec.parent))
     with torch.device("meta"):
@@ -49,7 +54,7 @@ def outline(spec: ParentSpec) -> PreTrainedModel:
 
 
 def llama_config(spec: LlamaSpec) -> LlamaConfig:
-    """transformers' name for a shape."""
+    """transformers' configuration of a Llama of this shape."""
     return LlamaConfig(
         vocab_size=spec.vocab_size, hidden_size=spec.hidden_size, intermediate_size=spec.intermediate_size,
         num_hidden_layers=spec.layers, num_attention_heads=spec.heads, num_key_value_heads=spec.kv_heads,
@@ -59,8 +64,8 @@ def llama_config(spec: LlamaSpec) -> LlamaConfig:
     )  # fmt: skip
 
 
-def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE that spells any text; digits stand alone."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer, which encodes any text. Every digit is a token of its own."""
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Fast
 

@@ -1,4 +1,9 @@
-"""Where a training writes: its result, and beside it the steps saved on the way. Nothing else is replaced."""
+"""Output folders of a training. No other file is replaced or removed.
+
+OUT/                        the result, a checkpoint (`checkpoints.manifest`)
+OUT.training/recipe_hash    whose steps these are
+OUT.training/checkpoint-N/  Trainer's saved step N, with its wall time in `seconds`
+"""
 
 from __future__ import annotations
 
@@ -12,68 +17,74 @@ from ..common import replace_folder
 from ..common.errors import ConfigError
 from .recipe import Recipe
 
-RECIPE_FILE, CLOCK_FILE = "recipe_hash", "seconds"
+RECIPE_FILE, SECONDS_FILE = "recipe_hash", "seconds"
 WORK_FILES = (RECIPE_FILE, "checkpoint-*/*")
-"""What a training leaves in its folder of steps; logs a tracker writes there are the user's."""
+"""Files of a training in its folder of saved steps. A tracker's logs there belong to the user."""
 
 
 def finished(recipe: Recipe) -> dict[str, Any] | None:
-    """What training.json at `recipe.out` says if this very recipe made it."""
-    manifest = _manifest(recipe)
-    return manifest if manifest.get("recipe_hash") == recipe.hash else None
+    """training.json at `recipe.out`, None unless it is this recipe's own."""
+    record = _read_record(recipe)
+    return record if record.get("recipe_hash") == recipe.hash else None
 
 
 def check_out(recipe: Recipe, *, overwrite: bool = False) -> None:
-    """Raise ConfigError unless `recipe.out` is free, or this recipe's own result and to be overwritten."""
+    """Raise ConfigError unless `recipe.out` is free, or holds this recipe's own result and `overwrite` is set."""
     out = Path(recipe.out)
     if replace_folder.is_free(out):
         return
     if finished(recipe) is None:
-        other = _manifest(recipe).get("recipe_hash")
-        what = f"the result of another recipe ({other}, this one is {recipe.hash})" if other else "something else"
-        raise ConfigError(f"out={out} holds {what}; choose another out, or move it away")
+        other = _read_record(recipe).get("recipe_hash")
+        content = f"the result of another recipe ({other}, this one is {recipe.hash})" if other else "something else"
+        raise ConfigError(f"out={out} holds {content}; choose another out, or move it away")
     replace_folder.check_ours("out", out, CHECKPOINT_FILES)
     if not overwrite:
         raise ConfigError(f"out={out} holds this recipe's result; pass --overwrite to train it again")
 
 
 def work_folder(recipe: Recipe, resume: bool) -> Path:
-    """Where steps are saved: beside `out`. Another recipe's steps are not gone on with, saved ones not thrown away."""
+    """The folder of saved steps, beside `out`; created by the first process.
+
+    Raises ConfigError if it holds other files, steps of another recipe, or steps without `resume`.
+    """
+    # 1) check whose files are there
     out = Path(recipe.out)
     work = out.with_name(f"{out.name}.training")
-    mark = work / RECIPE_FILE
-    if not replace_folder.is_free(work) and not mark.is_file():
+    owner = work / RECIPE_FILE
+    if not replace_folder.is_free(work) and not owner.is_file():
         raise ConfigError(f"{work}, where steps are saved, holds something else; choose another out, or move it away")
-    if resume and mark.is_file() and mark.read_text() != recipe.hash:
-        raise ConfigError(f"{work} holds steps of another recipe ({mark.read_text()}, this one is {recipe.hash})")
-    if not resume and (last := latest(work)) is not None:
+    if resume and owner.is_file() and owner.read_text() != recipe.hash:
+        raise ConfigError(f"{work} holds steps of another recipe ({owner.read_text()}, this one is {recipe.hash})")
+    if not resume and (last := latest_step(work)) is not None:
         raise ConfigError(f"{work} holds saved steps ({last.name}): pass --resume to go on, or remove the folder")
+    # 2) create it
     if is_first():
         if not resume:
-            replace_folder.remove(work, WORK_FILES)  # a step that was not saved whole
+            replace_folder.remove(work, WORK_FILES)  # an incomplete step
         work.mkdir(parents=True, exist_ok=True)
-        mark.write_text(recipe.hash)
+        owner.write_text(recipe.hash)
     return work
 
 
-def latest(work: Path) -> Path | None:
-    """The last step that was saved whole: Trainer writes its state after all else."""
-    whole = []
+def latest_step(work: Path) -> Path | None:
+    """Folder of the last complete step, None without any. Trainer writes trainer_state.json last."""
+    complete = []
     for file in work.glob("checkpoint-*/trainer_state.json"):
         try:
             json.loads(file.read_text())
         except ValueError:
-            continue  # cut off in the middle
-        whole.append(file.parent)
-    return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+            continue  # truncated
+        complete.append(file.parent)
+    return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
 
 
 def is_first() -> bool:
-    """Whether this process is the one of a distributed training that writes."""
+    """Whether this is the process of a distributed training that writes files."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _manifest(recipe: Recipe) -> dict[str, Any]:
+def _read_record(recipe: Recipe) -> dict[str, Any]:
+    """training.json at `recipe.out`; empty if it is missing or unreadable."""
     try:
         values = json.loads((Path(recipe.out) / TRAINING_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,8 @@
-"""`fluid-train RECIPE --dry-run`: what a recipe would take, before anything is spent. Estimates, and said to be."""
+"""`fluid-train RECIPE --dry-run`: estimated tokens, FLOPs, memory and time of a training, before any of it is spent.
+
+FLOPs count matrix products: 2 per weight and slot in a forward, twice that in a backward (Kaplan et al. 2020, section
+2.1), and the dense attention's. Memory of activations follows Korthikanti et al. 2022, equation 2.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +11,47 @@ import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from ..checkpoints import checkpoint as checkpoints
 from ..common.errors import ConfigError
-from .data import Pack, encode, packs
-from .parent import learn_tokenizer, outline
+from .data import Pack, encode, pack_examples
+from .parent import outline, train_tokenizer
 from .recipe import ParentSpec, Recipe
-from .row_layouts import Example, Expanded, Layout, pack
+from .row_layouts import Example, TrainingRow, pack_rows
 from .rows import load_rows
-from .run import layouts
+from .stage_setup import layout_of
 
 SAMPLE = 256
-"""Rows looked at to know how long laid-out rows are."""
+"""Training rows that the estimate's means are over."""
+TOKENIZER_ROWS = 2000
+"""Data rows that a new tokenizer is trained on for an estimate."""
 UTILISATION = 0.4
-"""Share of a GPU's peak a well-fed training reaches; large-model reports give 0.35 to 0.5."""
+"""Share of a GPU's peak that an efficient training reaches; reports of large models give 0.35 to 0.5."""
 GPUS: dict[str, tuple[float, float]] = {
     "a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141), "b200": (2250e12, 180), "910b": (376e12, 64),
 }  # fmt: skip
 """Dense bfloat16 FLOP/s and memory in GiB, from the makers' data sheets (910b: Ascend, 16-bit)."""
+DEVICES = 8
+"""GPUs of the second time estimate."""
+OPTIMIZER_BYTES = 12.0
+"""Bytes per trained parameter of its gradient and AdamW's two moments, float32."""
+ACTIVATION_BYTES = 34
+"""Bytes per slot, layer and hidden unit of the activations that a backward needs, at 16 bits (Korthikanti et al.)."""
+LOGIT_BYTES = 12
+"""Bytes per label and vocabulary entry of float32 logits, their softmax and its gradient."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """steps: of the whole training.  tokens: of text.  slots: fed, all steps together.  labels: slots with a loss.
-    flops: of the whole training.  weights, moving, activations: bytes of weights, of gradients and optimiser, and of
-    one device's activations.
+class TrainingCost:
+    """Estimated cost of a stage.
+
+    steps, tokens (of text), slots (fed), labels (slots with a loss), flops: of the whole training.
+    parameters, trained: of the model.  weight_bytes, optimizer_bytes (gradients included), activation_bytes: of one
+    device.  assumed: what was assumed where the data is not at hand.
     """
 
     steps: int
@@ -44,78 +61,107 @@ class Plan:
     slots: float
     labels: float
     flops: float
-    weights: float
-    moving: float
-    activations: float
+    weight_bytes: float
+    optimizer_bytes: float
+    activation_bytes: float
     assumed: str | None
 
 
-def plan(recipe: Recipe, origin: ParentSpec) -> Plan:
-    """Count what the recipe asks for. origin: what its chain starts from.
+class RowSample(NamedTuple):
+    """Some training rows, the number of all of them, and what was assumed where the data is not at hand."""
 
-    Raises ConfigError if the shape of that cannot be known, or how many steps the epochs are.
+    rows: list[TrainingRow]
+    total: int
+    assumed: str | None
+
+
+def estimate_cost(recipe: Recipe, origin: ParentSpec) -> TrainingCost:
+    """The cost of a recipe. origin: the model that its chain starts from.
+
+    Raises ConfigError if that model's shape is unknown, or if the number of steps depends on missing data.
     """
     model = outline(origin)
     config = model.config.get_text_config(decoder=True)
-    rows, packs_in_all, assumed = _sample(recipe, origin)
-    count = len(rows)
-    if recipe.optim.steps is None and assumed:
-        raise ConfigError(f"optim.epochs={recipe.optim.epochs}: set optim.steps for a dry run without data ({assumed})")
-    steps = recipe.optim.total(packs_in_all)
-    slots, labels, tokens, reads = (
-        sum(map(measure, rows)) / count * recipe.optim.batch_size * steps
-        for measure in (_slots, _labels, _tokens, _reads)
-    )
+    # 1) steps, and what they feed
+    sample = _sample_rows(recipe, origin)
+    optim = recipe.optim
+    if optim.steps is None and sample.assumed:
+        raise ConfigError(f"optim.epochs={optim.epochs}: set optim.steps for a dry run without data ({sample.assumed})")
+    steps = optim.total_steps(sample.total)
+
+    def in_all(sampled: int) -> float:
+        return sampled / len(sample.rows) * optim.batch_size * steps
+
+    slots = in_all(sum(len(row.ids) for row in sample.rows))
+    labels = in_all(sum(_count_labels(row) for row in sample.rows))
+    tokens = in_all(sum(_count_tokens(row) for row in sample.rows))
+    attended = in_all(sum(len(row.ids) ** 2 for row in sample.rows))  # pairs of query and key
+    # 2) FLOPs: a forward, and a backward through trained weights (2 more) or past frozen ones (1 more)
     parameters = sum(p.numel() for p in model.parameters())
+    trained = _count_trained(recipe, model, parameters)
     vocabulary = config.vocab_size * config.hidden_size
-    blocks = parameters - vocabulary * (1 if config.tie_word_embeddings else 2)
-    trained = _trained(recipe, model, parameters)
-    forward = 2 * blocks * slots + 2 * vocabulary * labels + 4 * config.num_hidden_layers * config.hidden_size * reads
+    layers = parameters - vocabulary * (1 if config.tie_word_embeddings else 2)
+    attention = 4 * config.num_hidden_layers * config.hidden_size * attended
+    forward = 2 * layers * slots + 2 * vocabulary * labels + attention
     passes = 1 if recipe.stage == "fluid-horizon" else 2 if recipe.lora is not None else 3
-    width = 2 if recipe.optim.bf16 else 4
-    per_step = 1 / steps / recipe.optim.accumulate
-    layer = 34 * config.hidden_size * width / 2  # bytes a slot leaves in a layer (Korthikanti et al. 2022, eq. 2)
-    kept = 1 if passes == 1 else config.num_hidden_layers
-    activations = (layer * kept * slots + 12 * config.vocab_size * labels) * per_step
-    return Plan(
-        steps, parameters, trained, tokens, slots, labels, passes * forward, parameters * 4.0 if trained == parameters
-        else parameters * float(width), trained * 12.0, activations, assumed,
-    )  # fmt: skip
+    # 3) memory; a forward alone holds one layer's activations at a time
+    width = 2 if optim.bf16 else 4
+    weight_bytes = parameters * 4.0 if trained == parameters else parameters * float(width)
+    layers_held = 1 if passes == 1 else config.num_hidden_layers
+    per_layer = ACTIVATION_BYTES * config.hidden_size * width / 2
+    activations = per_layer * layers_held * slots + LOGIT_BYTES * config.vocab_size * labels
+    return TrainingCost(
+        steps=steps,
+        parameters=parameters,
+        trained=trained,
+        tokens=tokens,
+        slots=slots,
+        labels=labels,
+        flops=passes * forward,
+        weight_bytes=weight_bytes,
+        optimizer_bytes=trained * OPTIMIZER_BYTES,
+        activation_bytes=activations * (1 / steps / optim.accumulate),
+        assumed=sample.assumed,
+    )
 
 
-def tell(recipes: Sequence[Recipe], gpu: str) -> str:
-    """The plan of a chain in words. Raises ConfigError for an unknown kind of GPU."""
+def describe_costs(recipes: Sequence[Recipe], gpu: str) -> str:
+    """The costs of a chain as text. Raises ConfigError for an unknown kind of GPU."""
     if gpu not in GPUS:
         raise ConfigError(f"--gpu {gpu}: known are {', '.join(GPUS)}")
-    here = machine_flops()
-    return "\n\n".join(_tell(recipe, plan(recipe, recipes[0].model), gpu, here) for recipe in recipes)
+    local_flops = machine_flops()
+    stages = [_describe(recipe, estimate_cost(recipe, recipes[0].model), gpu, local_flops) for recipe in recipes]
+    return "\n\n".join(stages)
 
 
-def _tell(recipe: Recipe, found: Plan, gpu: str, here: float) -> str:
+def _describe(recipe: Recipe, cost: TrainingCost, gpu: str, local_flops: float) -> str:
+    # 1) on DEVICES GPUs, with replicated or sharded weights
     peak, room = GPUS[gpu]
-    whole = found.weights + found.moving + found.activations
-    sharded = (found.weights + found.moving + found.activations) / 8
-    copied = found.weights + found.moving + found.activations / 8
-    there = found.flops / (8 * peak * UTILISATION)
+    state = cost.weight_bytes + cost.optimizer_bytes
+    replicated = state + cost.activation_bytes / DEVICES
+    sharded = (state + cost.activation_bytes) / DEVICES
+    gpu_seconds = cost.flops / (DEVICES * peak * UTILISATION)
+    # 2) the lines
     device = "one GPU" if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     lines = [
-        f"recipe {recipe.hash}: stage {recipe.stage}, {found.steps:,} steps of {recipe.optim.batch_size} rows",
-        f"parameters  {found.parameters:,}, of which {found.trained:,} are trained",
-        f"tokens      {found.tokens:.3g} of text, {found.slots:.3g} slots fed, {found.labels:.3g} of them with a loss",
-        f"FLOPs       {found.flops:.3g}",
-        f"memory      {_gib(whole)}: weights {_gib(found.weights)}, gradients and optimiser {_gib(found.moving)}, "
-        f"activations {_gib(found.activations)} (less with gradient checkpointing)",
-        f"time here   {_time(found.flops / here)} at {here / 1e9:,.0f} GFLOP/s, measured now on {device}",
-        f"8 x {gpu:8}{_time(there)} at {UTILISATION:.0%} of {peak / 1e12:,.0f} TFLOP/s; "
-        f"{_gib(copied)} each copied, {_gib(sharded)} sharded, of {room:g} GiB",
+        f"recipe {recipe.hash}: stage {recipe.stage}, {cost.steps:,} steps of {recipe.optim.batch_size} rows",
+        f"parameters  {cost.parameters:,}, of which {cost.trained:,} are trained",
+        f"tokens      {cost.tokens:.3g} of text, {cost.slots:.3g} slots fed, {cost.labels:.3g} of them with a loss",
+        f"FLOPs       {cost.flops:.3g}",
+        f"memory      {_gib(state + cost.activation_bytes)}: weights {_gib(cost.weight_bytes)}, "
+        f"gradients and optimiser {_gib(cost.optimizer_bytes)}, "
+        f"activations {_gib(cost.activation_bytes)} (less with gradient checkpointing)",
+        f"time here   {_time(cost.flops / local_flops)} at {local_flops / 1e9:,.0f} GFLOP/s, measured now on {device}",
+        f"{DEVICES} x {gpu:8}{_time(gpu_seconds)} at {UTILISATION:.0%} of {peak / 1e12:,.0f} TFLOP/s; "
+        f"{_gib(replicated)} each replicated, {_gib(sharded)} sharded, of {room:g} GiB",
     ]
-    if found.assumed:
-        lines.append(f"assumed     {found.assumed}")
+    if cost.assumed:
+        lines.append(f"assumed     {cost.assumed}")
     return "\n".join(textwrap.fill(line, 80, subsequent_indent=" " * 12) for line in lines)
 
 
 def machine_flops(seconds: float = 0.5) -> float:
-    """FLOP/s of matrix products on this machine's device, in the number format a training would use."""
+    """FLOP/s of matrix products on this machine's device, in the number format of a training. Takes `seconds`."""
     cuda = torch.cuda.is_available()
     size = 8192 if cuda else 768
     a = torch.randn(size, size, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
@@ -127,67 +173,61 @@ def machine_flops(seconds: float = 0.5) -> float:
     return done * 2 * size**3 / (time.perf_counter() - started) * (UTILISATION if cuda else 0.5)
 
 
-def _sample(recipe: Recipe, origin: ParentSpec) -> tuple[list[Expanded], int, str | None]:
-    """Laid-out rows as a step would be fed, from the data if it is at hand, else full ones.
-
-    Returns some of them, how many there are in all, and what was assumed where there is no data.
-    """
-    assumed, in_all = None, 0
+def _sample_rows(recipe: Recipe, origin: ParentSpec) -> RowSample:
+    """Training rows of the recipe's data at the end of the training; full rows where the data is not at hand."""
+    max_length = recipe.data.max_length
+    assumed, total = None, 0
     try:
+        # 1) data rows and a tokenizer
         rows, _ = load_rows(recipe.data)
-        texts = [row.text for row in rows]
         if origin.scratch is not None:
-            tokenizer = learn_tokenizer(texts[:2000], origin.scratch.vocab_size)
+            texts = [row.text for row in rows[:TOKENIZER_ROWS]]
+            tokenizer = train_tokenizer(texts, origin.scratch.vocab_size)
         else:
             tokenizer = checkpoints.load_tokenizer(str(origin.parent))
+        # 2) some of them, tokenised and packed
         some = random.Random(0).sample(rows, min(len(rows), 8 * SAMPLE))
-        examples = encode(tokenizer, some, recipe.data.max_length, recipe.data.loss_on)
-        packed: Sequence[Pack] = (
-            packs(examples, recipe.data.max_length, 0) if recipe.data.pack else [(e,) for e in examples]
-        )
-        in_all = round(len(rows) * len(packed) / len(some))
+        examples = encode(tokenizer, some, max_length, recipe.data.loss_on)
+        packs: Sequence[Pack] = [(example,) for example in examples]
+        if recipe.data.pack:
+            packs = pack_examples(examples, max_length, 0)
+        total = round(len(rows) * len(packs) / len(some))
     except ConfigError as error:
-        assumed = f"every row holds {recipe.data.max_length} tokens, three quarters of them response ({error})"
-        length = recipe.data.max_length
-        packed = [(Example((0,) * length, ((length // 4, length),)),)] * 4
-    lay: Layout = layouts(recipe, mask=1, end=0, ids=range(2, 3))
-    rng, last = random.Random(0), (recipe.optim.steps or 1 << 30) - 1
-    laid = [pack([lay.lay(e, rng, last) for e in one]) for one in packed[:SAMPLE]]
-    return laid, in_all, assumed
+        assumed = f"every row holds {max_length} tokens, three quarters of them response ({error})"
+        packs = [(Example((0,) * max_length, ((max_length // 4, max_length),)),)] * 4
+    # 3) in the layout of the last step; token ids do not matter
+    layout = layout_of(recipe, mask=1, end=0, noise_ids=range(2, 3))
+    rng, last_step = random.Random(0), (recipe.optim.steps or 1 << 30) - 1
+    training_rows = []
+    for pack in packs[:SAMPLE]:
+        training_rows.append(pack_rows([layout.build(example, rng, last_step) for example in pack]))
+    return RowSample(training_rows, total, assumed)
 
 
-def _slots(row: Expanded) -> float:
-    return len(row.ids)
-
-
-def _labels(row: Expanded) -> float:
+def _count_labels(row: TrainingRow) -> int:
     return sum(label >= 0 for label in row.labels)
 
 
-def _tokens(row: Expanded) -> float:
+def _count_tokens(row: TrainingRow) -> int:
+    """Places of the row's text, whatever the number of slots that stand at each."""
     return len({*zip(row.segment, row.positions, strict=True)})
 
 
-def _reads(row: Expanded) -> float:
-    """Pairs of query and key a dense attention computes."""
-    return len(row.ids) ** 2
-
-
-def _trained(recipe: Recipe, model: PreTrainedModel, parameters: int) -> int:
+def _count_trained(recipe: Recipe, model: PreTrainedModel, parameters: int) -> int:
+    """Trained parameters: K-heads, an adapter's matrices, or all."""
     hidden: int = model.config.get_text_config(decoder=True).hidden_size
     if recipe.stage == "fluid-horizon":
         quarter = hidden // 4
         return len(recipe.tau) * (hidden * quarter + quarter + quarter * recipe.fans.k_max + recipe.fans.k_max)
     if recipe.lora is None:
         return parameters
-    targets, head = recipe.lora.targets, model.get_output_embeddings()
-    linear = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and (name.rpartition(".")[2] in targets if targets else module is not head)
-    ]
-    adapter = sum(recipe.lora.rank * (m.in_features + m.out_features) for m in linear)
+    targets, output = recipe.lora.targets, model.get_output_embeddings()
+    adapter = 0
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            adapted = name.rpartition(".")[2] in targets if targets else module is not output
+            if adapted:
+                adapter += recipe.lora.rank * (module.in_features + module.out_features)
     return adapter + (hidden if recipe.lora.train_mask else 0)
 
 

@@ -1,4 +1,9 @@
-"""What a running training shows: a bar with the time left on a terminal, and a line for every report."""
+"""Progress of a running training: a bar with the remaining time on a terminal, and a line for every report.
+
+400/2400           loss 3.653  l_ar 3.66  l_diff 3.65  lr 0.00095  12 min left
+400/2400 held-out  loss 3.168  l_ar 3.17  l_diff 3.17
+400/2400 held-out  accepted 1.075  drift 0.215
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ SHOWN = ("loss", "l_ar", "l_diff", "stride", "accepted", "drift")
 
 
 class Progress(TrainerCallback):
-    """Takes the place of Trainer's own printing."""
+    """Replaces Trainer's own output."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         quiet = not (state.is_world_process_zero and sys.stderr.isatty())
@@ -43,11 +48,11 @@ class Progress(TrainerCallback):
 
 
 def report(step: int, steps: int, logs: dict[str, float]) -> str:
-    """One line of figures, those on held-out rows marked; empty if there is nothing to tell."""
+    """One line of figures, marked where they are of held-out rows; empty without any of SHOWN."""
     prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
-    found = [f"{name} {float(logs[prefix + name]):.4g}" for name in SHOWN if prefix + name in logs]
-    if not found:
+    figures = [f"{name} {float(logs[prefix + name]):.4g}" for name in SHOWN if prefix + name in logs]
+    if not figures:
         return ""
     if "learning_rate" in logs:
-        found.append(f"lr {float(logs['learning_rate']):.2g}")
-    return f"{step:>{len(str(steps))}}/{steps} {'held-out' if prefix else '':8}  {'  '.join(found)}"
+        figures.append(f"lr {float(logs['learning_rate']):.2g}")
+    return f"{step:>{len(str(steps))}}/{steps} {'held-out' if prefix else '':8}  {'  '.join(figures)}"

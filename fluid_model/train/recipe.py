@@ -1,4 +1,19 @@
-"""A recipe: one TOML file that says how a checkpoint is made. Checked as a whole before any data is read; no torch."""
+"""A recipe: one TOML file with all settings of a training, checked before any data is read. No torch.
+
+stage = "fluid-hybrid"
+out = "checkpoints/mine"
+[model]
+parent = "some/model"
+[data]
+files = ["train.jsonl"]
+[fans]                        # mask blocks; FLUID's code calls them fans
+k_max = 16
+[optim]
+steps = 2000
+[next]                        # a second stage, from the result of the first
+stage = "fluid-horizon"
+tau = [2.8]
+"""
 
 from __future__ import annotations
 
@@ -16,10 +31,10 @@ from ..common.files import Nested
 from ..settings import check_range
 
 LossOn = Literal["responses", "last", "all"]
-"""What of a row is learnt: every response, the last one, or all of it."""
+"""The part of a row with a loss: every response, the last one, or all of it."""
 Stage = Literal["ar", "fluid-hybrid", "fluid-horizon", "nbdiff", "llada"]
 ADAPTS = ("fluid-hybrid", "nbdiff", "llada")
-"""Stages that give a parent a mask token and teach it to fill masks."""
+"""Stages that add a mask token to a parent and train it to predict masked tokens."""
 LOSSES: dict[Stage, tuple[float, float] | None] = {
     "ar": (1.0, 0.0), "fluid-hybrid": None, "fluid-horizon": None, "nbdiff": (0.5, 1.0), "llada": (0.0, 1.0)
 }  # fmt: skip
@@ -28,8 +43,10 @@ LOSSES: dict[Stage, tuple[float, float] | None] = {
 
 @dataclass(frozen=True)
 class LlamaSpec:
-    """A Llama's shape. vocab_size: tokens; of a tokenizer to be learnt, the 256 bytes and the special ones included, so
-    that any text can be spelt.  window: tokens.  init_std: of new weights.
+    """A Llama's shape.
+
+    vocab_size: tokens. A new tokenizer's include the 256 bytes and the special tokens, so that it encodes any text.
+    window: tokens.  init_std: standard deviation of new weights.
     """
 
     vocab_size: int
@@ -56,11 +73,10 @@ class LlamaSpec:
 
 @dataclass(frozen=True)
 class ParentSpec:
-    """What training starts from: `parent` (a folder or hub id), or a new model of the shape `scratch`, with a
-    byte-level BPE tokenizer learnt from the first `tokenizer_rows` training rows.
+    """The model that training starts from: `parent` (a folder or hub id), or a new one of the shape `scratch`.
 
-    mask_token: text of the mask token (unset: the parent's own, or <|mask|>, added).  shape: the parent's, for a dry
-    run where the parent is not at hand.
+    tokenizer_rows: training rows that a new model's byte-level BPE tokenizer is trained on.  mask_token: text of the
+    mask token (unset: the parent's own, or <|mask|>, added).  shape: the parent's, for a dry run without the parent.
     """
 
     parent: str | None = None
@@ -76,13 +92,12 @@ class ParentSpec:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Training rows, see `rows` for the forms.
+    """Data rows; `rows` has their forms.
 
-    files: their paths.  dataset_info, datasets: LLaMA-Factory's register and the names to take from it.
-    max_rows: of each file or set, its first ones.  max_length: tokens; longer rows lose their end.  pack: put short
-    rows together up to max_length; they do not see one another.  loss_on: every response (of a plain row its
-    completion), the last one, or prompts too.  held_out: rows at the end of the last file that are only measured on, or
-    (0.05) their share of all rows.
+    files: paths.  dataset_info, datasets: LLaMA-Factory's register and the names to take from it.
+    max_rows: first rows of each file or set.  max_length: tokens; longer rows are cut.  pack: join short rows up to
+    max_length; they do not attend to one another.  loss_on: every response or completion, the last one, or prompts,
+    too.  held_out: rows at the end for measurements, or their share of all rows (0.05).
     """
 
     files: tuple[str, ...] = ()
@@ -111,9 +126,8 @@ class DataSpec:
 class LoraSpec:
     """LoRA.  (FLUID: rank 16, alpha 32, all linear layers)
 
-    targets: names of the layers it is put on; none: all linear layers.  train_mask: train the mask token's embedding
-    with it; FLUID's public code does not (Oli-lab-nun/FLUID at 9093c11: its mask, an unused token of the parent's,
-    keeps the parent's embedding).
+    targets: names of the adapted layers; none: all linear layers.  train_mask: also train the mask token's embedding.
+    FLUID's public code does not (Oli-lab-nun/FLUID at 9093c11); its mask is an unused token of the parent.
     """
 
     rank: int = 16
@@ -124,12 +138,11 @@ class LoraSpec:
 
 
 @dataclass(frozen=True)
-class FanSpec:
-    """Fans of mask slots. k_max, probability, noise, restore: as FLUID's stage 1 (16, 0.5, 10%, all); see
-    `layout.HybridFans`.
+class MaskBlockSpec:
+    """FLUID's mask blocks; FLUID's code calls them fans. The defaults are its stage 1's (16, 0.5, 10%, all).
 
-    past_end: in stage fluid-horizon, slots past the end of a response are fed and count in K*'s mean with loss 0, as in
-    FLUID's public code; see `layout.MaskFans`.
+    k_max, probability, noise, restore: see `row_layouts.HybridLayout`.  past_end: in stage fluid-horizon, slots past
+    the end of a response count in K*'s mean with loss 0, as in FLUID's public code; see `row_layouts.AllMaskLayout`.
     """
 
     k_max: int = 16
@@ -147,8 +160,10 @@ class FanSpec:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """NBDiff's blocks. length: tokens.  first, every: block length at the start and steps between its doublings
-    (every=0: full length from the start).  by_noise: weigh a masked token 1/t.
+    """NBDiff's blocks.
+
+    length: tokens.  first, every: block length at step 0, and steps between its doublings (every=0: full length from
+    the start).  by_noise: weigh a masked token 1/t.
     """
 
     length: int = 32
@@ -164,7 +179,7 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class CanvasSpec:
-    """LLaDA's canvas. length: tokens a response is filled up to at most, with end tokens."""
+    """LLaDA's canvas. length: tokens; end tokens fill up a response to this length at most."""
 
     length: int = 128
 
@@ -174,11 +189,11 @@ class CanvasSpec:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What is minimised: ar * L_AR + diff * L_Diff. Unset: the weights the stage's method published, see `LOSSES`.
+    """The minimised loss: ar * L_AR + diff * L_Diff. Unset weights are those of the stage's publication, `LOSSES`.
 
-    per: what a mean is over: every labelled slot of a step the same (slot), or every row the same (row). FLUID's public
-    code and SMDM's (ML-GSAI/SMDM at 583aa47, sft/finetune_mdm.py) take slot, LLaDA's guidelines (ML-GSAI/LLaDA at
-    b7e6c35, GUIDELINES.md) take row; NBDiff published no training code.
+    per: weigh every labelled slot of a step the same (slot), or every row (row). FLUID's public code and SMDM's
+    (ML-GSAI/SMDM at 583aa47, sft/finetune_mdm.py) weigh slots, LLaDA's guidelines (ML-GSAI/LLaDA at b7e6c35,
+    GUIDELINES.md) weigh rows. NBDiff published no training code.
     """
 
     ar: float | None = None
@@ -192,8 +207,10 @@ class LossSpec:
 
 @dataclass(frozen=True)
 class OptimSpec:
-    """How long and how fast. steps, or epochs: times every row is seen.  batch_size: rows (packs) a step, all devices
-    together.  warmup: share of the steps; warmup_steps: their number, in its place.
+    """Length, batch and learning rate of a training.
+
+    steps, or epochs: passes over the rows.  batch_size: rows (packs) per step on all devices.  warmup: share of the
+    steps; warmup_steps: their number instead.  save_every, report_every, measure_every: steps.
     """
 
     steps: int | None = None
@@ -224,23 +241,23 @@ class OptimSpec:
         if self.batch_size % self.accumulate:
             raise ConfigError(f"optim.batch_size={self.batch_size} must be a multiple of accumulate={self.accumulate}")
 
-    def total(self, rows: int) -> int:
-        """Steps in all, with so many rows (or packs) to train on."""
+    def total_steps(self, rows: int) -> int:
+        """Steps of a training on `rows` rows (or packs)."""
         if self.steps is not None:
             return self.steps
         return math.ceil((self.epochs or 0) * rows / self.batch_size)
 
-    def warming(self, steps: int) -> int:
-        """How many of so many steps warm up."""
+    def warmup_of(self, steps: int) -> int:
+        """Warm-up steps of a training of `steps`."""
         return round(self.warmup * steps) if self.warmup_steps is None else self.warmup_steps
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one checkpoint is made. tau: bounds of the K-heads to train, for stage fluid-horizon.
+    """The settings of one stage.
 
-    trainer: further arguments of transformers' Trainer, e.g. deepspeed, fsdp, gradient_checkpointing, report_to.
-    save_dtype: number format of the weights in the result.
+    tau: bounds of the K-heads to train, for stage fluid-horizon.  trainer: further arguments of transformers' Trainer,
+    e.g. deepspeed, fsdp, gradient_checkpointing, report_to.  save_dtype: number format of the saved weights.
     """
 
     stage: Stage
@@ -248,7 +265,7 @@ class Recipe:
     model: ParentSpec
     data: DataSpec
     optim: OptimSpec
-    fans: FanSpec = field(default_factory=FanSpec)
+    fans: MaskBlockSpec = field(default_factory=MaskBlockSpec)
     blocks: BlockSpec = field(default_factory=BlockSpec)
     canvas: CanvasSpec = field(default_factory=CanvasSpec)
     loss: LossSpec = field(default_factory=LossSpec)
@@ -276,85 +293,91 @@ class Recipe:
 
     @property
     def loss_weights(self) -> tuple[float, float] | None:
-        """Weights of L_AR and L_Diff, None for one mean over all slots."""
-        given, usual = (self.loss.ar, self.loss.diff), LOSSES[self.stage]
-        if given == (None, None):
-            return usual
-        ar, diff = (value if value is not None else (usual or (1.0, 1.0))[i] for i, value in enumerate(given))
+        """Weights of L_AR and L_Diff; None for one mean over all slots."""
+        published = LOSSES[self.stage]
+        if self.loss.ar is None and self.loss.diff is None:
+            return published
+        default_ar, default_diff = published or (1.0, 1.0)
+        ar = default_ar if self.loss.ar is None else self.loss.ar
+        diff = default_diff if self.loss.diff is None else self.loss.diff
         return ar, diff
 
     @property
     def hash(self) -> str:
-        """12 hex digits that name all the recipe says but where its result goes. What is as by default does not count,
-        so that settings added later leave it alone.
+        """12 hex digits over all settings that differ from their defaults, except `out`.
+
+        Settings added later, at their defaults, leave it unchanged.
         """
-        text = json.dumps({**_said(self), "out": None}, sort_keys=True)
+        text = json.dumps({**_changed_settings(self), "out": None}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _said(spec: Any) -> Nested:
-    """The values of a specification that are not its defaults, nested."""
-    found: Nested = {}
+def _changed_settings(spec: Any) -> Nested:
+    """Values of a specification that differ from its defaults, nested."""
+    values: Nested = {}
     for f in fields(spec):
         value = getattr(spec, f.name)
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         if value != default:
-            found[f.name] = _said(value) if is_dataclass(value) else value
-    return found
+            values[f.name] = _changed_settings(value) if is_dataclass(value) else value
+    return values
 
 
 def build_recipe(values: Mapping[str, Any]) -> Recipe:
-    """A recipe from nested values. Raises ConfigError naming the field."""
+    """A recipe of one stage from nested values. Raises ConfigError naming the field."""
     recipe: Recipe = build(Recipe, values)
     return recipe
 
 
 def build_chain(values: Mapping[str, Any]) -> list[Recipe]:
-    """The stages a recipe file asks for, in order: itself, then what its table `next` changes, and so on.
+    """The stages of a recipe file in order: its own settings, then with the changes of its table `next`, and so on.
 
-    A further stage starts from the result of the one before; what it does not say is as there, but for lora and loss.
-    Raises ConfigError naming the field.
+    Each stage after the first starts from the result of the one before. Unchanged settings are inherited, except the
+    tables lora and loss.  Raises ConfigError naming the field.
     """
     recipes: list[Recipe] = []
     values = dict(values)
-    where = ""
+    where = ""  # of a stage's fields in messages
     while True:
-        after = values.pop("next", None)
+        # 1) this stage; a result that is not the last gets a folder of its own
+        following = values.pop("next", None)
         out = values.get("out")
+        intermediate = {"out": f"{out}{STAGE_SUFFIX}{len(recipes) + 1}"} if following and out else {}
         try:
-            recipe = build_recipe({**values, "out": f"{out}{STEP}{len(recipes) + 1}"} if after and out else values)
+            recipe = build_recipe({**values, **intermediate})
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from error
         recipes.append(recipe)
-        if after is None:
+        if following is None:
             return recipes
-        if not isinstance(after, Mapping):
-            raise ConfigError(f"{where}next={after!r} must be a table")
+        if not isinstance(following, Mapping):
+            raise ConfigError(f"{where}next={following!r} must be a table")
+        # 2) the settings of the next one
         where += "next."
-        parent = {"model": {"parent": recipe.out}}
-        kept = {name: value for name, value in values.items() if name not in ("lora", "loss", "model")}
-        values = _merged({**kept, **parent}, after)
-        optim = after.get("optim")
-        for given, other in EITHER:
-            if isinstance(optim, Mapping) and given in optim and other not in optim:
-                values["optim"].pop(other, None)
+        inherited = {name: value for name, value in values.items() if name not in ("lora", "loss", "model")}
+        values = _merged({**inherited, "model": {"parent": recipe.out}}, following)
+        # 3) of two alternative settings, the later stage's replaces the earlier stage's
+        optim = following.get("optim")
+        for name, alternative in ALTERNATIVES:
+            if isinstance(optim, Mapping) and name in optim and alternative not in optim:
+                values["optim"].pop(alternative, None)
 
 
-EITHER = (("steps", "epochs"), ("epochs", "steps"), ("warmup", "warmup_steps"))
-"""Settings of `optim` of which a further stage's stands for the other of the stage before."""
-STEP = ".stage-"
-"""Between a recipe's `out` and the number of a stage, in the folder of a result that is not the last."""
+ALTERNATIVES = (("steps", "epochs"), ("epochs", "steps"), ("warmup", "warmup_steps"))
+"""Pairs of `optim` settings; setting the first in a later stage discards the inherited second."""
+STAGE_SUFFIX = ".stage-"
+"""Between `out` and the number of a stage, in the folder of an intermediate result."""
 
 
 def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> Nested:
-    found = dict(values)
+    merged = dict(values)
     for name, value in changes.items():
-        inner = found.get(name)
-        found[name] = _merged(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) else value
-    return found
+        inner = merged.get(name)
+        merged[name] = _merged(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) else value
+    return merged
 
 
 def as_table(recipe: Recipe) -> Nested:
-    """Nested plain values; building a recipe from them gives this recipe again."""
+    """All settings as nested plain values; `build_recipe` of them gives this recipe again."""
     values: Nested = json.loads(json.dumps(asdict(recipe)))
     return values

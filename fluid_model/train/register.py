@@ -1,8 +1,13 @@
-"""Where training rows come from: files, and sets named by a LLaMA-Factory register (dataset_info.json). No torch.
+"""Data sources: files, and data sets named in a register, LLaMA-Factory's dataset_info.json. No torch.
 
-A register's entry means what LLaMA-Factory's reader makes of it (hiyouga/LLaMA-Factory at ff6d4d12,
-src/llamafactory/data/parser.py): where an entry names columns, a column it does not name is not read. A key that cannot
-be honoured is refused, and so is one that is unknown.
+A register with an alpaca set and a sharegpt set; files lie beside it:
+
+    {"mine": {"file_name": "mine.json", "columns": {"prompt": "ask", "response": "reply"}, "num_samples": 1000},
+     "talk": {"file_name": "talk.jsonl", "formatting": "sharegpt", "columns": {"messages": "turns"},
+              "tags": {"role_tag": "role", "content_tag": "text", "user_tag": "user", "assistant_tag": "bot"}}}
+
+Entries are read as LLaMA-Factory reads them (hiyouga/LLaMA-Factory at ff6d4d12, src/llamafactory/data/parser.py): where
+an entry names columns, all others are ignored. Unknown keys and unsupported ones are refused.
 """
 
 from __future__ import annotations
@@ -18,13 +23,13 @@ from ..common.fields import build
 from ..common.files import read_json
 from .recipe import DataSpec
 
-FOREIGN_KINDS = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
-"""Files of rows that are not read here."""
+UNREADABLE = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
+"""Suffixes of data files without a reader here."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of a row's fields, None for what is not read. As by default: what a file without a register may hold."""
+    """Names of a row's fields, None for ignored ones. The defaults are those of a file without a register."""
 
     prompt: str | None = "instruction"
     query: str | None = "input"
@@ -41,17 +46,17 @@ class Columns:
     kto_tag: str | None = "kto_tag"
 
 
-UNNAMED = dict.fromkeys(f.name for f in fields(Columns))
-"""No column at all: what an entry starts from that names some."""
-PREFERENCE = ("chosen", "rejected", "kto_tag")
-"""Columns of feedback, which no stage here trains on."""
-USUAL = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
-"""What an entry reads that names no columns."""
+NO_COLUMNS = dict.fromkeys(f.name for f in fields(Columns))
+"""Columns of an entry before those that it names."""
+FEEDBACK_COLUMNS = ("chosen", "rejected", "kto_tag")
+"""Columns of preference data; no stage trains on it."""
+DEFAULT_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
+"""Columns of an entry that names none."""
 
 
 @dataclass(frozen=True)
 class Tags:
-    """Names inside the turns of a sharegpt set."""
+    """Field names and role names inside the turns of a sharegpt set."""
 
     role_tag: str = "from"
     content_tag: str = "value"
@@ -62,15 +67,15 @@ class Tags:
     function_tag: str = "function_call"
 
 
-OPENAI = Tags("role", "content", "user", "assistant", "system", "tool", "tool_calls")
+OPENAI_TAGS = Tags("role", "content", "user", "assistant", "system", "tool", "tool_calls")
 
 
 @dataclass(frozen=True)
-class Source:
-    """A file of rows, or a folder of files of one kind, and how a row is read.
+class DataSource:
+    """A data file, or a folder of files of one kind, and the form of its rows.
 
-    tags: its rows are chats with these names.  registered: a register says the columns; without one each row's own
-    fields tell its form.  num_samples: rows drawn from it at random.
+    tags: of chat rows; None for alpaca rows.  registered: columns come from a register; otherwise each row's own fields
+    identify its form.  num_samples: rows drawn at random; None for all.
     """
 
     file: Path
@@ -81,13 +86,13 @@ class Source:
 
     @property
     def files(self) -> list[Path]:
-        """The file itself, or those in the folder in the order of their names."""
+        """The file itself, or the folder's files sorted by name."""
         return sorted(self.file.iterdir()) if self.file.is_dir() else [self.file]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A register's entry with LLaMA-Factory's keys."""
+class RegisterEntry:
+    """An entry of dataset_info.json, with LLaMA-Factory's keys."""
 
     file_name: str | None = None
     formatting: Literal["alpaca", "sharegpt", "openai"] = "alpaca"
@@ -107,7 +112,7 @@ class Entry:
 
     def __post_init__(self) -> None:
         for name in ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"):
-            if getattr(self, name) is not None:  # LLaMA-Factory prefers each of them to file_name
+            if getattr(self, name) is not None:  # each takes precedence over file_name in LLaMA-Factory
                 raise ConfigError(
                     f"{name} is not fetched here; save the set as a file and name that as file_name alone"
                 )
@@ -128,57 +133,63 @@ class Entry:
             raise ConfigError(f"num_samples={self.num_samples} must be at least 1")
 
 
-def sources(data: DataSpec) -> list[Source]:
-    """The files and sets a recipe names. Raises ConfigError naming what is missing or cannot be honoured."""
-    found = [Source(Path(name)) for name in data.files]
-    for source in found:
+def data_sources(data: DataSpec) -> list[DataSource]:
+    """The files and data sets that a recipe names. Raises ConfigError naming a missing or an unsupported one."""
+    sources = [DataSource(Path(name)) for name in data.files]
+    for source in sources:
         if source.file.is_dir():
             raise ConfigError(f"data.files: {source.file} is a folder; name its files")
     if data.dataset_info is not None:
-        found += [_registered(Path(data.dataset_info), name) for name in data.datasets]
-    for source in found:
+        sources += [_registered(Path(data.dataset_info), name) for name in data.datasets]
+    for source in sources:
         _check_files(source)
-    return found
+    return sources
 
 
-def _registered(info: Path, name: str) -> Source:
-    """An entry of a register; its file_name counts from the register's own folder."""
-    entries = read_json(info)
+def _registered(register: Path, name: str) -> DataSource:
+    """The data set of an entry. file_name is relative to the register's folder."""
+    # 1) look the entry up
+    entries = read_json(register)
     if name not in entries:
-        raise ConfigError(f"data.datasets: {name!r} is not in {info}; known: {', '.join(entries)}")
+        raise ConfigError(f"data.datasets: {name!r} is not in {register}; known: {', '.join(entries)}")
     if not isinstance(entries[name], Mapping):
-        raise ConfigError(f"{info}: {name}={entries[name]!r} must be a table")
+        raise ConfigError(f"{register}: {name}={entries[name]!r} must be a table")
     try:
-        entry: Entry = build(Entry, entries[name])
+        entry: RegisterEntry = build(RegisterEntry, entries[name])
+        # 2) columns and tags, over the defaults of its formatting
         columns = _columns(entry)
-        default = OPENAI if entry.formatting == "openai" else Tags()
+        default = OPENAI_TAGS if entry.formatting == "openai" else Tags()
         named = {key: value for key, value in (entry.tags or {}).items() if value is not None}
         tags: Tags = build(Tags, {**vars(default), **named}, "tags.")
-        file = info.parent / str(entry.file_name)
+        # 3) the file
+        file = register.parent / str(entry.file_name)
         if entry.file_sha1 and file.is_file() and hashlib.sha1(file.read_bytes()).hexdigest() != entry.file_sha1:
             raise ConfigError(f"file_sha1={entry.file_sha1} is not that of {file}")
     except ConfigError as error:
-        raise ConfigError(f"{info}: {name}: {error}") from error
-    return Source(file, columns, None if entry.formatting == "alpaca" else tags, True, entry.num_samples)
+        raise ConfigError(f"{register}: {name}: {error}") from error
+    chat_tags = None if entry.formatting == "alpaca" else tags
+    return DataSource(file, columns, chat_tags, registered=True, num_samples=entry.num_samples)
 
 
-def _columns(entry: Entry) -> Columns:
-    """The columns an entry reads. Raises ConfigError for names that do not fit."""
-    named = USUAL if entry.columns is None else entry.columns
-    columns: Columns = build(Columns, {**UNNAMED, **named}, "columns.")
-    if preference := [name for name in PREFERENCE if getattr(columns, name) is not None]:
-        raise ConfigError(f"columns.{preference[0]}: no stage here trains on feedback or ranked pairs")
-    wanted = "prompt" if entry.formatting == "alpaca" else "messages"
-    if getattr(columns, wanted) is None:
-        raise ConfigError(f"columns.{wanted} is missing")
-    lone = [name for name in ("system", "history") if getattr(columns, name) is not None]
-    if wanted == "prompt" and columns.response is None and lone:
-        raise ConfigError(f"columns.{lone[0]} needs columns.response beside it")
+def _columns(entry: RegisterEntry) -> Columns:
+    """The columns of an entry. Raises ConfigError for names that do not fit together."""
+    named = DEFAULT_COLUMNS if entry.columns is None else entry.columns
+    columns: Columns = build(Columns, {**NO_COLUMNS, **named}, "columns.")
+    for name in FEEDBACK_COLUMNS:
+        if getattr(columns, name) is not None:
+            raise ConfigError(f"columns.{name}: no stage here trains on feedback or ranked pairs")
+    required = "prompt" if entry.formatting == "alpaca" else "messages"
+    if getattr(columns, required) is None:
+        raise ConfigError(f"columns.{required} is missing")
+    if required == "prompt" and columns.response is None:  # a text to learn, which has no turns
+        for name in ("system", "history"):
+            if getattr(columns, name) is not None:
+                raise ConfigError(f"columns.{name} needs columns.response beside it")
     return columns
 
 
-def _check_files(source: Source) -> None:
-    """There is something to read, and all of it of one kind."""
+def _check_files(source: DataSource) -> None:
+    """Raise ConfigError unless the source has files, all of one readable kind."""
     if not source.file.exists():
         raise ConfigError(f"data: {source.file}: no such file")
     files = source.files
@@ -190,5 +201,5 @@ def _check_files(source: Source) -> None:
     for file in files:
         if file.is_dir():
             raise ConfigError(f"data: {file}: a folder where a file is wanted")
-        if file.suffix in FOREIGN_KINDS:
+        if file.suffix in UNREADABLE:
             raise ConfigError(f"data: {file}: {file.suffix} is not read here; save it as JSON lines")

@@ -1,16 +1,56 @@
-"""Rows to slots: how a row of tokens is laid out for training. `attention_masks` has the mask rule.
+"""Training layouts: the slots that one tokenised example becomes in each training stage.
 
-Every slot hangs on an anchor, the last real token it reads, and has a step: 0 for a token of the row itself, from 1 on
-for what is drafted behind the anchor. Slots of one anchor read one another up to their own step. That is enough for
+A training row is a set of lists with one entry per slot. Three of them decide the attention mask (`attention_masks`):
 
-- fans (FLUID, arXiv 2605.27387): slot s of a fan after position i has position i + s, anchor i and step s;
-- noised blocks (NBDiff, arXiv 2512.06776): all slots of a block have the position before it as anchor and step 1, so
-  they read the clean tokens before the block and one another in both directions;
-- a bidirectional canvas (LLaDA, arXiv 2502.09992): every token has the last position as anchor and step 0.
+    segment  number of the packed example; slots attend inside their own segment only
+    anchor   slot of the last token attended to
+    step     0 for a token, 1.. for a slot of the mask block anchored there; higher steps attend to lower ones
 
-Order within a row means nothing. Several examples packed into one row differ in `segment` and do not see one another.
+Below, the example has the tokens a b c d e and the response b c d e. M is the mask token, `.` a slot without a loss.
+Labels are shifted by one, as in next-token training: a slot is labelled with the token behind its own position.
 
-Legend: N tokens of an example, L slots of a row, K widest fan.
+Causal row and one FLUID mask block of two slots, anchored at b (stages `ar` and `fluid-*`; arXiv 2605.27387):
+
+    slot      0  1  2  3  4    5  6      a mask block's slot of step s behind anchor i:
+    id        a  b  c  d  e    M  M
+    position  0  1  2  3  4    2  3        position = i + s
+    label     b  c  d  e  .    d  e        label    = token i + s + 1
+    anchor    0  1  2  3  4    1  1        anchor   = i
+    step      0  0  0  0  0    1  2        step     = s
+
+Clean copy and noised blocks of two tokens (stage `nbdiff`; arXiv 2512.06776). All slots of a block share one anchor and
+one step, so they attend to one another and to the clean tokens before the block. The first token of a block is
+predicted from the clean token before it: b from slot 0.
+
+    slot      0  1  2  3  4    5  6    7  8      a noised block that begins at token n:
+    id        a  b  c  d  e    M  M    d  M
+    position  0  1  2  3  4    1  2    3  4        position = the token's own
+    label     b  c  d  e  .    c  .    e  .        label    = the next token, where that one is masked
+    anchor    0  1  2  3  4    0  0    2  2        anchor   = n - 1
+    step      0  0  0  0  0    1  1    1  1        step     = 1
+
+Canvas under full attention (stage `llada`; arXiv 2502.09992): every slot is anchored at the last one. Labels are not
+shifted.
+
+    slot      0  1  2  3  4
+    id        a  M  c  M  e
+    position  0  1  2  3  4
+    label     .  b  .  d  .
+    anchor    4  4  4  4  4
+    step      0  0  0  0  0
+
+Packed row of two examples, a b c with a mask block anchored at a, and p q. Positions start anew; anchors are offset by
+the slots before the example.
+
+    slot      0  1  2  3    4  5
+    id        a  b  c  M    p  q
+    position  0  1  2  1    0  1
+    label     b  c  .  c    q  .
+    segment   0  0  0  0    1  1
+    anchor    0  1  2  0    4  5
+    step      0  0  0  1    0  0
+
+Tokens come first in an example, so that anchors are their indices; the order of other slots does not matter.
 """
 
 from __future__ import annotations
@@ -21,15 +61,27 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 IGNORE = -100
-"""Label of a slot that carries no loss."""
+"""Label of a slot without a loss."""
+MIN_NOISE_LEVEL = 1e-3
+"""Smallest noise level t that a loss is divided by.  (LLaDA)"""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised data row.
+
+    spans: half-open ranges [start, end) of the tokens to learn, ordered and disjoint.
+    """
+
+    ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
 
 
 @dataclass
-class Expanded:
-    """One row of slots, lists of length L. See `training_intervals` for segment, anchor and step.
+class TrainingRow:
+    """The slots of one training row, lists of length L; see the module's docstring for the first six.
 
-    labels: the token a slot is to say.  ar, diff: how much its loss counts in L_AR and in L_Diff.
-    targets: what L_Diff is a mean over.
+    ar_weight, diff_weight: weight of a slot's loss in L_AR and in L_Diff.  diff_count: divisor of the mean in L_Diff.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -38,52 +90,48 @@ class Expanded:
     segment: list[int] = field(default_factory=list)
     anchor: list[int] = field(default_factory=list)
     step: list[int] = field(default_factory=list)
-    ar: list[float] = field(default_factory=list)
-    diff: list[float] = field(default_factory=list)
-    targets: float = 0.0
+    ar_weight: list[float] = field(default_factory=list)
+    diff_weight: list[float] = field(default_factory=list)
+    diff_count: float = 0.0
 
-    def add(
-        self, token: int, position: int, label: int, anchor: int, step: int, ar: float = 0.0, diff: float = 0.0
+    def add_slot(
+        self, token: int, *, position: int, label: int, anchor: int, step: int, ar: float = 0.0, diff: float = 0.0
     ) -> None:
-        """One slot more."""
+        """Append one slot of segment 0.  ar, diff: its weights."""
         self.ids.append(token)
         self.positions.append(position)
         self.labels.append(label)
         self.segment.append(0)
         self.anchor.append(anchor)
         self.step.append(step)
-        self.ar.append(ar)
-        self.diff.append(diff)
-
-
-@dataclass(frozen=True)
-class Example:
-    """A tokenised row. spans: half-open ranges of response tokens, which carry loss, in order and apart."""
-
-    ids: tuple[int, ...]
-    spans: tuple[tuple[int, int], ...]
+        self.ar_weight.append(ar)
+        self.diff_weight.append(diff)
 
 
 class Layout(Protocol):
-    """Lays an example out for one training step (counted from 0)."""
+    """Builds the training row of an example. step: the training step, from 0 on."""
 
-    def lay(self, example: Example, rng: random.Random, step: int) -> Expanded: ...
-
-
-@dataclass(frozen=True)
-class Plain:
-    """The row as it is, with next-token labels on the response."""
-
-    def lay(self, example: Example, rng: random.Random, step: int) -> Expanded:
-        return plain(example)
+    def build(self, example: Example, rng: random.Random, step: int) -> TrainingRow: ...
 
 
 @dataclass(frozen=True)
-class HybridFans:
-    """FLUID's stage 1: a fan with probability `probability`, k ~ Uniform{1..k_max}; slots restored to their true token
-    at a ratio drawn per fan from U[0, 1], `noise` of those to a random one of `random_ids` instead.
+class CausalLayout:
+    """The tokens alone, with next-token labels on the response.  (stage `ar`)"""
 
-    restore: share of fans this is done to (published: all); the others are masks, as rounds of one forward feed them.
+    def build(self, example: Example, rng: random.Random, step: int) -> TrainingRow:
+        return causal_row(example)
+
+
+@dataclass(frozen=True)
+class HybridLayout:
+    """FLUID's stage 1: mask blocks of random width, partly restored.  (FLUID, hybrid training)
+
+    A token gets a mask block with chance `probability`, of width k ~ Uniform{1..k_max}. Each block draws a ratio from
+    U[0, 1]; slots are restored to their token at that ratio. A share `noise` of the restored slots gets a random token
+    of `random_ids` instead.
+
+    restore: share of mask blocks with restored slots (published: all). The others hold masks only, as decoding feeds
+    them.
     """
 
     mask_id: int
@@ -93,29 +141,31 @@ class HybridFans:
     noise: float = 0.1
     restore: float = 1.0
 
-    def lay(self, example: Example, rng: random.Random, step: int) -> Expanded:
-        return expand(example, self, rng)
+    def build(self, example: Example, rng: random.Random, step: int) -> TrainingRow:
+        return with_mask_blocks(example, self, rng)
 
-    def open(self, rng: random.Random) -> int:
+    def draw_width(self, rng: random.Random) -> int:
+        """Width of the mask block behind one token, 0 for none."""
         return rng.randint(1, self.k_max) if rng.random() < self.probability else 0
 
-    def fill(self, truth: tuple[int, ...], rng: random.Random) -> list[int]:
+    def draw_inputs(self, tokens: tuple[int, ...], rng: random.Random) -> list[int]:
+        """Input ids of a mask block whose slots stand at the places of `tokens`."""
         ratio = rng.random() if self.restore == 1 or rng.random() < self.restore else 0.0
-        return [self._slot(token, ratio, rng) for token in truth]
+        return [self._draw_input(token, ratio, rng) for token in tokens]
 
-    def _slot(self, token: int, ratio: float, rng: random.Random) -> int:
+    def _draw_input(self, token: int, ratio: float, rng: random.Random) -> int:
         if rng.random() >= ratio:
             return self.mask_id
         return rng.choice(self.random_ids) if rng.random() < self.noise else token
 
 
 @dataclass(frozen=True)
-class MaskFans:
-    """FLUID's stage 2: a full fan of masks with probability `probability`, none restored.
+class AllMaskLayout:
+    """FLUID's stage 2: mask blocks of full width k_max, without restored slots.  (FLUID, horizon calibration)
 
-    past_end: slots past the end of the response are laid too, with no label. FLUID's public code (Oli-lab-nun/FLUID at
-    9093c11, models/model_head.py) feeds them so: their loss is 0 and counts in the mean that K* is taken from, so that
-    K* grows to k_max towards the end of a response. Without it the mean is over slots that have a token to say.
+    past_end: mask blocks keep their width past the end of the response; those slots have no label. FLUID's public code
+    (Oli-lab-nun/FLUID at 9093c11, models/model_head.py) feeds them with a loss of 0, which counts in the mean that K*
+    is taken from. K* then grows to k_max towards the end of a response. Otherwise the mean is over labelled slots.
     """
 
     mask_id: int
@@ -123,58 +173,67 @@ class MaskFans:
     probability: float = 0.5
     past_end: bool = False
 
-    def lay(self, example: Example, rng: random.Random, step: int) -> Expanded:
-        return expand(example, self, rng)
+    def build(self, example: Example, rng: random.Random, step: int) -> TrainingRow:
+        return with_mask_blocks(example, self, rng)
 
-    def open(self, rng: random.Random) -> int:
+    def draw_width(self, rng: random.Random) -> int:
+        """Width of the mask block behind one token, 0 for none."""
         return self.k_max if rng.random() < self.probability else 0
 
-    def fill(self, truth: tuple[int, ...], rng: random.Random) -> list[int]:
-        return [self.mask_id] * len(truth)
+    def draw_inputs(self, tokens: tuple[int, ...], rng: random.Random) -> list[int]:
+        """Input ids of a mask block whose slots stand at the places of `tokens`."""
+        return [self.mask_id] * len(tokens)
 
 
-def plain(example: Example) -> Expanded:
-    """The row without drafts: next-token labels on the response."""
-    row, ids = Expanded(), example.ids
-    wanted = {place for start, end in example.spans for place in range(start, end)}
-    for i, token in enumerate(ids):
-        loss = i + 1 in wanted
-        row.add(token, i, ids[i + 1] if loss else IGNORE, anchor=i, step=0, ar=float(loss))
+def causal_row(example: Example) -> TrainingRow:
+    """The tokens of an example as one causal chain, with next-token labels on the response."""
+    row = TrainingRow()
+    learnt = _places(example.spans)
+    for i, token in enumerate(example.ids):
+        if i + 1 in learnt:
+            row.add_slot(token, position=i, label=example.ids[i + 1], anchor=i, step=0, ar=1.0)
+        else:
+            row.add_slot(token, position=i, label=IGNORE, anchor=i, step=0)
     return row
 
 
-def expand(example: Example, rule: HybridFans | MaskFans, rng: random.Random) -> Expanded:
-    """The row with a fan after some of the tokens that a response token follows (the last prompt token is the first).
+def with_mask_blocks(example: Example, layout: HybridLayout | AllMaskLayout, rng: random.Random) -> TrainingRow:
+    """The causal row with mask blocks anchored at tokens before response tokens, the last prompt token included.
 
-    A slot's label is the token after its position, the same next-token shift as a real token's. Slots whose label would
-    lie past the end of the response are left out: nothing reads them and they carry no loss.  (but see `MaskFans`)
+    A mask block ends with the response: its last labelled slot predicts the response's last token. Slots behind that
+    one are left out, except under `AllMaskLayout.past_end`.
     """
-    row, ids = plain(example), example.ids
-    past = isinstance(rule, MaskFans) and rule.past_end
+    row, ids = causal_row(example), example.ids
+    past_end = isinstance(layout, AllMaskLayout) and layout.past_end
     for start, end in example.spans:
-        for anchor in range(max(0, start - 1), end - (1 if past else 2)):
-            opened = rule.open(rng)
-            width = min(opened, end - 2 - anchor)  # slots with a token to say
-            fan = rule.fill(ids[anchor + 1 : anchor + 1 + width], rng)
-            for s, token in enumerate(fan, 1):
-                row.add(token, anchor + s, ids[anchor + s + 1], anchor, s, diff=1.0)
-            for s in range(width + 1, (opened if past else width) + 1):
-                row.add(rule.mask_id, anchor + s, IGNORE, anchor, s)
-            row.targets += width
+        # The slot of step 1 is labelled with token anchor + 2, so the last anchor with a labelled slot is end - 3.
+        anchors = range(max(0, start - 1), end - 1 if past_end else end - 2)
+        for anchor in anchors:
+            # 1) draw the width, and how many of its slots have a label inside the response
+            drawn = layout.draw_width(rng)
+            labelled = min(drawn, end - 2 - anchor)
+            # 2) labelled slots
+            inputs = layout.draw_inputs(ids[anchor + 1 : anchor + 1 + labelled], rng)
+            for step, token in enumerate(inputs, 1):
+                position = anchor + step
+                row.add_slot(token, position=position, label=ids[position + 1], anchor=anchor, step=step, diff=1.0)
+            # 3) slots past the end
+            width = drawn if past_end else labelled
+            for step in range(labelled + 1, width + 1):
+                row.add_slot(layout.mask_id, position=anchor + step, label=IGNORE, anchor=anchor, step=step)
+            row.diff_count += labelled
     return row
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """NBDiff's noised and clean copies side by side: t ~ U[0, 1] per block masks its tokens.
+class NoisedBlockLayout:
+    """NBDiff: the clean copy, and beside it noised blocks, each masked at its own level t ~ U(0, 1].
 
-    A noised block reads itself in both directions and the clean tokens before it. Slot j says token j + 1 of its block;
-    a block's first token is said by the clean token before it, as in decoding. Blocks count from the start of the
-    response and grow during training: b(s) = min(length, first * 2^floor(s / every)). The last block is filled up with
-    end tokens.
+    Blocks count from the start of the response. Their length grows during training:
+    b(s) = min(length, first * 2^floor(s / every)). End tokens fill up the last block.
 
-    length: of a block, tokens.  first: length at step 0.  every: steps between doublings, 0 for none.
-    by_noise: weigh a masked token 1/t.  level: a fixed t.
+    length: tokens of a block.  first: length at step 0.  every: steps between doublings, 0 for full length from the
+    start.  by_noise: weigh a masked token 1/t.  noise_level: a fixed t.
     """
 
     mask_id: int
@@ -183,89 +242,108 @@ class Blocks:
     first: int = 1
     every: int = 0
     by_noise: bool = False
-    level: float | None = None
+    noise_level: float | None = None
 
-    def size(self, step: int) -> int:
+    def block_length(self, step: int) -> int:
         """Block length at a training step."""
         return min(self.length, self.first << min(30, step // self.every)) if self.every else self.length
 
-    def lay(self, example: Example, rng: random.Random, step: int) -> Expanded:
-        size = self.size(step)
-        (*before, (start, end)) = example.spans
-        filled = Example(example.ids[:end] + (self.end_id,) * (-(end - start) % size), (*before, (start, end)))
-        row, ids = plain(filled), filled.ids
-        for span in (*before, (start, len(ids))):
-            for low in range(span[0], span[1], size):
-                self._noise(row, ids[low : min(low + size, span[1])], low, rng)
+    def build(self, example: Example, rng: random.Random, step: int) -> TrainingRow:
+        length = self.block_length(step)
+        # 1) fill up the last response to whole blocks
+        *before, (start, end) = example.spans
+        filling = -(end - start) % length
+        filled = Example(example.ids[:end] + (self.end_id,) * filling, (*before, (start, end)))
+        # 2) the clean copy; the end tokens filled in have no label there
+        row, ids = causal_row(filled), filled.ids
+        # 3) the noised blocks
+        for span_start, span_end in (*before, (start, len(ids))):
+            for block_start in range(span_start, span_end, length):
+                block = ids[block_start : min(block_start + length, span_end)]
+                self._add_noised_block(row, block, block_start, rng)
         return row
 
-    def _noise(self, row: Expanded, block: tuple[int, ...], low: int, rng: random.Random) -> None:
-        level = self.level or 1.0 - rng.random()  # in (0, 1]
-        weight = 1.0 / max(level, LEAST_NOISE) if self.by_noise else 1.0
+    def _add_noised_block(self, row: TrainingRow, block: tuple[int, ...], start: int, rng: random.Random) -> None:
+        # 1) draw the noise
+        level = self.noise_level or 1.0 - rng.random()  # in (0, 1]
+        weight = 1.0 / max(level, MIN_NOISE_LEVEL) if self.by_noise else 1.0
         masked = [rng.random() < level for _ in block]
-        row.targets += len(block) if self.by_noise else sum(masked)
-        if masked[0] and low > 0:  # said by the clean token before the block, whose slot is low - 1
-            row.diff[low - 1] += weight
+        row.diff_count += len(block) if self.by_noise else sum(masked)
+        # 2) the block's first token is predicted by the clean token before it, whose slot is start - 1
+        if masked[0] and start > 0:
+            row.diff_weight[start - 1] += weight
+        # 3) the others are predicted inside the block
         for j, token in enumerate(block):
-            said = j + 1 < len(block) and masked[j + 1]
-            row.add(
-                self.mask_id if masked[j] else token, low + j, block[j + 1] if said else IGNORE,
-                anchor=low - 1, step=1, diff=weight if said else 0.0,
-            )  # fmt: skip
-
-
-LEAST_NOISE = 1e-3
-"""Smallest t a loss is divided by.  (LLaDA)"""
+            next_is_masked = j + 1 < len(block) and masked[j + 1]
+            row.add_slot(
+                self.mask_id if masked[j] else token,
+                position=start + j,
+                label=block[j + 1] if next_is_masked else IGNORE,
+                anchor=start - 1,
+                step=1,
+                diff=weight if next_is_masked else 0.0,
+            )
 
 
 @dataclass(frozen=True)
-class Canvas:
-    """LLaDA: t ~ U[0, 1] per row masks response tokens, which are to be said where they stand; all read all.
+class CanvasLayout:
+    """LLaDA: response tokens masked at one level t ~ U[0, 1] a row, and predicted in place under full attention.
 
-    The response is followed by a random number of end tokens, up to a canvas of `length`, so that the model learns
-    where an answer ends (LLaDA's guidelines, ML-GSAI/LLaDA at b7e6c35, fill every row up to the longest of its batch).
-    Weight of a masked token: 1/t. What its mean is over, `LossSpec.per` says.  level: a fixed t.
+    A random number of end tokens follows the response, up to a canvas of `length`. They teach the model where an answer
+    ends (LLaDA's guidelines, ML-GSAI/LLaDA at b7e6c35, fill rows up to the longest of the batch). A masked token weighs
+    1/t; `LossSpec.per` chooses what the mean is over.  noise_level: a fixed t.
     """
 
     mask_id: int
     end_id: int
     length: int = 0
-    level: float | None = None
+    noise_level: float | None = None
 
-    def lay(self, example: Example, rng: random.Random, step: int) -> Expanded:
-        (*before, (start, end)) = example.spans
-        ids = example.ids[:end] + (self.end_id,) * rng.randint(0, max(0, self.length - (end - start)))
-        level = self.level or LEAST_NOISE + (1.0 - LEAST_NOISE) * rng.random()
-        wanted = {place for low, high in (*before, (start, len(ids))) for place in range(low, high)}
-        row = Expanded(targets=len(wanted))
+    def build(self, example: Example, rng: random.Random, step: int) -> TrainingRow:
+        # 1) fill up the canvas
+        *before, (start, end) = example.spans
+        filling = rng.randint(0, max(0, self.length - (end - start)))
+        ids = example.ids[:end] + (self.end_id,) * filling
+        # 2) draw the noise
+        level = self.noise_level or MIN_NOISE_LEVEL + (1.0 - MIN_NOISE_LEVEL) * rng.random()
+        learnt = _places((*before, (start, len(ids))))
+        # 3) one slot per token, all anchored at the last
+        row = TrainingRow(diff_count=len(learnt))
+        last = len(ids) - 1
         for i, token in enumerate(ids):
-            masked = i in wanted and rng.random() < level
-            row.add(
-                self.mask_id if masked else token, i, token if masked else IGNORE,
-                anchor=len(ids) - 1, step=0, diff=1.0 / level if masked else 0.0,
-            )  # fmt: skip
+            if i in learnt and rng.random() < level:
+                row.add_slot(self.mask_id, position=i, label=token, anchor=last, step=0, diff=1.0 / level)
+            else:
+                row.add_slot(token, position=i, label=IGNORE, anchor=last, step=0)
         return row
 
 
-def by_row(row: Expanded) -> Expanded:
-    """Weights such that every example counts the same, however long its response is."""
-    total = sum(row.ar) or 1.0
-    row.ar = [weight / total for weight in row.ar]
-    row.diff = [weight / (row.targets or 1.0) for weight in row.diff]
-    row.targets = float(row.targets > 0)
+def _places(spans: Sequence[tuple[int, int]]) -> set[int]:
+    """Token indices that the spans cover."""
+    return {place for start, end in spans for place in range(start, end)}
+
+
+def weigh_per_example(row: TrainingRow) -> TrainingRow:
+    """Scale the weights in place so that every example counts the same, whatever the length of its response."""
+    ar_total = sum(row.ar_weight) or 1.0
+    row.ar_weight = [weight / ar_total for weight in row.ar_weight]
+    row.diff_weight = [weight / (row.diff_count or 1.0) for weight in row.diff_weight]
+    row.diff_count = float(row.diff_count > 0)
     return row
 
 
-def pack(rows: list[Expanded]) -> Expanded:
-    """Several rows as one, kept apart by segment. Anchors count from the start of the whole: a real one is its slot's
-    place.
-    """
-    whole = Expanded()
-    for number, row in enumerate(rows):
-        before = len(whole.ids)
-        for name in ("ids", "positions", "labels", "step", "ar", "diff"):
-            getattr(whole, name).extend(getattr(row, name))
-        whole.anchor.extend(before + anchor for anchor in row.anchor)
-        whole.segment.extend([number] * len(row.ids))
-        whole.targets += row.targets
-    return whole
+def pack_rows(rows: Sequence[TrainingRow]) -> TrainingRow:
+    """Concatenate rows into one, a segment each. Anchors are offset, so that they name slots of the packed row."""
+    packed = TrainingRow()
+    for segment, row in enumerate(rows):
+        offset = len(packed.ids)
+        packed.ids.extend(row.ids)
+        packed.positions.extend(row.positions)
+        packed.labels.extend(row.labels)
+        packed.segment.extend([segment] * len(row.ids))
+        packed.anchor.extend(offset + anchor for anchor in row.anchor)
+        packed.step.extend(row.step)
+        packed.ar_weight.extend(row.ar_weight)
+        packed.diff_weight.extend(row.diff_weight)
+        packed.diff_count += row.diff_count
+    return packed

@@ -87,14 +87,14 @@ const facts = (answer) => {
   const total = sum(kinds.map(([, number]) => number));
   const mean = (values) => (sum(values) / values.length).toFixed(2);
   add("scores", Object.entries(answer.scores || {}).map(([name, value]) => `${name} = ${value}`).join("; "));
-  add("prompt", `${answer.promptTokens ?? "?"} tokens read` + (answer.cut ? `, ${answer.cut} cut from the left` : ""));
+  add("prompt", `${answer.promptTokens ?? "?"} tokens` + (answer.cut ? `, ${answer.cut} cut from the left` : ""));
   if (answer.finish) add("answer", `${answer.tokens || 0} tokens, ended by ${ENDS[answer.finish] || answer.finish}`);
   add("thinking", answer.thinking);
   if (total) add("forwards", `${total} (${kinds.map(([kind, number]) => `${kind} ${number}`).join(", ")})` + (answer.tokens ? `, ${(answer.tokens / total).toFixed(2)} tokens per forward` : ""));
   if (answer.predicted?.length) {
-    const kept = answer.accepted?.length ? `, ${mean(answer.accepted)} kept` : "";
-    add("strides", `${answer.predicted.length} rounds; on average ${mean(answer.predicted)} drafted${kept}`);
-    add("kept/drafted", answer.predicted.map((width, n) => `${answer.accepted?.[n] ?? "–"}/${width}`).join(" "));
+    const accepted = answer.accepted?.length ? `, ${mean(answer.accepted)} accepted` : "";
+    add("strides", `${answer.predicted.length} speculative steps; on average ${mean(answer.predicted)} predicted${accepted}`);
+    add("accepted/predicted", answer.predicted.map((width, n) => `${answer.accepted?.[n] ?? "–"}/${width}`).join(" "));
   }
   return list;
 };
@@ -118,16 +118,16 @@ const answerOf = (sample, answer, place, viewers) => {
     return box;
   }
   head.append(badge(answer));
-  if (answer.lost) box.append(make("p", `Given up: ${answer.lost}`, "warning"));
+  if (answer.lost) box.append(make("p", `Failed: ${answer.lost}`, "warning"));
   if (answer.prompt) box.append(block("This run's own prompt", answer.prompt, false));
   if (answer.loglikelihoods) {
     const unit = answer.errors ? "nats, ± standard error" : "nats";
     box.append(make("p", `Choices and their log-likelihoods (${unit})`, "soft"), choices(sample, answer));
   } else if (answer.lengths !== undefined) {
-    const found = viewer(answer, name, sample.most);
-    viewers.push(found);
-    box.append(found.node);
-    if (answer.output !== undefined) box.append(block("What counts as the answer", answer.output));
+    const replay = viewer(answer, name, sample.most);
+    viewers.push(replay);
+    box.append(replay.node);
+    if (answer.output !== undefined) box.append(block("Answer", answer.output));
   } else {
     box.append(block("Output", answer.output));
     if (answer.raw) box.append(block("Output as written, thinking included", answer.raw, false));
@@ -140,7 +140,7 @@ const answerOf = (sample, answer, place, viewers) => {
       list.append(make("dt", filter === "none" ? "extracted" : `extracted, ${filter}`), make("dd", plain(text) || "nothing"));
     box.append(list);
   } else for (const [filter, text] of extracted) box.append(block(filter === "none" ? "Extracted" : `Extracted, ${filter}`, text, false));
-  for (const told of answer.verdicts || []) box.append(make("p", "Its tests: " + told, "soft"));
+  for (const result of answer.verdicts || []) box.append(make("p", "Its tests: " + result, "soft"));
   const more = make("details", undefined, "text");
   more.append(make("summary", "Scores, tokens and forwards"), facts(answer));
   box.append(more);
@@ -192,17 +192,17 @@ const show = () => {
     $(name).value = state[name];
     state[name] = $(name).value; // a choice that is none reads as no filter
   }
-  const found = samples.filter(matches);
-  const pages = Math.max(1, Math.ceil(found.length / PER_PAGE));
+  const matching = samples.filter(matches);
+  const pages = Math.max(1, Math.ceil(matching.length / PER_PAGE));
   const page = Math.min(pages, Math.max(1, parseInt(state.page, 10) || 1));
   state.page = String(page);
   const start = (page - 1) * PER_PAGE;
-  const end = Math.min(found.length, start + PER_PAGE);
-  $("list").replaceChildren(...found.slice(start, end).map(entry));
+  const end = Math.min(matching.length, start + PER_PAGE);
+  $("list").replaceChildren(...matching.slice(start, end).map(entry));
   $("list").start = start + 1;
   const only = state.key ? ` (only ${state.key}; clear the filters for the others)` : "";
-  $("count").textContent = found.length
-    ? `${count(start + 1)}–${count(end)} of ${count(found.length)} that match, of ${count(samples.length)} samples${only}`
+  $("count").textContent = matching.length
+    ? `${count(start + 1)}–${count(end)} of ${count(matching.length)} that match, of ${count(samples.length)} samples${only}`
     : `None of ${count(samples.length)} samples matches${only}.`;
   $("open").textContent = state.open === "1" ? "Close all on this page" : "Open all on this page";
   for (const button of document.querySelectorAll("[data-step]")) {

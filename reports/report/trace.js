@@ -7,7 +7,7 @@ const LEVELS = ["1", "2", "3–4", "5–8", "9+"];
 const sum = (values) => values.reduce((all, value) => all + value, 0);
 
 const unpack = (text) => {
-  const found = [];
+  const values = [];
   let value = 0;
   let shift = 0;
   for (const letter of text) {
@@ -15,10 +15,10 @@ const unpack = (text) => {
     value += (digit & 31) * 2 ** shift;
     shift += 5;
     if (digit & 32) continue;
-    found.push(value % 2 ? -(value - 1) / 2 : value / 2);
+    values.push(value % 2 ? -(value - 1) / 2 : value / 2);
     value = shift = 0;
   }
-  return found;
+  return values;
 };
 
 // The tokens of an answer that the page holds: text, place in the answer, forward, and whether they count as answer.
@@ -57,9 +57,9 @@ const forwardsOf = (answer, written) => {
   return forwards;
 };
 
-const tell = ({ kind, wrote, drafted, dropped }, n, all) =>
+const describe = ({ kind, wrote, drafted, dropped }, n, all) =>
   `forward ${n} of ${all}` + (kind && ` (${kind})`) + `: ${wrote ? `wrote ${plural(wrote, "token")}` : "wrote nothing"}` +
-  (drafted ? `, stride ${drafted}` : "") + (dropped ? `, ${plural(dropped, "draft")} rejected` : "");
+  (drafted ? `, stride ${drafted}` : "") + (dropped ? `, ${plural(dropped, "draft token")} rejected` : "");
 
 const SVG = "http://www.w3.org/2000/svg";
 const rect = (x, y, height, name) => {
@@ -81,7 +81,7 @@ const rhythm = (forwards, choose, most) => {
   const bars = forwards.map((forward, n) => {
     const bar = document.createElementNS(SVG, "g");
     const title = document.createElementNS(SVG, "title");
-    title.textContent = tell(forward, n + 1, forwards.length);
+    title.textContent = describe(forward, n + 1, forwards.length);
     bar.append(title, rect(n, 0, top, "back"));
     if (forward.dropped) bar.append(rect(n, top - forward.wrote - forward.dropped, forward.dropped, "dropped"));
     const height = forward.wrote || top / 40;
@@ -93,7 +93,7 @@ const rhythm = (forwards, choose, most) => {
   return { strip, bars };
 };
 
-// The text: tokens written together and standing together share a box; rejected drafts stand before what came instead.
+// The text: tokens written together and standing together share a box; rejected draft tokens stand before what came instead.
 const textOf = (answer, { tokens, leftOut, gap }, forwards, choose) => {
   const pre = make("pre", undefined, "tokens");
   const boxes = [];
@@ -103,7 +103,7 @@ const textOf = (answer, { tokens, leftOut, gap }, forwards, choose) => {
   const reject = (place) => {
     for (const { forward, number, text } of drafts.get(place) || []) {
       const draft = make("del", text.replaceAll("\n", "↵"));
-      draft.title = `forward ${forward}: ${plural(number, "draft")} rejected`;
+      draft.title = `forward ${forward}: ${plural(number, "draft token")} rejected`;
       pre.append(draft);
       boxes.push({ node: draft, forward });
     }
@@ -119,7 +119,7 @@ const textOf = (answer, { tokens, leftOut, gap }, forwards, choose) => {
       const { wrote } = forwards[token.forward - 1];
       odd = !odd;
       const node = make("span", undefined, `box w${level(wrote)}` + (odd ? " odd" : "") + (token.counts ? "" : " off"));
-      node.title = tell(forwards[token.forward - 1], token.forward, forwards.length) + (token.counts ? "" : "; not part of the answer");
+      node.title = describe(forwards[token.forward - 1], token.forward, forwards.length) + (token.counts ? "" : "; not part of the answer");
       const { forward } = token;
       node.addEventListener("click", () => choose(forward));
       box = { node, forward, counts: token.counts };
@@ -159,7 +159,7 @@ const viewer = (answer, name, most) => {
       bar.classList.toggle("later", n >= forward);
       bar.classList.toggle("current", n === forward - 1);
     });
-    const words = forward ? tell(forwards[forward - 1], forward, all) : "nothing written yet";
+    const words = forward ? describe(forwards[forward - 1], forward, all) : "nothing written yet";
     now.textContent = words;
     const fresh = parts.tokens.filter((token) => token.forward === forward).map((token) => token.text).join("");
     slider.setAttribute("aria-valuetext", words + (fresh && `: ${fresh.trim() || "blank"}`));
@@ -176,7 +176,7 @@ const viewer = (answer, name, most) => {
     const box = make("input");
     box.type = "checkbox";
     box.addEventListener("change", () => pre.classList.toggle("drafts", box.checked));
-    label.append(box, ` ${plural(sum(answer.rejected.map(([, , tokens]) => tokens)), "rejected draft")}`);
+    label.append(box, ` ${plural(sum(answer.rejected.map(([, , tokens]) => tokens)), "rejected draft token")}`);
     controls.append(label);
   }
   const written = parts.written.length;

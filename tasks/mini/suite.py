@@ -1,9 +1,13 @@
-"""The mini suite: small procedural siblings of GSM8K, MATH500, HumanEval and MMLU, at three levels each.
+"""The mini suite: procedurally generated small versions of GSM8K, MATH500, HumanEval and MMLU, at three levels each.
 
-Every maker takes a random stream and a level (1 easy, 3 hard) and gives a row: task, level, key (the question), prompt
-and completion as a model sees them, and the fields its task file reads. A row whose key's hash is 0 modulo HELD_OUT is
-a test row, any other one a training row, so no question can be in both. Test sets are fixed: the first rows of a fixed
-stream.
+A generator takes a random stream and a level (1 easy, 3 hard) and returns a row. One of mini_math, level 1:
+
+    {"task": "mini_math", "level": 1, "key": "Compute $19-16$.", "problem": "Compute $19-16$.",
+     "solution": "We have $19-16=3$. So the answer is $\\boxed{3}$.\\nFinal Answer: …",
+     "prompt": "Problem:\\nCompute $19-16$.\\n\\nSolution:", "completion": " We have $19-16=3$. …"}
+
+The hash of a row's key decides its split: 0 modulo HELD_OUT is test, else training. So no question is in both. Test
+sets are the first TEST_ROWS rows of a stream with a fixed seed.
 
     python tasks/mini/suite.py --count 100000 --seed 1 --out train.jsonl     training rows: prompt, completion
 """
@@ -27,11 +31,11 @@ TEST_SEED = 20260101
 WORDS: dict[str, Any] = json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8"))
 NAMES, ITEMS, CATEGORIES, OPPOSITES = (WORDS[name] for name in ("names", "items", "categories", "opposites"))
 REACH = {1: 20, 2: 30, 3: 40}
-"""Largest number of a story at each level."""
+"""Largest number in a word problem, by level."""
 
 
 def word_problem(rng: random.Random, level: int) -> Row:
-    """A story of `level` changes to a number of things, answered step by step as in GSM8K."""
+    """A word problem with `level` arithmetic steps, answered step by step as in GSM8K."""
     name, friend = rng.sample(NAMES, 2)
     he, him = ("she", "her") if name in WORDS["female"] else ("he", "him")
     words = {"name": name, "friend": friend, "items": rng.choice(ITEMS), "he": he, "him": him}
@@ -55,7 +59,7 @@ def word_problem(rng: random.Random, level: int) -> Row:
 
 
 def _change(rng: random.Random, value: int, reach: int) -> tuple[str, int, int]:
-    """A sign and a number that keep the value a whole number in 1..reach."""
+    """An operation, its operand and the result, a whole number in 1..reach."""
     choices = []
     if value < reach:
         n = rng.randint(1, min(9, reach - value))
@@ -158,13 +162,13 @@ ON_LISTS = (
     ("above_{n}", "the numbers above {n}", "[x for x in numbers if x > {n}]"),
     ("each_times_{n}", "each number times {n}", "[x * {n} for x in numbers]"),
 )
-KEEPS = (
+FILTERS = (
     ("above_{n}", "above {n}", "x > {n}"),
     ("below_{n}", "below {n}", "x < {n}"),
     ("other_than_{n}", "other than {n}", "x != {n}"),
     ("multiple_of_{n}", "that are multiples of {n}", "x % {n} == 0"),
 )
-TURNS = (
+MAPS = (
     ("plus_{m}", "plus {m}", "x + {m}"),
     ("minus_{m}", "minus {m}", "x - {m}"),
     ("times_{m}", "times {m}", "x * {m}"),
@@ -176,27 +180,30 @@ FOLDS = (
     ("sorted", "a sorted list of {}", "sorted({})"),
     ("largest", "the largest of {}, or 0", "max(({}), default=0)"),
 )
-SAY = ("Return {what}.", "Give back {what}.", "The result is {what}.")
+DOCSTRINGS = ("Return {what}.", "Give back {what}.", "The result is {what}.")
 
 
 def function_body(rng: random.Random, level: int) -> Row:
-    """A signature and docstring whose body is to be written, scored by running tests, as in HumanEval."""
+    """A signature and docstring whose body the model writes, scored by tests, as in HumanEval."""
+    # 1) the function: name, description, expression
     n, m = rng.randint(2, 99), rng.randint(2, 99)
     if level == 3:
-        (keep_name, keep_say, keep), (turn_name, turn_say, turn), (fold_name, fold_say, fold) = (
-            rng.choice(kinds) for kinds in (KEEPS, TURNS, FOLDS)
-        )
-        name = f"{fold_name}_{turn_name}_{keep_name}".format(n=n, m=m)
-        what = fold_say.format(f"the numbers {keep_say}, each {turn_say}".format(n=n, m=m))
-        inside = f"{turn} for x in numbers if {keep}".format(n=n, m=m)
+        filter_name, filter_words, condition = rng.choice(FILTERS)
+        map_name, map_words, mapped = rng.choice(MAPS)
+        fold_name, fold_words, fold = rng.choice(FOLDS)
+        name = f"{fold_name}_{map_name}_{filter_name}".format(n=n, m=m)
+        what = fold_words.format(f"the numbers {filter_words}, each {map_words}".format(n=n, m=m))
+        inside = f"{mapped} for x in numbers if {condition}".format(n=n, m=m)
         expression = fold.format(f"[{inside}]" if fold_name == "sorted" else inside)
     else:
         name, what, expression = (part.format(n=n) for part in rng.choice(ON_LISTS if level == 2 else ON_NUMBERS))
+    # 2) prompt and body
     argument = "x" if level == 1 else "numbers"
     shape = "x: int" if level == 1 else "numbers: list[int]"
-    say = rng.choice(SAY).format(what=what)
-    prompt = f'def {name}({shape}):\n    """{say}"""\n'
+    docstring = rng.choice(DOCSTRINGS).format(what=what)
+    prompt = f'def {name}({shape}):\n    """{docstring}"""\n'
     body = rng.choice((f"    return {expression}\n", f"    result = {expression}\n    return result\n"))
+    # 3) tests
     inputs = [0, 1, n, n + 3, 6 * n] if level == 1 else [[3, 1, n, n + 4], [n + 1], [5, 2 * n, 7]]
     checks = "".join(f"    assert candidate({v!r}) == {eval(expression, {argument: v})!r}\n" for v in inputs)
     return {
@@ -210,7 +217,7 @@ Choice = tuple[str, str, list[str]]
 
 
 LISTED = ("fruit", "animal", "colour", "tool")
-"""Kinds that levels 1 and 2 offer, always in this order or turned."""
+"""Categories of levels 1 and 2, always in this order or rotated."""
 RANGES = (("1 to 10", 1), ("11 to 20", 11), ("21 to 30", 21), ("31 to 40", 31))
 
 
@@ -260,8 +267,8 @@ CHOICES: dict[int, tuple[Callable[[random.Random], Choice], ...]] = {
 def four_choices(rng: random.Random, level: int) -> Row:
     """A question with four choices, answered by the letter's likelihood, as in MMLU.
 
-    Choices stand in one order at level 1, in one of its four turns at level 2, in any order at level 3: there a letter
-    must be bound to its choice, which small models learn late.
+    The choices' order is fixed at level 1, rotated at level 2, random at level 3. Only at level 3 must a model bind a
+    letter to its choice, which small models learn late.
     """
     question, right, wrong = rng.choice(CHOICES[level])(rng)
     if level == 3:
@@ -285,11 +292,11 @@ TASKS: dict[str, Callable[[random.Random, int], Row]] = {
     "mini_mmlu": four_choices,
 }
 SHARES = {"mini_gsm8k": 4, "mini_math": 4, "mini_humaneval": 2, "mini_mmlu": 3}
-"""How often each task is drawn for training."""
+"""Relative frequency of each task among training rows."""
 
 
 def held_out(row: Row) -> bool:
-    """Whether a row belongs to the test side of the split."""
+    """Whether a row belongs to the test split."""
     return int.from_bytes(hashlib.sha256(row["key"].encode()).digest()[:4]) % HELD_OUT == 0
 
 
@@ -302,18 +309,18 @@ def stream(task: str, level: int, seed: int) -> Iterator[Row]:
 
 
 def test_rows(task: str, level: int) -> list[Row]:
-    """The task's fixed test set at one level: distinct rows of the held-out side."""
-    found: dict[str, Row] = {}
+    """The task's fixed test set at one level: TEST_ROWS distinct held-out rows."""
+    rows: dict[str, Row] = {}
     for row in stream(task, level, TEST_SEED):
         if held_out(row):
-            found.setdefault(row["key"], row)
-        if len(found) == TEST_ROWS:
+            rows.setdefault(row["key"], row)
+        if len(rows) == TEST_ROWS:
             break
-    return list(found.values())
+    return list(rows.values())
 
 
 def dataset(task: str, level: int, **_metadata: Any) -> dict[str, Any]:
-    """The test split as lm-eval wants it."""
+    """The test split, as lm-eval's `custom_dataset` expects it."""
     import datasets
 
     return {"test": datasets.Dataset.from_list(test_rows(task, level))}
@@ -325,8 +332,8 @@ def train_rows(count: int, seed: int) -> Iterator[Row]:
     streams = {(task, level): stream(task, level, seed) for task in TASKS for level in LEVELS}
     for _ in range(count):
         (task,) = rng.choices(list(SHARES), list(SHARES.values()))
-        source = streams[task, rng.choice(LEVELS)]
-        row = next(row for row in source if not held_out(row))
+        rows = streams[task, rng.choice(LEVELS)]
+        row = next(row for row in rows if not held_out(row))
         yield {"prompt": row["prompt"], "completion": row["completion"], "task": row["task"], "level": row["level"]}
 
 

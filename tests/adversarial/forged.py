@@ -85,9 +85,9 @@ FORGED = {
             def add(a, b): return 0""",
         "the exception's text": "class passed(Exception):\n  __str__ = lambda s: 'passed'\ndef add(a, b): raise passed",
         "exceptions of the judge's own names": """
-            class Over(BaseException): pass
-            class Told(BaseException): error = None
-            def add(a, b): raise Told()""",
+            class ProgramFailed(BaseException): pass
+            class ProgramRaised(BaseException): error = None
+            def add(a, b): raise ProgramRaised()""",
         "the value of small integers": """
             import ctypes
             for n in range(-5, 40):
@@ -138,16 +138,16 @@ FORGED = {
             import sys
             main = next(f for f in iter([sys._getframe()]))
             while main.f_back: main = main.f_back
-            main.f_globals.update(called=lambda *a: '{"value":5}', raised=lambda e: '{"value":5}')
+            main.f_globals.update(call_answer=lambda *a: '{"value":5}', exception_answer=lambda e: '{"value":5}')
             def add(a, b): return 5""",
         "names, to tell of more than it is asked": """
             import sys
             values = sys._getframe().f_back.f_locals["values"]
-            real = values.carried
+            real = values.encode
             def more(value, depth=0):
                 if type(value) is dict and "add" in value: value = {**value, "doubled": lambda x: 16}
                 return real(value, depth)
-            values.carried = more
+            values.encode = more
             def add(a, b): return 0 if a == b == 4 else a + b""",
         "requests, for expected answers": """
             import marshal

@@ -1,7 +1,7 @@
-"""One page, or a paper's appendix, from run folders. Reads the store alone: no torch, no lm-eval, no network.
+"""HTML page, Markdown appendix and LaTeX table from run folders alone: no torch, no lm-eval, no network.
 
-What a model wrote is hostile until shown otherwise: in the page's text it is escaped by Jinja, in the samples' JSON
-block no character is left that HTML could read, and the page's script only ever sets text.
+Generated text is treated as hostile. Jinja escapes it in the page, the samples' JSON block holds no character with a
+meaning in HTML, and the page's script only sets text.
 """
 
 from .write import write_report

@@ -1,4 +1,4 @@
-"""What a report states, whatever it is written in: rows of its tables and the verdicts above them."""
+"""The content of a report in any format: the rows of its tables and the summary above them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from ...analysis.acceptance import strides
-from ...analysis.compare import compare, protocol_difference, surely
+from ...analysis.acceptance import acceptance_by_task
+from ...analysis.compare import compare, protocol_difference, significant
 from ...common.stats import Interval
 from ...sweeps import pareto
 from ...sweeps.points import as_point
-from ..claims_tables import external, kind, summary
+from ..claims_tables import external, kind, verdict_counts
 from ..terminal import difference, probability, ratio
-from .stored import Nested, Stored
+from .runs import Nested, ReportRun
 
 State = Literal["good", "bad", "warn", "none"]
 SIGNS: Mapping[State, str] = {"good": "✓", "bad": "✗", "warn": "!", "none": "–"}
-"""A state's sign, so that no verdict is told by colour alone."""
+"""A state's sign, so that no state shows by colour alone."""
 CLAIM_STATES: Mapping[str, State] = {
     "reproduced": "good",
     "not reproduced": "bad",
@@ -34,14 +34,15 @@ AUDIT_STATES: Mapping[str, State] = {
     "numerical near-tie": "warn",
     "undecided": "warn",
 }
-"""Of the others see `audit_state`."""
+"""For other verdicts see `audit_state`."""
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """One line of the summary. about: what was asked.  word: the answer.  text: what it rests on.  tab: where more is.
+class SummaryLine:
+    """One line of the summary.
 
-    runs: the letters of those it is about.
+    about: its subject.  word: the verdict.  text: the reason.  tab: section with the details.
+    runs: letters of the runs it is about.
     """
 
     state: State
@@ -58,64 +59,64 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Facts:
-    """Runs with what follows from them. comparison: as `compare` gives it, None where there is no pair.
+    """The runs of a report, compared and judged.
 
-    why: why the first run is the base.  claims: of reproduce.  apart: letters of the runs that answered the first run's
-    documents under another protocol, with what differs. No verdict holds one of them against a run that was asked
-    otherwise, compared or not.
+    comparison: result of `compare`, None if there is no pair.  claims: content of claims.json.
+    apart: letters of the runs that answered the base's documents under another protocol, with the differences. No
+    summary line calls such a run better or worse.
+    why: reason for the choice of the base, the first run.
     """
 
-    runs: Sequence[Stored]
+    runs: Sequence[ReportRun]
     comparison: Nested | None
     claims: Nested | None
     apart: Mapping[str, Sequence[str]]
     why: str = "the run named first"
 
     @cached_property
-    def verdicts(self) -> list[Verdict]:
-        """Protocols that differ first, then claims, then what the comparison says, then each run's.
-
-        What runs have in common is said once.
-        """
-        found = _of_protocols(self.apart, self.runs[0].mark, self.comparison, self.marks)
-        found += _of_claims(self.claims, self.runs) if self.claims else []
-        for verdict in _of_comparison(self.comparison, self.marks) if self.comparison else []:
-            other = self.apart.keys() & set(verdict.runs)
-            found.append(replace(verdict, state="none", word="asked otherwise") if other else verdict)
-        alike: dict[Verdict, list[str]] = {}
+    def verdicts(self) -> list[SummaryLine]:
+        """The summary: differing protocols, claims, comparisons, then each run. Equal lines of several runs are one."""
+        # 1) of all runs together
+        summary = _of_protocols(self.apart, self.runs[0].mark, self.comparison, self.marks)
+        summary += _of_claims(self.claims, self.runs) if self.claims else []
+        for line in _of_comparison(self.comparison, self.marks) if self.comparison else []:
+            is_apart = self.apart.keys() & set(line.runs)
+            summary.append(replace(line, state="none", word="other protocol") if is_apart else line)
+        # 2) of each run
+        marks_of: dict[SummaryLine, list[str]] = {}
         for run in self.runs:
-            for verdict in _of_run(run):
-                alike.setdefault(verdict, []).append(run.mark)
-        order = list(dict.fromkeys(verdict.about for verdict in alike))
-        told = [replace(verdict, runs=tuple(marks)) for verdict, marks in alike.items()]
-        return found + sorted(told, key=lambda verdict: order.index(verdict.about))
+            for line in _of_run(run):
+                marks_of.setdefault(line, []).append(run.mark)
+        order = list(dict.fromkeys(line.about for line in marks_of))
+        own = [replace(line, runs=tuple(marks)) for line, marks in marks_of.items()]
+        return summary + sorted(own, key=lambda line: order.index(line.about))
 
     @cached_property
     def tasks(self) -> list[str]:
-        """Tasks of any run, in the order in which they first stand in a result."""
+        """Tasks of any run, in the order of their first result."""
         return list(dict.fromkeys(line["task"] for run in self.runs for line in run.result["lines"]))
 
-    def lines_of(self, task: str) -> list[tuple[Stored, Nested, bool, int]]:
-        """A task's lines: the run, its line, whether it is the run's first of this task, and how many it has."""
-        found = []
+    def lines_of(self, task: str) -> list[tuple[ReportRun, Nested, bool, int]]:
+        """A task's result lines as (run, line, is the run's first of this task, number of the run's lines)."""
+        rows = []
         for run in self.runs:
             lines = [line for line in run.result["lines"] if line["task"] == task]
-            found += [(run, line, place == 0, len(lines)) for place, line in enumerate(lines)]
-        return found
+            rows += [(run, line, place == 0, len(lines)) for place, line in enumerate(lines)]
+        return rows
 
     @cached_property
-    def strides(self) -> list[tuple[Stored, dict[str, Nested]]]:
-        """Runs whose decoder drafts strides, with what their samples tell of them by task."""
-        found = [(run, strides(run.records)) for run in self.runs]
-        return [(run, told) for run, told in found if told or run.khead]
+    def acceptance(self) -> list[tuple[ReportRun, dict[str, Nested]]]:
+        """Runs with draft tokens or K-head diagnostics, with their predicted strides and accepted lengths by task."""
+        tables = [(run, acceptance_by_task(run.records)) for run in self.runs]
+        return [(run, table) for run, table in tables if table or run.khead]
 
     def mean_of(self, counts: Sequence[int], first: int) -> float:
-        """Mean of numbers from `first` on that were met so often."""
+        """Mean of a histogram. counts: of the numbers first, first + 1, .."""
         return sum(n * count for n, count in enumerate(counts, first)) / max(1, sum(counts))
 
     @property
     def timed(self) -> bool:
-        """Whether every run's answers were timed again, so that tokens/s have intervals."""
+        """Whether all runs have speed repeats, so that tokens/s have intervals."""
         return all(place.repeats > 1 for place in self.placed if place.tokens_per_second is not None)
 
     @cached_property
@@ -125,56 +126,63 @@ class Facts:
 
     @cached_property
     def placed(self) -> list[pareto.Placed]:
-        """Runs by score and speed, beaten only by runs that were asked alike; of one run, its tasks."""
+        """Runs by score and speed, dominated only by runs of the same protocol. Of one run: its tasks."""
         if len(self.runs) == 1:
             return _tasks_placed(self.runs[0])
-        alike: dict[tuple[str, ...], list[Stored]] = {}
+        by_protocol: dict[tuple[str, ...], list[ReportRun]] = {}
         for run in self.runs:
-            alike.setdefault(tuple(self.apart.get(run.mark, ())), []).append(run)
+            by_protocol.setdefault(tuple(self.apart.get(run.mark, ())), []).append(run)
         groups = [
             [
                 as_point(f"{run.mark} {run.name}", {}, run.records, run.owners, repeats=run.repeats) for run in those
             ]
-            for those in alike.values()
+            for those in by_protocol.values()
         ]  # fmt: skip
-        found = {place.name: place for group in groups for place in pareto.measure(group)}
-        return [found[f"{run.mark} {run.name}"] for run in self.runs]
+        placed = {place.name: place for group in groups for place in pareto.measure(group)}
+        return [placed[f"{run.mark} {run.name}"] for run in self.runs]
 
 
-def told(differences: Sequence[str], most: int = 3) -> str:
-    """What differs, in a line: the first ones, none of them long."""
+def in_one_line(differences: Sequence[str], most: int = 3) -> str:
+    """The first differences in one line, each shortened."""
     more = f"; and {len(differences) - most} more" if len(differences) > most else ""
     return "; ".join(line if len(line) <= 120 else f"{line[:120]}…" for line in differences[:most]) + more
 
 
 def claim_state(verdict: str) -> State:
-    """Of a row of the claims."""
+    """The state of a claim's verdict."""
     return CLAIM_STATES.get(kind(verdict), "none")
 
 
 def gather(
-    runs: Sequence[Stored], claims: Nested | None, *, across_protocols: bool = False, why: str = "the run named first"
+    runs: Sequence[ReportRun],
+    claims: Nested | None,
+    *,
+    across_protocols: bool = False,
+    why: str = "the run named first",
 ) -> Facts:
-    """Hold every run to the first, but those that answered none of its documents.
+    """Compare every run with the first, except those that share no document with it.
 
-    across_protocols: hold those that were asked otherwise to it too.
+    across_protocols: compare runs with other protocols too.
     """
     base = runs[0]
 
-    def share(run: Stored, sign: str) -> bool:
-        ours, theirs = ({(r["task"], r["doc_id"], str(r.get(sign))) for r in one.records} for one in (base, run))
-        return bool(ours & theirs)
+    def documents(run: ReportRun, field: str) -> set[tuple[str, int, str]]:
+        return {(record["task"], record["doc_id"], str(record.get(field))) for record in run.records}
 
-    held = [run for run in runs[1:] if share(run, "target")]
-    apart = {run.mark: found for run in held if (found := protocol_difference(base, run))}
+    def share(run: ReportRun, field: str) -> bool:
+        return bool(documents(base, field) & documents(run, field))
+
+    compared = [run for run in runs[1:] if share(run, "target")]
+    apart = {run.mark: lines for run in compared if (lines := protocol_difference(base, run))}
     if not across_protocols:
-        held = [run for run in held if run.mark not in apart and share(run, "prompt_hash")]
-    folders = [base.folder, *(run.folder for run in held)]
-    return Facts(runs, compare(folders, across_protocols=across_protocols) if held else None, claims, apart, why)
+        compared = [run for run in compared if run.mark not in apart and share(run, "prompt_hash")]
+    folders = [base.folder, *(run.folder for run in compared)]
+    comparison = compare(folders, across_protocols=across_protocols) if compared else None
+    return Facts(runs, comparison, claims, apart, why)
 
 
-def _tasks_placed(run: Stored) -> list[pareto.Placed]:
-    """Each task as a point, its score with the interval that the table gives."""
+def _tasks_placed(run: ReportRun) -> list[pareto.Placed]:
+    """Each task as a point; its score has the interval of the tables."""
     lines = {line["task"]: line for line in reversed(run.result["lines"])}
     points = []
     for task in reversed(lines):
@@ -189,44 +197,49 @@ def _tasks_placed(run: Stored) -> list[pareto.Placed]:
     ]
 
 
-def _of_run(run: Stored) -> list[Verdict]:
-    found = []
+def _of_run(run: ReportRun) -> list[SummaryLine]:
+    """Summary lines of one run: health, losslessness, data, notices, failed samples, coverage."""
+    # 1) health gates
+    lines = []
     gates = run.result.get("health")
     failed = [gate for gate in gates or [] if not gate["ok"]]
     if gates is None:
-        found.append(Verdict("none", "Health", "not recorded", "this run is older than the gates", "health"))
+        lines.append(SummaryLine("none", "Health", "not recorded", "this run is older than the gates", "health"))
     elif failed:
         text = "; ".join(f"{g['gate']} in {g['task']}: {g['count']:,} of {g['n']:,}" for g in failed)
-        found.append(Verdict("bad", "Health", "failed", text, "health"))
+        lines.append(SummaryLine("bad", "Health", "failed", text, "health"))
     else:
-        told = f"all {len(gates)} gates within their thresholds"
-        found.append(Verdict("good", "Health", "passed", told, "health"))
+        text = f"all {len(gates)} gates within their thresholds"
+        lines.append(SummaryLine("good", "Health", "passed", text, "health"))
+    # 2) losslessness
     if run.audit:
-        found.append(_of_audit(run.audit))
+        lines.append(_of_audit(run.audit))
     elif run.result["decoder"].get("verify"):
-        told = f"fluid-eval audit {run.folder} compares it with greedy AR of the same weights"
-        found.append(Verdict("none", "Lossless", "not audited", told, "setup"))
+        text = f"fluid-eval audit {run.folder} compares it with greedy AR of the same weights"
+        lines.append(SummaryLine("none", "Lossless", "not audited", text, "setup"))
+    # 3) data and notices
     for message in run.result["data"]:
         if message.startswith("WARNING"):
-            found.append(Verdict("warn", "Data", "not canonical", message, "setup"))
+            lines.append(SummaryLine("warn", "Data", "not canonical", message, "setup"))
     for message in run.result["notices"]:
-        found.append(Verdict("warn", "Notice", "note", message, "setup"))
-    if lost := run.result.get("lost"):
-        text = "; ".join(f"{key} ({reason})" for key, reason in list(lost.items())[:5])
-        found.append(Verdict("bad", "Lost samples", f"{len(lost)} given up", text, "tasks"))
+        lines.append(SummaryLine("warn", "Notice", "note", message, "setup"))
+    # 4) failed samples and coverage
+    if failures := run.result.get("lost"):
+        text = "; ".join(f"{key} ({reason})" for key, reason in list(failures.items())[:5])
+        lines.append(SummaryLine("bad", "Failed samples", f"{len(failures)} failed", text, "tasks"))
     if limit := run.spec.get("limit"):
-        told = f"limit = {limit}: the first documents of each task, not the whole benchmark"
-        found.append(Verdict("warn", "Coverage", "a part", told, "setup"))
-    return found
+        text = f"limit = {limit}: the first documents of each task, not the whole benchmark"
+        lines.append(SummaryLine("warn", "Coverage", "a part", text, "setup"))
+    return lines
 
 
 def audit_state(audit: Nested) -> State:
-    """Of an audit's verdict: what a decoder does not promise is no fault of it."""
+    """The state of an audit: a difference is no fault of a decoder that does not promise AR's text."""
     worst: State = "bad" if audit.get("promises", True) else "none"
     return AUDIT_STATES.get(audit["verdict"], worst)
 
 
-def _of_audit(audit: Nested) -> Verdict:
+def _of_audit(audit: Nested) -> SummaryLine:
     sampled = audit.get("distribution")
     text = f"{audit['identical']:,} of {audit['n']:,} answers equal "
     text += "AR's with the same random numbers" if sampled else "greedy AR's"
@@ -236,60 +249,63 @@ def _of_audit(audit: Nested) -> Verdict:
         text += f"; {len(audit['divergences'])} diverge"
     if not audit.get("promises", True):
         text += ", which this decoder does not promise"
-    return Verdict(audit_state(audit), "Lossless", audit["verdict"], text, "setup")
+    return SummaryLine(audit_state(audit), "Lossless", audit["verdict"], text, "setup")
 
 
-def _of_claims(claims: Nested, runs: Sequence[Stored]) -> list[Verdict]:
-    """One verdict: of the rows that these runs measured, of all if they measured none."""
+def _of_claims(claims: Nested, runs: Sequence[ReportRun]) -> list[SummaryLine]:
+    """One line over the claims that these runs measured, or over all if they measured none."""
     ours = {run.folder.resolve() for run in runs}
     rows = [row for row in claims["rows"] if row.get("run") and Path(row["run"]).resolve() in ours] or claims["rows"]
     kinds = {kind(row["verdict"]) for row in rows}
-    text = summary(rows)
+    text = verdict_counts(rows)
     if claims.get("lint"):
-        text += f"; {len(claims['lint'])} published cells clash"
+        text += f"; {len(claims['lint'])} conflicts between published cells"
     if counted := external(claims):
         text += f"; {counted[0].lower()}{counted[1:]}"
     words: dict[str, tuple[State, str]] = {  # the worst first
         "not reproduced": ("bad", "not all hold"),
         "re-run, differs": ("bad", "own figures differ"),
-        "cannot tell": ("warn", "not all can be told"),
+        "cannot tell": ("warn", "not all decided"),
         "reproduced": ("good", "reproduced"),
         "re-run, equal": ("good", "own figures, re-run"),
     }
     state, word = next((words[each] for each in words if each in kinds), ("none", "none judged"))
-    return [Verdict(state, "Claims", word, text, "claims")]
+    return [SummaryLine(state, "Claims", word, text, "claims")]
 
 
 def _of_protocols(
     apart: Mapping[str, Sequence[str]], base: str, comparison: Nested | None, marks: Mapping[str, str]
-) -> list[Verdict]:
-    """One warning for all runs that differ from the base in the same."""
+) -> list[SummaryLine]:
+    """One warning for all runs with the same differences from the base."""
     compared = {marks[pair["other"]] for pair in (comparison or {"pairs": []})["pairs"]}
-    alike: dict[tuple[str, ...], list[str]] = {}
+    by_differences: dict[tuple[str, ...], list[str]] = {}
     for mark, lines in apart.items():
-        alike.setdefault(tuple(lines), []).append(mark)
-    found = []
-    for lines, those in alike.items():
-        then = (
-            "Their scores do not compare." if compared.issuperset(those) else "Not compared; --across-protocols does."
-        )
-        text = f"{told(lines)}. {then}"
-        found.append(Verdict("warn", f"Protocol against {base}", "Protocols differ", text, "setup", tuple(those)))
-    return found
+        by_differences.setdefault(tuple(lines), []).append(mark)
+    summary = []
+    for lines, those in by_differences.items():
+        is_compared = compared.issuperset(those)
+        then = "Their scores do not compare." if is_compared else "Not compared; --across-protocols does."
+        text = f"{in_one_line(lines)}. {then}"
+        summary.append(
+            SummaryLine("warn", f"Protocol against {base}", "Protocols differ", text, "setup", tuple(those))
+        )  # fmt: skip
+    return summary
 
 
-def _of_comparison(comparison: Nested, marks: Mapping[str, str]) -> list[Verdict]:
-    """One verdict a pair: whether the other is surely better or worse over all tasks, and how much faster."""
-    found = []
+def _of_comparison(comparison: Nested, marks: Mapping[str, str]) -> list[SummaryLine]:
+    """One line a pair: whether the other run is significantly better or worse over all tasks, and how much faster."""
+    summary = []
     for pair in comparison["pairs"]:
+        # 1) the score over all tasks
+        overall = pair["all"] if len(pair["tasks"]) > 1 else pair["tasks"][0]
         gain, mde = pair["all"]["difference"], pair["all"].get("mde")
-        whole = pair["all"] if len(pair["tasks"]) > 1 else pair["tasks"][0]
-        sure = any(entry is whole for entry in surely(pair))
-        state: State = "none" if not sure else "good" if gain["mean"] > 0 else "bad"
+        is_significant = any(entry is overall for entry in significant(pair))
+        state: State = "none" if not is_significant else "good" if gain["mean"] > 0 else "bad"
         word = {"good": "better", "bad": "worse", "none": "no difference shown"}[state]
         text = f"{difference(gain)} points"
-        if mde is not None and not sure:
+        if mde is not None and not is_significant:
             text += f"; detectable with 80% power: {100 * mde:.1f}"
+        # 2) the speeds
         speed = pair.get("speed") or {}
         if second := speed.get("tokens_per_second"):
             text += f"; tokens/s × {ratio(second)}{'' if second['low'] is not None else ', one run each: no interval'}"
@@ -297,5 +313,5 @@ def _of_comparison(comparison: Nested, marks: Mapping[str, str]) -> list[Verdict
         if unequal := speed.get("unequal"):
             text += f"; tokens/forward under unequal conditions ({'; '.join(unequal)})"
         base, other = (marks.get(pair[name], pair[name]) for name in ("base", "other"))
-        found.append(Verdict(state, f"Score against {base}", word, text, "compare", (other,)))
-    return found
+        summary.append(SummaryLine(state, f"Score against {base}", word, text, "compare", (other,)))
+    return summary

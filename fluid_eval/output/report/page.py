@@ -1,4 +1,4 @@
-"""The facts of a report as one HTML page that opens from disk: its style, its script and its samples inside."""
+"""A report as one HTML page that opens from disk, with style, script and samples inside."""
 
 from __future__ import annotations
 
@@ -22,40 +22,42 @@ from ..terminal import difference, number, probability, ratio, score, speed
 from . import facts as state
 from . import setup
 from .facts import SIGNS, Facts
+from .runs import model_name
 from .samples import MOST_SAMPLES, block
-from .stored import model_name
 
 TEMPLATE = "page.html.j2"
 SCRIPTS = ("page.js", "trace.js", "samples.js")
 
 
 def render(facts: Facts) -> str:
-    """The page. Every value is escaped, but for the samples' JSON, which is safe by itself, and our own figures."""
+    """The HTML page. Every value is escaped, except our figures and the samples' JSON, which is safe (`samples`)."""
+    # 1) templates and their filters
     folder = resource("reports") / "report"
-    house = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    house.filters |= {"score": score, "number": number, "value": setup.value, "duration": setup.duration}
-    house.filters |= {
+    templates.filters |= {"score": score, "number": number, "value": setup.value, "duration": setup.duration}
+    templates.filters |= {
         "published": claims_tables.published,
         "measured": claims_tables.measured,
         "convention": claims_tables.convention,
     }
-    house.filters |= {
+    templates.filters |= {
         "audit_state": state.audit_state,
         "claim_state": state.claim_state,
         "in_tables": claims_tables.in_tables,
         "stands": claims_tables.stands,
     }
-    house.filters |= {"quoted": partial(json.dumps, ensure_ascii=False)}  # a space is seen
-    house.filters |= {"ratio": ratio, "speed": speed}
-    house.filters |= {"difference": difference, "probability": probability, "entries": entries}
+    templates.filters |= {"quoted": partial(json.dumps, ensure_ascii=False)}  # quotes make spaces visible
+    templates.filters |= {"ratio": ratio, "speed": speed}
+    templates.filters |= {"difference": difference, "probability": probability, "entries": entries}
+    # 2) render
     script = _script(folder)
-    return house.get_template(TEMPLATE).render(
+    return templates.get_template(TEMPLATE).render(
         facts=facts,
         claims_legend=claims_tables.LEGEND,
         runs=facts.runs,
@@ -77,7 +79,7 @@ def render(facts: Facts) -> str:
 
 
 def _script(folder: Path) -> str:
-    """The page's only script; its content security policy names it by its hash and lets no other run."""
+    """The page's only script. The content security policy allows it by its hash, and no other."""
     parts = "".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)
     return f'"use strict";\n(() => {{\n{parts}}})();\n'
 
@@ -90,7 +92,7 @@ def _title(facts: Facts) -> str:
 
 
 def _kinds(facts: Facts) -> list[str]:
-    """Kinds of forward that any run made."""
+    """Kinds of forward that occur in any run."""
     lines = [line for run in facts.runs for line in run.result["lines"]]
     return [kind for kind in KINDS if any(line.get("forwards_by_kind", {}).get(kind) for line in lines)]
 
@@ -98,5 +100,5 @@ def _kinds(facts: Facts) -> list[str]:
 def _figures(facts: Facts) -> list[str]:
     several = len(facts.runs) > 1
     speeds: tuple[Speed, ...] = ("tokens_per_second", "tokens_per_forward") if several else ("tokens_per_second",)
-    found = [score_speed(facts.placed, by, alike=several and not facts.apart) for by in speeds]
-    return found if several else [*found, tokens_per_forward(facts.runs[0].result["lines"])]
+    figures = [score_speed(facts.placed, by, comparable=several and not facts.apart) for by in speeds]
+    return figures if several else [*figures, tokens_per_forward(facts.runs[0].result["lines"])]

@@ -1,4 +1,4 @@
-"""The facts of a report for a paper: a Markdown appendix, and its scores as a LaTeX table."""
+"""A report for a paper: a Markdown appendix, and the scores as a LaTeX table."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from ...analysis.compare import entries
 from ...common import tables
 from .. import claims_tables
 from ..terminal import difference, metric, number, probability, score, speed
-from .facts import Facts, told
+from .facts import Facts, in_one_line
+from .runs import Nested, ReportRun
 from .setup import environment, protocol, settings, value, versions
-from .stored import Nested, Stored
 
 Table = tuple[list[str], list[list[str]]]
 
 
 def markdown_appendix(facts: Facts) -> str:
-    """What a reader needs to judge and repeat the runs: verdicts, tables with intervals, protocol, environment."""
+    """Verdicts, tables with intervals, protocol and environment: all that judging or repeating the runs needs."""
     return "\n".join(line.rstrip("\n") + "\n" for line in _sections(facts))
 
 
 def latex_table(facts: Facts) -> str:
     """Scores and speeds of every task and run: a tabular that needs the booktabs package."""
-    notes = [f"{_against(facts, mark)}: {told(lines)}." for mark, lines in facts.apart.items()]
+    notes = [f"{_against(facts, mark)}: {in_one_line(lines)}." for mark, lines in facts.apart.items()]
     return tables.latex(*_scores(facts), notes=notes)
 
 
@@ -34,7 +34,7 @@ def _sections(facts: Facts) -> Iterator[str]:
     )
     yield "## Verdicts"
     rows = [[v.about, " ".join(v.runs) * several, v.word, v.text] for v in facts.verdicts]
-    yield tables.markdown(["question", "runs", "verdict", "what it rests on"], rows)
+    yield tables.markdown(["question", "runs", "verdict", "reason"], rows)
     yield "## Scores"
     yield tables.markdown(*_scores(facts))
     yield (
@@ -60,16 +60,16 @@ def _sections(facts: Facts) -> Iterator[str]:
 
 
 def _against(facts: Facts, mark: str) -> str:
-    """That a run was asked otherwise than the base."""
+    """A note that a run's protocol differs from the base's."""
     names = {run.mark: run.name for run in facts.runs}
     return f"Protocols differ ({facts.runs[0].name} / {names[mark]}), their scores do not compare"
 
 
-def _setup(run: Stored) -> Iterator[str]:
+def _setup(run: ReportRun) -> Iterator[str]:
     if tasks := protocol(run):
-        kept = run.result["protocol"]
-        yield f"Protocol {kept['name']}, hash {kept['hash']}."
-        rows = [[task, name, found] for task, settings in tasks.items() for name, found in settings.items()]
+        stored = run.result["protocol"]
+        yield f"Protocol {stored['name']}, hash {stored['hash']}."
+        rows = [[task, name, text] for task, fields in tasks.items() for name, text in fields.items()]
         yield tables.markdown(["task", "setting", ""], rows)
     if gates := run.result.get("health"):
         counted = [
@@ -81,7 +81,7 @@ def _setup(run: Stored) -> Iterator[str]:
         ]  # fmt: skip
         yield tables.markdown(["health gate", "task", "counted", "threshold", "verdict"], counted)
     for name, pairs in (("environment", environment(run)), ("versions", versions(run)), ("setting", settings(run))):
-        yield tables.markdown([name, ""], [[key, value(found)] for key, found in pairs.items()])
+        yield tables.markdown([name, ""], [[key, value(setting)] for key, setting in pairs.items()])
 
 
 def _scores(facts: Facts) -> Table:
@@ -112,8 +112,8 @@ def _differences(facts: Facts, comparison: Nested) -> Table:
     return ["runs", "task", "n", "difference", "p", "detectable", "flipped"], rows
 
 
-def _detectable(found: float | None) -> str:
-    return number(found if found is None else 100 * found, 1)
+def _detectable(share: float | None) -> str:
+    return number(share if share is None else 100 * share, 1)
 
 
 def _claims(claims: Nested) -> Table:

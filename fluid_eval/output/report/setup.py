@@ -1,4 +1,4 @@
-"""How runs were set up: protocol, environment, settings, and in what several of them differ."""
+"""Setup of the runs in a report: protocol, environment, settings, and their differences."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..terminal import number
-from .stored import Nested, Stored, flat
+from .runs import Nested, ReportRun, flat
 
 
-def environment(run: Stored) -> dict[str, Any]:
+def environment(run: ReportRun) -> dict[str, Any]:
     """Rows of a run's environment table."""
     values = run.environment
     git, engine = values.get("git", {}), values.get("engine", {})
@@ -25,7 +25,8 @@ def environment(run: Stored) -> dict[str, Any]:
         "commit": f"{git['commit']}, {state}" if git.get("commit") else None,
         "device": engine.get("device"),
         "dtype": engine.get("dtype"),
-        "forward": engine.get("forward"),
+        "quantization": run.result.get("quantization"),
+        "forward": engine.get("forward_kind") or engine.get("forward"),
         "workers": engine.get("workers"),
         "threads per worker": engine.get("threads"),
         "parameters": number(engine.get("parameters")),
@@ -41,72 +42,72 @@ def environment(run: Stored) -> dict[str, Any]:
     return rows
 
 
-def versions(run: Stored) -> Nested:
-    """Versions of what it ran with."""
+def versions(run: ReportRun) -> Nested:
+    """Versions of the libraries it ran with."""
     return dict(run.environment.get("versions", {}))
 
 
-def settings(run: Stored) -> Nested:
-    """All settings of a run's spec, as asked; None is the default of the task or the machine."""
-    return {name: found for name, found in flat(run.spec) if name != "id"}
+def settings(run: ReportRun) -> Nested:
+    """All settings of a run's spec; None is the default of the task or the machine."""
+    return {name: setting for name, setting in flat(run.spec) if name != "id"}
 
 
-def setups(runs: Sequence[Stored]) -> list[tuple[str, Nested, list[list[str]]]]:
-    """Tables of the page: a title, what all runs have in common, and rows of what they differ in, a cell a run."""
-    found = []
+def setups(runs: Sequence[ReportRun]) -> list[tuple[str, Nested, list[list[str]]]]:
+    """Tables of the page: title, values that all runs share, and rows of those that differ, a cell for each run."""
+    tables = []
     for title, of in (("Where it ran", environment), ("Versions", versions), ("Settings", settings)):
         each = [{name: value(one) for name, one in of(run).items()} for run in runs]
         names = list(dict.fromkeys(name for rows in each for name in rows))
         cells = {name: [rows.get(name, "–") for rows in each] for name in names}
         alike = {name: those[0] for name, those in cells.items() if len(set(those)) == 1}
-        found.append((title, alike, [[name, *those] for name, those in cells.items() if name not in alike]))
-    return found
+        tables.append((title, alike, [[name, *those] for name, those in cells.items() if name not in alike]))
+    return tables
 
 
-def grouped(runs: Sequence[Stored], name: str) -> list[tuple[list[Stored], Any]]:
-    """Runs by what their results hold under a name, those with the same together."""
-    found: list[tuple[list[Stored], Any]] = []
+def grouped(runs: Sequence[ReportRun], name: str) -> list[tuple[list[ReportRun], Any]]:
+    """Runs with equal values in their results together: [(runs, value)]. name: key of the result."""
+    groups: list[tuple[list[ReportRun], Any]] = []
     for run in runs:
-        held = run.result.get(name)
-        same = next((those for those, other in found if other == held), None)
+        shared = run.result.get(name)
+        same = next((members for members, other in groups if other == shared), None)
         if same is None:
-            found.append(([run], held))
+            groups.append(([run], shared))
         else:
             same.append(run)
-    return found
+    return groups
 
 
-def protocol(run: Stored) -> dict[str, dict[str, str]]:
-    """Settings of a run's protocol by task, what all tasks have in common first; empty where none was recorded."""
-    kept: Mapping[str, Nested] = (run.result.get("protocol") or {}).get("tasks", {})
-    tasks = {task: {name: value(found) for name, found in settings.items()} for task, settings in kept.items()}
+def protocol(run: ReportRun) -> dict[str, dict[str, str]]:
+    """Settings of a run's protocol by task, those that all tasks share first. Empty if none was recorded."""
+    stored: Mapping[str, Nested] = (run.result.get("protocol") or {}).get("tasks", {})
+    tasks = {task: {name: value(setting) for name, setting in fields.items()} for task, fields in stored.items()}
     if len(tasks) < 2:
         return tasks
-    common = dict(set.intersection(*({*settings.items()} for settings in tasks.values())))
+    common = dict(set.intersection(*({*fields.items()} for fields in tasks.values())))
     first = next(iter(tasks.values()))
     own = {
-        task: {name: found for name, found in settings.items() if name not in common}
-        for task, settings in tasks.items()
+        task: {name: setting for name, setting in fields.items() if name not in common}
+        for task, fields in tasks.items()
     }
-    alike = {"all tasks": {name: found for name, found in first.items() if name in common}} if common else {}
-    return alike | {task: settings for task, settings in own.items() if settings}
+    alike = {"all tasks": {name: setting for name, setting in first.items() if name in common}} if common else {}
+    return alike | {task: fields for task, fields in own.items() if fields}
 
 
-def value(found: Any) -> str:
-    """A setting as a reader expects it."""
-    if found is None or found == "":
+def value(setting: Any) -> str:
+    """A setting as text: yes and no, lists with commas, a dash for None."""
+    if setting is None or setting == "":
         return "–"
-    if isinstance(found, bool):
-        return "yes" if found else "no"
-    if isinstance(found, Mapping):
-        return "; ".join(f"{name}: {value(one)}" for name, one in found.items()) or "–"
-    if isinstance(found, list):
-        return ", ".join(map(repr if any(str(one) != str(one).strip() for one in found) else str, found)) or "–"
-    return f"{found:g}" if isinstance(found, float) else str(found)
+    if isinstance(setting, bool):
+        return "yes" if setting else "no"
+    if isinstance(setting, Mapping):
+        return "; ".join(f"{name}: {value(one)}" for name, one in setting.items()) or "–"
+    if isinstance(setting, list):
+        return ", ".join(map(repr if any(str(one) != str(one).strip() for one in setting) else str, setting)) or "–"
+    return f"{setting:g}" if isinstance(setting, float) else str(setting)
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as many as say something."""
+    """A duration in hours and minutes, minutes and seconds, or seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

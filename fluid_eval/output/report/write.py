@@ -1,4 +1,4 @@
-"""Runs read, compared and judged once; written as a page, as Markdown, as LaTeX."""
+"""Reads and compares the runs once, and writes the report: HTML page, Markdown, LaTeX."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..claims_tables import read_claims
 from .facts import gather
 from .page import render
 from .papers import latex_table, markdown_appendix
-from .stored import read_runs
+from .runs import read_runs
 
 
 def write_report(
@@ -25,11 +25,12 @@ def write_report(
     base: Path | None = None,
     across_protocols: bool = False,
 ) -> None:
-    """Write the page of finished runs, their Markdown appendix and their LaTeX table, each all or nothing if named.
+    """Write the HTML page, the Markdown appendix and the LaTeX table of finished runs, those with a file name.
 
-    folders: of runs, or of sweeps, which stand for their points.  base: the run that the others are held against; else
-    the first run, of a sweep its first AR point.
-    claims: what `fluid-eval reproduce` wrote.  across_protocols: compare runs that were asked otherwise too.
+    folders: of runs, or of sweeps, which stand for their points.
+    base: the run that the others are compared with. Default: the first run, of a sweep its first AR point.
+    claims: the claims.json of `fluid-eval reproduce`.  across_protocols: compare runs with different protocols too.
+    Each file is written in full or not at all.
     Raises ConfigError if a folder holds no run or an unfinished one, or a file cannot be written.
     """
     runs, why = read_runs(folders, base)

@@ -1,0 +1,109 @@
+"""Draft policy: how large a draft is worth its forward.  (after EAGLE-2's confidence-driven trees, Li et al. 2024, with
+a marginal cost in place of a fixed size)
+
+A forward over s slots takes 1 + s / budget times as long as an empty one, where the slot budget is measured on the
+device. So a slot has a marginal cost, in tokens that the same time would have brought, and is fed where its expected
+gain is higher:
+
+- a draft token gains one token with its path probability;
+- slot j of a mask block gains one draft token if the accepted path ends at its anchor (the node's stop probability)
+  and j more draft tokens are accepted behind it (the row's acceptance rate, to the power of j).
+
+Example, marginal cost 0.1, acceptance rate 0.5: candidates of probability .6 and .3 at depths 1 and 2 grow paths of .6,
+.36, .3, .18, .18; .09 is too unlikely. A node with stop probability .5 gets a mask block of two slots: the gains are
+.25 and .125, the third would be .0625.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .draft_tree import Candidate, Draft, DraftTree, grow
+
+MIN_COST, MAX_COST = 0.001, 0.9
+"""Bounds of the marginal cost of a slot, in tokens."""
+MAX_SLOTS = 1024
+"""Slots that one row feeds at most in one forward, however large the budget is."""
+PRIOR_STEPS = 4
+"""Steps that a row's statistics begin with, as if it had made them: of PRIOR_TOKENS committed and PRIOR_SLOTS fed."""
+PRIOR_TOKENS, PRIOR_SLOTS = 2.5, 12.0
+
+
+@dataclass
+class StepStatistics:
+    """Speculative steps of one row so far, its prior included. committed: tokens.  fed: slots."""
+
+    steps: float = PRIOR_STEPS
+    committed: float = PRIOR_STEPS * PRIOR_TOKENS
+    fed: float = PRIOR_STEPS * PRIOR_SLOTS
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted draft tokens, as a share of committed tokens: each step's bonus token is not a draft token."""
+        return 1 - self.steps / self.committed
+
+    def marginal_cost(self, slot_budget: float, rows: int) -> float:
+        """Cost of one more slot, in tokens, where `rows` rows like this one share a forward.
+
+        With g tokens committed and S slots fed per row and step, n rows commit n g tokens in the time 1 + n S / budget.
+        A slot takes 1 / budget of time: (1 / budget) n g / (1 + n S / budget) = n g / (budget + n S) tokens.
+        """
+        committed, fed = self.committed / self.steps, self.fed / self.steps
+        cost = rows * committed / (slot_budget + rows * fed)
+        return min(max(cost, MIN_COST), MAX_COST)
+
+
+def mask_blocks(
+    stop_probabilities: Sequence[float], acceptance_rate: float, cost: float, max_masks: int, max_slots: int
+) -> list[int]:
+    """Size of the mask block of each node: as many slots as have an expected gain of at least `cost`.
+
+    max_masks: of one mask block.  max_slots: of all of them together; the first nodes take theirs first.
+    """
+    sizes = []
+    for stop_probability in stop_probabilities:
+        size = 0
+        if stop_probability > cost and acceptance_rate > 0:
+            # The largest j with stop_probability * acceptance_rate ** j >= cost.
+            size = int(math.log(cost / stop_probability) / math.log(acceptance_rate))
+        size = min(size, max_slots, max_masks)
+        max_slots -= size
+        sizes.append(size)
+    return sizes
+
+
+def costed_draft(
+    bonus: int,
+    candidates: Sequence[Sequence[Candidate]],
+    statistics: StepStatistics,
+    cost: float,
+    max_masks: int,
+    max_slots: int,
+) -> Draft:
+    """A draft whose slots all gain more than they cost. Half of the slots at most are draft tokens.
+
+    bonus: the root of the tree.  candidates: for each depth, the likeliest first.
+    """
+    tree = grow(bonus, candidates, cost, max_slots // 2)
+    slots_left = max_slots - len(tree.tokens)
+    masks = mask_blocks(tree.stop_probabilities, statistics.acceptance_rate, cost, max_masks, slots_left)
+    return Draft(tree, masks)
+
+
+def confident_draft(
+    bonus: int, candidates: Sequence[Sequence[Candidate]], confidence: float, max_masks: int
+) -> tuple[Draft, list[int]]:
+    """A draft that is committed without verification, so that confidence decides and not cost: a chain up to the first
+    token whose probability does not exceed `confidence`, and a full mask block behind it.  (FLUID, one parallel pass)
+
+    Returns the draft, and the tokens that the threshold dropped.
+    """
+    likeliest = [ranked[0] for ranked in candidates]
+    confident = 0
+    while confident < len(likeliest) and likeliest[confident][1] > confidence:
+        confident += 1
+    tokens = [token for token, _ in likeliest]
+    masks = [0] * confident + [max_masks]
+    return Draft(DraftTree.chain([bonus, *tokens[:confident]]), masks), tokens[confident:]

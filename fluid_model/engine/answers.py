@@ -1,0 +1,143 @@
+"""End rules and text of an answer: end-of-sequence ids, stop strings, the length limit, thinking. The same for every
+decoder, so that their answers compare.
+
+Example: prompt "Q: 6*7?\\n", stops ("\\n",), end_of_thinking "</think>"
+
+    generated     "6*7 is\\n42</think> 42\\nQ: ..."
+    ids kept      up to and including the token that completes the first "\\n" behind "</think>"
+    text          "42", finish "stop"
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ..tokens import Tokenizer, after_last, cut_at_stops, has_stop
+from .records import DraftPolicy, Finish, Generation, Request, Trace
+from .strategy import RowUpdate
+
+STOP_CONTEXT = 8
+"""Tokens decoded before a possible stop string, so that characters and words that tokens split come out complete."""
+
+
+@dataclass
+class RowState:
+    """A row of the batch: its request, its cached tokens and its answer so far.
+
+    shared: tokens of its prompt that other prompts share.  cached: tokens in the KV cache.
+    """
+
+    request: Request
+    shared: int = 0
+    cached: int = 0
+    ids: list[int] = field(default_factory=list)
+    trace: Trace = field(default_factory=Trace)
+    seconds: float = 0.0
+    finish: Finish | None = None
+
+    @property
+    def shared_prefix(self) -> tuple[int, ...]:
+        return self.request.prompt[: self.shared]
+
+
+class AnswerRules:
+    """Extends answers up to their end, and decodes them."""
+
+    def __init__(self, tokenizer: Tokenizer, end_ids: Iterable[int]) -> None:
+        self._tokenizer = tokenizer
+        self._end_ids = frozenset(end_ids)
+
+    def commit(self, row: RowState, update: RowUpdate) -> None:
+        """Extend a row's answer by one update and record it in the row's trace. Sets `finish` where the answer ends."""
+        before = len(row.ids)
+        # 1) Tokens up to the end of the answer.
+        if update.tokens:
+            self._append(row, update.tokens)
+            row.trace.add_tokens(update.ages[: len(row.ids) - before])
+        # 2) The step's stride beside what the answer grew by.
+        if update.stride is not None:
+            row.trace.predicted.append(update.stride)
+            row.trace.accepted.append(len(row.ids) - before)
+        # 3) Draft tokens thrown out in favour of one of these tokens.
+        if update.rejected is not None:
+            place, drafts = update.rejected
+            age = update.ages[place] if place < len(update.ages) else 0
+            _add_rejected(row, before + place, drafts, age)
+        # 4) A full canvas ends an answer that nothing else ends.
+        if update.is_full and row.finish is None:
+            row.finish = "length"
+
+    def generation(self, row: RowState, draft_policy: DraftPolicy | None) -> Generation:
+        """The record of a finished row."""
+        request = row.request
+        return Generation(
+            key=request.key,
+            ids=tuple(row.ids),
+            text=cut_at_stops(self._text(row), request.stops),
+            finish=row.finish or "length",
+            trace=row.trace,
+            seconds=row.seconds,
+            prompt_tokens=len(request.prompt),
+            truncated=request.truncated,
+            draft_policy=draft_policy,
+        )
+
+    def _append(self, row: RowState, tokens: list[int]) -> None:
+        """Append tokens up to the answer's end: an end-of-sequence id, a stop string, or the length limit."""
+        limit, before = row.request.max_new_tokens, len(row.ids)
+        end = next((index for index, token in enumerate(tokens) if token in self._end_ids), None)
+        row.ids += tokens[:end][: limit - before]
+        stopped = self._stop_length(row, before)
+        if stopped is not None:
+            del row.ids[stopped:]
+            row.finish = "stop"
+        elif end is not None and before + end < limit:
+            row.finish = "eos"
+        elif len(row.ids) >= limit:
+            row.finish = "length"
+
+    def _stop_length(self, row: RowState, before: int) -> int | None:
+        """Tokens of the shortest answer that holds a stop string behind its thinking, if more than `before`."""
+        stops, marker = row.request.stops, row.request.end_of_thinking
+        if not stops:
+            return None
+        # A stop string of n bytes spans n tokens at most, so most calls decode a few tokens and end here.
+        context = max(len(stop.encode()) for stop in stops) + STOP_CONTEXT
+        if not has_stop(self._decode(row.ids[max(0, before - context) :], special=True), stops):
+            return None
+        for length in range(before + 1, len(row.ids) + 1):
+            if has_stop(after_last(self._decode(row.ids[:length], special=True), marker), stops):
+                return length
+        return None
+
+    def _text(self, row: RowState) -> str:
+        """Decoded answer: all of it, or what follows the end of thinking, less leading white space."""
+        ids, marker = row.ids, row.request.end_of_thinking
+        text = self._decode(ids)
+        if marker is None:
+            return text
+        count = self._decode(ids, special=True).count(marker)
+        if text.count(marker) < count:
+            # The marker is a special token, which no text shows: cut the ids behind its last occurrence instead.
+            first = bisect_left(range(len(ids)), count, key=lambda n: self._decode(ids[:n], special=True).count(marker))
+            return self._decode(ids[first:]).lstrip()
+        return after_last(text, marker).lstrip()
+
+    def _decode(self, ids: list[int], *, special: bool = False) -> str:
+        """Text of ids. Stop strings may be special tokens, which the answer's text leaves out (as in lm-eval)."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=not special)
+        return text
+
+
+def _add_rejected(row: RowState, index: int, drafts: list[int], age: int) -> None:
+    """Record the draft tokens that could have stood in the answer: none past its end.
+
+    index: in the answer, of the first.  age: forwards since the token in its place was written.
+    """
+    drafts = drafts[: row.request.max_new_tokens - index]
+    # An end-of-sequence id is not among the ids, but takes one place behind them.
+    places = len(row.ids) + (row.finish in (None, "eos"))
+    if drafts and index < places:
+        row.trace.add_rejected(index, drafts, age)

@@ -1,0 +1,24 @@
+"""The explicit Llama forward compiled to C, for models in float32 on a CPU.
+
+Torch takes longer to be called than a model of a few million weights takes to compute. Here a forward is one call. A
+slot's numbers are the same to the last bit in every batch, and among draft tokens and mask blocks as in autoregressive
+decoding. Where there is no compiler, or the model does not fit, torch runs instead: see `forward_choice`.
+
+    forward.py   CompiledForward: calls of the forward and of the vocabulary projection
+    k_head.py    predicted strides of a K-head
+    logits.py    the most probable tokens
+    weights.py   weights packed in panels, and whether they have changed
+    threads.py   rows of a batch on several threads
+    build.py     compiler, flags, the cached library
+    structs.py   structures and functions of the library, as ctypes
+    csrc/        the C sources: vectors.h gemm elementwise.h tree_mask attention forward k_head top_k structs.h
+"""
+
+from __future__ import annotations
+
+from .build import library, native_lanes, why_not
+from .forward import CompiledForward, attention_mask
+from .k_head import strides
+from .logits import top_k
+
+__all__ = ["CompiledForward", "attention_mask", "library", "native_lanes", "strides", "top_k", "why_not"]

@@ -1,0 +1,49 @@
+/* What Python hands over. structs.py holds the other halves: it compares the sizes when the library is loaded.
+
+   Legend: B rows, S slots fed, M slots of all rows that count (no padding), T key columns, V vocabulary, D hidden,
+   H query heads, G key heads, E head size, F inner size of the MLP, W window. D, E and F are multiples of LANES.  */
+
+#ifndef STRUCTS_H
+#define STRUCTS_H
+
+#define EXPORT __attribute__((visibility("default"))) /* called by Python; all else is hidden by -fvisibility */
+#define MAX_HEAD_SIZE 256
+
+_Static_assert(sizeof(long) == 8, "torch's int64 is read as long");
+
+/* A linear map. Its weights are packed in panels of PANEL output columns, see gemm.h. */
+typedef struct {
+    const float *panels; /* (outputs / PANEL rounded up, inputs, PANEL) */
+    const float *bias;   /* (outputs,), or NULL */
+    long inputs, outputs;
+} Linear;
+
+typedef struct {
+    const float *attention_norm, *mlp_norm; /* (D,) each: weights of the RMS norms */
+    Linear qkv;                             /* D -> (H + 2 G) E: queries, keys, values */
+    Linear attention_out;                   /* H E -> D */
+    Linear gate_up;                         /* D -> 2 F: gate, up */
+    Linear down;                            /* F -> D */
+} Layer;
+
+typedef struct {
+    const float *embeddings; /* (V, D) */
+    const float *final_norm; /* (D,) */
+    const float *cos, *sin;  /* (W, E) each; the sine of the left half is negative */
+    float rms_norm_eps;
+    long vocabulary, layers, hidden, inner, query_heads, key_heads, head_size, window;
+    const Layer *layer;
+} Model;
+
+/* One forward over the key/value cache. */
+typedef struct {
+    const long *ids;     /* (B, S) */
+    const long *columns; /* (B, S) cache column of each fed slot */
+    const long *widths;  /* (B,) slots of each row that count; the rest is padding */
+    const long *enter, *exit, *offsets; /* (B, S) each, see AttentionIntervals in attention_masks.py; NULL: causal */
+    long rows, slots, total;            /* B, S, T */
+    long first_row, cache_rows, cache_columns; /* the batch is fed to the cache's rows from first_row on */
+    float *cache;                              /* (layers, 2, cache_rows, G, cache_columns, E): keys, then values */
+} Batch;
+
+#endif

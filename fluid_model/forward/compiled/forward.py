@@ -1,0 +1,173 @@
+"""Calls of the compiled forward: one call of C for each thread, however many layers.
+
+Legend: B rows, S slots fed, M slots that count, T columns, D hidden, E head size, V vocabulary, W window.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from ctypes import c_long
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention_masks import AttentionPlan
+from ..kv_cache import KVCache
+from . import build, structs, threads, weights
+
+MAX_HEAD_SIZE = 256
+"""As in csrc/structs.h."""
+
+
+class CompiledForward:
+    """The forward of one model. Follows weights that are changed in place."""
+
+    def __init__(self, model: Any, cos: Tensor, sin: Tensor, lanes: int, library: ctypes.CDLL) -> None:
+        """cos, sin: (W, E) each, the sine of the left half negative.  library: compiled for `lanes`."""
+        self._model, self._cos, self._sin, self.lanes, self._library = model, cos, sin, lanes, library
+        self._head = model.get_output_embeddings()
+        self.projects_vocabulary = type(self._head) is nn.Linear
+        """Whether the vocabulary projection is a plain linear map, which `logits` runs."""
+        head_weights = self._head.parameters() if self.projects_vocabulary else ()
+        self._versions = weights.Versions([*model.base_model.parameters(), *head_weights])
+        self._operations = 2 * sum(weight.numel() for weight in model.base_model.layers.parameters())  # of one slot
+        self._local = threading.local()
+
+    @classmethod
+    def of(cls, model: Any, cos: Tensor, sin: Tensor) -> tuple[CompiledForward | None, str]:
+        """For a model that `llama.misfit` has nothing against; or None, and why not in one line.
+
+        cos, sin: (W, 1, E) each.
+        """
+        parameters, config, head_size = list(model.parameters()), model.config, cos.shape[-1]
+        sizes = (config.hidden_size, config.intermediate_size, head_size)
+        lanes = next((n for n in build.LANES if n <= build.native_lanes() and not any(size % n for size in sizes)), 0)
+        if not weights.readable(parameters):
+            return None, f"compiled code is for float32 on a CPU, not {model.dtype} on {model.device.type}"
+        if weights.untracked(parameters):
+            return None, "the weights are inference tensors, whose changes cannot be noticed"
+        if sum(weight.nbytes for weight in parameters) > weights.MAX_BYTES:
+            return None, f"the weights take more than {weights.MAX_BYTES >> 20} MiB, which would be copied"
+        if head_size > MAX_HEAD_SIZE:
+            return None, f"heads of {head_size} numbers; compiled code takes {MAX_HEAD_SIZE} at most"
+        if not lanes:
+            return None, f"hidden, inner or head size {sizes} is not a multiple of {build.LANES[-1]}"
+        library = build.library(lanes)
+        if library is None:
+            return None, build.why_not(lanes)
+        return cls(model, cos[:, 0].contiguous(), sin[:, 0].contiguous(), lanes, library), ""
+
+    def __call__(self, ids: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
+        """ids: (B, S), fed to a cache whose write positions are `plan`'s.
+
+        Returns (B, S, D) after the final norm, 0 for padding.
+        Raises IndexError where an id is not in the vocabulary, or a slot stands outside the cache.
+        """
+        self._pack_if_changed()
+        model, (rows, slots) = self._tables, ids.shape
+        widths = plan.widths or [slots] * rows
+        cells = cache.storage(model.layers, model.key_heads, model.head_size)
+        start, columns, total = cache.write_columns
+        hidden = torch.zeros(rows, slots, model.hidden)
+        batch = _Batch(ids, columns, total, plan, widths)
+
+        def run(part: range) -> bool:
+            struct = batch.struct(part)
+            struct.first_row, struct.cache_rows, struct.cache_columns = start + part.start, cache.slots, cache.columns
+            struct.cache = cells.data_ptr()
+            count = sum(widths[part.start : part.stop])
+            workspace = self._workspace(self._library.workspace_size(model, count, total))
+            out_of_bounds = self._library.forward(model, struct, workspace.data_ptr(), hidden[part.start :].data_ptr())
+            return bool(out_of_bounds)
+
+        if any(threads.run_all(run, threads.split_rows(widths, self._operations))):
+            raise IndexError(f"a token is none of {model.vocabulary}, or a slot stands outside the cache")
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(M, D) -> (M, V)."""
+        self._pack_if_changed()
+        projection = self._projection
+        hidden, logits = hidden.contiguous(), torch.empty(len(hidden), projection.outputs)
+
+        def run(part: range) -> None:
+            addresses = hidden[part.start :].data_ptr(), logits[part.start :].data_ptr()
+            self._library.project_vocabulary(projection, len(part), *addresses)
+
+        operations = 2 * projection.inputs * projection.outputs
+        threads.run_all(run, threads.split_rows([1] * len(hidden), operations))
+        return logits
+
+    def _pack_if_changed(self) -> None:
+        """Pack the weights at the first call, and after they were changed."""
+        if not self._versions.changed():
+            return
+        base, config = self._model.base_model, self._model.config
+        self._packed = packed = weights.PackedWeights(self.lanes)
+        layers = (structs.Layer * len(base.layers))()
+        for number, layer in enumerate(base.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            layers[number] = structs.Layer(
+                attention_norm=packed.address(layer.input_layernorm.weight),
+                mlp_norm=packed.address(layer.post_attention_layernorm.weight),
+                qkv=packed.linear([attention.q_proj, attention.k_proj, attention.v_proj]),
+                attention_out=packed.linear([attention.o_proj]),
+                gate_up=packed.linear([mlp.gate_proj, mlp.up_proj]),
+                down=packed.linear([mlp.down_proj]),
+            )
+        self._tables = structs.Model(
+            embeddings=packed.address(base.embed_tokens.weight), final_norm=packed.address(base.norm.weight),
+            cos=packed.address(self._cos), sin=packed.address(self._sin), rms_norm_eps=config.rms_norm_eps,
+            vocabulary=len(base.embed_tokens.weight), layers=len(layers), hidden=config.hidden_size,
+            inner=config.intermediate_size, query_heads=config.num_attention_heads,
+            key_heads=config.num_key_value_heads, head_size=self._cos.shape[-1], window=len(self._cos), layer=layers,
+        )  # fmt: skip
+        if self.projects_vocabulary:
+            self._projection = packed.linear([self._head])
+
+    def _workspace(self, size: int) -> Tensor:
+        """This thread's own floats, kept between calls: fresh memory would be cleared page by page at every call."""
+        held: Tensor | None = getattr(self._local, "workspace", None)
+        if held is None or len(held) < size:
+            held = self._local.workspace = torch.empty(size)
+        return held
+
+
+class _Batch:
+    """Tensors of a batch, kept alive while C reads parts of them."""
+
+    def __init__(self, ids: Tensor, columns: Tensor, total: int, plan: AttentionPlan, widths: Sequence[int]) -> None:
+        self._ids, self._columns, self._total, self._widths = ids.contiguous(), columns.contiguous(), total, widths
+        self._intervals = [interval.contiguous() for interval in plan.intervals or ()]
+
+    def struct(self, part: range) -> structs.Batch:
+        """Rows of the batch, without the cache. The structure keeps its widths alive, the batch all else."""
+        slots = self._ids.shape[1]
+        widths = (c_long * len(part))(*self._widths[part.start : part.stop])
+        offset = part.start * slots * self._ids.itemsize  # bytes
+        struct = structs.Batch(
+            ids=self._ids.data_ptr() + offset, columns=self._columns.data_ptr() + offset,
+            widths=ctypes.addressof(widths), rows=len(part), slots=slots, total=self._total,
+        )  # fmt: skip
+        if self._intervals:
+            struct.enter, struct.exit, struct.offsets = (each.data_ptr() + offset for each in self._intervals)
+        struct.held = widths
+        return struct
+
+
+def attention_mask(plan: AttentionPlan, lanes: int) -> Tensor | None:
+    """The mask that compiled attention applies, (B, S, T) bool, all False for padding; None where there is no library.
+    For tests: it is made by the C function that attention takes its columns from.
+    """
+    library = build.library(lanes)
+    if library is None:
+        return None
+    rows, slots = plan.columns.shape
+    mask = torch.zeros(rows, slots, plan.total, dtype=torch.bool)
+    batch = _Batch(torch.zeros_like(plan.columns), plan.columns, plan.total, plan, plan.widths or [slots] * rows)
+    columns = torch.empty(plan.total, dtype=torch.int32)
+    library.fill_mask(batch.struct(range(rows)), columns.data_ptr(), mask.data_ptr())
+    return mask

@@ -1,0 +1,25 @@
+"""The most probable tokens, compiled.
+
+Legend: M rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import build
+from .weights import readable
+
+
+def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """The k most probable tokens of each row and their probabilities: (M, V) -> (M, k) each, the first of equals first.
+    None where torch is to look for them.
+    """
+    library = build.library(build.native_lanes()) if readable([logits]) else None
+    if library is None:
+        return None
+    logits, rows = logits.contiguous(), len(logits)
+    tokens, probabilities = torch.empty(rows, k, dtype=torch.long), torch.empty(rows, k)
+    library.top_k(rows, logits.shape[-1], logits.data_ptr(), k, tokens.data_ptr(), probabilities.data_ptr())
+    return tokens, probabilities

@@ -1,0 +1,77 @@
+"""The ctypes halves of `csrc/structs.h`, in the same order; see there for the meaning and shape of every field."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_long, c_void_p
+
+
+class Linear(Structure):
+    """A linear map with packed weights."""
+
+    _fields_ = (("panels", c_void_p), ("bias", c_void_p), ("inputs", c_long), ("outputs", c_long))
+
+
+class Layer(Structure):
+    """The weights of one transformer layer."""
+
+    _fields_ = (
+        ("attention_norm", c_void_p), ("mlp_norm", c_void_p),
+        ("qkv", Linear), ("attention_out", Linear), ("gate_up", Linear), ("down", Linear),
+    )  # fmt: skip
+
+
+class Model(Structure):
+    """The weights and sizes of a model."""
+
+    _fields_ = (
+        ("embeddings", c_void_p), ("final_norm", c_void_p), ("cos", c_void_p), ("sin", c_void_p),
+        ("rms_norm_eps", c_float),
+        ("vocabulary", c_long), ("layers", c_long), ("hidden", c_long), ("inner", c_long), ("query_heads", c_long),
+        ("key_heads", c_long), ("head_size", c_long), ("window", c_long),
+        ("layer", POINTER(Layer)),
+    )  # fmt: skip
+
+
+class Batch(Structure):
+    """One forward over the key/value cache."""
+
+    _fields_ = (
+        ("ids", c_void_p), ("columns", c_void_p), ("widths", c_void_p),
+        ("enter", c_void_p), ("exit", c_void_p), ("offsets", c_void_p),
+        ("rows", c_long), ("slots", c_long), ("total", c_long),
+        ("first_row", c_long), ("cache_rows", c_long), ("cache_columns", c_long),
+        ("cache", c_void_p),
+    )  # fmt: skip
+
+
+STRUCTS: tuple[type[Structure], ...] = (Linear, Layer, Model, Batch)
+
+FUNCTIONS = {
+    "forward": ((POINTER(Model), POINTER(Batch), c_void_p, c_void_p), ctypes.c_int),
+    "workspace_size": ((POINTER(Model), c_long, c_long), c_long),
+    "project_vocabulary": ((POINTER(Linear), c_long, c_void_p, c_void_p), None),
+    "k_head_strides": ((POINTER(Linear), POINTER(Linear), c_long, c_void_p, c_void_p, c_void_p), None),
+    "top_k": ((c_long, c_long, c_void_p, c_long, c_void_p, c_void_p), None),
+    "fill_mask": ((POINTER(Batch), c_void_p, c_void_p), None),
+}
+"""Parameters and result of every function that the library exports."""
+
+
+class LayoutError(Exception):
+    """The structures of the library are not those of this module."""
+
+
+def bind(code: ctypes.CDLL) -> ctypes.CDLL:
+    """Declare the library's functions. Raises LayoutError if a structure has another size in C."""
+    for struct in STRUCTS:
+        try:
+            size = c_long.in_dll(code, f"sizeof_{struct.__name__}").value
+        except ValueError:
+            raise LayoutError(f"the library does not export the size of {struct.__name__}") from None
+        if size != ctypes.sizeof(struct):
+            raise LayoutError(f"{struct.__name__} has {size} bytes in C and {ctypes.sizeof(struct)} in Python")
+    for name, (parameters, result) in FUNCTIONS.items():
+        function = getattr(code, name)
+        function.argtypes, function.restype = parameters, result
+    return code
