@@ -87,17 +87,17 @@ def fluid(kind: type[FluidStrategy]) -> Callable:
 
 
 class SkipsTheLastDraft(FluidStrategy):
-    def _path(self, row, predictions):
-        path = super()._path(row, predictions)
-        leaves = set(range(len(row.tokens))) - set(row.tree.parents)
-        return [*path, *[node for node in leaves if row.tree.parents[node] == path[-1]][:1]]
+    def _accepted_path(self, tree, predicted):
+        path = super()._accepted_path(tree, predicted)
+        leaves = set(range(len(tree.tokens))) - set(tree.parents)
+        return [*path, *[node for node in leaves if tree.parents[node] == path[-1]][:1]]
 
 
 class KeepsARejectedDraft(FluidStrategy):
-    def _path(self, row, predictions):
-        path = super()._path(row, predictions)
-        hung = [node for node, parent in enumerate(row.tree.parents) if parent == path[-1]]
-        return [*path, *hung[:1]]
+    def _accepted_path(self, tree, predicted):
+        path = super()._accepted_path(tree, predicted)
+        children = [node for node, parent in enumerate(tree.parents) if parent == path[-1]]
+        return [*path, *children[:1]]
 
 
 def test_what_verifies_is_identical(checkpoint, work):

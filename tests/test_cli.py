@@ -134,7 +134,10 @@ def test_no_hub_and_no_data_is_one_error_in_time(tmp_path, tiny_model):
     import os
 
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
-    program = "import sys; from fluid_eval import cli, data; data.HUB_TIMEOUT = 1.5; sys.exit(cli.main())"
+    program = (
+        "import sys; from fluid_eval.benchmarks import datasets; from fluid_eval.cli.main import main; "
+        "datasets.HUB_TIMEOUT = 1.5; sys.exit(main())"
+    )
     words = [sys.executable, "-c", program, "run", "--tasks", "gsm8k", "--model", str(tiny_model), "--out", "r"]
     with socket.create_server(("127.0.0.1", 0)) as silent:
         hub = f"http://127.0.0.1:{silent.getsockname()[1]}"

@@ -28,7 +28,7 @@ from fluid_eval.cli.main import main
 from fluid_eval.common.paths import resource
 from fluid_model import ArSettings, FluidSettings, Request, engine_for
 from fluid_model.checkpoints.checkpoint import Checkpoint
-from fluid_model.decoders import fluid
+from fluid_model.decoders import draft_policy, engine_for, fluid
 from fluid_model.train.losses import best_stride
 from fluid_model.train.row_layouts import AllMaskLayout, Example
 from fluid_model.train.stages import HorizonCalibration, collate
@@ -53,9 +53,10 @@ def texts(checkpoint) -> list[StoredText]:
 
 
 def test_rounds_played_are_rounds_made(checkpoint, texts, monkeypatch):
-    """Where slots cost nothing and fans are as many as tokens, the engine makes the same rounds, stride by stride."""
-    monkeypatch.setattr(fluid._Row, "price", lambda *_: 0.0)
-    monkeypatch.setattr(fluid._Row, "fans", lambda self, hits, price, widest, left: [widest] * len(hits))
+    """Where slots cost nothing and every token has a mask block, the engine makes the same steps, stride by stride."""
+    monkeypatch.setattr(draft_policy.StepStatistics, "marginal_cost", lambda *_: 0.0)
+    for module in (fluid, draft_policy):
+        monkeypatch.setattr(module, "mask_blocks", lambda stops, rate, cost, max_masks, _: [max_masks] * len(stops))
     work = [Request(t.key, t.prompt, len(t.ids) + t.ended) for t in texts]
     made = {
         a.key: a.trace for a in engine_for(checkpoint, FluidSettings(slot_budget=1000, candidates=1), 3).generate(work)

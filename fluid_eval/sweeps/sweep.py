@@ -255,7 +255,7 @@ class Sweep:
             running = [chunk for chunk in chunks if points[chunk.point].stopped is None]
             spent: dict[str, list[tuple[int, float]]] = defaultdict(list)  # tokens, seconds of each answer
             for name, answer in pool.run(running):
-                points[name].job.lm.keep(answer)
+                points[name].job.lm.store(answer)
                 board.advance(name, failed=isinstance(answer, FailedRequest))
                 if isinstance(answer, Generation):
                     spent[name].append((len(answer.ids), answer.seconds))
