@@ -28,7 +28,7 @@ from fluid_eval.cli.main import main
 from fluid_eval.common.paths import resource
 from fluid_model import ArSettings, FluidSettings, Request, engine_for
 from fluid_model.checkpoints.checkpoint import Checkpoint
-from fluid_model.decoders import draft_policy, engine_for, fluid
+from fluid_model.decoders import draft_policy, fluid
 from fluid_model.train.losses import best_stride
 from fluid_model.train.row_layouts import AllMaskLayout, Example
 from fluid_model.train.stages import HorizonCalibration, collate
