@@ -169,10 +169,10 @@ def test_local_attention_is_probed_past_its_window(tmp_path):
     config.attention_types, config.attention_layers = [[["global"], 2]], ["global", "global"]
     checkpoint = fluid_model.load(str(save_model(tmp_path / "g", config)))
     prompts = [tuple(range(5, 105)), (5, 6, 7)]
-    engine = fluid_model.engine_for(checkpoint, ArSettings(), slots=2)
+    engine = fluid_model.engine_for(checkpoint, ArSettings(), batch_size=2)
     answers = {a.key: a.ids for a in engine.generate([Request(str(len(p)), p, 6) for p in prompts])}
     for prompt in prompts:
-        (alone,) = fluid_model.engine_for(checkpoint, ArSettings(), slots=1).generate([Request("x", prompt, 6)])
+        (alone,) = fluid_model.engine_for(checkpoint, ArSettings(), batch_size=1).generate([Request("x", prompt, 6)])
         assert answers[str(len(prompt))] == alone.ids
 
 

@@ -63,7 +63,7 @@ FAMILIES = {
 def test_any_causal_lm_writes_as_transformers_does(family, tmp_path):
     """The caller names no architecture; greedy text is that of `generate`, past a sliding window too."""
     checkpoint = fluid_model.load(str(save_model(tmp_path / "m", FAMILIES[family])))
-    engine = fluid_model.engine_for(checkpoint, ArSettings(), slots=2)
+    engine = fluid_model.engine_for(checkpoint, ArSettings(), batch_size=2)
     prompts = [tuple(range(5, 5 + n)) for n in (30, 9, 17)]
     answers = {g.key: g for g in engine.generate([Request(str(len(p)), p, 24) for p in prompts])}
     for prompt in prompts:

@@ -24,13 +24,13 @@ from .tiny import fluid_checkpoint
 def test_an_answer_ends_with_its_canvas():
     """Shorter than the answer may be, and never ended by the model."""
     decoder = LladaSettings(gen_length=8, block_length=4)
-    answers = write(replace(CHECKPOINT, end_ids=()), decoder, requests(3, 40), slots=2)
+    answers = write(replace(CHECKPOINT, end_ids=()), decoder, requests(3, 40), batch_size=2)
     assert {(len(g.ids), g.finish, g.trace.forwards["denoise"]) for g in answers.values()} == {(8, "length", 8)}
 
 
 def test_a_canvas_may_be_longer_than_the_answer():
     decoder = LladaSettings(gen_length=24, block_length=4)
-    answers = write(CHECKPOINT, decoder, requests(2, 6), slots=2)
+    answers = write(CHECKPOINT, decoder, requests(2, 6), batch_size=2)
     assert all(len(g.ids) <= 6 for g in answers.values())
 
 
@@ -70,9 +70,9 @@ RANDOM = [
 
 @pytest.mark.parametrize("decoder", RANDOM)
 def test_a_row_of_a_batch_is_the_row_alone(decoder):
-    together = write(CHECKPOINT, decoder, requests(6, NEW), slots=4)
+    together = write(CHECKPOINT, decoder, requests(6, NEW), batch_size=4)
     for request in requests(6, NEW):
-        alone = write(CHECKPOINT, decoder, [request], slots=1)[request.key]
+        alone = write(CHECKPOINT, decoder, [request], batch_size=1)[request.key]
         assert together[request.key].ids == alone.ids
         assert together[request.key].trace == alone.trace
     other = write(CHECKPOINT, decoder, [replace(r, seed=r.seed + 99) for r in requests(6, NEW)])
@@ -84,7 +84,7 @@ def test_a_row_of_a_batch_is_the_row_alone(decoder):
 def test_counted_forwards_are_the_calls_the_model_sees(decoder):
     checkpoint = fluid_checkpoint()
     seen = calls_of(checkpoint)
-    (got,) = write(checkpoint, decoder, requests(1, NEW), slots=1).values()
+    (got,) = write(checkpoint, decoder, requests(1, NEW), batch_size=1).values()
     assert sum(got.trace.forwards.values()) == len(seen)
     assert len(got.ids) <= NEW
 

@@ -106,7 +106,7 @@ def test_prompts_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="max_new_tokens=0"):
         list(engine.generate([Request("x", PROMPT, 0)]))
     with pytest.raises(ConfigError, match="batch_size=0"):
-        engine_for(CHECKPOINT, ArSettings(), slots=0)
+        engine_for(CHECKPOINT, ArSettings(), batch_size=0)
 
 
 def test_a_prompt_may_fill_the_window():
@@ -141,7 +141,7 @@ def test_strides_make_up_the_answer(end, decoder):
 def test_time_is_shared_out_and_waiting_callers_cost_nothing():
     import time
 
-    engine = engine_for(CHECKPOINT, ArSettings(), slots=2)
+    engine = engine_for(CHECKPOINT, ArSettings(), batch_size=2)
     started, slept, answers = time.perf_counter(), 0.0, []
     for answer in engine.generate([Request(str(i), PROMPT, 5 + i) for i in range(4)]):
         answers.append(answer)

@@ -26,8 +26,8 @@ def requests(count: int = len(PROMPTS), new_tokens: int = NEW) -> list[Request]:
     return [Request(str(i), tuple(b + 2 for b in PROMPTS[i]), new_tokens, seed=i) for i in range(count)]
 
 
-def write(checkpoint: Checkpoint, decoder, work, slots: int = 4) -> dict[str, fluid_model.Generation]:
-    return {g.key: g for g in fluid_model.engine_for(checkpoint, decoder, slots).generate(work)}
+def write(checkpoint: Checkpoint, decoder, work, batch_size: int = 4) -> dict[str, fluid_model.Generation]:
+    return {g.key: g for g in fluid_model.engine_for(checkpoint, decoder, batch_size).generate(work)}
 
 
 def calls_of(checkpoint: Checkpoint) -> list[int]:
@@ -151,7 +151,7 @@ REFERENCE = FluidSettings(rounds="reference")
 def test_a_row_of_a_batch_is_the_row_alone(decoder):
     alone = {}
     for request in requests():
-        alone |= write(CHECKPOINT, decoder, [request], slots=1)
+        alone |= write(CHECKPOINT, decoder, [request], batch_size=1)
     for slots in (2, 3, 7):
         together = write(CHECKPOINT, decoder, requests(), slots)
         for key, expected in alone.items():
@@ -228,7 +228,7 @@ def test_a_horizon_of_one_is_ar(verify: bool, rounds):
 def test_counted_forwards_are_the_calls_the_model_sees(decoder):
     checkpoint = fluid_checkpoint()
     seen = calls_of(checkpoint)
-    engine = fluid_model.engine_for(checkpoint, decoder, slots=3)
+    engine = fluid_model.engine_for(checkpoint, decoder, batch_size=3)
     seen.clear()  # what slots cost was measured
     list(engine.generate(requests()))
     assert engine.calls == len(seen)

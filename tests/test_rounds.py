@@ -189,7 +189,7 @@ def plain_steps(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_toke
 @pytest.mark.parametrize("rows", [1, 3])
 def test_one_forward_a_step(checkpoint, decoder, rows):
     """Same text, same number of steps, same slots fed."""
-    answers = write(checkpoint, decoder, requests(checkpoint), slots=rows)
+    answers = write(checkpoint, decoder, requests(checkpoint), batch_size=rows)
     for request in requests(checkpoint):
         ids, steps, fed = plain_steps(checkpoint, request.prompt, decoder, NEW, rows)
         trace = answers[request.key].trace

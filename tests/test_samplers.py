@@ -131,7 +131,7 @@ def test_nbdiff_is_the_public_decoder(rule, threshold, parts):
     else:
         bounds = {"confidence": threshold}
     decoder = NbdiffSettings(block_length=length, small_blocks=small, rule=rule, **bounds)
-    answers = write(CHECKPOINT, decoder, requests(3, NEW), slots=2)
+    answers = write(CHECKPOINT, decoder, requests(3, NEW), batch_size=2)
     for request in requests(3, NEW):
         ids, count = plain_nbdiff(CHECKPOINT, request.prompt, decoder, NEW)
         assert answers[request.key].ids == ids
@@ -175,8 +175,8 @@ def test_llada_is_the_public_decoder(values, more):
     checkpoint = with_ends(fluid_checkpoint(), mask_scale=3.0)
     decoder = LladaSettings(**values, **more)
     work = [replace(request, seed=REQUEST_SEED) for request in requests(2, NEW)]
-    early = write(checkpoint, decoder, work, slots=2)
-    full_canvas = write(checkpoint, replace(decoder, whole_canvas=True), work, slots=3)
+    early = write(checkpoint, decoder, work, batch_size=2)
+    full_canvas = write(checkpoint, replace(decoder, whole_canvas=True), work, batch_size=3)
     for request in work:
         ids, forwards = plain_llada(checkpoint, request.prompt, decoder, NEW)
         assert full_canvas[request.key].ids == early[request.key].ids == ids

@@ -60,7 +60,7 @@ def forwards(bench: Bench, rows: int) -> None:
     ids = torch.randint(plan.vocabulary, (1, plan.context), device=device)
     bench.backbone.forward(ids, cache.set_write_positions(0, [0], plan.context, device), cache)
     cache.broadcast_prefix(0, 1, rows - 1, plan.context)
-    column = cache.nbytes / cache.slots / cache.columns  # bytes of a row's token
+    column = cache.nbytes / cache.rows / cache.columns  # bytes of a row's token
     floor = (bench.read + rows * (plan.context + 1) * column) / bench.bandwidth
     ar = Feed(torch.zeros(rows, 1, dtype=torch.long, device=device), [1] * rows, ["commit"] * rows)
     feeds = [ar, *(fluid_feed(bench.checkpoint, rows, slots) for slots in SLOTS)]
@@ -106,7 +106,7 @@ them, summed over rows.
 
 def write(engine: Engine, plan: GpuPlan, new: int, first: int = 0) -> Tally:
     """Let all rows write until the first of them has `new` tokens.  first: the number of the first row's answer."""
-    asked = [Request(str(n), ids, new, seed=first + n) for n, ids in enumerate(prompts(plan, engine.slots))]
+    asked = [Request(str(n), ids, new, seed=first + n) for n, ids in enumerate(prompts(plan, engine.batch_size))]
     answer = next(engine.generate(asked))
     rows = engine._active  # that go on
     traces = [answer.trace, *(row.trace for row in rows)]

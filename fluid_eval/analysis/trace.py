@@ -60,7 +60,7 @@ def trace_answer(spec: RunSpec, prompt: str) -> tuple[list[ForwardRecord], Gener
     check_decoder(spec, info)
     print(reason(spec, info), file=sys.stderr)
     checkpoint = load_for(spec)
-    engine = engine_for(checkpoint, spec.decoder, slots=1)
+    engine = engine_for(checkpoint, spec.decoder, batch_size=1)
     steps: list[RowForward] = []
     engine.watch = steps.append
     # 2) the prompt, as a conversation where the run has a chat template

@@ -42,16 +42,16 @@ def _fluid(checkpoint: Checkpoint, settings: FluidSettings) -> Strategy:
     return strategy(checkpoint.backbone, checkpoint.head, checkpoint.mask_id, settings)
 
 
-def scorer_for(checkpoint: Checkpoint, settings: DecoderSettings, slots: int = 16) -> Scorer | CanvasScorer:
+def scorer_for(checkpoint: Checkpoint, settings: DecoderSettings, batch_size: int = 16) -> Scorer | CanvasScorer:
     """Log-likelihoods as this checkpoint defines them: exact under causal attention, Monte-Carlo estimates under
     bidirectional attention.
     """
     if isinstance(settings, LladaSettings) and checkpoint.mask_id is not None:
-        return CanvasScorer(checkpoint.backbone, checkpoint.mask_id, slots, settings.mc_num)
-    return Scorer(checkpoint.backbone, slots)
+        return CanvasScorer(checkpoint.backbone, checkpoint.mask_id, batch_size, settings.mc_num)
+    return Scorer(checkpoint.backbone, batch_size)
 
 
-def engine_for(checkpoint: Checkpoint, settings: DecoderSettings, slots: int = 16) -> Engine:
-    """An engine that decodes this checkpoint with these settings, `slots` rows at a time."""
+def engine_for(checkpoint: Checkpoint, settings: DecoderSettings, batch_size: int = 16) -> Engine:
+    """An engine that decodes this checkpoint with these settings, `batch_size` rows at a time."""
     strategy = strategy_for(checkpoint, settings)
-    return Engine(checkpoint.backbone, checkpoint.tokenizer, checkpoint.end_ids, strategy, slots)
+    return Engine(checkpoint.backbone, checkpoint.tokenizer, checkpoint.end_ids, strategy, batch_size)

@@ -29,9 +29,9 @@ class ArStrategy:
         self.backbone = backbone
         self.settings = settings
 
-    def allocate(self, slots: int) -> None:
-        self._latest = torch.zeros(slots, dtype=torch.long, device=self.backbone.device)
-        self._draws = Draws(slots)
+    def allocate(self, rows: int) -> None:
+        self._latest = torch.zeros(rows, dtype=torch.long, device=self.backbone.device)
+        self._draws = Draws(rows)
 
     def admit(
         self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]

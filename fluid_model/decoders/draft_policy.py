@@ -41,7 +41,9 @@ class StepStatistics:
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted draft tokens, as a share of committed tokens: each step's bonus token is not a draft token."""
+        """Chance that one more draft token is accepted: 1 - steps / committed tokens, its estimate from the mean
+        accepted length under a geometric law (alpha of Leviathan et al. 2023). Not accepted over drafted tokens.
+        """
         return 1 - self.steps / self.committed
 
     def marginal_cost(self, slot_budget: float, rows: int) -> float:

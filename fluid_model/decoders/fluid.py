@@ -54,17 +54,17 @@ class FluidStrategy:
         self._candidates = settings.candidates if settings.verify and settings.temperature == 0 else 1
         self._slot_budget = settings.slot_budget or (backbone.slot_budget if settings.verify else 1)
 
-    def allocate(self, slots: int) -> None:
-        self._batch_rows = slots
-        self.max_slots = max(2 * self.max_stride, min(self._slot_budget // slots, MAX_SLOTS))
-        self._drafts = [Draft(DraftTree(), [])] * slots
-        self._statistics = [StepStatistics()] * slots
-        self._draws = Draws(slots)
+    def allocate(self, rows: int) -> None:
+        self._batch_rows = rows
+        self.max_slots = max(2 * self.max_stride, min(self._slot_budget // rows, MAX_SLOTS))
+        self._drafts = [Draft(DraftTree(), [])] * rows
+        self._statistics = [StepStatistics()] * rows
+        self._draws = Draws(rows)
         masks = self.max_stride - 1
         if self.settings.verify:
-            self.draft_policy = DraftPolicy(self._slot_budget, slots)
+            self.draft_policy = DraftPolicy(self._slot_budget, rows)
             prior = StepStatistics()
-            cost = prior.marginal_cost(self._slot_budget, slots)
+            cost = prior.marginal_cost(self._slot_budget, rows)
             (masks,) = mask_blocks([1.0], prior.acceptance_rate, cost, masks, masks)
         self.prompt_mask_block = (self.mask_id,) * masks
 

@@ -67,14 +67,14 @@ class FluidReferenceStrategy:
         self.settings = settings
         self.max_slots = settings.max_horizon
 
-    def allocate(self, slots: int) -> None:
+    def allocate(self, rows: int) -> None:
         device, width = self.backbone.device, self.max_slots
-        self._canvas = torch.full((slots, width), self.mask_id, device=device)
-        self._first = torch.zeros(slots, dtype=torch.long, device=device)  # prediction for slot 0
-        self._pointer = torch.zeros(slots, dtype=torch.long, device=device)
-        self._width = torch.zeros(slots, dtype=torch.long, device=device)
-        self._phase = torch.zeros(slots, dtype=torch.long, device=device)
-        self._host = [_CanvasStep()] * slots
+        self._canvas = torch.full((rows, width), self.mask_id, device=device)
+        self._first = torch.zeros(rows, dtype=torch.long, device=device)  # prediction for slot 0
+        self._pointer = torch.zeros(rows, dtype=torch.long, device=device)
+        self._width = torch.zeros(rows, dtype=torch.long, device=device)
+        self._phase = torch.zeros(rows, dtype=torch.long, device=device)
+        self._host = [_CanvasStep()] * rows
 
     def admit(
         self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]

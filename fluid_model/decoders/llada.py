@@ -76,8 +76,8 @@ class LladaStrategy:
         self._other_ends = [token for token in end_ids if token != eos_id]
         self.max_slots = max(settings.block_length, settings.gen_length or 0)
 
-    def allocate(self, slots: int) -> None:
-        self._rows: list[_CanvasState | None] = [None] * slots
+    def allocate(self, rows: int) -> None:
+        self._rows: list[_CanvasState | None] = [None] * rows
 
     def admit(
         self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]

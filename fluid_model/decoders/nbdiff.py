@@ -52,14 +52,14 @@ class NbdiffStrategy:
         self.max_slots = block_length
         self.small_block = settings.small_block_length(block_length)
 
-    def allocate(self, slots: int) -> None:
+    def allocate(self, rows: int) -> None:
         device = self.backbone.device
-        self._block = torch.full((slots, self.max_slots), self.mask_id, device=device)
-        self._is_written = torch.zeros(slots, self.max_slots, dtype=torch.bool, device=device)
+        self._block = torch.full((rows, self.max_slots), self.mask_id, device=device)
+        self._is_written = torch.zeros(rows, self.max_slots, dtype=torch.bool, device=device)
         self._ages = torch.zeros_like(self._block)  # denoise forwards since a slot was written
-        self._width = torch.zeros(slots, dtype=torch.long, device=device)
-        self._host = [_Block()] * slots
-        self._generators = [torch.Generator() for _ in range(slots)]
+        self._width = torch.zeros(rows, dtype=torch.long, device=device)
+        self._host = [_Block()] * rows
+        self._generators = [torch.Generator() for _ in range(rows)]
 
     def admit(
         self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]

@@ -22,9 +22,9 @@ class Draws:
     With these common random numbers a draft agrees with AR as often as it can.
     """
 
-    def __init__(self, slots: int) -> None:
-        self._generators = [torch.Generator() for _ in range(slots)]
-        self._ahead: list[list[float]] = [[] for _ in range(slots)]  # drawn for places that are not committed yet
+    def __init__(self, rows: int) -> None:
+        self._generators = [torch.Generator() for _ in range(rows)]
+        self._ahead: list[list[float]] = [[] for _ in range(rows)]  # drawn for places that are not committed yet
 
     def seed(self, row: int, seed: int) -> None:
         """Start a row's numbers."""

@@ -55,13 +55,13 @@ class Engine:
         tokenizer: Tokenizer,
         end_ids: Iterable[int],
         strategy: Strategy,
-        slots: int = 16,
+        batch_size: int = 16,
     ) -> None:
-        if slots < 1:
-            raise ConfigError(f"batch_size={slots} must be at least 1")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size} must be at least 1")
         self.backbone = backbone
         self.strategy = strategy
-        self.slots = slots
+        self.batch_size = batch_size
         self.calls = 0
         self._answers = AnswerRules(tokenizer, end_ids)
         self._prefill_budget = PREFILL_TOKENS_CPU if backbone.device.type == "cpu" else PREFILL_TOKENS
@@ -87,19 +87,19 @@ class Engine:
         waiting = self._order(everything)
 
         # 2) allocate rows and cache, with one spare row for a shared prefix
-        slots = min(self.slots, len(waiting))
+        rows = min(self.batch_size, len(waiting))
         asked = max(request.asked or 0 for request in everything)
-        self.strategy.allocate(max(slots, min(self.slots, asked)))
+        self.strategy.allocate(max(rows, min(self.batch_size, asked)))
         longest = max(len(request.prompt) + request.max_new_tokens for request in everything)
         spare = any(row.shared for row in waiting)
-        self._cache = self.backbone.cache(slots + spare, longest + self.strategy.max_slots)
+        self._cache = self.backbone.cache(rows + spare, longest + self.strategy.max_slots)
         self._active, self._cached_prefix = [], ()
 
         # 3) admit, step, retire
         self._clock = time.perf_counter()
         while waiting or self._active:
-            while waiting and len(self._active) < slots:
-                self._admit(waiting, slots - len(self._active))
+            while waiting and len(self._active) < rows:
+                self._admit(waiting, rows - len(self._active))
             yield from self._retire()
             if self._active:
                 self._step()
@@ -161,7 +161,7 @@ class Engine:
         # 1) the shared prefix, copied from the spare row
         if shared:
             self._prefill_shared_prefix(rows[0])
-            self._cache.broadcast_prefix(self._cache.slots - 1, start, len(rows), shared)
+            self._cache.broadcast_prefix(self._cache.rows - 1, start, len(rows), shared)
         for row in rows:
             row.cached = shared
 
@@ -185,7 +185,7 @@ class Engine:
         if row.shared_prefix == self._cached_prefix:
             return
         ids = torch.tensor([row.shared_prefix], device=self.backbone.device)  # (1, S)
-        plan = self._cache.set_write_positions(self._cache.slots - 1, [0], row.shared, self.backbone.device)
+        plan = self._cache.set_write_positions(self._cache.rows - 1, [0], row.shared, self.backbone.device)
         self.backbone.forward(ids, plan, self._cache)
         self.calls += 1
         self._cached_prefix = row.shared_prefix

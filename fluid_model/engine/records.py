@@ -58,12 +58,12 @@ class Trace:
 
     forwards: forwards the row took part in, by kind.
     slots: slots fed for it over all of them. A shared prefix counts as if the row had prefilled it alone.
-    predicted, accepted: the stride that was drafted and the tokens the answer grew by, one entry a step; empty for
-    decoders without strides.
+    predicted, accepted: one entry a step, the bonus token counted in both: tokens on the draft's likeliest path, after
+    the draft policy has cut the K-head's stride; tokens the answer grew by. Empty for decoders without strides.
     written: for each token of the answer the forward that wrote it, counted from 1 over `forwards` of all kinds. Slots
     of a canvas or block name the denoise forward that wrote them.
-    rejected: drafts thrown out by verification or the confidence threshold: (forward, index in the answer of the first
-    token, ids).
+    rejected: what verification or the confidence threshold rejected of a draft's likeliest path: (forward, index in the
+    answer of the first token, ids). Rejected sibling candidates are not listed, so this is no count of all rejections.
     """
 
     forwards: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))

@@ -48,9 +48,9 @@ class RowUpdate:
 
     tokens: ids committed to the answer.
     ages: forwards since each of them was written, 0 for this one.
-    cached: fed slots whose keys and values stay in the cache, rising; all others are overwritten.
+    cached: fed slots whose keys and values stay in the cache, in ascending order; all others are overwritten.
     stride: draft length of a step that is complete; None for a forward that completes none.
-    rejected: draft tokens thrown out, None without any.
+    rejected: rejected draft tokens of the likeliest path, None without any.
     is_full: whether the decoder has no slot left for further tokens.
     """
 
@@ -85,8 +85,8 @@ class Strategy(Protocol):
     def draft_policy(self) -> DraftPolicy | None:
         """What the size of drafts depends on, once rows are allocated; None if on weights and prompt alone."""
 
-    def allocate(self, slots: int) -> None:
-        """Make state for `slots` rows: as many as share a forward when a whole run is answered at once."""
+    def allocate(self, rows: int) -> None:
+        """Make state for `rows` rows: as many as share a forward when a whole run is answered at once."""
 
     def admit(
         self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]

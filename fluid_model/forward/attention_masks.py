@@ -49,7 +49,7 @@ class AttentionIntervals(NamedTuple):
 
     enter: MAX_STEPS times the token that a slot is anchored at, counted from the first fed, plus its step in the mask
     block, from 1 on; a token is anchored at itself with step 0. Slots that share an `enter` attend to one another.
-    exit: where its subtree ends; NEVER of padding.
+    exit: where its subtree ends; NEVER of padding that other slots could reach.
     offsets: position ids, counted from the row's first fed slot.
     """
 

@@ -138,7 +138,9 @@ class Backbone:
 
     @property
     def forward_choice(self) -> ForwardChoice:
-        """Which forward runs and why, see the module's docstring. The one place that decides."""
+        """Which forward runs and why, see the module's docstring. Captured forwards leave single calls that fit no
+        captured shape to the explicit one.
+        """
         if self.graphs is not None:
             return ForwardChoice("captured", "asked for")
         if self.compiled is not None:
@@ -185,9 +187,9 @@ class Backbone:
             raise ConfigError(f"{type(self.model).__name__}: only the explicit Llama forward can be captured")
         self.graphs = cuda_graphs.Graphs(self.explicit, only) if on and self.explicit is not None else None
 
-    def cache(self, slots: int, columns: int) -> KVCache:
+    def cache(self, rows: int, columns: int) -> KVCache:
         """Room for so many rows of so many tokens."""
-        return KVCache(slots, columns) if self.graphs is None else self.graphs.cache(slots, columns)
+        return KVCache(rows, columns) if self.graphs is None else self.graphs.cache(rows, columns)
 
     def check_ids(self, key: str, ids: Sequence[int]) -> None:
         """Raise ConfigError, naming the request, if this model has no embedding for one of its tokens."""

@@ -75,23 +75,23 @@ class Graphs:
         """Rows, slots and columns of the captured forwards."""
         return list(self._captured)
 
-    def cache(self, slots: int, columns: int) -> KVCache:
+    def cache(self, rows: int, columns: int) -> KVCache:
         """A cache with room for padding. The current one is used again if it is large enough.
 
         Raises ConfigError if the one shape asked for is too small.
         """
         if self.only is None:
-            rows = _bucket(slots, ROWS) or slots
+            padded = _bucket(rows, ROWS) or rows
             wide = -(-(columns + SLOTS[-1]) // COLUMNS) * COLUMNS
         else:
-            rows, most, wide = self.only
-            if slots > rows + 1 or columns + most > wide:
+            padded, most, wide = self.only
+            if rows > padded + 1 or columns + most > wide:
                 raise ConfigError(
-                    f"{slots} rows of {columns} columns, {most} beside them: more than one shape {self.only}"
+                    f"{rows} rows of {columns} columns, {most} beside them: more than one shape {self.only}"
                 )
-        if rows + 1 > self._cache.slots or wide > self._cache.columns:  # one row more: shared prefixes
+        if padded + 1 > self._cache.rows or wide > self._cache.columns:  # one row more: shared prefixes
             self._captured.clear()
-            self._cache = KVCache(rows + 1, wide)
+            self._cache = KVCache(padded + 1, wide)
         return self._cache
 
     def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor | None:

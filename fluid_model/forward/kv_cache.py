@@ -27,8 +27,8 @@ class KVCache:
     the model itself produces.
     """
 
-    def __init__(self, slots: int, columns: int) -> None:
-        self.slots = slots
+    def __init__(self, rows: int, columns: int) -> None:
+        self.rows = rows
         self.columns = columns
         self._layers: dict[int, Tensor] = {}  # (2, B, H, columns, Dh) of each layer, keys then values
         self._storage: Tensor | None = None  # all layers as one buffer, where `storage` made it
@@ -78,7 +78,7 @@ class KVCache:
         rows, size = len(keys_values), keys_values.shape[-1]
         fresh = keys_values.view(rows, 2, -1, *keys_values.shape[2:]).transpose(0, 1)  # (2, B, H, S, Dh)
         if layer not in self._layers:
-            self._layers[layer] = keys_values.new_zeros(2, self.slots, fresh.shape[2], self.columns, size)
+            self._layers[layer] = keys_values.new_zeros(2, self.rows, fresh.shape[2], self.columns, size)
         if self._scatter_index is None or self._scatter_index.shape != fresh.shape:  # the same for all layers
             self._scatter_index = self._write_at[:, None, :, None].expand_as(fresh)
         cached = self._layers[layer][:, self._start : self._start + rows]
@@ -91,7 +91,7 @@ class KVCache:
         themselves.
         """
         if self._storage is None:
-            self._storage = torch.zeros(layers, 2, self.slots, heads, self.columns, size)
+            self._storage = torch.zeros(layers, 2, self.rows, heads, self.columns, size)
             self._layers = dict(enumerate(self._storage))
         return self._storage
 
@@ -104,7 +104,7 @@ class KVCache:
         """Move the fed slots that stay cached behind their row's cached tokens, of rows 0.. .
 
         lengths: cached tokens of each row before this forward.
-        cached: fed slots of each row that stay, rising, counted from the row's first.
+        cached: fed slots of each row that stay, in ascending order, counted from the row's first.
         """
         moves: list[tuple[int, int, int]] = []  # row, source column, target column
         for row, (length, slots) in enumerate(zip(lengths, cached, strict=True)):

@@ -85,11 +85,11 @@ _Job = tuple[_OpenRequest, _ModelInput]
 
 
 class Scorer:
-    """Scores requests in batches of at most `slots` rows. `calls` counts model forwards since construction."""
+    """Scores requests in batches of at most `batch_size` rows. `calls` counts model forwards since construction."""
 
-    def __init__(self, backbone: Backbone, slots: int = 16) -> None:
+    def __init__(self, backbone: Backbone, batch_size: int = 16) -> None:
         self.backbone = backbone
-        self.slots = slots
+        self.batch_size = batch_size
         self.calls = 0
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[Score]:
@@ -108,12 +108,12 @@ class Scorer:
 
     def _score_group(self, jobs: list[_Job], shared: int) -> Iterator[Score]:
         """Score inputs that begin with the same `shared` tokens, the longest first."""
-        cache = KVCache(min(self.slots, len(jobs)), len(jobs[0][1].ids))
+        cache = KVCache(min(self.batch_size, len(jobs)), len(jobs[0][1].ids))
         done = 0
         while done < len(jobs):
             # 1) one batch, within the budget of a forward
             longest = len(jobs[done][1].ids) - shared
-            batch = jobs[done : done + max(1, min(self.slots, FORWARD_TOKENS // longest))]
+            batch = jobs[done : done + max(1, min(self.batch_size, FORWARD_TOKENS // longest))]
             # 2) score
             started = time.perf_counter()
             if done == 0 and shared:
@@ -164,7 +164,7 @@ class Scorer:
         plan = cache.set_write_positions(0, [0], len(ids), device)
         self.backbone.forward(torch.tensor([ids], device=device), plan, cache)
         self.calls += 1
-        cache.broadcast_prefix(0, 1, cache.slots - 1, len(ids))
+        cache.broadcast_prefix(0, 1, cache.rows - 1, len(ids))
 
     @torch.inference_mode()
     def _score_batch(self, batch: list[_Job], shared: int, cache: KVCache) -> None:

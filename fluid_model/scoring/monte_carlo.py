@@ -80,10 +80,10 @@ class _MaskedInput:
 
 
 class CanvasScorer:
-    """Scores requests in batches of at most `slots` rows. `calls` counts model forwards since construction."""
+    """Scores requests in batches of at most `batch_size` rows. `calls` counts model forwards since construction."""
 
-    def __init__(self, backbone: Backbone, mask_id: int, slots: int = 16, samples: int = 128) -> None:
-        self.backbone, self.mask_id, self.slots, self.samples = backbone, mask_id, slots, samples
+    def __init__(self, backbone: Backbone, mask_id: int, batch_size: int = 16, samples: int = 128) -> None:
+        self.backbone, self.mask_id, self.batch_size, self.samples = backbone, mask_id, batch_size, samples
         self.calls = 0
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[Score]:
@@ -97,7 +97,7 @@ class CanvasScorer:
         done = 0
         while done < len(inputs):
             # 1) one batch, within the budget of a forward
-            batch = inputs[done : done + max(1, min(self.slots, FORWARD_TOKENS // len(inputs[done].ids)))]
+            batch = inputs[done : done + max(1, min(self.batch_size, FORWARD_TOKENS // len(inputs[done].ids)))]
             done += len(batch)
             # 2) score
             started = time.perf_counter()

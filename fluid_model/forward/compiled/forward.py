@@ -76,7 +76,7 @@ class CompiledForward:
 
         def run(part: range) -> bool:
             struct = batch.struct(part)
-            struct.first_row, struct.cache_rows, struct.cache_columns = start + part.start, cache.slots, cache.columns
+            struct.first_row, struct.cache_rows, struct.cache_columns = start + part.start, cache.rows, cache.columns
             struct.cache = cells.data_ptr()
             count = sum(widths[part.start : part.stop])
             workspace = self._workspace(self._library.workspace_size(model, count, total))
