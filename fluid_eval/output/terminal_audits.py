@@ -36,7 +36,7 @@ def print_audit(report: Mapping[str, Any]) -> None:
         )
         expected = sampled["n"] * sampled["rare_below"]
         console.print(
-            f"rare: {sampled['rare']:,} tokens of a chance below {sampled['rare_below']:g}, at most {expected:.2g} "
+            f"rare: {sampled['rare']:,} tokens with probability below {sampled['rare_below']:g}, at most {expected:.2g} "
             f"expected, p = {sampled['p_rare']:.2g}"
         )
         console.print(f"both together: p = {sampled['p']:.2g}")
@@ -48,7 +48,7 @@ def print_audit(report: Mapping[str, Any]) -> None:
         console.print(
             f"margin: likeliest minus second likeliest token, nats; rounding explains {report['tolerance']:.2g}"
         )
-        console.print(f"again: both decoded again in {report['recheck']}")
+        console.print(f"recheck: both decoded again in {report['recheck']}")
     # 4) the verdict
     if not report["promises"]:
         console.print("this decoder does not promise AR's text")
@@ -62,7 +62,7 @@ def _divergences(report: Mapping[str, Any]) -> Table:
     table.add_column("sample", overflow="fold")
     for name in ("place", "ours", "AR's", "margin", f"in {report['recheck']}"):
         table.add_column(name, justify="right", no_wrap=name not in ("ours", "AR's"))
-    table.add_column("again")
+    table.add_column("recheck")
     table.add_column("verdict", no_wrap=True)
     for each in report["divergences"][:MOST_DIVERGENCES]:
         table.add_row(
@@ -85,9 +85,9 @@ def print_khead(report: Mapping[str, Any]) -> None:
         console.print(table)
     console.print()
     console.print("head: the K-head's mean stride, or places where it predicts this stride")
-    console.print("possible: tokens accepted of a full draft   reached: as many as predicted")
-    console.print("cost: forwards, and a slot as one over the slot budget")
-    console.print("regret: of the K-head's cost over the best fixed stride's, chosen on these texts")
+    console.print("possible: tokens accepted of a full draft   reached: all predicted were accepted")
+    console.print("cost: forwards + slots / slot budget, per token")
+    console.print("regret: K-head's cost over the best fixed stride's (chosen on these texts), less 1")
 
 
 def _tasks(tasks: Mapping[str, Any]) -> Table:

@@ -38,7 +38,7 @@ def print_result(result: Mapping[str, Any], folder: Path, *, settable: bool = Tr
     console.print("tok/s: per worker               limit: answers that hit the length limit")
     console.print("tokens: of answers before their end; forwards by kind, summed over samples")
     if not repeats and any(line["tokens_per_second"] for line in result["lines"]):
-        console.print("tok/s of one run have no interval: a machine is never as fast twice (--speed-repeats 5)")
+        console.print("tok/s of a single run have no interval; --speed-repeats 5 gives one")
     if (under := result.get("conditions")) and (conditions := speed_conditions.drafting(under)):
         console.print(f"tok/fwd at {conditions}")
     # 4) health, data, notices, failures, folder
