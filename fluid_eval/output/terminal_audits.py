@@ -36,8 +36,8 @@ def print_audit(report: Mapping[str, Any]) -> None:
         )
         expected = sampled["n"] * sampled["rare_below"]
         console.print(
-            f"rare: {sampled['rare']:,} tokens with probability below {sampled['rare_below']:g}, at most {expected:.2g} "
-            f"expected, p = {sampled['p_rare']:.2g}"
+            f"rare: {sampled['rare']:,} tokens with probability below {sampled['rare_below']:g}, "
+            f"at most {expected:.2g} expected, p = {sampled['p_rare']:.2g}"
         )
         console.print(f"both together: p = {sampled['p']:.2g}")
     # 3) greedy text: the divergences
