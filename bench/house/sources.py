@@ -142,5 +142,8 @@ def crossing(module: str, other: str) -> tuple[str, str] | None:
 
 
 def rooms_at_the_top(package: str) -> list[str]:
-    """Folders and files of a package, those that begin with an underscore apart."""
-    return sorted({file.stem for file in (ROOT / package).iterdir() if not file.name.startswith("_")})
+    """Folders with code and modules of a package, those that begin with an underscore apart. What a checkout keeps of
+    folders that are gone, compiled files, is no room.
+    """
+    files = [file.relative_to(ROOT / package) for file in (ROOT / package).rglob("*.py")]
+    return sorted({Path(file.parts[0]).stem for file in files if not file.parts[0].startswith("_")})
