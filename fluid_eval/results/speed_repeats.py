@@ -85,6 +85,8 @@ def tokens_per_second(records: Iterable[Mapping[str, Any]], repeats: Sequence[Re
 
     Empty where nothing was generated: likelihood tasks have no tokens/s.
     """
+    if not repeats:
+        return {}
     generated = [record for record in records if record["finish"] is not None]
     tokens = sum(len(record["output_ids"]) for record in generated)
     speeds = {}
