@@ -127,8 +127,8 @@ def test_a_checkpoint_of_no_numbers_is_refused(tmp_path):
 @pytest.mark.parametrize("token", [-1, 10**6])
 def test_a_token_without_embedding_is_refused(checkpoints, token):
     intact, _ = checkpoints
-    with pytest.raises(ConfigError, match=f"request k: token {token} is none of the model's"):
+    with pytest.raises(ConfigError, match=f"request k: token {token} is outside the model's vocabulary"):
         list(engine_for(intact, ArSettings(), 1).generate([Request("k", (5, token), 4)]))
     for settings in (ArSettings(), LladaSettings()):
-        with pytest.raises(ConfigError, match=f"request k: token {token} is none of the model's"):
+        with pytest.raises(ConfigError, match=f"request k: token {token} is outside the model's vocabulary"):
             list(scorer_for(intact, settings, 1).score([ScoreRequest("k", (((5, token), (6,)),))]))

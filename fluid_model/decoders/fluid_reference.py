@@ -17,7 +17,7 @@ the last committed token predicts slot 0.
     confidence     -     .95    .7     .93
     written              cat           on        the pointer moves to slot 2: slot 3 is written, but slot 2 is not
 
-Rows are in phases of their own and do not wait for one another.
+Each row is in its own phase; rows do not wait for one another.
 
 Legend: n active rows, R rows just admitted, S slots fed, K widest stride, D hidden, V vocabulary.
 """

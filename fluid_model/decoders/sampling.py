@@ -56,7 +56,7 @@ def argmax(logits: Tensor) -> Tensor:
 
 
 def top_k(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens of each row in falling order, and their probabilities: (n, V) -> (n, count) each."""
+    """The likeliest tokens of each row in descending order, and their probabilities: (n, V) -> (n, count) each."""
     ranked = compiled.top_k(logits, count)
     if ranked is not None:
         return ranked
@@ -65,7 +65,7 @@ def top_k(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def nucleus(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Probabilities in falling order, those outside the nucleus 0, and their token ids: (n, V) each.  (Holtzman et al.
+    """Probabilities in descending order, those outside the nucleus 0, and their token ids: (n, V) each.  (Holtzman et al.
     2020)
     """
     probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
@@ -80,7 +80,7 @@ def choose(logits: Tensor, draws: Tensor, temperature: float, top_p: float, rule
     nucleus: the token's probability; the margin between the two likeliest tokens; minus the entropy, in nats.
     (NBDiff, public decoder)
     """
-    # 1) the distribution, in falling order
+    # 1) the distribution, in descending order
     scaled = logits / temperature if temperature > 0 else logits
     probabilities, order = nucleus(scaled, top_p)  # (n, V) each
     if top_p < 1:  # a full nucleus sums to 1 but for rounding, and dividing by that would break ties

@@ -60,7 +60,7 @@ class AnswerRules:
         if update.stride is not None:
             row.trace.predicted.append(update.stride)
             row.trace.accepted.append(len(row.ids) - before)
-        # 3) Draft tokens thrown out in favour of one of these tokens.
+        # 3) Draft tokens rejected in favour of one of these tokens.
         if update.rejected is not None:
             place, drafts = update.rejected
             age = update.ages[place] if place < len(update.ages) else 0

@@ -84,7 +84,7 @@ class Trace:
         self.written += [latest - age for age in ages]
 
     def add_rejected(self, index: int, ids: list[int], age: int) -> None:
-        """Record draft tokens thrown out `age` forwards ago. index: of the first, in the answer."""
+        """Record draft tokens rejected `age` forwards ago. index: of the first, in the answer."""
         self.rejected.append((sum(self.forwards.values()) - age, index, ids))
 
     def clear_answer(self) -> None:

@@ -196,7 +196,8 @@ class Backbone:
         if not 0 <= min(ids) <= max(ids) < self.vocabulary:
             wrong = next(i for i in ids if not 0 <= i < self.vocabulary)
             raise ConfigError(
-                f"request {key}: token {wrong} is none of the model's {self.vocabulary}: is the tokenizer another's?"
+                f"request {key}: token {wrong} is outside the model's vocabulary of {self.vocabulary}; does the "
+                "tokenizer belong to it?"
             )
 
     @torch.inference_mode()

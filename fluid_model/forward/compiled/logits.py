@@ -14,7 +14,7 @@ from .weights import readable
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     """The k most probable tokens of each row and their probabilities: (M, V) -> (M, k) each, the first of equals first.
-    None where torch is to look for them.
+    None if torch must compute them (another dtype, device).
     """
     library = build.library(build.native_lanes()) if readable([logits]) else None
     if library is None:
