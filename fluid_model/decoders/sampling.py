@@ -65,8 +65,8 @@ def top_k(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def nucleus(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Probabilities in descending order, those outside the nucleus 0, and their token ids: (n, V) each.  (Holtzman et al.
-    2020)
+    """Probabilities in descending order, those outside the nucleus 0, and their token ids: (n, V) each.  (Holtzman et
+    al. 2020)
     """
     probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities

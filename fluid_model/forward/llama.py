@@ -1,8 +1,8 @@
 """The explicit Llama forward: the arithmetic of Llama-shaped models in few calls a layer, over the model's own weights.
 
 Short forwards of small models wait for Python more than for arithmetic. This one has no module calls. CUDA graphs
-capture it (`cuda_graphs`), and `compiled` is the same in C. `Backbone` takes it where `misfit` gives no reason against it;
-`Backbone.probe` compares it with transformers' own.
+capture it (`cuda_graphs`), and `compiled` is the same in C. `Backbone` takes it where `misfit` gives no reason against
+it; `Backbone.probe` compares it with transformers' own.
 
 Source: Llama (Touvron et al. 2023), grouped-query attention (Ainslie et al. 2023), rotary embedding (Su et al. 2021).
 
