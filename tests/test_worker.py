@@ -24,9 +24,9 @@ def little_memory(monkeypatch):
             real = getattr(kind, name)
 
             def call(self, *words):
-                tried.append(self.slots)
+                tried.append(self.batch_size)
                 for n, answer in enumerate(real(self, *words)):
-                    if n == 1 and self.slots > most:
+                    if n == 1 and self.batch_size > most:
                         raise error
                     yield answer
 
@@ -100,7 +100,7 @@ def test_long_rows_do_not_keep_short_ones_from_being_many(tiny_model, monkeypatc
 
     def watch(self, requests):
         requests = list(requests)
-        seen.append((self.slots, {request.key.split()[0] for request in requests}))
+        seen.append((self.batch_size, {request.key.split()[0] for request in requests}))
         return real(self, requests)
 
     monkeypatch.setattr(Engine, "generate", watch)
