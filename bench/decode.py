@@ -224,7 +224,7 @@ def memory(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
     from torch.profiler import ProfilerActivity, profile
 
     work = requests(checkpoint, mini(32))
-    fresh = replace(checkpoint, backbone=Backbone(checkpoint.model))
+    fresh = replace(checkpoint, backbone=Backbone(checkpoint.model, checkpoint.backbone.adapter))
     engine = fluid_model.engine_for(fresh, FluidSettings(slot_budget=checkpoint.backbone.slot_budget), 32)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         list(engine.generate(work))

@@ -23,7 +23,7 @@ from fluid_model import ConfigError
 from fluid_model.checkpoints.manifest import TRAINING_FILE
 from fluid_model.common.fields import assign
 from fluid_model.common.files import read_toml
-from fluid_model.train.recipe import build_chain
+from fluid_model.train.chain import build_chain
 
 from .bars import Bar, render
 from .family import SCORES_FILE, SYSTEMS, measure

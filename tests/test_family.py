@@ -16,8 +16,9 @@ from fluid_eval.common.paths import resource
 from fluid_model.common.files import read_toml
 from fluid_model.forward import attention_masks
 from fluid_model.forward.kv_cache import KVCache
+from fluid_model.train.chain import build_chain
 from fluid_model.train.origin import weights_hash
-from fluid_model.train.recipe import build_chain, build_recipe
+from fluid_model.train.recipe import build_recipe
 
 from .test_mini import suite
 

@@ -22,8 +22,8 @@ from fluid_model.checkpoints.manifest import read_manifest
 from fluid_model.checkpoints.source import find_checkpoint
 from fluid_model.common import files
 from fluid_model.common.fields import assign
+from fluid_model.train.chain import build_chain
 from fluid_model.train.llamafactory import read_yaml
-from fluid_model.train.recipe import build_chain
 from fluid_model.train.rows import DataSource, read_rows
 
 DEEP = "[" * 100_000

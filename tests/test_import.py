@@ -7,9 +7,10 @@ import tomllib
 import pytest
 
 from fluid_model import ConfigError
+from fluid_model.train.chain import build_chain
 from fluid_model.train.cli import main
 from fluid_model.train.llamafactory import as_toml, convert, read_yaml
-from fluid_model.train.recipe import build_chain, build_recipe
+from fluid_model.train.recipe import build_recipe
 
 YAML = """
 model_name_or_path: parents/pangu

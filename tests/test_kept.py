@@ -91,7 +91,7 @@ def test_a_run_broken_off_goes_on(kept):
 
 def test_the_kept_checkpoint_loads_and_writes():
     checkpoint = fluid_model.load(str(CHECKPOINT))
-    assert (checkpoint.manifest.format_version, checkpoint.manifest.k_max, checkpoint.manifest.tau) == (1, 4, (2.8,))
+    assert (checkpoint.manifest.format_version, checkpoint.manifest.k_max, checkpoint.manifest.tau) == (2, 4, (2.8,))
     request = fluid_model.Request("1", (0, 5, 9, 30), max_new_tokens=3)
     for settings in (fluid_model.ArSettings(), fluid_model.FluidSettings(slot_budget=8)):
         (answer,) = fluid_model.engine_for(checkpoint, settings).generate([request])

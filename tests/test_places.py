@@ -12,10 +12,11 @@ import fluid_model
 from fluid_model import ConfigError
 from fluid_model.common.errors import RunError
 from fluid_model.train import run
+from fluid_model.train.chain import build_chain
 from fluid_model.train.cli import main
 from fluid_model.train.llamafactory import as_toml
 from fluid_model.train.places import check_out, finished, work_folder
-from fluid_model.train.recipe import as_table, build_chain, build_recipe
+from fluid_model.train.recipe import as_table, build_recipe
 from fluid_model.train.run import StageTrainer, train, train_chain
 
 from .test_train import recipe_for

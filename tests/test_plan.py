@@ -13,10 +13,11 @@ from fluid_eval.common.paths import resource
 from fluid_model import ConfigError
 from fluid_model.common.fields import assign
 from fluid_model.common.files import Nested, read_toml
+from fluid_model.train.chain import build_chain
 from fluid_model.train.cli import main
 from fluid_model.train.parent import llama_config, outline
 from fluid_model.train.plan import describe_costs, estimate_cost
-from fluid_model.train.recipe import build_chain, build_recipe
+from fluid_model.train.recipe import build_recipe
 from fluid_model.train.run import train_chain
 
 from .test_train import recipe_for, rows_file

@@ -103,8 +103,10 @@ def in_float64(checkpoint: Checkpoint) -> Checkpoint:
     Norms stay float32 in transformers' own forward, which rounds a slot alike whatever stands beside it.
     """
     head = None if checkpoint.head is None else checkpoint.head.double()
-    backbone = Backbone(checkpoint.model.double())
-    backbone.explicit = None  # transformers' own forward rounds least
+    gated = checkpoint.backbone.adapter
+    backbone = Backbone(checkpoint.model.double(), None if gated is None else gated.double())
+    if gated is None:
+        backbone.explicit = None  # transformers' own forward rounds least
     return replace(checkpoint, backbone=backbone, head=head)
 
 

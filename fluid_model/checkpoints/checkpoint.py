@@ -23,11 +23,11 @@ from ..common.errors import ConfigError
 from ..forward.backbone import Backbone, context_window
 from ..forward.khead import KHead
 from ..tokens import Tokenizer, end_ids, single_id
-from . import adapters, published_layouts
+from . import adapters, gated_files, published_layouts
 from .gguf_files import quantization
 from .manifest import ADAPTER_FOLDER, CHECKPOINT_FILES, HEAD_FILE, MASK_FILE, Manifest, Method, write_manifest
 from .source import CheckpointFiles, find_checkpoint
-from .weights import embedding_tables, grow_embeddings, load_weights
+from .weights import embedding_tables, fingerprint, grow_embeddings, load_weights
 
 PUBLISHED_K_MAX = 16
 """Widest stride of FLUID's published training, for adapters that do not state it."""
@@ -38,7 +38,8 @@ class Checkpoint:
     """A loaded model with its tokenizer, special tokens and K-heads.
 
     heads: one K-head per entry of manifest.tau (none for a plain AR model).  head: the one in use.
-    adapter: LoRA layers inside `model`, where the manifest states weights="adapter".  folder: of the files.
+    adapter: LoRA layers inside `model`, where the manifest states weights="adapter"; a gated one is the backbone's.
+    folder: of the files.
     """
 
     backbone: Backbone
@@ -157,14 +158,19 @@ def load(
     manifest = files.manifest or _manifest_for(files, path, tokenizer, heads, mask_token)
     # 2) the weights, with an adapter inside or merged
     model = load_weights(files, dtype, target)
-    adapter = None
+    adapter = gated = None
     if files.manifest is not None and files.manifest.weights == "adapter":
-        adapter = _load_adapter(model, tokenizer, files.folder, files.manifest)
-        model = adapter.get_base_model()
+        mask = _write_mask_embedding(model, tokenizer, files.folder, files.manifest)
+        if files.manifest.gated:
+            gated = gated_files.load_gated(model, files.folder / ADAPTER_FOLDER, mask)
+        else:
+            adapter = adapters.attach(model, files.folder / ADAPTER_FOLDER)
+            model = adapter.get_base_model()
     elif files.adapted:
+        gated_files.refuse_gated(files.folder)
         model = adapters.merge(adapters.attach(model, files.folder), files.folder)
     # 3) checks of the forward and of the mask token
-    backbone = Backbone(model)
+    backbone = Backbone(model, gated)
     backbone.probe()
     mask_id = single_id(tokenizer, mask_token or manifest.mask_token) if manifest else None
     if mask_id is not None and mask_id >= backbone.vocabulary:
@@ -216,7 +222,7 @@ def save(
         if checkpoint.heads:
             save_file(_head_tensors(checkpoint.heads), draft / HEAD_FILE)
         if manifest is not None and manifest.weights == "adapter":
-            _save_adapter(checkpoint, draft)
+            _save_adapter(checkpoint, manifest, draft)
         else:
             checkpoint.model.save_pretrained(draft)
         replace_folder.swap(draft, target, CHECKPOINT_FILES)
@@ -325,16 +331,32 @@ def _head_tensors(heads: list[KHead]) -> dict[str, torch.Tensor]:
     return {f"{i}.{name}": t.contiguous().cpu() for i, h in enumerate(heads) for name, t in h.state_dict().items()}
 
 
-def _save_adapter(checkpoint: Checkpoint, draft: Path) -> None:
-    if checkpoint.adapter is None or checkpoint.mask_id is None:
-        raise ConfigError(f"cannot save {draft.name}: weights=adapter needs a PEFT adapter and a mask token")
-    checkpoint.adapter.save_pretrained(draft / ADAPTER_FOLDER, save_embedding_layers=False)
-    rows = {n: t[checkpoint.mask_id].detach().clone().cpu() for n, t in embedding_tables(checkpoint.model).items()}
+def _save_adapter(checkpoint: Checkpoint, manifest: Manifest, draft: Path) -> None:
+    mask, adapter, gated = checkpoint.mask_id, checkpoint.adapter, checkpoint.backbone.adapter
+    if mask is None or (gated is None if manifest.gated else adapter is None):
+        raise ConfigError(f"cannot save {draft.name}: weights=adapter needs an adapter and a mask token")
+    rows = {n: t[mask].detach().clone().cpu() for n, t in embedding_tables(checkpoint.model).items()}
+    if gated is not None:
+        gated_files.save_gated(gated, draft / ADAPTER_FOLDER, manifest.parent, manifest.mask_token)
+        rows["input"] = gated.mask_embedding.detach().clone().cpu()
+    elif adapter is not None:
+        adapter.save_pretrained(draft / ADAPTER_FOLDER, save_embedding_layers=False)
     save_file(rows, draft / MASK_FILE)
 
 
-def _load_adapter(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, manifest: Manifest) -> PeftModel:
-    """Attach LoRA layers to the parent, and write the mask token's embedding into its tables."""
+def _write_mask_embedding(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, manifest: Manifest) -> int:
+    """Write an adapter's mask embedding into its parent's tables. Returns the mask token's id.
+
+    Raises ConfigError for another parent's weights, and for missing files.
+    """
+    # 1) the parent that the adapter was trained over
+    here = fingerprint(model)
+    if manifest.parent_hash not in (None, here):
+        raise ConfigError(
+            f"{folder}: an adapter over weights {manifest.parent_hash}, and {manifest.parent} has {here}; "
+            "--set model.base=FOLDER names another parent"
+        )
+    # 2) the mask token's rows
     token = add_mask_token(model, tokenizer, manifest.mask_token)
     grow_embeddings(model, token + 1)
     file = folder / MASK_FILE
@@ -346,4 +368,4 @@ def _load_adapter(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, ma
             table[token] = row.to(table)
     if not (folder / ADAPTER_FOLDER / "adapter_config.json").is_file():
         raise ConfigError(f"{folder / ADAPTER_FOLDER}: missing; the manifest says weights=adapter")
-    return adapters.attach(model, folder / ADAPTER_FOLDER)
+    return token

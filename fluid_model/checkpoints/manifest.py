@@ -20,7 +20,9 @@ from ..common.fields import build
 from ..common.files import read_json
 from ..settings import check_range
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+"""Format versions that this package reads. 2 added gated and parent_hash."""
 Method = Literal["fluid", "nbdiff", "llada"]
 MANIFEST_FILE = "fluid.json"
 HEAD_FILE = "khead.safetensors"
@@ -43,6 +45,8 @@ class Manifest:
     fluid: k_max is the widest stride; tau lists the training-time bounds, one K-head each, the default first. A tau of
     null was not stated by the source. An empty list: not calibrated yet, no K-head.  nbdiff: block_length in tokens.
     llada: attention is bidirectional.
+    weights: merged into the parent's, or an adapter beside this file.  gated: the adapter acts on mask slots alone.
+    parent_hash: of the parent's weights (`weights.fingerprint`), for an adapter.
     """
 
     parent: str
@@ -52,6 +56,8 @@ class Manifest:
     weights: Literal["merged", "adapter"] = "merged"
     method: Method = "fluid"
     block_length: int | None = None
+    gated: bool = False
+    parent_hash: str | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -79,14 +85,17 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     values = read_json(file)
     version = values.pop("format_version", None)
-    if version != FORMAT_VERSION:
-        raise ConfigError(f"{file}: format_version {version!r} is unknown; this package reads {FORMAT_VERSION}")
+    if version not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise ConfigError(f"{file}: format_version {version!r} is unknown; this package reads {known}")
     try:
         manifest: Manifest = build(Manifest, values)
     except ConfigError as error:
         raise ConfigError(f"{file}: not a FLUID manifest: {error}") from error
     if (manifest.k_max is None) != (manifest.method != "fluid"):
         raise ConfigError(f"{file}: method {manifest.method} and k_max={manifest.k_max} do not fit")
+    if manifest.gated and (manifest.method, manifest.weights) != ("fluid", "adapter"):
+        raise ConfigError(f"{file}: gated=true needs method fluid and weights adapter")
     return manifest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ HARMLESS = re.compile(
 """Ignored weights, which change no logit: value and classification heads, rotary tables, causal masks."""
 NO_ADAPTER = {"subfolder": "-"}
 """Keeps transformers from loading an adapter unasked; `adapters` loads it."""
+FINGERPRINT_NUMBERS = 64
+"""Numbers of each weight in a fingerprint; an embedding table's are of its first tokens, whatever its size."""
 MAX_NAMED = 3
 """Weights named by a message."""
 
@@ -66,6 +69,18 @@ def embedding_tables(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     if tables["output"] is tables["input"]:
         del tables["output"]
     return tables
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """12 hex digits that tell a model's weights from another's, in milliseconds: over some numbers of every weight.
+
+    They are rounded to bfloat16 first, so that the same weights loaded in another number format agree.
+    """
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        numbers = weight.detach().flatten()[:FINGERPRINT_NUMBERS].bfloat16().cpu()
+        digest.update(name.encode() + numbers.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def grow_embeddings(model: PreTrainedModel, rows: int) -> None:

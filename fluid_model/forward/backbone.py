@@ -27,6 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..common.errors import ConfigError, reason
 from . import attention_masks, compiled, cuda_graphs, llama, slot_budget
+from .gated_lora import GatedLora
 from .kv_cache import KVCache
 
 PROBE_LENGTHS = (8, 5)
@@ -107,8 +108,10 @@ class Backbone:
     The two are apart, so that the vocabulary projection runs only for slots whose logits are used.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, adapter: GatedLora | None = None) -> None:
+        """adapter: acts on mask slots. Raises ConfigError where the model's own modules would have to apply it."""
         self.model = model.eval()
+        self.adapter = adapter
         self.config = model.config.get_text_config(decoder=True)
         self.window = context_window(model.config)
         self.device = model.device
@@ -133,8 +136,12 @@ class Backbone:
         self._not_compiled = ""
         self._not_explicit = llama.misfit(model)
         if not self._not_explicit:
-            self.explicit = explicit = llama.ExplicitForward(model, self.window)
+            self.explicit = explicit = llama.ExplicitForward(model, self.window, adapter)
             self.compiled, self._not_compiled = compiled.CompiledForward.of(model, explicit.cos, explicit.sin)
+            if adapter is not None:
+                self.compiled, self._not_compiled = None, "a gated adapter"
+        elif adapter is not None:
+            raise ConfigError(f"a gated adapter needs the explicit Llama forward: {self._not_explicit}")
 
     @property
     def forward_choice(self) -> ForwardChoice:
@@ -244,6 +251,8 @@ class Backbone:
         """
         cache, times = KVCache(1, context + slots), list[float]()
         ids = torch.zeros(1, max(context, slots), dtype=torch.long, device=self.device)
+        if self.adapter is not None:  # most slots of a draft are masks, which cost more
+            ids[:, 1:slots] = self.adapter.mask_id
         self.forward(ids[:, :context], cache.set_write_positions(0, [0], context, self.device), cache)
         while len(times) < TIMED_RUNS or sum(times) < TIMED_SECONDS:
             started = time.perf_counter()
@@ -284,6 +293,8 @@ class Backbone:
         lengths = (max(PROBE_LENGTHS[0], min(_own_window(self.model) + 1, self.window - PROBE_MORE)), PROBE_LENGTHS[1])
         shape = (len(lengths), max(lengths) + PROBE_MORE)
         ids = torch.randint(0, self.vocabulary, shape, generator=generator).to(self.device)
+        if self.adapter is not None:  # transformers' own forward knows no gate
+            ids[self.adapter.gate(ids)] = 0
         errors = []
         try:
             with self._narrowed():

@@ -1,7 +1,7 @@
 """A gated adapter: LoRA that acts on mask slots alone.
 
-Under causal attention no token reads a mask slot of its draft, so the keys, values and logits of every token stay the
-parent's to the last bit. What verification writes is then the parent's own greedy text, whatever the adapter has learnt.
+Under causal attention no token reads a mask slot of its draft, so keys, values and logits of every token stay the
+parent's. What verification writes is then the parent's own greedy text, whatever the adapter has learnt.
 
     slot         t  t  t  M  M  M        t token, M mask
     linear map   W  W  W  +  +  +        +: W x + scale B A x
@@ -41,7 +41,10 @@ class LowRank(nn.Module):
 
 
 class GroupedMap(NamedTuple):
-    """The low-rank maps of one group as one.  down: (R', K), one below another.  up: (N', R'), block-diagonal, scaled."""
+    """The low-rank maps of one group as one.
+
+    down: (R', K), one below another.  up: (N', R'), block-diagonal, times the scale.
+    """
 
     down: Tensor
     up: Tensor

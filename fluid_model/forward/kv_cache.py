@@ -13,11 +13,18 @@ Legend: B rows of the cache (`slots` of the batch), S slots fed, T columns in us
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from . import attention_masks
+
+
+class KeyValueStore(Protocol):
+    """What a forward needs of a cache: to write keys and values of one layer, and to read those attended to."""
+
+    def put(self, keys_values: Tensor, layer: int) -> tuple[Tensor, Tensor]: ...
 
 
 class KVCache:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .kv_cache import KVCache
+from .gated_lora import GatedLora, GroupedMap
+from .kv_cache import KeyValueStore
 
 MODELS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM")
 LINEAR = (
@@ -61,11 +62,26 @@ def misfit(model: Any) -> str:
     return "" if plain else "some linear maps are not plain ones (LoRA, quantised weights)"
 
 
-class ExplicitForward:
-    """The forward of one model, in torch."""
+class _Gate:
+    """The gated adapter in one forward: low-rank maps that act on its mask slots."""
 
-    def __init__(self, model: Any, window: int) -> None:
+    def __init__(self, adapter: GatedLora, gate: Tensor, dtype: torch.dtype) -> None:
+        """gate: (B, S) bool, True at mask slots."""
+        self._gate = gate[..., None].to(dtype)  # (B, S, 1)
+        self._maps = [adapter.grouped(layer, dtype) for layer in range(len(adapter.layers))]
+
+    def add(self, layer: int, group: str, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """outputs: (B, S, N) of the group's own maps for inputs (B, S, K). Those of other slots are unchanged."""
+        low_rank: GroupedMap | None = self._maps[layer].get(group)
+        return outputs if low_rank is None else outputs + low_rank(inputs) * self._gate
+
+
+class ExplicitForward:
+    """The forward of one model, in torch. Differentiable in a gated adapter's parameters."""
+
+    def __init__(self, model: Any, window: int, adapter: GatedLora | None = None) -> None:
         base, config = model.base_model, model.config
+        self._adapter = adapter
         self._embed, self._final_norm = base.embed_tokens, base.norm.weight
         self._head_size = base.layers[0].self_attn.head_dim  # E
         self._heads, self._key_heads = config.num_attention_heads, config.num_key_value_heads
@@ -80,27 +96,39 @@ class ExplicitForward:
             norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
             self._layers.append(_LayerWeights(*norms, maps[:3], maps[3], maps[4:6], maps[6]))
 
-    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
+    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KeyValueStore) -> Tensor:
         """ids, positions: (B, S).  mask: (B, 1, S, T) additive, 0 where a query attends to a key.
 
         Returns (B, S, D) after the final norm.
         """
         hidden = self._embed(ids)  # (B, S, D)
+        gate = self._open_gate(ids, hidden.dtype)
+        if gate is not None:
+            embedding = self._adapter.mask_embedding.to(hidden.dtype)
+            hidden = torch.where(self._adapter.gate(ids)[..., None], embedding, hidden)
         cos, sin = self.cos[positions], self.sin[positions]  # (B, S, 1, E)
         for number, layer in enumerate(self._layers):
-            hidden = hidden + self._attention(number, layer, hidden, cos, sin, mask, cache)
-            normalized = self._rms_norm(hidden, layer.mlp_norm)
-            gate, up = (linear(normalized) for linear in layer.gate_up)  # (B, S, F) each
-            hidden = hidden + layer.down(functional.silu(gate).mul_(up))
+            hidden = hidden + self._attention(number, layer, hidden, cos, sin, mask, cache, gate)
+            hidden = hidden + self._mlp(number, layer, hidden, gate)
         return self._rms_norm(hidden, self._final_norm)
 
     def _attention(
-        self, number: int, layer: _LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: KVCache
+        self,
+        number: int,
+        layer: _LayerWeights,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        cache: KeyValueStore,
+        gate: _Gate | None,
     ) -> Tensor:
         """What the attention of one layer adds to the residual stream, (B, S, D)."""
         rows, slots, _ = hidden.shape
         normalized = self._rms_norm(hidden, layer.attention_norm)
         qkv = torch.cat([linear(normalized) for linear in layer.qkv], -1)
+        if gate is not None:
+            qkv = gate.add(number, "qkv", normalized, qkv)
         qkv = qkv.view(rows, slots, -1, self._head_size)  # (B, S, H + 2 G, E)
         _rope(qkv[:, :, : self._heads + self._key_heads], cos, sin)
         qkv = qkv.transpose(1, 2)  # (B, H + 2 G, S, E)
@@ -108,8 +136,30 @@ class ExplicitForward:
         heads = functional.scaled_dot_product_attention(
             qkv[:, : self._heads], keys, values, attn_mask=mask, enable_gqa=True
         )  # (B, H, S, E)
-        out: Tensor = layer.attention_out(heads.transpose(1, 2).reshape(rows, slots, -1))
-        return out
+        heads = heads.transpose(1, 2).reshape(rows, slots, -1)
+        out: Tensor = layer.attention_out(heads)
+        return out if gate is None else gate.add(number, "attention_out", heads, out)
+
+    def _mlp(self, number: int, layer: _LayerWeights, hidden: Tensor, gate: _Gate | None) -> Tensor:
+        """What the MLP of one layer adds to the residual stream, (B, S, D)."""
+        normalized = self._rms_norm(hidden, layer.mlp_norm)
+        if gate is None:
+            left, right = (linear(normalized) for linear in layer.gate_up)  # (B, S, F) each
+        else:
+            both = torch.cat([linear(normalized) for linear in layer.gate_up], -1)
+            left, right = gate.add(number, "gate_up", normalized, both).chunk(2, -1)
+        inner = functional.silu(left).mul_(right)
+        out: Tensor = layer.down(inner)
+        return out if gate is None else gate.add(number, "down", inner, out)
+
+    def _open_gate(self, ids: Tensor, dtype: torch.dtype) -> _Gate | None:
+        """The adapter's part in this forward; None without an adapter, or on a CPU without mask slots."""
+        if self._adapter is None:
+            return None
+        gate = self._adapter.gate(ids)
+        if gate.device.type == "cpu" and not bool(gate.any()):
+            return None
+        return _Gate(self._adapter, gate, dtype)
 
     def _rms_norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Root mean square norm, its scale taken in float32. hidden: (B, S, D)."""

@@ -12,7 +12,7 @@ from ..common.errors import ConfigError, RunError
 from ..common.fields import assign
 from ..common.files import read_toml, write_new
 from ..common.versions import ShowVersions
-from .recipe import build_chain
+from .chain import build_chain
 
 IMPORT = "import-llamafactory"
 

@@ -32,6 +32,8 @@ from ..settings import check_range
 
 LossOn = Literal["responses", "last", "all"]
 """The part of a row with a loss: every response, the last one, or all of it."""
+LossTarget = Literal["labels", "parent"]
+"""What a mask slot learns: the next token, by cross-entropy, or the parent's distribution of it, by KL divergence."""
 Stage = Literal["ar", "fluid-hybrid", "fluid-horizon", "nbdiff", "llada"]
 ADAPTS = ("fluid-hybrid", "nbdiff", "llada")
 """Stages that add a mask token to a parent and train it to predict masked tokens."""
@@ -128,6 +130,7 @@ class LoraSpec:
 
     targets: names of the adapted layers; none: all linear layers.  train_mask: also train the mask token's embedding.
     FLUID's public code does not (Oli-lab-nun/FLUID at 9093c11); its mask is an unused token of the parent.
+    gated: LoRA acts on mask slots alone, so the adapted model's verified text is its parent's (`forward.gated_lora`).
     """
 
     rank: int = 16
@@ -135,13 +138,14 @@ class LoraSpec:
     dropout: float = 0.0
     targets: tuple[str, ...] = ()
     train_mask: bool = True
+    gated: bool = False
 
 
 @dataclass(frozen=True)
 class MaskBlockSpec:
     """FLUID's mask blocks; FLUID's code calls them fans. The defaults are its stage 1's (16, 0.5, 10%, all).
 
-    k_max, probability, noise, restore: see `row_layouts.HybridLayout`.  past_end: in stage fluid-horizon, slots past
+    k_max, probability, noise, restore, anchors, depth: see `row_layouts.HybridLayout`.  past_end: in stage fluid-horizon, slots past
     the end of a response count in K*'s mean with loss 0, as in FLUID's public code; see `row_layouts.AllMaskLayout`.
     """
 
@@ -149,6 +153,8 @@ class MaskBlockSpec:
     probability: float = 0.5
     noise: float = 0.1
     restore: float = 1.0
+    anchors: int | None = None
+    depth: float = 1.0
     past_end: bool = False
 
     def __post_init__(self) -> None:
@@ -156,6 +162,8 @@ class MaskBlockSpec:
         check_range("fans.probability", self.probability, 0.0, 1.0, open_low=True)
         check_range("fans.noise", self.noise, 0.0, 1.0)
         check_range("fans.restore", self.restore, 0.0, 1.0)
+        at_least("fans.anchors", self.anchors, 1)
+        check_range("fans.depth", self.depth, 0.0, 1.0, open_low=True)
 
 
 @dataclass(frozen=True)
@@ -194,11 +202,13 @@ class LossSpec:
     per: weigh every labelled slot of a step the same (slot), or every row (row). FLUID's public code and SMDM's
     (ML-GSAI/SMDM at 583aa47, sft/finetune_mdm.py) weigh slots, LLaDA's guidelines (ML-GSAI/LLaDA at b7e6c35,
     GUIDELINES.md) weigh rows. NBDiff published no training code.
+    target: see `LossTarget`; parent needs a gated adapter, whose training has the parent's distributions at hand.
     """
 
     ar: float | None = None
     diff: float | None = None
     per: Literal["slot", "row"] = "slot"
+    target: LossTarget = "labels"
 
     def __post_init__(self) -> None:
         at_least("loss.ar", self.ar, 0.0)
@@ -288,8 +298,28 @@ class Recipe:
             raise ConfigError(f"lora: stage {self.stage} trains no adapter")
         if (self.loss.ar, self.loss.diff) != (None, None) and self.stage not in ADAPTS:
             raise ConfigError(f"loss: stage {self.stage} has one term only")
+        if self.is_gated:
+            self._check_gated()
+        elif self.loss.target == "parent":
+            raise ConfigError("loss.target='parent' needs lora.gated=true")
         if self.loss.ar and self.stage == "llada":
             raise ConfigError(f"loss.ar={self.loss.ar}: a bidirectional canvas has no autoregressive term")
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the stage trains a gated adapter."""
+        return self.lora is not None and self.lora.gated
+
+    def _check_gated(self) -> None:
+        """Raise ConfigError for settings that a gated adapter does not learn from."""
+        if self.stage != "fluid-hybrid":
+            raise ConfigError(f"lora.gated=true: stage {self.stage} has no mask slots beside its tokens")
+        if self.fans.restore:
+            raise ConfigError(f"fans.restore={self.fans.restore}: a gated adapter learns from masks alone; set it to 0")
+        if self.loss.ar:
+            raise ConfigError(f"loss.ar={self.loss.ar}: a gated adapter leaves the parent's own text as it is")
+        if self.lora is not None and (self.lora.dropout or not self.lora.train_mask):
+            raise ConfigError("lora: a gated adapter takes neither dropout nor train_mask=false")
 
     @property
     def loss_weights(self) -> tuple[float, float] | None:
@@ -327,54 +357,6 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
     """A recipe of one stage from nested values. Raises ConfigError naming the field."""
     recipe: Recipe = build(Recipe, values)
     return recipe
-
-
-def build_chain(values: Mapping[str, Any]) -> list[Recipe]:
-    """The stages of a recipe file in order: its own settings, then with the changes of its table `next`, and so on.
-
-    Each stage after the first starts from the result of the one before. Unchanged settings are inherited, except the
-    tables lora and loss.  Raises ConfigError naming the field.
-    """
-    recipes: list[Recipe] = []
-    values = dict(values)
-    where = ""  # of a stage's fields in messages
-    while True:
-        # 1) this stage; a result that is not the last gets a folder of its own
-        following = values.pop("next", None)
-        out = values.get("out")
-        intermediate = {"out": f"{out}{STAGE_SUFFIX}{len(recipes) + 1}"} if following and out else {}
-        try:
-            recipe = build_recipe({**values, **intermediate})
-        except ConfigError as error:
-            raise ConfigError(f"{where}{error}") from error
-        recipes.append(recipe)
-        if following is None:
-            return recipes
-        if not isinstance(following, Mapping):
-            raise ConfigError(f"{where}next={following!r} must be a table")
-        # 2) the settings of the next one
-        where += "next."
-        inherited = {name: value for name, value in values.items() if name not in ("lora", "loss", "model")}
-        values = _merged({**inherited, "model": {"parent": recipe.out}}, following)
-        # 3) of two alternative settings, the later stage's replaces the earlier stage's
-        optim = following.get("optim")
-        for name, alternative in ALTERNATIVES:
-            if isinstance(optim, Mapping) and name in optim and alternative not in optim:
-                values["optim"].pop(alternative, None)
-
-
-ALTERNATIVES = (("steps", "epochs"), ("epochs", "steps"), ("warmup", "warmup_steps"))
-"""Pairs of `optim` settings; setting the first in a later stage discards the inherited second."""
-STAGE_SUFFIX = ".stage-"
-"""Between `out` and the number of a stage, in the folder of an intermediate result."""
-
-
-def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> Nested:
-    merged = dict(values)
-    for name, value in changes.items():
-        inner = merged.get(name)
-        merged[name] = _merged(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) else value
-    return merged
 
 
 def as_table(recipe: Recipe) -> Nested:

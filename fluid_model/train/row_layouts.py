@@ -131,7 +131,8 @@ class HybridLayout:
     of `random_ids` instead.
 
     restore: share of mask blocks with restored slots (published: all). The others hold masks only, as decoding feeds
-    them.
+    them.  anchors: number of mask blocks, drawn without replacement, in place of `probability`.
+    depth: a slot's loss weighs depth ** (step - 1).
     """
 
     mask_id: int
@@ -140,13 +141,15 @@ class HybridLayout:
     probability: float = 0.5
     noise: float = 0.1
     restore: float = 1.0
+    anchors: int | None = None
+    depth: float = 1.0
 
     def build(self, example: Example, rng: random.Random, step: int) -> TrainingRow:
         return with_mask_blocks(example, self, rng)
 
     def draw_width(self, rng: random.Random) -> int:
-        """Width of the mask block behind one token, 0 for none."""
-        return rng.randint(1, self.k_max) if rng.random() < self.probability else 0
+        """Width of one mask block."""
+        return rng.randint(1, self.k_max)
 
     def draw_inputs(self, tokens: tuple[int, ...], rng: random.Random) -> list[int]:
         """Input ids of a mask block whose slots stand at the places of `tokens`."""
@@ -163,6 +166,8 @@ class HybridLayout:
 class AllMaskLayout:
     """FLUID's stage 2: mask blocks of full width k_max, without restored slots.  (FLUID, horizon calibration)
 
+    Gated adapters learn from it in stage 1, too.  anchors, depth: see `HybridLayout`.
+
     past_end: mask blocks keep their width past the end of the response; those slots have no label. FLUID's public code
     (Oli-lab-nun/FLUID at 9093c11, models/model_head.py) feeds them with a loss of 0, which counts in the mean that K*
     is taken from. K* then grows to k_max towards the end of a response. Otherwise the mean is over labelled slots.
@@ -172,13 +177,15 @@ class AllMaskLayout:
     k_max: int
     probability: float = 0.5
     past_end: bool = False
+    anchors: int | None = None
+    depth: float = 1.0
 
     def build(self, example: Example, rng: random.Random, step: int) -> TrainingRow:
         return with_mask_blocks(example, self, rng)
 
     def draw_width(self, rng: random.Random) -> int:
-        """Width of the mask block behind one token, 0 for none."""
-        return self.k_max if rng.random() < self.probability else 0
+        """Width of one mask block."""
+        return self.k_max
 
     def draw_inputs(self, tokens: tuple[int, ...], rng: random.Random) -> list[int]:
         """Input ids of a mask block whose slots stand at the places of `tokens`."""
@@ -205,23 +212,28 @@ def with_mask_blocks(example: Example, layout: HybridLayout | AllMaskLayout, rng
     """
     row, ids = causal_row(example), example.ids
     past_end = isinstance(layout, AllMaskLayout) and layout.past_end
-    for start, end in example.spans:
-        # The slot of step 1 is labelled with token anchor + 2, so the last anchor with a labelled slot is end - 3.
-        anchors = range(max(0, start - 1), end - 1 if past_end else end - 2)
-        for anchor in anchors:
-            # 1) draw the width, and how many of its slots have a label inside the response
-            drawn = layout.draw_width(rng)
-            labelled = min(drawn, end - 2 - anchor)
-            # 2) labelled slots
-            inputs = layout.draw_inputs(ids[anchor + 1 : anchor + 1 + labelled], rng)
-            for step, token in enumerate(inputs, 1):
-                position = anchor + step
-                row.add_slot(token, position=position, label=ids[position + 1], anchor=anchor, step=step, diff=1.0)
-            # 3) slots past the end
-            width = drawn if past_end else labelled
-            for step in range(labelled + 1, width + 1):
-                row.add_slot(layout.mask_id, position=anchor + step, label=IGNORE, anchor=anchor, step=step)
-            row.diff_count += labelled
+    # The slot of step 1 is labelled with token anchor + 2, so the last anchor with a labelled slot is end - 3.
+    last = 1 if past_end else 2
+    places = [(anchor, end) for start, end in example.spans for anchor in range(max(0, start - 1), end - last)]
+    chosen = None
+    if layout.anchors is not None:
+        chosen = set(rng.sample(range(len(places)), min(layout.anchors, len(places))))
+    for number, (anchor, end) in enumerate(places):
+        # 1) draw whether it has a mask block, its width, and how many of its slots have a label inside the response
+        if rng.random() >= layout.probability if chosen is None else number not in chosen:
+            continue
+        drawn = layout.draw_width(rng)
+        labelled = min(drawn, end - 2 - anchor)
+        # 2) labelled slots
+        inputs = layout.draw_inputs(ids[anchor + 1 : anchor + 1 + labelled], rng)
+        for step, token in enumerate(inputs, 1):
+            place, weight = anchor + step, layout.depth ** (step - 1)
+            row.add_slot(token, position=place, label=ids[place + 1], anchor=anchor, step=step, diff=weight)
+            row.diff_count += weight
+        # 3) slots past the end
+        width = drawn if past_end else labelled
+        for step in range(labelled + 1, width + 1):
+            row.add_slot(layout.mask_id, position=anchor + step, label=IGNORE, anchor=anchor, step=step)
     return row
 
 

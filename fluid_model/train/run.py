@@ -33,6 +33,7 @@ from ..checkpoints.manifest import CHECKPOINT_FILES, TRAINING_FILE
 from ..common import replace_folder
 from ..common.errors import ConfigError, RunError
 from .data import Pack, TrainingSet, encode, pack_examples
+from .gated import GatedStage
 from .measure import HeldOut
 from .origin import training_record
 from .places import SECONDS_FILE, WORK_FILES, check_out, finished, is_first, latest_step, work_folder
@@ -59,7 +60,7 @@ class StageTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if isinstance(self.setup.module, HorizonCalibration):
+        if isinstance(self.setup.module, HorizonCalibration | GatedStage):
             terms = model(**inputs)
             loss = terms.pop("loss")
         else:

@@ -14,10 +14,13 @@ from torch import nn
 from ..checkpoints import checkpoint as checkpoints
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.manifest import Manifest
+from ..checkpoints.weights import fingerprint
 from ..common.errors import ConfigError
 from ..forward.backbone import Backbone
+from ..forward.gated_lora import GatedLora
+from .gated import GatedStage
 from .parent import load_parent
-from .recipe import LoraSpec, Recipe
+from .recipe import LoraSpec, LossTarget, Recipe
 from .row_layouts import AllMaskLayout, CanvasLayout, CausalLayout, HybridLayout, Layout, NoisedBlockLayout
 from .stages import HorizonCalibration
 
@@ -46,7 +49,8 @@ def set_up_stage(recipe: Recipe, texts: Sequence[str]) -> StageSetup:
     """
     # 1) the parent; frozen weights may be bfloat16, trained ones stay float32
     freezes = recipe.lora is not None or bool(recipe.tau)
-    dtype = "bfloat16" if recipe.optim.bf16 and torch.cuda.is_available() and freezes else "float32"
+    narrow = recipe.optim.bf16 and freezes and (torch.cuda.is_available() or recipe.is_gated)
+    dtype = "bfloat16" if narrow else "float32"
     checkpoint = load_parent(recipe.model, texts, dtype, calibrates=recipe.stage == "fluid-horizon")
     _check_attention(checkpoint, recipe)
     # 2) its stage
@@ -63,7 +67,8 @@ def _set_up_calibration(checkpoint: Checkpoint, recipe: Recipe, parent: str) -> 
     mask, manifest, k_max = checkpoint.mask_id, checkpoint.manifest, recipe.fans.k_max
     if mask is None or manifest is None or manifest.method != "fluid":
         raise ConfigError(f"model.parent={parent}: stage fluid-horizon needs a checkpoint of stage fluid-hybrid")
-    calibration = HorizonCalibration(checkpoint.model, k_max, recipe.tau)
+    gated = None if checkpoint.backbone.adapter is None else GatedStage(checkpoint.backbone)
+    calibration = HorizonCalibration(checkpoint.model, k_max, recipe.tau, gated)
     checkpoint.manifest = replace(manifest, k_max=k_max, tau=recipe.tau)
     checkpoint.heads = list(calibration.heads)  # type: ignore[arg-type]  # a ModuleList of KHeads
     return StageSetup(checkpoint, calibration, layout_of(recipe, mask, end=mask, noise_ids=range(0)))
@@ -73,6 +78,7 @@ def _set_up_adaptation(checkpoint: Checkpoint, recipe: Recipe, parent: str) -> S
     """A mask token for the parent, its manifest and layouts, and LoRA if the recipe asks for it."""
     # 1) mask token and end token
     mask_text = recipe.model.mask_token or NEW_MASK
+    parent_hash = fingerprint(checkpoint.model)
     mask = checkpoints.add_mask_token(checkpoint.model, checkpoint.tokenizer, mask_text)
     checkpoint = replace(checkpoint, mask_id=mask, backbone=Backbone(checkpoint.model))
     end = checkpoint.tokenizer.eos_token_id
@@ -83,7 +89,12 @@ def _set_up_adaptation(checkpoint: Checkpoint, recipe: Recipe, parent: str) -> S
     noise_ids = [i for i in range(len(checkpoint.tokenizer)) if i not in special]
     layout = layout_of(recipe, mask, end, noise_ids)
     measured_layout: Layout
-    if isinstance(layout, HybridLayout):
+    if recipe.is_gated:
+        measured_layout = AllMaskLayout(mask, recipe.fans.k_max)
+        checkpoint.manifest = Manifest(
+            parent, mask_text, recipe.fans.k_max, weights="adapter", gated=True, parent_hash=parent_hash
+        )
+    elif isinstance(layout, HybridLayout):
         measured_layout = AllMaskLayout(mask, layout.k_max)
         checkpoint.manifest = Manifest(parent, mask_text, layout.k_max)
     elif isinstance(layout, NoisedBlockLayout):
@@ -94,7 +105,9 @@ def _set_up_adaptation(checkpoint: Checkpoint, recipe: Recipe, parent: str) -> S
         checkpoint.manifest = Manifest(parent, mask_text, method="llada")
     # 3) trained parameters: the model's, or an adapter's
     module: nn.Module = checkpoint.model
-    if recipe.lora is not None:
+    if recipe.lora is not None and recipe.lora.gated:
+        module = _add_gated_lora(checkpoint, recipe.lora, mask, recipe.loss.target)
+    elif recipe.lora is not None:
         module = checkpoint.adapter = _add_lora(checkpoint, recipe.lora, mask)
     return StageSetup(checkpoint, module, layout, measured_layout)
 
@@ -113,13 +126,24 @@ def _add_lora(checkpoint: Checkpoint, spec: LoraSpec, mask: int) -> PeftModel:
         raise ConfigError(f"lora.targets={list(spec.targets)}: {error}") from error
 
 
+def _add_gated_lora(checkpoint: Checkpoint, spec: LoraSpec, mask: int, target: LossTarget) -> GatedStage:
+    """Give the checkpoint a backbone with a gated adapter, and return the stage that trains it."""
+    adapter = GatedLora(checkpoint.model, mask, spec.rank, spec.alpha, spec.targets)
+    if not any(len(maps) for maps in adapter.layers):  # type: ignore[arg-type]
+        raise ConfigError(f"lora.targets={list(spec.targets)}: no linear map of this parent has such a name")
+    checkpoint.backbone = Backbone(checkpoint.model, adapter)
+    return GatedStage(checkpoint.backbone, target)
+
+
 def layout_of(recipe: Recipe, mask: int, end: int, noise_ids: Sequence[int]) -> Layout:
     """The layout of a recipe's stage. mask, end: token ids.  noise_ids: tokens that noise is drawn from."""
     fans, blocks = recipe.fans, recipe.blocks
+    if recipe.stage == "fluid-horizon" or recipe.is_gated:
+        past_end = fans.past_end and not recipe.is_gated
+        return AllMaskLayout(mask, fans.k_max, fans.probability, past_end, fans.anchors, fans.depth)
     if recipe.stage == "fluid-hybrid":
-        return HybridLayout(mask, fans.k_max, noise_ids, fans.probability, fans.noise, fans.restore)
-    if recipe.stage == "fluid-horizon":
-        return AllMaskLayout(mask, fans.k_max, fans.probability, fans.past_end)
+        shape = fans.probability, fans.noise, fans.restore, fans.anchors, fans.depth
+        return HybridLayout(mask, fans.k_max, noise_ids, *shape)
     if recipe.stage == "nbdiff":
         return NoisedBlockLayout(mask, end, blocks.length, blocks.first, blocks.every, blocks.by_noise)
     if recipe.stage == "llada":

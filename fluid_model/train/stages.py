@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..forward import attention_masks
 from ..forward.khead import KHead
+from .gated import GatedStage
 from .losses import best_stride, combine_losses, horizon_loss, horizon_target
 from .row_layouts import IGNORE, TrainingRow
 
@@ -99,6 +100,8 @@ def slot_logits(model: Any, inner: PreTrainedModel, batch: Batch, slots: Tensor)
 
     model: the module to call, which may wrap several devices.  inner: the transformers model inside.
     """
+    if isinstance(model, GatedStage):
+        return model.slot_logits(batch, slots)
     with project_only(inner, slots):
         logits: Tensor = model(
             input_ids=batch["ids"],
@@ -146,13 +149,17 @@ class BlockLosses(NamedTuple):
 class HorizonCalibration(nn.Module):
     """FLUID's stage 2: one K-head per tau over a frozen backbone.  (FLUID, horizon calibration)"""
 
-    def __init__(self, backbone: PreTrainedModel, k_max: int, tau: Sequence[float]) -> None:
+    def __init__(
+        self, backbone: PreTrainedModel, k_max: int, tau: Sequence[float], gated: GatedStage | None = None
+    ) -> None:
+        """gated: computes the hidden states where the backbone has a gated adapter."""
         super().__init__()
         size = backbone.config.get_text_config(decoder=True).hidden_size
         self.heads = nn.ModuleList([KHead(size, k_max) for _ in tau])
         self.k_max = k_max
         self._tau = list(tau)
         self._backbone = [backbone.requires_grad_(False).eval()]  # in a list: not one of this module's parameters
+        self._gated = [gated]
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """loss, summed over taus, and for the log stride, the mean K* of each tau: (T,)."""
@@ -172,13 +179,16 @@ class HorizonCalibration(nn.Module):
     def block_losses(self, batch: Batch) -> BlockLosses:
         """The backbone's losses in every mask block, and its hidden states at the anchors."""
         # 1) forward; only slots of mask blocks are projected to the vocabulary
-        (backbone,) = self._backbone
-        states = backbone.base_model(
-            input_ids=batch["ids"],
-            position_ids=batch["positions"],
-            attention_mask=attention_mask(batch, backbone),
-            use_cache=False,
-        ).last_hidden_state  # (B, L, D)
+        (backbone,), (gated,) = self._backbone, self._gated
+        if gated is not None:
+            states = gated.states(batch)  # (B, L, D)
+        else:
+            states = backbone.base_model(
+                input_ids=batch["ids"],
+                position_ids=batch["positions"],
+                attention_mask=attention_mask(batch, backbone),
+                use_cache=False,
+            ).last_hidden_state
         masks = batch["step"] > 0
         logits = backbone.get_output_embeddings()(states[masks]).float()  # (M, V)
         losses = functional.cross_entropy(logits, batch["labels"][masks], reduction="none")  # 0 without a label
