@@ -36,9 +36,7 @@ def gated_checkpoint(targets=(), seed=0):
     with torch.no_grad():
         for weight in adapter.parameters():
             weight.copy_(torch.randn_like(weight) * 0.3)
-    manifest = replace(
-        parent.manifest, weights="adapter", gated=True, parent_hash=fingerprint(parent.model)
-    )
+    manifest = replace(parent.manifest, weights="adapter", gated=True, parent_hash=fingerprint(parent.model))
     backbone = Backbone(parent.model, adapter.requires_grad_(False))
     return replace(parent, backbone=backbone, manifest=manifest), parent
 

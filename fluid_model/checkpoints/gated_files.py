@@ -74,9 +74,7 @@ def load_gated(model: PreTrainedModel, folder: Path, mask_id: int) -> GatedLora:
 def refuse_gated(folder: Path) -> None:
     """Raise ConfigError for a folder that holds the PEFT files of a gated adapter alone, which PEFT would not gate."""
     if read_json(folder / CONFIG_FILE).get(GATED_BY) is not None:
-        raise ConfigError(
-            f"{folder}: a gated adapter, for mask slots alone; open the folder of its fluid.json"
-        )
+        raise ConfigError(f"{folder}: a gated adapter, for mask slots alone; open the folder of its fluid.json")
 
 
 def _tensors(adapter: GatedLora) -> dict[str, Tensor]:

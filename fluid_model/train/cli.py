@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..common.errors import ConfigError, RunError
-from ..common.fields import assign
+from ..common.fields import assign, at_least
 from ..common.files import read_toml, write_new
 from ..common.versions import ShowVersions
 from .chain import build_chain
 
-IMPORT = "import-llamafactory"
+IMPORT, WRITE = "import-llamafactory", "write-answers"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,7 +22,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="fluid-train",
         description="Make a checkpoint from its recipe.",
-        epilog=f"fluid-train {IMPORT} FILE.yaml writes the recipe of a LLaMA-Factory training file.",
+        epilog=f"fluid-train {IMPORT} FILE.yaml writes the recipe of a LLaMA-Factory training file; "
+        f"fluid-train {WRITE} MODEL PROMPTS OUT writes training rows with a model's own answers.",
     )
     top.add_argument("--version", action=ShowVersions, libraries=("torch", "transformers", "peft"))
     top.add_argument("recipe", type=Path, metavar="RECIPE.toml")
@@ -45,6 +46,23 @@ def import_parser() -> argparse.ArgumentParser:
     return top
 
 
+def write_parser() -> argparse.ArgumentParser:
+    """The command line for a model's own answers."""
+    top = argparse.ArgumentParser(
+        prog=f"fluid-train {WRITE}",
+        description="Write training rows with a model's own greedy answers. The same command again goes on.",
+    )
+    top.add_argument("model", metavar="MODEL", help="a folder, GGUF file or hub id")
+    top.add_argument("prompts", type=Path, metavar="PROMPTS.jsonl", help="training rows, whose responses are not read")
+    top.add_argument("out", type=Path, metavar="OUT.jsonl")
+    top.add_argument("--chat", action="store_true", help="render prompts by the model's chat template")
+    top.add_argument("--limit", type=int, metavar="N", help="the first N prompts")
+    top.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="length limit (default 256)")
+    top.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts answered together (default 32)")
+    top.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    return top
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train. Returns the exit code: 0 done, 1 failed on the way, 2 bad input, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -53,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given[:1] == [IMPORT]:
             return _import(import_parser().parse_args(given[1:]))
+        if given[:1] == [WRITE]:
+            return _write(write_parser().parse_args(given[1:]))
         return _train(parser().parse_args(given))
     except ConfigError as error:
         print(f"fluid-train: {' '.join(str(error).split())}", file=sys.stderr)
@@ -82,6 +102,22 @@ def _train(options: argparse.Namespace) -> int:
     seconds = record["seconds"] + sum(stage["seconds"] for stage in record["before"])
     if os.environ.get("RANK", "0") == "0":
         print(f"{recipes[-1].out}: {final} after {seconds:.0f} s")
+    return 0
+
+
+def _write(options: argparse.Namespace) -> int:
+    from .own_answers import AnswerSettings, write_answers
+
+    for name in ("limit", "max_new_tokens", "batch_size"):
+        at_least(f"--{name.replace('_', '-')}", getattr(options, name), 1)
+    counts = write_answers(
+        options.model, options.prompts, options.out, AnswerSettings(options.chat, options.max_new_tokens),
+        limit=options.limit, batch_size=options.batch_size, dtype=options.dtype,
+    )  # fmt: skip
+    print(
+        f"{options.out}: {counts.rows:,} answers to {counts.prompts:,} prompts, {counts.unfinished:,} of them at the "
+        f"length limit; {counts.left_out:,} left out, which do not tokenise back to the model's ids"
+    )
     return 0
 
 

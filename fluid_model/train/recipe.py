@@ -145,8 +145,9 @@ class LoraSpec:
 class MaskBlockSpec:
     """FLUID's mask blocks; FLUID's code calls them fans. The defaults are its stage 1's (16, 0.5, 10%, all).
 
-    k_max, probability, noise, restore, anchors, depth: see `row_layouts.HybridLayout`.  past_end: in stage fluid-horizon, slots past
-    the end of a response count in K*'s mean with loss 0, as in FLUID's public code; see `row_layouts.AllMaskLayout`.
+    k_max, probability, noise, restore, anchors, depth: see `row_layouts.HybridLayout`.  past_end: in stage
+    fluid-horizon, slots past the end of a response count in K*'s mean with loss 0, as in FLUID's public code; see
+    `row_layouts.AllMaskLayout`.
     """
 
     k_max: int = 16
