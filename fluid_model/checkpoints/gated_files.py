@@ -31,7 +31,7 @@ def save_gated(adapter: GatedLora, folder: Path, parent: str, mask_token: str) -
     """Write a gated adapter's two files.  parent: as in the manifest."""
     folder.mkdir()
     config = LoraConfig(
-        r=adapter.rank, lora_alpha=adapter.alpha, target_modules=sorted(adapter.layers[0]), task_type="CAUSAL_LM",
+        r=adapter.rank, lora_alpha=adapter.alpha, target_modules=sorted(adapter.maps(0)), task_type="CAUSAL_LM",
         base_model_name_or_path=parent, inference_mode=True,
     )  # fmt: skip
     config.save_pretrained(str(folder))
@@ -53,8 +53,8 @@ def load_gated(model: PreTrainedModel, folder: Path, mask_id: int) -> GatedLora:
         raise ConfigError(f"{folder / WEIGHTS_FILE}: not a safetensors file: {error}") from error
     # 2) the configuration
     rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
-    plain = config.get("peft_type") == "LORA" and isinstance(rank, int) and isinstance(alpha, int | float)
-    if not (plain and isinstance(targets, list) and not config.get("use_rslora") and not config.get("use_dora")):
+    plain = config.get("peft_type") == "LORA" and not config.get("use_rslora") and not config.get("use_dora")
+    if not (plain and isinstance(rank, int) and isinstance(alpha, int | float) and isinstance(targets, list)):
         raise ConfigError(f"{folder / CONFIG_FILE}: a gated adapter is a plain LoRA with named target_modules")
     adapter = GatedLora(model, mask_id, rank, alpha, targets)
     # 3) the weights
@@ -80,11 +80,12 @@ def refuse_gated(folder: Path) -> None:
 def _tensors(adapter: GatedLora) -> dict[str, Tensor]:
     """The matrices by PEFT's names. Those in memory are shared, not copied."""
     tensors = {}
-    for number, maps in enumerate(adapter.layers):
+    for number in range(len(adapter.layers)):
+        maps = adapter.maps(number)
         for path in (path for group in GROUPS.values() for path in group):
             name = path.rpartition(".")[2]
-            if name in maps:  # type: ignore[operator]
+            if name in maps:
                 prefix = f"base_model.model.model.layers.{number}.{path}"
-                tensors[f"{prefix}.lora_A.weight"] = maps[name].down.detach()  # type: ignore[index]
-                tensors[f"{prefix}.lora_B.weight"] = maps[name].up.detach()  # type: ignore[index]
+                tensors[f"{prefix}.lora_A.weight"] = maps[name].down.detach()
+                tensors[f"{prefix}.lora_B.weight"] = maps[name].up.detach()
     return tensors

@@ -14,8 +14,8 @@ Legend: L layers, R rank, K inputs, N outputs, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,10 +84,13 @@ class GatedLora(nn.Module):
         """True at mask slots: (B, S) -> (B, S) bool."""
         return ids == self.mask_id
 
+    def maps(self, layer: int) -> Mapping[str, LowRank]:
+        """The low-rank maps of one layer, by the last name of the map that each belongs to."""
+        return cast(Mapping[str, LowRank], self.layers[layer])
+
     def grouped(self, layer: int, dtype: torch.dtype) -> dict[str, GroupedMap]:
         """The low-rank maps of one layer, for each of `GROUPS` that has any. Gradients flow to the parameters."""
-        maps = self.layers[layer]
-        assert isinstance(maps, nn.ModuleDict)
+        maps = self.maps(layer)
         grouped = {}
         for group, paths in GROUPS.items():
             adapted = [path for path in paths if _last(path) in maps]
@@ -98,7 +101,9 @@ class GatedLora(nn.Module):
             # 2) B of each in its own columns; no rows for a map that is not adapted would shift those behind it
             blocks, column = [], 0
             for path in paths:
-                up = maps[_last(path)].up if path in adapted else down.new_zeros(self._outputs[layer][path], 0)
+                up: Tensor = down.new_zeros(self._outputs[layer][path], 0)
+                if path in adapted:
+                    up = maps[_last(path)].up
                 right = down.shape[0] - column - up.shape[1]
                 blocks.append(functional.pad(up, (column, right)))
                 column += up.shape[1]

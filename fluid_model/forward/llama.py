@@ -67,13 +67,14 @@ class _Gate:
 
     def __init__(self, adapter: GatedLora, gate: Tensor, dtype: torch.dtype) -> None:
         """gate: (B, S) bool, True at mask slots."""
-        self._gate = gate[..., None].to(dtype)  # (B, S, 1)
+        self.mask, self.embedding = gate[..., None], adapter.mask_embedding.to(dtype)  # (B, S, 1), (D,)
+        self._factor = self.mask.to(dtype)
         self._maps = [adapter.grouped(layer, dtype) for layer in range(len(adapter.layers))]
 
     def add(self, layer: int, group: str, inputs: Tensor, outputs: Tensor) -> Tensor:
         """outputs: (B, S, N) of the group's own maps for inputs (B, S, K). Those of other slots are unchanged."""
         low_rank: GroupedMap | None = self._maps[layer].get(group)
-        return outputs if low_rank is None else outputs + low_rank(inputs) * self._gate
+        return outputs if low_rank is None else outputs + low_rank(inputs) * self._factor
 
 
 class ExplicitForward:
@@ -104,8 +105,7 @@ class ExplicitForward:
         hidden = self._embed(ids)  # (B, S, D)
         gate = self._open_gate(ids, hidden.dtype)
         if gate is not None:
-            embedding = self._adapter.mask_embedding.to(hidden.dtype)
-            hidden = torch.where(self._adapter.gate(ids)[..., None], embedding, hidden)
+            hidden = torch.where(gate.mask, gate.embedding, hidden)
         cos, sin = self.cos[positions], self.sin[positions]  # (B, S, 1, E)
         for number, layer in enumerate(self._layers):
             hidden = hidden + self._attention(number, layer, hidden, cos, sin, mask, cache, gate)

@@ -129,7 +129,7 @@ def _add_lora(checkpoint: Checkpoint, spec: LoraSpec, mask: int) -> PeftModel:
 def _add_gated_lora(checkpoint: Checkpoint, spec: LoraSpec, mask: int, target: LossTarget) -> GatedStage:
     """Give the checkpoint a backbone with a gated adapter, and return the stage that trains it."""
     adapter = GatedLora(checkpoint.model, mask, spec.rank, spec.alpha, spec.targets)
-    if not any(len(maps) for maps in adapter.layers):  # type: ignore[arg-type]
+    if not any(adapter.maps(layer) for layer in range(len(adapter.layers))):
         raise ConfigError(f"lora.targets={list(spec.targets)}: no linear map of this parent has such a name")
     checkpoint.backbone = Backbone(checkpoint.model, adapter)
     return GatedStage(checkpoint.backbone, target)
