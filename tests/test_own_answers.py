@@ -53,8 +53,8 @@ def test_rows_hold_the_models_greedy_text(model, tmp_path):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_file(model, tmp_path, monkeypatch):
-    prompts, whole, parts = prompts_file(tmp_path), tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
-    write_answers(str(model), prompts, whole, SETTINGS, batch_size=2)
+    prompts, complete, parts = prompts_file(tmp_path), tmp_path / "all.jsonl", tmp_path / "parts.jsonl"
+    write_answers(str(model), prompts, complete, SETTINGS, batch_size=2)
     write_answers(str(model), prompts, parts, SETTINGS, batch_size=2, limit=7)
     with parts.open("a") as file:
         file.write('{"row": 99, "prompt": "a write that was interru')
@@ -71,7 +71,7 @@ def test_an_interrupted_run_goes_on_to_the_same_file(model, tmp_path, monkeypatc
     with pytest.raises(OSError, match="disk full"):
         write_answers(str(model), prompts, parts, SETTINGS, batch_size=2)
     write_answers(str(model), prompts, parts, SETTINGS, batch_size=2)
-    assert read(parts) == read(whole)
+    assert read(parts) == read(complete)
 
 
 @pytest.mark.parametrize("change", ["settings", "prompts", "model", "foreign"])
