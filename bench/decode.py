@@ -248,14 +248,14 @@ def identical(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
         answers = write(checkpoint, FluidSettings(), work, batch)
         other = [key for key in expected if answers[key].ids != expected[key].ids]
         for key in other:
-            print(f"batch {batch}, prompt {key}: {_margin(checkpoint, work[int(key)], expected[key], answers[key])}")
+            print(f"batch {batch}, prompt {key}: {margin(checkpoint, work[int(key)], expected[key], answers[key])}")
         name = f"greedy text identical to AR, {len(work)} prompts, batch {batch}, %"
         results.append(bars.at_least(name, 100 * (1 - len(other) / len(work)), 100))
     return results
 
 
 @torch.inference_mode()
-def _margin(checkpoint: Checkpoint, request: Request, expected: Generation, other: Generation) -> str:
+def margin(checkpoint: Checkpoint, request: Request, expected: Generation, other: Generation) -> str:
     """The first place where two answers part, and how much likelier AR's token is there."""
     at = next(i for i, pair in enumerate(zip(expected.ids, other.ids, strict=False)) if pair[0] != pair[1])
     ids = torch.tensor([[*request.prompt, *expected.ids[:at]]])

@@ -12,7 +12,7 @@ from types import ModuleType
 LEVELS = (1, 2, 3)
 WRITTEN = ("mini_gsm8k", "mini_math", "mini_humaneval")
 ROOT = Path(__file__).resolve().parents[1]
-REAL = ROOT.parent / "shared" / "data" / "gsm8k"
+DATA = ROOT.parent / "shared" / "data"
 
 
 def mini(count: int) -> list[str]:
@@ -30,10 +30,19 @@ def all_written() -> list[str]:
 
 def real(count: int) -> list[str]:
     """GSM8K test questions; none where there is no data beside the checkout."""
-    for file in sorted(REAL.glob("test.jsonl*")):
+    return [f"Question: {row['question']}\nAnswer:" for row in _test_rows("gsm8k", count)]
+
+
+def human_eval(count: int) -> list[str]:
+    """HumanEval's prompts; none where there is no data beside the checkout."""
+    return [row["prompt"] for row in _test_rows("humaneval", count)]
+
+
+def _test_rows(benchmark: str, count: int) -> list[dict[str, str]]:
+    for file in sorted((DATA / benchmark).glob("test.jsonl*")):
         opened = gzip.open if file.suffix == ".gz" else open
         with opened(file, "rt", encoding="utf-8") as lines:
-            return [f"Question: {json.loads(line)['question']}\nAnswer:" for line in islice(lines, count)]
+            return [json.loads(line) for line in islice(lines, count)]
     return []
 
 

