@@ -284,6 +284,10 @@ def _save(checkpoint: Checkpoint, recipe: Recipe, record: dict[str, Any]) -> Non
     if recipe.stage in ADAPTS and checkpoint.adapter is not None:
         checkpoint.backbone.model = checkpoint.adapter.merge_and_unload()
         checkpoint.adapter = None
-    checkpoint.model.to(getattr(torch, recipe.save_dtype))
+    saved = getattr(torch, recipe.save_dtype)
+    if checkpoint.backbone.adapter is not None:
+        checkpoint.backbone.adapter.to(saved)  # its parent is not saved
+    else:
+        checkpoint.model.to(saved)
     beside = {TRAINING_FILE: json.dumps(record, indent=2) + "\n"}
     checkpoints.save(checkpoint, recipe.out, beside, overwrite=True)
