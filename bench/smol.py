@@ -8,7 +8,10 @@ template, without examples; answers are greedy, float32, 200 tokens at most.
 from __future__ import annotations
 
 import argparse
+import random
+import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +23,9 @@ import fluid_model
 from fluid_eval.common.paths import resource
 from fluid_model import ArSettings, Checkpoint, FluidSettings, Generation, Request
 from fluid_model.checkpoints.gguf_files import gguf_of
+from fluid_model.train.gated import GatedStage
+from fluid_model.train.row_layouts import AllMaskLayout, Example
+from fluid_model.train.stages import collate
 
 from . import bars
 from .bars import Bar
@@ -140,7 +146,54 @@ def speed(pair: Pair, plan: Workload) -> list[Bar]:
     return results
 
 
-PARTS = {"gguf": gguf, "identical": identical, "drafts": drafts, "speed": speed}
+def training(pair: Pair, plan: Workload) -> list[Bar]:
+    """A training step's matrix products over its time, against the rate of one such product alone.
+
+    A row of 300 tokens with 50 mask blocks of 8: the tokens pass forward, the masks forward and backward, both through
+    all linear maps and the vocabulary. Attention, norms and the low-rank maps count as nothing.
+    """
+    backbone = pair.child.backbone
+    assert backbone.adapter is not None
+    stage, batch = GatedStage(backbone, "parent"), _training_batch(pair.child)
+    stage.requires_grad_(True)
+    masks = int((batch["step"] > 0).sum())
+    tokens_fed = batch["ids"].shape[1] - masks
+    layers = backbone.model.base_model.layers
+    weights = sum(weight.numel() for weight in layers.parameters())
+    weights += backbone.model.get_output_embeddings().weight.numel()
+    flops = 2 * (tokens_fed + 2 * masks) * weights
+    shares, slot_rates = [], []
+    for _ in range(plan.runs):
+        started = time.perf_counter()
+        stage(**batch)["loss"].backward()
+        seconds = time.perf_counter() - started
+        shares.append(flops / seconds / _product_rate(masks, layers[0].mlp.gate_proj.weight))
+        slot_rates.append(masks / seconds)
+    stage.requires_grad_(False)
+    print(f"Training: {statistics.median(slot_rates):.0f} mask slots/s", file=sys.stderr)
+    name = "training step's FLOP/s / those of a matrix product alone"
+    return [bars.at_least(name, statistics.median(shares), 0.5)]
+
+
+def _training_batch(child: Checkpoint) -> dict[str, torch.Tensor]:
+    assert child.mask_id is not None
+    example = Example(tuple(range(1000, 1300)), ((100, 300),))
+    layout = AllMaskLayout(child.mask_id, 8, anchors=50)
+    return collate([layout.build(example, random.Random(0), 0)])
+
+
+@torch.inference_mode()
+def _product_rate(rows: int, weight: torch.Tensor, seconds: float = 1.0) -> float:
+    """FLOP/s of `rows` vectors through one linear map."""
+    inputs = torch.randn(rows, weight.shape[1])
+    started, done = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        torch.nn.functional.linear(inputs, weight)
+        done += 1
+    return done * 2 * rows * weight.numel() / (time.perf_counter() - started)
+
+
+PARTS = {"gguf": gguf, "identical": identical, "drafts": drafts, "speed": speed, "training": training}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,8 +7,13 @@ import json
 import pytest
 
 import fluid_eval
-from bench import bars, decode, likelihood, scale
+from bench import bars, decode, likelihood, scale, smol
 from bench.prompts import mini
+from fluid_model import Generation
+from fluid_model.engine.records import Trace
+
+from .test_gated import gated_checkpoint
+from .tiny import fluid_checkpoint
 
 
 def test_bars_are_told_in_two_forms():
@@ -41,6 +46,21 @@ def test_likelihoods_are_measured(capsys, data_dir):
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])["bars"]
     assert printed[0]["measured"] > 0
     assert printed[1]["ok"], "log-likelihoods are those of lm-eval's backend"
+
+
+def test_a_gated_training_is_measured(capsys):
+    """On random weights: the step runs forward and backward, and its share of a product's rate is a share."""
+    child, parent = gated_checkpoint(vocabulary=1300, window=400)
+    (bar,) = smol.training(smol.Pair(parent, child), smol.Workload(runs=1))
+    assert 0 < bar.measured < 2
+    assert "mask slots/s" in capsys.readouterr().err
+
+
+def test_steps_that_reach_a_depth():
+    trace = Trace(accepted=[1, 3, 2, 1])
+    answer = Generation("0", (5,) * 7, "", "eos", trace, 1.0)
+    child = fluid_checkpoint(k_max=3)
+    assert smol.reached({"0": answer}, child) == ["100%", "50%", "25%", "0%"]
 
 
 def test_an_unknown_part_is_refused(capsys):

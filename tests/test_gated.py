@@ -22,15 +22,16 @@ from fluid_model.train.run import train
 from fluid_model.train.stages import collate, slot_logits
 
 from .test_train import recipe_for
-from .tiny import MASK, fluid_checkpoint, save_model
+from .tiny import MASK, fluid_checkpoint, llama_config, save_model
 
 GATED = {"rank": 2, "alpha": 4, "gated": True}
 FANS = {"k_max": 4, "restore": 0.0, "anchors": 3}
 
 
-def gated_checkpoint(targets=(), seed=0):
+def gated_checkpoint(targets=(), seed=0, vocabulary=258, window=256):
     """A random FLUID checkpoint with a random gated adapter, far from zero, and its parent's weights."""
-    parent = fluid_checkpoint(seed)
+    config = llama_config(vocab_size=vocabulary, max_position_embeddings=window)
+    parent = fluid_checkpoint(seed, config=config)
     adapter = GatedLora(parent.model, parent.mask_id, rank=3, alpha=6, targets=targets)
     torch.manual_seed(seed + 1)
     with torch.no_grad():

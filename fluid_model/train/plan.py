@@ -93,17 +93,21 @@ def estimate_cost(recipe: Recipe, origin: ParentSpec) -> TrainingCost:
         return sampled / len(sample.rows) * optim.batch_size * steps
 
     slots = in_all(sum(len(row.ids) for row in sample.rows))
+    masks = in_all(sum(step > 0 for row in sample.rows for step in row.step))
     labels = in_all(sum(_count_labels(row) for row in sample.rows))
     tokens = in_all(sum(_count_tokens(row) for row in sample.rows))
     attended = in_all(sum(len(row.ids) ** 2 for row in sample.rows))  # pairs of query and key
-    # 2) FLOPs: a forward, and a backward through trained weights (2 more) or past frozen ones (1 more)
+    # 2) FLOPs: a forward, and a backward through trained weights (2 more) or past frozen ones (1 more); a gated
+    # adapter's backward is that of its mask slots alone
     parameters = sum(p.numel() for p in model.parameters())
     trained = _count_trained(recipe, model, parameters)
     vocabulary = config.vocab_size * config.hidden_size
     layers = parameters - vocabulary * (1 if config.tie_word_embeddings else 2)
     attention = 4 * config.num_hidden_layers * config.hidden_size * attended
     forward = 2 * layers * slots + 2 * vocabulary * labels + attention
-    passes = 1 if recipe.stage == "fluid-horizon" else 2 if recipe.lora is not None else 3
+    passes = 1.0 if recipe.stage == "fluid-horizon" else 2.0 if recipe.lora is not None else 3.0
+    if recipe.is_gated:
+        passes = 1.0 + masks / slots
     # 3) memory; a forward alone holds one layer's activations at a time
     width = 2 if optim.bf16 else 4
     weight_bytes = parameters * 4.0 if trained == parameters else parameters * float(width)
