@@ -23,6 +23,7 @@ import fluid_model
 from fluid_eval.common.paths import resource
 from fluid_model import ArSettings, Checkpoint, FluidSettings, Generation, Request
 from fluid_model.checkpoints.gguf_files import gguf_of
+from fluid_model.forward.kv_cache import KVCache
 from fluid_model.train.gated import GatedStage
 from fluid_model.train.row_layouts import AllMaskLayout, Example
 from fluid_model.train.stages import collate
@@ -39,7 +40,7 @@ FREE = FluidSettings(slot_budget=64)
 
 
 @dataclass(frozen=True)
-class Workload:
+class SmolWorkload:
     """How much is measured. prompts: of each benchmark, for texts.  alone: at batch 1.  runs: of which the median."""
 
     prompts: int = 200
@@ -72,7 +73,7 @@ def benchmarks(count: int) -> Mapping[str, list[str]]:
     return {"GSM8K": real(count), "HumanEval": human_eval(count)}
 
 
-def gguf(pair: Pair, plan: Workload) -> list[Bar]:
+def gguf(pair: Pair, plan: SmolWorkload) -> list[Bar]:
     """Logits of the parent against transformers' own reading of the same file."""
     from transformers import AutoModelForCausalLM
 
@@ -86,7 +87,7 @@ def gguf(pair: Pair, plan: Workload) -> list[Bar]:
     return [Bar("GGUF logits against transformers', relative", error, "at most 1e-05", error <= 1e-5)]
 
 
-def identical(pair: Pair, plan: Workload) -> list[Bar]:
+def identical(pair: Pair, plan: SmolWorkload) -> list[Bar]:
     """The child's verified text is the parent's greedy text; where it is not, by what margin the parent chose."""
     results = []
     for benchmark, prompts in benchmarks(plan.prompts).items():
@@ -102,7 +103,7 @@ def identical(pair: Pair, plan: Workload) -> list[Bar]:
     return results
 
 
-def drafts(pair: Pair, plan: Workload) -> list[Bar]:
+def drafts(pair: Pair, plan: SmolWorkload) -> list[Bar]:
     """Tokens a forward at batch 1, prefills counted, and how often a step reaches each depth."""
     results, rows = [], []
     for (benchmark, prompts), bound in zip(benchmarks(plan.alone).items(), (2.2, 1.5), strict=True):
@@ -125,7 +126,23 @@ def reached(answers: Mapping[str, Generation], child: Checkpoint) -> list[str]:
     return [f"{sum(count >= n for count in steps) / max(1, len(steps)):.0%}" for n in range(1, (depth or 0) + 2)]
 
 
-def speed(pair: Pair, plan: Workload) -> list[Bar]:
+def adapter(pair: Pair, plan: SmolWorkload) -> list[Bar]:
+    """What the adapter adds to a forward of 8 slots behind 200 tokens, of which 7 are masks or all are tokens."""
+    backbone, seconds = pair.child.backbone, dict[str, list[float]](masks=[], tokens=[])
+    cache, ids = KVCache(1, 208), torch.arange(1000, 1208)[None]
+    backbone.forward(ids[:, :200], cache.set_write_positions(0, [0], 200, backbone.device), cache)
+    masked = ids.clone()
+    masked[:, 201:] = pair.child.mask_id or 0
+    for _ in range(4 * plan.runs):
+        for name, fed in (("masks", masked), ("tokens", ids)):
+            started = time.perf_counter()
+            backbone.forward(fed[:, 200:], cache.set_write_positions(0, [200], 8, backbone.device), cache)
+            seconds[name].append(time.perf_counter() - started)
+    ratio = statistics.median(seconds["masks"]) / statistics.median(seconds["tokens"])
+    return [Bar("forward of 8 slots: with 7 masks / all tokens", round(ratio, 3), "", None)]
+
+
+def speed(pair: Pair, plan: SmolWorkload) -> list[Bar]:
     """Tokens a second at batch 1 and 8, the systems taking turns."""
     results = []
     for batch, prompts in ((1, plan.timed), (8, 2 * plan.timed)):
@@ -146,7 +163,7 @@ def speed(pair: Pair, plan: Workload) -> list[Bar]:
     return results
 
 
-def training(pair: Pair, plan: Workload) -> list[Bar]:
+def training(pair: Pair, plan: SmolWorkload) -> list[Bar]:
     """A training step's matrix products over its time, against the rate of one such product alone.
 
     A row of 300 tokens with 50 mask blocks of 8: the tokens pass forward, the masks forward and backward, both through
@@ -193,7 +210,14 @@ def _product_rate(rows: int, weight: torch.Tensor, seconds: float = 1.0) -> floa
     return done * 2 * rows * weight.numel() / (time.perf_counter() - started)
 
 
-PARTS = {"gguf": gguf, "identical": identical, "drafts": drafts, "speed": speed, "training": training}
+PARTS = {
+    "gguf": gguf,
+    "identical": identical,
+    "drafts": drafts,
+    "adapter": adapter,
+    "speed": speed,
+    "training": training,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -204,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few prompts, one run: whether it works")
     parser.add_argument("--only", choices=PARTS, action="append", help="parts to measure; default: all")
     options = parser.parse_args(arguments)
-    plan = Workload(prompts=4, alone=2, timed=1, runs=1) if options.quick else Workload()
+    plan = SmolWorkload(prompts=4, alone=2, timed=1, runs=1) if options.quick else SmolWorkload()
     pair = Pair(*(fluid_model.load(str(path), device="cpu", dtype="float32") for path in (PARENT, options.child)))
     budget, threads = pair.child.backbone.slot_budget, torch.get_num_threads()
     print(

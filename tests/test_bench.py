@@ -51,7 +51,7 @@ def test_likelihoods_are_measured(capsys, data_dir):
 def test_a_gated_training_is_measured(capsys):
     """On random weights: the step runs forward and backward, and its share of a product's rate is a share."""
     child, parent = gated_checkpoint(vocabulary=1300, window=400)
-    (bar,) = smol.training(smol.Pair(parent, child), smol.Workload(runs=1))
+    (bar,) = smol.training(smol.Pair(parent, child), smol.SmolWorkload(runs=1))
     assert 0 < bar.measured < 2
     assert "mask slots/s" in capsys.readouterr().err
 

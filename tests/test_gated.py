@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 
 import fluid_model
+from fluid_eval.analysis.losslessness import in_float64
 from fluid_model import ArSettings, ConfigError, FluidSettings, Request
 from fluid_model.checkpoints.weights import fingerprint
 from fluid_model.forward.backbone import Backbone
@@ -91,6 +92,23 @@ def test_verified_text_is_the_parents_whatever_the_adapter_has_learnt(slot_budge
         drafted = {g.key: g for g in fluid_model.engine_for(checkpoint, settings, batch_size).generate(requests)}
         plain = {g.key: g.ids for g in fluid_model.engine_for(parent, ArSettings()).generate(requests)}
         assert {key: g.ids for key, g in drafted.items()} == plain
+
+
+def test_a_changed_adapter_is_followed():
+    checkpoint, _ = gated_checkpoint()
+    before = masked_logits(checkpoint, [7, 30], 2)
+    assert torch.equal(before, masked_logits(checkpoint, [7, 30], 2))
+    with torch.no_grad():
+        checkpoint.backbone.adapter.maps(0)["q_proj"].up.mul_(2.0)
+    assert not torch.equal(before[2:], masked_logits(checkpoint, [7, 30], 2)[2:])
+
+
+def test_the_audits_float64_copy_keeps_the_adapter():
+    checkpoint, _ = gated_checkpoint()
+    logits = masked_logits(checkpoint, [7, 30, 12], 3)
+    wide = in_float64(checkpoint)
+    assert wide.backbone.dtype == torch.float64
+    assert torch.allclose(masked_logits(wide, [7, 30, 12], 3), logits, atol=1e-3)
 
 
 def test_save_then_load_changes_nothing(tmp_path):

@@ -33,7 +33,12 @@ DOORS = {
         "fluid_model.checkpoints.weights",
     },
     "huggingface_hub": {"fluid_model.checkpoints.hub"},
-    "peft": {"fluid_model.checkpoints.adapters", "fluid_model.checkpoints.checkpoint", "fluid_model.train.stage_setup"},
+    "peft": {
+        "fluid_model.checkpoints.adapters",
+        "fluid_model.checkpoints.checkpoint",
+        "fluid_model.checkpoints.gated_files",
+        "fluid_model.train.stage_setup",
+    },
     "lm_eval": {
         "fluid_eval.running.lm_eval_model",
         "fluid_eval.benchmarks.lm_eval_tasks",

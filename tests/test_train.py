@@ -70,9 +70,11 @@ def test_the_chain_from_nothing_to_a_fluid_checkpoint(tmp_path, lora):
     assert {"l_ar", "l_diff"} <= json.loads((tmp_path / "hybrid" / "training.json").read_text())["history"][0].keys()
 
 
-def test_a_resumed_training_gives_the_weights_of_an_unbroken_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_resumed_training_gives_the_weights_of_an_unbroken_one(tmp_path, monkeypatch, gated):
     parent = save_model(tmp_path / "parent")
-    unbroken, broken = (recipe_for(tmp_path, name, "fluid-hybrid", parent) for name in ("whole", "broken"))
+    changes = {"lora": {"rank": 2, "gated": True}, "fans": {"k_max": 4, "restore": 0.0, "anchors": 3}} if gated else {}
+    unbroken, broken = (recipe_for(tmp_path, name, "fluid-hybrid", parent, **changes) for name in ("whole", "broken"))
     train(unbroken)
     loss, calls = StageTrainer.compute_loss, []
 
@@ -88,8 +90,10 @@ def test_a_resumed_training_gives_the_weights_of_an_unbroken_one(tmp_path, monke
     assert not (tmp_path / "broken").exists()
     monkeypatch.setattr(StageTrainer, "compute_loss", loss)
     train(broken, resume=True)
-    a, b = (fluid_model.load(str(tmp_path / name)).model.state_dict() for name in ("whole", "broken"))
+    results = [fluid_model.load(str(tmp_path / name)) for name in ("whole", "broken")]
+    a, b = ((result.backbone.adapter or result.model).state_dict() for result in results)
     assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(name.endswith(".up") for name in a) == gated
 
 
 @pytest.mark.parametrize("own_tokenizer", [True, False])

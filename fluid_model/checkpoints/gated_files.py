@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..common.errors import ConfigError
 from ..common.files import read_json
@@ -40,7 +40,7 @@ def save_gated(adapter: GatedLora, folder: Path, parent: str, mask_token: str) -
     save_file(_tensors(adapter), folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def load_gated(model: PreTrainedModel, folder: Path, mask_id: int) -> GatedLora:
+def load_gated(model: Any, folder: Path, mask_id: int) -> GatedLora:
     """The adapter in a folder, over its parent.
 
     Raises ConfigError for a configuration that is no plain LoRA, and for weights that do not fit the parent.

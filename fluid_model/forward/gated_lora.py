@@ -111,6 +111,28 @@ class GatedLora(nn.Module):
         return grouped
 
 
+class GroupedMaps:
+    """The grouped maps of every layer, made once and again after the adapter's parameters have changed."""
+
+    def __init__(self, adapter: GatedLora) -> None:
+        self._adapter = adapter
+        self._parameters = list(adapter.parameters())
+        self._key: tuple[int, torch.dtype] | None = None
+        self._maps: list[dict[str, GroupedMap]] = []
+
+    def of(self, dtype: torch.dtype) -> list[dict[str, GroupedMap]]:
+        """By layer. With gradients they are made anew, as part of the graph."""
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._parameters):
+            return self._make(dtype)
+        key = sum(parameter._version for parameter in self._parameters), dtype
+        if key != self._key:
+            self._key, self._maps = key, self._make(dtype)
+        return self._maps
+
+    def _make(self, dtype: torch.dtype) -> list[dict[str, GroupedMap]]:
+        return [self._adapter.grouped(layer, dtype) for layer in range(len(self._adapter.layers))]
+
+
 def _last(path: str) -> str:
     return path.rpartition(".")[2]
 

@@ -11,7 +11,7 @@ Legend: B rows, S slots fed, T key columns, H query heads, G key heads, E head s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .gated_lora import GatedLora, GroupedMap
+from .gated_lora import GatedLora, GroupedMap, GroupedMaps
 from .kv_cache import KeyValueStore
 
 MODELS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM")
@@ -65,11 +65,10 @@ def misfit(model: Any) -> str:
 class _Gate:
     """The gated adapter in one forward: low-rank maps that act on its mask slots."""
 
-    def __init__(self, adapter: GatedLora, gate: Tensor, dtype: torch.dtype) -> None:
-        """gate: (B, S) bool, True at mask slots."""
-        self.mask, self.embedding = gate[..., None], adapter.mask_embedding.to(dtype)  # (B, S, 1), (D,)
-        self._factor = self.mask.to(dtype)
-        self._maps = [adapter.grouped(layer, dtype) for layer in range(len(adapter.layers))]
+    def __init__(self, maps: Sequence[Mapping[str, GroupedMap]], embedding: Tensor, gate: Tensor) -> None:
+        """maps: of every layer.  embedding: of the mask token, (D,).  gate: (B, S) bool, True at mask slots."""
+        self.embedding, self.mask = embedding, gate[..., None]  # (B, S, 1)
+        self._maps, self._factor = maps, self.mask.to(embedding.dtype)
 
     def add(self, layer: int, group: str, inputs: Tensor, outputs: Tensor) -> Tensor:
         """outputs: (B, S, N) of the group's own maps for inputs (B, S, K). Those of other slots are unchanged."""
@@ -83,6 +82,7 @@ class ExplicitForward:
     def __init__(self, model: Any, window: int, adapter: GatedLora | None = None) -> None:
         base, config = model.base_model, model.config
         self._adapter = adapter
+        self._grouped = None if adapter is None else GroupedMaps(adapter)
         self._embed, self._final_norm = base.embed_tokens, base.norm.weight
         self._head_size = base.layers[0].self_attn.head_dim  # E
         self._heads, self._key_heads = config.num_attention_heads, config.num_key_value_heads
@@ -154,16 +154,17 @@ class ExplicitForward:
 
     def _open_gate(self, ids: Tensor, dtype: torch.dtype) -> _Gate | None:
         """The adapter's part in this forward; None without an adapter, or on a CPU without mask slots."""
-        if self._adapter is None:
+        if self._adapter is None or self._grouped is None:
             return None
         gate = self._adapter.gate(ids)
         if gate.device.type == "cpu" and not bool(gate.any()):
             return None
-        return _Gate(self._adapter, gate, dtype)
+        return _Gate(self._grouped.of(dtype), self._adapter.mask_embedding.to(dtype), gate)
 
     def _rms_norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Root mean square norm, its scale taken in float32. hidden: (B, S, D)."""
-        norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
+        """Root mean square norm, its scale taken in float32 at least. hidden: (B, S, D)."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=wide)
         scale = torch.addcmul(self._eps, norm, norm, value=1 / hidden.shape[-1]).rsqrt_()
         return (hidden * scale).to(hidden.dtype).mul_(weight)
 
