@@ -10,6 +10,7 @@ import pytest
 import fluid_eval
 from fluid_eval.cli import EXIT_UNHEALTHY
 from fluid_eval.cli.main import main
+from fluid_eval.output.terminal import FORWARDS
 from fluid_eval.results.run_folder import Run, read_samples
 from fluid_eval.running.chunks import FailedRequest
 from fluid_eval.running.job import run
@@ -154,6 +155,7 @@ def test_the_command(tiny_fluid, tmp_path, capsys):
     out = capsys.readouterr().out
     assert all(len(line) <= 80 for line in out.splitlines() if "folder:" not in line)
     assert "γ=0.3" in out
+    assert FORWARDS in out.splitlines()
     assert "!: a health gate is over its threshold" in out
 
 
