@@ -81,7 +81,7 @@ def chain(session: nox.Session) -> None:
 
 @nox.session
 def sweep_smoke(session: nox.Session) -> None:
-    """Some points of the documented sweep on few questions, on Ray workers, resumed; two nodes; kills."""
+    """Some points of the documented sweep on few questions, on Ray workers, resumed; what else starts Ray; kills."""
     out = Path(session.create_tmp()).resolve() / "sweep"
     words = ["sweep", "bench/tiny-sweep.toml", "--limit", "2", "--sample", "6", "--engine", "ray", "--workers", "2"]
     python(session, "fluid_eval", *words, "--out", str(out), "--resume")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,8 @@ settings.load_profile("suite")  # the same inputs every time; nox -s properties 
 LONGEST = ("run", "train", "sweep", "parity", "laws", "graphs", "plan", "rounds", "report_browser", "gpu_bench", "chat")
 """Files that take longest begin first, so that no worker is left alone with one at the end (--no-loadscope-reorder)."""
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+FEW = 12
+"""Rows of a subject in `few_rows`: more than any test answers, and enough to draw five examples from."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -75,6 +79,23 @@ def _shared(name: str) -> Path:
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     return _shared("data")
+
+
+@pytest.fixture(scope="session")
+def few_rows(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first rows of each benchmark, of every subject, as a data folder: lm-eval goes through all it is given."""
+    from fluid_model.common.files import read_lines
+
+    folder = tmp_path_factory.mktemp("few")
+    for name in ("gsm8k", "math500", "humaneval", "mmlu"):
+        (folder / name).mkdir()
+        for file in (data_dir / name).glob("*.jsonl*"):
+            few, seen = [], Counter[str]()
+            for _, line in read_lines(file):
+                seen[subject := json.loads(line).get("subject", "")] += 1
+                few += [line] * (seen[subject] <= FEW)
+            (folder / name / f"{file.name.partition('.')[0]}.jsonl").write_text("".join(few), encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -119,6 +119,7 @@ def write_run(
         "health": [gate.to_dict() for gate in gates([*one, *other], members, HealthSpec())],
         "data": ["matches the canonical MMLU test set (14042 rows)", "WARNING: 3 rows that are not canonical"],
         "notices": ["the last line was <i>cut</i> short"],
+        "chat": {"template": "872be49dbb63", "system": None},
         "protocol": {
             "name": "lm-eval", "hash": "0123456789ab",
             "tasks": {"gsm8k": {"num_fewshot": 5, "until": ["\n\n", "</s>"], "extractors": {"strict-match": "#### n"}}},

@@ -50,17 +50,17 @@ def hf(chatty):
 
 
 @pytest.mark.parametrize("multiturn", [True, False])
-def test_prompts_and_answers_are_those_of_lm_evals_backend(hf, chatty, data_dir, tmp_path, multiturn):
+def test_prompts_and_answers_are_those_of_lm_evals_backend(hf, chatty, few_rows, tmp_path, multiturn):
     """GSM8K with two shots, HumanEval with a prefilled code fence, MMLU by likelihood; a system turn in each."""
     from fluid_eval.running.lm_eval_model import FluidLM
 
     tasks = ["gsm8k", "humaneval_instruct", "mmlu_anatomy"]
     system = "You answer briefly."
     expected = theirs(
-        hf, tasks, data_dir, 2, 16, 2, apply_chat_template=True, fewshot_as_multiturn=multiturn,
+        hf, tasks, few_rows, 2, 16, 2, apply_chat_template=True, fewshot_as_multiturn=multiturn,
         system_instruction=system,
     )  # fmt: skip
-    values = {"tasks": tasks, "model": str(chatty), "data_dir": str(data_dir), "limit": 2, "max_new_tokens": 16}
+    values = {"tasks": tasks, "model": str(chatty), "data_dir": str(few_rows), "limit": 2, "max_new_tokens": 16}
     values |= {"num_fewshot": 2, "allow_unsafe_code": True, "chat": {"system": system, "multiturn": multiturn}}
     spec = build_spec(values)
     result = run(spec, tmp_path / "r")

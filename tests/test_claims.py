@@ -21,6 +21,7 @@ from fluid_eval.common.paths import resource
 from fluid_eval.common.spec import build_spec
 from fluid_eval.common.stats import Interval
 from fluid_eval.output import claims_tables
+from fluid_eval.output.terminal import FORWARDS
 from fluid_eval.sandbox.ladder import IsolationHere
 from fluid_model import ConfigError
 
@@ -199,6 +200,8 @@ def test_the_tables_tell_what_was_found(measured, capsys):
     claims_tables.print_verdicts(result)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
+    assert any(line.endswith(" re-run, equal") for line in printed.splitlines()), "a verdict without reason is one line"
+    assert FORWARDS in " ".join(printed.split())
     counted = "1 cannot tell, 1 not reproduced (convention not stated), 1 cannot tell (convention not stated)"
     assert counted in " ".join(printed.split())
     assert "Claims of others measured here: 4 of 8" in printed

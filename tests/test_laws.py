@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -161,6 +162,14 @@ def test_a_row_of_a_batch_is_the_row_alone(decoder):
                 assert together[key].trace == expected.trace
 
 
+HEAT = {"temperature": 0.7, "top_p": 0.95}
+
+
+@cache
+def by_ar(warm: bool) -> dict[str, fluid_model.Generation]:
+    return write(CHECKPOINT, ArSettings(**(HEAT if warm else {})), requests(5))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     confidence=st.floats(0, 1),
@@ -176,11 +185,11 @@ def test_verified_fluid_writes_what_ar_writes(confidence, floor, extra, head_see
     """Sampled text too: every token comes from the causal logits and the random number AR would use there."""
     torch.manual_seed(head_seed)
     checkpoint = replace(CHECKPOINT, head=KHead(32, 8))
-    heat = {"temperature": 0.7, "top_p": 0.95} if warm and rounds == "one" else {}
+    heat = HEAT if warm and rounds == "one" else {}
     decoder = FluidSettings(
         rounds=rounds, confidence=confidence, min_horizon=floor, max_horizon=floor + extra, slot_budget=budget, **heat
     )
-    expected = write(CHECKPOINT, ArSettings(**heat), requests(5))
+    expected = by_ar(bool(heat))
     answers = write(checkpoint, decoder, requests(5), slots)
     assert {k: (g.ids, g.text, g.finish) for k, g in answers.items()} == {
         k: (g.ids, g.text, g.finish) for k, g in expected.items()
@@ -191,10 +200,10 @@ def test_verified_fluid_writes_what_ar_writes(confidence, floor, extra, head_see
 @pytest.mark.parametrize(("confidence", "floor"), [(0.0, 1), (0.15, 8), (0.3, 6), (0.6, 1), (0.9, 3), (1.0, 1)])
 def test_fluid_is_the_published_sampler(verify: bool, confidence: float, floor: int):
     """Same texts and the same forwards, kind by kind."""
-    decoder = replace(REFERENCE, confidence=confidence, min_horizon=floor, verify=verify)
-    answers = write(CHECKPOINT, decoder, requests())
-    for request in requests():
-        answer, forwards = reference_fluid(CHECKPOINT, request.prompt, decoder, NEW)
+    decoder, work = replace(REFERENCE, confidence=confidence, min_horizon=floor, verify=verify), requests(5, 24)
+    answers = write(CHECKPOINT, decoder, work)
+    for request in work:
+        answer, forwards = reference_fluid(CHECKPOINT, request.prompt, decoder, 24)
         assert list(answers[request.key].ids) == answer
         assert answers[request.key].trace.forwards == {**forwards, "round": 0}
 

@@ -48,12 +48,12 @@ def ours(stories, tasks, data_dir, folder, limit, new_tokens=None, num_fewshot=N
 
 
 @pytest.mark.parametrize("shots", [0, None])
-def test_generated_text_and_scores(hf, stories, data_dir, tmp_path, shots):
+def test_generated_text_and_scores(hf, stories, few_rows, tmp_path, shots):
     """At the tasks' own five and four shots most prompts are cut, by both in the same way."""
     tasks = ["gsm8k", "math500", "humaneval"]
     length = 32
-    expected = theirs(hf, tasks, data_dir, LIMIT, length, shots)
-    result, samples = ours(stories, tasks, data_dir, tmp_path / "r", LIMIT, length, shots)
+    expected = theirs(hf, tasks, few_rows, LIMIT, length, shots)
+    result, samples = ours(stories, tasks, few_rows, tmp_path / "r", LIMIT, length, shots)
     for task in tasks:
         for example in expected["samples"][task]:
             record = samples[f"{task}/{example['doc_id']}"]
@@ -68,10 +68,10 @@ def test_generated_text_and_scores(hf, stories, data_dir, tmp_path, shots):
 
 
 @pytest.mark.parametrize(("name", "shots", "subjects"), [("mmlu", 0, 57), ("mmlu_anatomy", None, 1)])
-def test_mmlu_log_likelihoods(hf, stories, data_dir, tmp_path, name, shots, subjects):
+def test_mmlu_log_likelihoods(hf, stories, few_rows, tmp_path, name, shots, subjects):
     """Of every subject, and their groups; at the task's own five shots, whose prompts are cut, of one."""
-    expected = theirs(hf, [name], data_dir, 1, num_fewshot=shots)
-    result, samples = ours(stories, [name], data_dir, tmp_path / "r", 1, num_fewshot=shots)
+    expected = theirs(hf, [name], few_rows, 1, num_fewshot=shots)
+    result, samples = ours(stories, [name], few_rows, tmp_path / "r", 1, num_fewshot=shots)
     seen = 0
     for task, examples in expected["samples"].items():
         for example in examples:
@@ -120,7 +120,7 @@ def test_rolling_log_likelihood(hf, stories, tmp_path):
     assert lm.loglikelihood_rolling(ask) == pytest.approx(hf.loglikelihood_rolling(ask), rel=1e-4)
 
 
-def test_stop_strings_may_be_special_tokens(tmp_path, data_dir):
+def test_stop_strings_may_be_special_tokens(tmp_path, few_rows):
     """A chat model's <|im_end|> ends an answer although its text never shows; stories260K has no such token."""
     from lm_eval.models.huggingface import HFLM
 
@@ -131,7 +131,7 @@ def test_stop_strings_may_be_special_tokens(tmp_path, data_dir):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     tokenizer.save_pretrained(folder)
     checkpoint = fluid_model.load(str(folder))
-    prompt = datasets.load_rows("gsm8k", "test", str(data_dir))[0]["question"]
+    prompt = datasets.load_rows("gsm8k", "test", str(few_rows))[0]["question"]
     ids = tuple(tokenizer.encode(f"Question: {prompt}\nAnswer:"))
     engine = fluid_model.engine_for(checkpoint, fluid_model.ArSettings())
     (free,) = engine.generate([fluid_model.Request("x", ids, 12)])
@@ -140,8 +140,8 @@ def test_stop_strings_may_be_special_tokens(tmp_path, data_dir):
         table[258] = 1.01 * table[free.ids[-1]]  # so that <|im_end|> is written where that token was
     checkpoint.model.save_pretrained(folder)
     backend = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
-    expected = theirs(backend, ["gsm8k"], data_dir, 4, 24, 0)
-    values = {"tasks": ["gsm8k"], "model": str(folder), "data_dir": str(data_dir), "limit": 4, "max_new_tokens": 24}
+    expected = theirs(backend, ["gsm8k"], few_rows, 4, 24, 0)
+    values = {"tasks": ["gsm8k"], "model": str(folder), "data_dir": str(few_rows), "limit": 4, "max_new_tokens": 24}
     run(build_spec({**values, "num_fewshot": 0}), tmp_path / "r")
     records = {record["doc_id"]: record for record in run_folder.read_samples(tmp_path / "r")}
     for example in expected["samples"]["gsm8k"]:

@@ -93,7 +93,8 @@ def test_a_plan_counts_the_models_own_products(tmp_path):
     from torch.utils.flop_counter import FlopCounterMode
 
     parent = save_model(tmp_path / "parent")
-    recipe = recipe_for(tmp_path, "out", "ar", parent, optim={"steps": 1, "batch_size": 4})
+    data = {"files": [str(rows_file(tmp_path, 12))], "max_length": 64, "held_out": 4}
+    recipe = recipe_for(tmp_path, "out", "ar", parent, data=data, optim={"steps": 1, "batch_size": 4})
     model = outline(recipe.model)
     assert all(p.is_meta for p in model.parameters())
     cost = estimate_cost(recipe, recipe.model)

@@ -107,6 +107,8 @@ def test_tables_say_what_the_result_says(page: str, folder: Path) -> None:
     assert ["commit", "abc, with uncommitted changes"] in rows
     for text in ("took 1 min 15 s", "limit = 30", "WARNING: 3 rows that are not canonical", "0123456789ab"):
         assert text in page
+    assert "(template 872be49dbb63). Started 2026-11-21 03:40:03 UTC" in " ".join(page.split())
+    assert "prefill and commit included (papers often leave prefill out)" in page
     assert html.escape("the last line was <i>cut</i> short") in page
 
 

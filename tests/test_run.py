@@ -15,6 +15,7 @@ from fluid_eval.running.workers import open_pool
 
 LIMIT = 2
 """Documents of a task, and of each of MMLU's 57 subjects."""
+ON_RAY = {"kind": "ray", "workers": 2}
 
 
 def spec_for(stories, data_dir, **changes):
@@ -136,7 +137,7 @@ def cluster():
     """Ray's own pool, with a private cluster and two workers, started once for all runs here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        pool = RayPool(build_spec({"tasks": "mini", "model": "none", "engine": {"kind": "ray", "workers": 2}}))
+        pool = RayPool(build_spec({"tasks": "mini", "model": "none", "engine": ON_RAY}))
     import ray
 
     yield pool
@@ -161,10 +162,11 @@ def closed(cluster, monkeypatch):
     return pools
 
 
+@pytest.mark.cluster
 def test_ray_gives_the_same_numbers(four_tasks, stories, data_dir, tmp_path, closed):
     folder, inline = four_tasks
     tasks = ["gsm8k", "math500", "humaneval", "mmlu_anatomy"]
-    spec = spec_for(stories, data_dir, tasks=tasks, engine={"kind": "ray", "workers": 2})
+    spec = spec_for(stories, data_dir, tasks=tasks, engine=ON_RAY)
     assert spec.id == spec_for(stories, data_dir, tasks=tasks).id
     result = run(spec, tmp_path / "ray")
     assert len(closed) == 1, "a run closes its pool"
@@ -176,25 +178,26 @@ def test_ray_gives_the_same_numbers(four_tasks, stories, data_dir, tmp_path, clo
     assert run_folder.read_json(tmp_path / "ray" / "environment.json")["engine"]["workers"] == 2
 
 
-def test_what_a_worker_finds_wrong_is_told_as_it_is(tmp_path, tiny_model, data_dir, closed):
+@pytest.mark.parametrize("engine", [{}, pytest.param(ON_RAY, marks=pytest.mark.cluster)], ids=["inline", "ray"])
+def test_what_a_worker_finds_wrong_is_told_as_it_is(tmp_path, tiny_model, few_rows, request, engine):
     from fluid_model import ConfigError
 
+    closed = request.getfixturevalue("closed") if engine else []
     (broken := tmp_path / "m").mkdir()
     for file in tiny_model.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
     (broken / "model.safetensors").write_bytes(b"junk")
-    for engine in ({}, {"kind": "ray", "workers": 2}):
-        spec = spec_for(broken, data_dir, tasks=["gsm8k"], engine=engine)
-        with pytest.raises(ConfigError, match=r"^model="):
-            run(spec, tmp_path / "r")
-        assert not (tmp_path / "r").exists()
-    assert len(closed) == 1, "and the pool is closed"
+    spec = spec_for(broken, few_rows, tasks=["gsm8k"], engine=engine)
+    with pytest.raises(ConfigError, match=r"^model="):
+        run(spec, tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+    assert len(closed) == bool(engine), "and the pool is closed"
 
 
-def test_fluid_writes_what_ar_writes_through_the_whole_path(tiny_fluid, data_dir, tmp_path):
+def test_fluid_writes_what_ar_writes_through_the_whole_path(tiny_fluid, few_rows, tmp_path):
     results = {}
     for decoder in ("ar", "fluid"):
-        spec = spec_for(tiny_fluid, data_dir, tasks=["gsm8k"], decoder=decoder)
+        spec = spec_for(tiny_fluid, few_rows, tasks=["gsm8k"], decoder=decoder)
         results[decoder] = run(spec, tmp_path / decoder)
     ar, fluid = (fluid_eval.load_results(tmp_path / d) for d in ("ar", "fluid"))
     assert ar["output_ids"].tolist() == fluid["output_ids"].tolist()

@@ -13,6 +13,7 @@ from fluid_eval.cli.main import main
 from fluid_eval.common.paths import resource
 from fluid_eval.common.spec import build_spec
 from fluid_eval.output.report.runs import read_runs
+from fluid_eval.output.terminal import FORWARDS
 from fluid_eval.results import run_folder, speed_conditions, speed_repeats
 from fluid_eval.results.metrics import cost
 from fluid_eval.running.job import run
@@ -71,7 +72,9 @@ def test_what_forwards_hold_under_is_marked_where_it_differs(tmp_path, capsys):
         assert "; ".join(pair_of([base, other])["unequal"]) == expected
         assert pair_of([base, other])["tokens_per_forward"]["ratio"] == 1, "marked, not hidden"
         assert main(["compare", str(base), str(other)]) == 0
-        assert f"tok/fwd under unequal conditions: {expected}" in " ".join(capsys.readouterr().out.split())
+        printed = capsys.readouterr().out
+        assert f"tok/fwd under unequal conditions: {expected}" in " ".join(printed.split())
+        assert FORWARDS in printed.splitlines(), "prefill forwards count"
     assert pair_of([base, write_run(tmp_path / "same", drafted([1.0] * 12), **made)])["unequal"] == []
     mixed = write_run(tmp_path / "mixed", [*drafted([1.0] * 6), *drafted([1.0] * 12, rows=6)[6:]], **made)
     assert pair_of([base, mixed])["unequal"][-1] == "rows a forward changed while the other ran"

@@ -10,24 +10,38 @@ import pytest
 import fluid_eval
 from fluid_eval.cli import EXIT_UNHEALTHY
 from fluid_eval.cli.main import main
+from fluid_eval.output.terminal import FORWARDS
 from fluid_eval.results.run_folder import Run, read_samples
 from fluid_eval.running.chunks import FailedRequest
 from fluid_eval.running.job import run
 from fluid_eval.running.workers import InlinePool
-from fluid_eval.sweeps import pareto
+from fluid_eval.sweeps import frontier_files, pareto
 from fluid_eval.sweeps import sweep as module
 from fluid_eval.sweeps.grid import plan
 from fluid_eval.sweeps.sweep import Sweep
 from fluid_model import ConfigError
 
 
-@pytest.fixture
-def values(tiny_fluid):
+def values_of(model):
     return {
-        "tasks": ["mini_gsm8k_1", "mini_mmlu_1"], "model": str(tiny_fluid), "decoder": "fluid", "limit": 12,
+        "tasks": ["mini_gsm8k_1", "mini_mmlu_1"], "model": str(model), "decoder": "fluid", "limit": 12,
         "max_new_tokens": 6,
         "sweep": {"grid": {"decoder.verify": [True, False]}, "point": [{"decoder.name": "ar"}]},
     }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_fluid, tmp_path_factory):
+    """A sweep that nothing happened to: its folder and result. No test changes it."""
+    folder = tmp_path_factory.mktemp("sweeps") / "whole"
+    return folder, Sweep(plan(values_of(tiny_fluid)), folder).work()
+
+
+@pytest.fixture
+def values(tiny_fluid, monkeypatch):
+    """Sweeps of these values draw no figure, which takes longer than their answers."""
+    monkeypatch.setattr(frontier_files, "draw", lambda *_, **__: False)
+    return values_of(tiny_fluid)
 
 
 def without_clock(result) -> list:
@@ -37,12 +51,12 @@ def without_clock(result) -> list:
     ]
 
 
-def test_a_sweep_is_its_runs_and_their_frontier(values, tmp_path):
-    result = Sweep(plan(values), tmp_path / "s").work()
+def test_a_sweep_is_its_runs_and_their_frontier(unbroken, values, tmp_path):
+    sweep, result = unbroken
     assert [p["name"] for p in result["points"]] == ["verify", "no verify", "ar"]
     for point, planned in zip(result["points"], plan(values).points, strict=True):
         alone = run(planned.spec, tmp_path / planned.spec.id)
-        records = {r["key"]: r for r in read_samples(tmp_path / "s" / point["folder"])}
+        records = {r["key"]: r for r in read_samples(sweep / point["folder"])}
         expected = {r["key"]: r for r in read_samples(tmp_path / planned.spec.id)}
         assert records.keys() == expected.keys()
         for key, record in records.items():
@@ -50,12 +64,12 @@ def test_a_sweep_is_its_runs_and_their_frontier(values, tmp_path):
             assert record["scores"] == expected[key]["scores"]
         assert point["n"] == len(records) == 24
         assert sum(line["n"] for line in alone["lines"]) >= 24
-        assert fluid_eval.load_results(tmp_path / "s" / point["folder"]).shape[0] == point["n"]
+        assert fluid_eval.load_results(sweep / point["folder"]).shape[0] == point["n"]
     assert result["points"][0]["score"] == result["points"][2]["score"], "verified text is AR's"
     assert result["baseline"] == "ar"
-    table = pandas.read_parquet(tmp_path / "s" / "frontier.parquet")
+    table = pandas.read_parquet(sweep / "frontier.parquet")
     assert table["name"].tolist() == ["verify", "no verify", "ar"]
-    assert (tmp_path / "s" / "frontier.svg").stat().st_size > 1000
+    assert (sweep / "frontier.svg").stat().st_size > 1000
 
 
 def test_points_answer_in_document_batches(values, tmp_path, monkeypatch):
@@ -90,8 +104,7 @@ def break_off(values, folder, monkeypatch):
     monkeypatch.setattr(Run, "append", keep)
 
 
-def test_a_broken_sweep_goes_on_and_ends_as_an_unbroken_one(values, tmp_path, monkeypatch):
-    unbroken = Sweep(plan(values), tmp_path / "whole").work()
+def test_a_broken_sweep_goes_on_and_ends_as_an_unbroken_one(unbroken, values, tmp_path, monkeypatch):
     break_off(values, tmp_path / "s", monkeypatch)
     assert not (tmp_path / "s" / "result.json").exists()
     with pytest.raises(ConfigError, match="holds this sweep; pass --resume"):
@@ -99,7 +112,7 @@ def test_a_broken_sweep_goes_on_and_ends_as_an_unbroken_one(values, tmp_path, mo
     again = Sweep(plan(values), tmp_path / "s", resume=True)
     assert again.missing == 3 * 24 - 31
     result = again.work()
-    assert without_clock(result) == without_clock(unbroken)
+    assert without_clock(result) == without_clock(unbroken[1])
     assert result["answered_now"] == 3 * 24 - 31
     assert Sweep(plan(values), tmp_path / "s", resume=True).work() == result, "nothing is left to do"
 
@@ -117,14 +130,13 @@ def test_two_at_once_are_refused(values, tmp_path):
     first.work()
 
 
-def test_other_folders_are_refused(values, tmp_path):
+def test_other_folders_are_refused(unbroken, values, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ConfigError, match="not empty and holds no sweep"):
         Sweep(plan(values), tmp_path)
-    Sweep(plan(values), tmp_path / "s").work()
     values["limit"] = 11
     with pytest.raises(ConfigError, match="holds another sweep"):
-        Sweep(plan(values), tmp_path / "s", resume=True)
+        Sweep(plan(values), unbroken[0], resume=True)
 
 
 def test_points_surely_beaten_are_ended(values, tmp_path, monkeypatch):
@@ -154,6 +166,7 @@ def test_the_command(tiny_fluid, tmp_path, capsys):
     out = capsys.readouterr().out
     assert all(len(line) <= 80 for line in out.splitlines() if "folder:" not in line)
     assert "γ=0.3" in out
+    assert FORWARDS in out.splitlines()
     assert "!: a health gate is over its threshold" in out
 
 
@@ -179,10 +192,10 @@ def test_what_was_given_up_is_tried_again(values, tmp_path, monkeypatch):
     assert without_clock(again.work()) == without_clock(complete)
 
 
-def test_drawn_examples_are_those_of_a_run(tiny_fluid, data_dir, tmp_path):
+def test_drawn_examples_are_those_of_a_run(tiny_fluid, few_rows, tmp_path):
     """Few-shot examples are drawn at random, and tasks are asked more than once."""
     values = {
-        "tasks": "gsm8k", "model": str(tiny_fluid), "decoder": "fluid", "data_dir": str(data_dir), "limit": 3,
+        "tasks": "gsm8k", "model": str(tiny_fluid), "decoder": "fluid", "data_dir": str(few_rows), "limit": 3,
         "num_fewshot": 2, "max_new_tokens": 4, "sweep": {"grid": {"decoder.verify": [True, False]}},
     }  # fmt: skip
     planned = plan(values)
@@ -194,10 +207,9 @@ def test_drawn_examples_are_those_of_a_run(tiny_fluid, data_dir, tmp_path):
         assert [r["prompt"] for r in read_samples(tmp_path / "s" / point["folder"])] == expected
 
 
-def test_what_is_answered_so_far_compares(values, tmp_path, monkeypatch):
+def test_what_is_answered_so_far_compares(unbroken, values, tmp_path, monkeypatch):
     """By the batches that all points have answered; nothing is answered for it, and no result is written."""
     monkeypatch.setattr(module, "LEAST_SAMPLES", 3)
-    complete = Sweep(plan(values), tmp_path / "whole").work()
     break_off(values, tmp_path / "s", monkeypatch)
     monkeypatch.setattr(InlinePool, "run", lambda *_: pytest.fail("nothing is to be answered"))
     job = Sweep(plan(values), tmp_path / "s", resume=True)
@@ -207,7 +219,7 @@ def test_what_is_answered_so_far_compares(values, tmp_path, monkeypatch):
     assert result["points"][0]["score"] == result["points"][2]["score"]
     assert job.missing == 3 * 24 - 31
     assert not (tmp_path / "s" / "result.json").exists()
-    assert Sweep(plan(values), tmp_path / "whole", resume=True).so_far()["points"] == complete["points"]
+    assert Sweep(plan(values), unbroken[0], resume=True).so_far()["points"] == unbroken[1]["points"]
     with pytest.raises(ConfigError, match="not all points have answered their first 12%"):
         Sweep(plan(values), tmp_path / "none").so_far()
 

@@ -13,7 +13,7 @@ from fluid_model.common.errors import ConfigError
 from fluid_model.common.files import Nested, read_json
 
 from ..claims.ledger import TABLES, UNSTATED, UNSTATED_CONVENTION
-from .terminal import screen
+from .terminal import FORWARDS, screen
 
 ClaimRow = Mapping[str, Any]
 """An entry of claims.json's `rows`."""
@@ -36,7 +36,7 @@ LEGEND = (
     f"{UNSTATED_CONVENTION}, decoder {UNSTATED}: judged as measured, so that a difference may be due to them; "
     "different convention: measured under another protocol than the stated one, and so not judged; "
     "re-run: this project's own figures, equal to the last published digit or not, which no one else claims; "
-    "scores in %"
+    f"scores in %; {FORWARDS}"
 )
 
 
@@ -161,13 +161,13 @@ def _print_table(console: Console, rows: Sequence[ClaimRow]) -> None:
             results = [measured(row), str(row["measured"]["n"]) if row["measured"] else "–"] * has_measurements
             in_words = "other" if row["convention"]["published"] != UNSTATED else "–"
             stated = convention(row) if row["profile"] else in_words
-            table.add_row(f"  {row['task']}", published(row), *results, stated, row["verdict"])
+            table.add_row(f" {row['task']}", published(row), *results, stated, row["verdict"])
         console.print(table)
 
 
 def _columns(has_measurements: bool, *, header: bool) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=header)
-    table.add_column("", width=16, overflow="fold")
+    table.add_column("", width=15, overflow="fold")
     for name, width in (("published", 12), ("measured", 19), ("n", 5)) if has_measurements else (("published", 15),):
         table.add_column(name, justify="right", no_wrap=True, width=width)
     table.add_column("convention", overflow="fold", width=11)

@@ -10,6 +10,8 @@ from rich.table import Table
 
 ResultLine = Mapping[str, Any]
 """A line of a result or comparison: task, score, interval, speeds."""
+FORWARDS = "tok/fwd: every forward counts, prefill too, which papers often leave out"
+"""Legend of tokens/forward."""
 
 
 def screen() -> Console:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..analysis.compare import entries
-from .terminal import bare_table, difference, number, plain_table, probability, ratio, score, screen
+from .terminal import FORWARDS, bare_table, difference, number, plain_table, probability, ratio, score, screen
 
 MACHINE = "tok/s: per worker; intervals are of repeats in turns, else there are none"
 
@@ -40,7 +40,7 @@ def print_comparison(comparison: Mapping[str, Any], *, flips: bool = False) -> N
     console.print("score: %, by a task's first metric   all: mean over tasks")
     console.print("difference: other less base, in points, with its paired 95% interval")
     console.print("p: McNemar's exact test   MDE: smallest difference detected with 80% power")
-    console.print(MACHINE)
+    console.print(f"{MACHINE}\n{FORWARDS}")
 
 
 def _print_protocols(console: Console, differences: Sequence[str]) -> None:
@@ -84,7 +84,7 @@ def print_tax(result: Mapping[str, Any], folder: Path) -> None:
         _notes(console, {**step, "all": {"flips": {"gained": [], "lost": []}}}, False)
     console.print("score: %, with its 95% interval   all: mean over tasks")
     console.print("step: from the line above, in points, paired, or as a ratio   p: McNemar's test")
-    console.print(MACHINE)
+    console.print(f"{MACHINE}\n{FORWARDS}")
     console.print(f"folder: {folder}  (each run is a folder below points/)", soft_wrap=True)
 
 

