@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import c_long
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention_masks import AttentionPlan
+from ..gated_lora import GROUPS, GatedLora
 from ..kv_cache import KVCache
 from . import build, structs, threads, weights
 
@@ -25,29 +26,34 @@ MAX_HEAD_SIZE = 256
 class CompiledForward:
     """The forward of one model. Follows weights that are changed in place."""
 
-    def __init__(self, model: Any, cos: Tensor, sin: Tensor, lanes: int, library: ctypes.CDLL) -> None:
+    def __init__(
+        self, model: Any, cos: Tensor, sin: Tensor, adapter: GatedLora | None, lanes: int, library: ctypes.CDLL
+    ) -> None:
         """cos, sin: (W, E) each, the sine of the left half negative.  library: compiled for `lanes`."""
+        self._adapter = adapter
         self._model, self._cos, self._sin, self.lanes, self._library = model, cos, sin, lanes, library
         self._head = model.get_output_embeddings()
         self.projects_vocabulary = type(self._head) is nn.Linear
         """Whether the vocabulary projection is a plain linear map, which `logits` runs."""
         head_weights = self._head.parameters() if self.projects_vocabulary else ()
-        self._versions = weights.Versions([*model.base_model.parameters(), *head_weights])
+        self._versions = weights.Versions([*model.base_model.parameters(), *head_weights, *_parameters(adapter)])
         self._operations = 2 * sum(weight.numel() for weight in model.base_model.layers.parameters())  # of one slot
         self._local = threading.local()
 
     @classmethod
-    def of(cls, model: Any, cos: Tensor, sin: Tensor) -> tuple[CompiledForward | None, str]:
+    def of(
+        cls, model: Any, cos: Tensor, sin: Tensor, adapter: GatedLora | None = None
+    ) -> tuple[CompiledForward | None, str]:
         """For a model that `llama.misfit` has nothing against; or None, and why not in one line.
 
-        cos, sin: (W, 1, E) each.
+        cos, sin: (W, 1, E) each.  adapter: acts at mask slots.
         """
         parameters, config, head_size = list(model.parameters()), model.config, cos.shape[-1]
         sizes = (config.hidden_size, config.intermediate_size, head_size)
         lanes = next((n for n in build.LANES if n <= build.native_lanes() and not any(size % n for size in sizes)), 0)
         if not weights.readable(parameters):
             return None, f"compiled code is for float32 on a CPU, not {model.dtype} on {model.device.type}"
-        if weights.untracked(parameters):
+        if weights.untracked([*parameters, *_parameters(adapter)]):
             return None, "the weights are inference tensors, whose changes cannot be noticed"
         if sum(weight.nbytes for weight in parameters) > weights.MAX_BYTES:
             return None, f"the weights take more than {weights.MAX_BYTES >> 20} MiB, which would be copied"
@@ -58,7 +64,7 @@ class CompiledForward:
         library = build.library(lanes)
         if library is None:
             return None, build.why_not(lanes)
-        return cls(model, cos[:, 0].contiguous(), sin[:, 0].contiguous(), lanes, library), ""
+        return cls(model, cos[:, 0].contiguous(), sin[:, 0].contiguous(), adapter, lanes, library), ""
 
     def __call__(self, ids: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
         """ids: (B, S), fed to a cache whose write positions are `plan`'s.
@@ -105,25 +111,25 @@ class CompiledForward:
         """Pack the weights at the first call, and after they were changed."""
         if not self._versions.changed():
             return
-        base, config = self._model.base_model, self._model.config
+        base, config, adapter, rank = self._model.base_model, self._model.config, self._adapter, 0
         self._packed = packed = weights.PackedWeights(self.lanes)
         layers = (structs.Layer * len(base.layers))()
         for number, layer in enumerate(base.layers):
-            attention, mlp = layer.self_attn, layer.mlp
+            maps, low_rank = {}, {} if adapter is None else adapter.grouped(number, torch.float32)
+            for group, names in GROUPS.items():
+                maps[group] = packed.gated([layer.get_submodule(name) for name in names], low_rank.get(group))
+                rank = max(rank, maps[group].down.outputs)
             layers[number] = structs.Layer(
                 attention_norm=packed.address(layer.input_layernorm.weight),
-                mlp_norm=packed.address(layer.post_attention_layernorm.weight),
-                qkv=packed.linear([attention.q_proj, attention.k_proj, attention.v_proj]),
-                attention_out=packed.linear([attention.o_proj]),
-                gate_up=packed.linear([mlp.gate_proj, mlp.up_proj]),
-                down=packed.linear([mlp.down_proj]),
-            )
+                mlp_norm=packed.address(layer.post_attention_layernorm.weight), **maps,
+            )  # fmt: skip
         self._tables = structs.Model(
             embeddings=packed.address(base.embed_tokens.weight), final_norm=packed.address(base.norm.weight),
             cos=packed.address(self._cos), sin=packed.address(self._sin), rms_norm_eps=config.rms_norm_eps,
             vocabulary=len(base.embed_tokens.weight), layers=len(layers), hidden=config.hidden_size,
             inner=config.intermediate_size, query_heads=config.num_attention_heads,
-            key_heads=config.num_key_value_heads, head_size=self._cos.shape[-1], window=len(self._cos), layer=layers,
+            key_heads=config.num_key_value_heads, head_size=self._cos.shape[-1], window=len(self._cos),
+            mask_id=-1 if adapter is None else adapter.mask_id, rank=rank, layer=layers,
         )  # fmt: skip
         if self.projects_vocabulary:
             self._projection = packed.linear([self._head])
@@ -134,6 +140,10 @@ class CompiledForward:
         if held is None or len(held) < size:
             held = self._local.workspace = torch.empty(size)
         return held
+
+
+def _parameters(adapter: GatedLora | None) -> Iterable[Tensor]:
+    return () if adapter is None else adapter.layers.parameters()
 
 
 class _Batch:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..gated_lora import GroupedMap
 from . import structs
 
 MAX_BYTES = 2**28
@@ -39,11 +40,23 @@ class PackedWeights:
 
     def linear(self, modules: Sequence[nn.Linear]) -> structs.Linear:
         """Linear maps of one input, packed as one map with their outputs one behind another."""
-        weight, width = torch.cat([module.weight.detach() for module in modules]), 2 * self._lanes  # (N, K), P
+        bias = _biases(modules) if any(module.bias is not None for module in modules) else None
+        return self.matrix(torch.cat([module.weight.detach() for module in modules]), bias)
+
+    def gated(self, modules: Sequence[nn.Linear], low_rank: GroupedMap | None) -> structs.GatedLinear:
+        """Linear maps of one input, and what an adapter adds to them at mask slots."""
+        full = self.linear(modules)
+        if low_rank is None:
+            return structs.GatedLinear(full)
+        return structs.GatedLinear(full, self.matrix(low_rank.down.detach()), self.matrix(low_rank.up.detach()))
+
+    def matrix(self, weight: Tensor, bias: Tensor | None = None) -> structs.Linear:
+        """weight: (N, K).  bias: (N,)."""
+        width = 2 * self._lanes  # P
         filled = functional.pad(weight, (0, 0, 0, -len(weight) % width))
         panels = filled.view(-1, width, weight.shape[1]).transpose(1, 2)  # (N / P, K, P)
-        bias = self.address(_biases(modules)) if any(module.bias is not None for module in modules) else None
-        return structs.Linear(self.address(panels), bias, weight.shape[1], len(weight))
+        address = None if bias is None else self.address(bias)
+        return structs.Linear(self.address(panels), address, weight.shape[1], len(weight))
 
 
 def _biases(modules: Sequence[nn.Linear]) -> Tensor:

@@ -62,7 +62,9 @@ static void multiply(long tile, long size, const float *in, const float *panel, 
 #undef TILE
 }
 
-void gemm(const Linear *linear, long count, const float *in, const float *residual, float *out)
+/* rows: (count,) row of `out` and `residual` for each row of the input, or NULL: the same. */
+static void gemm_rows(const Linear *linear, long count, const float *in, const int *rows, const float *residual,
+                      float *out)
 {
     const long inputs = linear->inputs, outputs = linear->outputs;
     float block[MAX_TILE * PANEL];
@@ -74,7 +76,7 @@ void gemm(const Linear *linear, long count, const float *in, const float *residu
             tile = (left + tiles - 1) / tiles;
             multiply(tile, inputs, in + m * inputs, linear->panels + n * inputs, block);
             for (long i = 0; i < tile; i++) {
-                long place = (m + i) * outputs + n;
+                long place = (rows ? rows[m + i] : m + i) * outputs + n;
                 for (long j = 0; j < width; j++) {
                     float value = block[i * PANEL + j];
                     if (linear->bias) value += linear->bias[n + j];
@@ -83,6 +85,16 @@ void gemm(const Linear *linear, long count, const float *in, const float *residu
             }
         }
     }
+}
+
+void gemm(const Linear *linear, long count, const float *in, const float *residual, float *out)
+{
+    gemm_rows(linear, count, in, NULL, residual, out);
+}
+
+void gemm_add(const Linear *linear, long count, const float *in, const int *rows, float *out)
+{
+    gemm_rows(linear, count, in, rows, out, out);
 }
 
 /* The vocabulary projection: hidden (M, D) -> logits (M, V). */

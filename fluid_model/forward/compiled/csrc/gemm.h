@@ -11,4 +11,7 @@
    residual: (M, outputs), or NULL; it may be `out` itself. */
 void gemm(const Linear *linear, long count, const float *in, const float *residual, float *out);
 
+/* out[rows[m]] += in[m] @ weights + bias, for m < count. */
+void gemm_add(const Linear *linear, long count, const float *in, const int *rows, float *out);
+
 #endif
