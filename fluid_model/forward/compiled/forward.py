@@ -1,4 +1,4 @@
-"""Calls of the compiled forward: one call of C for each thread, however many layers.
+"""Calls of the compiled forward: one call of C, however many layers.
 
 Legend: B rows, S slots fed, M slots that count, T columns, D hidden, E head size, V vocabulary, W window.
 """
@@ -37,7 +37,7 @@ class CompiledForward:
         """Whether the vocabulary projection is a plain linear map, which `logits` runs."""
         head_weights = self._head.parameters() if self.projects_vocabulary else ()
         self._versions = weights.Versions([*model.base_model.parameters(), *head_weights, *_parameters(adapter)])
-        self._operations = 2 * sum(weight.numel() for weight in model.base_model.layers.parameters())  # of one slot
+        self._weights = sum(weight.numel() for weight in model.base_model.layers.parameters())
         self._local = threading.local()
 
     @classmethod
@@ -55,12 +55,12 @@ class CompiledForward:
             return None, f"compiled code is for float32 on a CPU, not {model.dtype} on {model.device.type}"
         if weights.untracked([*parameters, *_parameters(adapter)]):
             return None, "the weights are inference tensors, whose changes cannot be noticed"
-        if sum(weight.nbytes for weight in parameters) > weights.MAX_BYTES:
-            return None, f"the weights take more than {weights.MAX_BYTES >> 20} MiB, which would be copied"
         if head_size > MAX_HEAD_SIZE:
             return None, f"heads of {head_size} numbers; compiled code takes {MAX_HEAD_SIZE} at most"
         if not lanes:
             return None, f"hidden, inner or head size {sizes} is not a multiple of {build.LANES[-1]}"
+        if no_room := weights.no_room(parameters):
+            return None, no_room
         library = build.library(lanes)
         if library is None:
             return None, build.why_not(lanes)
@@ -79,17 +79,13 @@ class CompiledForward:
         start, columns, total = cache.write_columns
         hidden = torch.zeros(rows, slots, model.hidden)
         batch = _Batch(ids, columns, total, plan, widths)
-
-        def run(part: range) -> bool:
-            struct = batch.struct(part)
-            struct.first_row, struct.cache_rows, struct.cache_columns = start + part.start, cache.rows, cache.columns
-            struct.cache = cells.data_ptr()
-            count = sum(widths[part.start : part.stop])
-            workspace = self._workspace(self._library.workspace_size(model, count, total))
-            out_of_bounds = self._library.forward(model, struct, workspace.data_ptr(), hidden[part.start :].data_ptr())
-            return bool(out_of_bounds)
-
-        if any(threads.run_all(run, threads.split_rows(widths, self._operations))):
+        struct = batch.struct
+        struct.first_row, struct.cache_rows, struct.cache_columns = start, cache.rows, cache.columns
+        struct.cache = cells.data_ptr()
+        count = sum(widths)
+        workers = threads.worth(self._weights, count)
+        workspace = self._workspace(self._library.workspace_size(model, count, total, workers))
+        if self._library.forward(model, struct, workers, workspace.data_ptr(), hidden.data_ptr()):
             raise IndexError(f"a token is none of {model.vocabulary}, or a slot stands outside the cache")
         return hidden
 
@@ -98,13 +94,8 @@ class CompiledForward:
         self._pack_if_changed()
         projection = self._projection
         hidden, logits = hidden.contiguous(), torch.empty(len(hidden), projection.outputs)
-
-        def run(part: range) -> None:
-            addresses = hidden[part.start :].data_ptr(), logits[part.start :].data_ptr()
-            self._library.project_vocabulary(projection, len(part), *addresses)
-
-        operations = 2 * projection.inputs * projection.outputs
-        threads.run_all(run, threads.split_rows([1] * len(hidden), operations))
+        workers = threads.worth(projection.inputs * projection.outputs, len(hidden))
+        self._library.project_vocabulary(projection, len(hidden), hidden.data_ptr(), logits.data_ptr(), workers)
         return logits
 
     def _pack_if_changed(self) -> None:
@@ -112,7 +103,7 @@ class CompiledForward:
         if not self._versions.changed():
             return
         base, config, adapter, rank = self._model.base_model, self._model.config, self._adapter, 0
-        self._packed = packed = weights.PackedWeights(self.lanes)
+        self._packed = packed = weights.PackedWeights(self.lanes, self._library, self._weights)
         layers = (structs.Layer * len(base.layers))()
         for number, layer in enumerate(base.layers):
             maps, low_rank = {}, {} if adapter is None else adapter.grouped(number, torch.float32)
@@ -147,25 +138,19 @@ def _parameters(adapter: GatedLora | None) -> Iterable[Tensor]:
 
 
 class _Batch:
-    """Tensors of a batch, kept alive while C reads parts of them."""
+    """The structure of a batch without its cache, and the tensors it points to."""
 
     def __init__(self, ids: Tensor, columns: Tensor, total: int, plan: AttentionPlan, widths: Sequence[int]) -> None:
-        self._ids, self._columns, self._total, self._widths = ids.contiguous(), columns.contiguous(), total, widths
-        self._intervals = [interval.contiguous() for interval in plan.intervals or ()]
-
-    def struct(self, part: range) -> structs.Batch:
-        """Rows of the batch, without the cache. The structure keeps its widths alive, the batch all else."""
-        slots = self._ids.shape[1]
-        widths = (c_long * len(part))(*self._widths[part.start : part.stop])
-        offset = part.start * slots * self._ids.itemsize  # bytes
-        struct = structs.Batch(
-            ids=self._ids.data_ptr() + offset, columns=self._columns.data_ptr() + offset,
-            widths=ctypes.addressof(widths), rows=len(part), slots=slots, total=self._total,
+        held = [ids.contiguous(), columns.contiguous(), *(each.contiguous() for each in plan.intervals or ())]
+        self._held, self._widths = held, (c_long * len(widths))(*widths)
+        addresses = [tensor.data_ptr() for tensor in held]
+        rows, slots = ids.shape
+        self.struct = structs.Batch(
+            ids=addresses[0], columns=addresses[1], widths=ctypes.addressof(self._widths), rows=rows, slots=slots,
+            total=total,
         )  # fmt: skip
-        if self._intervals:
-            struct.enter, struct.exit, struct.offsets = (each.data_ptr() + offset for each in self._intervals)
-        struct.held = widths
-        return struct
+        if plan.intervals:
+            self.struct.enter, self.struct.exit, self.struct.offsets = addresses[2:]
 
 
 def attention_mask(plan: AttentionPlan, lanes: int) -> Tensor | None:
@@ -179,5 +164,5 @@ def attention_mask(plan: AttentionPlan, lanes: int) -> Tensor | None:
     mask = torch.zeros(rows, slots, plan.total, dtype=torch.bool)
     batch = _Batch(torch.zeros_like(plan.columns), plan.columns, plan.total, plan, plan.widths or [slots] * rows)
     columns = torch.empty(plan.total, dtype=torch.int32)
-    library.fill_mask(batch.struct(range(rows)), columns.data_ptr(), mask.data_ptr())
+    library.fill_mask(batch.struct, columns.data_ptr(), mask.data_ptr())
     return mask

@@ -55,9 +55,11 @@ class Batch(Structure):
 STRUCTS: tuple[type[Structure], ...] = (Linear, GatedLinear, Layer, Model, Batch)
 
 FUNCTIONS = {
-    "forward": ((POINTER(Model), POINTER(Batch), c_void_p, c_void_p), ctypes.c_int),
-    "workspace_size": ((POINTER(Model), c_long, c_long), c_long),
-    "project_vocabulary": ((POINTER(Linear), c_long, c_void_p, c_void_p), None),
+    "forward": ((POINTER(Model), POINTER(Batch), c_long, c_void_p, c_void_p), ctypes.c_int),
+    "workspace_size": ((POINTER(Model), c_long, c_long, c_long), c_long),
+    "project_vocabulary": ((POINTER(Linear), c_long, c_void_p, c_void_p, c_long), None),
+    "prepare_panels": ((c_void_p, c_long), None),
+    "pack": ((c_void_p, c_long, c_long, c_long, c_void_p, c_long), None),
     "k_head_strides": ((POINTER(Linear), POINTER(Linear), c_long, c_void_p, c_void_p, c_void_p), None),
     "top_k": ((c_long, c_long, c_void_p, c_long, c_void_p, c_void_p), None),
     "fill_mask": ((POINTER(Batch), c_void_p, c_void_p), None),
