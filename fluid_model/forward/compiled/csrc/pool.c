@@ -8,6 +8,7 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 
 #define SPINS 2000 /* looks before a thread sleeps: some 20 to 80 us */
@@ -86,17 +87,20 @@ static void forget_helpers(void)
     pthread_cond_init(&work_ends, NULL);
 }
 
-/* Starts helpers until there are `wanted`, or no more can be had. */
+/* Starts helpers until there are `wanted`, or no more can be had. They take no signals: those are the caller's. */
 static void start_helpers(long wanted)
 {
     static int fork_safe;
     if (!fork_safe) fork_safe = pthread_atfork(NULL, NULL, forget_helpers) == 0;
-    while (fork_safe && helpers < wanted && helpers < MAX_THREADS - 1) {
-        pthread_t thread;
-        if (pthread_create(&thread, NULL, help, (void *)(helpers + 1))) return;
+    if (!fork_safe || helpers >= wanted) return;
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    for (pthread_t thread; helpers < wanted && helpers < MAX_THREADS - 1; helpers++) {
+        if (pthread_create(&thread, NULL, help, (void *)(helpers + 1))) break;
         pthread_detach(thread);
-        helpers++;
     }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
 static void wait_for_parts(long parts)
