@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -94,7 +95,7 @@ def test_rows_and_threads_change_nothing(monkeypatch, compiler):
     backbone = Backbone(model_of(LlamaConfig(**WIDE)))
     forward, ids = backbone.compiled, torch.randint(0, 97, (6, 40))
     lengths, widths = [9, 31, 7, 12, 1, 20], [3, 5, 1, 2, 4, 5]
-    assert len(threads.split_rows([5] * 6, forward._operations)) == 1
+    assert threads.worth(forward._weights, sum(widths)) == 1
     with torch.inference_mode():
         several = run_twice(forward, ids, lengths, 5, 60, widths)[1]
         parallel = run_twice(forward, ids, lengths, 5, 60, widths, count=3)[1]
@@ -343,30 +344,45 @@ def test_other_dtypes_and_large_models_run_in_torch(monkeypatch):
         assert kind == "explicit"
         assert reason in why
     assert Backbone(model_of(CONFIGS["llama"])).forward_choice == ("compiled", "float32 on a CPU")
-    monkeypatch.setattr(weights, "MAX_BYTES", 1000)
+    monkeypatch.setattr(weights, "free_bytes", lambda: 1000)
     kind, why = Backbone(model_of(CONFIGS["llama"])).forward_choice
     assert (kind, "MiB" in why) == ("explicit", True)
 
 
-def test_threads_live_in_a_process_alone():
+@pytest.fixture
+def two_threads(monkeypatch):
+    monkeypatch.setattr(threads, "OPERATIONS_PER_THREAD", 1e4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
+def test_threads_live_in_a_process_alone(two_threads):
     """A fork has none of its parent's, and makes its own."""
-    backbone = Backbone(model_of(CONFIGS["llama"]))
-    assert threads.run_all(lambda part: len(part), [range(3), range(3, 5)]) == [3, 2]
+    backbone, ids = Backbone(model_of(CONFIGS["llama"])), torch.randint(0, 97, (2, 9))
+    assert threads.worth(backbone.compiled._weights, 1) == 2
+    before = run_twice(backbone.compiled, ids, [4, 4], 5, 9)[1]
     child = os.fork()
     if child == 0:
         signal.alarm(20)  # a wait for threads that are not there would have no end
-        os._exit(threads.run_all(lambda part: len(part), [range(3), range(3, 5)]) != [3, 2])
+        os._exit(not torch.equal(run_twice(backbone.compiled, ids, [4, 4], 5, 9)[1], before))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert backbone.compiled is not None
 
 
-@pytest.mark.parametrize("counts", [[1], [5] * 6, [1, 90, 1], [0, 0, 4], [200] + [1] * 9, [1] * 64])
-@pytest.mark.parametrize("most", [1, 2, 3])
-def test_parts_are_all_rows_once(counts, most, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: most)
-    parts = threads.split_rows(counts, 1e8)
-    assert [row for part in parts for row in part] == list(range(len(counts)))
-    assert 1 <= len(parts) <= most
+def test_callers_on_several_threads(two_threads):
+    """One of them has the helpers, the other works alone; both get the same numbers."""
+    backbone, ids = Backbone(model_of(LlamaConfig(**WIDE))), torch.randint(0, 97, (2, 30))
+    expected = run_twice(backbone.compiled, ids, [20, 9], 5, 30)[1]
+    with ThreadPoolExecutor(3) as pool:
+        results = pool.map(lambda _: run_twice(backbone.compiled, ids, [20, 9], 5, 30)[1], range(40))
+        assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.parametrize(("weights", "slots", "count"), [(1, 1, 1), (10**7, 1, 1), (10**7, 20, 4), (2 * 10**7, 1, 3)])
+def test_threads_worth_waking(weights, slots, count, monkeypatch):
+    """Eight slots wait for the weights as long as one; torch's number is never passed."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert threads.worth(weights, slots) == count
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert threads.worth(weights, slots) == min(count, 2)
 
 
 def test_answers_of_many_rows(monkeypatch):

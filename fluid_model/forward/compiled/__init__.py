@@ -8,10 +8,10 @@ decoding. Where there is no compiler, or the model does not fit, torch runs inst
     k_head.py    predicted strides of a K-head
     logits.py    the most probable tokens
     weights.py   weights packed in panels, and whether they have changed
-    threads.py   rows of a batch on several threads
+    threads.py   how many threads a forward is worth
     build.py     compiler, flags, the cached library
     structs.py   structures and functions of the library, as ctypes
-    csrc/        the C sources: vectors.h gemm elementwise.h tree_mask attention forward k_head top_k structs.h
+    csrc/        the C sources, one for each step; pool has the threads
 """
 
 from __future__ import annotations

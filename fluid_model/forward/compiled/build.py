@@ -32,7 +32,7 @@ from . import structs
 FOLDER = Path(__file__).parent / "csrc"
 FLAGS = (
     "-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden",
-    "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+    "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-pthread",
 )  # fmt: skip
 """`-ffp-contract=fast` fuses a product and the sum it goes into, which takes one instruction and one rounding for two.
 It is gcc's default but not clang's. What is fused is decided by the compiler once, so it is the same in every batch.

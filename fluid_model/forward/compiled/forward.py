@@ -1,4 +1,4 @@
-"""Calls of the compiled forward: one call of C for each thread, however many layers.
+"""Calls of the compiled forward: one call of C, however many layers.
 
 Legend: B rows, S slots fed, M slots that count, T columns, D hidden, E head size, V vocabulary, W window.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import c_long
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention_masks import AttentionPlan
+from ..gated_lora import GROUPS, GatedLora
 from ..kv_cache import KVCache
 from . import build, structs, threads, weights
 
@@ -25,40 +26,45 @@ MAX_HEAD_SIZE = 256
 class CompiledForward:
     """The forward of one model. Follows weights that are changed in place."""
 
-    def __init__(self, model: Any, cos: Tensor, sin: Tensor, lanes: int, library: ctypes.CDLL) -> None:
+    def __init__(
+        self, model: Any, cos: Tensor, sin: Tensor, adapter: GatedLora | None, lanes: int, library: ctypes.CDLL
+    ) -> None:
         """cos, sin: (W, E) each, the sine of the left half negative.  library: compiled for `lanes`."""
+        self._adapter = adapter
         self._model, self._cos, self._sin, self.lanes, self._library = model, cos, sin, lanes, library
         self._head = model.get_output_embeddings()
         self.projects_vocabulary = type(self._head) is nn.Linear
         """Whether the vocabulary projection is a plain linear map, which `logits` runs."""
         head_weights = self._head.parameters() if self.projects_vocabulary else ()
-        self._versions = weights.Versions([*model.base_model.parameters(), *head_weights])
-        self._operations = 2 * sum(weight.numel() for weight in model.base_model.layers.parameters())  # of one slot
+        self._versions = weights.Versions([*model.base_model.parameters(), *head_weights, *_parameters(adapter)])
+        self._weights = sum(weight.numel() for weight in model.base_model.layers.parameters())
         self._local = threading.local()
 
     @classmethod
-    def of(cls, model: Any, cos: Tensor, sin: Tensor) -> tuple[CompiledForward | None, str]:
+    def of(
+        cls, model: Any, cos: Tensor, sin: Tensor, adapter: GatedLora | None = None
+    ) -> tuple[CompiledForward | None, str]:
         """For a model that `llama.misfit` has nothing against; or None, and why not in one line.
 
-        cos, sin: (W, 1, E) each.
+        cos, sin: (W, 1, E) each.  adapter: acts at mask slots.
         """
         parameters, config, head_size = list(model.parameters()), model.config, cos.shape[-1]
         sizes = (config.hidden_size, config.intermediate_size, head_size)
         lanes = next((n for n in build.LANES if n <= build.native_lanes() and not any(size % n for size in sizes)), 0)
         if not weights.readable(parameters):
             return None, f"compiled code is for float32 on a CPU, not {model.dtype} on {model.device.type}"
-        if weights.untracked(parameters):
+        if weights.untracked([*parameters, *_parameters(adapter)]):
             return None, "the weights are inference tensors, whose changes cannot be noticed"
-        if sum(weight.nbytes for weight in parameters) > weights.MAX_BYTES:
-            return None, f"the weights take more than {weights.MAX_BYTES >> 20} MiB, which would be copied"
         if head_size > MAX_HEAD_SIZE:
             return None, f"heads of {head_size} numbers; compiled code takes {MAX_HEAD_SIZE} at most"
         if not lanes:
             return None, f"hidden, inner or head size {sizes} is not a multiple of {build.LANES[-1]}"
+        if no_room := weights.no_room(parameters):
+            return None, no_room
         library = build.library(lanes)
         if library is None:
             return None, build.why_not(lanes)
-        return cls(model, cos[:, 0].contiguous(), sin[:, 0].contiguous(), lanes, library), ""
+        return cls(model, cos[:, 0].contiguous(), sin[:, 0].contiguous(), adapter, lanes, library), ""
 
     def __call__(self, ids: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
         """ids: (B, S), fed to a cache whose write positions are `plan`'s.
@@ -73,17 +79,13 @@ class CompiledForward:
         start, columns, total = cache.write_columns
         hidden = torch.zeros(rows, slots, model.hidden)
         batch = _Batch(ids, columns, total, plan, widths)
-
-        def run(part: range) -> bool:
-            struct = batch.struct(part)
-            struct.first_row, struct.cache_rows, struct.cache_columns = start + part.start, cache.rows, cache.columns
-            struct.cache = cells.data_ptr()
-            count = sum(widths[part.start : part.stop])
-            workspace = self._workspace(self._library.workspace_size(model, count, total))
-            out_of_bounds = self._library.forward(model, struct, workspace.data_ptr(), hidden[part.start :].data_ptr())
-            return bool(out_of_bounds)
-
-        if any(threads.run_all(run, threads.split_rows(widths, self._operations))):
+        struct = batch.struct
+        struct.first_row, struct.cache_rows, struct.cache_columns = start, cache.rows, cache.columns
+        struct.cache = cells.data_ptr()
+        count = sum(widths)
+        workers = threads.worth(self._weights, count)
+        workspace = self._workspace(self._library.workspace_size(model, count, total, workers))
+        if self._library.forward(model, struct, workers, workspace.data_ptr(), hidden.data_ptr()):
             raise IndexError(f"a token is none of {model.vocabulary}, or a slot stands outside the cache")
         return hidden
 
@@ -92,38 +94,33 @@ class CompiledForward:
         self._pack_if_changed()
         projection = self._projection
         hidden, logits = hidden.contiguous(), torch.empty(len(hidden), projection.outputs)
-
-        def run(part: range) -> None:
-            addresses = hidden[part.start :].data_ptr(), logits[part.start :].data_ptr()
-            self._library.project_vocabulary(projection, len(part), *addresses)
-
-        operations = 2 * projection.inputs * projection.outputs
-        threads.run_all(run, threads.split_rows([1] * len(hidden), operations))
+        workers = threads.worth(projection.inputs * projection.outputs, len(hidden))
+        self._library.project_vocabulary(projection, len(hidden), hidden.data_ptr(), logits.data_ptr(), workers)
         return logits
 
     def _pack_if_changed(self) -> None:
         """Pack the weights at the first call, and after they were changed."""
         if not self._versions.changed():
             return
-        base, config = self._model.base_model, self._model.config
-        self._packed = packed = weights.PackedWeights(self.lanes)
+        base, config, adapter, rank = self._model.base_model, self._model.config, self._adapter, 0
+        self._packed = packed = weights.PackedWeights(self.lanes, self._library, self._weights)
         layers = (structs.Layer * len(base.layers))()
         for number, layer in enumerate(base.layers):
-            attention, mlp = layer.self_attn, layer.mlp
+            maps, low_rank = {}, {} if adapter is None else adapter.grouped(number, torch.float32)
+            for group, names in GROUPS.items():
+                maps[group] = packed.gated([layer.get_submodule(name) for name in names], low_rank.get(group))
+                rank = max(rank, maps[group].down.outputs)
             layers[number] = structs.Layer(
                 attention_norm=packed.address(layer.input_layernorm.weight),
-                mlp_norm=packed.address(layer.post_attention_layernorm.weight),
-                qkv=packed.linear([attention.q_proj, attention.k_proj, attention.v_proj]),
-                attention_out=packed.linear([attention.o_proj]),
-                gate_up=packed.linear([mlp.gate_proj, mlp.up_proj]),
-                down=packed.linear([mlp.down_proj]),
-            )
+                mlp_norm=packed.address(layer.post_attention_layernorm.weight), **maps,
+            )  # fmt: skip
         self._tables = structs.Model(
             embeddings=packed.address(base.embed_tokens.weight), final_norm=packed.address(base.norm.weight),
             cos=packed.address(self._cos), sin=packed.address(self._sin), rms_norm_eps=config.rms_norm_eps,
             vocabulary=len(base.embed_tokens.weight), layers=len(layers), hidden=config.hidden_size,
             inner=config.intermediate_size, query_heads=config.num_attention_heads,
-            key_heads=config.num_key_value_heads, head_size=self._cos.shape[-1], window=len(self._cos), layer=layers,
+            key_heads=config.num_key_value_heads, head_size=self._cos.shape[-1], window=len(self._cos),
+            mask_id=-1 if adapter is None else adapter.mask_id, rank=rank, layer=layers,
         )  # fmt: skip
         if self.projects_vocabulary:
             self._projection = packed.linear([self._head])
@@ -136,26 +133,24 @@ class CompiledForward:
         return held
 
 
+def _parameters(adapter: GatedLora | None) -> Iterable[Tensor]:
+    return () if adapter is None else adapter.layers.parameters()
+
+
 class _Batch:
-    """Tensors of a batch, kept alive while C reads parts of them."""
+    """The structure of a batch without its cache, and the tensors it points to."""
 
     def __init__(self, ids: Tensor, columns: Tensor, total: int, plan: AttentionPlan, widths: Sequence[int]) -> None:
-        self._ids, self._columns, self._total, self._widths = ids.contiguous(), columns.contiguous(), total, widths
-        self._intervals = [interval.contiguous() for interval in plan.intervals or ()]
-
-    def struct(self, part: range) -> structs.Batch:
-        """Rows of the batch, without the cache. The structure keeps its widths alive, the batch all else."""
-        slots = self._ids.shape[1]
-        widths = (c_long * len(part))(*self._widths[part.start : part.stop])
-        offset = part.start * slots * self._ids.itemsize  # bytes
-        struct = structs.Batch(
-            ids=self._ids.data_ptr() + offset, columns=self._columns.data_ptr() + offset,
-            widths=ctypes.addressof(widths), rows=len(part), slots=slots, total=self._total,
+        held = [ids.contiguous(), columns.contiguous(), *(each.contiguous() for each in plan.intervals or ())]
+        self._held, self._widths = held, (c_long * len(widths))(*widths)
+        addresses = [tensor.data_ptr() for tensor in held]
+        rows, slots = ids.shape
+        self.struct = structs.Batch(
+            ids=addresses[0], columns=addresses[1], widths=ctypes.addressof(self._widths), rows=rows, slots=slots,
+            total=total,
         )  # fmt: skip
-        if self._intervals:
-            struct.enter, struct.exit, struct.offsets = (each.data_ptr() + offset for each in self._intervals)
-        struct.held = widths
-        return struct
+        if plan.intervals:
+            self.struct.enter, self.struct.exit, self.struct.offsets = addresses[2:]
 
 
 def attention_mask(plan: AttentionPlan, lanes: int) -> Tensor | None:
@@ -169,5 +164,5 @@ def attention_mask(plan: AttentionPlan, lanes: int) -> Tensor | None:
     mask = torch.zeros(rows, slots, plan.total, dtype=torch.bool)
     batch = _Batch(torch.zeros_like(plan.columns), plan.columns, plan.total, plan, plan.widths or [slots] * rows)
     columns = torch.empty(plan.total, dtype=torch.int32)
-    library.fill_mask(batch.struct(range(rows)), columns.data_ptr(), mask.data_ptr())
+    library.fill_mask(batch.struct, columns.data_ptr(), mask.data_ptr())
     return mask

@@ -12,12 +12,18 @@ class Linear(Structure):
     _fields_ = (("panels", c_void_p), ("bias", c_void_p), ("inputs", c_long), ("outputs", c_long))
 
 
+class GatedLinear(Structure):
+    """A linear map, and the low-rank map that an adapter adds to it at mask slots."""
+
+    _fields_ = (("full", Linear), ("down", Linear), ("up", Linear))
+
+
 class Layer(Structure):
     """The weights of one transformer layer."""
 
     _fields_ = (
         ("attention_norm", c_void_p), ("mlp_norm", c_void_p),
-        ("qkv", Linear), ("attention_out", Linear), ("gate_up", Linear), ("down", Linear),
+        ("qkv", GatedLinear), ("attention_out", GatedLinear), ("gate_up", GatedLinear), ("down", GatedLinear),
     )  # fmt: skip
 
 
@@ -29,6 +35,7 @@ class Model(Structure):
         ("rms_norm_eps", c_float),
         ("vocabulary", c_long), ("layers", c_long), ("hidden", c_long), ("inner", c_long), ("query_heads", c_long),
         ("key_heads", c_long), ("head_size", c_long), ("window", c_long),
+        ("mask_id", c_long), ("rank", c_long),
         ("layer", POINTER(Layer)),
     )  # fmt: skip
 
@@ -45,12 +52,14 @@ class Batch(Structure):
     )  # fmt: skip
 
 
-STRUCTS: tuple[type[Structure], ...] = (Linear, Layer, Model, Batch)
+STRUCTS: tuple[type[Structure], ...] = (Linear, GatedLinear, Layer, Model, Batch)
 
 FUNCTIONS = {
-    "forward": ((POINTER(Model), POINTER(Batch), c_void_p, c_void_p), ctypes.c_int),
-    "workspace_size": ((POINTER(Model), c_long, c_long), c_long),
-    "project_vocabulary": ((POINTER(Linear), c_long, c_void_p, c_void_p), None),
+    "forward": ((POINTER(Model), POINTER(Batch), c_long, c_void_p, c_void_p), ctypes.c_int),
+    "workspace_size": ((POINTER(Model), c_long, c_long, c_long), c_long),
+    "project_vocabulary": ((POINTER(Linear), c_long, c_void_p, c_void_p, c_long), None),
+    "prepare_panels": ((c_void_p, c_long), None),
+    "pack": ((c_void_p, c_long, c_long, c_long, c_void_p, c_long), None),
     "k_head_strides": ((POINTER(Linear), POINTER(Linear), c_long, c_void_p, c_void_p, c_void_p), None),
     "top_k": ((c_long, c_long, c_void_p, c_long, c_void_p, c_void_p), None),
     "fill_mask": ((POINTER(Batch), c_void_p, c_void_p), None),

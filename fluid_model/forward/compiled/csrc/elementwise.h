@@ -27,14 +27,13 @@ static inline void rope(float *head, const float *cos, const float *sin, long si
         store(head + e, load(head + e) * load(cos + e) + load(swapped + e) * load(sin + e));
 }
 
-/* silu(gate) * up, in place: rows of gate and up (count, 2, inner) become (count, inner) at the front. Row i is written
-   where rows up to i / 2 were read from. */
-static inline void swiglu(long count, long inner, float *gate_up)
+/* silu(gate) * up: gate_up (count, 2, inner) -> out (count, inner). */
+static inline void swiglu(long count, long inner, const float *gate_up, float *out)
 {
-    for (long i = 0; i < count; i++)
+    for (; count--; gate_up += 2 * inner, out += inner)
         for (long f = 0; f < inner; f += LANES) {
-            vec gate = load(gate_up + 2 * i * inner + f), up = load(gate_up + (2 * i + 1) * inner + f);
-            store(gate_up + i * inner + f, gate / (1.0f + vec_exp(-gate)) * up);
+            vec gate = load(gate_up + f), up = load(gate_up + inner + f);
+            store(out + f, gate / (1.0f + vec_exp(-gate)) * up);
         }
 }
 

@@ -1,62 +1,103 @@
 /* The forward of Llama-shaped models in float32.
 
    Called by forward.py. Padding is dropped first: all work is done for the M slots that count, of all rows.
-   The numbers of a slot are the same to the last bit in every batch, see vectors.h and tree_mask.h.  */
+   Threads share every step: matrix products by output columns, attention by slots and heads, the rest by slots.
+   The numbers of a slot are the same to the last bit in every batch, on any number of threads, see vectors.h
+   and tree_mask.h.  */
 
 #include "attention.h"
 #include "elementwise.h"
 #include "gemm.h"
+#include "pool.h"
 #include "tree_mask.h"
 
 const long EXPORT sizeof_Linear = sizeof(Linear);
+const long EXPORT sizeof_GatedLinear = sizeof(GatedLinear);
 const long EXPORT sizeof_Layer = sizeof(Layer);
 const long EXPORT sizeof_Model = sizeof(Model);
 const long EXPORT sizeof_Batch = sizeof(Batch);
 
+#define SLOT_BLOCK 8 /* slots of a part of the work between matrix products */
+
 /* Intermediate results of one forward, one block of memory. */
 typedef struct {
     float *residual;   /* (M, D) the residual stream */
-    float *normalized;     /* (M, D) */
+    float *normalized; /* (M, D) */
     float *qkv;        /* (M, (H + 2 G) E) */
     float *heads;      /* (M, H E) what attention returns */
     float *gate_up;    /* (M, 2 F) */
-    float *scores;     /* (QUERY_BLOCK, T + LANES) */
+    float *activated;  /* (M, F) */
+    float *scores;     /* (threads, QUERY_BLOCK, T + LANES) */
     int *slot;         /* (M,) where it stands in (B, S) */
     int *position;     /* (M,) position id */
     int *column_count; /* (M,) columns attended to */
     int *columns;      /* (M, T) these columns */
+    int *mask_slots;   /* (mask_count,) slots of M where the adapter acts, rising */
+    long mask_count;
+    float *mask_in;    /* (mask_count, largest K) inputs of these slots */
+    float *mask_low;   /* (mask_count, R) */
 } Workspace;
+
+/* A forward under way, as its parts see it. */
+typedef struct {
+    const Model *model;
+    const Batch *batch;
+    long count; /* M */
+    long threads;
+    Workspace work;
+    const float *norm;    /* (D,) weight of the RMS norm to be taken */
+    float *keys, *values; /* of the layer at hand: (rows, G, cache columns, E) */
+    float *out;           /* (B, S, D) */
+} Pass;
+
+static long larger(long a, long b) { return a > b ? a : b; }
+
+static long heads_size(const Model *model) { return model->query_heads * model->head_size; }
 
 static long qkv_size(const Model *model) { return (model->query_heads + 2 * model->key_heads) * model->head_size; }
 
-/* Floats in the workspace of a forward of `count` slots over `total` columns. `divide` takes the same. */
-EXPORT long workspace_size(const Model *model, long count, long total)
+/* Most inputs of a linear map. */
+static long largest_input(const Model *model)
 {
-    long heads = model->query_heads * model->head_size;
-    long floats = 2 * model->hidden + qkv_size(model) + heads + 2 * model->inner;
-    long integers = 3 + total; /* an int is as long as a float */
-    return count * (floats + integers) + QUERY_BLOCK * (total + LANES);
+    return larger(larger(model->hidden, model->inner), heads_size(model));
 }
 
-static Workspace divide(float *memory, const Model *model, long count, long total)
+/* Floats in the workspace of a forward of `count` slots over `total` columns. `divide` takes the same. */
+EXPORT long workspace_size(const Model *model, long count, long total, long threads)
+{
+    long floats = 2 * model->hidden + qkv_size(model) + heads_size(model) + 3 * model->inner;
+    long integers = 3 + total; /* an int is as long as a float */
+    if (model->mask_id >= 0) {
+        floats += largest_input(model) + model->rank;
+        integers += 1;
+    }
+    return count * (floats + integers) + threads * QUERY_BLOCK * (total + LANES);
+}
+
+static Workspace divide(float *memory, const Model *model, long count, long total, long threads)
 {
     Workspace work;
     work.residual = memory;
     work.normalized = work.residual + count * model->hidden;
     work.qkv = work.normalized + count * model->hidden;
     work.heads = work.qkv + count * qkv_size(model);
-    work.gate_up = work.heads + count * model->query_heads * model->head_size;
-    work.scores = work.gate_up + count * 2 * model->inner;
-    work.slot = (int *)(work.scores + QUERY_BLOCK * (total + LANES));
+    work.gate_up = work.heads + count * heads_size(model);
+    work.activated = work.gate_up + count * 2 * model->inner;
+    work.scores = work.activated + count * model->inner;
+    work.slot = (int *)(work.scores + threads * QUERY_BLOCK * (total + LANES));
     work.position = work.slot + count;
     work.column_count = work.position + count;
     work.columns = work.column_count + count;
+    work.mask_slots = work.columns + count * total;
+    work.mask_count = 0;
+    work.mask_in = (float *)(work.mask_slots + count);
+    work.mask_low = work.mask_in + count * largest_input(model);
     return work;
 }
 
-/* Collects the slots that count: embeddings, positions, columns attended to.
+/* Finds the slots that count, their positions, and where the adapter acts.
    Returns 0 if an id, a position or a column is out of bounds. */
-static int gather(const Model *model, const Batch *batch, Workspace work)
+static int locate(const Model *model, const Batch *batch, Workspace *work)
 {
     const long total = batch->total;
     if (batch->first_row < 0 || batch->first_row + batch->rows > batch->cache_rows || total > batch->cache_columns)
@@ -69,107 +110,182 @@ static int gather(const Model *model, const Batch *batch, Workspace work)
             long id = batch->ids[slot], column = batch->columns[slot];
             long position = batch->enter ? cached + batch->offsets[slot] : column;
             if (id < 0 || id >= model->vocabulary || position < 0 || column < 0 || column >= total) return 0;
-            memcpy(work.residual + i * model->hidden, model->embeddings + id * model->hidden,
-                   model->hidden * sizeof(float));
-            work.slot[i] = slot;
-            work.position[i] = position < model->window ? position : model->window - 1;
-            work.column_count[i] = attended_columns(batch, row, slot, work.columns + i * total);
+            work->slot[i] = slot;
+            work->position[i] = position < model->window ? position : model->window - 1;
+            if (id == model->mask_id) work->mask_slots[work->mask_count++] = i;
         }
     }
     return 1;
 }
 
-/* Rotates queries and keys, and writes keys and values to the cache.
-   keys, values: one layer's, (rows, G, cache columns, E). */
-static void rotate_and_cache(const Model *model, const Batch *batch, long count, Workspace work, float *keys,
-                             float *values)
+static long block_count(const Pass *pass) { return (pass->count + SLOT_BLOCK - 1) / SLOT_BLOCK; }
+
+/* The slot behind the last of a block. */
+static long block_end(const Pass *pass, long block)
 {
+    return (block + 1) * SLOT_BLOCK < pass->count ? (block + 1) * SLOT_BLOCK : pass->count;
+}
+
+/* Runs something for every block of slots, `times` parts each. */
+static void for_blocks(Pass *pass, Part *run, long times)
+{
+    share(pass->threads, block_count(pass) * times, run, pass);
+}
+
+/* Embeddings of a block, and the columns its slots attend to. */
+static void embed_block(void *context, long block, long thread)
+{
+    const Pass *pass = context;
+    const Workspace *work = &pass->work;
+    const long hidden = pass->model->hidden, total = pass->batch->total;
+    (void)thread;
+    for (long i = block * SLOT_BLOCK; i < block_end(pass, block); i++) {
+        const long slot = work->slot[i];
+        memcpy(work->residual + i * hidden, pass->model->embeddings + pass->batch->ids[slot] * hidden,
+               hidden * sizeof(float));
+        work->column_count[i] =
+            attended_columns(pass->batch, slot / pass->batch->slots, slot, work->columns + i * total);
+    }
+}
+
+static void normalize_block(void *context, long block, long thread)
+{
+    const Pass *pass = context;
+    const long hidden = pass->model->hidden, first = block * SLOT_BLOCK;
+    (void)thread;
+    rms_norm(block_end(pass, block) - first, pass->work.residual + first * hidden, pass->norm,
+             pass->model->rms_norm_eps, hidden, pass->work.normalized + first * hidden);
+}
+
+/* The RMS norm of all slots. */
+static const float *normalized(Pass *pass, const float *weight)
+{
+    pass->norm = weight;
+    for_blocks(pass, normalize_block, 1);
+    return pass->work.normalized;
+}
+
+/* A linear map of all slots; then, at mask slots alone, what the adapter adds: these slots are a block of their own, so
+   the numbers of all others are those of a forward without adapter.  residual, out: as in `gemm`. */
+static void gated_gemm(const Pass *pass, const GatedLinear *linear, const float *in, const float *residual, float *out)
+{
+    const Workspace *work = &pass->work;
+    const long inputs = linear->full.inputs;
+    gemm(&linear->full, pass->count, in, residual, out, pass->threads);
+    if (!work->mask_count || !linear->down.outputs) return;
+    for (long i = 0; i < work->mask_count; i++)
+        memcpy(work->mask_in + i * inputs, in + work->mask_slots[i] * inputs, inputs * sizeof *in);
+    gemm(&linear->down, work->mask_count, work->mask_in, NULL, work->mask_low, pass->threads);
+    gemm_add(&linear->up, work->mask_count, work->mask_low, work->mask_slots, out, pass->threads);
+}
+
+/* Rotates queries and keys of a block, and writes its keys and values to the cache. */
+static void rotate_and_cache_block(void *context, long block, long thread)
+{
+    const Pass *pass = context;
+    const Model *model = pass->model;
+    const Workspace *work = &pass->work;
     const long size = model->head_size, heads = model->query_heads, groups = model->key_heads;
-    for (long i = 0; i < count; i++) {
-        float *qkv = work.qkv + i * qkv_size(model);
-        long row = work.slot[i] / batch->slots, column = batch->columns[work.slot[i]];
-        const float *cos = model->cos + work.position[i] * size, *sin = model->sin + work.position[i] * size;
+    (void)thread;
+    for (long i = block * SLOT_BLOCK; i < block_end(pass, block); i++) {
+        float *qkv = work->qkv + i * qkv_size(model);
+        long row = work->slot[i] / pass->batch->slots, column = pass->batch->columns[work->slot[i]];
+        const float *cos = model->cos + work->position[i] * size, *sin = model->sin + work->position[i] * size;
         for (long h = 0; h < heads + groups; h++) rope(qkv + h * size, cos, sin, size);
         for (long g = 0; g < groups; g++) {
-            long cell = ((row * groups + g) * batch->cache_columns + column) * size;
-            memcpy(keys + cell, qkv + (heads + g) * size, size * sizeof(float));
-            memcpy(values + cell, qkv + (heads + groups + g) * size, size * sizeof(float));
+            long cell = ((row * groups + g) * pass->batch->cache_columns + column) * size;
+            memcpy(pass->keys + cell, qkv + (heads + g) * size, size * sizeof(float));
+            memcpy(pass->values + cell, qkv + (heads + groups + g) * size, size * sizeof(float));
         }
     }
 }
 
-/* Grouped-query attention of one row and one key head, in blocks of queries.  first, width: the row's slots in M.
-   keys, values: (cache columns, E). */
-static void attend_group(const Model *model, const Batch *batch, Workspace work, long group, long first, long width,
-                         const float *keys, const float *values)
+/* Grouped-query attention of one block of slots and one key head: queries of one row together, QUERY_BLOCK at most. */
+static void attend_part(void *context, long part, long thread)
 {
-    const long size = model->head_size, heads = model->query_heads, per_group = heads / model->key_heads;
-    const long total = batch->total;
-    Query block[QUERY_BLOCK];
-    long queries = 0, shared = total; /* columns that all queries of the block have: the shortest list */
-    for (long i = first; i < first + width; i++)
+    const Pass *pass = context;
+    const Model *model = pass->model;
+    const Workspace *work = &pass->work;
+    const long size = model->head_size, heads = model->query_heads, groups = model->key_heads;
+    const long per_group = heads / groups, total = pass->batch->total, block = part / groups, group = part % groups;
+    float *scores = work->scores + thread * QUERY_BLOCK * (total + LANES);
+    Query queries[QUERY_BLOCK];
+    long held = 0, shared = total; /* columns that all of these have: the shortest list */
+    for (long i = block * SLOT_BLOCK; i < block_end(pass, block); i++) {
+        const long row = work->slot[i] / pass->batch->slots;
+        const long cells = (row * groups + group) * pass->batch->cache_columns * size;
+        const int last = i + 1 == block_end(pass, block) || work->slot[i + 1] / pass->batch->slots != row;
         for (long h = group * per_group; h < (group + 1) * per_group; h++) {
-            if (queries == QUERY_BLOCK) {
-                attention(size, block, queries, shared, keys, values);
-                queries = 0;
-                shared = total;
-            }
-            if (work.column_count[i] < shared) shared = work.column_count[i];
-            block[queries] = (Query){
-                .query = work.qkv + i * qkv_size(model) + h * size,
-                .columns = work.columns + i * total,
-                .count = work.column_count[i],
-                .scores = work.scores + queries * (total + LANES),
-                .out = work.heads + (i * heads + h) * size,
+            if (work->column_count[i] < shared) shared = work->column_count[i];
+            queries[held] = (Query){
+                .query = work->qkv + i * qkv_size(model) + h * size,
+                .columns = work->columns + i * total,
+                .count = work->column_count[i],
+                .scores = scores + held * (total + LANES),
+                .out = work->heads + (i * heads + h) * size,
             };
-            queries++;
+            if (++held < QUERY_BLOCK && !(last && h + 1 == (group + 1) * per_group)) continue;
+            attention(size, queries, held, shared, pass->keys + cells, pass->values + cells);
+            held = 0;
+            shared = total;
         }
-    attention(size, block, queries, shared, keys, values);
+    }
+}
+
+static void activate_block(void *context, long block, long thread)
+{
+    const Pass *pass = context;
+    const long inner = pass->model->inner, first = block * SLOT_BLOCK;
+    (void)thread;
+    swiglu(block_end(pass, block) - first, inner, pass->work.gate_up + 2 * first * inner,
+           pass->work.activated + first * inner);
 }
 
 /* One transformer layer: attention and MLP, each added to the residual stream. */
-static void run_layer(const Model *model, const Layer *layer, const Batch *batch, long count, Workspace work,
-                      float *keys, float *values)
+static void run_layer(Pass *pass, const Layer *layer)
 {
-    const long hidden = model->hidden, groups = model->key_heads;
-    const long head_cells = batch->cache_columns * model->head_size; /* of one row and one key head */
-
+    const Workspace *work = &pass->work;
     /* 1) attention */
-    rms_norm(count, work.residual, layer->attention_norm, model->rms_norm_eps, hidden, work.normalized);
-    gemm(&layer->qkv, count, work.normalized, NULL, work.qkv);
-    rotate_and_cache(model, batch, count, work, keys, values);
-    for (long row = 0, first = 0; row < batch->rows; first += batch->widths[row++])
-        for (long group = 0; group < groups; group++) {
-            long cells = (row * groups + group) * head_cells;
-            attend_group(model, batch, work, group, first, batch->widths[row], keys + cells, values + cells);
-        }
-    gemm(&layer->attention_out, count, work.heads, work.residual, work.residual);
-
+    gated_gemm(pass, &layer->qkv, normalized(pass, layer->attention_norm), NULL, work->qkv);
+    for_blocks(pass, rotate_and_cache_block, 1);
+    for_blocks(pass, attend_part, pass->model->key_heads);
+    gated_gemm(pass, &layer->attention_out, work->heads, work->residual, work->residual);
     /* 2) MLP */
-    rms_norm(count, work.residual, layer->mlp_norm, model->rms_norm_eps, hidden, work.normalized);
-    gemm(&layer->gate_up, count, work.normalized, NULL, work.gate_up);
-    swiglu(count, model->inner, work.gate_up);
-    gemm(&layer->down, count, work.gate_up, work.residual, work.residual);
+    gated_gemm(pass, &layer->gate_up, normalized(pass, layer->mlp_norm), NULL, work->gate_up);
+    for_blocks(pass, activate_block, 1);
+    gated_gemm(pass, &layer->down, work->activated, work->residual, work->residual);
+}
+
+/* The final norm of a block, to where its slots stand in the batch. */
+static void finish_block(void *context, long block, long thread)
+{
+    const Pass *pass = context;
+    const long hidden = pass->model->hidden;
+    (void)thread;
+    for (long i = block * SLOT_BLOCK; i < block_end(pass, block); i++)
+        rms_norm(1, pass->work.residual + i * hidden, pass->model->final_norm, pass->model->rms_norm_eps, hidden,
+                 pass->out + pass->work.slot[i] * hidden);
 }
 
 /* Hidden states after the final norm, out (B, S, D); padding is left as it is. Positions behind the window are put at
    its end.  memory: `workspace_size` floats.
    Returns 0; or 1 if an id, a position or a column is out of bounds, before anything is written. */
-EXPORT int forward(const Model *model, const Batch *batch, float *memory, float *out)
+EXPORT int forward(const Model *model, const Batch *batch, long threads, float *memory, float *out)
 {
     const long row_cells = model->key_heads * batch->cache_columns * model->head_size;
     const long side = batch->cache_rows * row_cells; /* all keys of a layer, or all values */
     long count = 0;                                  /* M */
     for (long row = 0; row < batch->rows; row++) count += batch->widths[row];
-    Workspace work = divide(memory, model, count, batch->total);
+    Pass pass = {.model = model, .batch = batch, .count = count, .threads = threads, .out = out};
+    pass.work = divide(memory, model, count, batch->total, threads);
 
-    if (!gather(model, batch, work)) return 1;
+    if (!locate(model, batch, &pass.work)) return 1;
+    for_blocks(&pass, embed_block, 1);
     for (long number = 0; number < model->layers; number++) {
-        float *keys = batch->cache + 2 * number * side + batch->first_row * row_cells;
-        run_layer(model, &model->layer[number], batch, count, work, keys, keys + side);
+        pass.keys = batch->cache + 2 * number * side + batch->first_row * row_cells;
+        pass.values = pass.keys + side;
+        run_layer(&pass, &model->layer[number]);
     }
-    for (long i = 0; i < count; i++)
-        rms_norm(1, work.residual + i * model->hidden, model->final_norm, model->rms_norm_eps, model->hidden,
-                 out + work.slot[i] * model->hidden);
+    for_blocks(&pass, finish_block, 1);
     return 0;
 }

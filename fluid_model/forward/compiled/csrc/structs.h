@@ -1,7 +1,7 @@
 /* What Python hands over. structs.py holds the other halves: it compares the sizes when the library is loaded.
 
    Legend: B rows, S slots fed, M slots of all rows that count (no padding), T key columns, V vocabulary, D hidden,
-   H query heads, G key heads, E head size, F inner size of the MLP, W window. D, E and F are multiples of LANES.  */
+   H query heads, G key heads, E head size, F inner size of the MLP, W window, R rank of an adapter's map. D, E and F are multiples of LANES.  */
 
 #ifndef STRUCTS_H
 #define STRUCTS_H
@@ -18,12 +18,18 @@ typedef struct {
     long inputs, outputs;
 } Linear;
 
+/* A linear map, and the low-rank map of a gated adapter that is added to it at mask slots. */
+typedef struct {
+    Linear full;     /* K -> N */
+    Linear down, up; /* K -> R, R -> N; no outputs where the map is not adapted */
+} GatedLinear;
+
 typedef struct {
     const float *attention_norm, *mlp_norm; /* (D,) each: weights of the RMS norms */
-    Linear qkv;                             /* D -> (H + 2 G) E: queries, keys, values */
-    Linear attention_out;                   /* H E -> D */
-    Linear gate_up;                         /* D -> 2 F: gate, up */
-    Linear down;                            /* F -> D */
+    GatedLinear qkv;                        /* D -> (H + 2 G) E: queries, keys, values */
+    GatedLinear attention_out;              /* H E -> D */
+    GatedLinear gate_up;                    /* D -> 2 F: gate, up */
+    GatedLinear down;                       /* F -> D */
 } Layer;
 
 typedef struct {
@@ -32,6 +38,8 @@ typedef struct {
     const float *cos, *sin;  /* (W, E) each; the sine of the left half is negative */
     float rms_norm_eps;
     long vocabulary, layers, hidden, inner, query_heads, key_heads, head_size, window;
+    long mask_id; /* the token at whose slots the adapter acts; negative without an adapter */
+    long rank;    /* largest R of an adapted map */
     const Layer *layer;
 } Model;
 
