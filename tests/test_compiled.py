@@ -26,7 +26,7 @@ from fluid_model.forward.backbone import Backbone
 from fluid_model.forward.compiled import build, k_head, threads, weights
 from fluid_model.forward.kv_cache import KVCache
 
-from .test_graphs import logged
+from .test_graphs import logged, requests
 from .test_llama import CONFIGS, SIZES, model_of
 
 pytestmark = pytest.mark.skipif(compiled.library(4) is None, reason="no C compiler")
@@ -112,8 +112,9 @@ def test_draft_tokens_have_the_logits_of_ar(slots, compiler):
     """A token's logits in a draft tree with mask blocks are those of AR, to the last bit: no text can differ."""
     checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype="float32")
     assert checkpoint.backbone.compiled is not None
-    expected, numbers = logged(checkpoint, ArSettings(), 3)
-    answers, others = logged(checkpoint, FluidSettings(slot_budget=64), slots)
+    work = requests(checkpoint, 10)
+    expected, numbers = logged(checkpoint, ArSettings(), 3, work)
+    answers, others = logged(checkpoint, FluidSettings(slot_budget=64), slots, work)
     assert answers == expected
     shared = numbers.keys() & others.keys()
     assert len(shared) > 20

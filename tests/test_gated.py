@@ -65,9 +65,14 @@ def masked_logits(checkpoint, tokens, masks):
     return backbone.logits(backbone.forward(ids, plan, cache))[0]
 
 
+@pytest.mark.parametrize("forward", ["compiled", "explicit"])
 @pytest.mark.parametrize("targets", [(), ("q_proj", "v_proj"), ("up_proj",)])
-def test_tokens_are_the_parents_and_masks_the_merged_models(targets):
+def test_tokens_are_the_parents_and_masks_the_merged_models(targets, forward):
     checkpoint, parent = gated_checkpoint(targets)
+    if forward == "explicit":
+        checkpoint.backbone.compiled = None
+    elif checkpoint.backbone.compiled is None:
+        pytest.skip("no C compiler")
     tokens = [7, 30, 12, 99, 3]
     logits = masked_logits(checkpoint, tokens, 3)
     with torch.no_grad():

@@ -137,9 +137,7 @@ class Backbone:
         self._not_explicit = llama.misfit(model)
         if not self._not_explicit:
             self.explicit = explicit = llama.ExplicitForward(model, self.window, adapter)
-            self.compiled, self._not_compiled = compiled.CompiledForward.of(model, explicit.cos, explicit.sin)
-            if adapter is not None:
-                self.compiled, self._not_compiled = None, "a gated adapter"
+            self.compiled, self._not_compiled = compiled.CompiledForward.of(model, explicit.cos, explicit.sin, adapter)
         elif adapter is not None:
             raise ConfigError(f"a gated adapter needs the explicit Llama forward: {self._not_explicit}")
 

@@ -120,7 +120,8 @@ class CompiledForward:
             vocabulary=len(base.embed_tokens.weight), layers=len(layers), hidden=config.hidden_size,
             inner=config.intermediate_size, query_heads=config.num_attention_heads,
             key_heads=config.num_key_value_heads, head_size=self._cos.shape[-1], window=len(self._cos),
-            mask_id=-1 if adapter is None else adapter.mask_id, rank=rank, layer=layers,
+            mask_id=-1 if adapter is None else adapter.mask_id, rank=rank,
+            mask_embedding=None if adapter is None else packed.address(adapter.mask_embedding), layer=layers,
         )  # fmt: skip
         if self.projects_vocabulary:
             self._projection = packed.linear([self._head])
@@ -134,7 +135,7 @@ class CompiledForward:
 
 
 def _parameters(adapter: GatedLora | None) -> Iterable[Tensor]:
-    return () if adapter is None else adapter.layers.parameters()
+    return () if adapter is None else adapter.parameters()
 
 
 class _Batch:

@@ -35,7 +35,7 @@ class Model(Structure):
         ("rms_norm_eps", c_float),
         ("vocabulary", c_long), ("layers", c_long), ("hidden", c_long), ("inner", c_long), ("query_heads", c_long),
         ("key_heads", c_long), ("head_size", c_long), ("window", c_long),
-        ("mask_id", c_long), ("rank", c_long),
+        ("mask_id", c_long), ("rank", c_long), ("mask_embedding", c_void_p),
         ("layer", POINTER(Layer)),
     )  # fmt: skip
 

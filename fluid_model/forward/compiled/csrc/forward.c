@@ -140,9 +140,9 @@ static void embed_block(void *context, long block, long thread)
     const long hidden = pass->model->hidden, total = pass->batch->total;
     (void)thread;
     for (long i = block * SLOT_BLOCK; i < block_end(pass, block); i++) {
-        const long slot = work->slot[i];
-        memcpy(work->residual + i * hidden, pass->model->embeddings + pass->batch->ids[slot] * hidden,
-               hidden * sizeof(float));
+        const long slot = work->slot[i], id = pass->batch->ids[slot];
+        const float *row = id == pass->model->mask_id ? pass->model->mask_embedding : pass->model->embeddings + id * hidden;
+        memcpy(work->residual + i * hidden, row, hidden * sizeof *row);
         work->column_count[i] =
             attended_columns(pass->batch, slot / pass->batch->slots, slot, work->columns + i * total);
     }

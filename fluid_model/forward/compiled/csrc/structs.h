@@ -1,7 +1,8 @@
 /* What Python hands over. structs.py holds the other halves: it compares the sizes when the library is loaded.
 
    Legend: B rows, S slots fed, M slots of all rows that count (no padding), T key columns, V vocabulary, D hidden,
-   H query heads, G key heads, E head size, F inner size of the MLP, W window, R rank of an adapter's map. D, E and F are multiples of LANES.  */
+   H query heads, G key heads, E head size, F inner size of the MLP, W window, R rank of an adapter's map. D, E and F
+   are multiples of LANES.  */
 
 #ifndef STRUCTS_H
 #define STRUCTS_H
@@ -40,6 +41,7 @@ typedef struct {
     long vocabulary, layers, hidden, inner, query_heads, key_heads, head_size, window;
     long mask_id; /* the token at whose slots the adapter acts; negative without an adapter */
     long rank;    /* largest R of an adapted map */
+    const float *mask_embedding; /* (D,) in place of that token's row; NULL without an adapter */
     const Layer *layer;
 } Model;
 
