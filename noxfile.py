@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nox
 
-nox.options.sessions = ["lint", "types", "tests", "security", "chain", "sweep_smoke", "wheel"]
+nox.options.sessions = ["lint", "types", "tests", "browser", "security", "chain", "sweep_smoke", "wheel"]
 nox.options.default_venv_backend = "none"
 HERE = Path(__file__).resolve().parent
 
@@ -39,6 +39,12 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The test suite, two files at a time; words after -- go to pytest."""
     python(session, "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *session.posargs)
+
+
+@nox.session
+def browser(session: nox.Session) -> None:
+    """Reports in Chromium."""
+    python(session, "pytest", "-m", "browser", "-rs", "tests/test_report_browser.py")
 
 
 @nox.session
@@ -93,8 +99,8 @@ def sweep_smoke(session: nox.Session) -> None:
 
 @nox.session
 def security(session: nox.Session) -> None:
-    """Programs that attack, on every isolation tier that holds here; none may get through."""
-    python(session, "pytest", "-m", "security", "-rs", "tests/test_security.py")
+    """Programs that attack, on every isolation tier that holds here; none may get through. Jails that are killed."""
+    python(session, "pytest", "-m", "security", "-rs", "tests/test_security.py", "tests/test_warden.py")
 
 
 @nox.session

@@ -16,6 +16,7 @@ from fluid_eval.results.run_folder import write_json
 
 from .runs import HOSTILE, SCORED, WRITTEN, write_run
 
+pytestmark = pytest.mark.browser
 ALL = WRITTEN + SCORED
 
 

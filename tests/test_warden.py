@@ -221,6 +221,7 @@ def f(): time.sleep(50)
 """
 
 
+@pytest.mark.security
 @pytest.mark.parametrize("tier", ladder.LADDER, ids=lambda tier: tier.name)
 def test_a_killed_warden_takes_all_of_its_jails_along(tier):
     if why := ladder.failure_of(tier):
