@@ -1,7 +1,7 @@
 """`fluid.json`, the manifest of an adapted checkpoint. No torch.
 
     {"parent": "owner/name", "mask_token": "<|mask|>", "k_max": 16, "tau": [2.8], "weights": "merged",
-     "method": "fluid", "block_length": null, "format_version": 1}
+     "method": "fluid", "block_length": null, "shift": false, "format_version": 1}
 
 A folder holds merged weights ("merged": an ordinary Hugging Face folder) or an adapter over its parent ("adapter": PEFT
 files in adapter/, the mask token's embedding beside them), and always the tokenizer. FLUID's K-heads are in
@@ -42,7 +42,7 @@ class Manifest:
 
     fluid: k_max is the widest stride; tau lists the training-time bounds, one K-head each, the default first. A tau of
     null was not stated by the source. An empty list: not calibrated yet, no K-head.  nbdiff: block_length in tokens.
-    llada: attention is bidirectional.
+    llada: attention is bidirectional; shift: a masked token is predicted at the slot before it, as Dream does.
     """
 
     parent: str
@@ -52,6 +52,7 @@ class Manifest:
     weights: Literal["merged", "adapter"] = "merged"
     method: Method = "fluid"
     block_length: int | None = None
+    shift: bool = False
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
