@@ -175,6 +175,8 @@ class LladaSettings:
     """Denoise blocks behind the end of the answer, too, as the public code does. The text is the same."""
     mc_num: int = 128
     """Monte Carlo samples of a log-likelihood; a continuation of one token needs none."""
+    shift: bool | None = None
+    """Predict a masked token at the slot before it, as Dream does, or in place as LLaDA; unset, the checkpoint says."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "gen_length"):
@@ -186,6 +188,10 @@ class LladaSettings:
             self.canvas(self.gen_length)
         check_range("guidance", self.guidance, 0.0, 100.0)
         check_range("temperature", self.temperature, 0.0, 100.0)
+
+    def shift_for(self, trained: bool) -> bool:
+        """Whether predictions are shifted. trained: whether the checkpoint's are."""
+        return trained if self.shift is None else self.shift
 
     def canvas(self, max_new_tokens: int) -> tuple[int, int]:
         """(tokens of the canvas, forwards per block) for answers of up to max_new_tokens.

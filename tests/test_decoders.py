@@ -9,7 +9,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from fluid_model import ConfigError, Request
+from fluid_model import ConfigError, Manifest, Request
 from fluid_model.decoders import scorer_for, strategy_for
 from fluid_model.decoders.sampling import choose
 from fluid_model.engine.records import ScoreRequest
@@ -182,6 +182,23 @@ def test_longer_continuations_are_estimated_within_their_errors():
     assert len({score.loglikelihoods for score in scores}) == 3, "each seed draws its own"
     (again,) = CanvasScorer(CHECKPOINT.backbone, CHECKPOINT.mask_id, 1, 200).score(work[:1])
     assert again.loglikelihoods == pytest.approx(scores[0].loglikelihoods, abs=1e-3)
+
+
+def test_a_shifted_checkpoint_is_scored_and_decoded_at_the_slot_before():
+    """As its manifest says, unless the decoder is asked otherwise; in place without a manifest's word."""
+    context, manifest = tuple(range(5, 25)), Manifest("p", "<|mask|>", method="llada", shift=True)
+    shifted = replace(CHECKPOINT, manifest=manifest, heads=[])
+    logits = forward(CHECKPOINT, [*context, CHECKPOINT.mask_id], 0).log_softmax(-1)
+    work = ScoreRequest("q", ((context, (30,)), (context, (40,))))
+    for checkpoint, asked, slot in (
+        (CHECKPOINT, None, -1),
+        (CHECKPOINT, True, -2),
+        (shifted, None, -2),
+        (shifted, False, -1),
+    ):
+        (score,) = scorer_for(checkpoint, LladaSettings(shift=asked)).score([work])
+        assert score.loglikelihoods == pytest.approx([float(logits[slot, 30]), float(logits[slot, 40])], abs=1e-4)
+        assert strategy_for(checkpoint, LladaSettings(shift=asked)).shift == (slot == -2)
 
 
 def test_a_single_sample_does_not_show_its_error():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,6 +60,7 @@ LAYOUTS = st.sampled_from(
         NoisedBlockLayout(MASK, END, 4),
         NoisedBlockLayout(MASK, END, 4, by_noise=True),
         CanvasLayout(MASK, END, 20),
+        CanvasLayout(MASK, END, 20, shift=True),
     ]
 )
 
@@ -157,6 +159,31 @@ def test_a_canvas_by_brute_force(example, seed):
         assert row.labels[i] == IGNORE or i in response
     assert row.diff_count == len(response)
     assert bool(masks.training_mask(**batch_of(row)).all()), "all read all"
+
+
+@settings(max_examples=40, deadline=None)
+@given(example=examples(), seed=st.integers(0, 99))
+def test_a_shifted_canvas_has_its_labels_one_slot_earlier(example, seed):
+    """Same masks and weights as in place, each at the slot before; the row's first token has none and is not masked."""
+    example = replace(example, spans=((0, example.spans[-1][1]),))
+    shifted = CanvasLayout(MASK, END, 20, shift=True).build(example, random.Random(seed), step=0)
+    filled = (*example.ids[: example.spans[-1][1]], *[END] * (len(shifted.ids) - example.spans[-1][1]))
+    assert shifted.ids[0] == filled[0]
+    assert (shifted.labels[-1], shifted.diff_weight[-1]) == (IGNORE, 0)
+    for slot, (token, label) in enumerate(zip(shifted.ids[1:], shifted.labels, strict=False)):
+        assert label == (filled[slot + 1] if token == MASK else IGNORE)
+        assert (shifted.diff_weight[slot] > 0) == (token == MASK)
+    assert shifted.diff_count == len(filled) - 1
+    assert shifted.positions == list(range(len(filled)))
+
+
+def test_without_a_prompts_first_token_both_canvases_mask_alike():
+    example = Example(tuple(range(5, 45)), ((6, 40),))
+    rows = [CanvasLayout(MASK, END, 50, shift).build(example, random.Random(3), 0) for shift in (False, True)]
+    assert rows[0].ids == rows[1].ids
+    assert rows[0].labels[1:] == rows[1].labels[:-1]
+    assert rows[0].diff_weight[1:] == rows[1].diff_weight[:-1]
+    assert rows[0].diff_count == rows[1].diff_count
 
 
 def test_a_canvas_weighs_masked_tokens_by_their_rarity():

@@ -79,6 +79,11 @@ def plain_nbdiff(checkpoint: Checkpoint, prompt, decoder: NbdiffSettings, new_to
     return cut(checkpoint, answer, new_tokens), count
 
 
+def moved(logits: torch.Tensor, shift: bool | None) -> torch.Tensor:
+    """Right by one slot where predictions are shifted, as Dream's public code does after every forward."""
+    return torch.cat([logits[:1], logits[:-1]]) if shift else logits.clone()
+
+
 def plain_llada(checkpoint: Checkpoint, prompt, decoder: LladaSettings, new_tokens: int):
     """LLaDA's decoder for one row, all blocks to the end: the answer and the forwards.
 
@@ -92,9 +97,9 @@ def plain_llada(checkpoint: Checkpoint, prompt, decoder: LladaSettings, new_toke
     for low in range(len(prompt), len(row), block):
         for step in range(steps):
             count = block // steps + (1 if step < block % steps else 0)  # the remainder to the first steps
-            logits = forward(checkpoint, row, 0).clone()
+            logits = moved(forward(checkpoint, row, 0), decoder.shift)
             if decoder.guidance:
-                unguided = forward(checkpoint, [mask] * len(prompt) + row[len(prompt) :], 0)
+                unguided = moved(forward(checkpoint, [mask] * len(prompt) + row[len(prompt) :], 0), decoder.shift)
                 logits = unguided + (decoder.guidance + 1) * (logits - unguided)
             forwards += 1 + (decoder.guidance > 0)
             if decoder.logits_eos_inf:
@@ -168,6 +173,8 @@ LLADA = [
         {"suppress_end": True, "temperature": 0.7},
         {"suppress_end": True, "logits_eos_inf": True, "temperature": 0.7},
         {"suppress_end": True, "remasking": "random"},
+        {"shift": True},
+        {"shift": True, "suppress_end": True, "temperature": 0.7},
     ],
 )
 def test_llada_is_the_public_decoder(values, more):

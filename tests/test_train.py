@@ -124,8 +124,11 @@ def test_an_adapter_as_llama_factory_saves_it_is_a_stage_1_result(tmp_path, own_
 @pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4}])
 def test_the_other_methods_train_and_load(tmp_path, stage, lora):
     parent = save_model(tmp_path / "parent")
-    training = train(recipe_for(tmp_path, "out", stage, parent, lora=lora, blocks={"length": 4, "every": 2}))
+    shift = stage == "llada" and lora is None
+    values = {"lora": lora, "blocks": {"length": 4, "every": 2}, "canvas": {"shift": shift}}
+    training = train(recipe_for(tmp_path, "out", stage, parent, **values))
     made = fluid_model.load(str(tmp_path / "out"))
+    assert made.manifest.shift == shift
     assert (made.manifest.method, made.manifest.block_length) == (stage, 4 if stage == "nbdiff" else None)
     assert made.manifest.parent == "../parent"
     assert {"l_diff", "accepted"} <= training["final"].keys()

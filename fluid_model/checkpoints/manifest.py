@@ -1,7 +1,7 @@
 """`fluid.json`, the manifest of an adapted checkpoint. No torch.
 
     {"parent": "owner/name", "mask_token": "<|mask|>", "k_max": 16, "tau": [2.8], "weights": "merged",
-     "method": "fluid", "block_length": null, "format_version": 1}
+     "method": "fluid", "block_length": null, "shift": false, "format_version": 1}
 
 A folder holds merged weights ("merged": an ordinary Hugging Face folder) or an adapter over its parent ("adapter": PEFT
 files in adapter/, the mask token's embedding beside them), and always the tokenizer. FLUID's K-heads are in
@@ -22,7 +22,7 @@ from ..settings import check_range
 
 FORMAT_VERSION = 2
 READABLE = (1, 2)
-"""Format versions that this package reads. 2 added gated and parent_hash."""
+"""Format versions that this package reads. 2 added shift, gated and parent_hash."""
 Method = Literal["fluid", "nbdiff", "llada"]
 MANIFEST_FILE = "fluid.json"
 HEAD_FILE = "khead.safetensors"
@@ -44,7 +44,7 @@ class Manifest:
 
     fluid: k_max is the widest stride; tau lists the training-time bounds, one K-head each, the default first. A tau of
     null was not stated by the source. An empty list: not calibrated yet, no K-head.  nbdiff: block_length in tokens.
-    llada: attention is bidirectional.
+    llada: attention is bidirectional; shift: a masked token is predicted at the slot before it, as Dream does.
     weights: merged into the parent's, or an adapter beside this file.  gated: the adapter acts on mask slots alone.
     parent_hash: of the parent's weights (`weights.fingerprint`), for an adapter.
     """
@@ -56,6 +56,7 @@ class Manifest:
     weights: Literal["merged", "adapter"] = "merged"
     method: Method = "fluid"
     block_length: int | None = None
+    shift: bool = False
     gated: bool = False
     parent_hash: str | None = None
     format_version: int = FORMAT_VERSION

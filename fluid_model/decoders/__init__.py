@@ -29,8 +29,12 @@ def strategy_for(checkpoint: Checkpoint, settings: DecoderSettings) -> Strategy:
     if isinstance(settings, NbdiffSettings):
         length = settings.block_length_for(checkpoint.manifest.block_length if checkpoint.manifest else None)
         return NbdiffStrategy(checkpoint.backbone, checkpoint.mask_id, checkpoint.end_ids, length, settings)
-    eos_id = checkpoint.tokenizer.eos_token_id
-    return LladaStrategy(checkpoint.backbone, checkpoint.mask_id, eos_id, checkpoint.end_ids, settings)
+    eos_id, shift = checkpoint.tokenizer.eos_token_id, _shift(checkpoint, settings)
+    return LladaStrategy(checkpoint.backbone, checkpoint.mask_id, eos_id, checkpoint.end_ids, settings, shift=shift)
+
+
+def _shift(checkpoint: Checkpoint, settings: LladaSettings) -> bool:
+    return settings.shift_for(trained=checkpoint.manifest is not None and checkpoint.manifest.shift)
 
 
 def _fluid(checkpoint: Checkpoint, settings: FluidSettings) -> Strategy:
@@ -47,7 +51,8 @@ def scorer_for(checkpoint: Checkpoint, settings: DecoderSettings, batch_size: in
     bidirectional attention.
     """
     if isinstance(settings, LladaSettings) and checkpoint.mask_id is not None:
-        return CanvasScorer(checkpoint.backbone, checkpoint.mask_id, batch_size, settings.mc_num)
+        shift = _shift(checkpoint, settings)
+        return CanvasScorer(checkpoint.backbone, checkpoint.mask_id, batch_size, settings.mc_num, shift=shift)
     return Scorer(checkpoint.backbone, batch_size)
 
 

@@ -10,6 +10,9 @@ cannot change the tokens before them.
     step 1                 |  [m]  [m]  [m]  42      [m] [m] [m] [m]
     step 2                 |  The  [m]  [m]  42      [m] [m] [m] [m]
 
+With `shift` the prediction for a slot is read from the slot before it, as next-token prediction has it: the logits move
+right by one, as in Dream's public code (arXiv 2508.15487; DiffuLLaMA, arXiv 2410.17891). All else is LLaDA's.
+
 Legend: n active rows, S slots fed (prompt and canvas), M open slots (masked, up to the block's end), V vocabulary.
 """
 
@@ -24,7 +27,7 @@ from ..common.errors import ConfigError
 from ..engine.records import Request
 from ..engine.strategy import NOTHING, Feed, RowUpdate, empty_updates
 from ..forward import attention_masks
-from ..forward.backbone import Backbone
+from ..forward.backbone import Backbone, predicting_slots
 from ..settings import LladaSettings
 
 
@@ -69,9 +72,13 @@ class LladaStrategy:
         eos_id: int | None,
         end_ids: tuple[int, ...],
         settings: LladaSettings,
+        *,
+        shift: bool = False,
     ) -> None:
-        """eos_id: the tokenizer's end of sequence (LLaDA's EOS).  end_ids: all that end an answer (its EoT too)."""
-        self.backbone, self.mask_id, self.settings = backbone, mask_id, settings
+        """eos_id: the tokenizer's end of sequence (LLaDA's EOS).  end_ids: all that end an answer (its EoT too).
+        shift: predict at the slot before (Dream).
+        """
+        self.backbone, self.mask_id, self.settings, self.shift = backbone, mask_id, settings, shift
         self._eos = [] if eos_id is None else [eos_id]
         self._other_ends = [token for token in end_ids if token != eos_id]
         self.max_slots = max(settings.block_length, settings.gen_length or 0)
@@ -100,7 +107,8 @@ class LladaStrategy:
         for state, slots in zip(self._states(len(feed.widths)), hidden, strict=True):  # slots: (S, D)
             # 1) denoise
             open_ = self._open_slots(state)  # (M,)
-            self._denoise(state, open_, self.backbone.logits(slots[open_.to(slots.device)]))
+            predicting = predicting_slots(open_, self.shift).to(slots.device)
+            self._denoise(state, open_, self.backbone.logits(slots[predicting]))
             # 2) commit
             final = self._newly_final(state)
             tokens, ages = state.ids[final].tolist(), (state.forwards - state.written_at[final]).tolist()

@@ -102,6 +102,14 @@ def _own_window(model: PreTrainedModel) -> int:
     return min((int(queries.nonzero()[0, 0]) for queries in hidden_first if queries.any()), default=0)
 
 
+def predicting_slots(slots: Tensor, shift: bool) -> Tensor:
+    """Slots whose states predict the tokens of `slots`, (M,) each: the same ones (LLaDA), or the ones before them.
+
+    The first slot has none before it and predicts its own, as in Dream's public code, where logits move right by one.
+    """
+    return (slots - 1).clamp(min=0) if shift else slots
+
+
 class Backbone:
     """A causal LM over a KVCache: hidden states of the slots fed, and logits of some of them.
 

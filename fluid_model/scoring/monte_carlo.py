@@ -7,6 +7,8 @@ sampling: its one forward is exact, and all such choices after the same context 
     context Q: 6*7? A:   continuation " forty two ."   a sample with l = 2:   Q: 6*7? A: [mask] two [mask]
                                                        weight 3/2 on log p(" forty") + log p(".")
 
+`shift`: tokens are predicted at the slot before, as the decoder does (`decoders.llada`).
+
 Legend: R rows, S slots, L tokens of a continuation, l masked ones, V vocabulary.
 """
 
@@ -23,7 +25,7 @@ from torch import Tensor
 from ..common.errors import ConfigError
 from ..engine.records import Score, ScoreRequest, Trace
 from ..forward import attention_masks
-from ..forward.backbone import Backbone
+from ..forward.backbone import Backbone, predicting_slots
 from ..forward.kv_cache import KVCache
 from .loglikelihood import FORWARD_TOKENS
 
@@ -82,8 +84,11 @@ class _MaskedInput:
 class CanvasScorer:
     """Scores requests in batches of at most `batch_size` rows. `calls` counts model forwards since construction."""
 
-    def __init__(self, backbone: Backbone, mask_id: int, batch_size: int = 16, samples: int = 128) -> None:
+    def __init__(
+        self, backbone: Backbone, mask_id: int, batch_size: int = 16, samples: int = 128, *, shift: bool = False
+    ) -> None:
         self.backbone, self.mask_id, self.batch_size, self.samples = backbone, mask_id, batch_size, samples
+        self.shift = shift
         self.calls = 0
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[Score]:
@@ -165,10 +170,11 @@ class CanvasScorer:
         # 2) log-probabilities of the masked tokens
         for each, states in zip(batch, hidden, strict=True):
             for target in each.targets:
-                self._add_sample(each.estimate, target, states[target.slots])
+                predicting = predicting_slots(torch.tensor(target.slots, device=device), self.shift)
+                self._add_sample(each.estimate, target, states[predicting])
 
     def _add_sample(self, estimate: _Estimate, target: _MaskedTarget, states: Tensor) -> None:
-        """states: (l, D), at the masked tokens."""
+        """states: (l, D), which predict the masked tokens."""
         scores = self.backbone.logits(states).log_softmax(-1)  # (l, V)
         tokens = torch.tensor(target.tokens, device=scores.device)
         loglikelihood = float(scores.gather(-1, tokens[:, None]).sum())

@@ -188,9 +188,14 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class CanvasSpec:
-    """LLaDA's canvas. length: tokens; end tokens fill up a response to this length at most."""
+    """LLaDA's canvas. length: tokens; end tokens fill up a response to this length at most.
+
+    shift: a masked token is predicted at the slot before it, where the parent predicts it, too (DiffuLLaMA, arXiv
+    2410.17891; Dream, arXiv 2508.15487). LLaDA predicts in place.
+    """
 
     length: int = 128
+    shift: bool = False
 
     def __post_init__(self) -> None:
         at_least("canvas.length", self.length, 1)

@@ -39,6 +39,9 @@ shifted.
     anchor    4  4  4  4  4
     step      0  0  0  0  0
 
+With `shift` a masked token's label is at the slot before it, as in next-token training (Dream, arXiv 2508.15487;
+DiffuLLaMA, arXiv 2410.17891): `b . d . .` above.
+
 Packed row of two examples, a b c with a mask block anchored at a, and p q. Positions start anew; anchors are offset by
 the slots before the example.
 
@@ -303,12 +306,15 @@ class CanvasLayout:
 
     A random number of end tokens follows the response, up to a canvas of `length`. They teach the model where an answer
     ends (LLaDA's guidelines, ML-GSAI/LLaDA at b7e6c35, fill rows up to the longest of the batch). A masked token weighs
-    1/t; `LossSpec.per` chooses what the mean is over.  noise_level: a fixed t.
+    1/t; `LossSpec.per` chooses what the mean is over.
+
+    shift: the slot before a masked token predicts it; a row's first token is not masked.  noise_level: a fixed t.
     """
 
     mask_id: int
     end_id: int
     length: int = 0
+    shift: bool = False
     noise_level: float | None = None
 
     def build(self, example: Example, rng: random.Random, step: int) -> TrainingRow:
@@ -319,12 +325,16 @@ class CanvasLayout:
         # 2) draw the noise
         level = self.noise_level or MIN_NOISE_LEVEL + (1.0 - MIN_NOISE_LEVEL) * rng.random()
         learnt = _places((*before, (start, len(ids))))
+        if self.shift:
+            learnt.discard(0)  # no slot stands before the first token
+        masked = {i for i in sorted(learnt) if rng.random() < level}
         # 3) one slot per token, all anchored at the last
         row = TrainingRow(diff_count=len(learnt))
         last = len(ids) - 1
         for i, token in enumerate(ids):
-            if i in learnt and rng.random() < level:
-                row.add_slot(self.mask_id, position=i, label=token, anchor=last, step=0, diff=1.0 / level)
+            token, target = self.mask_id if i in masked else token, i + self.shift
+            if target in masked:
+                row.add_slot(token, position=i, label=ids[target], anchor=last, step=0, diff=1.0 / level)
             else:
                 row.add_slot(token, position=i, label=IGNORE, anchor=last, step=0)
         return row

@@ -101,8 +101,8 @@ def _set_up_adaptation(checkpoint: Checkpoint, recipe: Recipe, parent: str) -> S
         measured_layout = replace(layout, every=0, by_noise=False, noise_level=1.0)
         checkpoint.manifest = Manifest(parent, mask_text, method="nbdiff", block_length=layout.length)
     else:
-        measured_layout = CanvasLayout(mask, end, noise_level=1.0)
-        checkpoint.manifest = Manifest(parent, mask_text, method="llada")
+        measured_layout = CanvasLayout(mask, end, shift=recipe.canvas.shift, noise_level=1.0)
+        checkpoint.manifest = Manifest(parent, mask_text, method="llada", shift=recipe.canvas.shift)
     # 3) trained parameters: the model's, or an adapter's
     module: nn.Module = checkpoint.model
     if recipe.lora is not None and recipe.lora.gated:
@@ -147,7 +147,7 @@ def layout_of(recipe: Recipe, mask: int, end: int, noise_ids: Sequence[int]) -> 
     if recipe.stage == "nbdiff":
         return NoisedBlockLayout(mask, end, blocks.length, blocks.first, blocks.every, blocks.by_noise)
     if recipe.stage == "llada":
-        return CanvasLayout(mask, end, recipe.canvas.length)
+        return CanvasLayout(mask, end, recipe.canvas.length, recipe.canvas.shift)
     return CausalLayout()
 
 
