@@ -2,12 +2,14 @@
 
 `tests/kept/run-format-1` is `fluid-eval run --tasks mini_math --limit 4` of the bundled checkpoint.
 `tests/kept/checkpoint-format-1` is a random one-layer FLUID checkpoint, saved by `fluid_model.save`. Neither is ever
-written again: a change that needs other files has broken the format.
+written again: a change that needs other files has broken the format. Rows of training layouts are kept as a hash.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from fluid_eval.analysis.rescore import rescore
 from fluid_eval.output.report import write_report
 from fluid_eval.results.run_folder import Run, held_spec, read_samples
 from fluid_eval.running.job import run
+from fluid_model.train.row_layouts import AllMaskLayout, CanvasLayout, Example, HybridLayout, NoisedBlockLayout
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "tests" / "kept" / "run-format-1"
@@ -96,3 +99,25 @@ def test_the_kept_checkpoint_loads_and_writes():
     for settings in (fluid_model.ArSettings(), fluid_model.FluidSettings(slot_budget=8)):
         (answer,) = fluid_model.engine_for(checkpoint, settings).generate([request])
         assert list(answer.ids) == [129, 165, 204], settings.name
+
+
+def test_the_draws_of_a_seed_are_kept():
+    """Rows of every layout, by seed: what the bundled checkpoints were trained on, so that they can be made again."""
+    layouts = (
+        HybridLayout(1, 8, range(5, 90)), HybridLayout(1, 16, range(5, 90), 0.3, 0.2, 0.6), AllMaskLayout(1, 8),
+        AllMaskLayout(1, 8, 0.7, past_end=True), NoisedBlockLayout(1, 2, 8, 1, 3), CanvasLayout(1, 2, 40),
+    )  # fmt: skip
+    digest, chance = hashlib.sha256(), random.Random(5)
+    for step in range(50):
+        length = chance.randint(8, 60)
+        ids, start = tuple(chance.randrange(5, 200) for _ in range(length)), chance.randint(1, length - 4)
+        for layout in layouts:
+            row = layout.build(Example(ids, ((start, length),)), random.Random(step), step)
+            digest.update(json.dumps([[float(value) for value in values] for values in lists_of(row)]).encode())
+    assert digest.hexdigest() == "62a8dfe7116b29de13269ac2b198eaaab2644f0b03e7b61de8bb4136db601c27"
+
+
+def lists_of(row):
+    """A row's lists, in a fixed order."""
+    names = ("ids", "positions", "labels", "segment", "anchor", "step", "ar_weight", "diff_weight")
+    return [*(getattr(row, name) for name in names), [row.diff_count]]

@@ -223,9 +223,8 @@ def with_mask_blocks(example: Example, layout: HybridLayout | AllMaskLayout, rng
         chosen = set(rng.sample(range(len(places)), min(layout.anchors, len(places))))
     for number, (anchor, end) in enumerate(places):
         # 1) draw whether it has a mask block, its width, and how many of its slots have a label inside the response
-        if rng.random() >= layout.probability if chosen is None else number not in chosen:
-            continue
-        drawn = layout.draw_width(rng)
+        has_block = rng.random() < layout.probability if chosen is None else number in chosen
+        drawn = layout.draw_width(rng) if has_block else 0
         labelled = min(drawn, end - 2 - anchor)
         # 2) labelled slots
         inputs = layout.draw_inputs(ids[anchor + 1 : anchor + 1 + labelled], rng)
