@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 import fluid_model
 from fluid_eval.analysis.losslessness import in_float64
@@ -18,9 +20,9 @@ from fluid_model.forward.backbone import Backbone
 from fluid_model.forward.gated_lora import GatedLora
 from fluid_model.forward.kv_cache import KVCache
 from fluid_model.train.gated import GatedStage, block_slots
-from fluid_model.train.row_layouts import AllMaskLayout, Example, pack_rows
+from fluid_model.train.row_layouts import AllMaskLayout, Example, HybridLayout, pack_rows
 from fluid_model.train.run import train
-from fluid_model.train.stages import collate, slot_logits
+from fluid_model.train.stages import HorizonCalibration, collate, slot_logits
 
 from .test_train import recipe_for
 from .tiny import MASK, fluid_checkpoint, llama_config, save_model
@@ -99,8 +101,11 @@ def test_verified_text_is_the_parents_whatever_the_adapter_has_learnt(slot_budge
         assert {key: g.ids for key, g in drafted.items()} == plain
 
 
-def test_a_changed_adapter_is_followed():
+@pytest.mark.parametrize("forward", ["compiled", "explicit"])
+def test_a_changed_adapter_is_followed(forward):
     checkpoint, _ = gated_checkpoint()
+    if forward == "explicit":
+        checkpoint.backbone.compiled = None
     before = masked_logits(checkpoint, [7, 30], 2)
     assert torch.equal(before, masked_logits(checkpoint, [7, 30], 2))
     with torch.no_grad():
@@ -169,8 +174,6 @@ def test_a_training_changes_the_adapter_alone(tmp_path, target):
 
 def packed_batch(checkpoint, anchors=3):
     layout = AllMaskLayout(checkpoint.mask_id, 4, anchors=anchors)
-    import random
-
     examples = [Example(tuple(range(5, 17)), ((4, 12),)), Example(tuple(range(40, 50)), ((2, 10),))]
     rows = [layout.build(example, random.Random(n), 0) for n, example in enumerate(examples)]
     return collate([pack_rows(rows), rows[0]])
@@ -220,6 +223,43 @@ def test_gradients_reach_every_parameter_and_no_weight_of_the_parent():
     stage(**packed_batch(checkpoint))["loss"].backward()
     assert all(float(p.grad.abs().max()) > 0 for p in stage.parameters())
     assert all(p.grad is None for p in checkpoint.model.parameters())
+
+
+def test_horizons_are_calibrated_on_the_adapters_losses():
+    """Stage 2 sees the losses of the gated forward, and the parent's hidden states at the anchors."""
+    checkpoint, _ = gated_checkpoint()
+    batch, stage = packed_batch(checkpoint), GatedStage(checkpoint.backbone)
+    blocks = HorizonCalibration(checkpoint.model, 4, [2.8], stage).block_losses(batch)
+    masks = batch["step"] > 0
+    logits = slot_logits(stage, checkpoint.model, batch, masks)
+    losses = torch.nn.functional.cross_entropy(logits, batch["labels"][masks], reduction="none")
+    assert torch.allclose(blocks.losses.sum(), losses.sum(), rtol=1e-4)
+    plain = HorizonCalibration(checkpoint.model, 4, [2.8]).block_losses(batch)
+    assert torch.allclose(plain.hidden, blocks.hidden, atol=1e-3)
+    assert not torch.allclose(plain.losses, blocks.losses, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_adapter_is_saved_in_the_number_format_asked_for(tmp_path, dtype):
+    save_model(tmp_path / "parent")
+    child = trained(tmp_path, save_dtype=dtype)
+    tensors = load_file(child / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
+    assert fluid_model.load(str(child)).backbone.adapter.mask_embedding.dtype == torch.float32
+
+
+@pytest.mark.parametrize("layout", [AllMaskLayout, HybridLayout])
+def test_so_many_anchors_and_weights_that_fall_with_depth(layout):
+    extra = (range(2, 5),) if layout is HybridLayout else ()
+    example, widths = Example(tuple(range(100, 140)), ((10, 40),)), set()
+    for seed in range(8):
+        row = layout(1, 4, *extra, anchors=6, depth=0.5).build(example, random.Random(seed), 0)
+        slots = [n for n, step in enumerate(row.step) if step]
+        assert len({row.anchor[n] for n in slots}) == 6
+        assert all(row.diff_weight[n] == 0.5 ** (row.step[n] - 1) for n in slots)
+        assert row.diff_count == pytest.approx(sum(row.diff_weight))
+        widths |= {row.step[n] for n in slots}
+    assert widths == {1, 2, 3, 4}
 
 
 def test_blocks_of_unequal_width():

@@ -74,6 +74,17 @@ def test_an_interrupted_run_goes_on_to_the_same_file(model, tmp_path, monkeypatc
     assert read(parts) == read(complete)
 
 
+def test_answers_that_do_not_tokenise_back_are_left_out(tiny_model, tmp_path):
+    """A random model of bytes writes some that are no UTF-8."""
+    prompts = prompts_file(tmp_path)
+    counts = write_answers(str(tiny_model), prompts, tmp_path / "out.jsonl", AnswerSettings(max_new_tokens=2))
+    tokenizer = fluid_model.load(str(tiny_model)).tokenizer
+    rows = read(tmp_path / "out.jsonl")
+    assert (counts.rows, counts.rows + counts.left_out) == (len(rows), 30)
+    assert counts.left_out > 0
+    assert all("\ufffd" not in row["completion"] and tokenizer(row["completion"])["input_ids"] for row in rows)
+
+
 @pytest.mark.parametrize("change", ["settings", "prompts", "model", "foreign"])
 def test_other_answers_are_never_mixed_in(model, tmp_path, change):
     prompts, out, settings, path = prompts_file(tmp_path), tmp_path / "out.jsonl", SETTINGS, model

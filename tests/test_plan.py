@@ -15,13 +15,14 @@ from fluid_model.common.fields import assign
 from fluid_model.common.files import Nested, read_toml
 from fluid_model.train.chain import build_chain
 from fluid_model.train.cli import main
-from fluid_model.train.parent import llama_config, outline
+from fluid_model.train.parent import llama_config as scratch_config
+from fluid_model.train.parent import outline
 from fluid_model.train.plan import describe_costs, estimate_cost
 from fluid_model.train.recipe import build_recipe
 from fluid_model.train.run import train_chain
 
 from .test_train import recipe_for, rows_file
-from .tiny import byte_tokenizer, save_model
+from .tiny import byte_tokenizer, llama_config, save_model
 
 RECIPES = sorted(resource("recipes").glob("*.toml"))
 
@@ -52,7 +53,7 @@ def test_every_recipe_passes_a_dry_run(file, tmp_path, monkeypatch, capsys):
 def test_the_7b_recipes_run_on_two_layers_of_the_same_architecture(name, tmp_path):
     file = resource("recipes") / f"{name}.toml"
     shape = build_recipe({k: v for k, v in read_toml(file).items() if k != "next"}).model.shape
-    config = llama_config(shape)
+    config = scratch_config(shape)
     config.update({"vocab_size": 300, "hidden_size": 64, "intermediate_size": 200, "num_hidden_layers": 2})
     config.update({"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8, "dtype": "float32"})
     config.update({"bos_token_id": 0, "eos_token_id": 1})
@@ -113,6 +114,30 @@ def test_a_plan_counts_the_models_own_products(tmp_path):
             row_loss(checkpoint.model, checkpoint.model, collate([rows[i]]), (1.0, 0.0))[0].backward()
     per_row = counter.get_total_flops() / len(rows)
     assert cost.flops / 4 == pytest.approx(per_row, rel=0.02)
+
+
+def test_a_gated_training_passes_back_through_its_masks_alone(tmp_path):
+    """The plan of a gated stage against torch's counter on one of its rows, attention aside."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from fluid_model.train.data import TrainingSet, encode
+    from fluid_model.train.rows import load_rows
+    from fluid_model.train.stage_setup import set_up_stage
+    from fluid_model.train.stages import collate
+
+    parent = save_model(tmp_path / "parent", llama_config(hidden_size=64, intermediate_size=256))
+    data = {"files": [str(rows_file(tmp_path, 12))], "max_length": 64, "held_out": 4}
+    gated = {"lora": {"rank": 1, "gated": True}, "fans": {"k_max": 4, "restore": 0.0, "anchors": 4}, "data": data}
+    recipe = recipe_for(tmp_path, "out", "fluid-hybrid", parent, optim={"steps": 1, "batch_size": 8}, **gated)
+    setup = set_up_stage(recipe, [])
+    examples = encode(setup.checkpoint.tokenizer, load_rows(recipe.data)[0], 64)
+    rows = TrainingSet([(example,) for example in examples], setup.layout, steps=1, batch=len(examples), seed=0)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        for i in range(len(rows)):
+            setup.module(**collate([rows[i]]))["loss"].backward()
+    per_row = counter.get_total_flops() / len(rows)
+    assert estimate_cost(recipe, recipe.model).flops / 8 == pytest.approx(per_row, rel=0.1)
 
 
 def test_an_unknown_gpu_is_said(tmp_path):
