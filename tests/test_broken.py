@@ -32,8 +32,8 @@ PROMPTS = [
 DECODERS = {
     "ar": ArSettings(),
     "ar, sampled": ArSettings(temperature=1.0),
-    "fluid": FluidSettings(),
-    "fluid, sampled": FluidSettings(temperature=1.0),
+    "fluid": FluidSettings(slot_budget=64),
+    "fluid, sampled": FluidSettings(slot_budget=64, temperature=1.0),
     "fluid, unverified": FluidSettings(verify=False, confidence=0.0),
     "fluid, reference": FluidSettings(rounds="reference"),
     "nbdiff": NbdiffSettings(block_length=4, small_blocks=2),

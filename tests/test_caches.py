@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from fluid_eval.running import slot_budget_cache
+from fluid_eval.running import forward_time_cache
 from fluid_model.common import cache_folder, files
 from fluid_model.common.errors import ConfigError
+from fluid_model.forward.forward_time import ForwardTime
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="by users and modes of files")
 
@@ -62,19 +63,19 @@ def anothers(home: Path) -> None:
 @pytest.mark.parametrize("spoil", [open_to_a_group, open_to_all, below_what_all_may_write, a_link, anothers])
 def test_what_others_may_write_is_not_trusted(home, spoil, monkeypatch):
     spoil(home)
-    (home / "fluid-eval" / "slot_budgets.json").write_text('{"m on d": 7}')
+    (home / "fluid-eval" / "forward_times.json").write_text('{"m on d": [[1, 7.0]]}')
     with pytest.raises(OSError, match=r"XDG_CACHE_HOME"):
         cache_folder.folder()
-    assert slot_budget_cache.known() == {}
-    slot_budget_cache._store({"m on d": 9})
-    assert (home / "fluid-eval" / "slot_budgets.json").read_text() == '{"m on d": 7}'
+    assert forward_time_cache.known() == {}
+    forward_time_cache._store({"m on d": ForwardTime([(1, 9.0)])})
+    assert (home / "fluid-eval" / "forward_times.json").read_text() == '{"m on d": [[1, 7.0]]}'
 
 
 def test_a_file_that_others_may_write_is_not_trusted():
-    (cache_folder.folder() / "slot_budgets.json").write_text('{"m on d": 7}')
-    assert slot_budget_cache.known() == {"m on d": 7}
-    (cache_folder.folder() / "slot_budgets.json").chmod(0o666)
-    assert slot_budget_cache.known() == {}
+    (cache_folder.folder() / "forward_times.json").write_text('{"m on d": [[1, 7.0]]}')
+    assert forward_time_cache.known()["m on d"].points == [(1, 7.0)]
+    (cache_folder.folder() / "forward_times.json").chmod(0o666)
+    assert forward_time_cache.known() == {}
 
 
 def test_a_folder_in_what_all_may_write_but_not_rename_is_trusted(home):
@@ -88,7 +89,7 @@ def test_without_a_home_nothing_is_kept(monkeypatch):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     with pytest.raises(OSError, match="no home directory"):
         cache_folder.folder()
-    assert slot_budget_cache.known() == {}
+    assert forward_time_cache.known() == {}
 
 
 def test_compiled_code_of_others_is_not_loaded(tmp_path, monkeypatch, caplog):

@@ -30,7 +30,7 @@ PIECES = [CHECKPOINT.tokenizer.decode(FREE.ids[n : n + size]) for size in (1, 2,
 PIECES = [piece for piece in PIECES if piece.isascii() and not piece.isspace()]
 """Parts of the free text that are whole characters."""
 REFERENCE = FluidSettings(rounds="reference")
-DECODERS = [ArSettings(), FluidSettings(), REFERENCE, replace(REFERENCE, confidence=0.2, min_horizon=5)]
+DECODERS = [ArSettings(), FluidSettings(slot_budget=64), REFERENCE, replace(REFERENCE, confidence=0.2, min_horizon=5)]
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -114,7 +114,7 @@ def test_a_prompt_may_fill_the_window():
     prompt = (PROMPT * 25)[:240]
     (expected,) = engine_for(CHECKPOINT, ArSettings()).generate([Request("x", prompt, 16)])
     assert len(expected.ids) == 16
-    for decoder in (FluidSettings(), FluidSettings(min_horizon=8, slot_budget=100_000)):
+    for decoder in (FluidSettings(slot_budget=64), FluidSettings(min_horizon=8, slot_budget=100_000)):
         (answer,) = engine_for(CHECKPOINT, decoder).generate([Request("x", prompt, 16)])
         assert answer.ids == expected.ids
         left = 16

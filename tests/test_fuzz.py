@@ -157,12 +157,13 @@ def test_what_the_machine_lacks_is_one_line(error, code, message):
 
 
 def test_no_home_is_no_reason_to_fail(monkeypatch):
-    from fluid_eval.running import slot_budget_cache
+    from fluid_eval.running import forward_time_cache
+    from fluid_model.forward.forward_time import ForwardTime
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    assert slot_budget_cache.known() == {}
-    slot_budget_cache._store({"a": 1})
+    assert forward_time_cache.known() == {}
+    forward_time_cache._store({"a": ForwardTime([(1, 1.0)])})
     assert not Path("~").exists()
 
 

@@ -142,8 +142,8 @@ REFERENCE = FluidSettings(rounds="reference")
     [
         ArSettings(),
         ArSettings(temperature=0.8, top_p=0.9),
-        FluidSettings(),
-        FluidSettings(temperature=0.8, top_p=0.9),
+        FluidSettings(slot_budget=64),
+        FluidSettings(slot_budget=64, temperature=0.8, top_p=0.9),
         FluidSettings(verify=False, confidence=0.1),
         REFERENCE,
         replace(REFERENCE, verify=False),
@@ -223,7 +223,7 @@ def test_the_published_sampler_trades_text_for_speed_only_without_verification()
 @pytest.mark.parametrize("rounds", ["one", "reference"])
 def test_a_horizon_of_one_is_ar(verify: bool, rounds):
     expected = write(CHECKPOINT, ArSettings(), requests())
-    answers = write(CHECKPOINT, FluidSettings(rounds=rounds, max_horizon=1, verify=verify), requests())
+    answers = write(CHECKPOINT, FluidSettings(rounds=rounds, slot_budget=64, max_horizon=1, verify=verify), requests())
     assert {k: g.ids for k, g in answers.items()} == {k: g.ids for k, g in expected.items()}
     assert all(set(g.trace.predicted) == {1} for g in answers.values())
     if rounds == "one":
@@ -232,7 +232,8 @@ def test_a_horizon_of_one_is_ar(verify: bool, rounds):
 
 
 @pytest.mark.parametrize(
-    "decoder", [ArSettings(), FluidSettings(), REFERENCE, replace(REFERENCE, verify=False, confidence=0.5)]
+    "decoder",
+    [ArSettings(), FluidSettings(slot_budget=64), REFERENCE, replace(REFERENCE, verify=False, confidence=0.5)],
 )
 def test_counted_forwards_are_the_calls_the_model_sees(decoder):
     checkpoint = fluid_checkpoint()

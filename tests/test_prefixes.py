@@ -54,8 +54,8 @@ def work() -> list[Request]:
     "decoder",
     [
         ArSettings(),
-        FluidSettings(),
-        FluidSettings(temperature=0.7),
+        FluidSettings(slot_budget=64),
+        FluidSettings(temperature=0.7, slot_budget=64),
         FluidSettings(verify=False, confidence=0.2),
         FluidSettings(rounds="reference"),
     ],

@@ -243,7 +243,7 @@ def test_a_horizon_beyond_the_heads_costs_nothing(checkpoint):
 @pytest.mark.parametrize("heat", [0.0, 0.5])
 def test_drafts_are_sometimes_accepted_and_sometimes_rejected(checkpoint, heat):
     """The law above would prove little if they were always the one, nor that sampled text is AR's."""
-    decoder = FluidSettings(temperature=heat)
+    decoder = FluidSettings(temperature=heat, slot_budget=64)
     answers = write(checkpoint, decoder, requests(checkpoint))
     pairs = [pair for g in answers.values() for pair in zip(g.trace.predicted, g.trace.accepted, strict=True)]
     assert any(accepted > 1 for _, accepted in pairs)

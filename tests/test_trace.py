@@ -63,7 +63,7 @@ def test_watching_changes_nothing():
     checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"))
     ids = tuple(checkpoint.tokenizer(PROMPT)["input_ids"])
     work = [fluid_model.Request(str(i), ids[: len(ids) - i], 16) for i in range(3)]
-    engine, seen = fluid_model.engine_for(checkpoint, fluid_model.FluidSettings(), 2), []
+    engine, seen = fluid_model.engine_for(checkpoint, fluid_model.FluidSettings(slot_budget=64), 2), []
     expected = {g.key: g.ids for g in engine.generate(work)}
     engine.watch = seen.append
     assert {g.key: g.ids for g in engine.generate(work)} == expected

@@ -31,7 +31,7 @@ from fluid_model.settings import FluidSettings
 from fluid_model.train.losses import best_stride
 from fluid_model.train.row_layouts import IGNORE
 
-from ..running.worker import set_slot_budget
+from ..running.worker import set_forward_time
 from .acceptance import ALL
 from .losslessness import promises_ar_text
 from .reopen import StoredText, open_run
@@ -69,7 +69,7 @@ def khead_run(folder: Path) -> dict[str, Any]:
     if not promises_ar_text(decoder) or decoder.temperature:
         raise ConfigError("this text is not greedy AR's, which drafts are verified against; run with verify=true")
     # 2) slot budget and tau, which costs and K* depend on
-    set_slot_budget(checkpoint, replace(run.spec, decoder=FluidSettings()))
+    set_forward_time(checkpoint, replace(run.spec, decoder=FluidSettings()))
     budget = getattr(decoder, "slot_budget", None) or checkpoint.backbone.slot_budget
     manifest = checkpoint.manifest
     tau = manifest.tau[manifest.choose(run.spec.model.tau)] if manifest else None

@@ -36,7 +36,7 @@ PROTOCOL: dict[str, Check] = {
 """The protocol of one task."""
 CONDITIONS: dict[str, Check] = {
     "drafts_by_cost": flag, "forward": maybe(text), "batch_size": anything, "sessions": maybe(count),
-    "slot_budget": maybe(each(count)), "rows": maybe(each(count)),
+    "slot_budget": maybe(each(count)), "rows": maybe(each(count)), "drafts_by_time": flag, "plain_share": maybe(amount),
 }  # fmt: skip
 """Conditions of the speeds, see `speed_conditions`."""
 RESULT_HOLDS: dict[str, Check] = {

@@ -54,7 +54,7 @@ def generation_record(answer: Generation, prompt: str, tokenizer: Tokenizer, end
         "finish": answer.finish,
     }
     if answer.draft_policy is not None:
-        record["draft_policy"] = vars(answer.draft_policy)
+        record["draft_policy"] = answer.draft_policy.to_dict()
     if end_of_thinking is not None:
         record["raw_output"] = tokenizer.decode(answer.ids)
         record["thinking_ended"] = end_of_thinking in record["raw_output"]

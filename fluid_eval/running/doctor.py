@@ -13,7 +13,7 @@ from fluid_model.common.errors import ConfigError
 from ..benchmarks import datasets
 from ..common.paths import resource
 from ..sandbox.ladder import strongest_tier
-from . import environment, slot_budget_cache
+from . import environment, forward_time_cache
 
 
 def examine(data_dir: str | None) -> bool:
@@ -29,8 +29,8 @@ def examine(data_dir: str | None) -> bool:
         console.print(f"  {name:<14}{version or absent}")
     console.print(f"device      {_device()}")
     console.print(f"forward     {_forward()}")
-    for name, slots in slot_budget_cache.known().items():
-        console.print(f"slot budget {slots}: {name}")
+    for name, curve in forward_time_cache.known().items():
+        console.print(f"slot budget {curve.slot_budget}: {name}")
     # 2) data and isolation
     reachable = datasets.hub_reachable()
     console.print(f"hub         {'reachable' if reachable else 'not reachable (models from folders only)'}")

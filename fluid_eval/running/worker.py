@@ -26,7 +26,7 @@ from fluid_model.forward.backbone import Backbone
 from fluid_model.settings import DecoderSettings, FluidSettings
 
 from ..common.spec import ModelSpec, RunSpec, build_spec
-from . import slot_budget_cache
+from . import forward_time_cache
 
 Work = Request | ScoreRequest
 Answer = Generation | Score
@@ -68,7 +68,7 @@ class Worker:
             "forward_reason": backbone.forward_choice.reason,
             "parameters": sum(p.numel() for p in self._checkpoint.model.parameters()),
             "weights": self._names[folder] if folder else None,
-            "slot_budget": backbone.slot_budget if needs_slot_budget(self._spec.decoder) else None,
+            "slot_budget": backbone.slot_budget if drafts_by_time(self._spec.decoder) else None,
         }
 
     def _load(self, spec: Nested) -> None:
@@ -83,7 +83,7 @@ class Worker:
                 base=key.base,
             )  # fmt: skip
         self._checkpoint = self._checkpoints[key].with_tau(self._spec.model.tau)
-        set_slot_budget(self._checkpoint, self._spec)
+        set_forward_time(self._checkpoint, self._spec)
 
     def _make_room(self) -> None:
         """Drop the loaded checkpoints if they take more than KEEP_SHARE of free memory."""
@@ -169,28 +169,31 @@ class Worker:
 
 
 def load_for(spec: RunSpec) -> Checkpoint:
-    """The checkpoint of a run, with its slot budget if the decoder needs one. Raises ConfigError if it cannot load."""
+    """The checkpoint of a run, with the time of its forwards if the decoder drafts by it.
+
+    Raises ConfigError if it cannot load.
+    """
     model = spec.model
     checkpoint = load(
         model.path, dtype=model.dtype, device=model.device, tau=model.tau, mask_token=model.mask_token,
         end_tokens=model.end_tokens, method=model.method, trust_remote_code=model.trust_remote_code,
         base=model.base,
     )  # fmt: skip
-    set_slot_budget(checkpoint, spec)
+    set_forward_time(checkpoint, spec)
     return checkpoint
 
 
-def set_slot_budget(checkpoint: Checkpoint, spec: RunSpec) -> None:
-    """Set a checkpoint's slot budget, if the decoder needs one: from the user's cache, or measured now."""
+def set_forward_time(checkpoint: Checkpoint, spec: RunSpec) -> None:
+    """Set how long a checkpoint's forwards take, if the decoder drafts by it: from the user's cache, or measured."""
     backbone = checkpoint.backbone
-    if needs_slot_budget(spec.decoder) and checkpoint.folder is not None and "slot_budget" not in vars(backbone):
+    if drafts_by_time(spec.decoder) and checkpoint.folder is not None and "forward_time" not in vars(backbone):
         device = ", ".join(str(fact) for fact in device_facts(backbone).values())
         name = f"{Path(spec.model.path).name} {weights_name(checkpoint.folder)}"
-        backbone.slot_budget = slot_budget_cache.recall(backbone, device, name)
+        backbone.forward_time = forward_time_cache.recall(backbone, device, name)
 
 
-def needs_slot_budget(decoder: DecoderSettings) -> bool:
-    """Whether a decoder drafts by the marginal cost of a slot on this device, and sets no budget of its own."""
+def drafts_by_time(decoder: DecoderSettings) -> bool:
+    """Whether a decoder drafts by measured time: it verifies in one forward a step, and sets no slot budget."""
     return (
         isinstance(decoder, FluidSettings)
         and decoder.rounds == "one"

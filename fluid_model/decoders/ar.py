@@ -18,49 +18,51 @@ from .sampling import Draws, argmax, choose
 
 
 class ArStrategy:
-    """State of a row: its latest token, committed to the answer but not cached yet."""
+    """State of a row: its latest token, committed to the answer but not cached yet, and its random numbers."""
 
     max_slots = 1
     prefills_prompt = True
     prompt_mask_block: tuple[int, ...] = ()
     draft_policy = None
 
-    def __init__(self, backbone: Backbone, settings: ArSettings) -> None:
+    def __init__(self, backbone: Backbone, settings: ArSettings, stride: int | None = None) -> None:
+        """stride: that each step reports; 1 where these are steps of a decoder with strides."""
         self.backbone = backbone
+        self._stride = stride
         self.settings = settings
 
     def allocate(self, rows: int) -> None:
-        self._latest = torch.zeros(rows, dtype=torch.long, device=self.backbone.device)
-        self._draws = Draws(rows)
+        self.latest = torch.zeros(rows, dtype=torch.long, device=self.backbone.device)
+        self.draws = Draws(rows)
 
     def admit(
         self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]
     ) -> list[RowUpdate]:
         assert hidden is not None
         for row, request in enumerate(requests, start):
-            self._draws.seed(row, request.seed)
-        return self._choose(start, hidden[:, 0], cached=NOTHING)
+            self.draws.seed(row, request.seed)
+        return self._choose(start, hidden[:, 0], NOTHING, stride=None)
 
     def plan(self, rows: int) -> Feed:
-        return Feed(self._latest[:rows, None], widths=[1] * rows, kinds=["commit"] * rows)
+        return Feed(self.latest[:rows, None], widths=[1] * rows, kinds=["commit"] * rows)
 
     def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> list[RowUpdate]:
-        return self._choose(0, hidden[:, 0], cached=range(1))
+        return self._choose(0, hidden[:, 0], range(1), self._stride)
 
     def move(self, source: int, target: int) -> None:
-        self._latest[target] = self._latest[source]
-        self._draws.move(source, target)
+        self.latest[target] = self.latest[source]
+        self.draws.move(source, target)
 
-    def _choose(self, start: int, hidden: Tensor, cached: Sequence[int]) -> list[RowUpdate]:
+    def _choose(self, start: int, hidden: Tensor, cached: Sequence[int], stride: int | None) -> list[RowUpdate]:
         """The next token of rows start.. .  hidden: (n, D)."""
         rows = range(start, start + len(hidden))
         logits = self.backbone.logits(hidden)  # (n, V)
         if self.settings.temperature == 0:
             tokens = argmax(logits)  # (n,)
         else:
-            draws = self._draws.peek(rows, 1)[:, 0].to(logits.device)  # (n,)
+            draws = self.draws.peek(rows, 1)[:, 0].to(logits.device)  # (n,)
             tokens, _ = choose(logits, draws, self.settings.temperature, self.settings.top_p, "probability")
             for row in rows:
-                self._draws.advance(row, 1)
-        self._latest[start : rows.stop] = tokens
-        return [RowUpdate([token], [0], cached) for token in tokens.tolist()]
+                self.draws.advance(row, 1)
+        self.latest[start : rows.stop] = tokens
+        return [RowUpdate([token], [0], cached, stride) for token in tokens.tolist()]

@@ -1,9 +1,9 @@
 """Draft policy: how large a draft is worth its forward.  (after EAGLE-2's confidence-driven trees, Li et al. 2024, with
 a marginal cost in place of a fixed size)
 
-A forward over s slots takes 1 + s / budget times as long as an empty one, where the slot budget is measured on the
-device. So a slot has a marginal cost, in tokens that the same time would have brought, and is fed where its expected
-gain is higher:
+The more slots a forward has, the longer it takes: as measured on the device (`forward_time`), or, where a slot budget
+is set, 1 + slots / budget times as long as an empty one. So a slot has a marginal cost, in tokens that the same time
+would have brought, and is fed where its expected gain is higher:
 
 - a draft token gains one token with its path probability;
 - slot j of a mask block gains one draft token if the accepted path ends at its anchor (the node's stop probability)
@@ -20,6 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..forward.forward_time import ForwardTime
 from .draft_tree import Candidate, Draft, DraftTree, grow
 
 MIN_COST, MAX_COST = 0.001, 0.9
@@ -55,6 +56,16 @@ class StepStatistics:
         committed, fed = self.committed / self.steps, self.fed / self.steps
         cost = rows * committed / (slot_budget + rows * fed)
         return min(max(cost, MIN_COST), MAX_COST)
+
+    def timed_cost(self, forward_time: ForwardTime, rows: int, rate: float | None) -> float:
+        """The same where the time of a forward is known: tokens that would come in the time that a slot adds.
+
+        rate: tokens a second of each row, as measured; None: those of a forward, without the time between forwards.
+        """
+        slots = rows * self.fed / self.steps
+        if rate is None:
+            rate = self.committed / self.steps / forward_time.seconds(slots)
+        return min(max(rows * rate * forward_time.marginal(slots), MIN_COST), MAX_COST)
 
 
 def mask_blocks(

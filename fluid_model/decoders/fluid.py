@@ -12,12 +12,17 @@ The mask blocks have the layout that FLUID is trained in (see `train.row_layouts
 the same weights, sampled text included. Without verification the draft is a chain, committed as it is drafted up to the
 first token below the confidence threshold: the paper's parallel pass.
 
+Unless a slot budget is set, drafts follow measured time: a slot is fed where the time it adds would bring fewer tokens
+elsewhere (`forward_time`), and where steps with drafts write fewer tokens a second than steps without, the bonus token
+alone is fed, as AR feeds it (`drafting_rates`).
+
 Legend: n active rows, R rows just admitted, S slots fed, N nodes and M mask-block slots of all rows, C candidates, K
 widest stride, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,10 +35,12 @@ from ..engine.strategy import NOTHING, Feed, RejectedDraft, RowUpdate
 from ..forward.attention_masks import AttentionIntervals
 from ..forward.backbone import Backbone
 from ..forward.khead import KHead
-from ..settings import FluidSettings
+from ..settings import ArSettings, FluidSettings
+from .ar import ArStrategy
 from .draft_policy import MAX_SLOTS, StepStatistics, confident_draft, costed_draft, mask_blocks
 from .draft_tree import Candidate, Draft, DraftTree
-from .sampling import Draws, argmax, choose, top_k
+from .drafting_rates import DraftingRates, rates_of
+from .sampling import argmax, choose, top_k
 from .verification import Predictions, rejected_draft, verify_path
 
 
@@ -41,7 +48,6 @@ class FluidStrategy:
     """State of a row: its draft, which the next forward feeds, and the statistics of its steps."""
 
     prefills_prompt = True
-    draft_policy: DraftPolicy | None = None
 
     def __init__(self, backbone: Backbone, head: KHead, mask_id: int, settings: FluidSettings) -> None:
         self.backbone = backbone
@@ -53,29 +59,48 @@ class FluidStrategy:
         # A sampled place has one random number, hence one candidate; an unverified draft is a chain.
         self._candidates = settings.candidates if settings.verify and settings.temperature == 0 else 1
         self._slot_budget = settings.slot_budget or (backbone.slot_budget if settings.verify else 1)
+        self._rates: DraftingRates | None = None  # None: drafts whatever it costs
+        if settings.verify and settings.slot_budget is None:
+            self._rates = rates_of(backbone, (settings, head))
+        self._plain = ArStrategy(backbone, ArSettings(settings.temperature, settings.top_p), stride=1)
+        self._drafting = True
+        self._switched = False  # since the latest step was planned: it is like no other
 
     def allocate(self, rows: int) -> None:
         self._batch_rows = rows
         self.max_slots = max(2 * self.max_stride, min(self._slot_budget // rows, MAX_SLOTS))
         self._drafts = [Draft(DraftTree(), [])] * rows
         self._statistics = [StepStatistics()] * rows
-        self._draws = Draws(rows)
-        masks = self.max_stride - 1
-        if self.settings.verify:
-            self.draft_policy = DraftPolicy(self._slot_budget, rows)
-            prior = StepStatistics()
-            cost = prior.marginal_cost(self._slot_budget, rows)
-            (masks,) = mask_blocks([1.0], prior.acceptance_rate, cost, masks, masks)
-        self.prompt_mask_block = (self.mask_id,) * masks
+        self._plain.allocate(rows)
+        self._draws = self._plain.draws
+        self._active = rows
+        if self._rates is not None:
+            self._drafting = self._rates.drafts(rows)
+
+    @property
+    def prompt_mask_block(self) -> tuple[int, ...]:
+        return (self.mask_id,) * self._first_masks(StepStatistics()) if self._drafting else ()
+
+    @property
+    def draft_policy(self) -> DraftPolicy | None:
+        if not self.settings.verify:
+            return None
+        if self._rates is None:
+            return DraftPolicy(self._slot_budget, self._batch_rows)
+        rates = self._rates.of(self._active)
+        return DraftPolicy(None, self._batch_rows, rates.drafts, rates.drafting.value, rates.plain.value)
 
     def admit(
         self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]
     ) -> list[RowUpdate]:
         """hidden: (R, 1 + M, D) at the prompt's last token, the root of a tree of one node, and its mask block."""
         assert hidden is not None
+        for row in range(start, start + len(requests)):
+            self._statistics[row] = StepStatistics()
+        if not self._drafting:
+            return self._plain.admit(start, requests, hidden, window_left)
         for row, request in enumerate(requests, start):
             self._drafts[row] = Draft(DraftTree.chain(request.prompt[-1:]), [hidden.shape[1] - 1])
-            self._statistics[row] = StepStatistics()
             self._draws.seed(row, request.seed)
         predictions = self._predict(start, hidden, self._drafts[start : start + len(requests)])
         updates = []
@@ -91,16 +116,33 @@ class FluidStrategy:
         return updates
 
     def plan(self, rows: int) -> Feed:
-        """The drafts of all rows, side by side."""
+        """The drafts of all rows, side by side; or their bonus tokens alone, where drafts do not pay."""
+        self._started, self._active = time.perf_counter(), rows
+        if self._rates is not None and self._rates.drafts(rows) != self._drafting:
+            self._switch(rows)
+        if not self._drafting:
+            return self._plain.plan(rows)
         drafts = self._drafts[:rows]
         widths = [draft.slots for draft in drafts]
         width = max(widths)
         layouts = np.array([draft.layout(self.mask_id, width) for draft in drafts])  # (n, 4, S)
         ids, *intervals = torch.from_numpy(layouts).to(self.backbone.device).unbind(1)  # (n, S) each
+        self._laid_out = time.perf_counter()
         return Feed(ids, widths, kinds=["round"] * rows, intervals=AttentionIntervals(*intervals))
 
     def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> list[RowUpdate]:
+        absorb = self._absorb_drafts if self._drafting else self._plain.absorb
+        updates = absorb(feed, hidden, window_left)
+        if self._rates is not None and not self._switched:
+            tokens = sum(len(update.tokens) for update in updates)
+            self._rates.add(len(updates), time.perf_counter() - self._started, tokens)
+        self._switched = False
+        return updates
+
+    def _absorb_drafts(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> list[RowUpdate]:
         predictions = self._predict(0, hidden, self._drafts[: len(window_left)])
+        if self._rates is not None and hidden.device.type == "cpu":  # elsewhere the device still works
+            self.backbone.forward_time.observe(feed.ids.numel(), time.perf_counter() - self._laid_out)
         step = self._verified_step if self.settings.verify else self._unverified_step
         updates = []
         for row, (predicted, left) in enumerate(zip(predictions, window_left, strict=True)):
@@ -111,7 +153,30 @@ class FluidStrategy:
 
     def move(self, source: int, target: int) -> None:
         self._drafts[target], self._statistics[target] = self._drafts[source], self._statistics[source]
-        self._draws.move(source, target)
+        self._plain.move(source, target)  # and the random numbers
+
+    def _switch(self, rows: int) -> None:
+        """From steps with drafts to plain ones, or back. A row is then its bonus token alone; pending drafts lapse."""
+        self._drafting, self._switched = not self._drafting, True
+        if not self._drafting:
+            bonus = [draft.tree.tokens[0] for draft in self._drafts[:rows]]
+            self._plain.latest[:rows] = torch.tensor(bonus, device=self.backbone.device)
+            return
+        for row, token in enumerate(self._plain.latest[:rows].tolist()):
+            self._drafts[row] = Draft(DraftTree.chain([token]), [self._first_masks(self._statistics[row])])
+
+    def _first_masks(self, statistics: StepStatistics) -> int:
+        """Size of the mask block behind a token that no draft follows."""
+        widest = self.max_stride - 1
+        if not self.settings.verify:
+            return widest
+        return mask_blocks([1.0], statistics.acceptance_rate, self._cost(statistics), widest, widest)[0]
+
+    def _cost(self, statistics: StepStatistics) -> float:
+        """Marginal cost of a slot, in tokens."""
+        if self._rates is None:
+            return statistics.marginal_cost(self._slot_budget, self._batch_rows)
+        return statistics.timed_cost(self.backbone.forward_time, self._active, self._rates.of(self._active).best)
 
     def _verified_step(self, row: int, predicted: Predictions, left: int) -> RowUpdate:
         tree, statistics = self._drafts[row].tree, self._statistics[row]
@@ -139,7 +204,7 @@ class FluidStrategy:
     def _draft(self, row: int, predicted: Predictions, node: int, left: int) -> None:
         """Draft behind the bonus token, which follows `node`, as far as slots gain more than they cost."""
         statistics, masks = self._statistics[row], self.max_stride - 1
-        cost = statistics.marginal_cost(self._slot_budget, self._batch_rows)
+        cost = self._cost(statistics)
         candidates = self._candidates_behind(self._drafts[row], predicted, node, left)
         bonus = predicted.tokens[node]
         self._drafts[row] = costed_draft(bonus, candidates, statistics, cost, masks, self.max_slots)

@@ -45,11 +45,22 @@ class Request:
 class DraftPolicy:
     """What the size of a row's drafts depends on, beside weights and prompt.
 
-    slot_budget: in force.  rows: that share a forward in the marginal cost of a slot.
+    slot_budget: as set; None: drafts follow measured time, so that forwards and slots differ from run to run.
+    rows: that share a forward in the marginal cost of a slot.
+    drafts: whether steps drafted when the row finished.  drafting_rate, plain_rate: tokens a second of one row that
+    decided it, with drafts and without; None where not measured.
     """
 
-    slot_budget: int
+    slot_budget: int | None
     rows: int
+    drafts: bool = True
+    drafting_rate: float | None = None
+    plain_rate: float | None = None
+
+    def to_dict(self) -> dict[str, int | float | bool | None]:
+        """As a sample stores it: what was measured only where drafts follow it."""
+        measured = vars(self) if self.slot_budget is None else {}
+        return {"slot_budget": self.slot_budget, "rows": self.rows, **measured}
 
 
 @dataclass

@@ -78,8 +78,10 @@ class Strategy(Protocol):
     """Most slots that one row feeds in one forward, prompts aside. Final once rows are allocated."""
     prefills_prompt: bool
     """Whether prompts are cached before `admit`; not where every forward feeds them again."""
-    prompt_mask_block: tuple[int, ...]
-    """(M,) ids of a mask block anchored at the prompt's last token, fed with the prefill and never cached."""
+
+    @property
+    def prompt_mask_block(self) -> tuple[int, ...]:
+        """(M,) ids of a mask block anchored at the prompt's last token, fed with the prefill and never cached."""
 
     @property
     def draft_policy(self) -> DraftPolicy | None:

@@ -26,7 +26,7 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..common.errors import ConfigError, reason
-from . import attention_masks, compiled, cuda_graphs, llama, slot_budget
+from . import attention_masks, compiled, cuda_graphs, forward_time, llama
 from .gated_lora import GatedLora
 from .kv_cache import KVCache
 
@@ -246,14 +246,20 @@ class Backbone:
             torch.set_num_threads(threads)
 
     @cached_property
-    def slot_budget(self) -> int:
-        """Slots that cost as much as all else in a forward, see `slot_budget`. Measured at first use."""
+    def forward_time(self) -> forward_time.ForwardTime:
+        """Seconds of a forward by its slots. Measured at first use."""
         context = min(TIMED_CONTEXT, self.window // 2)
-        return slot_budget.measure(lambda slots: self._seconds(context, slots), min(TIMED_SLOTS, self.window - context))
+        most = min(TIMED_SLOTS, self.window - context)
+        return forward_time.measure(lambda slots: self._seconds(context, slots), most)
+
+    @property
+    def slot_budget(self) -> int:
+        """Slots that cost as much as all else in a forward, see `forward_time`."""
+        return self.forward_time.slot_budget
 
     def _seconds(self, context: int, slots: int) -> float:
-        """Time of a forward of one row with `slots` slots behind `context` cached tokens: the fastest of several runs,
-        since other work on the machine only adds time.
+        """Time of a forward of one row with `slots` slots behind `context` cached tokens, and of all their logits: the
+        fastest of several runs, since other work on the machine only adds time.
         """
         cache, times = KVCache(1, context + slots), list[float]()
         ids = torch.zeros(1, max(context, slots), dtype=torch.long, device=self.device)
@@ -263,7 +269,7 @@ class Backbone:
         while len(times) < TIMED_RUNS or sum(times) < TIMED_SECONDS:
             started = time.perf_counter()
             hidden = self.forward(ids[:, :slots], cache.set_write_positions(0, [context], slots, self.device), cache)
-            float(hidden[0, -1, 0])  # waits for the device
+            float(self.logits(hidden[0])[-1, 0])  # waits for the device
             times.append(time.perf_counter() - started)
         return min(times)
 

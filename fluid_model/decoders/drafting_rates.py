@@ -1,0 +1,163 @@
+"""Whether to draft at all: by the tokens a second that steps with drafts and without have brought.  (as adaptive
+speculation does, for example EAGLE's servers at large batches; the rule here is measured, not predicted)
+
+Drafts cost slots and time on the host. Where a device is busy with the rows it has, they write less in a second than
+autoregressive steps do. The text is the same, so the decoder is free to choose:
+
+    try plain steps ──▶ try drafts ──▶ take the faster, `wait` steps ──▶ try the other ──▶ slower: wait twice as long
+                                              ▲                                  │
+                                              └────────────── faster: take it ◀──┘
+
+Time is that of whole steps, host included. Rows that share a forward decide together, by their number: 1, 2, 3 to 4, 5
+to 8 and so on keep rates of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+from ..forward.backbone import Backbone
+
+TRIAL_STEPS, TRIAL_SAMPLES = 6, 48
+"""Least steps of a trial, and accepted lengths that a trial of drafts sees, one for each row and step."""
+DOUBT = 1.5
+"""A trial of drafts ends early if its rate, times 1 + DOUBT / sqrt(lengths seen), is still the lower one: lengths vary
+by half of their mean, so that is three standard errors.
+"""
+WINDOW = 64
+"""Latest steps that a rate is taken over."""
+FIRST_WAIT, LONGEST_WAIT = 64, 1024
+"""Steps between two trials: at first, and at most by doubling."""
+PRICE = 100
+"""Steps to wait for each step's worth of tokens that a trial has lost: trials cost 1% of the time at most."""
+MARGIN = 1.02
+"""How many times faster the other kind of step must be to be taken."""
+OUTLIER = 3.0
+"""Steps that take more than so many times the median are cut to that: the machine did something else."""
+
+
+@dataclass
+class Rate:
+    """Tokens a second of one kind of step, over its latest steps. seconds, tokens: of each, per row."""
+
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    tokens: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+
+    def add(self, seconds: float, tokens: float) -> None:
+        self.seconds.append(seconds)
+        self.tokens.append(tokens)
+
+    def forget(self) -> None:
+        """Start anew: the machine or the text may have changed."""
+        self.seconds.clear()
+        self.tokens.clear()
+
+    @property
+    def value(self) -> float | None:
+        """Tokens a second of one row; None without steps."""
+        if not self.seconds:
+            return None
+        limit = OUTLIER * sorted(self.seconds)[len(self.seconds) // 2]
+        return sum(self.tokens) / sum(min(seconds, limit) for seconds in self.seconds)
+
+
+@dataclass
+class RowRates:
+    """The rates of one number of rows, and which kind of step is in force.
+
+    rows: in numbers.  trying: steps left of a trial of the kind in force, 0 outside.  wait: steps between trials.
+    left: until the next.
+    """
+
+    rows: int
+    drafting: Rate = field(default_factory=Rate)
+    plain: Rate = field(default_factory=Rate)
+    drafts: bool = True
+    trying: int = 0
+    wait: int = FIRST_WAIT
+    left: int = FIRST_WAIT
+
+    def add(self, seconds: float, tokens: float) -> None:
+        """A step of the kind in force took so long and brought so many tokens, each per row."""
+        (self.drafting if self.drafts else self.plain).add(seconds, tokens)
+        if self.trying:
+            self.trying -= 1
+            if not self.trying or self._is_hopeless():
+                self._judge()
+            return
+        self.left -= 1
+        if self.left <= 0:
+            self.try_kind(drafts=not self.drafts)
+
+    @property
+    def best(self) -> float | None:
+        """Tokens a second of one row at the faster kind of step; None before the first."""
+        return max((rate for rate in (self.drafting.value, self.plain.value) if rate is not None), default=None)
+
+    def try_kind(self, *, drafts: bool) -> None:
+        """Begin a trial."""
+        self.drafts = drafts
+        self.trying = max(TRIAL_STEPS, math.ceil(TRIAL_SAMPLES / self.rows)) if drafts else TRIAL_STEPS
+        (self.drafting if drafts else self.plain).forget()
+
+    def _is_hopeless(self) -> bool:
+        steps, tried, other = len(self.drafting.seconds), self.drafting.value, self.plain.value
+        if not self.drafts or steps < TRIAL_STEPS or tried is None or other is None:
+            return False
+        return tried * (1 + DOUBT / math.sqrt(steps * self.rows)) < other
+
+    def _judge(self) -> None:
+        """A trial has ended: take the faster kind, or try the one that has no rate yet."""
+        self.trying = 0
+        tried, other = (self.drafting, self.plain) if self.drafts else (self.plain, self.drafting)
+        if other.value is None:
+            self.try_kind(drafts=not self.drafts)
+            return
+        assert tried.value is not None
+        if tried.value > MARGIN * other.value:
+            self.wait = FIRST_WAIT
+        else:
+            lost = other.value * sum(tried.seconds) - sum(tried.tokens)
+            self.drafts = not self.drafts
+            self.wait = max(min(2 * self.wait, LONGEST_WAIT), round(PRICE * lost))
+        self.left = self.wait
+
+
+class DraftingRates:
+    """Rates by number of rows, and the choice that follows from them."""
+
+    def __init__(self) -> None:
+        self._by_rows: dict[int, RowRates] = {}
+
+    def drafts(self, rows: int) -> bool:
+        """Whether the next step of so many rows drafts."""
+        return self.of(rows).drafts
+
+    def add(self, rows: int, seconds: float, tokens: int) -> None:
+        """A step of so many rows, of the kind that `drafts` chose, took so long and brought so many tokens."""
+        self.of(rows).add(seconds / rows, tokens / rows)
+
+    def of(self, rows: int) -> RowRates:
+        """The rates of so many rows. New ones begin with the choice of the nearest number that is known; the very first
+        with a trial of plain steps.
+        """
+        size = (rows - 1).bit_length()
+        if size not in self._by_rows:
+            fresh = self._by_rows[size] = RowRates(rows)
+            known = [other for other in self._by_rows if other != size]
+            if known:
+                fresh.drafts = self._by_rows[min(known, key=lambda other: abs(other - size))].drafts
+            else:
+                fresh.try_kind(drafts=False)
+        return self._by_rows[size]
+
+
+_RATES: WeakKeyDictionary[Backbone, dict[object, DraftingRates]] = WeakKeyDictionary()
+
+
+def rates_of(backbone: Backbone, key: object) -> DraftingRates:
+    """The rates of a model on its device, which outlive an engine.  key: all else that they depend on."""
+    return _RATES.setdefault(backbone, {}).setdefault(key, DraftingRates())

@@ -1,0 +1,101 @@
+"""Seconds of a forward as a function of its slots. Measured on the model and device at hand, and refreshed as it runs.
+
+The draft policy goes by it: a slot is worth feeding where the time it adds would bring fewer tokens elsewhere. On most
+devices the function is flat while weights are read and steep once arithmetic binds, so one number cannot say it:
+
+    slots      1     2     4     8    16    32
+    ms        26    26    27    30    52    98        slot budget 14: with 16 a forward takes twice as long as with one
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+
+FRESH = 0.1
+"""Weight of an observation against what was known."""
+FURTHEST = 3.0
+"""An observation counts as at most so many times what was expected, or as this part of it: other work on the machine
+stretches single forwards a hundredfold.
+"""
+STRIDE = 1.5
+"""Factor between the slots at which the time of one more slot is taken, upwards and downwards."""
+
+
+class ForwardTime:
+    """A curve through measured points, linear between them, flat before the first, straight on behind the last."""
+
+    def __init__(self, points: Sequence[tuple[int, float]]) -> None:
+        """points: slots and seconds, at least one; slots rise.  Raises ValueError if they do not."""
+        self._slots = [int(slots) for slots, _ in points]
+        self._seconds = [float(seconds) for _, seconds in points]
+        if not points or self._slots != sorted(set(self._slots)) or self._slots[0] < 1 or min(self._seconds) <= 0:
+            raise ValueError(f"points of a forward's time: {list(points)!r}")
+
+    @property
+    def points(self) -> list[tuple[int, float]]:
+        """(slots, seconds) of each measured point."""
+        return list(zip(self._slots, self._seconds, strict=True))
+
+    @property
+    def slot_budget(self) -> int:
+        """The curve in one number: slots that cost as much as all else in a forward.
+
+        The time is a + b * slots on most devices, and the budget is a / b. That is where a forward takes twice the time
+        of one with a single slot, less 2.
+        """
+        single = self._seconds[0]
+        for (fewer, less_time), (slots, time) in zip(self.points, self.points[1:], strict=False):
+            if time >= 2 * single:
+                # a + b n = 2 (a + b) where n = a / b + 2
+                share = (2 * single - less_time) / (time - less_time)
+                return max(1, round(fewer + share * (slots - fewer)) - 2)
+        return self._slots[-1]
+
+    def seconds(self, slots: float) -> float:
+        """Time of a forward of so many slots, padding included."""
+        last = len(self._slots) - 1
+        if slots <= self._slots[0] or last == 0:
+            return self._seconds[0] * max(1.0, slots / self._slots[0] if last == 0 else 1.0)
+        after = min(bisect_right(self._slots, slots), last)
+        low, high = self._slots[after - 1], self._slots[after]
+        share = (slots - low) / (high - low)
+        return max(self._seconds[after - 1] * (1 - share) + self._seconds[after] * share, self._seconds[0])
+
+    def marginal(self, slots: float) -> float:
+        """Seconds that one more slot takes, around so many. 0 where the curve is flat or falls by noise."""
+        low, high = slots / STRIDE, slots * STRIDE
+        return max(0.0, (self.seconds(high) - self.seconds(low)) / (high - low))
+
+    def observe(self, slots: int, seconds: float) -> None:
+        """Take in the time of a forward. Half of what differs moves the whole curve, as a busy machine does; the other
+        half moves the points beside it.
+        """
+        # 1) far behind the last point: a new one
+        if slots >= 2 * self._slots[-1]:
+            self._slots.append(slots)
+            self._seconds.append(max(seconds, self._seconds[-1]))
+            return
+        # 2) all points, by half
+        ratio = min(max(seconds / self.seconds(slots), 1 / FURTHEST), FURTHEST)
+        change = FRESH * (ratio - 1) / 2
+        self._seconds = [known * (1 + change) for known in self._seconds]
+        # 3) the two beside it, the nearer one more
+        after = min(bisect_right(self._slots, slots), len(self._slots) - 1)
+        before = max(after - 1, 0)
+        share = (slots - self._slots[before]) / max(self._slots[after] - self._slots[before], 1)
+        share = min(max(share, 0.0), 1.0)
+        self._seconds[before] *= 1 + change * (1 - share)
+        self._seconds[after] *= 1 + change * share
+
+
+def measure(seconds: Callable[[int], float], most: int) -> ForwardTime:
+    """Measure forwards of 1, 2, 4, ... slots, until one takes more than twice as long as the first, or `most`.
+
+    seconds: time of a forward of that many slots.
+    """
+    points = [(1, seconds(1))]
+    while points[-1][1] < 2 * points[0][1] and 2 * points[-1][0] <= most:
+        slots = 2 * points[-1][0]
+        points.append((slots, seconds(slots)))
+    return ForwardTime(points)

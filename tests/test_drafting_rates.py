@@ -1,0 +1,115 @@
+"""Whether to draft: the choice costs little where drafts do not pay, and changes no text."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fluid_eval.common.paths import resource
+from fluid_model import ArSettings, Checkpoint, FluidSettings, engine_for, load
+from fluid_model.decoders import drafting_rates
+from fluid_model.decoders.drafting_rates import LONGEST_WAIT, DraftingRates, Rate
+
+from .test_rounds import requests
+
+
+def simulate(rates: DraftingRates, rows: int, steps: int, speedup: float, seed: int = 0) -> tuple[float, float, int]:
+    """Tokens and seconds where a plain step takes a second, a draft of one token is accepted half of the time, and
+    drafting writes `speedup` times as fast. Third: steps that drafted.
+    """
+    noise, tokens, seconds, drafted = random.Random(seed), 0, 0.0, 0
+    for _ in range(steps):
+        drafts = rates.drafts(rows)
+        written = rows + (sum(noise.random() < 0.5 for _ in range(rows)) if drafts else 0)
+        took = (1.5 / speedup if drafts else 1.0) * noise.uniform(0.9, 1.2)
+        rates.add(rows, took, written)
+        tokens, seconds, drafted = tokens + written, seconds + took, drafted + drafts
+    return tokens, seconds / 1.05, drafted
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.sampled_from([1, 2, 4, 8, 32, 64]), speedup=st.floats(0.2, 3.0), seed=st.integers(0, 9))
+def test_little_is_lost_against_either_kind_of_step(rows, speedup, seed):
+    tokens, seconds, _ = simulate(DraftingRates(), rows, 6000, speedup, seed)
+    assert tokens / seconds >= 0.97 * rows * max(1.0, 0.97 * speedup)
+
+
+def test_a_change_is_noticed():
+    """Of the text, say: drafts are accepted from now on, or no longer."""
+    rates = DraftingRates()
+    simulate(rates, 4, 5000, 0.5)
+    assert not rates.drafts(4)
+    _, _, drafted = simulate(rates, 4, 3 * LONGEST_WAIT, 2.0)
+    assert drafted > LONGEST_WAIT
+    _, _, drafted = simulate(rates, 4, 5 * LONGEST_WAIT, 0.5)
+    assert drafted < 2 * LONGEST_WAIT
+
+
+def test_numbers_of_rows_have_rates_of_their_own():
+    rates = DraftingRates()
+    simulate(rates, 1, 1000, 2.0)
+    simulate(rates, 64, 1000, 0.5)
+    assert [rates.drafts(rows) for rows in (1, 64, 33)] == [True, False, False]
+    assert [rates.drafts(rows) for rows in (2, 20)] == [True, False], "new ones begin with the nearest's choice"
+    assert rates.of(3) is rates.of(4) is not rates.of(5)
+
+
+def test_an_outlier_counts_little():
+    rate = Rate()
+    assert rate.value is None
+    for _ in range(9):
+        rate.add(1.0, 2.0)
+    rate.add(1000.0, 2.0)
+    assert rate.value == pytest.approx(20 / 12)
+
+
+class Alternating(DraftingRates):
+    """Another kind of step every few."""
+
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        self._kinds = itertools.cycle([True] * every + [False] * every)
+
+    def drafts(self, rows: int) -> bool:
+        return next(self._kinds)
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return load(str(resource("checkpoints") / "tiny-fluid"))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_the_kind_of_step_changes_no_text(checkpoint, monkeypatch, every, batch_size, temperature):
+    """Rows are admitted and moved while steps are of either kind."""
+    monkeypatch.setattr(drafting_rates, "DraftingRates", lambda: Alternating(every))
+    drafting_rates._RATES.clear()
+    decoder = FluidSettings(temperature=temperature, min_horizon=4)
+    written = {g.key: g for g in engine_for(checkpoint, decoder, batch_size).generate(requests(checkpoint))}
+    drafting_rates._RATES.clear()
+    expected = engine_for(checkpoint, ArSettings(temperature=temperature), batch_size).generate(requests(checkpoint))
+    assert {key: g.ids for key, g in written.items()} == {g.key: g.ids for g in expected}
+    for generation in written.values():
+        trace = generation.trace
+        assert len(generation.ids) < 20 or min(trace.forwards["commit"], trace.forwards["round"]) > 4
+        assert len(trace.predicted) == trace.forwards["round"] + trace.forwards["commit"]
+        assert min(1, len(generation.ids)) + sum(trace.accepted) == len(generation.ids)
+    if every > 1:
+        assert any(max(g.trace.accepted, default=0) > 1 for g in written.values()), "some drafts are accepted"
+
+
+def test_what_decided_is_recorded(checkpoint):
+    drafting_rates._RATES.clear()
+    engine = engine_for(checkpoint, FluidSettings(), 2)
+    (record, *_) = [g.draft_policy.to_dict() for _ in range(4) for g in engine.generate(requests(checkpoint)[:2])][-2:]
+    assert (record["slot_budget"], record["rows"]) == (None, 2)
+    assert min(record["drafting_rate"], record["plain_rate"]) > 0
+    assert isinstance(record["drafts"], bool)
+    (fixed, *_) = engine_for(checkpoint, FluidSettings(slot_budget=8), 2).generate(requests(checkpoint))
+    assert fixed.draft_policy.to_dict() == {"slot_budget": 8, "rows": 2}
