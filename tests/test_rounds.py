@@ -108,7 +108,7 @@ class Tally:
 
 @torch.inference_mode()
 def plain_steps(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tokens: int, rows: int):
-    """The answer, its steps, and the slots they fed, where `rows` share a forward."""
+    """The answer, its steps, the slots they fed, and what each draft was expected to bring; `rows` share a forward."""
     random = torch.Generator().manual_seed(SEED)
     draws = torch.tensor([float(torch.rand((), generator=random)) for _ in range(new_tokens + 2 * decoder.max_horizon)])
     count = decoder.candidates if decoder.verify and decoder.temperature == 0 else 1
@@ -128,7 +128,7 @@ def plain_steps(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_toke
     tally = Tally(rows, decoder)
     blocks = {prompt[-1:]: tally.width(1.0) if decoder.verify else decoder.max_horizon - 1}
     done, answer = list(prompt[:-1]), []
-    steps, fed = 0, len(prompt) - 1
+    steps, fed, expected, texts = 0, len(prompt) - 1, list[float](), {prompt[-1:]: 1.0}
     while len(answer) < new_tokens and not any(token in checkpoint.end_ids for token in answer):
         outputs = forward(checkpoint, done, blocks)
         slots = len(blocks) + sum(blocks.values())
@@ -137,6 +137,7 @@ def plain_steps(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_toke
         # 1) verify
         if answer:
             tally.steps, tally.slots = tally.steps + 1, tally.slots + slots
+            expected.append(sum(texts.values()) if decoder.verify else 1.0)
         if answer and decoder.verify:
             while (longer := (*text, pick(outputs[text, 0][0], place)[0])) in blocks:
                 text, place = longer, place + 1
@@ -166,7 +167,7 @@ def plain_steps(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_toke
         answer += fresh
     answer = answer[:new_tokens]
     end = next((i for i, token in enumerate(answer) if token in checkpoint.end_ids), None)
-    return tuple(answer[:end]), steps, fed
+    return tuple(answer[:end]), steps, fed, expected
 
 
 @pytest.mark.parametrize(
@@ -188,12 +189,14 @@ def plain_steps(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_toke
 )
 @pytest.mark.parametrize("rows", [1, 3])
 def test_one_forward_a_step(checkpoint, decoder, rows):
-    """Same text, same number of steps, same slots fed."""
+    """Same text, same number of steps, same slots fed, same expectations."""
     answers = write(checkpoint, decoder, requests(checkpoint), batch_size=rows)
     for request in requests(checkpoint):
-        ids, steps, fed = plain_steps(checkpoint, request.prompt, decoder, NEW, rows)
+        ids, steps, fed, expected = plain_steps(checkpoint, request.prompt, decoder, NEW, rows)
         trace = answers[request.key].trace
         assert (answers[request.key].ids, sum(trace.forwards.values()), trace.slots) == (ids, steps, fed)
+        if decoder.verify:
+            assert trace.expected == pytest.approx(expected, abs=1e-3)
 
 
 def test_drafts_end_where_the_window_does(checkpoint):

@@ -172,7 +172,23 @@ def show(records: Sequence[ForwardRecord], answer: Generation, decoder: Mapping[
     console.print(
         f"\n{tokens} tokens in {forwards} forwards, {tokens / forwards:.2f} a forward; ended by {answer.finish}"
     )
+    if answer.trace.predicted:
+        console.print(_drafting(answer))
     console.print(f"decoder {', '.join(f'{name}={value}' for name, value in decoder.items())}")
+
+
+def _drafting(answer: Generation) -> str:
+    """Draft lengths, and why there were none where there were none."""
+    trace, policy = answer.trace, answer.draft_policy
+    mean = {name: sum(getattr(trace, name)) / len(trace.predicted) for name in ("predicted", "expected", "accepted")}
+    words = ", ".join(f"{name} {value:.2f}" for name, value in mean.items())
+    line = f"a step, bonus token counted: {words}"
+    if policy is None or policy.slot_budget is not None or not trace.forwards["commit"]:
+        return line
+    line += f"\n{trace.forwards['commit']} steps without drafts, to time them or because they are faster"
+    if policy.drafting_rate and policy.plain_rate:
+        line += f"\ntokens/s: {policy.drafting_rate:,.0f} with drafts, {policy.plain_rate:,.0f} without"
+    return line
 
 
 def _painted(canvas: Mapping[int, tuple[str, str]]) -> Text:

@@ -12,6 +12,7 @@ A generated answer (generate_until), as stored when the run ends:
      "trace": {"forwards": {"prefill": 1, "round": 40},     forwards by kind
                "slots": 911,                                slots fed in all of them
                "predicted": [4, …], "accepted": [3, …],     stride drafted, length accepted, of each step
+               "expected": [2.8, …],                        length expected by the draft's probabilities
                "written": [1, 1, 2, …], "rejected": […]},   forward that committed each token; rejected draft tokens
      "extracted": {"strict-match": "2"}, "target": "2", "scores": {"exact_match,strict-match": 1.0},
      "crc32": "1ebb2838"}                 of the line without this field
@@ -49,8 +50,9 @@ COUNTS: dict[str, Check] = {
 STEPS: dict[str, Check] = {
     "written": each(count),
     "rejected": each(row(count, count, each(below(IDS)))),
+    "expected": each(amount),
 }
-"""Fields of traces that record the forward of each token."""
+"""Fields of traces that earlier versions did not write."""
 OPTIONAL_FIELDS: dict[str, Check] = {
     "scores": by_name(number), "extracted": by_name(text), "lost": text, "truncated": count, "prompt_tokens": count,
     "broken": flag, "pieces": each(text), "rejected": each(text), "raw_output": text, "thinking_ended": flag,

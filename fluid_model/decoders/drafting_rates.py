@@ -4,7 +4,7 @@ speculation does, for example EAGLE's servers at large batches; the rule here is
 Drafts cost slots and time on the host. Where a device is busy with the rows it has, they write less in a second than
 autoregressive steps do. The text is the same, so the decoder is free to choose:
 
-    try plain steps ──▶ try drafts ──▶ take the faster, `wait` steps ──▶ try the other ──▶ slower: wait twice as long
+    try drafts ──▶ try plain steps ──▶ take the faster, `wait` steps ──▶ try the other ──▶ slower: wait twice as long
                                               ▲                                  │
                                               └────────────── faster: take it ◀──┘
 
@@ -142,7 +142,7 @@ class DraftingRates:
 
     def of(self, rows: int) -> RowRates:
         """The rates of so many rows. New ones begin with the choice of the nearest number that is known; the very first
-        with a trial of plain steps.
+        with a short trial of drafts.
         """
         size = (rows - 1).bit_length()
         if size not in self._by_rows:
@@ -151,7 +151,8 @@ class DraftingRates:
             if known:
                 fresh.drafts = self._by_rows[min(known, key=lambda other: abs(other - size))].drafts
             else:
-                fresh.try_kind(drafts=False)
+                fresh.try_kind(drafts=True)
+                fresh.trying = TRIAL_STEPS  # nothing to compare with yet
         return self._by_rows[size]
 
 

@@ -180,6 +180,7 @@ class FluidStrategy:
 
     def _verified_step(self, row: int, predicted: Predictions, left: int) -> RowUpdate:
         tree, statistics = self._drafts[row].tree, self._statistics[row]
+        expected = sum(tree.path_probabilities)
         # 1) verify: draft tokens along one path are accepted, all others rejected
         path = self._accepted_path(tree, predicted)
         # 2) commit: the accepted draft tokens, and the model's choice behind them, the bonus token
@@ -191,7 +192,7 @@ class FluidStrategy:
         self._draft(row, predicted, path[-1], left - len(path))
         statistics.committed += len(tokens)  # behind the draft, which is sized by the tokens of earlier steps
         stride = len(tree.greedy_path)
-        return RowUpdate(tokens, [0] * len(tokens), path, stride, rejected_draft(tree, path))
+        return RowUpdate(tokens, [0] * len(tokens), path, stride, rejected_draft(tree, path), expected=expected)
 
     def _unverified_step(self, row: int, predicted: Predictions, left: int) -> RowUpdate:
         # The chain was committed when it was drafted. This forward has cached it.

@@ -60,6 +60,7 @@ class AnswerRules:
         if update.stride is not None:
             row.trace.predicted.append(update.stride)
             row.trace.accepted.append(len(row.ids) - before)
+            row.trace.expected.append(round(update.expected, 3))
         # 3) Draft tokens rejected in favour of one of these tokens.
         if update.rejected is not None:
             place, drafts = update.rejected

@@ -71,6 +71,8 @@ class Trace:
     slots: slots fed for it over all of them. A shared prefix counts as if the row had prefilled it alone.
     predicted, accepted: one entry a step, the bonus token counted in both: tokens on the draft's likeliest path, after
     the draft policy has cut the K-head's stride; tokens the answer grew by. Empty for decoders without strides.
+    expected: tokens that each step was expected to bring, the bonus token counted, by the probabilities of its whole
+    draft tree; 1.0 where there is no such estimate.
     written: for each token of the answer the forward that wrote it, counted from 1 over `forwards` of all kinds. Slots
     of a canvas or block name the denoise forward that wrote them.
     rejected: what verification or the confidence threshold rejected of a draft's likeliest path: (forward, index in the
@@ -81,6 +83,7 @@ class Trace:
     slots: int = 0
     predicted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    expected: list[float] = field(default_factory=list)
     written: list[int] = field(default_factory=list)
     rejected: list[tuple[int, int, list[int]]] = field(default_factory=list)
 
@@ -100,7 +103,7 @@ class Trace:
 
     def clear_answer(self) -> None:
         """Drop all that describes the answer; the counts of forwards and slots stay."""
-        for entries in (self.predicted, self.accepted, self.written, self.rejected):
+        for entries in (self.predicted, self.accepted, self.expected, self.written, self.rejected):
             entries.clear()
 
 

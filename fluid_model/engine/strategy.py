@@ -51,6 +51,7 @@ class RowUpdate:
     cached: fed slots whose keys and values stay in the cache, in ascending order; all others are overwritten.
     stride: draft length of a step that is complete; None for a forward that completes none.
     rejected: rejected draft tokens of the likeliest path, None without any.
+    expected: tokens that the draft of a complete step was expected to bring, by its path probabilities.
     is_full: whether the decoder has no slot left for further tokens.
     """
 
@@ -59,6 +60,7 @@ class RowUpdate:
     cached: Sequence[int]
     stride: int | None = None
     rejected: RejectedDraft | None = None
+    expected: float = 1.0
     is_full: bool = False
 
 
