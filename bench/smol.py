@@ -12,7 +12,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 
 import fluid_model
 from fluid_eval.common.paths import resource
-from fluid_model import ArSettings, Checkpoint, FluidSettings, Generation, Request
+from fluid_model import ArSettings, Checkpoint, FluidSettings, Generation
 from fluid_model.checkpoints.gguf_files import gguf_of
 from fluid_model.forward.kv_cache import KVCache
 from fluid_model.train.gated import GatedStage
@@ -30,7 +30,7 @@ from fluid_model.train.stages import collate
 
 from . import bars
 from .bars import Bar
-from .decode import forwards, generate, margin, side_by_side, tokens, write, writer
+from .decode import forwards, generate, margin, requests, side_by_side, tokens, write, writer
 from .prompts import human_eval, real
 
 PARENT = "smollm2-135m"
@@ -57,15 +57,8 @@ class Pair:
     child: Checkpoint
 
 
-def chats(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[Request]:
-    """One request a prompt, as the only user turn."""
-    tokenizer, requests = checkpoint.tokenizer, []
-    for number, prompt in enumerate(prompts):
-        turns = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-        requests.append(Request(str(number), ids, NEW))
-    return requests
+chats = partial(requests, new_tokens=NEW)
+"""Requests by (checkpoint, prompts), each prompt as the only user turn."""
 
 
 def benchmarks(count: int) -> Mapping[str, list[str]]:
