@@ -262,6 +262,20 @@ def test_so_many_anchors_and_weights_that_fall_with_depth(layout):
     assert widths == {1, 2, 3, 4}
 
 
+def test_drawn_widths_weigh_a_depth_as_falling_weights_do():
+    """A slot of depth n is there as often as its weight would be, and weighs 1."""
+    example, depths = Example(tuple(range(100, 160)), ((10, 60),)), torch.zeros(4)
+    layout = AllMaskLayout(1, 4, anchors=20, depth=0.6, drawn=True)
+    for seed in range(200):
+        row = layout.build(example, random.Random(seed), 0)
+        steps = [step for step in row.step if step]
+        assert {weight for weight, step in zip(row.diff_weight, row.step, strict=True) if step} == {1.0}
+        assert row.diff_count == len(steps)
+        for step in steps:
+            depths[step - 1] += 1
+    assert (depths / depths[0]).tolist() == pytest.approx([1, 0.6, 0.36, 0.216], abs=0.03)
+
+
 def test_blocks_of_unequal_width():
     anchor, step = torch.tensor([0, 1, 2, 0, 0, 1, 0]), torch.tensor([0, 0, 0, 1, 2, 1, 3])
     slots, valid = block_slots(anchor, step)

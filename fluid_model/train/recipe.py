@@ -146,8 +146,8 @@ class MaskBlockSpec:
     """FLUID's mask blocks; FLUID's code calls them fans. The defaults are its stage 1's (16, 0.5, 10%, all).
 
     k_max, probability, noise, restore, anchors, depth: see `row_layouts.HybridLayout`.  past_end: in stage
-    fluid-horizon, slots past the end of a response count in K*'s mean with loss 0, as in FLUID's public code; see
-    `row_layouts.AllMaskLayout`.
+    fluid-horizon, slots past the end of a response count in K*'s mean with loss 0, as in FLUID's public code.  drawn:
+    widths by `depth` in place of weights, for gated adapters. See `row_layouts.AllMaskLayout` for both.
     """
 
     k_max: int = 16
@@ -157,6 +157,7 @@ class MaskBlockSpec:
     anchors: int | None = None
     depth: float = 1.0
     past_end: bool = False
+    drawn: bool = False
 
     def __post_init__(self) -> None:
         at_least("fans.k_max", self.k_max, 1)
@@ -308,6 +309,8 @@ class Recipe:
             self._check_gated()
         elif self.loss.target == "parent":
             raise ConfigError("loss.target='parent' needs lora.gated=true")
+        if self.fans.drawn and not self.is_gated:
+            raise ConfigError("fans.drawn=true: widths are drawn by depth for gated adapters alone (lora.gated=true)")
         if self.loss.ar and self.stage == "llada":
             raise ConfigError(f"loss.ar={self.loss.ar}: a bidirectional canvas has no autoregressive term")
 

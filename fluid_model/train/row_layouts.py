@@ -154,6 +154,10 @@ class HybridLayout:
         """Width of one mask block."""
         return rng.randint(1, self.k_max)
 
+    def weight(self, step: int) -> float:
+        """Weight of a slot's loss."""
+        return float(self.depth ** (step - 1))
+
     def draw_inputs(self, tokens: tuple[int, ...], rng: random.Random) -> list[int]:
         """Input ids of a mask block whose slots stand at the places of `tokens`."""
         ratio = rng.random() if self.restore == 1 or rng.random() < self.restore else 0.0
@@ -171,6 +175,9 @@ class AllMaskLayout:
 
     Gated adapters learn from it in stage 1, too.  anchors, depth: see `HybridLayout`.
 
+    drawn: a mask block goes on behind each of its slots with chance `depth`, up to k_max, in place of falling weights.
+    The loss is the same on average, from fewer slots: most of a full block's are too deep to be accepted often.
+
     past_end: mask blocks keep their width past the end of the response; those slots have no label. FLUID's public code
     (Oli-lab-nun/FLUID at 9093c11, models/model_head.py) feeds them with a loss of 0, which counts in the mean that K*
     is taken from. K* then grows to k_max towards the end of a response. Otherwise the mean is over labelled slots.
@@ -182,13 +189,21 @@ class AllMaskLayout:
     past_end: bool = False
     anchors: int | None = None
     depth: float = 1.0
+    drawn: bool = False
 
     def build(self, example: Example, rng: random.Random, step: int) -> TrainingRow:
         return with_mask_blocks(example, self, rng)
 
     def draw_width(self, rng: random.Random) -> int:
         """Width of one mask block."""
-        return self.k_max
+        width = 1 if self.drawn else self.k_max
+        while width < self.k_max and rng.random() < self.depth:
+            width += 1
+        return width
+
+    def weight(self, step: int) -> float:
+        """Weight of a slot's loss."""
+        return 1.0 if self.drawn else self.depth ** (step - 1)
 
     def draw_inputs(self, tokens: tuple[int, ...], rng: random.Random) -> list[int]:
         """Input ids of a mask block whose slots stand at the places of `tokens`."""
@@ -229,7 +244,7 @@ def with_mask_blocks(example: Example, layout: HybridLayout | AllMaskLayout, rng
         # 2) labelled slots
         inputs = layout.draw_inputs(ids[anchor + 1 : anchor + 1 + labelled], rng)
         for step, token in enumerate(inputs, 1):
-            place, weight = anchor + step, layout.depth ** (step - 1)
+            place, weight = anchor + step, layout.weight(step)
             row.add_slot(token, position=place, label=ids[place + 1], anchor=anchor, step=step, diff=weight)
             row.diff_count += weight
         # 3) slots past the end

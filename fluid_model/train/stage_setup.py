@@ -140,7 +140,7 @@ def layout_of(recipe: Recipe, mask: int, end: int, noise_ids: Sequence[int]) -> 
     fans, blocks = recipe.fans, recipe.blocks
     if recipe.stage == "fluid-horizon" or recipe.is_gated:
         past_end = fans.past_end and not recipe.is_gated
-        return AllMaskLayout(mask, fans.k_max, fans.probability, past_end, fans.anchors, fans.depth)
+        return AllMaskLayout(mask, fans.k_max, fans.probability, past_end, fans.anchors, fans.depth, fans.drawn)
     if recipe.stage == "fluid-hybrid":
         shape = fans.probability, fans.noise, fans.restore, fans.anchors, fans.depth
         return HybridLayout(mask, fans.k_max, noise_ids, *shape)
