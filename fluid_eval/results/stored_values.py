@@ -36,16 +36,18 @@ PROTOCOL: dict[str, Check] = {
 """The protocol of one task."""
 CONDITIONS: dict[str, Check] = {
     "drafts_by_cost": flag, "forward": maybe(text), "batch_size": anything, "sessions": maybe(count),
-    "slot_budget": maybe(each(count)), "rows": maybe(each(count)), "drafts_by_time": flag, "plain_share": maybe(amount),
+    "slot_budget": maybe(each(count)), "rows": maybe(each(count)),
 }  # fmt: skip
 """Conditions of the speeds, see `speed_conditions`."""
+LATER_CONDITIONS: dict[str, Check] = {"drafts_by_time": flag, "plain_share": maybe(amount)}
+"""Conditions that earlier versions did not write."""
 RESULT_HOLDS: dict[str, Check] = {
     "spec_id": text, "model": text, "decoder": table({"name": text}), "chat": maybe(by_name(anything)),
     "protocol": maybe(table({}, {"name": text, "hash": text, "about": text, "tasks": by_name(table({}, PROTOCOL))})),
     "lines": each(table(COUNTED, LINE)), "parts": each(table(COUNTED, LINE)), "members": by_name(each(text)),
     "task_versions": by_name(anything), "data": each(text), "health": each(table(GATE)), "lost": by_name(text),
     "started": text, "wall_seconds": amount, "notices": each(text), "remote_code": each(text),
-    "quantization": maybe(text), "conditions": table(CONDITIONS),
+    "quantization": maybe(text), "conditions": table(CONDITIONS, LATER_CONDITIONS),
 }  # fmt: skip
 SPEC_HOLDS: dict[str, Check] = {
     "id": text, "tasks": each(text), "model": table({"path": text}), "decoder": table({"name": text}),
