@@ -48,7 +48,7 @@ CACHED = 200
 """Tokens in the cache before a timed forward."""
 SLOTS = (1, 2, 4, 8, 16, 32)
 BUSY_SLOTS = (1, 8)
-NEW = 48
+NEW = 32
 """Tokens of a timed text."""
 
 
@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=PARTS, action="append", help="parts to measure; default: all")
     options = parser.parse_args(arguments)
     models = {name: fluid_model.load(options.model, device="cpu", dtype=name) for name in options.format or FORMATS}
-    case = Case(models, 1 if options.quick else 9)
+    case = Case(models, 1 if options.quick else 5)
     kinds = {model.backbone.forward_choice for model in models.values()}
     print(f"{torch.get_num_threads()} threads; " + "; ".join(f"{c.kind} ({c.reason})" for c in kinds), file=sys.stderr)
     results = [bar for name in options.only or PARTS for bar in PARTS[name](case)]

@@ -155,7 +155,7 @@ class ExplicitForward:
         """qkv: (B, S, H + 2 G, E), whose queries and keys are normalized where the layer has norms for them."""
         if layer.head_norms is None:
             return qkv
-        queries, keys, values = torch.split(qkv, (self._heads, self._key_heads, self._key_heads), 2)
+        queries, keys, values = torch.split(qkv, [self._heads, self._key_heads, self._key_heads], 2)
         query_norm, key_norm = layer.head_norms
         return torch.cat((self._rms_norm(queries, query_norm), self._rms_norm(keys, key_norm), values), 2)
 
