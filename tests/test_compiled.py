@@ -27,7 +27,7 @@ from fluid_model.forward.compiled import build, k_head, threads, weights
 from fluid_model.forward.kv_cache import KVCache
 
 from .test_graphs import logged, requests
-from .test_llama import CONFIGS, SIZES, model_of
+from .test_llama import CONFIGS, SIZES, backbone_of, model_of
 
 pytestmark = pytest.mark.skipif(compiled.library(4) is None, reason="no C compiler")
 WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 112, "head_dim": 48, "attention_bias": True, "mlp_bias": True}
@@ -72,11 +72,12 @@ def run_twice(forward, ids, lengths, fresh, columns, widths=None, count=1):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("stored", ["float32", "int8"])
 @pytest.mark.parametrize("name", [*CONFIGS, "wide"])
-def test_it_agrees_with_the_explicit_forward(name, compiler):
+def test_it_agrees_with_the_explicit_forward(name, stored, compiler):
     """Grouped heads, biases, tied embeddings, scaled positions; prompts of different length, more slots behind each."""
-    backbone = Backbone(model_of(LlamaConfig(**WIDE) if name == "wide" else CONFIGS[name]))
-    assert backbone.compiled is not None
+    backbone = backbone_of(LlamaConfig(**WIDE) if name == "wide" else CONFIGS[name], stored)
+    assert backbone.forward_choice == ("compiled", f"{stored} on a CPU")
     ids, lengths = torch.randint(0, 97, (3, 14)), [9, 4, 7]
     with torch.inference_mode():
         ours = run_twice(backbone.compiled, ids, lengths, 5, 20)
@@ -89,10 +90,11 @@ def test_it_agrees_with_the_explicit_forward(name, compiler):
         assert torch.allclose(backbone.logits(hidden), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_rows_and_threads_change_nothing(monkeypatch, compiler):
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "int8"])
+def test_rows_and_threads_change_nothing(stored, monkeypatch, compiler):
     """To the last bit: a row alone, among others, padded, with room to spare, on threads of its own."""
     monkeypatch.setattr(threads, "OPERATIONS_PER_THREAD", 1e5)
-    backbone = Backbone(model_of(LlamaConfig(**WIDE)))
+    backbone = backbone_of(LlamaConfig(**WIDE), stored)
     forward, ids = backbone.compiled, torch.randint(0, 97, (6, 40))
     lengths, widths = [9, 31, 7, 12, 1, 20], [3, 5, 1, 2, 4, 5]
     assert threads.worth(forward._weights, sum(widths)) == 1
@@ -107,10 +109,10 @@ def test_rows_and_threads_change_nothing(monkeypatch, compiler):
             assert torch.equal(backbone.logits(several)[row, :width], backbone.logits(alone))
 
 
-@pytest.mark.parametrize("slots", [1, 5])
-def test_draft_tokens_have_the_logits_of_ar(slots, compiler):
+@pytest.mark.parametrize(("slots", "stored"), [(1, "float32"), (5, "float32"), (5, "bfloat16"), (5, "int8")])
+def test_draft_tokens_have_the_logits_of_ar(slots, stored, compiler):
     """A token's logits in a draft tree with mask blocks are those of AR, to the last bit: no text can differ."""
-    checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype="float32")
+    checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"), device="cpu", dtype=stored)
     assert checkpoint.backbone.compiled is not None
     work = requests(checkpoint, 10)
     expected, numbers = logged(checkpoint, ArSettings(), 3, work)
@@ -338,7 +340,7 @@ def test_other_sizes_run_in_torch(change):
 
 def test_other_dtypes_and_large_models_run_in_torch(monkeypatch):
     for model, reason in (
-        (model_of(CONFIGS["llama"]).bfloat16(), "bfloat16"),
+        (model_of(CONFIGS["llama"]).half(), "float16"),
         (model_of(CONFIGS["llama"]).double(), "float64"),
     ):
         kind, why = Backbone(model).forward_choice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import pytest
@@ -18,7 +19,7 @@ from fluid_model.forward.kv_cache import KVCache
 from fluid_model.forward.llama import LINEAR
 
 from .test_compiled import WIDE, by_torch
-from .test_llama import CONFIGS, model_of
+from .test_llama import CONFIGS, backbone_of, model_of
 
 pytestmark = pytest.mark.skipif(compiled.library(4) is None, reason="no C compiler")
 MASK = 5
@@ -27,9 +28,9 @@ WIDTHS = [6, 3, 5]
 """Slots of each row: a text and mask blocks behind two of its tokens; mask slots first and last; no mask slot."""
 
 
-def adapted(config, targets=(), rank=3):
+def adapted(config, targets=(), rank=3, stored="float32"):
     """A model, an adapter of it that is far from zero, and the compiled forward of both."""
-    backbone = Backbone(model_of(config))
+    backbone = backbone_of(config, stored)
     torch.manual_seed(1)
     adapter = GatedLora(backbone.model, MASK, rank, 2.0 * rank, targets)
     for weight in adapter.layers.parameters():
@@ -38,7 +39,8 @@ def adapted(config, targets=(), rank=3):
 
 
 def compiled_with(backbone, adapter):
-    forward, reason = CompiledForward.of(backbone.model, backbone.explicit.cos, backbone.explicit.sin, adapter)
+    tables = backbone.explicit.cos, backbone.explicit.sin
+    forward, reason = CompiledForward.of(backbone.model, *tables, adapter, int8=backbone.int8)
     assert forward is not None, reason
     return forward
 
@@ -88,10 +90,11 @@ def oracle(backbone, adapter):
     return forward
 
 
+@pytest.mark.parametrize("stored", ["float32", "int8"])
 @pytest.mark.parametrize("targets", [(), ("q_proj", "v_proj"), ("k_proj", "up_proj", "down_proj"), ("o_proj",)])
 @pytest.mark.parametrize("config", [CONFIGS["llama"], LlamaConfig(**WIDE)], ids=["llama", "wide"])
-def test_mask_slots_have_merged_weights(config, targets):
-    backbone, adapter, forward = adapted(config, targets)
+def test_mask_slots_have_merged_weights(config, targets, stored):
+    backbone, adapter, forward = adapted(config, targets, stored=stored)
     ours, plain, merged = run(forward), run(backbone.compiled), oracle(backbone, adapter)
     expected = run(merged)
     merged.remove()
@@ -101,9 +104,17 @@ def test_mask_slots_have_merged_weights(config, targets):
         assert (ours[row, :width] - plain[row, :width]).abs().amax(-1)[masked].gt(1e-2).all()
 
 
-def test_tokens_have_the_bits_of_a_forward_without_adapter():
+def test_over_bfloat16_it_has_the_bits_of_float32():
+    narrow, adapter, forward = adapted(LlamaConfig(**WIDE), stored="bfloat16")
+    wide = Backbone(copy.deepcopy(narrow.model).float())
+    for ours, expected, width in zip(run(forward), run(compiled_with(wide, adapter)), WIDTHS, strict=True):
+        assert torch.equal(ours[:width], expected[:width])
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "int8"])
+def test_tokens_have_the_bits_of_a_forward_without_adapter(stored):
     """In a batch with mask slots, which tokens do not attend to, and alone."""
-    backbone, _, forward = adapted(LlamaConfig(**WIDE))
+    backbone, _, forward = adapted(LlamaConfig(**WIDE), stored=stored)
     ours, plain = run(forward), run(backbone.compiled)
     for row, width in enumerate(WIDTHS):
         tokens = IDS[row, :width] != MASK

@@ -13,7 +13,7 @@ import fluid_model
 from fluid_eval.cli.main import main
 from fluid_model import ArSettings, ConfigError
 from fluid_model.checkpoints import gguf_files
-from fluid_model.checkpoints.checkpoint import describe, load
+from fluid_model.checkpoints.checkpoint import describe, load, save
 from fluid_model.decoders import engine_for
 from fluid_model.engine.records import Request
 
@@ -104,6 +104,19 @@ def test_a_result_names_the_quantisation(tmp_path, capsys):
     assert main([*words, "--out", str(tmp_path / "run")]) in (0, 3), "a random model may fail a health gate"
     assert json.loads((tmp_path / "run" / "result.json").read_text())["quantization"] == "Q8_0, dequantised"
     assert "weights: Q8_0, dequantised" in capsys.readouterr().out
+
+
+def test_a_result_names_int8(tmp_path, capsys):
+    """Behind the file's own quantisation, in result, environment and table; the weights cannot be saved as others'."""
+    file = write_gguf(tmp_path / "model.gguf")
+    words = ["run", "--tasks", "mini_math", "--limit", "1", "--max-new-tokens", "4", "--model", str(file)]
+    assert main([*words, "--dtype", "int8", "--out", str(tmp_path / "run")]) in (0, 3)
+    result, environment = (json.loads((tmp_path / "run" / f"{n}.json").read_text()) for n in ("result", "environment"))
+    assert result["quantization"] == "Q8_0, dequantised; then int8 by row"
+    assert environment["engine"]["dtype"] == environment["same"]["dtype"] == "int8"
+    assert "weights: Q8_0, dequantised; then int8 by row" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="rounded to int8"):
+        save(load(str(file), dtype="int8"), tmp_path / "copy")
 
 
 def test_it_is_converted_once_by_content(tmp_path, cache, monkeypatch):

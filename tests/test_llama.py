@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from fluid_model.forward import llama
 from fluid_model.forward.backbone import Backbone
@@ -28,6 +28,7 @@ CONFIGS = {
     "wide heads": LlamaConfig(**SIZES, head_dim=16),
     "scaled positions": LlamaConfig(**SIZES, rope_parameters=LLAMA3),
     "qwen2": Qwen2Config(**SIZES),
+    "qwen3, norms of queries and keys": Qwen3Config(**SIZES, head_dim=16),
     "mistral": MistralConfig(**SIZES, sliding_window=None),
 }
 
@@ -39,6 +40,12 @@ def model_of(config) -> torch.nn.Module:
         for weight in model.parameters():
             weight += 0.1 * torch.randn_like(weight)  # norms are all 1 at first
     return model
+
+
+def backbone_of(config, stored="float32"):
+    """A model whose weights are stored so."""
+    model = model_of(config)
+    return Backbone(model.bfloat16() if stored == "bfloat16" else model, int8=stored == "int8")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

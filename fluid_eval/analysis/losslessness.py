@@ -385,4 +385,4 @@ def _request(text: StoredText) -> Request:
 
 
 def _dtype_name(checkpoint: Checkpoint) -> str:
-    return str(checkpoint.backbone.dtype).removeprefix("torch.")
+    return checkpoint.backbone.dtype_name

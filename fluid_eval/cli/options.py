@@ -83,7 +83,7 @@ def add_settings(
     where = run.add_argument_group("where")
     where.add_argument("--data-dir", metavar="DIR", help="benchmark data; default: FLUID_DATA_DIR, else the hub")
     where.add_argument("--batch-size", type=integer, metavar="N|auto", help="rows decoded together")
-    where.add_argument("--dtype", metavar="auto|float32|bfloat16")
+    where.add_argument("--dtype", metavar="auto|float32|bfloat16|int8")
     where.add_argument("--device", metavar="auto|cpu|cuda")
     where.add_argument("--engine", metavar="inline|ray", help="decode in this process (default), or in Ray workers")
     where.add_argument("--workers", type=integer, metavar="N", help="Ray workers; default: one for each GPU")

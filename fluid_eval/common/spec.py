@@ -34,7 +34,7 @@ class ModelSpec:
     """The checkpoint, and how it is loaded. path: folder or hub id."""
 
     path: str
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tau: float | None = None
     mask_token: str | None = None

@@ -106,7 +106,7 @@ class Prepared:
 
     tasks: lm-eval's, built.  window: the model's, in tokens.  conversation: None for plain prompts.
     remote_code: classes from the model's repository.  decoder: a line that names the decoder, and why.
-    quantization: of the weights before they were dequantised, if they were.
+    quantization: of the weights, if they are or were quantised.
     """
 
     tasks: lm_eval_tasks.Tasks
@@ -127,7 +127,8 @@ def prepare(spec: RunSpec, tasks: lm_eval_tasks.Tasks) -> Prepared:
 
     pick_device(spec.model.device)
     trust = spec.model.trust_remote_code
-    info = describe(spec.model.path, spec.model.method, trust_remote_code=trust, base=spec.model.base)
+    model = spec.model
+    info = describe(model.path, model.method, trust_remote_code=trust, base=model.base, dtype=model.dtype)
     check_decoder(spec, info)
     tokenizer = load_tokenizer(spec.model.path, trust_remote_code=trust, base=spec.model.base)
     if spec.model.mask_token is not None:

@@ -164,7 +164,7 @@ class Worker:
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         numbers = 2 * config.num_hidden_layers * kv_heads * head_size * tokens  # keys and values of one row
-        row_bytes: int = numbers * torch.finfo(backbone.dtype).bits // 8
+        row_bytes: int = numbers * torch.finfo(backbone.cache_dtype).bits // 8
         return max(1, min(AUTO_ROWS, int(KV_SHARE * free_memory(backbone.device)) // row_bytes))
 
 
@@ -207,7 +207,7 @@ def device_facts(backbone: Backbone) -> dict[str, Any]:
     cuda = backbone.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(backbone.device) if cuda else "cpu",
-        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "dtype": backbone.dtype_name,
         "threads": torch.get_num_threads(),
         "forward": "torch" if backbone.compiled is None else "compiled",
     }

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..common import replace_folder
 from ..common.errors import ConfigError
+from ..forward import int8_rows
 from ..forward.backbone import Backbone, context_window
 from ..forward.khead import KHead
 from ..tokens import Tokenizer, end_ids, single_id
@@ -85,7 +86,7 @@ class ModelInfo:
     remote_code: tuple[str, ...] = ()
     """Classes of the repository's code that run."""
     quantization: str | None = None
-    """How the weights were quantised before they were read as plain numbers (GGUF)."""
+    """How the weights are quantised, or were before they were read as plain numbers (GGUF); both, one after another."""
 
     @property
     def has_head(self) -> bool:
@@ -93,9 +94,14 @@ class ModelInfo:
 
 
 def describe(
-    path: str, method: Method | None = None, *, trust_remote_code: bool = False, base: str | None = None
+    path: str,
+    method: Method | None = None,
+    *,
+    trust_remote_code: bool = False,
+    base: str | None = None,
+    dtype: str = "auto",
 ) -> ModelInfo:
-    """Read configuration, manifest and K-heads, no weights.  method, trust_remote_code, base: see `load`.
+    """Read configuration, manifest and K-heads, no weights.  method, trust_remote_code, base, dtype: see `load`.
 
     Raises ConfigError if it is no causal LM, or an invalid checkpoint.
     """
@@ -108,7 +114,8 @@ def describe(
     k_max = heads[0].k_max if heads else None
     block_length = files.manifest.block_length if files.manifest else files.published.block_length
     code = tuple(files.remote_code)
-    stored_as = quantization(files.base)
+    roundings = [quantization(files.base), int8_rows.LABEL if dtype == "int8" else None]
+    stored_as = "; then ".join(filter(None, roundings)) or None
     return ModelInfo(architecture, context_window(config), k_max, tau, files.method, block_length, code, stored_as)
 
 
@@ -141,9 +148,9 @@ def load(
 ) -> Checkpoint:
     """Load a plain causal LM, a folder of this project, a published layout, or a PEFT adapter merged into its base.
 
-    path: a folder or a hub id.  dtype: auto (float32 on CPU, the checkpoint's own elsewhere), float32, bfloat16.
-    device: auto, cpu, cuda.  tau: training-time bound of the K-head to use.  mask_token: overrides the mask token's
-    text.  end_tokens: texts of the tokens that end an answer, instead of those of configuration and tokenizer.
+    path: a folder or a hub id.  dtype: auto (float32 on CPU, the checkpoint's own elsewhere), float32, bfloat16, int8
+    (on a CPU, see `int8_rows`).  device: auto, cpu, cuda.  tau: training-time bound of the K-head to use.  mask_token:
+    overrides the mask token's text.  end_tokens: texts of the tokens that end an answer, instead of the model's own.
     method: of the adaptation, if the files do not state it.  trust_remote_code: code of the model's repository may run,
     with all rights of this process, if its layout is unknown here.  base: base model of an adapter, a folder or hub id.
     Raises ConfigError for missing or misshapen parts, unknown format versions and unsupported architectures.
@@ -170,7 +177,7 @@ def load(
         gated_files.refuse_gated(files.folder)
         model = adapters.merge(adapters.attach(model, files.folder), files.folder)
     # 3) checks of the forward and of the mask token
-    backbone = Backbone(model, gated)
+    backbone = Backbone(model, gated, int8=dtype == "int8")
     backbone.probe()
     mask_id = single_id(tokenizer, mask_token or manifest.mask_token) if manifest else None
     if mask_id is not None and mask_id >= backbone.vocabulary:
@@ -210,6 +217,10 @@ def save(
         replace_folder.check_ours("cannot save: path", target, CHECKPOINT_FILES)
     if len(checkpoint.heads) != len(manifest.tau if manifest else ()):
         raise ConfigError(f"cannot save {target}: a FLUID checkpoint needs a manifest and one K-head per tau")
+    if checkpoint.backbone.int8 and (manifest is None or manifest.weights == "merged"):
+        raise ConfigError(
+            f"cannot save {target}: its weights are rounded to int8; load it with dtype=float32 to save it"
+        )
     # 2) write a draft beside the target, then swap them
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

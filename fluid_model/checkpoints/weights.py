@@ -22,20 +22,22 @@ NO_ADAPTER = {"subfolder": "-"}
 """Keeps transformers from loading an adapter unasked; `adapters` loads it."""
 FINGERPRINT_NUMBERS = 64
 """Numbers of each weight in a fingerprint; an embedding table's are of its first tokens, whatever its size."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
+"""Number format in which torch holds the weights, by `dtype`; int8 is rounded later, see `int8_rows`."""
 MAX_NAMED = 3
 """Weights named by a message."""
 
 
 def load_weights(source: CheckpointFiles, dtype: str, device: torch.device) -> PreTrainedModel:
-    """The base model with its weights, on the device.  dtype: auto, float32, bfloat16.
+    """The base model with its weights, on the device.  dtype: auto, float32, bfloat16, or int8: float32, to be rounded.
 
     Raises ConfigError for a missing weight, one of another shape, or one that the model does not have.
     """
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ConfigError(f"dtype={dtype!r}: known are auto, float32, bfloat16")
-    number = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
-        dtype, torch.float32 if device.type == "cpu" else "auto"
-    )
+    if dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"dtype={dtype!r}: known are auto, {', '.join(DTYPES)}")
+    if dtype == "int8" and device.type != "cpu":
+        raise ConfigError(f"dtype=int8 on {device.type}: these weights are for a CPU; use bfloat16")
+    number = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else "auto")
     is_published = source.published.llama is not None
     options = {"config": source.config, "key_mapping": dict(source.published.keys)} if is_published else {}
     model, info = from_pretrained(

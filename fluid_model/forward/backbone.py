@@ -3,8 +3,8 @@
 Four forwards stand behind it. `Backbone.forward_choice` decides which runs; the first of these that is possible:
 
     captured      the explicit forward in CUDA graphs, replayed     where `Backbone.capture` was asked for it
-    compiled      the explicit forward in C (`compiled`)            float32 on a CPU, a C compiler, not too large
-    explicit      the forward of Llama in torch (`llama`)           Llama, Qwen2, Mistral; plain linear maps
+    compiled      the explicit forward in C (`compiled`)            float32, bfloat16, int8 on a CPU; a C compiler
+    explicit      the forward of Llama in torch (`llama`)           Llama, Qwen2, Qwen3, Mistral; plain linear maps
     transformers  the model's own modules                           all other causal models
 
 docs/forwards.md has the table in full.
@@ -26,7 +26,7 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..common.errors import ConfigError, reason
-from . import attention_masks, compiled, cuda_graphs, forward_time, llama
+from . import attention_masks, compiled, cuda_graphs, forward_time, int8_rows, llama
 from .gated_lora import GatedLora
 from .kv_cache import KVCache
 
@@ -40,6 +40,8 @@ PROBE_TOLERANCE = {torch.float32: 1e-3}
 """Largest allowed difference from the model's own logits, relative to their largest magnitude."""
 PROBE_TOLERANCE_HALF = 5e-2
 """The same for half precision."""
+PROBE_TOLERANCE_OWN_HALF = 0.15
+"""The same where only the model's own forward rounds to half precision. 30 layers of it move logits by 4 to 7%."""
 MOST_WINDOW = 2**31
 """Tokens. A configuration with more has a placeholder there."""
 SHORT = 2e8
@@ -116,9 +118,14 @@ class Backbone:
     The two are apart, so that the vocabulary projection runs only for slots whose logits are used.
     """
 
-    def __init__(self, model: PreTrainedModel, adapter: GatedLora | None = None) -> None:
-        """adapter: acts on mask slots. Raises ConfigError where the model's own modules would have to apply it."""
+    def __init__(self, model: PreTrainedModel, adapter: GatedLora | None = None, *, int8: bool = False) -> None:
+        """adapter: acts on mask slots.  int8: round the weights of linear maps, in place, see `int8_rows`.
+
+        Raises ConfigError where the model's own modules would have to apply either.
+        """
         self.model = model.eval()
+        self.int8 = int8
+        """Whether the weights of linear maps are rounded to int8 by row."""
         self.adapter = adapter
         self.config = model.config.get_text_config(decoder=True)
         self.window = context_window(model.config)
@@ -143,11 +150,27 @@ class Backbone:
         """Captured forwards, where asked for."""
         self._not_compiled = ""
         self._not_explicit = llama.misfit(model)
+        if int8 and self._not_explicit:
+            raise ConfigError(f"dtype=int8 needs the explicit Llama forward: {self._not_explicit}")
+        if int8:
+            int8_rows.round_linear_maps(model)
         if not self._not_explicit:
             self.explicit = explicit = llama.ExplicitForward(model, self.window, adapter)
-            self.compiled, self._not_compiled = compiled.CompiledForward.of(model, explicit.cos, explicit.sin, adapter)
+            self.compiled, self._not_compiled = compiled.CompiledForward.of(
+                model, explicit.cos, explicit.sin, adapter, int8=int8
+            )
         elif adapter is not None:
             raise ConfigError(f"a gated adapter needs the explicit Llama forward: {self._not_explicit}")
+
+    @property
+    def dtype_name(self) -> str:
+        """Format of the weights: int8, bfloat16, float32, ..."""
+        return "int8" if self.int8 else str(self.dtype).removeprefix("torch.")
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Format of keys and values in the cache."""
+        return torch.float32 if self.forward_choice.kind == "compiled" else self.dtype
 
     @property
     def forward_choice(self) -> ForwardChoice:
@@ -157,7 +180,7 @@ class Backbone:
         if self.graphs is not None:
             return ForwardChoice("captured", "asked for")
         if self.compiled is not None:
-            return ForwardChoice("compiled", "float32 on a CPU")
+            return ForwardChoice("compiled", f"{self.compiled.stored} on a CPU")
         if self.explicit is not None:
             return ForwardChoice("explicit", self._not_compiled or "compiled code is turned off")
         return ForwardChoice("transformers", self._not_explicit or "the explicit forward is turned off")
@@ -227,7 +250,7 @@ class Backbone:
             return self.compiled.logits(flat)
         with self._threads(len(flat)):
             if self.graphs is None or self.graphs.only is None:
-                return self._head(flat)  # type: ignore[no-any-return]
+                return self._head(flat.to(self.dtype))  # type: ignore[no-any-return]
             size = self.graphs.only[1]
             padded = functional.pad(flat, (0, 0, 0, -len(flat) % size)).view(-1, size, flat.shape[-1])
             return torch.cat([self._head(part) for part in padded])[: len(flat)]
@@ -319,7 +342,8 @@ class Backbone:
             raise ConfigError(f"{name} does not run in this engine: {type(error).__name__}: {reason(error)}") from error
         if any(error != error for error in errors):
             raise ConfigError(f"{name}: its logits are not finite; its weights may be damaged, or dtype too narrow")
-        if not (worst := max(errors)) < tolerance(self.dtype):
+        widens = self.forward_choice.kind == "compiled" and self.dtype != torch.float32
+        if not (worst := max(errors)) < (PROBE_TOLERANCE_OWN_HALF if widens else tolerance(self.dtype)):
             raise ConfigError(f"{name} does not run in this engine: logits differ from the model's own by {worst:.2g}")
 
     @contextmanager

@@ -4,7 +4,8 @@ Short forwards of small models wait for Python more than for arithmetic. This on
 capture it (`cuda_graphs`), and `compiled` is the same in C. `Backbone` takes it where `misfit` gives no reason against
 it; `Backbone.probe` compares it with transformers' own.
 
-Source: Llama (Touvron et al. 2023), grouped-query attention (Ainslie et al. 2023), rotary embedding (Su et al. 2021).
+Source: Llama (Touvron et al. 2023), grouped-query attention (Ainslie et al. 2023), rotary embedding (Su et al. 2021),
+norms of queries and keys (Qwen3, Yang et al. 2025).
 
 Legend: B rows, S slots fed, T key columns, H query heads, G key heads, E head size, D hidden, W window.
 """
@@ -22,7 +23,7 @@ from torch.nn import functional
 from .gated_lora import GatedLora, GroupedMap, GroupedMaps
 from .kv_cache import KeyValueStore
 
-MODELS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM")
+MODELS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
 LINEAR = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
@@ -34,7 +35,7 @@ FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True)
 class _LayerWeights:
-    """The weights of one layer: both RMS norms and the linear maps."""
+    """The weights of one layer: RMS norms and linear maps.  head_norms: of queries and keys, none but in Qwen3."""
 
     attention_norm: Tensor
     mlp_norm: Tensor
@@ -42,6 +43,13 @@ class _LayerWeights:
     attention_out: nn.Linear
     gate_up: Sequence[nn.Linear]
     down: nn.Linear
+    head_norms: tuple[Tensor, Tensor] | None
+
+
+def head_norms(layer: Any) -> tuple[Tensor, Tensor] | None:
+    """Weights of the RMS norms that Qwen3 applies to every head's queries and keys, before they are rotated."""
+    attention = layer.self_attn
+    return (attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None
 
 
 def misfit(model: Any) -> str:
@@ -87,15 +95,18 @@ class ExplicitForward:
         self._head_size = base.layers[0].self_attn.head_dim  # E
         self._heads, self._key_heads = config.num_attention_heads, config.num_key_value_heads
         self._eps = torch.tensor(config.rms_norm_eps, device=model.device)
-        angles = base.rotary_emb(base.norm.weight, torch.arange(window, device=model.device)[None])
+        wide = base.norm.weight.float()  # tables in this precision
+        angles = base.rotary_emb(wide, torch.arange(window, device=model.device)[None])
         cos, sin = (table[0][:, None] for table in angles)  # (W, 1, E) each
         half = self._head_size // 2
         self.cos, self.sin = cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)
+        """By position, (W, 1, E) float32 each, the sine of the left half negative."""
+        self._tables = self.cos.to(model.dtype), self.sin.to(model.dtype)
         self._layers = []
         for layer in base.layers:
             maps = [layer.get_submodule(name) for name in LINEAR]
             norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-            self._layers.append(_LayerWeights(*norms, maps[:3], maps[3], maps[4:6], maps[6]))
+            self._layers.append(_LayerWeights(*norms, maps[:3], maps[3], maps[4:6], maps[6], head_norms(layer)))
 
     def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KeyValueStore) -> Tensor:
         """ids, positions: (B, S).  mask: (B, 1, S, T) additive, 0 where a query attends to a key.
@@ -106,7 +117,7 @@ class ExplicitForward:
         gate = self._open_gate(ids, hidden.dtype)
         if gate is not None:
             hidden = torch.where(gate.mask, gate.embedding, hidden)
-        cos, sin = self.cos[positions], self.sin[positions]  # (B, S, 1, E)
+        cos, sin = (table[positions] for table in self._tables)  # (B, S, 1, E)
         for number, layer in enumerate(self._layers):
             hidden = hidden + self._attention(number, layer, hidden, cos, sin, mask, cache, gate)
             hidden = hidden + self._mlp(number, layer, hidden, gate)
@@ -129,7 +140,7 @@ class ExplicitForward:
         qkv = torch.cat([linear(normalized) for linear in layer.qkv], -1)
         if gate is not None:
             qkv = gate.add(number, "qkv", normalized, qkv)
-        qkv = qkv.view(rows, slots, -1, self._head_size)  # (B, S, H + 2 G, E)
+        qkv = self._normalize_heads(layer, qkv.view(rows, slots, -1, self._head_size))  # (B, S, H + 2 G, E)
         _rope(qkv[:, :, : self._heads + self._key_heads], cos, sin)
         qkv = qkv.transpose(1, 2)  # (B, H + 2 G, S, E)
         keys, values = cache.put(qkv[:, self._heads :], number)  # (B, G, T, E)
@@ -139,6 +150,14 @@ class ExplicitForward:
         heads = heads.transpose(1, 2).reshape(rows, slots, -1)
         out: Tensor = layer.attention_out(heads)
         return out if gate is None else gate.add(number, "attention_out", heads, out)
+
+    def _normalize_heads(self, layer: _LayerWeights, qkv: Tensor) -> Tensor:
+        """qkv: (B, S, H + 2 G, E), whose queries and keys are normalized where the layer has norms for them."""
+        if layer.head_norms is None:
+            return qkv
+        queries, keys, values = torch.split(qkv, [self._heads, self._key_heads, self._key_heads], 2)
+        query_norm, key_norm = layer.head_norms
+        return torch.cat((self._rms_norm(queries, query_norm), self._rms_norm(keys, key_norm), values), 2)
 
     def _mlp(self, number: int, layer: _LayerWeights, hidden: Tensor, gate: _Gate | None) -> Tensor:
         """What the MLP of one layer adds to the residual stream, (B, S, D)."""

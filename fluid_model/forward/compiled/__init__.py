@@ -1,4 +1,4 @@
-"""The explicit Llama forward compiled to C, for models in float32 on a CPU.
+"""The explicit Llama forward compiled to C, for weights in float32, bfloat16 or int8 on a CPU; sums are float32.
 
 Torch takes longer to be called than a model of a few million weights takes to compute. Here a forward is one call. A
 slot's numbers are the same to the last bit in every batch, and among draft tokens and mask blocks as in autoregressive

@@ -37,8 +37,8 @@ FLAGS = (
 """`-ffp-contract=fast` fuses a product and the sum it goes into, which takes one instruction and one rounding for two.
 It is gcc's default but not clang's. What is fused is decided by the compiler once, so it is the same in every batch.
 """
-TIMEOUT = 60.0
-"""Seconds that the compiler may take. It needs 2 to 5."""
+TIMEOUT = 120.0
+"""Seconds that the compiler may take. It needs 4 to 9 of its own."""
 RETRY_AFTER = 3600.0
 """Seconds for which a failed compilation is remembered by all processes of the user."""
 LANES = (16, 8, 4)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import llama
 from ..attention_masks import AttentionPlan
 from ..gated_lora import GROUPS, GatedLora
 from ..kv_cache import KVCache
@@ -27,10 +28,20 @@ class CompiledForward:
     """The forward of one model. Follows weights that are changed in place."""
 
     def __init__(
-        self, model: Any, cos: Tensor, sin: Tensor, adapter: GatedLora | None, lanes: int, library: ctypes.CDLL
+        self,
+        model: Any,
+        cos: Tensor,
+        sin: Tensor,
+        adapter: GatedLora | None,
+        lanes: int,
+        library: ctypes.CDLL,
+        *,
+        int8: bool,
     ) -> None:
         """cos, sin: (W, E) each, the sine of the left half negative.  library: compiled for `lanes`."""
-        self._adapter = adapter
+        self._adapter, self._int8 = adapter, int8
+        self.stored = "int8" if int8 else str(model.dtype).removeprefix("torch.")
+        """How weights are stored: float32, bfloat16 or int8. Activations and sums are float32."""
         self._model, self._cos, self._sin, self.lanes, self._library = model, cos, sin, lanes, library
         self._head = model.get_output_embeddings()
         self.projects_vocabulary = type(self._head) is nn.Linear
@@ -42,29 +53,29 @@ class CompiledForward:
 
     @classmethod
     def of(
-        cls, model: Any, cos: Tensor, sin: Tensor, adapter: GatedLora | None = None
+        cls, model: Any, cos: Tensor, sin: Tensor, adapter: GatedLora | None = None, *, int8: bool = False
     ) -> tuple[CompiledForward | None, str]:
         """For a model that `llama.misfit` has nothing against; or None, and why not in one line.
 
-        cos, sin: (W, 1, E) each.  adapter: acts at mask slots.
+        cos, sin: (W, 1, E) float32 each.  adapter: acts at mask slots.  int8: store linear maps so, see `int8_rows`.
         """
         parameters, config, head_size = list(model.parameters()), model.config, cos.shape[-1]
         sizes = (config.hidden_size, config.intermediate_size, head_size)
         lanes = next((n for n in build.LANES if n <= build.native_lanes() and not any(size % n for size in sizes)), 0)
-        if not weights.readable(parameters):
-            return None, f"compiled code is for float32 on a CPU, not {model.dtype} on {model.device.type}"
+        if not weights.packable(parameters):
+            return None, f"compiled code is for float32 or bfloat16 on a CPU, not {model.dtype} on {model.device.type}"
         if weights.untracked([*parameters, *_parameters(adapter)]):
             return None, "the weights are inference tensors, whose changes cannot be noticed"
         if head_size > MAX_HEAD_SIZE:
             return None, f"heads of {head_size} numbers; compiled code takes {MAX_HEAD_SIZE} at most"
         if not lanes:
             return None, f"hidden, inner or head size {sizes} is not a multiple of {build.LANES[-1]}"
-        if no_room := weights.no_room(parameters):
+        if no_room := weights.no_room(parameters, int8=int8):
             return None, no_room
         library = build.library(lanes)
         if library is None:
             return None, build.why_not(lanes)
-        return cls(model, cos[:, 0].contiguous(), sin[:, 0].contiguous(), adapter, lanes, library), ""
+        return cls(model, cos[:, 0].contiguous(), sin[:, 0].contiguous(), adapter, lanes, library, int8=int8), ""
 
     def __call__(self, ids: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
         """ids: (B, S), fed to a cache whose write positions are `plan`'s.
@@ -103,19 +114,24 @@ class CompiledForward:
         if not self._versions.changed():
             return
         base, config, adapter, rank = self._model.base_model, self._model.config, self._adapter, 0
-        self._packed = packed = weights.PackedWeights(self.lanes, self._library, self._weights)
+        self._packed = packed = weights.PackedWeights(self.lanes, self._library, 4 * self._weights, int8=self._int8)
         layers = (structs.Layer * len(base.layers))()
         for number, layer in enumerate(base.layers):
             maps, low_rank = {}, {} if adapter is None else adapter.grouped(number, torch.float32)
             for group, names in GROUPS.items():
                 maps[group] = packed.gated([layer.get_submodule(name) for name in names], low_rank.get(group))
                 rank = max(rank, maps[group].down.outputs)
-            layers[number] = structs.Layer(
-                attention_norm=packed.address(layer.input_layernorm.weight),
-                mlp_norm=packed.address(layer.post_attention_layernorm.weight), **maps,
-            )  # fmt: skip
+            norms = (
+                layer.input_layernorm.weight,
+                layer.post_attention_layernorm.weight,
+                *(llama.head_norms(layer) or ()),
+            )
+            names = "attention_norm", "mlp_norm", "query_norm", "key_norm"
+            layers[number] = structs.Layer(**dict(zip(names, map(packed.address, norms), strict=False)), **maps)
+        table = base.embed_tokens.weight
         self._tables = structs.Model(
-            embeddings=packed.address(base.embed_tokens.weight), final_norm=packed.address(base.norm.weight),
+            embeddings=packed.address(table, table.dtype), embedding_format=structs.FORMATS[table.dtype],
+            final_norm=packed.address(base.norm.weight),
             cos=packed.address(self._cos), sin=packed.address(self._sin), rms_norm_eps=config.rms_norm_eps,
             vocabulary=len(base.embed_tokens.weight), layers=len(layers), hidden=config.hidden_size,
             inner=config.intermediate_size, query_heads=config.num_attention_heads,

@@ -23,7 +23,7 @@ class _PackedKHead:
 
     def strides(self, first: nn.Linear, second: nn.Linear, hidden: Tensor, library: ctypes.CDLL) -> Tensor:
         if self._versions.changed():
-            expected = first.weight.numel() + second.weight.numel()
+            expected = first.weight.nbytes + second.weight.nbytes
             self._packed = PackedWeights(build.native_lanes(), library, expected)
             self._first, self._second = self._packed.linear([first]), self._packed.linear([second])
         hidden, strides = hidden.contiguous(), torch.empty(len(hidden), dtype=torch.long)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_long, c_void_p
 
+import torch
+
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""How weights are stored: `Format` in csrc/structs.h."""
+
 
 class Linear(Structure):
     """A linear map with packed weights."""
 
-    _fields_ = (("panels", c_void_p), ("bias", c_void_p), ("inputs", c_long), ("outputs", c_long))
+    _fields_ = (
+        ("panels", c_void_p), ("scales", c_void_p), ("bias", c_void_p), ("inputs", c_long), ("outputs", c_long),
+        ("format", c_long),
+    )  # fmt: skip
 
 
 class GatedLinear(Structure):
@@ -22,7 +30,7 @@ class Layer(Structure):
     """The weights of one transformer layer."""
 
     _fields_ = (
-        ("attention_norm", c_void_p), ("mlp_norm", c_void_p),
+        ("attention_norm", c_void_p), ("mlp_norm", c_void_p), ("query_norm", c_void_p), ("key_norm", c_void_p),
         ("qkv", GatedLinear), ("attention_out", GatedLinear), ("gate_up", GatedLinear), ("down", GatedLinear),
     )  # fmt: skip
 
@@ -36,6 +44,7 @@ class Model(Structure):
         ("vocabulary", c_long), ("layers", c_long), ("hidden", c_long), ("inner", c_long), ("query_heads", c_long),
         ("key_heads", c_long), ("head_size", c_long), ("window", c_long),
         ("mask_id", c_long), ("rank", c_long), ("mask_embedding", c_void_p),
+        ("embedding_format", c_long),
         ("layer", POINTER(Layer)),
     )  # fmt: skip
 
@@ -59,7 +68,7 @@ FUNCTIONS = {
     "workspace_size": ((POINTER(Model), c_long, c_long, c_long), c_long),
     "project_vocabulary": ((POINTER(Linear), c_long, c_void_p, c_void_p, c_long), None),
     "prepare_panels": ((c_void_p, c_long), None),
-    "pack": ((c_void_p, c_long, c_long, c_long, c_void_p, c_long), None),
+    "pack": ((c_void_p, c_long, c_long, c_long, c_long, c_void_p, c_long), None),
     "k_head_strides": ((POINTER(Linear), POINTER(Linear), c_long, c_void_p, c_void_p, c_void_p), None),
     "top_k": ((c_long, c_long, c_void_p, c_long, c_void_p, c_void_p), None),
     "fill_mask": ((POINTER(Batch), c_void_p, c_void_p), None),

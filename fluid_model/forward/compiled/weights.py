@@ -1,7 +1,8 @@
 """Weights as the compiled code reads them.
 
-A linear map's weights are packed in panels of 2 * lanes output columns, so that a matrix product reads them once and in
-order. That is a second copy of the model in memory, beside torch's.
+A linear map's weights are packed in panels of output columns, so that a matrix product reads them once and in order.
+That is a second copy of the model in memory, beside torch's. Weights are stored in the format they have, float32 or
+bfloat16, or as int8 with a scale a row (`int8_rows`) where that is asked for.
 
 Legend: N outputs, K inputs, P panel width.
 """
@@ -17,15 +18,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .. import int8_rows
 from ..gated_lora import GroupedMap
 from . import structs
 
 MEMORY_SHARE = 0.75
 """Largest part of the free memory that the second copy may take."""
-ARENA = 1 << 24
-"""Floats of one piece of memory for panels, at most, where a single map needs no more."""
-ALIGNED = 16
-"""Panels start at a multiple of so many floats, a cache line."""
+ARENA = 1 << 26
+"""Bytes of one piece of memory for panels, at most, where a single map needs no more."""
+ALIGNED = 64
+"""Panels start at a multiple of so many bytes, a cache line."""
+READABLE = (torch.float32, torch.bfloat16)
+"""Formats of weights that compiled code reads."""
 
 _version = attrgetter("_version")
 
@@ -33,21 +37,29 @@ _version = attrgetter("_version")
 class PackedWeights:
     """Holds the copies that C structures point to."""
 
-    def __init__(self, lanes: int, library: ctypes.CDLL, expected: int) -> None:
-        """library: compiled for `lanes`.  expected: about how many weights come, of all linear maps."""
-        self._lanes, self._library = lanes, library
+    def __init__(self, lanes: int, library: ctypes.CDLL, expected: int, *, int8: bool = False) -> None:
+        """library: compiled for `lanes`.  expected: about how many bytes come, of all linear maps.  int8: linear maps
+        are stored as int8 with a scale a row; low-rank maps are not.
+        """
+        self._lanes, self._library, self._int8 = lanes, library, int8
         self._held: list[Tensor] = []
-        self._arena, self._piece = torch.empty(0), min(expected, ARENA)
+        self._arena, self._piece = torch.empty(0, dtype=torch.uint8), min(expected, ARENA)
 
-    def address(self, tensor: Tensor) -> int:
-        """Address of a tensor's numbers, as they are; copied if they are not contiguous."""
-        self._held.append(tensor.detach().contiguous())
+    def address(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> int:
+        """Address of a tensor's numbers in this format; copied if they have another, or are not contiguous."""
+        self._held.append(tensor.detach().to(dtype).contiguous())
         return self._held[-1].data_ptr()
 
     def linear(self, modules: Sequence[nn.Linear]) -> structs.Linear:
         """Linear maps of one input, packed as one map with their outputs one behind another."""
         bias = _biases(modules) if any(module.bias is not None for module in modules) else None
-        return self.matrix([module.weight for module in modules], bias)
+        weights = [module.weight.detach() for module in modules]
+        if not self._int8:
+            return self.matrix(weights, bias)
+        rounded = [int8_rows.rounded(weight) for weight in weights]
+        packed = self.matrix([integers for integers, _ in rounded], bias)
+        packed.scales = self.address(torch.cat([scales for _, scales in rounded]))
+        return packed
 
     def gated(self, modules: Sequence[nn.Linear], low_rank: GroupedMap | None) -> structs.GatedLinear:
         """Linear maps of one input, and what an adapter adds to them at mask slots."""
@@ -57,21 +69,27 @@ class PackedWeights:
         return structs.GatedLinear(full, self.matrix([low_rank.down]), self.matrix([low_rank.up]))
 
     def matrix(self, weights: Sequence[Tensor], bias: Tensor | None = None) -> structs.Linear:
-        """weights: (., K) each, together (N, K).  bias: (N,)."""
-        width, outputs, inputs = 2 * self._lanes, sum(map(len, weights)), weights[0].shape[1]  # P, N, K
-        panels, first = self._panels(-(-outputs // width) * width * inputs), 0
-        panels[outputs // width * width * inputs :] = 0  # the last panel is filled up
+        """weights: (., K) each of one format, together (N, K).  bias: (N,)."""
+        dtype, outputs, inputs = weights[0].dtype, sum(map(len, weights)), weights[0].shape[1]  # N, K
+        width = (2 if dtype == torch.float32 else 4) * self._lanes  # P
+        panels, first = self._panels(-(-outputs // width) * width * inputs * dtype.itemsize), 0
+        panels[outputs // width * width * inputs * dtype.itemsize :] = 0  # the last panel is filled up
+        format_, threads = structs.FORMATS[dtype], torch.get_num_threads()
         for weight in weights:
             rows = weight.detach().contiguous()
-            self._library.pack(rows.data_ptr(), first, len(rows), inputs, panels.data_ptr(), torch.get_num_threads())
+            self._library.pack(rows.data_ptr(), format_, first, len(rows), inputs, panels.data_ptr(), threads)
             first += len(rows)
-        return structs.Linear(panels.data_ptr(), None if bias is None else self.address(bias), inputs, outputs)
+        biases = None if bias is None else self.address(bias)
+        return structs.Linear(
+            panels=panels.data_ptr(), bias=biases, inputs=inputs, outputs=outputs, format=format_
+        )  # fmt: skip
 
-    def _panels(self, floats: int) -> Tensor:
-        """So many floats, part of a large piece of memory, which the system can map in large pages."""
-        taken = -(-floats // ALIGNED) * ALIGNED
+    def _panels(self, size: int) -> Tensor:
+        """So many bytes, part of a large piece of memory, which the system can map in large pages."""
+        taken = -(-size // ALIGNED) * ALIGNED
         if len(self._arena) < taken:
-            self._arena = torch.empty(max(taken, self._piece))  # pages that are never written take no memory
+            # pages that are never written take no memory
+            self._arena = torch.empty(max(taken, self._piece), dtype=torch.uint8)
             self._held.append(self._arena)
             self._library.prepare_panels(self._arena.data_ptr(), self._arena.nbytes)
         panels, self._arena = self._arena[:taken], self._arena[taken:]
@@ -100,8 +118,14 @@ class Versions:
 
 
 def readable(tensors: Sequence[Tensor]) -> bool:
-    """Whether compiled code can read these: float32 on a CPU."""
+    """Whether compiled code can read these numbers: float32 on a CPU."""
     return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+
+
+def packable(weights: Sequence[Tensor]) -> bool:
+    """Whether a model's weights can be packed: on a CPU, all float32 or all bfloat16."""
+    same = {(weight.device.type, weight.dtype) for weight in weights}
+    return len(same) == 1 and same <= {("cpu", dtype) for dtype in READABLE}
 
 
 def untracked(weights: Sequence[Tensor]) -> bool:
@@ -109,9 +133,9 @@ def untracked(weights: Sequence[Tensor]) -> bool:
     return any(weight.is_inference() for weight in weights)
 
 
-def no_room(weights: Sequence[Tensor]) -> str:
-    """Why there is no room for a second copy of these, in one line; empty where there is."""
-    needed, free = sum(weight.nbytes for weight in weights), free_bytes()
+def no_room(weights: Sequence[Tensor], *, int8: bool = False) -> str:
+    """Why there is no room for a second copy of these, in one line; empty where there is.  int8: it is stored so."""
+    needed, free = sum(weight.numel() if int8 else weight.nbytes for weight in weights), free_bytes()
     if needed <= MEMORY_SHARE * free:
         return ""
     return f"a second copy of the weights takes {needed >> 20} MiB, and {free >> 20} MiB of memory are free"

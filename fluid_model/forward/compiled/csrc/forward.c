@@ -1,4 +1,4 @@
-/* The forward of Llama-shaped models in float32.
+/* The forward of Llama-shaped models. Activations are float32, weights are stored in a Format each, see structs.h.
 
    Called by forward.py. Padding is dropped first: all work is done for the M slots that count, of all rows.
    Threads share every step: matrix products by output columns, attention by slots and heads, the rest by slots.
@@ -45,6 +45,7 @@ typedef struct {
     long count; /* M */
     long threads;
     Workspace work;
+    const Layer *layer;   /* the layer at hand */
     const float *norm;    /* (D,) weight of the RMS norm to be taken */
     float *keys, *values; /* of the layer at hand: (rows, G, cache columns, E) */
     float *out;           /* (B, S, D) */
@@ -132,17 +133,33 @@ static void for_blocks(Pass *pass, Part *run, long times)
     share(pass->threads, block_count(pass) * times, run, pass);
 }
 
+/* The embedding of a token, (D,). */
+static void embed(const Model *model, long id, float *out)
+{
+    const long hidden = model->hidden;
+    if (id == model->mask_id) {
+        memcpy(out, model->mask_embedding, hidden * sizeof *out);
+    } else if (model->embedding_format == FLOAT32) {
+        memcpy(out, (const float *)model->embeddings + id * hidden, hidden * sizeof *out);
+    } else {
+        const unsigned short *halves = (const unsigned short *)model->embeddings + id * hidden;
+        for (long d = 0; d < hidden; d++) {
+            const unsigned bits = (unsigned)halves[d] << 16;
+            memcpy(out + d, &bits, sizeof bits);
+        }
+    }
+}
+
 /* Embeddings of a block, and the columns its slots attend to. */
 static void embed_block(void *context, long block, long thread)
 {
     const Pass *pass = context;
     const Workspace *work = &pass->work;
-    const long hidden = pass->model->hidden, total = pass->batch->total;
+    const long total = pass->batch->total;
     (void)thread;
     for (long i = block * SLOT_BLOCK; i < block_end(pass, block); i++) {
-        const long slot = work->slot[i], id = pass->batch->ids[slot];
-        const float *row = id == pass->model->mask_id ? pass->model->mask_embedding : pass->model->embeddings + id * hidden;
-        memcpy(work->residual + i * hidden, row, hidden * sizeof *row);
+        const long slot = work->slot[i];
+        embed(pass->model, pass->batch->ids[slot], work->residual + i * pass->model->hidden);
         work->column_count[i] =
             attended_columns(pass->batch, slot / pass->batch->slots, slot, work->columns + i * total);
     }
@@ -179,7 +196,13 @@ static void gated_gemm(const Pass *pass, const GatedLinear *linear, const float 
     gemm_add(&linear->up, work->mask_count, work->mask_low, work->mask_slots, out, pass->threads);
 }
 
-/* Rotates queries and keys of a block, and writes its keys and values to the cache. */
+/* RMS norm of every head, in place.  heads: (count, E) */
+static void normalize_heads(const Model *model, long count, const float *weight, float *heads)
+{
+    if (weight) rms_norm(count, heads, weight, model->rms_norm_eps, model->head_size, heads);
+}
+
+/* Normalizes and rotates queries and keys of a block, and writes its keys and values to the cache. */
 static void rotate_and_cache_block(void *context, long block, long thread)
 {
     const Pass *pass = context;
@@ -191,6 +214,8 @@ static void rotate_and_cache_block(void *context, long block, long thread)
         float *qkv = work->qkv + i * qkv_size(model);
         long row = work->slot[i] / pass->batch->slots, column = pass->batch->columns[work->slot[i]];
         const float *cos = model->cos + work->position[i] * size, *sin = model->sin + work->position[i] * size;
+        normalize_heads(model, heads, pass->layer->query_norm, qkv);
+        normalize_heads(model, groups, pass->layer->key_norm, qkv + heads * size);
         for (long h = 0; h < heads + groups; h++) rope(qkv + h * size, cos, sin, size);
         for (long g = 0; g < groups; g++) {
             long cell = ((row * groups + g) * pass->batch->cache_columns + column) * size;
@@ -245,6 +270,7 @@ static void activate_block(void *context, long block, long thread)
 static void run_layer(Pass *pass, const Layer *layer)
 {
     const Workspace *work = &pass->work;
+    pass->layer = layer;
     /* 1) attention */
     gated_gemm(pass, &layer->qkv, normalized(pass, layer->attention_norm), NULL, work->qkv);
     for_blocks(pass, rotate_and_cache_block, 1);

@@ -12,11 +12,16 @@
 
 _Static_assert(sizeof(long) == 8, "torch's int64 is read as long");
 
-/* A linear map. Its weights are packed in panels of PANEL output columns, see gemm.h. */
+/* How weights are stored. Products and sums are float32 throughout. */
+typedef enum { FLOAT32, BFLOAT16, INT8 } Format;
+
+/* A linear map. Its weights are packed in panels of output columns, see gemm.h. */
 typedef struct {
-    const float *panels; /* (outputs / PANEL rounded up, inputs, PANEL) */
+    const void *panels;  /* (outputs / width rounded up, inputs, width), width being `panel_width` */
+    const float *scales; /* (outputs,) of int8 weights: a weight is its integer times its row's scale; else NULL */
     const float *bias;   /* (outputs,), or NULL */
     long inputs, outputs;
+    long format; /* a Format */
 } Linear;
 
 /* A linear map, and the low-rank map of a gated adapter that is added to it at mask slots. */
@@ -27,6 +32,7 @@ typedef struct {
 
 typedef struct {
     const float *attention_norm, *mlp_norm; /* (D,) each: weights of the RMS norms */
+    const float *query_norm, *key_norm;     /* (E,) each: of the RMS norms of every head; NULL: none (but Qwen3) */
     GatedLinear qkv;                        /* D -> (H + 2 G) E: queries, keys, values */
     GatedLinear attention_out;              /* H E -> D */
     GatedLinear gate_up;                    /* D -> 2 F: gate, up */
@@ -34,7 +40,7 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    const float *embeddings; /* (V, D) */
+    const void *embeddings;  /* (V, D) */
     const float *final_norm; /* (D,) */
     const float *cos, *sin;  /* (W, E) each; the sine of the left half is negative */
     float rms_norm_eps;
@@ -42,6 +48,7 @@ typedef struct {
     long mask_id; /* the token at whose slots the adapter acts; negative without an adapter */
     long rank;    /* largest R of an adapted map */
     const float *mask_embedding; /* (D,) in place of that token's row; NULL without an adapter */
+    long embedding_format;       /* FLOAT32 or BFLOAT16 */
     const Layer *layer;
 } Model;
 

@@ -27,6 +27,10 @@ static const ivec LANE = {0, 1, 2, 3};
 
 static inline vec load(const float *from) { return *(const vec *)from; }
 
+typedef int loose_ivec __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+/* LANES words as they are: pairs of bfloat16, or four int8. */
+static inline ivec load_words(const void *from) { return *(const loose_ivec *)from; }
+
 static inline void store(float *to, vec value) { *(vec *)to = value; }
 
 /* Lane by lane: `yes` where the condition is all ones, else `no`. */
