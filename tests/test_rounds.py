@@ -165,9 +165,8 @@ def plain_steps(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_toke
         # 3) commit
         tally.committed += len(fresh) if answer else 0
         answer += fresh
-    answer = answer[:new_tokens]
-    end = next((i for i, token in enumerate(answer) if token in checkpoint.end_ids), None)
-    return tuple(answer[:end]), steps, fed, expected
+    written = takewhile(lambda token: token not in checkpoint.end_ids, answer[:new_tokens])
+    return tuple(written), steps, fed, expected
 
 
 @pytest.mark.parametrize(
