@@ -172,17 +172,18 @@ def test_a_training_changes_the_adapter_alone(tmp_path, target):
     assert drafted.ids == plain.ids
 
 
-def packed_batch(checkpoint, anchors=3):
-    layout = AllMaskLayout(checkpoint.mask_id, 4, anchors=anchors)
+def packed_batch(checkpoint, anchors=3, **widths):
+    layout = AllMaskLayout(checkpoint.mask_id, 4, anchors=anchors, **widths)
     examples = [Example(tuple(range(5, 17)), ((4, 12),)), Example(tuple(range(40, 50)), ((2, 10),))]
     rows = [layout.build(example, random.Random(n), 0) for n, example in enumerate(examples)]
     return collate([pack_rows(rows), rows[0]])
 
 
-def test_training_sees_what_decoding_sees():
+@pytest.mark.parametrize("widths", [{"anchors": 3}, {"anchors": 7, "drawn": True, "depth": 0.6}])
+def test_training_sees_what_decoding_sees(widths):
     """Hidden states of the split forward are those of the engine's forward, at every mask slot of packed rows."""
     checkpoint, _ = gated_checkpoint()
-    batch = packed_batch(checkpoint)
+    batch = packed_batch(checkpoint, **widths)
     stage = GatedStage(checkpoint.backbone)
     masks = batch["step"] > 0
     logits = slot_logits(stage, checkpoint.model, batch, masks)
@@ -276,11 +277,12 @@ def test_drawn_widths_weigh_a_depth_as_falling_weights_do():
     assert (depths / depths[0]).tolist() == pytest.approx([1, 0.6, 0.36, 0.216], abs=0.03)
 
 
-def test_blocks_of_unequal_width():
-    anchor, step = torch.tensor([0, 1, 2, 0, 0, 1, 0]), torch.tensor([0, 0, 0, 1, 2, 1, 3])
+def test_blocks_of_unequal_width_share_rows():
+    anchor = torch.tensor([0, 1, 2, 3, 0, 0, 1, 0, 2, 2, 3])
+    step = torch.tensor([0, 0, 0, 0, 1, 2, 1, 3, 1, 2, 1])
     slots, valid = block_slots(anchor, step)
-    assert slots.tolist() == [[3, 4, 6], [5, 5, 5]]
-    assert valid.tolist() == [[True, True, True], [True, False, False]]
+    assert slots.tolist() == [[4, 5, 7], [8, 9, 6], [10, 10, 10]]
+    assert valid.tolist() == [[True, True, True], [True, True, True], [True, False, False]]
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,17 @@
 """Training of a gated adapter: one forward of the tokens without gradients, and one of the mask blocks that reads it.
 
-The adapter acts on mask slots alone, so the tokens' keys and values are the parent's and need no gradient. Every mask
-block is a row of its own behind the tokens up to its anchor:
+The adapter acts on mask slots alone, so the tokens' keys and values are the parent's and need no gradient. A mask block
+stands behind the tokens up to its anchor. Blocks that are narrower than the widest share a row:
 
-    tokens       a b c d e              one row, the parent's forward; its keys and values are recorded
-    mask blocks  a b   . . .  M M       a row for each block: recorded keys up to the anchor, then its own slots
-                 a b c d .    M M
+    tokens       a b c d e           one row, the parent's forward; its keys and values are recorded
+    mask blocks  a b . . .  M M      anchored at b: recorded keys up to the anchor, then its own slots
+                 a . . . .  M .      anchored at a, and
+                 a b c d .  . M      anchored at d, in one row; a slot attends to its own block
 
 The same distribution that verification will compare with is in the first forward: the parent's own at every token.
 
-Legend: B rows, L slots, N tokens of a row, A mask blocks, K slots of the widest, M labelled slots, D hidden, V
-vocabulary, G key heads, E head size.
+Legend: B rows, L slots, N tokens of a row, A rows of mask blocks, K slots of the widest block, M labelled slots, D
+hidden, V vocabulary, G key heads, E head size.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class TokenStore:
 
 
 class BlockStore:
-    """Puts recorded tokens before the keys and values of mask blocks, one row a block."""
+    """Puts recorded tokens before the keys and values of each row of mask blocks."""
 
     def __init__(self, tokens: TokenStore) -> None:
         self._tokens = tokens
@@ -59,7 +60,8 @@ class BlockStore:
 class BlockSlots(NamedTuple):
     """Where the mask blocks of a row stand.
 
-    slots: (A, K) their slots in the row; a shorter block repeats its first.  valid: (A, K) bool, False for repeats.
+    slots: (A, K) their slots in the row, a whole block in one of the A; what is left repeats the first slot.
+    valid: (A, K) bool, False for repeats.
     """
 
     slots: Tensor
@@ -156,9 +158,20 @@ ROW = ("ids", "positions", "segment", "anchor", "step")
 
 
 def block_slots(anchor: Tensor, step: Tensor) -> BlockSlots:
-    """The mask blocks of a row, by anchor.  anchor, step: (L,)."""
-    masks = (step > 0).nonzero()[:, 0]
-    _, block = torch.unique(anchor[masks], return_inverse=True)
-    slots = torch.full((int(block.max()) + 1, int(step.max())), -1, device=step.device)
-    slots[block, step[masks] - 1] = masks
+    """The mask blocks of a row, packed: the widest first, each where there is room first.  anchor, step: (L,)."""
+    # 1) blocks by anchor
+    blocks: dict[int, list[int]] = {}
+    anchors = anchor.tolist()
+    for slot in (step > 0).nonzero()[:, 0].tolist():
+        blocks.setdefault(anchors[slot], []).append(slot)
+    # 2) rows of blocks
+    width, rows = int(step.max()), list[list[int]]()
+    for block in sorted(blocks.values(), key=len, reverse=True):
+        row = next((row for row in rows if len(row) + len(block) <= width), None)
+        if row is None:
+            rows.append(list(block))
+        else:
+            row += block
+    # 3) tensors
+    slots = torch.tensor([row + [-1] * (width - len(row)) for row in rows], device=step.device)
     return BlockSlots(torch.where(slots < 0, slots[:, :1], slots), slots >= 0)
