@@ -100,6 +100,15 @@ def _shared(name: str) -> Path:
 
 
 @pytest.fixture(scope="session")
+def c_library() -> None:
+    """Compiled when the first test needs it: not by every worker, all at once, while they collect."""
+    from fluid_model.forward import compiled
+
+    if compiled.library(4) is None:
+        pytest.skip("no C compiler")
+
+
+@pytest.fixture(scope="session")
 def data_dir() -> Path:
     return _shared("data")
 

@@ -29,7 +29,7 @@ from fluid_model.forward.kv_cache import KVCache
 from .test_graphs import logged, requests
 from .test_llama import CONFIGS, SIZES, backbone_of, model_of
 
-pytestmark = pytest.mark.skipif(compiled.library(4) is None, reason="no C compiler")
+pytestmark = pytest.mark.usefixtures("c_library")
 WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 112, "head_dim": 48, "attention_bias": True, "mlp_bias": True}
 
 
