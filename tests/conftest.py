@@ -26,7 +26,10 @@ settings.load_profile("suite")  # the same inputs every time; nox -s properties 
 
 gc.disable()
 """Until all files are imported: libraries make a million objects, and none of them is garbage."""
-LONGEST = ("run", "train", "sweep", "parity", "laws", "graphs", "plan", "rounds", "report_browser", "gpu_bench", "chat")
+LONGEST = (
+    *("run", "train", "sweep", "parity", "laws", "graphs", "plan", "rounds", "chat", "hostile", "compiled", "report"),
+    *("audit", "gated", "samplers", "warden", "gpu_bench", "places", "methods", "sandbox", "layout"),
+)
 """Files that take longest begin first, so that no worker is left alone with one at the end (--no-loadscope-reorder)."""
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 FEW = 12
