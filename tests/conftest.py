@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
@@ -23,7 +24,12 @@ settings.register_profile("suite", derandomize=True, deadline=None, database=Non
 settings.register_profile("random", settings.get_profile("suite"), derandomize=False, print_blob=True)
 settings.load_profile("suite")  # the same inputs every time; nox -s properties draws others
 
-LONGEST = ("run", "train", "sweep", "parity", "laws", "graphs", "plan", "rounds", "report_browser", "gpu_bench", "chat")
+gc.disable()
+"""Until all files are imported: libraries make a million objects, and none of them is garbage."""
+LONGEST = (
+    *("run", "train", "sweep", "parity", "laws", "graphs", "plan", "rounds", "chat", "hostile", "compiled", "report"),
+    *("audit", "gated", "samplers", "warden", "gpu_bench", "places", "methods", "sandbox", "layout"),
+)
 """Files that take longest begin first, so that no worker is left alone with one at the end (--no-loadscope-reorder)."""
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 FEW = 12
@@ -40,6 +46,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device here"))
+
+
+def pytest_collection_finish() -> None:
+    set_aside_objects()
+    gc.enable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is None or nextitem.path != item.path:
+        set_aside_objects()  # of libraries that this file's tests were the first to import
+
+
+def set_aside_objects() -> None:
+    """What lives now lives to the end, nearly all of it: no later collection walks it again.
+
+    Trainer collects garbage at each training, Python itself every so often. Walking a million objects takes 0.5 s.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -74,6 +100,15 @@ def _shared(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs {name} in a folder named shared beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def c_library() -> None:
+    """Compiled when the first test needs it: not by every worker, all at once, while they collect."""
+    from fluid_model.forward import compiled
+
+    if compiled.library(4) is None:
+        pytest.skip("no C compiler")
 
 
 @pytest.fixture(scope="session")

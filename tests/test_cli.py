@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fluid_eval.benchmarks import datasets
 from fluid_eval.benchmarks.datasets import HUB_TIMEOUT
 from fluid_eval.cli import EXIT_UNHEALTHY
 from fluid_eval.cli.main import main
@@ -130,28 +132,34 @@ def request_mmlu(folder: Path) -> None:
         (folder / "mmlu" / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
-def test_no_hub_and_no_data_is_one_error_in_time(tmp_path, tiny_model):
+def test_no_hub_and_no_data_is_one_error_in_time(tmp_path, tiny_model, monkeypatch, capsys):
     """With a hub that is there and never answers, one question is waited for, as long as a question may take."""
-    import os
+    import datasets.config as datasets_config
+    import huggingface_hub.constants as hub_constants
 
-    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
-    program = (
-        "import sys; from fluid_eval.benchmarks import datasets; from fluid_eval.cli.main import main; "
-        "datasets.HUB_TIMEOUT = 1.5; sys.exit(main())"
-    )
-    words = [sys.executable, "-c", program, "run", "--tasks", "gsm8k", "--model", str(tiny_model), "--out", "r"]
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name)
+    for library in (hub_constants, datasets_config):
+        monkeypatch.setattr(library, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "HUB_TIMEOUT", 1.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         hub = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT), "NO_PROXY": "*"}
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        monkeypatch.setenv("HF_ENDPOINT", hub)
+        monkeypatch.setenv("NO_PROXY", "*")
+        for library, name in ((hub_constants, "ENDPOINT"), (datasets_config, "HF_ENDPOINT")):
+            monkeypatch.setattr(library, name, hub)
+        for library, name in ((hub_constants, "HF_HUB_CACHE"), (datasets_config, "HF_DATASETS_CACHE")):
+            monkeypatch.setattr(library, name, tmp_path / "hf")
+        code, _, err = run(capsys, "--tasks", "gsm8k", "--model", tiny_model, "--out", tmp_path / "r")
         silent.setblocking(False)
         silent.accept()[0].close()
         with pytest.raises(BlockingIOError):
             silent.accept()
     assert HUB_TIMEOUT < 10
-    assert done.returncode == 2
-    assert "Either connect to the hub, or pass --data-dir DIR (or set FLUID_DATA_DIR)" in done.stderr
+    assert code == 2
+    assert "Either connect to the hub, or pass --data-dir DIR (or set FLUID_DATA_DIR)" in err
     assert not (tmp_path / "r").exists()
+    assert os.environ["HF_HUB_OFFLINE"] == os.environ["HF_DATASETS_OFFLINE"] == "1", "for libraries imported later"
 
 
 def test_a_spec_file_and_flags_that_override_it(capsys, tmp_path, tiny_model, tiny_fluid, little_data):

@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig
 
-from fluid_model.forward import compiled
 from fluid_model.forward.attention_masks import MAX_STEPS, NEVER, AttentionIntervals
 from fluid_model.forward.backbone import Backbone
 from fluid_model.forward.compiled import CompiledForward, weights
@@ -21,7 +20,7 @@ from fluid_model.forward.llama import LINEAR
 from .test_compiled import WIDE, by_torch
 from .test_llama import CONFIGS, backbone_of, model_of
 
-pytestmark = pytest.mark.skipif(compiled.library(4) is None, reason="no C compiler")
+pytestmark = pytest.mark.usefixtures("c_library")
 MASK = 5
 IDS = torch.tensor([[7, MASK, MASK, 9, MASK, 11], [MASK, 3, MASK, 8, 8, 8], [1, 2, 3, 4, 6, 8]])
 WIDTHS = [6, 3, 5]

@@ -17,7 +17,7 @@ from fluid_model.forward.compiled import weights
 from .test_compiled import WIDE, run_twice
 from .test_llama import CONFIGS, backbone_of
 
-pytestmark = pytest.mark.skipif(compiled.library(4) is None, reason="no C compiler")
+pytestmark = pytest.mark.usefixtures("c_library")
 LANES = 4
 VECTORS = {torch.float32: 2, torch.bfloat16: 4, torch.int8: 4}
 
