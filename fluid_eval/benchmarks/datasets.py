@@ -250,16 +250,12 @@ def go_offline() -> None:
 
 def _splits(name: str, data_dir: str | None, subject: str | None = None) -> dict[str, Any]:
     """Every split of a dataset, as lm-eval's `custom_dataset` expects it."""
-    from datasets import Dataset
-    from datasets.fingerprint import generate_random_fingerprint
-    from datasets.table import InMemoryTable
+    import datasets
 
     splits = {}
     for split in DATASETS[name].known:
-        rows = [r for r in load_rows(name, split, data_dir) if subject in (None, r.get("subject"))]
-        # from_list would pickle and hash what it holds to name it, which takes longer than all else here
-        table = InMemoryTable.from_pydict({field: [row[field] for row in rows] for field in DATASETS[name].fields})
-        splits[split] = Dataset(table, fingerprint=generate_random_fingerprint())
+        rows = load_rows(name, split, data_dir)
+        splits[split] = datasets.Dataset.from_list([r for r in rows if subject in (None, r.get("subject"))])
     return splits
 
 
