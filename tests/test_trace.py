@@ -81,6 +81,9 @@ def test_colours_fit_the_terminal(capsys):
     out = capsys.readouterr().out
     assert "prefill" in out
     assert "12 tokens in" in out
+    assert "slot_budget=64" in out, "so that there are drafts to look at"
+    assert "[] committed by this forward   <> drafted" in out
+    assert re.search(r"round +\d+ .*\[[^\]]+\]<[^>]+>", out), "without colours, in brackets"
     assert all(len(line) <= 80 for line in out.splitlines())
 
 

@@ -147,7 +147,7 @@ def markdown(records: Sequence[ForwardRecord]) -> str:
 
 
 def show(records: Sequence[ForwardRecord], answer: Generation, decoder: Mapping[str, Any]) -> None:
-    """Print the growing answer in colours: committed tokens green, draft tokens yellow, masks grey."""
+    """Print the growing answer: committed tokens green, draft tokens yellow, masks grey; else in brackets."""
     # 1) the table
     console = Console(width=None if Console().is_terminal else 80, highlight=False)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), expand=True)
@@ -165,9 +165,10 @@ def show(records: Sequence[ForwardRecord], answer: Generation, decoder: Mapping[
         }
         canvas |= {place: (text, "green") for place, text in record.committed.items()}
         canvas |= {place: (text, "yellow") for place, text in record.drafted.items()}
-        table.add_row(str(number), record.kind, str(record.slots), _painted(canvas))
-    # 3) totals
+        table.add_row(str(number), record.kind, str(record.slots), _painted(canvas, bool(console.color_system)))
+    # 3) legend and totals
     console.print(table)
+    console.print(_legend(bool(console.color_system)))
     tokens, forwards = len(answer.ids), sum(answer.trace.forwards.values())
     console.print(
         f"\n{tokens} tokens in {forwards} forwards, {tokens / forwards:.2f} a forward; ended by {answer.finish}"
@@ -191,8 +192,25 @@ def _drafting(answer: Generation) -> str:
     return line
 
 
-def _painted(canvas: Mapping[int, tuple[str, str]]) -> Text:
+BRACKETS = {"green": ("[", "]"), "yellow": ("<", ">")}
+"""Around committed and draft tokens where there are no colours."""
+
+
+def _legend(coloured: bool) -> Text:
+    names = {"green": "committed by this forward", "yellow": "drafted, not verified yet"}
+    text = Text("\n")
+    for colour, name in names.items():
+        text.append(*((name, colour) if coloured else (f"{''.join(BRACKETS[colour])} {name}", "")))
+        text.append("   ")
+    return text.append("· not written yet", "bright_black" if coloured else "")
+
+
+def _painted(canvas: Mapping[int, tuple[str, str]], coloured: bool) -> Text:
+    """The answer, runs of tokens of one colour together."""
+    places = [canvas.get(place, ("·", "bright_black")) for place in range(max(canvas, default=-1) + 1)]
     text = Text()
-    for place in range(max(canvas, default=-1) + 1):
-        text.append(*canvas.get(place, ("·", "bright_black")))
+    for colour, run in groupby(places, key=lambda piece: piece[1]):
+        words = "".join(piece for piece, _ in run)
+        opening, closing = ("", "") if coloured else BRACKETS.get(colour, ("", ""))
+        text.append(f"{opening}{words}{closing}", colour)
     return text

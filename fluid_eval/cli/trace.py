@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 from .options import BUNDLED, integer
 
 HELP = "how one answer is decoded, forward by forward"
+SLOT_BUDGET = 64
+"""Of a trace that sets none."""
 
 
 def add(trace: argparse.ArgumentParser) -> None:
@@ -17,7 +20,11 @@ def add(trace: argparse.ArgumentParser) -> None:
     )
     trace.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; \\n is a new line")
     trace.add_argument(
-        "--set", action="append", default=[], metavar="A.B=C", help="any setting, e.g. decoder.confidence=0.9"
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help=f"any setting, e.g. decoder.confidence=0.9; decoder.slot_budget is {SLOT_BUDGET} here unless set",
     )
     trace.add_argument("--max-new-tokens", type=integer, default=64, metavar="N", help="length limit; default: 64")
     trace.add_argument("--markdown", action="store_true", help="a Markdown table instead of colours")
@@ -25,6 +32,7 @@ def add(trace: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     from fluid_model.common.fields import assign, put
+    from fluid_model.settings import FluidSettings
 
     from ..common.paths import resource
     from ..common.spec import build_spec
@@ -39,6 +47,9 @@ def main(options: argparse.Namespace) -> int:
     for setting in options.set:
         assign(values, setting)
     spec = build_spec(with_decoder(values))
+    if isinstance(spec.decoder, FluidSettings) and spec.decoder.slot_budget is None:
+        # drafts to look at, even where they would not pay on this machine
+        spec = replace(spec, decoder=replace(spec.decoder, slot_budget=SLOT_BUDGET))
     # 2) decode and print
     from ..analysis.trace import markdown, show, trace_answer
 
