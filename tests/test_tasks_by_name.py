@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import yaml
 
 from fluid_eval.benchmarks import code_tasks, lm_eval_tasks, profiles, task_data, task_index
 from fluid_eval.benchmarks.task_index import catalogue, with_task_names
+from fluid_eval.cli.main import GROUPS, main, parser
+from fluid_eval.common import settings_list
 from fluid_eval.common.spec import build_spec
 from fluid_eval.results.run_folder import read_samples
 from fluid_eval.running import job
 from fluid_model.common.errors import ConfigError
+from fluid_model.settings import DECODERS
 
+ROOT = Path(__file__).resolve().parents[1]
 CAPITALS = {
     "task": "capitals", "tag": "geography", "dataset_path": "me/capitals", "output_type": "generate_until",
     "test_split": "test", "doc_to_text": "Capital of {{country}}:", "doc_to_target": "{{capital}}",
@@ -276,3 +284,70 @@ def test_a_task_that_samples_says_which_setting_decides(own, tmp_path):
         lm_eval_tasks.check_settings(spec, lm_eval_tasks.load_tasks(spec), 512)
     spec = spec_of(tasks="capitals", tasks_dir=str(own), decoder={"name": "ar", "temperature": 0.2})
     lm_eval_tasks.check_settings(spec, lm_eval_tasks.load_tasks(spec), 512)
+
+
+def test_the_example_of_the_docs_runs(tiny_fluid, tmp_path, monkeypatch):
+    page = (ROOT / "docs/own-tasks.md").read_text()
+    for name, text in re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", page, re.S):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (command,) = re.findall(r"<!-- run -->\n```\nfluid-eval (.*)\n```", page)
+    monkeypatch.chdir(tmp_path)
+    arguments = command.replace("tiny-fluid", str(tiny_fluid)).split()
+    assert main([*arguments, "--out", "run", "--set", "health.length_limit=1", "--set", "health.no_answer=1"]) == 0
+    samples = list(read_samples(tmp_path / "run"))
+    assert [record["key"] for record in samples] == ["capitals/0", "capitals/1", "adders/0"]
+    assert samples[2]["verdicts"]
+
+
+def test_listing_commands(own, capsys):
+    assert main(["tasks", "capit?ls", "--tasks-dir", str(own), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["name"], row["does"], row["source"]) == ("capitals", "writes", "own")
+    assert main(["tasks", "no such name"]) == 1
+    assert main(["tasks"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_models_and_decoders_are_listed(capsys):
+    assert main(["models", "--json"]) == 0
+    assert {row["name"]: row["decoder"] for row in json.loads(capsys.readouterr().out)} == {
+        "tiny-ar": "ar", "tiny-fluid": "fluid", "tiny-llada": "llada", "tiny-nbdiff": "nbdiff",
+    }  # fmt: skip
+    assert main(["decoders", "--json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == list(DECODERS)
+    assert main(["decoders"]) == main(["models"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_every_setting_is_listed_with_its_meaning(capsys):
+    listed = settings_list.all_settings()
+    assert [one.name for one in listed if not one.about] == []
+    for kind in DECODERS.values():
+        for field in fields(kind):
+            (one,) = [s for s in listed if (s.name, s.decoder) == (f"decoder.{field.name}", kind.name)]
+            expected = {None: "unset", True: "true", False: "false"} if isinstance(field.default, bool | None) else {}
+            assert one.default == expected.get(field.default, str(field.default))
+    assert main(["settings", "decoder.verify"]) == 0
+    assert "true or false, default true" in capsys.readouterr().out
+    assert main(["settings", "decoder.verfy"]) == 2
+    assert "did you mean decoder.verify" in capsys.readouterr().err
+
+
+def test_bundled_checkpoints_answer_to_their_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert build_spec({"tasks": "mini", "model": "tiny-ar"}).model.path == str(ROOT / "checkpoints/tiny-ar")
+    (tmp_path / "tiny-ar").mkdir()
+    assert build_spec({"tasks": "mini", "model": "tiny-ar"}).model.path == "tiny-ar"
+    assert main(["run", "--tasks", "mini", "--model", "tiny-ar"]) == 2
+    assert "the folder ./tiny-ar, not the bundled checkpoint" in capsys.readouterr().err
+
+
+def test_help_shows_the_commands_in_groups_each_with_an_example():
+    text = parser().format_help()
+    for title, group in GROUPS.items():
+        assert f"{title}:" in text
+        for command in group.values():
+            assert f"$ {command.EXAMPLE}" in text
+            parser().parse_args(shlex.split(command.EXAMPLE)[1:])
+    assert max(map(len, text.splitlines())) <= 95
