@@ -53,7 +53,7 @@ _library_load = datasets.load_dataset
 @contextmanager
 def from_folders(data_dir: str | None, own: str | None, splits: Splits) -> Iterator[None]:
     """Within it, datasets of tasks come from these folders where they lie there. own: the user's task folder."""
-    datasets.load_dataset = _load  # type: ignore[assignment]  # takes what lm-eval's tasks pass
+    datasets.load_dataset = _load
     _current.append(_Folders(data_dir, own, splits))
     try:
         yield

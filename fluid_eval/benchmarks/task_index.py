@@ -27,7 +27,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from fluid_model.common import cache_folder, files
 from fluid_model.common.errors import ConfigError
@@ -324,8 +324,9 @@ def with_task_names(values: Mapping[str, Any]) -> Nested:
     if isinstance(folder, str):
         folder = values["tasks_dir"] = os.path.abspath(os.path.expanduser(folder))
     names = [name.strip() for name in tasks.split(",") if name.strip()] if isinstance(tasks, str) else tasks
-    is_valid = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-    if not is_valid or not isinstance(folder, str | None):
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return values
+    if not isinstance(folder, str | None):
         return values
     ours = of_this_package()
     simple = all(name in ours and ours[name].kind != "tag" for name in names)

@@ -52,7 +52,7 @@ def main(options: argparse.Namespace) -> int:
     else:
         print(f"no name matches {options.pattern}")
     if options.pattern is None and not options.json:
-        print("lm-eval's 14,000 names by pattern: fluid-eval tasks arc, fluid-eval tasks 'mmlu_pro*'")
+        print("lm-eval's 14,000 names by pattern: fluid-eval tasks 'mmlu_pro*'")
     return EXIT_OK if chosen else EXIT_FAILED
 
 

@@ -102,7 +102,7 @@ def cost(records: Sequence[Record], repeats: Sequence[Repeat] = ()) -> Cost:
 
 def first_scores(records: Sequence[Record]) -> dict[str, float]:
     """Score of each sample by its task's first metric, by key; samples without a score have none."""
-    return {r["key"]: float(next(iter(r["scores"].values()))) for r in records if r.get("scores")}
+    return {r["key"]: float(next(iter(r["scores"].values()))) for r in records if "lost" not in r and r["scores"]}
 
 
 def table_rows(
