@@ -143,17 +143,17 @@ def test_lm_evals_names_are_cached_by_version_and_time(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tasks", "said"),
+    ("tasks", "message"),
     [
         ("mbbp", "task 'mbbp' is unknown; did you mean mbpp"),
         ("capitols", "did you mean capitals"),
         ("zzzzqqqq", "unknown; `fluid-eval tasks PATTERN` lists names"),
     ],
 )
-def test_an_unknown_name_is_one_short_line(own, tasks, said):
+def test_an_unknown_name_is_one_short_line(own, tasks, message):
     with pytest.raises(ConfigError) as error:
         job.check_tasks(spec_of(tasks=tasks, tasks_dir=str(own)))
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert len(str(error.value)) < 200
     assert "\n" not in str(error.value)
 
@@ -161,13 +161,13 @@ def test_an_unknown_name_is_one_short_line(own, tasks, said):
 def test_bad_folders_patterns_and_names_of_ours(own, tmp_path):
     (own / "mine.yaml").write_text(yaml.safe_dump({**CAPITALS, "task": "gsm8k"}))
     (tmp_path / "empty").mkdir()
-    for values, said in (
+    for values, message in (
         ({"tasks": "x*yz*q"}, "matches no name"),
         ({"tasks": "capitals", "tasks_dir": str(tmp_path / "none")}, "no such folder"),
         ({"tasks": "capitals", "tasks_dir": str(tmp_path / "empty")}, "no file NAME.yaml"),
         ({"tasks": "gsm8k", "tasks_dir": str(own)}, "has a name of this package's"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             job.check_tasks(spec_of(**values))
 
 

@@ -64,6 +64,8 @@ class TableRow:
         """Plain values, those of the cost at the same level."""
         values = asdict(self)
         spent = values.pop("cost")
+        if self.value is None:
+            del values["value"]
         return {**values, **spent}
 
 
