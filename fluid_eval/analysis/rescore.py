@@ -6,6 +6,7 @@ names both: "lm-eval prompts, fluid-paper extractors".
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from fluid_model.common.errors import ConfigError
 from fluid_model.common.files import Nested
 
 from ..benchmarks import lm_eval_tasks, profiles
+from ..benchmarks.task_index import catalogue
 from ..common.spec import RunSpec
 from ..results import speed_repeats
 from ..results.run_folder import ENVIRONMENT, POINTS, RESULT, Record, Run, held_spec, read_samples
@@ -58,7 +60,7 @@ class StoredLM(LM):
         return scores
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        raise ConfigError(f"{self._folder}: likelihoods of whole texts are not stored and cannot be scored again")
+        return [math.fsum(record["loglikelihoods"]) for _, record in self._records(requests)]
 
     def _records(self, requests: list[Instance]) -> Iterator[tuple[str, Record]]:
         """(key, stored record) of each request."""
@@ -92,7 +94,7 @@ def rescore(folder: Path, profile: str, out: Path | None = None, *, data_dir: st
     current = run_spec.extractor or run_spec.profile
     extractor = None if profile == run_spec.profile else profile
     spec = replace(run_spec, extractor=extractor, data_dir=data_dir or run_spec.data_dir)
-    lm_eval_tasks.check_names(run_spec.tasks)
+    catalogue(run_spec.tasks_dir).check(run_spec.tasks)
     tasks = lm_eval_tasks.load_tasks(spec)
     affected = [name for name in tasks["tasks"] if _has_extractor(name, profile) or _has_extractor(name, current)]
     if profile != current and not affected:

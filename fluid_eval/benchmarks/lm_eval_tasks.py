@@ -17,20 +17,19 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fluid_model.common.errors import ConfigError
+from fluid_model.common.errors import ConfigError, reason
 from fluid_model.settings import answer_slots
 
-from ..common.paths import resource
 from ..common.spec import RunSpec
 from ..results.run_folder import Record
-from ..sandbox import passing
-from . import profiles
+from . import code_tasks, profiles
+from .task_index import catalogue, of_this_package
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -43,83 +42,35 @@ DEFAULT_NEW_TOKENS = 256
 """lm-eval's own answer length for a task that sets none."""
 
 
-def check_names(names: tuple[str, ...]) -> None:
-    """Raise ConfigError, naming the known tasks, if one is not among them."""
-    manager = _catalogue()
-    parts = ("mmlu_", "mini_")  # the error names their groups only
-    main = sorted(set(manager.all_groups) | {n for n in manager.all_subtasks if not n.startswith(parts)})
-    for name in names:
-        if name not in manager.all_groups and name not in manager.all_subtasks:
-            known = ", ".join(main)
-            raise ConfigError(f"task {name!r} is unknown; known: {known}, and each subject as mmlu_SUBJECT")
-
-
-def known_tasks() -> set[str]:
-    """Names of all tasks and groups."""
-    manager = _catalogue()
-    return {*manager.all_groups, *manager.all_subtasks}
-
-
-def inside(name: str) -> set[str]:
-    """Names of all tasks and groups inside a group, at any depth; none for a task."""
-    return _inside(_catalogue(), name)
-
-
-def outermost(names: Iterable[str]) -> tuple[str, ...]:
-    """Names, each once, without those inside a group among them."""
-    names = dict.fromkeys(names)
-    manager = _catalogue()
-    nested = {member for name in names for member in _inside(manager, name)}
-    return tuple(name for name in names if name not in nested)
-
-
-def _inside(manager: Any, name: str) -> set[str]:
-    entry = manager.task_index[name]
-    members = entry.tags if entry.kind.name == "TAG" else (entry.cfg or {}).get("task")
-    if not isinstance(members, (list, set)):
-        return set()
-    return set(members).union(*(_inside(manager, member) for member in members))
-
-
-def unsafe_names(names: tuple[str, ...]) -> list[str]:
-    """Tasks and groups that run model-written code."""
-    manager = _catalogue()
-
-    def unsafe(name: str) -> bool:
-        return bool((manager.task_index[name].cfg or {}).get("unsafe_code"))
-
-    return [name for name in names if any(map(unsafe, {name} | _inside(manager, name)))]
-
-
-def writes(name: str) -> bool:
-    """Whether a task, or one inside a group, generates answers rather than comparing likelihoods."""
-    manager = _catalogue()
-    kinds = ((manager.task_index[one].cfg or {}).get("output_type") for one in {name} | _inside(manager, name))
-    return "generate_until" in kinds
-
-
 @contextmanager
 def _templates() -> Iterator[None]:
-    """Template errors as ConfigError."""
+    """Errors of a task's template or of its Python as ConfigError."""
     from jinja2 import TemplateError
 
     try:
         yield
     except TemplateError as error:
         raise ConfigError(f"a task's template cannot be rendered: {error}") from error
+    except ImportError as error:
+        raise ConfigError(f"a task needs a library that is missing: {reason(error)}") from error
 
 
 @_templates()
 def load_tasks(spec: RunSpec) -> Tasks:
-    """Build the tasks with the spec's settings and load their data. Raises ConfigError where data are missing."""
-    manager = _manager(spec.data_dir)
+    """Build the tasks with the spec's settings and load their data.
+
+    Raises ConfigError where data are missing, a task file cannot be built, or its programs cannot be isolated.
+    """
+    # 1) build
+    from . import task_data  # imports datasets
+
+    manager = _manager(spec)
     _apply_profile(manager, spec)
-    try:
-        loaded: Tasks = dict(manager.load(list(spec.tasks)))
-    except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"tasks={','.join(spec.tasks)}: {error}") from error
+    splits = partial(_splits_of, manager)
+    with task_data.from_folders(spec.data_dir, spec.tasks_dir, splits), code_tasks.judged_metrics():
+        loaded = _load(manager, spec)
+    code_tasks.check_isolated(loaded["tasks"], spec.allow_unsafe_code)
+    # 2) the spec's settings
     for task in loaded["tasks"].values():
         if spec.num_fewshot is not None and task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=spec.num_fewshot)
@@ -129,12 +80,41 @@ def load_tasks(spec: RunSpec) -> Tasks:
     return loaded
 
 
-def _apply_profile(manager: Any, spec: RunSpec) -> None:
-    """Put the fields that the run's profile changes into the manager's task entries."""
+def _load(manager: Any, spec: RunSpec) -> Tasks:
+    """lm-eval's tasks. Errors of a task file are of any type; those of our own names are faults of this program."""
+    from jinja2 import TemplateError
+
+    try:
+        return dict(manager.load(list(spec.tasks)))
+    except (ConfigError, ImportError, TemplateError, OSError):
+        raise
+    except Exception as error:
+        if not isinstance(error, ValueError) and all(name in of_this_package() for name in spec.tasks):
+            raise
+        raise ConfigError(f"tasks={','.join(spec.tasks)}: {type(error).__name__}: {reason(error)}") from error
+
+
+def _splits_of(manager: Any, path: str, name: str | None) -> list[str]:
+    """The splits that the run's tasks need of a dataset."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    for name, changed in profiles.changes(spec, manager.all_subtasks).items():
-        entry = manager.task_index[name]
+    splits: dict[str, None] = {}
+    for entry in manager.task_index.values():
+        config = (entry.yaml_path and load_yaml(entry.yaml_path, resolve_func=False)) or entry.cfg or {}
+        if (config.get("dataset_path"), config.get("dataset_name")) == (path, name):
+            asked = (config.get(f"{kind}_split") for kind in ("test", "validation", "training", "fewshot"))
+            splits |= dict.fromkeys(split for split in asked if split)
+    return list(splits)
+
+
+def _apply_profile(manager: Any, spec: RunSpec) -> None:
+    """Put the fields that the run's profile changes into the manager's entries of our tasks."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    ours = [name for name, named in of_this_package().items() if named.is_task]
+    for name, changed in profiles.changes(spec, ours).items():
+        if (entry := manager.task_index.get(name)) is None:
+            continue
         config = load_yaml(entry.yaml_path, resolve_func=True)
         for table in ("generation_kwargs", "fewshot_config", "metadata"):
             if table in changed:
@@ -151,7 +131,7 @@ def check_settings(spec: RunSpec, tasks: Tasks, window: int) -> None:
     for name, task in tasks["tasks"].items():
         # 1) few-shot examples
         shots = task.get_config("num_fewshot") or 0
-        examples = len(task.sampler.df)
+        examples = len(task.sampler.df) if shots else 0
         if shots > examples:
             raise ConfigError(f"num_fewshot={shots}: task {name} has {examples} examples to draw from")
         # 2) the answer's length
@@ -171,8 +151,11 @@ def check_settings(spec: RunSpec, tasks: Tasks, window: int) -> None:
             )
         if thinking and task.get_config("gen_prefix"):
             raise ConfigError(f"chat.thinking=true: task {name} begins the answer itself; run it without thinking")
-        if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
-            raise ConfigError(f"task {name} asks for sampling; here the decoder decides: --set decoder.temperature=T")
+        heat = settings.get("temperature", 1.0) if settings.get("do_sample") else 0
+        if heat > 0 and not spec.decoder.temperature:
+            raise ConfigError(
+                f"task {name} asks for sampling, which the decoder decides: --set decoder.temperature={heat}"
+            )
 
 
 def limit_for(spec: RunSpec, share: float) -> float | None:
@@ -204,6 +187,7 @@ def requests(spec: RunSpec, tasks: Tasks, lm: LM) -> Asked:
 def evaluate(spec: RunSpec, tasks: Tasks, lm: LM, share: float = 1.0) -> dict[str, Any]:
     """lm-eval's evaluation loop: build requests, answer them with `lm`, filter, score. Returns its results.
 
+    lm-eval's own aggregates are left in `tasks["aggregates"]`: some metrics are no mean over documents.
     share: fraction of each task's documents, from the first.
     Raises ConfigError for a template that cannot be rendered.
     """
@@ -226,25 +210,15 @@ def evaluate(spec: RunSpec, tasks: Tasks, lm: LM, share: float = 1.0) -> dict[st
         system_instruction=spec.chat.system if spec.chat else None,
     )
     assert results is not None, "rank 0 always gets results"
+    tasks["aggregates"] = results["results"]
     return dict(results)
-
-
-def runs_code(task: Any) -> bool:
-    """Whether a task's answers are programs."""
-    return bool(task.get_config("unsafe_code"))
-
-
-def _programs(task: Any, doc: dict[str, Any], texts: list[str]) -> list[str]:
-    """Answers to a document as programs: prompt and completion joined by the task's own filter."""
-    (programs,) = task.get_config("filter_list")[0]["filter"][0]["filter_fn"]([texts], [doc])
-    return list(programs)
 
 
 def begin_judging(tasks: Tasks, name: str, doc: dict[str, Any], text: str) -> None:
     """Start the tests of an answer that is a program, while other answers are generated."""
     task = tasks["tasks"][name]
-    if runs_code(task):
-        passing.begin(doc, _programs(task, doc, [text]))
+    if code_tasks.runs_code(task):
+        code_tasks.begin(task, doc, text)
 
 
 def scored_records(tasks: Tasks, results: Mapping[str, Any], samples: Mapping[str, Record]) -> list[Record]:
@@ -254,22 +228,43 @@ def scored_records(tasks: Tasks, results: Mapping[str, Any], samples: Mapping[st
     """
     records = []
     for name, examples in results["samples"].items():
-        extract = (tasks["tasks"][name].get_config("metadata") or {}).get("extract")
+        task = tasks["tasks"][name]
+        extract = (task.get_config("metadata") or {}).get("extract")
         merged: dict[int, Record] = {}
         for example in examples:
             key = f"{name}/{example['doc_id']}"
             record = merged.setdefault(example["doc_id"], {**samples[key], "extracted": {}, "scores": {}})
-            record["target"] = _target(tasks["tasks"][name], example)
+            record["target"] = _target(task, example)
             record["extracted"][example["filter"]] = _extracted(example, record, extract)
-            if runs_code(tasks["tasks"][name]):
-                judged = passing.outcomes(example["doc"], example["filtered_resps"][0])
+            if code_tasks.runs_code(task):
+                judged = code_tasks.outcomes(task, example["doc"], example["filtered_resps"][0])
                 record["verdicts"] = [{"result": v.result, "isolation": v.isolation} for v in judged]
-            for metric in example["metrics"]:
-                # a non-finite row has no answer, and must not be scored as if it had chosen one
-                score = 0.0 if record.get("broken") else float(example[metric])
-                record["scores"][f"{metric},{example['filter']}"] = score
+            record["scores"] |= _scores(task, example, broken=record.get("broken", False))
         records += [merged[doc_id] for doc_id in sorted(merged)]
     return records
+
+
+def _scores(task: Any, example: Mapping[str, Any], *, broken: bool) -> dict[str, float]:
+    """Scores of a document that the task averages. broken: a non-finite row has no answer, so it scores 0."""
+    from lm_eval.api.metrics import mean
+
+    combined = {metric for metric, combine in task.aggregation().items() if combine is not mean}
+    values = {metric: example[metric] for metric in example["metrics"] if metric not in combined}
+    return {
+        f"{metric},{example['filter']}": 0.0 if broken else float(value)
+        for metric, value in values.items()
+        if isinstance(value, (int, float)) or hasattr(value, "item")
+    }
+
+
+def aggregates(tasks: Tasks, name: str, scored: set[str]) -> dict[str, float]:
+    """lm-eval's values of a task's or group's metrics that are not among `scored` ("metric,filter")."""
+    values = tasks.get("aggregates", {}).get(name, {})
+    return {
+        metric: float(value)
+        for metric, value in values.items()
+        if metric not in scored and "," in metric and "_stderr," not in metric and isinstance(value, (int, float))
+    }
 
 
 def members(tasks: Tasks, name: str) -> list[str]:
@@ -308,19 +303,19 @@ def versions(tasks: Tasks) -> dict[str, Any]:
     return {name: task.VERSION for name, task in tasks["tasks"].items()}
 
 
-@cache
-def _catalogue() -> Any:
-    """The index of tasks, read once. Tasks are built by other managers, one a run."""
-    return _manager(None)
-
-
-def _manager(data_dir: str | None) -> Any:
-    """A task manager over our task folder only: indexing lm-eval's takes ten seconds."""
+def _manager(spec: RunSpec) -> Any:
+    """A task manager that knows the run's names alone: indexing lm-eval's files itself takes long."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import Entry, Kind
 
     _confine_templates()
-    return TaskManager(include_path=str(resource("tasks")), include_defaults=False, metadata={"data_dir": data_dir})
+    manager = TaskManager(include_defaults=False, metadata={"data_dir": spec.data_dir})
+    kinds = {"task": Kind.TASK, "python": Kind.PY_TASK, "group": Kind.GROUP, "tag": Kind.TAG}
+    for name, named in catalogue(spec.tasks_dir).needed(spec.tasks).items():
+        tagged = set(named.members) if named.kind == "tag" else set()
+        manager.task_index[name] = Entry(name, kinds[named.kind], named.file, tags=tagged)
+    return manager
 
 
 def _confine_templates() -> None:

@@ -1,7 +1,8 @@
 """Profiles: named evaluation conventions (prompt, shots, stops, answer extraction). Neither torch nor lm-eval.
 
 A profile is a TOML file: bundled (`tasks/profiles/NAME.toml`) or a user's own. For each task it overrides fields of
-lm-eval's task file; tasks it does not name stay lm-eval's.
+lm-eval's task file; tasks it does not name stay lm-eval's. Profiles apply to this package's own tasks alone: of
+lm-eval's others and a user's, `gsm8k_cot` for instance, the task file is the convention.
 
     about = "…"
     [tasks.gsm8k]                 # gsm8k and every task named gsm8k_…; the longest matching name wins
@@ -39,6 +40,7 @@ from fluid_model.common.files import Nested, read_toml
 
 from ..common.paths import resource
 from ..common.spec import DEFAULT_PROFILE, ChatSpec, RunSpec
+from .task_index import of_this_package, with_task_names
 
 UNSTATED = "not stated; lm-eval's used"
 FUNCTION = "!function "
@@ -108,7 +110,9 @@ class Profile:
     tasks: dict[str, TaskProtocol] = field(default_factory=dict)
 
     def key_for(self, task: str) -> str | None:
-        """The longest name in the profile that matches a task, as itself or as `NAME_…`."""
+        """The longest name in the profile that matches one of this package's tasks, as itself or as `NAME_…`."""
+        if task not in of_this_package():
+            return None
         matching = [key for key in self.tasks if task == key or task.startswith(key + "_")]
         return max(matching, key=len, default=None)
 
@@ -142,15 +146,15 @@ def read_profile(name: str) -> Profile:
 
 
 def chat_of(values: Nested) -> Nested:
-    """A run's values with the chat settings of its profile, unless the values set their own.
+    """A run's values with its tasks by name, and with the chat settings of its profile unless they set their own.
 
-    Raises ConfigError if the profile has chat settings for some of the tasks only.
+    Raises ConfigError if the profile has chat settings for some of the tasks only, or a task pattern matches none.
     """
+    values = with_task_names(values)
     if "chat" in values or "profile" not in values or not values.get("tasks"):
         return values
-    profile, tasks = read_profile(str(values["profile"])), values["tasks"]
-    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else tasks
-    protocols = {name: profile.of(name) for name in names}
+    profile = read_profile(str(values["profile"]))
+    protocols = {name: profile.of(name) for name in values["tasks"]}
     chats = {name: protocol.chat if protocol else None for name, protocol in protocols.items()}
     if len({json.dumps(asdict(chat) if chat else None) for chat in chats.values()}) > 1:
         one = ", ".join(name for name, chat in chats.items() if chat)
@@ -170,7 +174,7 @@ def changes(spec: RunSpec, names: Iterable[str]) -> dict[str, Nested]:
     for profile in (prompting, extracting):
         used = {profile.key_for(name) for name in names}
         for key in profile.tasks.keys() - used:
-            raise ConfigError(f"profile {profile.name}: tasks.{key} covers no task")
+            raise ConfigError(f"profile {profile.name}: tasks.{key} covers no task of this package's own")
     overrides = {}
     for name in names:
         fields_changed: Nested = {}
@@ -271,12 +275,13 @@ def _task_protocol(task: Any, profile: Profile, chat: Nested | None) -> Nested:
     if config.process_results is not None or not filters:
         filters = {"none": str(_plain(config.process_results) or "as written")}
     kwargs = (config.generation_kwargs or {}) if config.output_type == "generate_until" else {}
+    until = kwargs.get("until")
     return {
         "source": "lm-eval's task file" if profile.name == DEFAULT_PROFILE else published,
         "num_fewshot": config.num_fewshot or 0,
         "template": _digest([_plain(getattr(config, name, None)) for name in PROMPT_FIELDS]),
         "prompt": str(_plain(config.doc_to_text)),
-        "until": list(kwargs.get("until") or []),
+        "until": [until] if isinstance(until, str) else list(until or []),
         "max_gen_toks": kwargs.get("max_gen_toks"),
         "extractors": filters,
         "metrics": [_plain(metric) for metric in config.metric_list or []],

@@ -23,6 +23,7 @@ from fluid_model.settings import DECODERS
 from ..benchmarks import datasets, lm_eval_tasks
 from ..benchmarks import profiles as protocol
 from ..benchmarks.profiles import chat_of
+from ..benchmarks.task_index import catalogue, of_this_package
 from ..common.paths import resource
 from ..common.spec import DEFAULT_PROFILE, RunSpec, build_spec
 from ..common.stats import Interval, geometric, ratio_of_sums
@@ -137,7 +138,7 @@ def reproduce(
     # 2) a run for each group; all are built before the first starts, so that errors show at once
     specs: list[tuple[RunSpec, list[int]]] = []
     for values, numbers in groups.items():
-        tasks = list(lm_eval_tasks.outermost(claims[number].task for number in numbers))
+        tasks = list(catalogue().outermost(claims[number].task for number in numbers))
         try:
             specs.append((build_spec(chat_of({**json.loads(values), "tasks": tasks})), numbers))
         except ConfigError as error:
@@ -194,11 +195,11 @@ def missing(claim: Claim, settings: Nested, resources: Resources, system: System
     decoder = decoder.get("name", "ar") if isinstance(decoder, dict) else decoder
     if decoder not in DECODERS:
         return [f"decoder {decoder}"]
-    if claim.task not in lm_eval_tasks.known_tasks():
+    if claim.task not in of_this_package():
         return [f"task {claim.task}"]
     if claim.unit == "times":
         return ["the system it is faster than"]
-    if claim.unit != "%" and not lm_eval_tasks.writes(claim.task):
+    if claim.unit != "%" and not catalogue().writes(claim.task):
         return [f"a form of {claim.task} with written answers (here it is scored by likelihood)"]
     # 2) this machine: weights, device, permission, data
     needs = []
@@ -208,7 +209,7 @@ def missing(claim: Claim, settings: Nested, resources: Resources, system: System
         needs.append("a CUDA device")
     if claim.unit == "tok/s" and not (claim.hardware and claim.hardware in _cuda()):
         needs.append(claim.hardware or "the hardware it was measured on, which is not stated")
-    is_unsafe = lm_eval_tasks.unsafe_names((claim.task,)) and not resources.may_run_code(system)
+    is_unsafe = catalogue().unsafe((claim.task,)) and not resources.may_run_code(system)
     if is_unsafe and isolation().name is None:
         needs.append("--allow-unsafe-code")
     source = next((name for name in datasets.DATASETS if claim.task == name or claim.task.startswith(name + "_")), None)
@@ -310,7 +311,7 @@ def _score(claim: Claim, result: Nested) -> Interval:
 def _speed(claim: Claim, folder: Path) -> Interval:
     """Tokens a second, a forward or a step over the generated answers of a task, or of all tasks of a group."""
     # 1) generated answers, by task
-    leaves = lm_eval_tasks.inside(claim.task) or {claim.task}
+    leaves = catalogue().inside(claim.task) or {claim.task}
     generated = (
         record
         for record in read_samples(folder)

@@ -9,6 +9,7 @@ from . import EXIT_FAILED, EXIT_OK
 from .options import add_analysed_run, analysed_run
 
 HELP = "losslessness: does a decoder write AR's text of the same weights?"
+EXAMPLE = "fluid-eval audit runs/A"
 
 
 def add(audit: argparse.ArgumentParser) -> None:

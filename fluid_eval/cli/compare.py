@@ -10,6 +10,7 @@ from pathlib import Path
 from . import EXIT_OK, EXIT_WORSE
 
 HELP = "compare finished runs with the first, paired by document"
+EXAMPLE = "fluid-eval compare runs/A runs/B"
 
 
 def add(compare: argparse.ArgumentParser) -> None:

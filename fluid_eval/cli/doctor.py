@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
-HELP = "check versions, devices, data, code isolation; exit 1 if a run would fail"
+HELP = "check versions, devices, data, isolation; exit 1 if a run would fail"
+EXAMPLE = "fluid-eval doctor"
 
 
 def add(doctor: argparse.ArgumentParser) -> None:

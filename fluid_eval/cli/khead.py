@@ -9,6 +9,7 @@ from . import EXIT_OK
 from .options import add_analysed_run, analysed_run
 
 HELP = "K-head diagnostics: predicted strides against accepted lengths"
+EXAMPLE = "fluid-eval khead runs/A"
 
 
 def add(khead: argparse.ArgumentParser) -> None:

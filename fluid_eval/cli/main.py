@@ -10,37 +10,63 @@ from types import ModuleType
 
 from fluid_model.common.versions import ShowVersions
 
-from . import EXIT_INTERRUPTED, audit, compare, doctor, khead, report, reproduce, rescore, run, score, sweep, tax, trace
+from . import (
+    EXIT_INTERRUPTED,
+    audit,
+    compare,
+    decoders,
+    doctor,
+    khead,
+    models,
+    report,
+    reproduce,
+    rescore,
+    run,
+    score,
+    settings,
+    sweep,
+    tasks,
+    tax,
+    trace,
+)  # fmt: skip
 from .console import in_one_line, tolerate_any_output
 
-COMMANDS: dict[str, ModuleType] = {
-    "run": run,
-    "sweep": sweep,
-    "tax": tax,
-    "trace": trace,
-    "compare": compare,
-    "audit": audit,
-    "khead": khead,
-    "report": report,
-    "score": score,
-    "doctor": doctor,
-    "rescore": rescore,
-    "reproduce": reproduce,
-}
+GROUPS: dict[str, dict[str, ModuleType]] = {
+    "run": {"run": run, "sweep": sweep, "tax": tax, "trace": trace},
+    "analyse": {"compare": compare, "audit": audit, "khead": khead, "rescore": rescore},
+    "publish": {"report": report, "reproduce": reproduce},
+    "tools": {
+        "tasks": tasks, "models": models, "decoders": decoders, "settings": settings, "score": score, "doctor": doctor,
+    },
+}  # fmt: skip
+COMMANDS: dict[str, ModuleType] = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(
         prog="fluid-eval",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_listing(),
         description="Evaluate language models that decode in parallel, beside the AR models they were adapted from.",
     )
     top.add_argument("--version", action=ShowVersions, libraries=("torch", "transformers", "lm-eval"))
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
     for name, command in COMMANDS.items():
         description = command.HELP[0].upper() + command.HELP[1:]
-        command.add(commands.add_parser(name, help=command.HELP, description=description))
+        command.add(commands.add_parser(name, description=description, epilog=f"example: {command.EXAMPLE}"))
     return top
+
+
+def _listing() -> str:
+    """The commands by group, each with an example, in 80 columns."""
+    lines = []
+    for title, group in GROUPS.items():
+        lines.append(f"{title}:")
+        for name, command in group.items():
+            lines += [f"  {name:<10}{command.HELP}", f"{'':<12}$ {command.EXAMPLE}"]
+        lines.append("")
+    return "\n".join([*lines, "one command: fluid-eval COMMAND --help"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -26,6 +26,7 @@ WRITTEN_TASKS, WRITTEN_LIMIT = "mini_gsm8k,mini_math", 20
 
 _FLAGS = {
     "tasks": "tasks",
+    "tasks_dir": "tasks_dir",
     "model": "model.path",
     "decoder": "decoder.name",
     "dtype": "model.dtype",
@@ -52,11 +53,14 @@ def add_settings(
     """Add the settings of a run. Returns the group "where". spec, about: name and help of the positional argument."""
     run.add_argument("spec", nargs="?", type=Path, metavar=spec, help=about)
     what = run.add_argument_group("what to run")
-    what.add_argument("--tasks", metavar="A,B", help="gsm8k, math500, humaneval, mmlu, mmlu_SUBJECT, mini")
+    what.add_argument(
+        "--tasks", metavar="A,B", help="tasks, groups, tags of lm-eval, patterns ('arc_*'); fluid-eval tasks lists them"
+    )
+    what.add_argument("--tasks-dir", metavar="DIR", help="folder with your own lm-eval task files")
     what.add_argument(
         "--model",
         metavar="PATH_OR_HUB_ID",
-        help="Hugging Face causal LM, or an adapted checkpoint; default: the bundled tiny-fluid",
+        help="Hugging Face causal LM, or an adapted checkpoint; a bundled one by name; default: tiny-fluid",
     )
     what.add_argument(
         "--decoder", metavar="ar|fluid|nbdiff|llada", help="default: that of the model's adaptation, else ar"
@@ -177,12 +181,21 @@ def values_of(options: argparse.Namespace) -> dict[str, Any]:
     for flag, name in _FLAGS.items():
         if (value := getattr(options, flag)) is not None:
             put(values, name, value)
+    _say_which(options.model)
     if options.chat:
         values.setdefault("chat", {})
     # 3) --set
     for setting in options.set:
         assign(values, setting)
     return chat_of(values)
+
+
+def _say_which(model: str | None) -> None:
+    """Print a notice where a folder hides the bundled checkpoint of its name."""
+    from ..common.bundled import bundled
+
+    if model in bundled() and Path(model).exists():
+        print(f"model: the folder ./{model}, not the bundled checkpoint of that name", file=sys.stderr)
 
 
 def _take_bundled(values: dict[str, Any], options: argparse.Namespace) -> None:

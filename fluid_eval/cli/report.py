@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 HELP = "HTML page of run folders; Markdown and LaTeX for a paper"
+EXAMPLE = "fluid-eval report runs/A runs/B"
 
 
 def add(report: argparse.ArgumentParser) -> None:

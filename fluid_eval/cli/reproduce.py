@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..claims.ledger import Claim
 
 HELP = "measure published numbers here, judge them, find conflicts"
+EXAMPLE = "fluid-eval reproduce --table tiny"
 
 
 def add(reproduce: argparse.ArgumentParser) -> None:

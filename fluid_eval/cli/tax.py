@@ -9,6 +9,7 @@ from pathlib import Path
 from .options import add_settings, add_speed_repeats, exit_code, values_of
 
 HELP = "cost of an adaptation: AR parent, adapted AR, verified, unverified"
+EXAMPLE = "fluid-eval tax --parent AR_MODEL --model ADAPTED_MODEL"
 PARENT = "tiny-ar"
 """The AR parent of the bundled model."""
 
@@ -27,13 +28,14 @@ def main(options: argparse.Namespace) -> int:
     from fluid_model.common.errors import ConfigError
 
     from ..analysis.adaptation_cost import UNVERIFIED, measure, plan_stages
+    from ..common.bundled import resolved
     from ..common.paths import resource
 
     # 1) the adapted model and its parent
     values = values_of(options)
     if options.parent is None and options.model is not None:
         raise ConfigError("tax: name the model it was adapted from: --parent FOLDER_OR_HUB_ID")
-    parent = options.parent or str(resource("checkpoints") / PARENT)
+    parent = resolved(options.parent or str(resource("checkpoints") / PARENT))
     model = values["model"]
     trusted = model.get("trust_remote_code", False)
     info = describe(model["path"], model.get("method"), trust_remote_code=trusted, base=model.get("base"))

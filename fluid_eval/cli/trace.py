@@ -11,6 +11,7 @@ from .options import BUNDLED, integer
 HELP = "how one answer is decoded, forward by forward"
 SLOT_BUDGET = 64
 """Of a trace that sets none."""
+EXAMPLE = 'fluid-eval trace --prompt "Question: 2 + 3?\\nAnswer:"'
 
 
 def add(trace: argparse.ArgumentParser) -> None:

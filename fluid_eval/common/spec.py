@@ -1,7 +1,7 @@
 """RunSpec: every setting of a run, frozen and validated before the run starts. No torch here.
 
     RunSpec
-    ├── tasks, limit, num_fewshot, max_new_tokens, profile, extractor, seed      the benchmark
+    ├── tasks, tasks_dir, limit, num_fewshot, max_new_tokens, profile, extractor, seed      the benchmark
     ├── model     ModelSpec        checkpoint, dtype, device
     ├── decoder   DecoderSettings  ar, fluid, nbdiff or llada (`fluid_model.settings`)
     ├── chat      ChatSpec         None for plain prompts
@@ -25,19 +25,26 @@ from fluid_model.common.fields import at_least, build
 from fluid_model.common.files import Nested
 from fluid_model.settings import DECODERS, ArSettings, DecoderSettings, FluidSettings, check_range
 
+from .bundled import resolved
+
 DEFAULT_PROFILE = "lm-eval"
 """The profile of a run that names none."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The checkpoint, and how it is loaded. path: folder or hub id."""
+    """The checkpoint, and how it is loaded."""
 
     path: str
+    """Folder, hub id, GGUF file, or the name of a bundled checkpoint."""
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Of weights and forward; auto: bfloat16 on a GPU, float32 on a CPU. int8: of weights, on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the forward runs; auto: a GPU where there is one."""
     tau: float | None = None
+    """Which of a checkpoint's K-heads, by the loss bound that it was trained for."""
     mask_token: str | None = None
+    """Text of the mask token, if the model's files do not record it."""
     end_tokens: tuple[str, ...] | None = None
     """Texts of the tokens that end an answer, in place of the model's own."""
     method: Literal["nbdiff", "llada"] | None = None
@@ -57,8 +64,11 @@ class EngineSpec:
     """The workers. They change how long a run takes, never its answers."""
 
     kind: Literal["inline", "ray"] = "inline"
+    """inline: in this process.  ray: in Ray workers."""
     workers: int | None = None
+    """Ray workers; unset, one for each GPU."""
     ray_address: str | None = None
+    """HOST:PORT of a Ray cluster; unset, a private one."""
 
     def __post_init__(self) -> None:
         at_least("engine.workers", self.workers, 1)
@@ -70,24 +80,24 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class ChatSpec:
-    """Prompts as conversations, by the tokenizer's chat template.
-
-    multiturn: few-shot examples as separate turns (else all in one user turn).
-    thinking: passed to the template as `enable_thinking`; the answer is then the text after the thinking.
-    end_of_thinking: text that ends the thinking (None: looked up in the vocabulary).
-    read_thoughts: score the text with its thinking, as harnesses do that do not know the end of thinking.
-    suffix: appended to the question, such as " /no_think".
-    variables: further template variables.  template: name of a template, if the tokenizer has several.
-    """
+    """Prompts as conversations, by the tokenizer's chat template."""
 
     system: str | None = None
+    """Text of a system turn."""
     multiturn: bool = True
+    """Few-shot examples as separate turns (else all in one user turn)."""
     thinking: bool = False
+    """Passed to the template as `enable_thinking`; the answer is then the text after the thinking."""
     end_of_thinking: str | None = None
+    """Text that ends the thinking; unset, looked up in the vocabulary."""
     read_thoughts: bool = False
+    """Score the text with its thinking, as harnesses do that do not know the end of thinking."""
     suffix: str = ""
+    """Appended to the question, such as " /no_think"."""
     variables: dict[str, Any] = field(default_factory=dict)
+    """Further template variables."""
     template: str | None = None
+    """Name of a template, if the tokenizer has several."""
 
     def __post_init__(self) -> None:
         if self.end_of_thinking == "":
@@ -114,12 +124,19 @@ class HealthSpec:
     """
 
     length_limit: float = 0.1
+    """Answers that hit the length limit."""
     empty_answer: float = 0.05
+    """Answers without text."""
     no_answer: float = 0.1
+    """Answers in which the first filter extracted nothing."""
     prompt_truncated: float = 0.01
+    """Prompts cut from the left to fit the window."""
     sandbox_timeout: float = 0.05
+    """Programs that ran out of time."""
     thinking_never_ended: float = 0.1
+    """Answers of a thinking model that never end their thinking."""
     broken: float = 0.0
+    """Rows with numbers that are not finite."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -128,27 +145,35 @@ class HealthSpec:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run: a model, a decoder, tasks.
-
-    chat: None for plain prompts.  profile: prompts, stops and answer extraction of the tasks, a bundled profile's name
-    or a TOML file.  extractor: another profile to extract answers by (None: `profile`).  health: thresholds only.
-    """
+    """One run: a model, a decoder, tasks. chat: None for plain prompts.  health: thresholds only."""
 
     tasks: tuple[str, ...]
+    """Names of tasks and groups; on the command line and in files, of tags and patterns too."""
     model: ModelSpec
     decoder: DecoderSettings = field(default_factory=ArSettings)
     chat: ChatSpec | None = None
     engine: EngineSpec = field(default_factory=EngineSpec)
     health: HealthSpec = field(default_factory=HealthSpec)
+    tasks_dir: str | None = None
+    """Folder with the user's own lm-eval task files."""
     data_dir: str | None = None
+    """Folder with the data of tasks; unset, FLUID_DATA_DIR, else the hub."""
     limit: int | None = None
+    """First N documents of each task; unset, all."""
     num_fewshot: int | None = None
+    """Few-shot examples; unset, the task's own number."""
     max_new_tokens: int | None = None
+    """Length limit of answers in tokens; unset, the task's own."""
     profile: str = DEFAULT_PROFILE
+    """Prompts, stops and answer extraction of this package's tasks: a bundled profile's name or a TOML file."""
     extractor: str | None = None
+    """Another profile to extract answers by; unset, `profile`."""
     batch_size: int | Literal["auto"] = "auto"
+    """Rows decoded together."""
     seed: int = 1234
+    """Of few-shot draws and sampling."""
     allow_unsafe_code: bool = False
+    """Whether generated code may run without isolation, where the machine has none."""
 
     def __post_init__(self) -> None:
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
@@ -172,7 +197,7 @@ class RunSpec:
         Fields that did not exist in earlier versions are left out at their defaults, so that older runs keep their ids.
         """
         values = self.to_dict()
-        for name in ("engine", "health", "batch_size", "data_dir", "allow_unsafe_code"):
+        for name in ("engine", "health", "batch_size", "data_dir", "tasks_dir", "allow_unsafe_code"):
             del values[name]
         for name, default in (("chat", None), ("profile", DEFAULT_PROFILE), ("extractor", None)):
             if values[name] == default:
@@ -194,11 +219,17 @@ class RunSpec:
 
 
 def tables(values: Mapping[str, Any]) -> Nested:
-    """Spec values with the shorthands `model = "path"`, `decoder = "name"` and `chat = true` expanded to tables."""
+    """Spec values with the shorthands `model = "path"`, `decoder = "name"` and `chat = true` expanded to tables.
+
+    The name of a bundled checkpoint becomes its folder.
+    """
     values = dict(values)
     for name, inner in (("model", "path"), ("decoder", "name")):
         if isinstance(values.get(name), str):
             values[name] = {inner: values[name]}
+    model = values.get("model")
+    if isinstance(model, Mapping) and isinstance(model.get("path"), str):
+        values["model"] = {**model, "path": resolved(model["path"])}
     if isinstance(values.get("chat"), bool):
         chat = values.pop("chat")
         values |= {"chat": {}} if chat else {}
@@ -210,8 +241,9 @@ def build_spec(values: Mapping[str, Any]) -> RunSpec:
     values = tables(values)
     if isinstance(values.get("tasks"), str):
         values["tasks"] = [name.strip() for name in values["tasks"].split(",") if name.strip()]
-    if isinstance(values.get("data_dir"), str):
-        values["data_dir"] = os.path.expanduser(values["data_dir"])
+    for name in ("data_dir", "tasks_dir"):
+        if isinstance(values.get(name), str):
+            values[name] = os.path.expanduser(values[name])
     values.pop("allow_code", None)  # a field of earlier specs, without effect since code runs isolated
     settings = _decoder(values.pop("decoder", {}))
     spec: RunSpec = build(RunSpec, {**values, "decoder": settings}, how_to_give=_HOW_TO_GIVE)
@@ -246,4 +278,4 @@ _TEMPLATE_OWN = {
     "tokenize": "to false",
 }
 """Template variables and arguments that users may not set, and where they come from."""
-_HOW_TO_GIVE = {"tasks": ": pass --tasks gsm8k,math500", "model": ": pass --model FOLDER_OR_HUB_ID"}
+_HOW_TO_GIVE = {"tasks": ": pass --tasks gsm8k,mbpp", "model": ": pass --model FOLDER_OR_HUB_ID"}

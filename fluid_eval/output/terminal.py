@@ -34,7 +34,9 @@ def plain_table(first: str, others: Sequence[str]) -> Table:
 
 
 def score(line: ResultLine) -> str:
-    """Percent with its 95% interval."""
+    """Percent with its 95% interval; the value of a metric that is no mean over documents as it is."""
+    if line["score"] is None:
+        return f"= {line['value']:.4g}"
     return f"{100 * line['score']:.1f} [{100 * line['low']:.1f}, {100 * line['high']:.1f}]"
 
 

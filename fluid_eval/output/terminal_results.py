@@ -36,6 +36,8 @@ def print_result(result: Mapping[str, Any], folder: Path, *, settable: bool = Tr
     # 3) legend
     console.print("score: % and its 95% interval   cut: prompts cut from the left to fit the window")
     console.print("tok/s: per worker               limit: answers that hit the length limit")
+    if any(line["score"] is None for line in result["lines"]):
+        console.print("score =: a value that is no mean over documents, as lm-eval computes it")
     console.print("tokens: of answers before their end; forwards by kind, summed over samples")
     console.print(FORWARDS)
     if not repeats and any(line["tokens_per_second"] for line in result["lines"]):

@@ -52,9 +52,9 @@ def read_finished(folder: Path, needed: Iterable[str] = (), *, shown: bool = Fal
 
 
 def _check_scores(file: Path, records: Sequence[Record]) -> None:
-    """Raise ConfigError unless each sample has finite scores, those aside whose request failed."""
+    """Raise ConfigError unless each sample is scored, by finite numbers, those aside whose request failed."""
     for record in records:
-        if "lost" not in record and not record.get("scores"):
+        if "lost" not in record and "scores" not in record:
             raise ConfigError(f"{file}: {record['key']} has no score; run it again into another --out")
         for name, score in record.get("scores", {}).items():
             if not math.isfinite(score):

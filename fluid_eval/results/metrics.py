@@ -46,22 +46,26 @@ class Cost:
 class TableRow:
     """One row of the result table: one metric of a task or group. low, high: 95% interval of the score, over n samples.
 
-    filter: lm-eval's answer extraction that the metric was computed on.
+    filter: lm-eval's answer extraction that the metric was computed on.  value: of a metric that is no mean over
+    documents, such as a perplexity; it has no score and no interval.
     """
 
     task: str
     metric: str
     filter: str
-    score: float
-    low: float
-    high: float
+    score: float | None
+    low: float | None
+    high: float | None
     n: int
     cost: Cost
+    value: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, those of the cost at the same level."""
         values = asdict(self)
         spent = values.pop("cost")
+        if self.value is None:
+            del values["value"]
         return {**values, **spent}
 
 
@@ -99,17 +103,25 @@ def cost(records: Sequence[Record], repeats: Sequence[Repeat] = ()) -> Cost:
 
 
 def first_scores(records: Sequence[Record]) -> dict[str, float]:
-    """Score of each sample by its task's first metric, by key; samples whose request failed have none."""
-    return {r["key"]: float(next(iter(r["scores"].values()))) for r in records if "lost" not in r}
+    """Score of each sample by its task's first metric, by key; samples without a score have none."""
+    return {r["key"]: float(next(iter(r["scores"].values()))) for r in records if "lost" not in r and r["scores"]}
 
 
-def table_rows(task: str, records: Sequence[Record], repeats: Sequence[Repeat] = ()) -> list[TableRow]:
-    """One row a metric and filter of a task or group, over its samples; those whose request failed do not count."""
+def table_rows(
+    task: str, records: Sequence[Record], repeats: Sequence[Repeat] = (), values: Mapping[str, float] | None = None
+) -> list[TableRow]:
+    """One row a metric and filter of a task or group, over its samples; those whose request failed do not count.
+
+    values: of metrics that are no mean over documents, by "metric,filter".
+    """
     records = [record for record in records if "lost" not in record]
     spent = cost(records, repeats)
     rows = []
     for name in dict.fromkeys(name for r in records for name in r["scores"]):
-        values = interval([r["scores"][name] for r in records if name in r["scores"]])
+        mean = interval([r["scores"][name] for r in records if name in r["scores"]])
         metric, _, filter_name = name.partition(",")
-        rows.append(TableRow(task, metric, filter_name, values.mean, values.low, values.high, values.n, spent))
+        rows.append(TableRow(task, metric, filter_name, mean.mean, mean.low, mean.high, mean.n, spent))
+    for name, value in (values or {}).items():
+        metric, _, filter_name = name.partition(",")
+        rows.append(TableRow(task, metric, filter_name, None, None, None, len(records), spent, value))
     return rows

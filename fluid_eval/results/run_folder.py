@@ -97,7 +97,7 @@ class Run:
         Raises ConfigError if stored answers may differ from new ones (other weights, device, dtype or versions), or if
         another process writes here; RunError if the disk is full.
         """
-        self._check_same_setup(environment)
+        self.check_same_setup(environment)
         with _disk_errors(self.folder):
             # 1) own the folder
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ class Run:
         if self._file is not None:
             self._file.close()
 
-    def _check_same_setup(self, environment: Nested) -> None:
+    def check_same_setup(self, environment: Nested) -> None:
         """Raise ConfigError if weights, device, dtype or versions differ from those of the stored answers."""
         if not self.samples:
             return

@@ -15,7 +15,8 @@ from fluid_model.common.files import Nested, read_json
 from .value_checks import Check, amount, anything, by_name, count, each, flag, maybe, number, table, text, wrong
 
 LINE: dict[str, Check] = {
-    "task": text, "metric": text, "filter": text, "score": number, "low": number, "high": number, "n": count,
+    "task": text, "metric": text, "filter": text, "score": maybe(number), "low": maybe(number),
+    "high": maybe(number), "n": count,
     "tokens": count, "forwards": count, "forwards_by_kind": by_name(count), "slots": count, "seconds": amount,
     "slots_per_token": maybe(amount), "tokens_per_forward": maybe(amount), "tokens_per_second": maybe(amount),
     "truncated_prompts": count, "length_limit_hits": count, "unended_thinking": count,

@@ -26,7 +26,8 @@ from fluid_model.settings import FluidSettings, NbdiffSettings
 from fluid_model.tokens import single_id
 
 from ..benchmarks import chat_template as chat
-from ..benchmarks import datasets, lm_eval_tasks, profiles
+from ..benchmarks import code_tasks, datasets, lm_eval_tasks, profiles
+from ..benchmarks.task_index import catalogue, digest
 from ..common.progress import ProgressBar
 from ..common.spec import RunSpec
 from ..results import health, speed_conditions
@@ -67,6 +68,7 @@ def run(spec: RunSpec, folder: Path, *, resume: bool = False, speed_repeats: int
     repeats.check_count(speed_repeats or None)
     check_tasks(spec)
     opened = Run(folder, spec, resume=resume)
+    opened.check_same_setup({"same": own_task_files(spec)})
     timed = repeats.enough(repeats.read(folder), speed_repeats)
     if timed and (folder / RESULT).exists():
         stored = read_result(folder / RESULT, _PRINTED, shown=True)
@@ -83,10 +85,16 @@ def run(spec: RunSpec, folder: Path, *, resume: bool = False, speed_repeats: int
         job.close()
 
 
+def own_task_files(spec: RunSpec) -> Nested:
+    """What a resumed run must agree in, of the user's task files; empty without any."""
+    return {} if spec.tasks_dir is None else {"own task files": digest(spec.tasks_dir)}
+
+
 def check_tasks(spec: RunSpec) -> None:
     """Raise ConfigError if a task is unknown, or runs model-written code that cannot be isolated here."""
-    lm_eval_tasks.check_names(spec.tasks)
-    if unsafe := lm_eval_tasks.unsafe_names(spec.tasks):
+    names = catalogue(spec.tasks_dir)
+    names.check(spec.tasks)
+    if unsafe := names.unsafe(spec.tasks):
         passing.allow_unsafe(spec.allow_unsafe_code)
         try:
             passing.isolation()
@@ -208,9 +216,10 @@ class Job:
         same = {name: facts.get(name) for name in ("weights", "device", "dtype")}
         same |= {name: values["versions"][name] for name in ("torch", "transformers", "lm-eval")}
         same["task versions"] = lm_eval_tasks.versions(self.ready.tasks)
+        same |= own_task_files(self.spec)
         values["same"] = same
         values["data"] = [vars(fingerprint) for fingerprint in datasets.fingerprints(self.spec.data_dir)]
-        runs_code = any(map(lm_eval_tasks.runs_code, self.ready.tasks["tasks"].values()))
+        runs_code = any(map(code_tasks.runs_code, self.ready.tasks["tasks"].values()))
         values["isolation"] = passing.isolation() if runs_code else None
         self.opened.begin(values)
 
@@ -273,7 +282,9 @@ def result_of(
 
     def rows_of(name: str) -> list[dict[str, Any]]:
         leaves = set(members.get(name) or lm_eval_tasks.members(tasks, name))
-        return [row.to_dict() for row in table_rows(name, [r for r in records if r["task"] in leaves], stored_repeats)]
+        own = [r for r in records if r["task"] in leaves]
+        others = lm_eval_tasks.aggregates(tasks, name, {metric for r in own for metric in r.get("scores", ())})
+        return [row.to_dict() for row in table_rows(name, own, stored_repeats, others)]
 
     parts = [*tasks["groups"], *(n for n in tasks["tasks"] if n not in spec.tasks)]
     return {

@@ -21,6 +21,7 @@ not asked again. lm-eval sees rank 0 of 1: parallelism lies in the pool.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -116,6 +117,7 @@ class FluidLM(TemplateLM):
         return [
             *self._generation_work(_of_type(requests, "generate_until"))[1],
             *self._likelihood_work(_of_type(requests, "loglikelihood"))[1],
+            *self._rolling_work(_of_type(requests, "loglikelihood_rolling"))[1],
         ]
 
     def store(self, answer: Answer | FailedRequest) -> None:
@@ -195,18 +197,29 @@ class FluidLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows as wide as the model's. Each token is predicted once."""
-        totals = []
-        for instance in requests:
+        keys, work = self._rolling_work(requests)
+        self._answer("scoring", keys, work)
+        return [math.fsum(self._run.samples[key]["loglikelihoods"]) for key in keys]
+
+    def _rolling_work(self, requests: Sequence[Instance]) -> tuple[list[str], list[ScoreRequest]]:
+        """Keys of all texts, and work for those without a stored sample: the windows of one are its "choices"."""
+        keys, work = keys_of(requests), []
+        for key, instance in zip(keys, requests, strict=True):
             (text,) = instance.args
+            if self._is_stored(key, text):
+                continue
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(text),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self._window,
                 context_len=1,
             )
-            parts = [((text, ""), *make_disjoint_window(window)) for window in windows]
-            totals.append(sum(value for value, _ in self._loglikelihood_tokens(parts)))
-        return totals
+            pairs = tuple((tuple(context), tuple(ids)) for context, ids in map(make_disjoint_window, windows))
+            if not pairs:
+                raise ConfigError(f"{key} is an empty text, which has no likelihood; take it out of the data")
+            self._prompts[key] = [(text, "")] * len(pairs)
+            work.append(ScoreRequest(key, pairs, row_seed(self._run.spec.seed, key)))
+        return keys, work
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any

@@ -183,7 +183,7 @@ def gather(
 
 def _tasks_placed(run: ReportRun) -> list[pareto.Placed]:
     """Each task as a point; its score has the interval of the tables."""
-    lines = {line["task"]: line for line in reversed(run.result["lines"])}
+    lines = {line["task"]: line for line in reversed(run.result["lines"]) if line["score"] is not None}
     points = []
     for task in reversed(lines):
         records = [record for record in run.records if run.owners[record["task"]] == task]

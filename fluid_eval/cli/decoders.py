@@ -1,0 +1,40 @@
+"""`fluid-eval decoders`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+HELP = "list decoders, the models they need, and their settings"
+EXAMPLE = "fluid-eval decoders"
+
+
+def add(decoders: argparse.ArgumentParser) -> None:
+    decoders.add_argument("--json", action="store_true", help="print the list as JSON")
+
+
+def main(options: argparse.Namespace) -> int:
+    from dataclasses import fields
+
+    from fluid_model.settings import DECODERS
+
+    from ..output.terminal import bare_table, screen
+
+    if options.json:
+        rows = [
+            {"name": name, "method": kind.method, "about": kind.__doc__, "settings": [f.name for f in fields(kind)]}
+            for name, kind in DECODERS.items()
+        ]
+        print(json.dumps(rows, indent=2))
+        return 0
+    table = bare_table()
+    for name in ("name", "needs", "about"):
+        table.add_column(name, overflow="fold", no_wrap=name == "name")
+    for name, kind in DECODERS.items():
+        needs = f"adapted to {kind.method}" if kind.method else "any causal model"
+        about = " ".join((kind.__doc__ or "").split())
+        table.add_row(name, needs, f"{about}\nsettings: {', '.join(f.name for f in fields(kind))}")
+    console = screen()
+    console.print(table)
+    console.print("--decoder NAME; one setting each: fluid-eval settings decoder.confidence")
+    return 0
