@@ -82,7 +82,7 @@ def without_speeds(text: str) -> str:
         elif not re.search(r"\d", line):
             cut = None  # the head of another table
         lines.append(line if cut is None else line[: cut[0]] + line[cut[1] :])
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(" ".join(line.split()) for line in lines)  # widths depend on the speeds
 
 
 def store() -> None:
