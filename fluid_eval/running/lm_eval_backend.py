@@ -9,6 +9,7 @@ below "config", as "fluid_eval".
 
 from __future__ import annotations
 
+import atexit
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -21,6 +22,7 @@ from lm_eval.api.registry import model_registry
 from fluid_model.common.errors import ConfigError
 
 from ..benchmarks import chat_template
+from ..benchmarks.lm_eval_tasks import Tasks
 from ..common.libraries import set_library_defaults
 from ..common.progress import ProgressBar
 from ..common.spec import ChatSpec, ModelSpec, RunSpec
@@ -35,7 +37,7 @@ from .workers import open_pool
 NAME = "fluid-eval"
 DEFAULT_DEVICE = "cuda:0"
 """What lm-eval's command passes where no device is named, on machines without CUDA too."""
-NO_TASKS = {"tasks": {}, "groups": {}}
+NO_TASKS: Tasks = {"tasks": {}, "groups": {}}
 """lm-eval loads the tasks itself."""
 
 
@@ -65,7 +67,8 @@ class LmEvalBackend(FluidLM):
         ready = prepare(spec, NO_TASKS)
         print(ready.decoder, file=sys.stderr)
         self._opened: Pool | None = None
-        super().__init__(ready.tokenizer, ready.window, self._workers, AnswersInMemory(spec), ProgressBar)
+        self._memory = AnswersInMemory(spec)
+        super().__init__(ready.tokenizer, ready.window, self._workers, self._memory, ProgressBar)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers, in request order. Raises ConfigError for a request to sample, which is the decoder's decision."""
@@ -88,7 +91,7 @@ class LmEvalBackend(FluidLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes below "config" of its results file: the decoder, and what the answers cost."""
-        spec, records = self._run.spec, list(self._run.samples.values())
+        spec, records = self._memory.spec, list(self._memory.samples.values())
         tasks = dict.fromkeys(record["task"] for record in records)
         by_task = {task: _cost([record for record in records if record["task"] == task]) for task in tasks}
         facts = self._workers().facts(spec)
@@ -105,6 +108,7 @@ class LmEvalBackend(FluidLM):
         """The workers, started when the first answer is missing."""
         if self._opened is None:
             self._opened = open_pool(self._run.spec)
+            atexit.register(self._opened.close)  # lm-eval never says that it has finished
         return self._opened
 
 
