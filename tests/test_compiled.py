@@ -55,9 +55,8 @@ def by_torch(backbone):
 
 
 def run_twice(forward, ids, lengths, fresh, columns, widths=None, count=1):
-    """Hidden states of prompts of these lengths, and of more slots behind each; the cache's row 0 is another's.
-
-    count: threads.
+    """Hidden states of prompts of these lengths, and of more slots behind each, on `count` threads; the cache's row 0 is
+    another's.
     """
     cache, width = KVCache(len(lengths) + 1, columns), max(lengths)
     before = torch.get_num_threads()

@@ -93,3 +93,10 @@ def test_a_copy_as_int8_takes_a_quarter(monkeypatch):
     model = [torch.zeros(1 << 20)]
     assert weights.no_room(model)
     assert not weights.no_room(model, int8=True)
+
+
+def test_hidden_states_of_any_number_format_are_projected():
+    """transformers' own forward of a bfloat16 model gives them in bfloat16."""
+    backbone = backbone_of(CONFIGS["llama"], "bfloat16")
+    hidden = torch.randn(9, backbone.config.hidden_size).bfloat16()
+    assert torch.equal(backbone.compiled.logits(hidden), backbone.compiled.logits(hidden.float()))

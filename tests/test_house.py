@@ -41,14 +41,15 @@ DOORS = {
         "fluid_model.train.stage_setup",
     },
     "lm_eval": {
+        "fluid_eval.running.lm_eval_backend",
         "fluid_eval.running.lm_eval_model",
         "fluid_eval.benchmarks.lm_eval_tasks",
         "fluid_eval.analysis.rescore",
     },
     "ray": {"fluid_eval.running.ray_pool"},
     "gguf": {"fluid_model.checkpoints.gguf_files"},
-    "matplotlib": {"fluid_eval.output.figures", "fluid_eval.sweeps.frontier_files"},
-    "pandas": {"fluid_eval.results.finished_runs", "fluid_eval.sweeps.frontier_files"},
+    "matplotlib": {"fluid_eval._api_results", "fluid_eval.output.figures", "fluid_eval.sweeps.frontier_files"},
+    "pandas": {"fluid_eval._api_results", "fluid_eval.results.finished_runs", "fluid_eval.sweeps.frontier_files"},
 }
 OPTIONAL = ("ray", "gguf")
 """Libraries of an extra: imported inside functions alone."""

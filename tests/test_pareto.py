@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fluid_eval.common.stats import Interval
 from fluid_eval.sweeps.pareto import LEAST, SPEEDS, Placed, aup, below, best, frontier, measure
-from fluid_eval.sweeps.points import Point, Sample
+from fluid_eval.sweeps.points import Point, ScoredDocument
 from fluid_model.common.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ def point(name, scores, seconds=1.0, *, tokens=10, forwards=10, task="t", stoppe
     """
     each = [seconds] * len(scores)
     samples = [
-        Sample(task, doc, score, tokens, forwards, s)
+        ScoredDocument(task, doc, score, tokens, forwards, s)
         for doc, (score, s) in enumerate(zip(scores, each, strict=True))
     ]  # fmt: skip
     paces = {("s", repeat): tokens / seconds / by for repeat, by in enumerate(again)}
@@ -48,7 +48,7 @@ def sweeps(draw):
     n = draw(st.integers(LEAST, LEAST + 10))
     rows = draw(st.lists(st.lists(ANSWERS, min_size=n, max_size=n), min_size=2, max_size=4))
     return [
-        Point(f"p{i}", {}, [Sample("ab"[doc % 2], doc, s, t, f, t / f) for doc, (s, t, f) in enumerate(row)])
+        Point(f"p{i}", {}, [ScoredDocument("ab"[doc % 2], doc, s, t, f, t / f) for doc, (s, t, f) in enumerate(row)])
         for i, row in enumerate(rows)
     ]
 
@@ -63,7 +63,7 @@ def test_intervals_cover():
             for doc in range(n):
                 forwards = int(rng.integers(10, 41))
                 tokens, seconds = round(forwards * rng.uniform(1, 3)), forwards * rng.uniform(0.05, 0.15)
-                samples.append(Sample(task, doc, float(rng.random() < share), tokens, forwards, seconds))
+                samples.append(ScoredDocument(task, doc, float(rng.random() < share), tokens, forwards, seconds))
         (placed_point,) = measure([Point("p", {}, samples)], draws=300, seed=seed)
         for name, value in truth.items():
             interval = getattr(placed_point, name)
@@ -156,8 +156,8 @@ def test_fewer_forwards_an_answer_are_faster():
 
 
 def test_speeds_are_those_of_tasks_that_write():
-    wrote = [Sample("gsm8k", 0, 1.0, 30, 10, 2.0), Sample("gsm8k", 1, 0.0, 0, 5, 1.0)]
-    scored_only = [Sample("mmlu", doc, 1.0, 0, 1, 9.0) for doc in range(5)]
+    wrote = [ScoredDocument("gsm8k", 0, 1.0, 30, 10, 2.0), ScoredDocument("gsm8k", 1, 0.0, 0, 5, 1.0)]
+    scored_only = [ScoredDocument("mmlu", doc, 1.0, 0, 1, 9.0) for doc in range(5)]
     both, none = measure([Point("both", {}, [*wrote, *scored_only]), Point("none", {}, scored_only)])
     speeds = (both.tokens_per_second, both.tokens_per_forward, both.forwards_per_answer)
     assert [s.mean for s in speeds] == pytest.approx([10, 2, 7.5]), "an empty answer counts with what it cost"
@@ -257,9 +257,9 @@ def test_nonsense_is_named():
         "baseline='c' .*: a, b$": lambda: best(measured, baseline="c", within=1),
         "points lack b": lambda: best(measured, baseline="a", within=1, points=[a]),
         "nothing to choose from": lambda: best([], within=1),
-        "score=1.1": lambda: Sample("t", 0, 1.1, 0, 0, 0.0),
-        "score=nan": lambda: Sample("t", 0, math.nan, 0, 0, 0.0),
-        "seconds=-1.0": lambda: Sample("t", 0, 1.0, 0, 0, -1.0),
+        "score=1.1": lambda: ScoredDocument("t", 0, 1.1, 0, 0, 0.0),
+        "score=nan": lambda: ScoredDocument("t", 0, math.nan, 0, 0, 0.0),
+        "seconds=-1.0": lambda: ScoredDocument("t", 0, 1.0, 0, 0, -1.0),
         "an area needs": lambda: aup([]),
         r"accuracy \(percent\)=101": lambda: aup([(1.0, 101)]),
         "tokens per forward=0.0": lambda: aup([(0.0, 50)]),

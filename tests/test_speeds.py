@@ -19,7 +19,7 @@ from fluid_eval.results.metrics import cost
 from fluid_eval.running.job import run
 from fluid_eval.sweeps import pareto
 from fluid_eval.sweeps.grid import plan
-from fluid_eval.sweeps.points import Point, Sample, as_point
+from fluid_eval.sweeps.points import Point, ScoredDocument, as_point
 from fluid_eval.sweeps.sweep import Sweep
 from fluid_model.common.errors import ConfigError
 
@@ -115,8 +115,8 @@ def test_only_repeats_in_turns_say_how_sure_a_ratio_is(tmp_path, capsys):
 
 def test_one_run_beats_no_point_in_seconds():
     """Equal work, timed once: ten times as fast by the clock is not surely faster. In turns it is."""
-    samples = [Sample("t", doc, 1.0, 10, 10, 1.0) for doc in range(40)]
-    fast = [Sample("t", doc, 1.0, 10, 10, 0.1) for doc in range(40)]
+    samples = [ScoredDocument("t", doc, 1.0, 10, 10, 1.0) for doc in range(40)]
+    fast = [ScoredDocument("t", doc, 1.0, 10, 10, 0.1) for doc in range(40)]
     once = pareto.measure([Point("a", {}, samples), Point("b", {}, fast)])
     assert [p.dominated_by for p in once] == [None, None]
     assert [p.tokens_per_second.bounded for p in once] == [False, False]

@@ -28,6 +28,7 @@ from fluid_model.forward.backbone import Backbone
 from fluid_model.forward.kv_cache import KVCache
 from fluid_model.settings import ArSettings, DecoderSettings, FluidSettings
 
+from ..results.run_folder import AUDIT, write_json
 from ..running.lm_eval_model import Ids
 from ..running.worker import load_for
 from .reopen import ReopenedRun, StoredText, open_run
@@ -76,18 +77,20 @@ class Divergence:
 
 
 def audit_run(folder: Path) -> dict[str, Any]:
-    """Audit a finished run; see `audit`. Raises ConfigError if it cannot be opened."""
+    """Audit a finished run, see `audit`, and store it as audit.json. Raises ConfigError if it cannot be opened."""
     run = open_run(folder)
     decoder = run.spec.decoder
 
     def decode(checkpoint: Checkpoint, requests: Sequence[Request]) -> Iterable[Generation]:
         return engine_for(checkpoint, decoder, ROWS).generate(requests)
 
-    return {
+    report = {
         "model": run.spec.model.path,
         "decoder": run.spec.to_dict()["decoder"],
         **audit(run.texts, run.checkpoint, decoder, decode, lambda: load_wider(run)),
     }
+    write_json(folder / AUDIT, report)
+    return report
 
 
 def load_wider(run: ReopenedRun) -> Checkpoint:

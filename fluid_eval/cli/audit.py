@@ -20,10 +20,8 @@ def main(options: argparse.Namespace) -> int:
     with analysed_run(options) as folder:
         from ..analysis.losslessness import FAULTS, audit_run
         from ..output.terminal_audits import print_audit
-        from ..results.run_folder import AUDIT, write_json
 
         report = audit_run(folder)
-        write_json(folder / AUDIT, report)
     if options.json:
         print(json.dumps(report, indent=2))
     else:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
 from fluid_model.common.versions import ShowVersions
 
+from ..common.libraries import set_library_defaults
 from . import (
     EXIT_INTERRUPTED,
     audit,
@@ -73,10 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code (see the package). Invalid input and failures print one line."""
     tolerate_any_output()
     options = parser().parse_args(arguments)
-    os.environ.setdefault("TQDM_DISABLE", "1")  # our own bars are enough
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads must not spin on a shared machine
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    set_library_defaults()
     try:
         code = int(COMMANDS[options.command].main(options))
         sys.stdout.flush()  # an error of the output must show here, not at interpreter exit

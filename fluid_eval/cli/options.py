@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -154,25 +153,21 @@ def integer(text: str) -> int | str:
 
 def spec_of(options: argparse.Namespace) -> RunSpec:
     """The run's spec, with the decoder of its model if none is named."""
-    from ..common.spec import build_spec
-    from ..running.decoder_choice import with_decoder
+    from ..running.given_values import spec_from
 
-    return build_spec(with_decoder(values_of(options)))
+    return spec_from(values_of(options))
 
 
 def values_of(options: argparse.Namespace) -> dict[str, Any]:
     """The values of a spec: from its file, then flags, then --set."""
-    # 1) file and environment
+    # 1) file
     from fluid_model.common.fields import assign, put
     from fluid_model.common.files import read_toml
 
-    from ..benchmarks.profiles import chat_of
     from ..common.spec import tables
+    from ..running.given_values import completed
 
-    values = read_toml(options.spec) if options.spec else {}
-    if data_dir := os.environ.get("FLUID_DATA_DIR"):
-        values.setdefault("data_dir", data_dir)
-    values = tables(values)
+    values = tables(read_toml(options.spec) if options.spec else {})
     if options.model is None and "model" not in values:
         _take_bundled(values, options)
     # 2) flags
@@ -184,10 +179,10 @@ def values_of(options: argparse.Namespace) -> dict[str, Any]:
     _say_which(options.model)
     if options.chat:
         values.setdefault("chat", {})
-    # 3) --set
+    # 3) --set, then what environment and profile add
     for setting in options.set:
         assign(values, setting)
-    return chat_of(values)
+    return completed(values)
 
 
 def _say_which(model: str | None) -> None:

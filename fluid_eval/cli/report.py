@@ -33,9 +33,9 @@ def add(report: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    from ..output.report import write_report
+    from ..output.report import default_page, write_report
 
-    output = options.output or options.runs[0] / "report.html"
+    output = options.output or default_page(options.runs)
     write_report(
         options.runs, output, claims=options.claims, markdown=options.markdown, latex=options.latex,
         base=options.base, across_protocols=options.across_protocols,

@@ -51,12 +51,10 @@ def main(options: argparse.Namespace) -> int:
         sweep["sample"] = options.sample
     planned = plan(values)
     from ..output.terminal_sweeps import print_plan, print_sweep
-    from ..running.job import default_folder
-    from ..sweeps.sweep import Sweep
+    from ..sweeps.sweep import Sweep, default_folder
 
     # 2) the sweep's folder; only an estimate, or what is answered so far
-    first = default_folder(planned.points[0].spec).name.rsplit("-", 2)[0]
-    folder = options.out or Path("sweeps") / f"{first}-{planned.id[:8]}"
+    folder = options.out or default_folder(planned)
     job = Sweep(planned, folder, resume=options.resume or options.so_far)
     if options.dry_run:
         print_plan(planned, job.estimate(), folder)

@@ -1,18 +1,54 @@
 """Progress of long work on standard error. On a terminal: bars with samples/s and time left. Elsewhere: nothing for one
-run (`ProgressBar`), a line every EVERY seconds for a sweep (`Board`).
+run (`ProgressBar`), a line every EVERY seconds for a sweep (`Board`). A caller may take the events instead (`sent_to`).
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """How far some work is, in samples; the first event of a run counts those stored before.
+
+    title: writing (answers), scoring (likelihoods), timing (speed repeats) or sweep.
+    done, total: samples.  failed: those of them without an answer.
+    point: name of the sweep's point that the last sample belongs to, None outside sweeps.
+    """
+
+    title: str
+    done: int
+    total: int
+    failed: int = 0
+    point: str | None = None
+
+
+Listener = Callable[[ProgressEvent], None]
+_LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def sent_to(listener: Listener | None) -> Iterator[None]:
+    """A context whose progress goes to `listener` and not to standard error. None changes nothing.
+
+    An exception of the listener ends the work; what is answered is stored.
+    """
+    token = _LISTENER.set(listener or _LISTENER.get())
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
 
 
 class _Rate(ProgressColumn):
@@ -22,11 +58,12 @@ class _Rate(ProgressColumn):
 
 
 class _TerminalBars:
-    """A context in which bars are drawn, if standard error is a terminal."""
+    """A context in which bars are drawn, if standard error is a terminal and no listener takes the events."""
 
     def __init__(self, *, shown: bool = True) -> None:
         console = Console(stderr=True)
-        self._shown = shown and console.is_terminal
+        self._listener = _LISTENER.get() if shown else None
+        self._shown = shown and console.is_terminal and self._listener is None
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=console, disable=not self._shown)
 
@@ -46,14 +83,23 @@ class ProgressBar(_TerminalBars):
     def __init__(self, title: str, total: int, *, shown: bool = True) -> None:
         super().__init__(shown=shown)
         self._task = self._progress.add_task(title, total=total)
+        self._title, self._total, self._done = title, total, 0
 
     def skip(self, count: int) -> None:
         """Count samples that are stored already."""
         self._progress.update(self._task, completed=count)
+        self._done = count
+        self._send()
 
     def advance(self) -> None:
         """Count one more sample."""
         self._progress.advance(self._task)
+        self._done += 1
+        self._send()
+
+    def _send(self) -> None:
+        if self._listener is not None:
+            self._listener(ProgressEvent(self._title, self._done, self._total))
 
 
 EVERY = 30.0
@@ -87,6 +133,10 @@ class Board(_TerminalBars):
         self._failed += failed
         self._progress.advance(self._all)
         self._progress.advance(self._tasks[name])
+        if self._listener is not None:
+            done = self._done_before + self._answered
+            self._listener(ProgressEvent("sweep", done, self._total, self._failed, name))
+            return
         now = time.monotonic()
         if now - self._last_update > (1.0 if self._shown else EVERY):
             self._last_update = now

@@ -19,10 +19,10 @@ Legend: D documents sorted by task, R bootstrap draws, C columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fluid_model.common.errors import ConfigError
 from fluid_model.common.fields import at_least
@@ -62,6 +62,12 @@ class Interval:
         if not self.bounded:
             return {"mean": self.mean, "low": None, "high": None, "n": self.n}
         return {"mean": self.mean, "low": self.low, "high": self.high, "n": self.n}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Interval:
+        """The interval of `to_dict`."""
+        low, high = (math.nan if values[bound] is None else values[bound] for bound in ("low", "high"))
+        return cls(values["mean"], low, high, values["n"])
 
 
 def interval(values: Sequence[float]) -> Interval:

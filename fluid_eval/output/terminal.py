@@ -16,7 +16,7 @@ FORWARDS = "tok/fwd: every forward counts, prefill too, which papers often leave
 
 def screen() -> Console:
     """Standard output: as wide as the terminal, 80 columns where there is none."""
-    return Console(width=None if Console().is_terminal else 80, highlight=False, markup=False)
+    return Console(width=None if Console().is_terminal else 80, highlight=False, markup=False, force_jupyter=False)
 
 
 def bare_table() -> Table:

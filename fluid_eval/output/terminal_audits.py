@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from .terminal import bare_table, number, plain_table, screen
@@ -14,9 +15,9 @@ MOST_DIVERGENCES = 12
 """Divergences printed at most."""
 
 
-def print_audit(report: Mapping[str, Any]) -> None:
-    """Print an audit: agreement with AR, tests or divergences, the verdict."""
-    console = screen()
+def print_audit(report: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print an audit: agreement with AR, tests or divergences, the verdict. console: default standard output."""
+    console = console or screen()
     # 1) the run and how far it agrees
     decoder, sampled = report["decoder"], report["distribution"]
     settings = ", ".join(f"{k}={v}" for k, v in decoder.items() if k != "name")

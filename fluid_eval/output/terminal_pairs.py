@@ -29,10 +29,10 @@ def print_comparison(comparison: Mapping[str, Any], *, flips: bool = False) -> N
         console.print(f"base:  {pair['base']}  ({models[pair['base']]})", soft_wrap=True)
         console.print(f"other: {pair['other']}  ({models[pair['other']]})", soft_wrap=True)
         console.print()
-        console.print(_differences(entries(pair)))
+        console.print(difference_table(pair))
         console.print()
         if pair["speed"]["tokens_per_forward"]:
-            console.print(_ratios([*pair["tasks"], {"task": "all", "speed": pair["speed"]}]))
+            console.print(speed_table(pair))
             console.print()
         _notes(console, pair, flips)
         console.print()
@@ -113,23 +113,24 @@ def _ratio(speed: Mapping[str, Any] | None) -> str:
     return "–" if not speed else ratio(speed) if speed["low"] is not None else f"{speed['ratio']:.2f} no interval"
 
 
-def _differences(rows: Sequence[Mapping[str, Any]]) -> Table:
+def difference_table(pair: Mapping[str, Any]) -> Table:
+    """Scores of a pair of runs by task, then over all."""
     table = plain_table("task", ("base", "other", "difference", "p", "MDE", "n", "gained", "lost"))
-    for entry in rows:
+    for entry in entries(pair):
         means = (f"{100 * entry[run]['mean']:.1f}" for run in ("base", "other"))
         rest = (probability(entry["mcnemar_p"]), f"{100 * entry['mde']:.1f}", entry["n"], entry["c"], entry["b"])
         table.add_row(entry["task"], *means, difference(entry["difference"]), *map(str, rest))
     return table
 
 
-def _ratios(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Speeds, two lines for each task with generated answers."""
+def speed_table(pair: Mapping[str, Any]) -> Table:
+    """Speeds of a pair of runs, two lines for each task with generated answers, then over all."""
     table = bare_table()
     for name in ("task", "speed"):
         table.add_column(name, no_wrap=True)
     for name in ("base", "other", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
-    for entry in rows:
+    for entry in [*pair["tasks"], {"task": "all", "speed": pair["speed"]}]:
         task = entry["task"]
         for name, unit, digits in (("tokens_per_second", "tok/s", 0), ("tokens_per_forward", "tok/fwd", 2)):
             if speed := entry["speed"][name]:

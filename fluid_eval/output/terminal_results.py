@@ -26,9 +26,9 @@ def print_result(result: Mapping[str, Any], folder: Path, *, settable: bool = Tr
         console.print(f"protocol {used['name']} {used['hash']}")
     console.print()
     # 2) scores, costs, speeds
-    console.print(_table(result["lines"]))
+    console.print(score_table(result["lines"]))
     console.print()
-    console.print(_costs(result["lines"]))
+    console.print(cost_table(result["lines"]))
     console.print()
     if repeats := max((line.get("speed_repeats", 0) for line in result["lines"]), default=0):
         console.print(_speeds(result["lines"]))
@@ -80,7 +80,7 @@ def print_health(console: Console, health: Sequence[Mapping[str, Any]], *, setta
         console.print(f"!: more than allowed, exit code 3{off}")
 
 
-def _costs(lines: Sequence[ResultLine]) -> Table:
+def cost_table(lines: Sequence[ResultLine]) -> Table:
     """Cost of each task's answers: tokens, forwards by kind, slots fed a token."""
     firsts = [line for i, line in enumerate(lines) if line["task"] not in {before["task"] for before in lines[:i]}]
     kinds = [
@@ -109,7 +109,7 @@ def _speeds(lines: Sequence[ResultLine]) -> Table:
     return table
 
 
-def _table(lines: Sequence[ResultLine]) -> Table:
+def score_table(lines: Sequence[ResultLine]) -> Table:
     """A line for each metric; speeds and cut prompts are on a task's first line."""
     table = bare_table()
     table.add_column("task", no_wrap=True)

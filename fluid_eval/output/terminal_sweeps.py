@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Table
+
 from ..sweeps.pareto import SPEEDS as PACES
 from .terminal import FORWARDS, bare_table, number, score, screen
 from .terminal import speed as pace
@@ -38,20 +40,15 @@ def print_plan(plan: SweepPlan, estimate: Estimate, folder: Path) -> None:
     console.print(f"folder: {folder} (nothing is written yet)", soft_wrap=True)
 
 
-def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
-    """Print a sweep's points, the fastest first, its frontier and its folder."""
-    console = screen()
+def point_table(result: Mapping[str, Any]) -> Table:
+    """The points of a sweep, the fastest first, each with its mark (see the legend of `print_sweep`)."""
     table = bare_table()
     table.add_column("", no_wrap=True)
     table.add_column("point")
     for name in ("score", "tok/s", "tok/fwd", "fwd/ans"):
         table.add_column(name, justify="right", no_wrap=True)
-    # 1) the points, the fastest first
-    by, notes = result["by"], list[str]()
-    unhealthy = {gate["point"] for gate in result.get("health", []) if not gate["ok"]}
-    speed = {p["name"]: (p[by] or {"mean": 0.0})["mean"] for p in result["points"]}
-    sign = 1 if by == "forwards_per_answer" else -1
-    for point in sorted(result["points"], key=lambda p: sign * speed[p["name"]]):
+    unhealthy = _unhealthy(result)
+    for point in _by_speed(result):
         place = score({"score": point["score"]["mean"], **point["score"]})
         second, forward, answer = (point[name] or {"mean": None} for name in PACES)
         mark = "*" if point["name"] in result["frontier"] else "-" if point["dominated_by"] else ""
@@ -59,9 +56,27 @@ def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
         table.add_row(
             mark, point["name"], place, pace(second), number(forward["mean"], 2), number(answer["mean"], 1)
         )  # fmt: skip
-        if point["stopped"]:
-            notes.append(f"{point['name']}: stopped early, {point['stopped']}")
-    console.print(table)
+    return table
+
+
+def _by_speed(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The points, the fastest first."""
+    by = result["by"]
+    sign = 1 if by == "forwards_per_answer" else -1
+    return sorted(result["points"], key=lambda point: sign * (point[by] or {"mean": 0.0})["mean"])
+
+
+def _unhealthy(result: Mapping[str, Any]) -> set[str]:
+    """Names of the points with a health gate over its threshold."""
+    return {gate["point"] for gate in result.get("health", []) if not gate["ok"]}
+
+
+def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
+    """Print a sweep's points, the fastest first, its frontier and its folder."""
+    console = screen()
+    # 1) the points
+    notes = [f"{p['name']}: stopped early, {p['stopped']}" for p in _by_speed(result) if p["stopped"]]
+    console.print(point_table(result))
     console.print()
     # 2) legend
     if "so_far" in result:
@@ -72,7 +87,7 @@ def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
         console.print("is dominated in them; --resume --speed-repeats 5 times all points in turns")
     if notes:
         console.print("x: stopped early")
-    if unhealthy:
+    if _unhealthy(result):
         console.print("!: a health gate is over its threshold; see result.json")
     console.print("score: mean over tasks, %, with its 95% interval   tok/s: per worker")
     console.print(FORWARDS)

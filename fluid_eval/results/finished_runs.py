@@ -77,6 +77,13 @@ def load_results(path: str | os.PathLike[str]) -> pandas.DataFrame:
     return pandas.DataFrame([_row(record) for record in read_samples(folder)])
 
 
+def rows_frame(rows: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
+    """Rows of named values as a data frame."""
+    import pandas
+
+    return pandas.DataFrame(list(rows))
+
+
 def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record as flat columns."""
     row = {name: value for name, value in record.items() if name not in ("scores", "trace")}

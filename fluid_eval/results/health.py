@@ -8,7 +8,7 @@ two BOS tokens has no gate: `lm_eval_model` refuses it before anything is genera
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..common.spec import HealthSpec
@@ -42,6 +42,11 @@ class Gate:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with share and ok."""
         return {**asdict(self), "keys": list(self.keys), "share": self.share, "ok": self.ok}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Gate:
+        """The gate of `to_dict`."""
+        return cls(**{f.name: values[f.name] for f in fields(cls)} | {"keys": tuple(values["keys"])})
 
 
 @dataclass(frozen=True)

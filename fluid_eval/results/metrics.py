@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..common.stats import geometric, interval
@@ -67,6 +67,12 @@ class TableRow:
         if self.value is None:
             del values["value"]
         return {**values, **spent}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TableRow:
+        """The row of `to_dict`. Costs that earlier versions did not store are None, their speed repeats 0."""
+        spent = {f.name: values.get(f.name, 0 if f.name == "speed_repeats" else None) for f in fields(Cost)}
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name != "cost"}, cost=Cost(**spent))
 
 
 def cost(records: Sequence[Record], repeats: Sequence[Repeat] = ()) -> Cost:

@@ -61,6 +61,17 @@ ENVIRONMENT_HOLDS: dict[str, Check] = {
     "memory_bytes": amount, "data": each(by_name(anything)), "isolation": maybe(text),
     "sessions": count,
 }  # fmt: skip
+_BOUNDS = maybe(table({"mean": number, "low": maybe(number), "high": maybe(number), "n": count}))
+_POINT: dict[str, Check] = {
+    "name": text, "settings": by_name(anything), "n": count, "score": _BOUNDS, "tokens_per_second": _BOUNDS,
+    "tokens_per_forward": _BOUNDS, "forwards_per_answer": _BOUNDS, "dominated_by": maybe(text), "stopped": maybe(text),
+    "folder": text,
+}  # fmt: skip
+"""A point of a sweep's result, as `sweeps.pareto.Placed` has it."""
+SWEEP_HOLDS: dict[str, Check] = {
+    "id": text, "by": text, "baseline": maybe(text), "points": each(table(_POINT, {"repeats": count})),
+    "frontier": each(text), "best": maybe(text), "within": amount, "aup": by_name(number), "lost": by_name(text),
+}  # fmt: skip
 
 
 _DIVERGENCE: dict[str, Check] = {
@@ -110,6 +121,16 @@ def read_result(file: Path, needed: Iterable[str] = (), *, shown: bool = False) 
         raise ConfigError(f"{file}: lacks {', '.join(missing)}; run again into another --out")
     lines = {name: each(table(LINE)) for name in ("lines", "parts")} if shown else {}
     return _checked(file, result, {**RESULT_HOLDS, **lines})
+
+
+def read_sweep(file: Path) -> Nested:
+    """A sweep's result. Raises ConfigError naming file and field."""
+    values = read_json(file)
+    if problem := wrong(values, SWEEP_HOLDS):
+        raise ConfigError(
+            f"{file}: no finished sweep ({problem}); finish it with --resume, or run it into another --out"
+        )
+    return values
 
 
 def read_spec(file: Path, needed: Iterable[str] = ()) -> Nested:

@@ -24,7 +24,8 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -38,7 +39,8 @@ from fluid_model.tokens import Tokenizer, encodable
 
 from ..benchmarks.chat_template import Chat
 from ..common.progress import ProgressBar
-from ..results.run_folder import Run
+from ..common.spec import RunSpec
+from ..results.sample_records import Record
 from .answer_records import failed_record, generation_record, likelihood_record, prompt_hash
 from .chunks import FailedRequest, Pool, chunks_of
 
@@ -50,9 +52,30 @@ ENCODE_AT_ONCE = 2048
 """Prompts in one call of the tokenizer."""
 
 
+class AnswersByKey(Protocol):
+    """Stored records by key."""
+
+    def __getitem__(self, key: str, /) -> Record: ...
+    def __contains__(self, key: object, /) -> bool: ...
+    def prompt_hash(self, key: str) -> str | None: ...
+
+
+class AnswerStore(Protocol):
+    """Where answers are kept: a run folder, or memory (`lm_eval_backend`)."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def spec(self) -> RunSpec: ...
+    @property
+    def samples(self) -> AnswersByKey: ...
+    def append(self, record: Record) -> None: ...
+
+
 class FluidLM(TemplateLM):
     """Answers lm-eval's requests from the run folder or, if missing there, from the pool.
 
+    run: the run folder, or another store of answers.
     window: the model's, in tokens.  pool: opens the workers, called when the first answer is missing.
     chat: None for plain prompts.  encoded: token ids by text, shared between runs with one tokenizer.
     on_text: called with task, document and text of each generated answer; after all answers, or `at_once`.
@@ -66,7 +89,7 @@ class FluidLM(TemplateLM):
         tokenizer: Tokenizer,
         window: int,
         pool: Callable[[], Pool],
-        run: Run,
+        run: AnswerStore,
         bar: Callable[[str, int], ProgressBar],
         chat: Chat | None = None,
         encoded: dict[str, Ids] | None = None,

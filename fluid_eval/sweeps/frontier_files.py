@@ -5,6 +5,7 @@ The figure uses matplotlib's object interface: no display, no global state, the 
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -120,10 +121,20 @@ def draw(
         return False
     from matplotlib import rc_context
 
+    (folder / "frontier.png").write_bytes(png(drawn))
     with rc_context(STYLE):
-        drawn.savefig(folder / "frontier.png")
         drawn.savefig(folder / "frontier.svg", metadata={"Date": None, "Creator": None})
     return True
+
+
+def png(drawn: Figure) -> bytes:
+    """A figure as a picture."""
+    from matplotlib import rc_context
+
+    picture = io.BytesIO()
+    with rc_context(STYLE):
+        drawn.savefig(picture, format="png")
+    return picture.getvalue()
 
 
 def figure(

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 Speed = Literal["tokens_per_second", "tokens_per_forward", "forwards_per_answer"]
 """Fewer forwards per answer are faster."""
 SPEEDS: tuple[Speed, ...] = get_args(Speed)
+BY: Speed = "tokens_per_second"
+WITHIN = 1.0
+"""Points of score that the best point may lie below the baseline, unless another number is given."""
 LEAST = 20
 """Fewest common documents for a comparison: a bootstrap over a handful is overconfident."""
 CONFIDENCE = 0.95

@@ -14,7 +14,7 @@ from ..results.speed_repeats import Repeat, Turn, tokens_per_second
 
 
 @dataclass(frozen=True)
-class Sample:
+class ScoredDocument:
     """One document's score (0 to 1) and cost at a point.
 
     tokens: of the answer.  written: False where choices were scored by log-likelihood instead of generated.
@@ -44,7 +44,7 @@ class Point:
 
     name: str
     settings: Mapping[str, Any]
-    samples: Sequence[Sample]
+    samples: Sequence[ScoredDocument]
     stopped: str | None = None
     paces: Mapping[Turn, float] = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ def as_point(
     """
     scores = first_scores(records)
     samples = [
-        Sample(
+        ScoredDocument(
             task=owners[record["task"]], doc=record["key"], score=scores[record["key"]],
             tokens=len(record["output_ids"]), forwards=sum(record["trace"]["forwards"].values()),
             seconds=record["seconds"], written=record["finish"] is not None,

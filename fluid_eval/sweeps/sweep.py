@@ -31,6 +31,7 @@ from ..results import speed_repeats as repeats
 from ..results.run_folder import POINTS, RESULT, SWEEP, Record, Run, lock, read_samples, write_json
 from ..running.chunks import Chunk, FailedRequest, Pool, chunks_of
 from ..running.job import Job, check_tasks, go_offline_unless_needed, prepare
+from ..running.job import default_folder as run_folder
 from ..running.repeat_timing import time_in_turns
 from ..running.workers import open_pool
 from . import pareto
@@ -88,6 +89,11 @@ class Estimate:
     forwards: float
     seconds: float
     tried: int
+
+
+def default_folder(plan: SweepPlan) -> Path:
+    """sweeps/TASKS-MODEL-ID."""
+    return Path("sweeps") / f"{run_folder(plan.points[0].spec).name.rsplit('-', 2)[0]}-{plan.id[:8]}"
 
 
 class Sweep:
@@ -175,8 +181,8 @@ class Sweep:
         self,
         *,
         stop_dominated: bool = False,
-        by: pareto.Speed = "tokens_per_second",
-        within: float = 1.0,
+        by: pareto.Speed = pareto.BY,
+        within: float = pareto.WITHIN,
         speed_repeats: int = 0,
     ) -> Nested:
         """Answer and score all points and place them on the frontier. Returns the sweep's result.json.
@@ -288,7 +294,7 @@ class Sweep:
                 point.stopped = f"below {better} after {share:.0%} of the documents"
                 board.stop(point.name)
 
-    def so_far(self, *, by: pareto.Speed = "tokens_per_second", within: float = 1.0) -> Nested:
+    def so_far(self, *, by: pareto.Speed = pareto.BY, within: float = pareto.WITHIN) -> Nested:
         """Place the points by the document batches that all of them have answered. Writes only tables and figure.
 
         Raises ConfigError if there is no such batch yet.

@@ -4,6 +4,6 @@ Generated text is treated as hostile. Jinja escapes it in the page, the samples'
 meaning in HTML, and the page's script only sets text.
 """
 
-from .write import write_report
+from .write import default_page, write_report
 
-__all__ = ["write_report"]
+__all__ = ["default_page", "write_report"]

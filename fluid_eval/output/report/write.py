@@ -15,6 +15,11 @@ from .papers import latex_table, markdown_appendix
 from .runs import read_runs
 
 
+def default_page(folders: Sequence[Path]) -> Path:
+    """report.html in the first folder."""
+    return folders[0] / "report.html"
+
+
 def write_report(
     folders: Sequence[Path],
     output: Path | None,

@@ -101,10 +101,10 @@ class CompiledForward:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(M, D) -> (M, V)."""
+        """(M, D), in any number format -> (M, V) float32."""
         self._pack_if_changed()
         projection = self._projection
-        hidden, logits = hidden.contiguous(), torch.empty(len(hidden), projection.outputs)
+        hidden, logits = hidden.float().contiguous(), torch.empty(len(hidden), projection.outputs)
         workers = threads.worth(projection.inputs * projection.outputs, len(hidden))
         self._library.project_vocabulary(projection, len(hidden), hidden.data_ptr(), logits.data_ptr(), workers)
         return logits
