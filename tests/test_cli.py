@@ -184,6 +184,20 @@ def test_a_spec_file_and_flags_that_override_it(capsys, tmp_path, tiny_model, ti
     assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith(("run folder", str(tiny_model))))
 
 
+def test_the_same_command_again_shows_what_it_made(capsys, tmp_path, tiny_model, little_data, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--tasks", "gsm8k", "--model", tiny_model, "--data-dir", little_data, "--limit", 2]
+    words += ["--max-new-tokens", 8, "--num-fewshot", 0, "--json"]
+    code, first, _ = run(capsys, *words)
+    again = run(capsys, *words)
+    assert again[:2] == (code, first)
+    assert "this run is finished: its stored result follows; --out DIR runs it again\n" in again[2]
+    (result,) = tmp_path.glob("runs/*/result.json")
+    code, _, err = run(capsys, *words, "--out", result.parent)
+    assert code == 2
+    assert "holds a finished run of this spec; pass --resume to go on" in err, "a folder that was named is not assumed"
+
+
 def test_doctor(capsys, little_data, data_dir, monkeypatch):
     assert main(["doctor", "--data-dir", str(data_dir)]) == 0
     out = capsys.readouterr().out

@@ -55,9 +55,7 @@ def by_torch(backbone):
 
 
 def run_twice(forward, ids, lengths, fresh, columns, widths=None, count=1):
-    """Hidden states of prompts of these lengths, and of more slots behind each, on `count` threads; the cache's row 0 is
-    another's.
-    """
+    """Hidden states of prompts of these lengths and of more slots behind each; row 0 of the cache is another's."""
     cache, width = KVCache(len(lengths) + 1, columns), max(lengths)
     before = torch.get_num_threads()
     torch.set_num_threads(count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from .options import add_settings, add_speed_repeats, exit_code, spec_of
@@ -23,10 +24,14 @@ def add(run: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     spec = spec_of(options)
     from ..output.terminal_results import print_result
+    from ..results.run_folder import RESULT
     from ..running import job as job
 
     folder = options.out or job.default_folder(spec)
-    result = job.run(spec, folder, resume=options.resume, speed_repeats=options.speed_repeats)
+    is_again = options.out is None and (folder / RESULT).exists()  # the folder's name holds the spec's id
+    if is_again and not options.resume:
+        print("this run is finished: its stored result follows; --out DIR runs it again", file=sys.stderr)
+    result = job.run(spec, folder, resume=options.resume or is_again, speed_repeats=options.speed_repeats)
     if options.json:
         print(json.dumps(result, indent=2))
     else:
