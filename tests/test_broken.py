@@ -106,7 +106,9 @@ def test_a_run_goes_on_and_says_so(checkpoints, tmp_path):
 
 def test_what_nobody_said_is_not_right():
     """lm-eval scores a broken sample as if it had been an answer."""
-    task = SimpleNamespace(get_config=lambda name: None)
+    from lm_eval.api.metrics import mean
+
+    task = SimpleNamespace(get_config=lambda name: None, aggregation=lambda: {"acc": mean})
     example = {"doc_id": 0, "filter": "none", "metrics": ["acc"], "acc": 1.0, "target": "A", "doc": {}}
     sample = {"output": "A", "choices": [" A"], "finish": None}
     scores = [

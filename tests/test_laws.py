@@ -42,7 +42,8 @@ def calls_of(checkpoint: Checkpoint) -> list[int]:
             seen.append(1)
             return compiled(*words)
 
-        call.projects_vocabulary, call.logits = compiled.projects_vocabulary, compiled.logits
+        for name in ("projects_vocabulary", "logits", "stored"):
+            setattr(call, name, getattr(compiled, name))
         checkpoint.backbone.compiled = call
     return seen
 

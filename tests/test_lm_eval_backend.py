@@ -77,7 +77,7 @@ def test_whole_texts_and_chats_are_answered(tiny_model):
     lm = LmEvalBackend(str(tiny_model), decoder="ar")
     rolling = Instance("loglikelihood_rolling", {}, ("a text of some length",), 0, metadata=("t", 0, 1))
     (total,) = lm.loglikelihood_rolling([rolling])
-    pair = Instance("loglikelihood", {}, ("", "a text of some length"), 0, metadata=("t", 0, 1))
+    pair = Instance("loglikelihood", {}, ("", "a text of some length"), 0, metadata=("t", 1, 1))
     assert total == pytest.approx(lm.loglikelihood([pair])[0][0], abs=1e-4)
     with pytest.raises(ConfigError, match="chat"):
         lm.apply_chat_template([{"role": "user", "content": "x"}])  # this tokenizer has no template

@@ -107,14 +107,16 @@ def test_rolling_log_likelihood(hf, stories, tmp_path):
     """Whole texts, longer than the window, as perplexity tasks ask."""
     from lm_eval.api.instance import Instance
 
+    from fluid_eval.common.progress import ProgressBar
     from fluid_eval.results.run_folder import Run
     from fluid_eval.running.lm_eval_model import FluidLM
     from fluid_eval.running.workers import open_pool
     from fluid_model import load_tokenizer
 
     spec = build_spec({"tasks": ["gsm8k"], "model": {"path": str(stories)}})
-    pool = open_pool(spec)
-    lm = FluidLM(load_tokenizer(str(stories)), 512, lambda: pool, Run(tmp_path / "r", spec), None)
+    pool, run = open_pool(spec), Run(tmp_path / "r", spec)
+    run.begin({})
+    lm = FluidLM(load_tokenizer(str(stories)), 512, lambda: pool, run, ProgressBar)
     texts = ["Once upon a time, there was a dog.", "They went to the park. " * 120]
     ask = [Instance("loglikelihood_rolling", {}, (text,), 0, ("t", 0, 1)) for text in texts]
     assert lm.loglikelihood_rolling(ask) == pytest.approx(hf.loglikelihood_rolling(ask), rel=1e-4)

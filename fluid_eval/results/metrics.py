@@ -72,7 +72,8 @@ class TableRow:
     def from_dict(cls, values: Mapping[str, Any]) -> TableRow:
         """The row of `to_dict`. Costs that earlier versions did not store are None, their speed repeats 0."""
         spent = {f.name: values.get(f.name, 0 if f.name == "speed_repeats" else None) for f in fields(Cost)}
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name != "cost"}, cost=Cost(**spent))
+        own = {f.name: values[f.name] for f in fields(cls) if f.name not in ("cost", "value")}
+        return cls(**own, cost=Cost(**spent), value=values.get("value"))
 
 
 def cost(records: Sequence[Record], repeats: Sequence[Repeat] = ()) -> Cost:
