@@ -87,6 +87,23 @@ def test_what_forwards_hold_under_is_marked_where_it_differs(tmp_path, capsys):
     assert speed_conditions.unequal_forwards(llada, llada) == []
 
 
+def test_drafts_that_follow_measured_time_are_equal_to_none(tmp_path):
+    """What a run's rates decided is said beside its tokens/forward."""
+    made = {"decoder": FLUID, "spec": {"decoder": FLUID}}
+    rates = {"drafts": False, "drafting_rate": 100.0, "plain_rate": 200.0}
+    records = answers([1.0] * 12, draft_policy={"slot_budget": None, "rows": 32, **rates})
+    for record in records:
+        record["trace"]["forwards"] = {"prefill": 1, "round": 1, "commit": 3}
+    by_time = [write_run(tmp_path / name, records, **made) for name in ("base", "again")]
+    fixed = write_run(tmp_path / "fixed", drafted([1.0] * 12), **made)
+    for other in (by_time[1], fixed):
+        assert pair_of([by_time[0], other])["unequal"] == [
+            "drafts follow measured time unless decoder.slot_budget is set"
+        ]
+    shown = "measured time (75% of steps without drafts), rows a forward 32"
+    assert pair_of(by_time)["conditions"] == {"base": shown, "other": shown}
+
+
 def timed(folder, records, paces, *, session="s"):
     """Repeats of a run in which every answer took so long."""
     write_run(folder, records)

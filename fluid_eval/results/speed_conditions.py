@@ -92,7 +92,7 @@ def drafting(run: Nested) -> str | None:
     if not run.get("drafts_by_time"):
         return ", ".join(f"{_words(name)} {_value(run[name])}" for name in ("slot_budget", "rows"))
     plain = run.get("plain_share") or 0.0
-    return f"drafts by measured time, {100 * plain:.0f}% of steps without; {_words('rows')} {_value(run['rows'])}"
+    return f"measured time ({100 * plain:.0f}% of steps without drafts), {_words('rows')} {_value(run['rows'])}"
 
 
 def unequal_seconds(base: Nested, other: Nested) -> list[str]:
