@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from fluid_eval.common.paths import resource
 from fluid_model import ArSettings, Checkpoint, FluidSettings, engine_for, load
 from fluid_model.decoders import drafting_rates
+from fluid_model.decoders.draft_policy import MIN_COST, StepStatistics
 from fluid_model.decoders.drafting_rates import LONGEST_WAIT, DraftingRates, Rate
+from fluid_model.forward.forward_time import ForwardTime
 
 from .test_rounds import requests
 
@@ -91,9 +94,11 @@ def test_the_kind_of_step_changes_no_text(checkpoint, monkeypatch, every, batch_
     monkeypatch.setattr(drafting_rates, "DraftingRates", lambda: Alternating(every))
     drafting_rates._RATES.clear()
     decoder = FluidSettings(temperature=temperature, min_horizon=4)
-    written = {g.key: g for g in engine_for(checkpoint, decoder, batch_size).generate(requests(checkpoint))}
+    # the longest prompt, which is first, ends first: another row moves into its place
+    work = [replace(r, max_new_tokens=n) for r, n in zip(requests(checkpoint), (9, 28, 28, 28), strict=True)]
+    written = {g.key: g for g in engine_for(checkpoint, decoder, batch_size).generate(work)}
     drafting_rates._RATES.clear()
-    expected = engine_for(checkpoint, ArSettings(temperature=temperature), batch_size).generate(requests(checkpoint))
+    expected = engine_for(checkpoint, ArSettings(temperature=temperature), batch_size).generate(work)
     assert {key: g.ids for key, g in written.items()} == {g.key: g.ids for g in expected}
     for generation in written.values():
         trace = generation.trace
@@ -102,6 +107,28 @@ def test_the_kind_of_step_changes_no_text(checkpoint, monkeypatch, every, batch_
         assert min(1, len(generation.ids)) + sum(trace.accepted) == len(generation.ids)
     if every > 1:
         assert any(max(g.trace.accepted, default=0) > 1 for g in written.values()), "some drafts are accepted"
+
+
+def test_a_slot_costs_what_its_time_would_bring():
+    """On a straight line as by the slot budget, nothing where the curve is flat, else by the measured rate."""
+    statistics, budget = StepStatistics(4.0, 10.0, 48.0), 20
+    line = ForwardTime([(n, 1 + n / budget) for n in (1, 2, 4, 8, 16, 32, 64, 128)])
+    for rows in (1, 3):
+        assert statistics.timed_cost(line, rows, None) == pytest.approx(
+            statistics.marginal_cost(budget, rows), rel=1e-6
+        )
+    assert statistics.timed_cost(line, 1, 2.0) == pytest.approx(2.0 / budget)
+    assert statistics.timed_cost(ForwardTime([(1, 1.0), (64, 1.0)]), 1, None) == MIN_COST
+
+
+def test_forwards_are_timed_while_they_run(checkpoint):
+    backbone = checkpoint.backbone
+    before = backbone.forward_time.points
+    list(engine_for(checkpoint, FluidSettings(slot_budget=8), 1).generate(requests(checkpoint)))
+    assert backbone.forward_time.points == before, "a budget that is set is not refreshed"
+    drafting_rates._RATES.clear()
+    list(engine_for(checkpoint, FluidSettings(), 1).generate(requests(checkpoint)))
+    assert backbone.forward_time.points != before
 
 
 def test_what_decided_is_recorded(checkpoint):
