@@ -33,8 +33,8 @@ FIRST_WAIT, LONGEST_WAIT = 64, 1024
 """Steps between two trials: at first, and at most by doubling."""
 PRICE = 100
 """Steps to wait for each step's worth of tokens that a trial has lost: trials cost 1% of the time at most."""
-MARGIN = 1.02
-"""How many times faster the other kind of step must be to be taken."""
+MARGIN = 1.05
+"""How many times faster than plain steps those with drafts must be, since measurements are noisy."""
 OUTLIER = 3.0
 """Steps that take more than so many times the median are cut to that: the machine did something else."""
 
@@ -116,12 +116,14 @@ class RowRates:
         if other.value is None:
             self.try_kind(drafts=not self.drafts)
             return
-        assert tried.value is not None
-        if tried.value > MARGIN * other.value:
+        assert self.drafting.value is not None
+        assert self.plain.value is not None
+        pays = self.drafting.value > MARGIN * self.plain.value
+        if pays == self.drafts:
             self.wait = FIRST_WAIT
         else:
             lost = other.value * sum(tried.seconds) - sum(tried.tokens)
-            self.drafts = not self.drafts
+            self.drafts = pays
             self.wait = max(min(2 * self.wait, LONGEST_WAIT), round(PRICE * lost))
         self.left = self.wait
 
