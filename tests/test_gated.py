@@ -153,6 +153,17 @@ def trained(folder, out="gated", **changes):
     return folder / out
 
 
+def test_held_out_rows_are_measured_with_the_weights_of_their_step(tmp_path):
+    """The fused optimizer changes weights without a version of its own; what was made of earlier ones must not stay."""
+    save_model(tmp_path / "parent")
+    optim = {"steps": 6, "batch_size": 4, "learning_rate": 0.05, "measure_every": 2}
+    values = {"lora": GATED, "fans": FANS, "loss": {"target": "parent"}, "optim": optim, "save_dtype": "bfloat16"}
+    record = train(recipe_for(tmp_path, "gated", "fluid-hybrid", tmp_path / "parent", **values))
+    losses = [entry["eval_loss"] for entry in record["history"] if "eval_loss" in entry]
+    assert len(losses) == 4
+    assert losses[2] == pytest.approx(losses[3], rel=0.02), "of the last step, before and after rounding"
+
+
 @pytest.mark.parametrize("target", ["parent", "labels"])
 def test_a_training_changes_the_adapter_alone(tmp_path, target):
     """Stages 1 and 2 over a parent: drift 0, drafts that learn, K-heads, the parent's text."""

@@ -88,6 +88,17 @@ class StageTrainer(Trainer):
         super().log(logs, start_time)
 
 
+class WeightVersions(TrainerCallback):
+    """Counts a new version of every trained weight after each step, as torch does for other changes in place.
+
+    Fused optimizers, the Trainer's default, do not, and the engine's forward keeps what it has made of a version.
+    """
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        if model is not None:
+            torch.autograd.graph.increment_version([p for p in model.parameters() if p.requires_grad])
+
+
 class Clock(TrainerCallback):
     """Wall time of a training in seconds, including interrupted attempts up to the step that they were resumed from."""
 
@@ -202,6 +213,7 @@ def _trainer(
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     trainer.add_callback(Progress())
+    trainer.add_callback(WeightVersions())
     return trainer
 
 
