@@ -66,7 +66,7 @@ class FluidSettings:
     """Verify draft tokens by the causal model; the text is then that of AR."""
     slot_budget: int | None = None
     """Slots whose marginal cost equals a forward's fixed cost. The larger, the more slots a verified step feeds for the
-    same expected gain. Unset, measured. It changes speed, never text.
+    same expected gain. Unset, drafts follow measured time, and forwards differ from run to run. It never changes text.
     """
     candidates: int = 4
     """Sibling candidates per position of a greedy draft tree: the top-k tokens of a mask slot, as far as slots allow.

@@ -72,12 +72,12 @@ def docstrings_of(kind: type) -> dict[str, str]:
     """The docstring below each field of a class, on one line."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(body, ast.ClassDef)
-    found = {}
+    documents = {}
     for field, text in zip(body.body, body.body[1:], strict=False):
         is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
-            found[field.target.id] = " ".join(str(text.value.value).split())  # type: ignore[attr-defined]
-    return found
+            documents[field.target.id] = " ".join(str(text.value.value).split())  # type: ignore[attr-defined]
+    return documents
 
 
 def _in_words(hint: str) -> str:

@@ -1,10 +1,11 @@
 """Seconds of a forward as a function of its slots. Measured on the model and device at hand, and refreshed as it runs.
 
 The draft policy goes by it: a slot is worth feeding where the time it adds would bring fewer tokens elsewhere. On most
-devices the function is flat while weights are read and steep once arithmetic binds, so one number cannot say it:
+devices the function is flat while weights are read and steep once arithmetic binds, so one number cannot say it. For
+example (numbers made up for the picture):
 
     slots      1     2     4     8    16    32
-    ms        26    26    27    30    52    98        slot budget 14: with 16 a forward takes twice as long as with one
+    ms        10    10    10    12    20    40        slot budget 14: with 16 a forward takes twice as long as with one
 """
 
 from __future__ import annotations
