@@ -41,6 +41,9 @@ DOORS = {
         "fluid_model.train.stage_setup",
     },
     "lm_eval": {
+        "fluid_eval.running.answering_lm",
+        "fluid_eval.running.backend_model",
+        "fluid_eval.running.backend_pool",
         "fluid_eval.running.lm_eval_backend",
         "fluid_eval.running.lm_eval_model",
         "fluid_eval.benchmarks.lm_eval_tasks",

@@ -162,7 +162,8 @@ def _differences(prefix: str, ours: Nested, theirs: Nested) -> list[str]:
         if isinstance(one, dict) and isinstance(two, dict):
             lines += _differences(f"{prefix}{name} ", one, two)
         else:
-            lines.append(f"{prefix}{name}: {_readable(one)} / {_readable(two)}".replace("\n", "\\n"))
+            sides = (_readable(side[name]) if name in side else "not recorded" for side in (ours, theirs))
+            lines.append(f"{prefix}{name}: {' / '.join(sides)}".replace("\n", "\\n"))
     return lines
 
 

@@ -19,6 +19,11 @@ def add(run: argparse.ArgumentParser) -> None:
     where.add_argument("--resume", action="store_true", help="continue an interrupted run")
     where.add_argument("--json", action="store_true", help="print the result as JSON")
     add_speed_repeats(where)
+    other = run.add_argument_group("another program writes the answers")
+    other.add_argument(
+        "--backend", metavar="NAME", help="a model of lm-eval's: hf, vllm, sglang, local-completions, ..."
+    )  # fmt: skip
+    other.add_argument("--backend-args", metavar="K=V,K=V", help="its arguments, as lm_eval --model_args has them")
 
 
 def main(options: argparse.Namespace) -> int:
