@@ -19,7 +19,7 @@ def openai_server(respond: Respond) -> Iterator[tuple[str, list[dict[str, Any]]]
     asked: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append({"path": self.path, **request})
             status, body = respond(request)

@@ -13,7 +13,8 @@ import fluid_eval
 from fluid_eval.cli.main import main
 from fluid_eval.cli.options import arguments
 from fluid_eval.running import backend_pool
-from fluid_model import ConfigError, RunError
+from fluid_model import ConfigError
+from fluid_model.common.errors import RunError
 
 from .openai_stub import completion, openai_server
 

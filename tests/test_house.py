@@ -51,10 +51,13 @@ DOORS = {
     },
     "ray": {"fluid_eval.running.ray_pool"},
     "gguf": {"fluid_model.checkpoints.gguf_files"},
+    "wandb": {"fluid_eval.output.tracking"},
+    "mlflow": {"fluid_eval.output.tracking"},
+    "trackio": {"fluid_eval.output.tracking"},
     "matplotlib": {"fluid_eval._api_results", "fluid_eval.output.figures", "fluid_eval.sweeps.frontier_files"},
     "pandas": {"fluid_eval._api_results", "fluid_eval.results.finished_runs", "fluid_eval.sweeps.frontier_files"},
 }
-OPTIONAL = ("ray", "gguf")
+OPTIONAL = ("ray", "gguf", "wandb", "mlflow", "trackio")
 """Libraries of an extra: imported inside functions alone."""
 
 

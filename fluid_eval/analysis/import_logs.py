@@ -224,7 +224,7 @@ def _protocol(
         if log.harness != lm_eval_files.HARNESS:
             prompts = {} if own else {"prompt": f"{log.harness}'s"}
             own = {**own, **prompts, "extractors": {"none": f"{log.harness}'s"}, "metrics": [f"{log.harness}'s"]}
-        protocols[name] = {**own, **log.settings, "source": log.harness}
+        protocols[name] = {**own, **log.settings, "source": log.harness, "partial": True}
     shown = {name: protocols[name] for name in spec.tasks if name in protocols} or protocols
     digest = hashlib.sha256(repr(sorted(protocols.items())).encode()).hexdigest()[:12]
     about = f"as {next(iter(by_task.values())).harness} asked and scored"

@@ -47,7 +47,8 @@ class TimedRun:
 def speeds(base: TimedRun, other: TimedRun) -> Nested:
     """Ratios of both speeds, other over base, over the tasks that both generated answers to; None where there is none.
 
-    generated: both runs generated answers, to any task.  not_compared: reasons why tokens/s have no ratio.  cautions: limits of the ratio of tokens/s.
+    generated: both runs generated answers, to any task.
+    not_compared: reasons why tokens/s have no ratio.  cautions: limits of the ratio of tokens/s.
     unequal: conditions beside the decoders that differ and affect tokens/forward.  conditions: of each run.
     """
     # 1) tasks with generated answers in both runs, and their generated samples

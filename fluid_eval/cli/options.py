@@ -106,6 +106,13 @@ def add_speed_repeats(where: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
 
 
+def add_track(where: argparse._ArgumentGroup) -> None:
+    """Add --track, for commands that finish runs."""
+    where.add_argument(
+        "--track", choices=("wandb", "mlflow", "tensorboard", "trackio"), help="log the finished result there too"
+    )  # fmt: skip
+
+
 def exit_code(failed: Mapping[str, str], health: Sequence[Mapping[str, Any]]) -> int:
     """Exit code of a finished run: failed samples win over health gates above their thresholds."""
     unhealthy = any(not gate["ok"] for gate in health)
