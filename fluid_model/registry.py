@@ -66,7 +66,7 @@ def decoder_named(name: Any, *, stored: bool = False) -> type[DecoderSettings]:
         if stored and name not in _named:
             raise ConfigError(f"decoder={name!r} is code, imported only where it is named: pass --decoder {name}")
         return _from_module(name)
-    if name in _entry_points():
+    if isinstance(name, str) and name in _entry_points():
         return _from_entry_point(name)
     known = decoders()
     close = difflib.get_close_matches(str(name), known, 1)

@@ -81,8 +81,8 @@ def test_the_example_of_the_docs_runs_and_is_recorded(files, capsys):
         assert record["trace"]["forwards"]["denoise"] == 6, "24 tokens, four a step"
         assert len(record["output_ids"]) <= 24
     assert main(["settings", "topk:TopK"]) == 0
-    assert "decoder.k" in (said := capsys.readouterr().out)
-    assert "Tokens written at each step." in said
+    assert "decoder.k" in (listed := capsys.readouterr().out)
+    assert "Tokens written at each step." in listed
 
 
 def test_a_preset_is_the_same_decoder_with_other_defaults(files):
@@ -110,12 +110,13 @@ def test_a_stored_run_has_no_code_imported_until_it_is_named(files):
 
 def test_other_code_is_another_run(files):
     spec = build_spec({**BASE, "decoder": "topk:TopK"})
+    stored, before = spec.to_dict(), spec.id
     registry._source.cache_clear()
     with (files / "topk.py").open("a") as handle:
         handle.write("# changed\n")
-    assert build_spec({**BASE, "decoder": "topk:TopK"}).id != spec.id
+    assert build_spec({**BASE, "decoder": "topk:TopK"}).id != before
     with pytest.raises(ConfigError, match=r"decoder=topk:TopK: its source has hash .* here, .* in the run"):
-        build_spec(spec.to_dict())
+        build_spec(stored)
 
 
 def test_the_strategys_file_belongs_to_the_source(tmp_path):
