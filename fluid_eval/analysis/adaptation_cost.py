@@ -12,10 +12,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from fluid_model.checkpoints.manifest import CAUSAL_METHODS
 from fluid_model.common.errors import ConfigError
 from fluid_model.common.files import Nested
 
 from ..common.spec import tables
+from ..running.decoder_choice import decoder_of
 from ..sweeps.grid import SweepPlan, plan
 from .compare import compare
 
@@ -37,17 +39,18 @@ class AdaptationStage:
 def stages(values: Nested, parent: str, method: str) -> list[AdaptationStage]:
     """The stages for an adaptation method, the parent's first. values: of the adapted model's run, decoder included.
 
-    Stages that do not exist are left out: LLaDA's weights cannot decode as AR, and only FLUID verifies its drafts.
+    Stages that do not exist are left out: weights that read in both directions cannot decode as AR, and only FLUID
+    verifies its drafts.
     """
     # 1) settings of the parent, of the adapted weights as AR, of the parallel decoder
     decoder = values.get("decoder", {})
     sampling = {f"decoder.{name}": decoder[name] for name in SAMPLING if name in decoder}
     adapted = {f"model.{name}": value for name, value in values["model"].items()}
     as_ar = {**adapted, "decoder.name": "ar", **sampling}
-    parallel = {**adapted, "decoder.name": method, **sampling}
+    parallel = {**adapted, "decoder.name": decoder_of(method), **sampling}
     # 2) the stages that this method has
     first = AdaptationStage("parent, AR", {"model.path": parent, "decoder.name": "ar", **sampling})
-    if method == "llada":
+    if method not in CAUSAL_METHODS:
         return [first, AdaptationStage("adaptation, diffusion", parallel)]
     second = AdaptationStage("adaptation", as_ar)
     if method == "nbdiff":

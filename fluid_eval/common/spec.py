@@ -47,8 +47,8 @@ class ModelSpec:
     """Text of the mask token, if the model's files do not record it."""
     end_tokens: tuple[str, ...] | None = None
     """Texts of the tokens that end an answer, in place of the model's own."""
-    method: Literal["nbdiff", "llada"] | None = None
-    """Adaptation of the model, if its files do not record it."""
+    method: Literal["fluid", "nbdiff", "llada", "mdlm", "bd3lm", "sdar", "fast-dllm-v2", "wedlm"] | None = None
+    """Adaptation of the model, if its files do not record it, or in place of the one that they tell."""
     trust_remote_code: bool = False
     """Whether code of the model's repository may run, with the user's rights."""
     base: str | None = None

@@ -5,6 +5,8 @@
     FLUID, with a K-head               fluid
     FLUID adapter without a K-head     ar
     NBDiff, LLaDA                      nbdiff, llada
+    MDLM (dLLM, Dream, CoDA)           llada, shifted where the checkpoint is
+    BD3LM, SDAR, Fast-dLLM v2, WeDLM   of the method's name
 
 The name enters the spec, and so its id. torch is imported only when a model is inspected.
 """
@@ -16,13 +18,18 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fluid_model.common.errors import ConfigError
 from fluid_model.common.files import Nested
+from fluid_model.settings import DECODERS
 
 from ..benchmarks import datasets
 from ..common.spec import RunSpec, tables
 
 if TYPE_CHECKING:
     from fluid_model.checkpoints.checkpoint import ModelInfo
+
+SERVED_BY = {"mdlm": "llada"}
+"""Methods whose decoder has another name."""
 
 
 def with_decoder(values: Mapping[str, Any]) -> Nested:
@@ -44,7 +51,19 @@ def with_decoder(values: Mapping[str, Any]) -> Nested:
 
 def adapted_for(info: ModelInfo) -> str:
     """The decoder that a model was adapted to; ar for a plain causal model and for FLUID without a K-head."""
-    return info.method if info.method is not None and (info.method != "fluid" or info.has_head) else "ar"
+    return decoder_of(info.method) if info.method is not None and (info.method != "fluid" or info.has_head) else "ar"
+
+
+def decoder_of(method: str) -> str:
+    """The decoder of a method; not every one is there yet, see `DECODERS`."""
+    return SERVED_BY.get(method, method)
+
+
+def no_decoder(path: str, method: str) -> ConfigError:
+    """The refusal of a model whose method has no decoder here."""
+    return ConfigError(
+        f"{path} was adapted to {method}, which has no decoder here yet; known are {', '.join(DECODERS)}"
+    )
 
 
 def reason(spec: RunSpec, info: ModelInfo) -> str:
@@ -55,8 +74,11 @@ def reason(spec: RunSpec, info: ModelInfo) -> str:
         return f"{model}: decoder {name}, as asked for; the checkpoint was adapted to {own} (--decoder {own})"
     if info.method is None:
         return f"{model}: decoder ar, for it is a plain causal model"
-    if info.method != own:
+    if info.method == "fluid" and own == "ar":
         return f"{model}: decoder ar, for it was adapted to {info.method} and has no K-head yet"
+    if info.method != own:
+        shifted = ", shifted by one" if info.shift else ""
+        return f"{model}: decoder {name}{shifted}, which serves the method it was adapted to, {info.method}"
     return f"{model}: decoder {name}, which the checkpoint was adapted to; --decoder chooses another"
 
 
@@ -67,4 +89,7 @@ def _decoder_of(path: str, method: Any, trust: bool, base: str | None) -> str:
 
     if not Path(path).expanduser().is_dir():
         datasets.go_offline_if_unreachable()
-    return adapted_for(describe(path, method, trust_remote_code=trust, base=base))
+    info = describe(path, method, trust_remote_code=trust, base=base)
+    if (name := adapted_for(info)) not in DECODERS:
+        raise no_decoder(path, str(info.method))
+    return name

@@ -20,9 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fluid_model.checkpoints.manifest import CAUSAL_METHODS
 from fluid_model.common.errors import ConfigError
 from fluid_model.common.files import Nested
-from fluid_model.settings import FluidSettings, NbdiffSettings
+from fluid_model.settings import DECODERS, FluidSettings, NbdiffSettings
 from fluid_model.tokens import single_id
 
 from ..benchmarks import chat_template as chat
@@ -38,7 +39,7 @@ from ..results.stored_values import read_environment, read_result
 from ..sandbox import passing
 from . import environment
 from .chunks import Pool
-from .decoder_choice import reason
+from .decoder_choice import decoder_of, no_decoder, reason
 from .repeat_timing import time_in_turns
 from .workers import open_pool
 
@@ -156,11 +157,18 @@ def check_decoder(spec: RunSpec, info: ModelInfo) -> None:
     # 1) the method
     if name == "fluid" and k_max is None:
         raise ConfigError(f"decoder=fluid needs a K-head, and {spec.model.path} has none; use --decoder ar")
-    if spec.decoder.method not in (None, info.method):
+    own = decoder_of(info.method) if info.method else "ar"
+    if spec.decoder.method is None:
+        fits = info.method is None or info.method in CAUSAL_METHODS
+    else:
+        fits = spec.decoder.method in (info.method, own)
+    if not fits and own not in DECODERS:
+        raise no_decoder(spec.model.path, own)
+    if not fits and name == "ar":
+        raise ConfigError(f"decoder=ar: {spec.model.path} reads in both directions; use --decoder {own}")
+    if not fits:
         was = f"was adapted to {info.method}" if info.method else "is a plain causal model"
-        raise ConfigError(f"decoder={name}: {spec.model.path} {was}; use --decoder {info.method or 'ar'}")
-    if name == "ar" and info.method == "llada":
-        raise ConfigError(f"decoder=ar: {spec.model.path} reads in both directions; use --decoder llada")
+        raise ConfigError(f"decoder={name}: {spec.model.path} {was}; use --decoder {own}")
     if isinstance(spec.decoder, NbdiffSettings):
         spec.decoder.small_block_length(spec.decoder.block_length_for(info.block_length))
     # 2) the K-head
