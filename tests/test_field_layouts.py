@@ -179,7 +179,7 @@ def test_the_configs_mask_id_counts_before_the_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "config", "method", "told"),
+    ("name", "layout", "config", "method", "expected"),
     [
         ("Qwen3-0.6B-diffusion-bd3lm-v0.1", "a2d-qwen3", {}, None, "bd3lm"),
         ("TIDE-0.6B", "a2d-qwen3", {}, None, "bd3lm"),
@@ -189,9 +189,9 @@ def test_the_configs_mask_id_counts_before_the_text(tmp_path):
         ("m", "sdar", {}, "llada", "llada"),
     ],
 )
-def test_names_configs_and_the_user_tell_the_method(tmp_path, name, layout, config, method, told):
+def test_names_configs_and_the_user_tell_the_method(tmp_path, name, layout, config, method, expected):
     folder = save_layout(tmp_path / name, layout, **config)
-    assert fluid_model.describe(str(folder), method).method == told
+    assert fluid_model.describe(str(folder), method).method == expected
 
 
 def test_shift_belongs_to_the_layout_and_is_saved(tmp_path):

@@ -198,9 +198,7 @@ def load(
     return Checkpoint(
         backbone=backbone,
         tokenizer=tokenizer,
-        end_ids=answer_ends(
-            tokenizer, manifest and manifest.method, model.config, model.generation_config, texts=end_tokens
-        ),
+        end_ids=answer_ends(tokenizer, files.method, model.config, model.generation_config, texts=end_tokens),
         manifest=manifest,
         mask_id=mask_id,
         heads=heads,

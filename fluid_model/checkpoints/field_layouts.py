@@ -39,7 +39,7 @@ QWEN2_TOKENIZERS = ("Qwen2Tokenizer", "DreamTokenizer")
 
 
 @dataclass(frozen=True)
-class Layout:
+class FieldLayout:
     """What a `model_type` stands for.
 
     source: repository of the public modelling code, and its commit.  architecture: None where `qk_norm` of the config
@@ -59,22 +59,23 @@ class Layout:
 
 _NO_WINDOW: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False, None)}
 _DLLM = "github.com/ZHZisZZ/dllm ca176752fbce"
-_DREAM = "github.com/ZHZisZZ/dllm ca176752fbce, github.com/NVlabs/Fast-dLLM 24cc59e75f20"
-LAYOUTS: dict[str, Layout] = {
-    "a2d-llama": Layout(_DLLM, "llama", "mdlm", in_blocks="bd3lm"),
-    "a2d-qwen2": Layout(_DLLM, "qwen2", "mdlm", in_blocks="bd3lm", fixed=_NO_WINDOW),
-    "a2d-qwen3": Layout(_DLLM, "qwen3", "mdlm", in_blocks="bd3lm", fixed=_NO_WINDOW),
-    "sdar": Layout("github.com/JetAstra/SDAR c2041a833333", "qwen3", "sdar", fixed=_NO_WINDOW),
-    "Fast_dLLM_Qwen": Layout(
+LAYOUTS: dict[str, FieldLayout] = {
+    "a2d-llama": FieldLayout(_DLLM, "llama", "mdlm", in_blocks="bd3lm"),
+    "a2d-qwen2": FieldLayout(_DLLM, "qwen2", "mdlm", in_blocks="bd3lm", fixed=_NO_WINDOW),
+    "a2d-qwen3": FieldLayout(_DLLM, "qwen3", "mdlm", in_blocks="bd3lm", fixed=_NO_WINDOW),
+    "sdar": FieldLayout("github.com/JetAstra/SDAR c2041a833333", "qwen3", "sdar", fixed=_NO_WINDOW),
+    "Fast_dLLM_Qwen": FieldLayout(
         "github.com/Satgoy152/DualDiffusion 9587d1e437cb (a copy of the hub's Fast_dLLM_v2_7B)",
         "qwen2", "fast-dllm-v2", shift=True, block="bd_size", fixed=_NO_WINDOW,
     ),
-    "Dream": Layout(
-        _DREAM, "qwen2", "mdlm", shift=True,
+    "Dream": FieldLayout(
+        _DLLM, "qwen2", "mdlm", shift=True,
         fixed={**_NO_WINDOW, "use_mrope": (False, None), "block_size": (None,), "qk_norm": (False, None)},
     ),
-    "CoDA": Layout("github.com/SalesforceAIResearch/CoDA fa1d505008c6", "qwen3", "mdlm", shift=True, fixed=_NO_WINDOW),
-    "wedlm": Layout("github.com/Tencent/WeDLM 0216110f2469", None, "wedlm", fixed=_NO_WINDOW),
+    "CoDA": FieldLayout(
+        "github.com/SalesforceAIResearch/CoDA fa1d505008c6", "qwen3", "mdlm", shift=True, fixed=_NO_WINDOW
+    ),
+    "wedlm": FieldLayout("github.com/Tencent/WeDLM 0216110f2469", None, "wedlm", fixed=_NO_WINDOW),
 }  # fmt: skip
 """Layouts by `model_type`. Repositories: dLLM's a2d models, SDAR, Fast-dLLM v2, Dream and DiffuCoder, CoDA, WeDLM."""
 

@@ -1,15 +1,13 @@
-"""Names of the weights in a folder, read without the weights, and held against a layout's."""
+"""Names of the weights in a folder, read without the weights."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..common.errors import ConfigError
 from ..common.files import read_json
@@ -43,24 +41,6 @@ def stored_names(folder: Path) -> set[str] | None:
             return set(file.keys())
     except (OSError, SafetensorError):
         return None  # reported when the weights are loaded
-
-
-def check_names(folder: Path, config: PretrainedConfig, keys: Mapping[str, str]) -> None:
-    """Raise ConfigError, before any weight is read, unless the folder's names are those of the configuration.
-
-    keys: patterns of published names, and the architecture's names for them.
-    """
-    stored = stored_names(folder)
-    if stored is None:
-        return
-    for pattern, name in keys.items():
-        stored = {re.sub(pattern, name, old) for old in stored}
-    with torch.device("meta"):
-        needed = set(AutoModelForCausalLM.from_config(config).state_dict())
-    if config.tie_word_embeddings:
-        needed.discard("lm_head.weight")
-        stored.discard("lm_head.weight")
-    refuse(folder, needed - stored, stored - needed)
 
 
 def refuse(folder: Path, missing: Collection[str], unknown: Collection[str]) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..common.errors import ConfigError
 from .source import CheckpointFiles, from_pretrained
-from .weight_names import check_names, refuse
+from .weight_names import refuse, stored_names
 
 NO_ADAPTER = {"subfolder": "-"}
 """Keeps transformers from loading an adapter unasked; `adapters` loads it."""
@@ -34,7 +36,7 @@ def load_weights(source: CheckpointFiles, dtype: str, device: torch.device) -> P
     is_published = source.published.architecture is not None
     options: dict[str, Any] = {}
     if is_published:
-        check_names(source.base, source.config, source.published.keys)
+        _check_names(source.base, source.config, source.published.keys)
         options = {"config": source.config, "key_mapping": dict(source.published.keys)}
     model, info = from_pretrained(
         AutoModelForCausalLM, source.base, source.trust, dtype=number, output_loading_info=True,
@@ -45,6 +47,24 @@ def load_weights(source: CheckpointFiles, dtype: str, device: torch.device) -> P
         model._weight_conversions = None  # else transformers would save under the published names, not the config's
     loaded: PreTrainedModel = model.to(device)
     return loaded
+
+
+def _check_names(folder: Path, config: PretrainedConfig, keys: Mapping[str, str]) -> None:
+    """Raise ConfigError, before any weight is read, unless the folder's names are those of the configuration.
+
+    keys: patterns of published names, and the architecture's names for them.
+    """
+    stored = stored_names(folder)
+    if stored is None:
+        return
+    for pattern, name in keys.items():
+        stored = {re.sub(pattern, name, old) for old in stored}
+    with torch.device("meta"):
+        needed = set(AutoModelForCausalLM.from_config(config).state_dict())
+    if config.tie_word_embeddings:
+        needed.discard("lm_head.weight")
+        stored.discard("lm_head.weight")
+    refuse(folder, needed - stored, stored - needed)
 
 
 def _check(folder: Path, info: dict[str, Any]) -> None:
