@@ -24,6 +24,7 @@ from fluid_model.train.noise import NoiseSpec
 from fluid_model.train.recipe import as_table, build_recipe
 from fluid_model.train.row_layouts import IGNORE, Example
 from fluid_model.train.run import train, train_chain
+from fluid_model.train.stage_setup import layout_of, set_up_stage
 from fluid_model.train.stages import collate, row_loss
 
 from .test_train import recipe_for, rows_file
@@ -205,18 +206,49 @@ def test_the_small_recipes_run(stage, tmp_path):
         assert len(answer.ids) > 0
 
 
+def test_a_recipe_becomes_its_layout(tmp_path):
+    """dLLM's divisor in its own two stages alone; filling by the batch takes the canvas's random filling away."""
+    noise = {"schedule": "cosine", "epsilon": 0.01, "weight": "uniform"}
+    tables = {"noise": noise, "blocks": {"length": 8, "shift": True}, "canvas": {"length": 9, "shift": True}}
+    expected = {
+        "bd3lm": BlockCausalLayout(3, 1, 8, shift=True, noise=NoiseSpec(**noise), divisor_offset=OFFSET),
+        "mdlm": CanvasLayout(3, 1, 0, shift=True, noise=NoiseSpec(**noise), divisor_offset=OFFSET),
+        "llada": CanvasLayout(3, 1, 9, shift=True, noise=NoiseSpec(**noise)),
+    }
+    for stage, layout in expected.items():
+        if stage != "bd3lm":
+            tables["blocks"] = {}
+        assert layout_of(recipe_for(tmp_path, "x", stage, Path("parent"), **tables), 3, 1, ()) == layout
+
+
+def test_block_size_may_grow_and_shrink_in_a_chain(tmp_path):
+    """Growing blocks, the whole row, small blocks again: each stage starts from the one before, with its mask token."""
+    first = as_table(
+        recipe_for(tmp_path, "out", "bd3lm", save_model(tmp_path / "parent"), blocks={"length": 8, "every": 1})
+    )
+    last = {"stage": "bd3lm", "blocks": {"length": 4, "every": 0}}
+    record = train_chain(build_chain({**first, "next": {"stage": "mdlm", "next": last}}))
+    made = fluid_model.load(str(tmp_path / "out"))
+    assert [stage["recipe"]["stage"] for stage in record["before"]] == ["bd3lm", "mdlm"]
+    assert (made.manifest.method, made.manifest.block_length, made.mask_id) == ("bd3lm", 4, MASK)
+
+
 @pytest.mark.parametrize("stage", ["mdlm", "bd3lm"])
 def test_shift_and_lora_reach_the_manifest_and_the_weights(stage, tmp_path):
     folder = save_model(tmp_path / "parent", Qwen3Config(**{**llama_config().to_dict(), "model_type": "qwen3"}))
     before = fluid_model.load(str(folder)).model.state_dict()
     table = {"mdlm": {"canvas": {"shift": True}}, "bd3lm": {"blocks": {"length": 8, "shift": True}}}[stage]
-    train(recipe_for(tmp_path, "out", stage, folder, lora={"rank": 2, "alpha": 4}, **table))
+    table["noise"] = {"schedule": "cosine"}
+    recipe = recipe_for(tmp_path, "out", stage, folder, lora={"rank": 2, "alpha": 4}, **table)
+    train(recipe)
     made = fluid_model.load(str(tmp_path / "out"))
     assert (made.manifest.method, made.manifest.shift) == (stage, True)
     after = made.model.state_dict()
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(before[name], after[name])
     assert torch.equal(before["model.norm.weight"], after["model.norm.weight"]), "an adapter leaves the rest alone"
+    measured = set_up_stage(recipe, []).measured_layout.build(EXAMPLES[0], random.Random(0), 0)
+    assert sum(weight > 0 for weight in measured.diff_weight) >= 14, "all tokens are masked, and count"
 
 
 @pytest.mark.parametrize(

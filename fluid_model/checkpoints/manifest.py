@@ -23,7 +23,9 @@ from ..settings import check_range
 FORMAT_VERSION = 2
 READABLE = (1, 2)
 """Format versions that this package reads. 2 added shift, gated and parent_hash."""
-Method = Literal["fluid", "nbdiff", "llada", "mdlm", "bd3lm"]
+Method = Literal["fluid", "nbdiff", "llada", "mdlm", "bd3lm", "sdar", "fast-dllm-v2", "wedlm"]
+CAUSAL_METHODS: frozenset[Method] = frozenset({"fluid", "nbdiff", "wedlm"})
+"""Methods whose weights decode as AR, too: what stands before a token is read causally."""
 MANIFEST_FILE = "fluid.json"
 HEAD_FILE = "khead.safetensors"
 ADAPTER_FOLDER = "adapter"
@@ -43,9 +45,9 @@ class Manifest:
     """The fields of fluid.json. parent: folder or hub id of the base model.  method: of the adaptation.
 
     fluid: k_max is the widest stride; tau lists the training-time bounds, one K-head each, the default first. A tau of
-    null was not stated by the source. An empty list: not calibrated yet, no K-head.  nbdiff, bd3lm: block_length in
-    tokens; attention is causal between blocks, and in bd3lm bidirectional inside every block, not the active one alone.
-    llada, mdlm: attention is bidirectional.  shift: a masked token is predicted at the slot before it, as Dream does.
+    null was not stated by the source. An empty list: not calibrated yet, no K-head.  block_length: tokens of a block,
+    of nbdiff and other methods that write in blocks.  llada, mdlm: attention is bidirectional; shift: a masked token is
+    predicted at the slot before it, as Dream does.
     weights: merged into the parent's, or an adapter beside this file.  gated: the adapter acts on mask slots alone.
     parent_hash: of the parent's weights (`weights.fingerprint`), for an adapter.
     """

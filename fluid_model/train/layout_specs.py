@@ -61,8 +61,8 @@ class CanvasSpec:
     """The canvas of the stages llada and mdlm.
 
     fill: tokens behind a row, learnt like the response. random: a random number of end tokens, at most until the
-    response has `length` tokens.  batch: padding tokens, else end tokens, up to the longest row of a device's batch, as
-    dLLM and LLaDA's guidelines have it.  Unset: batch in mdlm, random in llada.
+    response has `length` tokens.  batch: up to the longest row of a device's batch; in mdlm with padding tokens if the
+    tokenizer has one (dLLM), in llada with end tokens (LLaDA's guidelines).  Unset: batch in mdlm, random in llada.
     shift: a masked token is predicted at the slot before it, where the parent predicts it, too (DiffuLLaMA, arXiv
     2410.17891; Dream, arXiv 2508.15487). LLaDA predicts in place.
     """

@@ -237,8 +237,8 @@ def _filling(recipe: Recipe, setup: StageSetup, rows: int) -> Filling | None:
     if not recipe.fills_batch:
         return None
     tokenizer = setup.checkpoint.tokenizer
-    token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return Filling(token, rows)
+    pads = recipe.stage == "mdlm" and tokenizer.pad_token_id is not None
+    return Filling(tokenizer.pad_token_id if pads else tokenizer.eos_token_id, rows)
 
 
 def _held_out(

@@ -20,6 +20,7 @@ from ..forward.backbone import Backbone
 from ..forward.gated_lora import GatedLora
 from .gated import GatedStage
 from .masked_layouts import BlockCausalLayout, CanvasLayout
+from .noise import NoiseSpec
 from .parent import load_parent
 from .recipe import MASKED, LoraSpec, LossTarget, Recipe
 from .row_layouts import AllMaskLayout, CausalLayout, HybridLayout, Layout, NoisedBlockLayout
@@ -104,7 +105,7 @@ def _set_up_adaptation(checkpoint: Checkpoint, recipe: Recipe, parent: str) -> S
         measured_layout = replace(layout, every=0, by_noise=False, noise_level=1.0)
         checkpoint.manifest = Manifest(parent, mask_text, method="nbdiff", block_length=layout.length)
     elif isinstance(layout, BlockCausalLayout):
-        measured_layout = replace(layout, every=0, noise_level=1.0)
+        measured_layout = replace(layout, every=0, noise_level=1.0, noise=NoiseSpec())  # a cosine weighs t = 1 with 0
         checkpoint.manifest = Manifest(
             parent, mask_text, method="bd3lm", block_length=layout.length, shift=layout.shift
         )
