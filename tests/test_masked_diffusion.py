@@ -34,7 +34,7 @@ MASK, END, PAD, OFFSET = 258, 1, 0, 1e-6
 EXAMPLES = [
     Example(tuple(range(5, 25)), ((6, 20),)),
     Example(tuple(range(40, 52)), ((1, 12),)),
-    Example(tuple(range(100, 133)), ((17, 33),)),
+    Example(tuple(range(100, 133)), ((16, 33),)),
 ]
 
 
@@ -103,7 +103,7 @@ def public_loss(model, examples, masked, weights, *, block, shift, norm):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("block", [None, 4, 8, 64])
+@pytest.mark.parametrize("block", [None, 1, 4, 64])
 @pytest.mark.parametrize(
     ("schedule", "weight", "norm", "shift"),
     [
