@@ -18,12 +18,12 @@ from typing import Literal
 from ..common.errors import ConfigError
 from ..common.fields import build
 from ..common.files import read_json
+from ..registry import check_method
 from ..settings import check_range
 
 FORMAT_VERSION = 2
 READABLE = (1, 2)
 """Format versions that this package reads. 2 added shift, gated and parent_hash."""
-Method = Literal["fluid", "nbdiff", "llada"]
 MANIFEST_FILE = "fluid.json"
 HEAD_FILE = "khead.safetensors"
 ADAPTER_FOLDER = "adapter"
@@ -43,8 +43,9 @@ class Manifest:
     """The fields of fluid.json. parent: folder or hub id of the base model.  method: of the adaptation.
 
     fluid: k_max is the widest stride; tau lists the training-time bounds, one K-head each, the default first. A tau of
-    null was not stated by the source. An empty list: not calibrated yet, no K-head.  nbdiff: block_length in tokens.
-    llada: attention is bidirectional; shift: a masked token is predicted at the slot before it, as Dream does.
+    null was not stated by the source. An empty list: not calibrated yet, no K-head.  block_length: tokens of a block,
+    of nbdiff and other methods that write in blocks.  llada, mdlm: attention is bidirectional; shift: a masked token is
+    predicted at the slot before it, as Dream does.
     weights: merged into the parent's, or an adapter beside this file.  gated: the adapter acts on mask slots alone.
     parent_hash: of the parent's weights (`weights.fingerprint`), for an adapter.
     """
@@ -54,7 +55,7 @@ class Manifest:
     k_max: int | None = None
     tau: tuple[float | None, ...] = ()
     weights: Literal["merged", "adapter"] = "merged"
-    method: Method = "fluid"
+    method: str = "fluid"
     block_length: int | None = None
     shift: bool = False
     gated: bool = False
@@ -62,6 +63,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        check_method("method", self.method)
         for name in ("k_max", "block_length"):
             if (value := getattr(self, name)) is not None:
                 check_range(name, value, 1, 4096)
