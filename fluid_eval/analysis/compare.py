@@ -39,7 +39,7 @@ Doc = tuple[str, int]
 """Leaf task and document."""
 _SAME = 1e-9
 """Scores and their means are rounded; differences up to this count as none."""
-DESCRIPTIVE = {"source", "about"}
+DESCRIPTIVE = {"source", "about", "partial"}
 """Fields of a task's protocol that describe it and do not change it."""
 
 
@@ -162,7 +162,11 @@ def _differences(prefix: str, ours: Nested, theirs: Nested) -> list[str]:
         if isinstance(one, dict) and isinstance(two, dict):
             lines += _differences(f"{prefix}{name} ", one, two)
         else:
-            lines.append(f"{prefix}{name}: {_readable(one)} / {_readable(two)}".replace("\n", "\\n"))
+            sides = (
+                "not recorded" if side.get("partial") and name not in side else _readable(side.get(name))
+                for side in (ours, theirs)
+            )
+            lines.append(f"{prefix}{name}: {' / '.join(sides)}".replace("\n", "\\n"))
     return lines
 
 

@@ -31,7 +31,7 @@ def print_comparison(comparison: Mapping[str, Any], *, flips: bool = False) -> N
         console.print()
         console.print(difference_table(pair))
         console.print()
-        if pair["speed"]["tokens_per_forward"]:
+        if pair["speed"]["tokens_per_forward"] or pair["speed"]["tokens_per_second"]:
             console.print(speed_table(pair))
             console.print()
         _notes(console, pair, flips)
@@ -150,7 +150,7 @@ def _notes(console: Console, pair: Mapping[str, Any], flips: bool) -> None:
         if keys:
             console.print(f"left out, {reason}: {_listed(keys, 3)}")
     # 2) limits of the speed ratios
-    if pair["speed"]["tokens_per_forward"] and pair["speed"]["not_compared"]:
+    if pair["speed"]["generated"] and pair["speed"]["not_compared"]:
         console.print(f"tok/s do not compare: {'; '.join(pair['speed']['not_compared'])}")
     for caution in pair["speed"]["cautions"]:
         console.print(f"tok/s: {caution}")

@@ -22,7 +22,8 @@ from fluid_model.common.fields import at_least
 from fluid_model.settings import check_range
 
 from ..common.stats import Interval, drawn, geometric, mean_over_tasks, ratio_of_sums, sums, sureness
-from .points import Point
+from ..results.metrics import total
+from .points import Point, ScoredDocument
 
 if TYPE_CHECKING:
     from numpy import bool_, float64, int64
@@ -253,7 +254,8 @@ def _lay_out(points: Sequence[Point]) -> _Board:
                 raise ConfigError(f"point {point.name!r} has two samples of document {sample.doc} of {sample.task}")
             answered[i, at] = True
             counts = sample.written and sample.task in generating
-            cost = (sample.tokens, sample.forwards, 1) if counts else (0, 0, 0)
+            known = counts and sample.tokens is not None and sample.forwards is not None
+            cost = (sample.tokens, sample.forwards, 1) if known else (0, 0, 0)
             values[i, at] = (sample.score, *cost)
     return _Board(np.array([task_number[task] for task, _ in keys]), answered, values)
 
@@ -293,10 +295,9 @@ def _place(point: Point) -> Placed:
     generated.sort(key=lambda sample: sample.task)
     sizes = list(Counter(sample.task for sample in generated).values())
     # 2) tokens/s: the repeats' mean, or that of one run without an interval
-    tokens = [float(sample.tokens) for sample in generated]
-    forwards = [float(sample.forwards) for sample in generated]
-    seconds = math.fsum(sample.seconds for sample in generated)
-    pace = Interval(math.fsum(tokens) / seconds, math.nan, math.nan, len(generated)) if seconds else None
+    written = total(sample.tokens for sample in generated)
+    seconds = total(sample.seconds for sample in generated)
+    pace = Interval(written / seconds, math.nan, math.nan, len(generated)) if seconds and written is not None else None
     if point.paces:
         pace = geometric(list(point.paces.values()))
     return Placed(
@@ -305,11 +306,20 @@ def _place(point: Point) -> Placed:
         n=len(point.samples),
         score=mean_over_tasks(list(scores.values())),
         tokens_per_second=pace,
-        tokens_per_forward=ratio_of_sums([tokens], [forwards], sizes) if generated else None,
-        forwards_per_answer=ratio_of_sums([forwards], [[1.0] * len(generated)], sizes) if generated else None,
+        tokens_per_forward=_ratio(generated, sizes, "tokens", "forwards"),
+        forwards_per_answer=_ratio(generated, sizes, "forwards", None),
         repeats=len(point.paces),
         stopped=point.stopped,
     )
+
+
+def _ratio(samples: Sequence[ScoredDocument], sizes: Sequence[int], over: str, under: str | None) -> Interval | None:
+    """Ratio of the sums of two counts (under: None counts answers); None where there is none, or one is unknown."""
+    counts = [(getattr(sample, over), 1 if under is None else getattr(sample, under)) for sample in samples]
+    if not counts or any(None in pair for pair in counts):
+        return None
+    above, below = ([float(value) for value in column] for column in zip(*counts, strict=True))
+    return ratio_of_sums([above], [below], sizes)
 
 
 def _dominators(board: _Board, points: Sequence[Point], by: Speed, draws: int, seed: int) -> list[list[int]]:

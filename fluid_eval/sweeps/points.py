@@ -10,6 +10,7 @@ from typing import Any
 from fluid_model.settings import check_range
 
 from ..results.metrics import Record, first_scores
+from ..results.sample_records import forwards_of, tokens_of
 from ..results.speed_repeats import Repeat, Turn, tokens_per_second
 
 
@@ -17,21 +18,23 @@ from ..results.speed_repeats import Repeat, Turn, tokens_per_second
 class ScoredDocument:
     """One document's score (0 to 1) and cost at a point.
 
-    tokens: of the answer.  written: False where choices were scored by log-likelihood instead of generated.
+    tokens: of the answer.  forwards, seconds: it took. None where unknown.
+    written: False where choices were scored by log-likelihood instead of generated.
     """
 
     task: str
     doc: int | str
     score: float
-    tokens: int
-    forwards: int
-    seconds: float
+    tokens: int | None
+    forwards: int | None
+    seconds: float | None
     written: bool = True
 
     def __post_init__(self) -> None:
         check_range("score", self.score, 0, 1)
         for name in ("tokens", "forwards", "seconds"):
-            check_range(name, getattr(self, name), 0, math.inf)
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), 0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def as_point(
     samples = [
         ScoredDocument(
             task=owners[record["task"]], doc=record["key"], score=scores[record["key"]],
-            tokens=len(record["output_ids"]), forwards=sum(record["trace"]["forwards"].values()),
+            tokens=tokens_of(record), forwards=forwards_of(record),
             seconds=record["seconds"], written=record["finish"] is not None,
         )
         for record in records

@@ -115,6 +115,12 @@ class Sweep:
         self._open_pool = open_pool
         self._check_folder(resume)
         first = plan.points[0].spec
+        for point in plan.points:
+            if point.spec.backend is not None:
+                raise ConfigError(
+                    f"backend={point.spec.backend.name}: a sweep is over decoders of this package; run a backend by "
+                    "itself, by fluid-eval run, and compare"
+                )
         check_tasks(first)
         go_offline_unless_needed(first)
         self._points: list[PointInProgress] = []
