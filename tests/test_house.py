@@ -48,7 +48,7 @@ DOORS = {
     },
     "ray": {"fluid_eval.running.ray_pool"},
     "gguf": {"fluid_model.checkpoints.gguf_files"},
-    "matplotlib": {"fluid_eval._api_results", "fluid_eval.output.figures", "fluid_eval.sweeps.frontier_files"},
+    "matplotlib": {"fluid_eval._api_results", "fluid_eval.output.figures", "fluid_eval.sweeps.frontier_figure"},
     "pandas": {"fluid_eval._api_results", "fluid_eval.results.finished_runs", "fluid_eval.sweeps.frontier_files"},
 }
 OPTIONAL = ("ray", "gguf")

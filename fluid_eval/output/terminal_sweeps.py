@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from ..sweeps.frontier_figure import stem
 from ..sweeps.pareto import SPEEDS as PACES
 from .terminal import FORWARDS, bare_table, number, score, screen
 from .terminal import speed as pace
@@ -101,5 +102,9 @@ def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
         console.print(note)
     for key, reason in result["lost"].items():
         console.print(f"failed, and in no score: {key} ({reason})")
-    files = "frontier.png .svg .csv .parquet .md .tex" if result["figure"] else "frontier.csv .parquet .md .tex"
-    console.print(f"folder: {folder}  ({files}; each point is a run folder below points/)", soft_wrap=True)
+    if result["figure"]:
+        console.print()
+        console.print(result["caption"])
+        console.print(f"figure: {stem(result['by'])}.pdf .svg .png; its caption: .txt .tex")
+    files = "frontier.csv .parquet .md .tex; each point is a run folder below points/"
+    console.print(f"folder: {folder}  ({files})", soft_wrap=True)

@@ -69,8 +69,9 @@ _POINT: dict[str, Check] = {
 }  # fmt: skip
 """A point of a sweep's result, as `sweeps.pareto.Placed` has it."""
 SWEEP_HOLDS: dict[str, Check] = {
-    "id": text, "by": text, "baseline": maybe(text), "points": each(table(_POINT, {"repeats": count})),
+    "id": text, "by": text, "baseline": maybe(text), "points": each(table(_POINT, {"repeats": count, "method": text})),
     "frontier": each(text), "best": maybe(text), "within": amount, "aup": by_name(number), "lost": by_name(text),
+    "caption": text,
 }  # fmt: skip
 
 

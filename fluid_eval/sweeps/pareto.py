@@ -53,6 +53,7 @@ class Placed:
     tokens_per_second, tokens_per_forward: ratios of sums over the generated answers; None without any.
     forwards_per_answer: mean over the same answers. They are those of tasks in which the point generated a token; an
     empty answer counts with its cost.
+    method: its decoder, with or without verification; "" if unknown.
     repeats: number of speed repeats. tokens_per_second is their geometric mean, with its interval; without repeats it
     has no interval.
     dominated_by: the fastest point that scores no less and is faster, in 95% of the resamples. Faster in tokens/s: in
@@ -66,6 +67,7 @@ class Placed:
     tokens_per_second: Interval | None
     tokens_per_forward: Interval | None
     forwards_per_answer: Interval | None
+    method: str = ""
     repeats: int = 0
     dominated_by: str | None = None
     stopped: str | None = None
@@ -302,6 +304,7 @@ def _place(point: Point) -> Placed:
     return Placed(
         name=point.name,
         settings=point.settings,
+        method=point.method,
         n=len(point.samples),
         score=mean_over_tasks(list(scores.values())),
         tokens_per_second=pace,

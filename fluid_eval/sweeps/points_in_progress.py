@@ -17,7 +17,7 @@ from ..results import speed_repeats
 from ..results.run_folder import Record
 from ..running.job import Job
 from .grid import PlannedPoint
-from .points import Point, as_point
+from .points import Point, as_point, method_of
 
 if TYPE_CHECKING:
     from ..running.worker import Work
@@ -64,8 +64,10 @@ class PointInProgress:
         tasks = self.job.ready.tasks
         owners = {leaf: name for name in self.planned.spec.tasks for leaf in lm_eval_tasks.members(tasks, name)}
         repeats = speed_repeats.read(self.job.opened.folder)
+        decoder = self.planned.spec.decoder
         return as_point(
-            self.name, self.planned.settings, records, owners, stopped=self.stopped, repeats=repeats
+            self.name, self.planned.settings, records, owners, stopped=self.stopped, repeats=repeats,
+            method=method_of(decoder.name, getattr(decoder, "verify", None)),
         )  # fmt: skip
 
     @property

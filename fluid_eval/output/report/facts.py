@@ -12,7 +12,7 @@ from ...analysis.acceptance import acceptance_by_task
 from ...analysis.compare import compare, protocol_difference, significant
 from ...common.stats import Interval
 from ...sweeps import pareto
-from ...sweeps.points import as_point
+from ...sweeps.points import as_point, method_of
 from ..claims_tables import external, kind, verdict_counts
 from ..terminal import difference, probability, ratio
 from .runs import Nested, ReportRun
@@ -134,7 +134,11 @@ class Facts:
             by_protocol.setdefault(tuple(self.apart.get(run.mark, ())), []).append(run)
         groups = [
             [
-                as_point(f"{run.mark} {run.name}", {}, run.records, run.owners, repeats=run.repeats) for run in those
+                as_point(
+                    f"{run.mark} {run.name}", {}, run.records, run.owners, repeats=run.repeats,
+                    method=method_of(run.spec["decoder"]["name"], run.spec["decoder"].get("verify")),
+                )
+                for run in those
             ]
             for those in by_protocol.values()
         ]  # fmt: skip

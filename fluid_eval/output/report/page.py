@@ -15,6 +15,7 @@ from fluid_model.engine.records import KINDS
 
 from ...analysis.compare import entries
 from ...common.paths import resource
+from ...sweeps.captions import conditions
 from ...sweeps.pareto import Speed
 from .. import claims_tables
 from ..figures import score_speed, tokens_per_forward
@@ -65,6 +66,7 @@ def render(facts: Facts) -> str:
         title=_title(facts),
         kinds=_kinds(facts),
         figures=[Markup(svg) for svg in _figures(facts) if svg],
+        conditions=conditions([(run.spec, run.environment) for run in facts.runs]),
         protocol=setup.protocol,
         setups=setup.setups,
         grouped=setup.grouped,
