@@ -43,8 +43,8 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def browser(session: nox.Session) -> None:
-    """Reports in Chromium."""
-    python(session, "pytest", "-m", "browser", "-rs", "tests/test_report_browser.py")
+    """Reports and the viewer in Chromium."""
+    python(session, "pytest", "-m", "browser", "-rs", "tests/test_report_browser.py", "tests/test_view_browser.py")
 
 
 @nox.session

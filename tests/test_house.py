@@ -48,10 +48,17 @@ DOORS = {
     },
     "ray": {"fluid_eval.running.ray_pool"},
     "gguf": {"fluid_model.checkpoints.gguf_files"},
-    "matplotlib": {"fluid_eval._api_results", "fluid_eval.output.figures", "fluid_eval.sweeps.frontier_figure"},
+    "starlette": {"fluid_eval.output.view_server"},
+    "uvicorn": {"fluid_eval.output.view_server"},
+    "matplotlib": {
+        "fluid_eval._api_results",
+        "fluid_eval.output.figures",
+        "fluid_eval.sweeps.frontier_figure",
+        "fluid_eval.sweeps.label_places",
+    },
     "pandas": {"fluid_eval._api_results", "fluid_eval.results.finished_runs", "fluid_eval.sweeps.frontier_files"},
 }
-OPTIONAL = ("ray", "gguf")
+OPTIONAL = ("ray", "gguf", "starlette", "uvicorn")
 """Libraries of an extra: imported inside functions alone."""
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..sweeps.frontier_figure import stem
 from ..sweeps.pareto import SPEEDS as PACES
-from .terminal import FORWARDS, bare_table, number, score, screen
+from .terminal import FORWARDS, bare_table, number, print_areas, score, screen
 from .terminal import speed as pace
 
 if TYPE_CHECKING:
@@ -96,8 +96,7 @@ def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
     if result["best"] is not None:
         against = result["baseline"] or "the best score"
         console.print(f"fastest that scores at most {result['within']:g} (%) less than {against}: {result['best']}")
-    for decoder, area in result["aup"].items():
-        console.print(f"area under the accuracy-parallelism curve, {decoder}: {area:.1f}")
+    print_areas(console, result.get("areas", []))
     for note in notes:
         console.print(note)
     for key, reason in result["lost"].items():

@@ -255,7 +255,7 @@ def _labels(
     labels = [Label(base.name, _spot(base, by), True, INK)] if base is not None and base in shown else []
     others = [p for p in shown if p is not base]
     number = {p.name: place for place, p in enumerate(placed, 1)}
-    said = ("decoder.name", "decoder.verify") if all(p.method for p in shown) else ()
+    in_legend = ("decoder.name", "decoder.verify") if all(p.method for p in shown) else ()
     for group in label_places.on_one_another(axes, [_spot(p, by) for p in others]):
         those = [others[at] for at in group]
         first = min(those, key=lambda p: list(STATES).index(states[p.name]))
@@ -264,7 +264,7 @@ def _labels(
         if texts is not None:
             text = " ".join(texts[p.name] for p in those)
         elif strong:
-            text = in_short([p.settings for p in those], said) or "/".join(
+            text = in_short([p.settings for p in those], in_legend) or "/".join(
                 dict.fromkeys(p.method or p.name for p in those)
             )
         else:

@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..benchmarks import lm_eval_tasks
@@ -64,11 +65,21 @@ class PointInProgress:
         tasks = self.job.ready.tasks
         owners = {leaf: name for name in self.planned.spec.tasks for leaf in lm_eval_tasks.members(tasks, name)}
         repeats = speed_repeats.read(self.job.opened.folder)
-        decoder = self.planned.spec.decoder
         return as_point(
             self.name, self.planned.settings, records, owners, stopped=self.stopped, repeats=repeats,
-            method=method_of(decoder.name, getattr(decoder, "verify", None)),
+            method=self.method,
         )  # fmt: skip
+
+    @property
+    def method(self) -> str:
+        """Its decoder, with or without verification."""
+        decoder = self.planned.spec.decoder
+        return method_of(decoder.name, getattr(decoder, "verify", None))
+
+    @property
+    def model_and_method(self) -> str:
+        """What its AUP is of."""
+        return f"{Path(self.planned.spec.model.path.rstrip('/')).name}, {self.method}"
 
     @property
     def name(self) -> str:

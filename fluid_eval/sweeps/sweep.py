@@ -46,7 +46,7 @@ from ..running.job import Job, check_tasks, go_offline_unless_needed, prepare
 from ..running.job import default_folder as run_folder
 from ..running.repeat_timing import time_in_turns
 from ..running.workers import open_pool
-from . import pareto
+from . import aup, pareto
 from .grid import PlannedPoint, SweepPlan
 from .points_in_progress import PointInProgress, unanswered_by_batch
 
@@ -363,7 +363,9 @@ class Sweep:
             "frontier": pareto.frontier(placed, by),
             "within": within,
             "best": best.name if best else None,
-            "aup": _areas(placed, self._points),
+            "areas": aup.as_rows(
+                aup.areas([(each.model_and_method, point) for each, point in zip(self._points, points, strict=True)])
+            ),
             "lost": failed,
             "health": [{"point": p.name, **gate} for p, records in scored for gate in p.job.health(records)],
             "figure": has_figure,
@@ -384,17 +386,6 @@ def _allow_open_files(points: int) -> None:
                 "fewer points at a time"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
-
-
-def _areas(placed: list[pareto.Placed], points: list[PointInProgress]) -> dict[str, float]:
-    """Area under the accuracy-parallelism curve of each decoder's points (see `pareto.aup`)."""
-    pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)  # (tokens per forward, accuracy) of each decoder
-    for place, point in zip(placed, points, strict=True):
-        if place.tokens_per_forward is not None and place.stopped is None:
-            pairs[point.planned.spec.decoder.name].append(
-                (place.tokens_per_forward.mean, min(100.0, 100 * place.score.mean))
-            )
-    return {decoder: pareto.aup(curve) for decoder, curve in pairs.items() if len(dict(curve)) > 1}
 
 
 def _conditions(point: PointInProgress) -> tuple[Nested, Nested]:

@@ -125,6 +125,11 @@ class Facts:
         return {str(run.folder): run.mark for run in self.runs}
 
     @cached_property
+    def areas(self) -> list[Nested]:
+        """AUP of the runs that the comparison is about, see `sweeps.aup`."""
+        return list(self.comparison["areas"]) if self.comparison else []
+
+    @cached_property
     def placed(self) -> list[pareto.Placed]:
         """Runs by score and speed, dominated only by runs of the same protocol. Of one run: its tasks."""
         if len(self.runs) == 1:
