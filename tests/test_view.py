@@ -59,6 +59,7 @@ def test_states_are_read_from_files(root):
     assert list(listed)[-1] == "stopped", "last written first"
     assert (listed["running"].answered, listed["ar"].answered) == (42, 0)
     assert listed["ar"].model == "parent"
+    assert listed["sweep/points/bbbb"].about == "γ=0.9"
     assert listed["deep/fluid"].decoder == "fluid, verified"
     assert [score[0] for score in listed["ar"].scores] == ["gsm8k", "mmlu"]
     assert listed["deep/fluid"].tokens_per_forward > 1

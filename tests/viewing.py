@@ -30,7 +30,9 @@ def write_folder(top: Path) -> Path:
     (damaged / "spec.json").write_text("{")
     for name, decoder in (("aaaa", "ar"), ("bbbb", "fluid")):
         write_run(root / "sweep" / "points" / name, decoder, model="models/child")
-    (root / "sweep" / "sweep.json").write_text('{"id": "x", "points": []}')
+    (root / "sweep" / "sweep.json").write_text(
+        '{"id": "x", "points": [{"name": "γ=0.9", "settings": {}, "folder": "points/bbbb"}]}'
+    )
     write_run(top / "outside", "ar", model="models/secret")
     (root / "link").symlink_to(top / "outside")
     (root / "sweep" / "points" / "link").symlink_to(top / "outside")

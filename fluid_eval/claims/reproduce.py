@@ -211,11 +211,11 @@ def missing(claim: Claim, settings: Nested, resources: Resources, system: System
     is_unsafe = catalogue().unsafe((claim.task,)) and not resources.may_run_code(system)
     if is_unsafe and isolation().name is None:
         needs.append("--allow-unsafe-code")
+    if claim.task not in of_this_package():
+        return needs if _hub() else [*needs, f"a hub for the data of {claim.task}"]
     source = next((name for name in datasets.DATASETS if claim.task == name or claim.task.startswith(name + "_")), None)
     if source is not None and not _at_hand(source, resources.data_dir):
         needs.append(f"data {source}")
-    elif claim.task not in of_this_package() and not _hub():
-        needs.append(f"a hub for the data of {claim.task}")
     return needs
 
 

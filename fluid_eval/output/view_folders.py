@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ SILENT = 120.0
 class Entry:
     """A run, a sweep, or a point of one.
 
-    name: its path below the folder that is served; no other path is ever opened.
+    name: its path below the folder that is served; no other path is ever opened.  about: a point's name in its sweep.
     answered: samples stored so far, of an unfinished run.  age: seconds since the last write.
     scores: (task, metric, score, low, high) of the first metric of each task.
     """
@@ -46,10 +46,11 @@ class Entry:
     tokens_per_forward: float | None = None
     points: int = 0
     problem: str = ""
+    about: str = ""
 
     def matches(self, words: str) -> bool:
         """Whether every word occurs in its name, model, decoder, tasks or state."""
-        text = " ".join((self.name, self.kind, self.model, self.decoder, *self.tasks, self.state)).lower()
+        text = " ".join((self.name, self.about, self.kind, self.model, self.decoder, *self.tasks, self.state)).lower()
         return all(word in text for word in words.lower().split())
 
 
@@ -78,8 +79,12 @@ def _entries(root: Path, folder: Path) -> Iterator[Entry]:
     if not (folder / SWEEP).is_file():
         yield _run(name, folder, "run")
         return
+    try:
+        planned = {Path(str(p["folder"])).name: str(p["name"]) for p in read_json(folder / SWEEP).get("points", [])}
+    except (ConfigError, OSError, KeyError, TypeError):
+        planned = {}  # a sweep whose file is damaged still has its points
     points = [
-        _run(f"{name}/{POINTS}/{point.name}", point, "point")
+        replace(_run(f"{name}/{POINTS}/{point.name}", point, "point"), about=planned.get(point.name, ""))
         for point in sorted((folder / POINTS).glob("*"))
         if (point / SPEC).is_file() and not point.is_symlink()
     ]

@@ -152,8 +152,9 @@ def figure(
         if len(steps) > 1:
             axes.step(*zip(*steps, strict=True), where="pre", color=ACCENT, lw=0.9, alpha=0.6, zorder=2.6)
         _points(axes, shown, by, base, states, shapes, font)
-        if base is not None:
-            axes.axhline(100 * base.score.mean, color=INK, lw=0.7, ls=(0, (4, 3)), zorder=1.8)
+        level = None if base is None else 100 * base.score.mean
+        if level is not None:
+            axes.axhline(level, color=INK, lw=0.7, ls=(0, (4, 3)), zorder=1.8)
         _legend(drawn, shapes, [states[p.name] for p in shown if comparable and p is not base], base, font)
         _limits(axes, shown, by, base)
         # 3) labels, where there is room
@@ -161,7 +162,7 @@ def figure(
         drawn.set_layout_engine("none")
         labels = _labels(axes, placed, shown, by, base, states, texts)
         boxes = [(box, 1.0 if states[p.name] != "dominated" else 0.5) for p in shown for box in _boxes(axes, p, by)]
-        boxes += [(box, 0.6) for box in label_places.lines(axes, steps, base and 100 * base.score.mean)]
+        boxes += [(box, 0.6) for box in label_places.lines(axes, steps, level)]
         label_places.write(axes, labels, boxes, font=0.84 * font, ink=INK)
     return drawn
 
