@@ -71,7 +71,7 @@ def test_a_running_one_is_watched(page: Page, root: Path, address: str) -> None:
 
 
 def test_everyone_can_read_it(page: Page, address: str, tmp_path: Path) -> None:
-    for path in ("/", "/of/running", "/compare"):
+    for path in ("/", "/of/stopped"):
         page.goto(address + path)
         found = Axe().run(page)
         assert found.violations_count == 0, found.generate_report()

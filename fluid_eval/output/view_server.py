@@ -69,7 +69,8 @@ def application(root: Path) -> Starlette:
         return HTMLResponse(text, status, {**_HEADERS, "Content-Security-Policy": policy})
 
     def listing(request: Request) -> Response:
-        return page(pages.listing(request.query_params.get("q", ""), "points" in request.query_params))
+        asked = request.query_params
+        return page(pages.listing(asked.get("q", ""), points="points" in asked, watch="watch" in asked))
 
     def one(request: Request) -> Response:
         text, is_report = pages.one(request.path_params["name"])
@@ -128,13 +129,16 @@ class _Pages:
         self._style = Markup((resource("reports") / "report" / "style.css").read_text(encoding="utf-8"))
         self._templates = templates()
 
-    def listing(self, words: str, points: bool) -> str:
-        """All runs and sweeps that have these words, points of sweeps only if asked for."""
+    def listing(self, words: str, *, points: bool, watch: bool) -> str:
+        """All runs and sweeps that have these words, points of sweeps only if asked for.
+
+        watch: read the page anew every few seconds; not by default, since that unticks what was ticked.
+        """
         everything = list(entries(self._root).values())
         shown = [entry for entry in everything if (points or entry.kind != "point") and entry.matches(words)]
         total = sum(points or entry.kind != "point" for entry in everything)
-        refresh = REFRESH if any(entry.state == "running" for entry in shown) else None
-        return self._page("Runs and sweeps", shown=shown, words=words, points=points, total=total, refresh=refresh)
+        given = {"words": words, "points": points, "watch": watch, "refresh": REFRESH if watch else None}
+        return self._page("Runs and sweeps", shown=shown, total=total, **given)
 
     def one(self, name: str) -> tuple[str, bool]:
         """A finished run's report, or a sweep's over its finished points, and True; else how far it is, and False."""
