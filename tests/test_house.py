@@ -54,10 +54,17 @@ DOORS = {
     "wandb": {"fluid_eval.output.tracking"},
     "mlflow": {"fluid_eval.output.tracking"},
     "trackio": {"fluid_eval.output.tracking"},
-    "matplotlib": {"fluid_eval._api_results", "fluid_eval.output.figures", "fluid_eval.sweeps.frontier_files"},
+    "starlette": {"fluid_eval.output.view_server"},
+    "uvicorn": {"fluid_eval.output.view_server"},
+    "matplotlib": {
+        "fluid_eval._api_results",
+        "fluid_eval.output.figures",
+        "fluid_eval.sweeps.frontier_figure",
+        "fluid_eval.sweeps.label_places",
+    },
     "pandas": {"fluid_eval._api_results", "fluid_eval.results.finished_runs", "fluid_eval.sweeps.frontier_files"},
 }
-OPTIONAL = ("ray", "gguf", "wandb", "mlflow", "trackio")
+OPTIONAL = ("ray", "gguf", "wandb", "mlflow", "trackio", "starlette", "uvicorn")
 """Libraries of an extra: imported inside functions alone."""
 
 

@@ -33,6 +33,8 @@ from ..results.finished_runs import read_finished
 from ..results.run_folder import ENVIRONMENT, SPEC, Record
 from ..results.speed_repeats import Repeat
 from ..results.stored_values import read_environment, read_spec
+from ..sweeps import aup
+from ..sweeps.points import as_point, method_of
 from .speed_ratios import TimedRun, speeds
 
 Doc = tuple[str, int]
@@ -116,8 +118,22 @@ def compare(folders: Sequence[Path], *, across_protocols: bool = False, all_pair
             for run in runs
         ],
         "protocol_difference": differences,
+        "areas": _areas(runs),
         "pairs": [measure(pair_up(base, other, across_protocols)) for base, other in sides],
     }
+
+
+def _areas(runs: Sequence[FinishedRun]) -> list[Nested]:
+    """AUP of every model and decoder over the documents that all runs answered, see `sweeps.aup`."""
+    common = set.intersection(*(set(run.answers) for run in runs))
+    points = []
+    for run in runs:
+        owners = {leaf: task for task, leaves in run.result["members"].items() for leaf in leaves}
+        decoder = run.result["decoder"]
+        method = f"{Path(run.result['model'].rstrip('/')).name}, {method_of(decoder['name'], decoder.get('verify'))}"
+        records = [record for doc, record in run.answers.items() if doc in common and doc[0] in owners]
+        points.append((method, as_point(run.folder, {}, records, owners)))
+    return aup.as_rows(aup.areas(points))
 
 
 def load(folder: Path) -> FinishedRun:

@@ -10,7 +10,18 @@ from rich.console import Console
 from rich.table import Table
 
 from ..analysis.compare import entries
-from .terminal import FORWARDS, bare_table, difference, number, plain_table, probability, ratio, score, screen
+from .terminal import (
+    FORWARDS,
+    bare_table,
+    difference,
+    number,
+    plain_table,
+    print_areas,
+    probability,
+    ratio,
+    score,
+    screen,
+)
 
 MACHINE = "tok/s: per worker; intervals are of repeats in turns, else there are none"
 
@@ -36,7 +47,10 @@ def print_comparison(comparison: Mapping[str, Any], *, flips: bool = False) -> N
             console.print()
         _notes(console, pair, flips)
         console.print()
-    # 3) legend
+    # 3) areas, legend
+    if comparison["areas"]:
+        print_areas(console, comparison["areas"])
+        console.print()
     console.print("score: %, by a task's first metric   all: mean over tasks")
     console.print("difference: other less base, in points, with its paired 95% interval")
     console.print("p: McNemar's exact test   MDE: smallest difference detected with 80% power")

@@ -70,9 +70,14 @@ _POINT: dict[str, Check] = {
 }  # fmt: skip
 """A point of a sweep's result, as `sweeps.pareto.Placed` has it."""
 SWEEP_HOLDS: dict[str, Check] = {
-    "id": text, "by": text, "baseline": maybe(text), "points": each(table(_POINT, {"repeats": count})),
-    "frontier": each(text), "best": maybe(text), "within": amount, "aup": by_name(number), "lost": by_name(text),
+    "id": text, "by": text, "baseline": maybe(text), "points": each(table(_POINT, {"repeats": count, "method": text})),
+    "frontier": each(text), "best": maybe(text), "within": amount, "lost": by_name(text),
 }  # fmt: skip
+SWEEP_MAY_HOLD: dict[str, Check] = {
+    "caption": text,
+    "areas": each(table({"method": text, "mean": maybe(number), "tasks": by_name(table({"why": text}))})),
+}
+"""Fields of a sweep's result that earlier versions did not write."""
 
 
 _DIVERGENCE: dict[str, Check] = {
@@ -127,7 +132,7 @@ def read_result(file: Path, needed: Iterable[str] = (), *, shown: bool = False) 
 def read_sweep(file: Path) -> Nested:
     """A sweep's result. Raises ConfigError naming file and field."""
     values = read_json(file)
-    if problem := wrong(values, SWEEP_HOLDS):
+    if problem := wrong(values, SWEEP_HOLDS, SWEEP_MAY_HOLD):
         raise ConfigError(
             f"{file}: no finished sweep ({problem}); finish it with --resume, or run it into another --out"
         )

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fluid_model.common.errors import ConfigError
@@ -54,6 +53,7 @@ class Placed:
     tokens_per_second, tokens_per_forward: ratios of sums over the generated answers; None without any.
     forwards_per_answer: mean over the same answers. They are those of tasks in which the point generated a token; an
     empty answer counts with its cost.
+    method: its decoder, with or without verification; "" if unknown.
     repeats: number of speed repeats. tokens_per_second is their geometric mean, with its interval; without repeats it
     has no interval.
     dominated_by: the fastest point that scores no less and is faster, in 95% of the resamples. Faster in tokens/s: in
@@ -67,6 +67,7 @@ class Placed:
     tokens_per_second: Interval | None
     tokens_per_forward: Interval | None
     forwards_per_answer: Interval | None
+    method: str = ""
     repeats: int = 0
     dominated_by: str | None = None
     stopped: str | None = None
@@ -162,38 +163,6 @@ def best(
     near = [p for p in complete.values() if losses[p.name] <= within / 100 + _SAME]
     paces = {p.name: speed for p in near if (speed := pace(p, by)) is not None}
     return complete[_greatest(paces)] if paces else None
-
-
-def aup(pairs: Iterable[tuple[float, float]], *, y_max: float | None = None, published: bool = False) -> float:
-    """Area under the accuracy-parallelism curve of (tokens per forward, accuracy in percent) pairs.
-
-    Trapezoids over y w(y), from the least to the most tokens per forward. w(y) = min(exp(-3 (1 - y / y_max)), 1)
-    penalises lost accuracy.  y_max: the best accuracy among the pairs unless given, such as the AR parent's.
-    Of pairs with equal tokens per forward the most accurate counts. The area of fewer than two pairs is 0.
-    published: AUP of the d3LLM leaderboard (arXiv 2601.07568, alpha 3). It drops pairs more than 5 points below the one
-    with the least tokens per forward, and adds the rectangle from 0 to that one. Only such areas compare with published
-    ones.
-    Raises ConfigError without pairs or for values out of range.
-    """
-    curve: dict[float, float] = {}
-    for x, y in sorted(pairs):
-        check_range("tokens per forward", x, 0, math.inf, open_low=True)
-        check_range("accuracy (percent)", y, 0, 100)
-        x = next((known for known in curve if math.isclose(known, x, rel_tol=_SAME)), x)
-        curve[x] = max(y, curve.get(x, 0.0))
-    if not curve:
-        raise ConfigError("pairs=[]: an area needs (tokens per forward, accuracy) pairs")
-    top = max(curve.values()) if y_max is None else y_max
-    if y_max is not None:
-        check_range("y_max", y_max, 0, 100, open_low=True)
-    if top == 0:
-        return 0.0
-    steps = sorted(curve.items())
-    if published:
-        steps = [(x, y) for x, y in steps if y >= steps[0][1] - 5 - 100 * _SAME]
-    head = steps[0][0] * steps[0][1] if published else 0.0
-    heights = [(x, y * min(math.exp(-3 * (1 - y / top)), 1.0)) for x, y in steps]
-    return head + math.fsum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in pairwise(heights))
 
 
 def pace(placed: Placed, by: Speed) -> float | None:
@@ -303,6 +272,7 @@ def _place(point: Point) -> Placed:
     return Placed(
         name=point.name,
         settings=point.settings,
+        method=point.method,
         n=len(point.samples),
         score=mean_over_tasks(list(scores.values())),
         tokens_per_second=pace,

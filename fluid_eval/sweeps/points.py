@@ -42,6 +42,7 @@ class Point:
     """One choice of settings and the documents it answered.
 
     stopped: the reason why it was stopped early, before it had answered all documents.
+    method: its decoder, with or without verification.
     paces: tokens/s of each repeat; repeats that points took in turns have the same key.
     """
 
@@ -50,6 +51,12 @@ class Point:
     samples: Sequence[ScoredDocument]
     stopped: str | None = None
     paces: Mapping[Turn, float] = field(default_factory=dict)
+    method: str = ""
+
+
+def method_of(name: str, verify: bool | None) -> str:
+    """A decoder in a legend: its name and whether it verifies. verify: None where it cannot do either."""
+    return name + ("" if verify is None else ", verified" if verify else ", unverified")
 
 
 def as_point(
@@ -60,6 +67,7 @@ def as_point(
     *,
     stopped: str | None = None,
     repeats: Sequence[Repeat] = (),
+    method: str = "",
 ) -> Point:
     """A point from a run's sample records. A document's score is that of its task's first metric.
 
@@ -76,5 +84,10 @@ def as_point(
         if record["key"] in scores and record["key"].count("/") == 1  # the first of several answers
     ]  # fmt: skip
     return Point(
-        name, dict(settings), samples, stopped, tokens_per_second([r for r in records if "lost" not in r], repeats)
+        name,
+        dict(settings),
+        samples,
+        stopped,
+        tokens_per_second([r for r in records if "lost" not in r], repeats),
+        method,
     )
