@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -145,8 +146,17 @@ def reproduce(
             print(f"{claims[numbers[0]].cell}: {error}", file=sys.stderr)
             rows |= {number: not_run(claims[number], str(error)) for number in numbers}
     # 3) measure
-    for done, (spec, numbers) in enumerate(specs, 1):
-        print(f"run {done} of {len(specs)}: {claims[numbers[0]].system}", file=sys.stderr)
+    clock = time.perf_counter()
+    if specs:
+        print(
+            f"{len(claims)} claims, {len(rows)} that cannot be measured here, {len(specs)} runs one after another:\n"
+            "minutes for a small model, hours for a 7B; what is finished is kept, --resume goes on",
+            file=sys.stderr,
+        )
+    for done, (spec, numbers) in enumerate(specs):
+        left = (time.perf_counter() - clock) / done * (len(specs) - done) / 60 if done else 0
+        about = f", about {left:.0f} min left" if left >= 1 else ""
+        print(f"run {done + 1} of {len(specs)}: {claims[numbers[0]].system}{about}", file=sys.stderr)
         measured = measure(spec, [claims[number] for number in numbers], out, resume=resume)
         rows |= dict(zip(numbers, measured, strict=True))
     # 4) judge all together

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from fluid_model.common.errors import ConfigError
 from fluid_model.common.fields import at_least, build
 from fluid_model.common.files import Nested
+from fluid_model.common.names import did_you_mean
 from fluid_model.settings import DECODERS, ArSettings, DecoderSettings, FluidSettings, check_range
 
 from .bundled import resolved
@@ -256,7 +257,7 @@ def _decoder(values: Any) -> DecoderSettings:
     values = dict(values)
     name = values.pop("name", "ar")
     if not isinstance(name, str) or name not in DECODERS:
-        raise ConfigError(f"decoder={name!r} is unknown; known: {', '.join(DECODERS)}")
+        raise ConfigError(f"decoder={name!r} is unknown; {did_you_mean(name, DECODERS)}known: {', '.join(DECODERS)}")
     known = {decoder: {f.name for f in fields(settings)} for decoder, settings in DECODERS.items()}
     for setting in values.keys() - known[name]:
         if others := [decoder for decoder in DECODERS if setting in known[decoder]]:

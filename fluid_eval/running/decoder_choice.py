@@ -57,7 +57,7 @@ def reason(spec: RunSpec, info: ModelInfo) -> str:
         return f"{model}: decoder ar, for it is a plain causal model"
     if info.method != own:
         return f"{model}: decoder ar, for it was adapted to {info.method} and has no K-head yet"
-    return f"{model}: decoder {name}, which the checkpoint was adapted to; --decoder chooses another"
+    return f"{model}: decoder {name}, by its adaptation; --decoder NAME chooses another"
 
 
 @cache
