@@ -93,7 +93,7 @@ class _GenKwargs(argparse.Action):
 
 def settings_of(pairs: list[str]) -> Iterator[str]:
     """lm-eval's generation arguments as settings. Raises ValueError for one without a counterpart."""
-    given = dict(pair.split("=", 1) if "=" in pair else (pair, "") for pair in pairs)
+    given = {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
     for name, value in given.items():
         if name in _LIMITS:
             yield f"max_new_tokens={value}"

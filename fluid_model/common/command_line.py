@@ -17,7 +17,9 @@ class Parser(argparse.ArgumentParser):
     instead: Mapping[str, str] = {}
     """Flag of another tool -> what to write here instead; for messages about unknown flags."""
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         """As argparse does, with flags spelled with `-`."""
         return super().parse_known_args(None if args is None else [_hyphened(word) for word in args], namespace)
 
