@@ -13,7 +13,18 @@ from pathlib import Path
 
 import nox
 
-nox.options.sessions = ["lint", "types", "tests", "browser", "security", "chain", "sweep_smoke", "tour", "docs", "wheel"]
+nox.options.sessions = [
+    "lint",
+    "types",
+    "tests",
+    "browser",
+    "security",
+    "chain",
+    "sweep_smoke",
+    "tour",
+    "docs",
+    "wheel",
+]
 nox.options.default_venv_backend = "none"
 HERE = Path(__file__).resolve().parent
 

@@ -1,9 +1,9 @@
 """MkDocs hook: reference pages made from the code at each build, so that they cannot differ from it.
 
-    reference/cli.md          the parser's own help of every command
-    reference/settings.md     every setting with type, default and meaning
-    reference/run-folder.md   the docstrings of fluid_eval/results
-    reference/python.md       mkdocstrings, from the public names of fluid_eval
+reference/cli.md          the parser's own help of every command
+reference/settings.md     every setting with type, default and meaning
+reference/run-folder.md   the docstrings of fluid_eval/results
+reference/python.md       mkdocstrings, from the public names of fluid_eval
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ def python() -> str:
         "fluid_model.common.errors": ("ConfigError", "RunError"),
     }
     blocks = [f"::: {module}.{name}\n" for module, members in names.items() for name in members]
-    return "# Python API\n\nAll are names of `fluid_eval`. [From Python](../python.md) shows them at work.\n\n" + "\n".join(blocks)
+    return (
+        "# Python API\n\nAll are names of `fluid_eval`. [From Python](../python.md) shows them at work.\n\n"
+        + "\n".join(blocks)
+    )
 
 
 def _docstring(path: str) -> str:
