@@ -17,7 +17,7 @@ _HOME = {
     "ArSettings": "settings",
     "Checkpoint": "checkpoints.checkpoint",
     "ConfigError": "common.errors",
-    "DECODERS": "settings",
+    "DecoderSettings": "settings",
     "Engine": "engine.loop",
     "FluidSettings": "settings",
     "Generation": "engine.records",

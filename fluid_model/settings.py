@@ -1,14 +1,13 @@
-"""Decoder settings of every method, validated without torch.
+"""Decoders, each by its settings: one class states all that other code asks of a decoder. Validated without torch.
 
 FLUID (arXiv 2605.27387) has two bounds: tau, of the training loss that labels the K-head, belongs to a checkpoint;
-gamma, the acceptance probability at inference, is `confidence` here. A decoder's `method` is the adaptation that it
-needs of a checkpoint; None takes any.
+gamma, the acceptance probability at inference, is `confidence` here. `registry` finds these classes by name.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from .common.errors import ConfigError
@@ -27,11 +26,70 @@ def check_range(name: str, value: float, low: float, high: float, *, open_low: b
 
 
 @dataclass(frozen=True)
-class ArSettings:
+class DecoderSettings:
+    """A decoder: subclass it as a frozen dataclass, whose fields are the settings and whose docstring describes it.
+
+    A preset of another decoder is a subclass of that one's settings with other defaults.
+    """
+
+    name: ClassVar[str] = ""
+    """As `--decoder` takes it. Left out, it is `module:Class`; a name of its own needs an entry point."""
+    methods: ClassVar[tuple[str, ...]] = ()
+    """Adaptations that it needs of a checkpoint, one of them; none: any causal model. The first registered decoder that
+    serves a checkpoint is its default.
+    """
+    needs: ClassVar[tuple[Literal["K-head", "mask token"], ...]] = ()
+    """Parts that the checkpoint must have."""
+    strategy: ClassVar[str] = ""
+    """`module:callable` of (checkpoint, settings) that opens the `engine.strategy.Strategy`; imported when needed."""
+    scorer: ClassVar[str | None] = None
+    """`module:callable` of (checkpoint, settings, batch_size) for log-likelihoods of weights that attend in both
+    directions, which ar cannot decode; None: exact ones, under causal attention.
+    """
+
+    def __init_subclass__(cls) -> None:
+        if "name" not in vars(cls):
+            cls.name = f"{cls.__module__}:{cls.__qualname__}"
+
+    @property
+    def temperature(self) -> float:
+        """0 is greedy, as a decoder without this setting is."""
+        return 0.0
+
+    @property
+    def top_p(self) -> float:
+        """Nucleus sampling; 1 for all tokens."""
+        return 1.0
+
+    @property
+    def writes_ar_text(self) -> bool:
+        """Whether it is lossless: its text is that of ar with the same weights."""
+        return False
+
+    @property
+    def drafts_by_cost(self) -> bool:
+        """Whether drafts depend on a slot's marginal cost, and tokens/forward therefore on rows and slot budget."""
+        return False
+
+    @property
+    def drafts_by_time(self) -> bool:
+        """Whether that cost is measured time, as the setting `slot_budget` is unset."""
+        return False
+
+    def answer_slots(self, max_new_tokens: int) -> int:
+        """Slots of the context window for an answer of up to max_new_tokens. Raises ConfigError if none can hold it."""
+        return max_new_tokens
+
+    def check_model(self, k_max: int | None, block_length: int | None) -> None:
+        """Raise ConfigError if these settings do not fit a checkpoint's K-head or trained block length."""
+
+
+@dataclass(frozen=True)
+class ArSettings(DecoderSettings):
     """Autoregressive decoding, one token per forward: the baseline of every other decoder."""
 
-    name: ClassVar[str] = "ar"
-    method: ClassVar[str | None] = None
+    name = "ar"
+    strategy = "fluid_model.decoders.ar:open_strategy"
 
     temperature: float = 0.0
     """0 is greedy; above it, sampling from softmax(logits / temperature)."""
@@ -42,13 +100,19 @@ class ArSettings:
         check_range("temperature", self.temperature, 0.0, 100.0)
         check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
 
+    @property
+    def writes_ar_text(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
-class FluidSettings:
+class FluidSettings(DecoderSettings):
     """FLUID: K-head stride, draft tokens from mask blocks, causal verification."""
 
-    name: ClassVar[str] = "fluid"
-    method: ClassVar[str | None] = "fluid"
+    name = "fluid"
+    methods = ("fluid",)
+    needs = ("K-head", "mask token")
+    strategy = "fluid_model.decoders.fluid:open_strategy"
 
     rounds: Literal["one", "reference"] = "one"
     """one: one forward per step verifies draft tokens and predicts the next ones; reference: the public sampler's
@@ -93,13 +157,33 @@ class FluidSettings:
         if self.rounds == "reference" and self.temperature:
             raise ConfigError(f"temperature={self.temperature}: rounds=reference is greedy; use rounds=one")
 
+    @property
+    def writes_ar_text(self) -> bool:
+        return self.verify
+
+    @property
+    def drafts_by_cost(self) -> bool:
+        return self.verify and self.rounds == "one"
+
+    @property
+    def drafts_by_time(self) -> bool:
+        return self.drafts_by_cost and self.slot_budget is None
+
+    def check_model(self, k_max: int | None, block_length: int | None) -> None:
+        if k_max is not None and self.min_horizon > k_max:
+            raise ConfigError(
+                f"min_horizon={self.min_horizon} exceeds what this model's K-head was trained for (k_max={k_max})"
+            )
+
 
 @dataclass(frozen=True)
-class NbdiffSettings:
+class NbdiffSettings(DecoderSettings):
     """NBDiff's public decoder: a block is denoised under bidirectional attention, then cached causally."""
 
-    name: ClassVar[str] = "nbdiff"
-    method: ClassVar[str | None] = "nbdiff"
+    name = "nbdiff"
+    methods = ("nbdiff",)
+    needs = ("mask token",)
+    strategy = "fluid_model.decoders.nbdiff:open_strategy"
 
     block_length: int | None = None
     """Tokens of a block; unset, the checkpoint's own (else PUBLISHED_BLOCK)."""
@@ -138,6 +222,9 @@ class NbdiffSettings:
             raise ConfigError(f"small_blocks={self.small_blocks} must divide block_length={block_length}")
         return max(1, block_length // self.small_blocks)
 
+    def check_model(self, k_max: int | None, block_length: int | None) -> None:
+        self.small_block_length(self.block_length_for(block_length))
+
     @property
     def confidence_threshold(self) -> float:
         """Confidence above which every token is written; infinity for one token per pass."""
@@ -147,11 +234,14 @@ class NbdiffSettings:
 
 
 @dataclass(frozen=True)
-class LladaSettings:
+class LladaSettings(DecoderSettings):
     """LLaDA's decoder: a canvas under full attention, denoised block by block."""
 
-    name: ClassVar[str] = "llada"
-    method: ClassVar[str | None] = "llada"
+    name = "llada"
+    methods = ("llada",)
+    needs = ("mask token",)
+    strategy = "fluid_model.decoders.llada:open_strategy"
+    scorer = "fluid_model.decoders.llada:open_scorer"
 
     steps: int | None = None
     """Forwards for the canvas, shared evenly by its blocks; unset, one per token."""
@@ -193,6 +283,9 @@ class LladaSettings:
         """Whether predictions are shifted. trained: whether the checkpoint's are."""
         return trained if self.shift is None else self.shift
 
+    def answer_slots(self, max_new_tokens: int) -> int:
+        return max(max_new_tokens, self.canvas(max_new_tokens)[0])
+
     def canvas(self, max_new_tokens: int) -> tuple[int, int]:
         """(tokens of the canvas, forwards per block) for answers of up to max_new_tokens.
 
@@ -208,23 +301,3 @@ class LladaSettings:
         if steps % blocks:
             raise ConfigError(f"steps={steps} must be a multiple of the canvas's {blocks} blocks")
         return length, steps // blocks
-
-
-DecoderSettings = ArSettings | FluidSettings | NbdiffSettings | LladaSettings
-DECODERS: dict[str, type[DecoderSettings]] = {
-    kind.name: kind for kind in (ArSettings, FluidSettings, NbdiffSettings, LladaSettings)
-}
-
-
-def answer_slots(settings: DecoderSettings, max_new_tokens: int) -> int:
-    """Slots of the context window for an answer of up to max_new_tokens; a longer canvas needs its own length.
-
-    Raises ConfigError if the blocks do not fill the canvas.
-    """
-    canvas = settings.canvas(max_new_tokens)[0] if isinstance(settings, LladaSettings) else 0
-    return max(max_new_tokens, canvas)
-
-
-def setting_names(decoder: str) -> list[str]:
-    """A decoder's settings by name, in order of declaration."""
-    return [f.name for f in fields(DECODERS[decoder])]

@@ -19,7 +19,7 @@ from fluid_eval.common.spec import build_spec
 from fluid_eval.results.run_folder import read_samples
 from fluid_eval.running import job
 from fluid_model.common.errors import ConfigError
-from fluid_model.settings import DECODERS
+from fluid_model.registry import decoders
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPITALS = {
@@ -315,7 +315,7 @@ def test_models_and_decoders_are_listed(capsys):
         "tiny-ar": "ar", "tiny-fluid": "fluid", "tiny-llada": "llada", "tiny-nbdiff": "nbdiff",
     }  # fmt: skip
     assert main(["decoders", "--json"]) == 0
-    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == list(DECODERS)
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == list(decoders())
     assert main(["decoders"]) == main(["models"]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
@@ -323,7 +323,7 @@ def test_models_and_decoders_are_listed(capsys):
 def test_every_setting_is_listed_with_its_meaning(capsys):
     listed = settings_list.all_settings()
     assert [one.name for one in listed if not one.about] == []
-    for kind in DECODERS.values():
+    for kind in decoders().values():
         for field in fields(kind):
             (one,) = [s for s in listed if (s.name, s.decoder) == (f"decoder.{field.name}", kind.name)]
             expected = {None: "unset", True: "true", False: "false"} if isinstance(field.default, bool | None) else {}

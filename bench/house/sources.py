@@ -14,7 +14,20 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("fluid_model", "fluid_eval", "bench", "tests")
 """Ground first."""
 ROOMS = {
-    "fluid_model": ("common", "settings", "tokens", "forward", "checkpoints", "engine", "scoring", "decoders", "train"),
+    "fluid_model": (
+        *(
+            "common",
+            "settings",
+            "registry",
+            "tokens",
+            "forward",
+            "checkpoints",
+            "engine",
+            "scoring",
+            "decoders",
+            "train",
+        ),
+    ),
     "fluid_eval": (
         *("common", "sandbox", "results", "benchmarks", "running", "claims", "sweeps", "analysis", "output", "cli"),
     ),

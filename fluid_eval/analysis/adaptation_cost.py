@@ -14,6 +14,8 @@ from typing import Any
 
 from fluid_model.common.errors import ConfigError
 from fluid_model.common.files import Nested
+from fluid_model.registry import decoder_named, default_decoder, setting_names
+from fluid_model.settings import DecoderSettings
 
 from ..common.spec import tables
 from ..sweeps.grid import SweepPlan, plan
@@ -34,8 +36,8 @@ class AdaptationStage:
     settings: Mapping[str, Any]
 
 
-def stages(values: Nested, parent: str, method: str) -> list[AdaptationStage]:
-    """The stages for an adaptation method, the parent's first. values: of the adapted model's run, decoder included.
+def stages(values: Nested, parent: str, kind: type[DecoderSettings]) -> list[AdaptationStage]:
+    """The stages for an adapted model's decoder, the parent's first. values: of the model's run, decoder included.
 
     Stages that do not exist are left out: LLaDA's weights cannot decode as AR, and only FLUID verifies its drafts.
     """
@@ -44,13 +46,13 @@ def stages(values: Nested, parent: str, method: str) -> list[AdaptationStage]:
     sampling = {f"decoder.{name}": decoder[name] for name in SAMPLING if name in decoder}
     adapted = {f"model.{name}": value for name, value in values["model"].items()}
     as_ar = {**adapted, "decoder.name": "ar", **sampling}
-    parallel = {**adapted, "decoder.name": method, **sampling}
-    # 2) the stages that this method has
+    parallel = {**adapted, "decoder.name": kind.name, **sampling}
+    # 2) the stages that this decoder has
     first = AdaptationStage("parent, AR", {"model.path": parent, "decoder.name": "ar", **sampling})
-    if method == "llada":
+    if kind.scorer is not None:
         return [first, AdaptationStage("adaptation, diffusion", parallel)]
     second = AdaptationStage("adaptation", as_ar)
-    if method == "nbdiff":
+    if "verify" not in setting_names(kind):
         return [first, second, AdaptationStage("block diffusion", parallel)]
     verified = AdaptationStage("verified parallel decoding", {**parallel, "decoder.verify": True})
     return [first, second, verified, AdaptationStage(UNVERIFIED, {**parallel, "decoder.verify": False})]
@@ -64,13 +66,14 @@ def plan_stages(values: Nested, parent: str, method: str | None) -> tuple[list[A
     """
     values = tables(values)
     model = values["model"]["path"]
-    decoder = values.get("decoder", {}).get("name", method)
-    if method is None or decoder != method:
+    own = default_decoder(method)
+    kind = decoder_named(values.get("decoder", {}).get("name", own))
+    if method is None or method not in kind.methods:
         status = f"was adapted to {method}" if method else "is a plain causal model"
         raise ConfigError(f"tax: {model} {status}; name an adapted model, and no decoder but its own")
-    planned_stages = stages(values, parent, method)
+    planned_stages = stages(values, parent, kind)
     shared = {name: value for name, value in values["model"].items() if name in SHARED_MODEL_SETTINGS}
-    base = {**values, "model": shared, "decoder": {**values.get("decoder", {}), "name": method}}
+    base = {**values, "model": shared, "decoder": {**values.get("decoder", {}), "name": kind.name}}
     planned = plan({**base, "sweep": {"point": [dict(stage.settings) for stage in planned_stages]}})
     if len(planned.points) < len(planned_stages):
         raise ConfigError(f"tax: {model} is its own parent; name with --parent the model it was adapted from")

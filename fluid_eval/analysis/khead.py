@@ -33,7 +33,6 @@ from fluid_model.train.row_layouts import IGNORE
 
 from ..running.worker import set_forward_time
 from .acceptance import ALL
-from .losslessness import promises_ar_text
 from .reopen import StoredText, open_run
 
 ANCHORS = 16
@@ -66,7 +65,7 @@ def khead_run(folder: Path) -> dict[str, Any]:
     checkpoint, decoder = run.checkpoint, run.spec.decoder
     if checkpoint.head is None or checkpoint.mask_id is None:
         raise ConfigError(f"{run.spec.model.path} has no K-head to measure")
-    if not promises_ar_text(decoder) or decoder.temperature:
+    if not decoder.writes_ar_text or decoder.temperature:
         raise ConfigError("this text is not greedy AR's, which drafts are verified against; run with verify=true")
     # 2) slot budget and tau, which costs and K* depend on
     set_forward_time(checkpoint, replace(run.spec, decoder=FluidSettings()))

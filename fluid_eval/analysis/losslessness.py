@@ -26,7 +26,7 @@ from fluid_model.decoders.sampling import nucleus
 from fluid_model.engine.records import Generation, Request
 from fluid_model.forward.backbone import Backbone
 from fluid_model.forward.kv_cache import KVCache
-from fluid_model.settings import ArSettings, DecoderSettings, FluidSettings
+from fluid_model.settings import ArSettings, DecoderSettings
 
 from ..results.run_folder import AUDIT, write_json
 from ..running.lm_eval_model import Ids
@@ -128,7 +128,7 @@ def audit(
     lengths = {text.key: len(text.ids) + text.ended for text in texts}
     report: dict[str, Any] = {
         "verdict": "identical",
-        "promises": promises_ar_text(decoder),
+        "promises": decoder.writes_ar_text,
         "n": len(texts),
         "identical": len(texts) - len(divergent),
         "tokens": sum(lengths.values()),
@@ -157,11 +157,6 @@ def audit(
         "tolerance": judge.tolerance,
         "divergences": [asdict(divergence) for divergence in divergences],
     }
-
-
-def promises_ar_text(decoder: DecoderSettings) -> bool:
-    """Whether a decoder claims to be lossless: to write AR's text."""
-    return isinstance(decoder, ArSettings) or (isinstance(decoder, FluidSettings) and decoder.verify)
 
 
 def first_difference(text: StoredText, ar_ids: Ids) -> int | None:
@@ -294,7 +289,7 @@ def distribution(
     """
     from scipy.stats import binomtest, chisquare
 
-    temperature, top_p = decoder.temperature, getattr(decoder, "top_p", 1.0)
+    temperature, top_p = decoder.temperature, decoder.top_p
     slack = tolerance(checkpoint, [(text.prompt, text.ids) for text in texts[:NOISE_TEXTS]]) / temperature
     random, counts, rare = torch.Generator().manual_seed(seed), torch.zeros(BINS), 0
     for text in texts:
@@ -378,7 +373,7 @@ def _decode_ar(
     checkpoint: Checkpoint, decoder: DecoderSettings, texts: Sequence[StoredText]
 ) -> Iterable[Generation]:  # fmt: skip
     """AR's answers to the prompts of these texts, each as long as its text."""
-    settings = ArSettings(decoder.temperature, getattr(decoder, "top_p", 1.0))
+    settings = ArSettings(decoder.temperature, decoder.top_p)
     return engine_for(checkpoint, settings, ROWS).generate([_request(text) for text in texts])
 
 

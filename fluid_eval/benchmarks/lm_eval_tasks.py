@@ -24,7 +24,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fluid_model.common.errors import ConfigError, reason
-from fluid_model.settings import answer_slots
 
 from ..common.spec import RunSpec
 from ..results.run_folder import Record
@@ -138,7 +137,7 @@ def check_settings(spec: RunSpec, tasks: Tasks, window: int) -> None:
         settings = task.get_config("generation_kwargs") or {}
         length = settings.get("max_gen_toks", DEFAULT_NEW_TOKENS)
         generates = task.get_config("output_type") == "generate_until"
-        if generates and (needed := answer_slots(spec.decoder, length)) >= window:
+        if generates and (needed := spec.decoder.answer_slots(length)) >= window:
             canvas = f", written on a canvas of {needed}," if needed > length else ""
             raise ConfigError(
                 f"max_new_tokens={length} of task {name}{canvas} leaves no room for a prompt in the model's window of "

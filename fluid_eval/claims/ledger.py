@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 from fluid_model.common.errors import ConfigError
 from fluid_model.common.fields import at_least, build
 from fluid_model.common.files import Nested, read_toml
+from fluid_model.registry import claims_lossless
 from fluid_model.settings import check_range
 
 from ..benchmarks.datasets import DATASETS
@@ -78,7 +79,7 @@ class PublishedDecoder:
     @property
     def verifies(self) -> bool:
         """Whether it is lossless: its text is greedy AR's of the same weights, whatever its settings."""
-        return self.run.get("name") == "fluid" and bool(self.run.get("verify", True))
+        return claims_lossless(self.run)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 from fluid_model.common import replace_folder
 from fluid_model.common.errors import ConfigError, RunError
 from fluid_model.common.files import Nested, read_json
-from fluid_model.settings import DECODERS
+from fluid_model.registry import decoders
 
 from ..benchmarks import datasets, lm_eval_tasks
 from ..benchmarks import profiles as protocol
@@ -208,7 +208,7 @@ def missing(claim: Claim, settings: Nested, resources: Resources, system: System
     # 1) this package
     decoder = settings.get("decoder", "ar")
     decoder = decoder.get("name", "ar") if isinstance(decoder, dict) else decoder
-    if decoder not in DECODERS:
+    if decoder not in decoders():
         return [f"decoder {decoder}"]
     if claim.task not in of_this_package():
         return [f"task {claim.task}"]

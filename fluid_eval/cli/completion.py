@@ -43,9 +43,9 @@ def _models(prefix: str) -> Iterable[str]:
 
 
 def _decoders(prefix: str) -> Iterable[str]:
-    from fluid_model.settings import DECODERS
+    from fluid_model.registry import decoders
 
-    return DECODERS
+    return decoders()
 
 
 def _settings(prefix: str) -> Iterable[str]:

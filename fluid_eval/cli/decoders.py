@@ -14,27 +14,25 @@ def add(decoders: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    from dataclasses import fields
-
-    from fluid_model.settings import DECODERS
+    from fluid_model.registry import decoders, setting_names
 
     from ..output.terminal import bare_table, screen
 
     if options.json:
         rows = [
-            {"name": name, "method": kind.method, "about": kind.__doc__, "settings": [f.name for f in fields(kind)]}
-            for name, kind in DECODERS.items()
+            {"name": name, "methods": kind.methods, "about": kind.__doc__, "settings": setting_names(kind)}
+            for name, kind in decoders().items()
         ]
         print(json.dumps(rows, indent=2))
         return 0
     table = bare_table()
     for name in ("name", "needs", "about"):
         table.add_column(name, overflow="fold", no_wrap=name == "name")
-    for name, kind in DECODERS.items():
-        needs = f"adapted to {kind.method}" if kind.method else "any causal model"
+    for name, kind in decoders().items():
+        needs = f"adapted to {' or '.join(kind.methods)}" if kind.methods else "any causal model"
         about = " ".join((kind.__doc__ or "").split())
-        table.add_row(name, needs, f"{about}\nsettings: {', '.join(f.name for f in fields(kind))}")
+        table.add_row(name, needs, f"{about}\nsettings: {', '.join(setting_names(kind))}")
     console = screen()
     console.print(table)
-    console.print("--decoder NAME; one setting each: fluid-eval settings decoder.confidence")
+    console.print("--decoder NAME, or MODULE:CLASS for your own; one setting: fluid-eval settings decoder.confidence")
     return 0

@@ -62,9 +62,7 @@ def add_settings(
         help="Hugging Face causal LM, or an adapted checkpoint; a bundled one by name; default: tiny-fluid",
     )
     what.add_argument(
-        "--decoder",
-        metavar="NAME",
-        help="ar, fluid, ... (fluid-eval decoders); default: that of the model's adaptation, else ar",
+        "--decoder", metavar="NAME", help="`fluid-eval decoders` lists them; default: that of the model, else ar"
     )
     what.add_argument(
         "--set", action="append", default=[], metavar="A.B=C", help="any setting, e.g. decoder.confidence=0.9"
@@ -128,6 +126,7 @@ def analysed_run(options: argparse.Namespace) -> Iterator[Path]:
     Raises ConfigError if settings are given with a stored run, which has its own.
     """
     if options.spec is not None and options.spec.is_dir():
+        name_own_decoder(options)
         given = [name for name in (*_FLAGS, "set", "chat", "out") if getattr(options, name) not in (None, [], False)]
         if given:
             flags = ", ".join("--" + name.replace("_", "-") for name in given)
@@ -145,6 +144,15 @@ def analysed_run(options: argparse.Namespace) -> Iterator[Path]:
         folder = options.out or Path(spare) / "run"
         run(spec, folder)
         yield folder
+
+
+def name_own_decoder(options: argparse.Namespace) -> None:
+    """Import `--decoder MODULE:CLASS` for a stored run, whose decoder it must be; its settings are the run's."""
+    if options.decoder and ":" in options.decoder:
+        from fluid_model.registry import decoder_named
+
+        decoder_named(options.decoder)
+        options.decoder = None
 
 
 def integer(text: str) -> int | str:

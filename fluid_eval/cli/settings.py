@@ -10,7 +10,7 @@ EXAMPLE = "fluid-eval settings decoder.confidence"
 
 
 def add(settings: argparse.ArgumentParser) -> None:
-    settings.add_argument("name", nargs="?", metavar="NAME", help="a setting, or the start of names: decoder, chat.")
+    settings.add_argument("name", nargs="?", metavar="NAME", help="a setting, the start of names (chat.), or a decoder")
     settings.add_argument("--json", action="store_true", help="print the list as JSON")
 
 

@@ -17,7 +17,7 @@ EXAMPLE = 'fluid-eval trace --prompt "Question: 2 + 3?\\nAnswer:"'
 def add(trace: argparse.ArgumentParser) -> None:
     trace.add_argument("--model", metavar="PATH_OR_HUB_ID", help="default: the bundled tiny-fluid")
     trace.add_argument(
-        "--decoder", metavar="ar|fluid|nbdiff|llada", help="default: that of the model's adaptation, else ar"
+        "--decoder", metavar="NAME", help="`fluid-eval decoders` lists them; default: that of the model, else ar"
     )
     trace.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; \\n is a new line")
     trace.add_argument(
@@ -33,7 +33,7 @@ def add(trace: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     from fluid_model.common.fields import assign, put
-    from fluid_model.settings import FluidSettings
+    from fluid_model.registry import decoder_settings, plain_values
 
     from ..common.paths import resource
     from ..common.spec import build_spec
@@ -48,9 +48,9 @@ def main(options: argparse.Namespace) -> int:
     for setting in options.set:
         assign(values, setting)
     spec = build_spec(with_decoder(values))
-    if isinstance(spec.decoder, FluidSettings) and spec.decoder.slot_budget is None:
+    if spec.decoder.drafts_by_time:
         # drafts to look at, even where they would not pay on this machine
-        spec = replace(spec, decoder=replace(spec.decoder, slot_budget=SLOT_BUDGET))
+        spec = replace(spec, decoder=decoder_settings({**plain_values(spec.decoder), "slot_budget": SLOT_BUDGET}))
     # 2) decode and print
     from ..analysis.trace import markdown, show, trace_answer
 

@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 
 from fluid_model.common.errors import ConfigError
 from fluid_model.common.names import did_you_mean
-from fluid_model.settings import DECODERS
+from fluid_model.registry import decoder_named, decoders
 
 from .spec import ChatSpec, EngineSpec, HealthSpec, ModelSpec, RunSpec
 
@@ -31,9 +31,9 @@ class Setting:
 
 def all_settings() -> list[Setting]:
     """Every setting: the run's own, then those of its tables."""
-    settings = [*_of(RunSpec, "")]
-    settings += [Setting("decoder.name", "text", "the model's own", "One of " + ", ".join(DECODERS) + ".")]
-    for name, kind in DECODERS.items():
+    settings, known = [*_of(RunSpec, "")], decoders()
+    settings += [Setting("decoder.name", "text", "the model's own", f"One of {', '.join(known)}, or MODULE:CLASS.")]
+    for name, kind in known.items():
         settings += _of(kind, "decoder.", name)
     for table, kind in TABLES.items():
         settings += _of(kind, f"{table}.")
@@ -41,11 +41,17 @@ def all_settings() -> list[Setting]:
 
 
 def settings_named(name: str | None) -> list[Setting]:
-    """Settings of this name, or whose names begin with it; all for None. Raises ConfigError, naming close ones."""
+    """Settings of this name, or whose names begin with it, or of this decoder; all for None.
+
+    Raises ConfigError, naming close ones.
+    """
+    if name is not None and ":" in name:
+        decoder_named(name)  # from here on it is listed
     settings = all_settings()
     chosen = [one for one in settings if name in (None, one.name)]
     chosen = chosen or [one for one in settings if one.name.startswith(str(name))]
     chosen = chosen or [one for one in settings if one.name.rpartition(".")[2] == name]
+    chosen = chosen or [one for one in settings if one.decoder == name]
     if not chosen:
         meant = did_you_mean(name, (one.name for one in settings))
         raise ConfigError(f"setting {name!r} is unknown; {meant}`fluid-eval settings` lists them")
@@ -68,7 +74,14 @@ def _of(kind: type, prefix: str, decoder: str | None = None) -> Iterator[Setting
 
 
 def docstrings_of(kind: type) -> dict[str, str]:
-    """The docstring below each field of a class, on one line."""
+    """The docstring below each field of a class, on one line; of a preset's, those of the decoder that it presets."""
+    documents: dict[str, str] = {}
+    for base in reversed([base for base in kind.__mro__ if is_dataclass(base)]):
+        documents |= _docstrings_in(base)
+    return documents
+
+
+def _docstrings_in(kind: type) -> dict[str, str]:
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(body, ast.ClassDef)
     documents = {}

@@ -3,7 +3,7 @@
     RunSpec
     ├── tasks, tasks_dir, limit, num_fewshot, max_new_tokens, profile, extractor, seed      the benchmark
     ├── model     ModelSpec        checkpoint, dtype, device
-    ├── decoder   DecoderSettings  ar, fluid, nbdiff or llada (`fluid_model.settings`)
+    ├── decoder   DecoderSettings  of any registered decoder (`fluid_model.registry`)
     ├── chat      ChatSpec         None for plain prompts
     └── engine, health, batch_size, data_dir, allow_unsafe_code                  no part of the id
 
@@ -23,8 +23,8 @@ from typing import Any, Literal
 from fluid_model.common.errors import ConfigError
 from fluid_model.common.fields import at_least, build
 from fluid_model.common.files import Nested
-from fluid_model.common.names import did_you_mean
-from fluid_model.settings import DECODERS, ArSettings, DecoderSettings, FluidSettings, check_range
+from fluid_model.registry import check_method, decoder_settings, plain_values
+from fluid_model.settings import ArSettings, DecoderSettings, check_range
 
 from .bundled import resolved
 
@@ -48,14 +48,16 @@ class ModelSpec:
     """Text of the mask token, if the model's files do not record it."""
     end_tokens: tuple[str, ...] | None = None
     """Texts of the tokens that end an answer, in place of the model's own."""
-    method: Literal["nbdiff", "llada"] | None = None
-    """Adaptation of the model, if its files do not record it."""
+    method: str | None = None
+    """Adaptation of the model, such as llada, if its files do not record it."""
     trust_remote_code: bool = False
     """Whether code of the model's repository may run, with the user's rights."""
     base: str | None = None
     """Folder or hub id of an adapter's base model, in place of the one it names."""
 
     def __post_init__(self) -> None:
+        if self.method is not None:
+            check_method("model.method", self.method, stated=True)
         if self.end_tokens == ():
             raise ConfigError("model.end_tokens=[] leaves nothing that ends an answer; leave it out or name one text")
 
@@ -188,9 +190,7 @@ class RunSpec:
 
     def to_dict(self) -> Nested:
         """Nested plain values; building a spec from them gives this spec again."""
-        values = json.loads(json.dumps(asdict(self)))
-        values["decoder"] = {"name": self.decoder.name, **values["decoder"]}
-        return dict(values)
+        return dict(json.loads(json.dumps({**asdict(self), "decoder": plain_values(self.decoder)})))
 
     def identity(self) -> Nested:
         """The settings that decide the answers, as hashed by `id`.
@@ -237,8 +237,11 @@ def tables(values: Mapping[str, Any]) -> Nested:
     return values
 
 
-def build_spec(values: Mapping[str, Any]) -> RunSpec:
-    """A spec from nested values. Raises ConfigError naming unknown fields (with the known ones) and bad values."""
+def build_spec(values: Mapping[str, Any], *, stored: bool = False) -> RunSpec:
+    """A spec from nested values.  stored: of a run folder, whose decoder is not imported if it is foreign code.
+
+    Raises ConfigError naming unknown fields (with the known ones) and bad values.
+    """
     values = tables(values)
     if isinstance(values.get("tasks"), str):
         values["tasks"] = [name.strip() for name in values["tasks"].split(",") if name.strip()]
@@ -246,27 +249,9 @@ def build_spec(values: Mapping[str, Any]) -> RunSpec:
         if isinstance(values.get(name), str):
             values[name] = os.path.expanduser(values[name])
     values.pop("allow_code", None)  # a field of earlier specs, without effect since code runs isolated
-    settings = _decoder(values.pop("decoder", {}))
+    settings = decoder_settings(values.pop("decoder", {}), stored=stored)
     spec: RunSpec = build(RunSpec, {**values, "decoder": settings}, how_to_give=_HOW_TO_GIVE)
     return spec
-
-
-def _decoder(values: Any) -> DecoderSettings:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"decoder={values!r} must be a name or a table")
-    values = dict(values)
-    name = values.pop("name", "ar")
-    if not isinstance(name, str) or name not in DECODERS:
-        raise ConfigError(f"decoder={name!r} is unknown; {did_you_mean(name, DECODERS)}known: {', '.join(DECODERS)}")
-    known = {decoder: {f.name for f in fields(settings)} for decoder, settings in DECODERS.items()}
-    for setting in values.keys() - known[name]:
-        if others := [decoder for decoder in DECODERS if setting in known[decoder]]:
-            raise ConfigError(
-                f"decoder.{setting} is no setting of decoder {name!r} but of {' and '.join(others)}; "
-                f"pass --decoder {' or '.join(others)}"
-            )
-    settings: ArSettings | FluidSettings = build(DECODERS[name], values, "decoder.")
-    return settings
 
 
 _TEMPLATE_OWN = {

@@ -204,7 +204,7 @@ def held_spec(folder: Path) -> RunSpec | None:
     values = read_json(file)
     values.pop("id", None)
     try:
-        return build_spec(values)
+        return build_spec(values, stored=True)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fluid_model.common.files import Nested
+from fluid_model.registry import stored_decoder
 
 UNKNOWN = "not recorded"
 MACHINE_FIELDS = ("device", "dtype", "threads", "workers", "forward", "processor", "cpus")
@@ -53,9 +54,9 @@ def _by_time(generated: Sequence[Mapping[str, Any]]) -> Nested:
 
 
 def drafts_by_cost(spec: Mapping[str, Any]) -> bool:
-    """Whether a run's decoder drafts by marginal cost: FLUID with verification, one forward a step."""
-    decoder = spec.get("decoder") or {}
-    return decoder.get("name") == "fluid" and decoder.get("rounds", "one") == "one" and decoder.get("verify", True)
+    """Whether a run's decoder drafts by marginal cost, as FLUID does with verification, in one forward a step."""
+    decoder = stored_decoder(spec.get("decoder") or {})
+    return decoder is not None and decoder.drafts_by_cost
 
 
 def unequal_forwards(base: Nested, other: Nested) -> list[str]:

@@ -4,7 +4,7 @@
     plain causal model                 ar
     FLUID, with a K-head               fluid
     FLUID adapter without a K-head     ar
-    NBDiff, LLaDA                      nbdiff, llada
+    another adaptation                 the first decoder whose `methods` name it (`fluid_model.registry`)
 
 The name enters the spec, and so its id. torch is imported only when a model is inspected.
 """
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluid_model.common.files import Nested
+from fluid_model.registry import default_decoder
+from fluid_model.settings import ArSettings
 
 from ..benchmarks import datasets
 from ..common.spec import RunSpec, tables
@@ -44,7 +46,7 @@ def with_decoder(values: Mapping[str, Any]) -> Nested:
 
 def adapted_for(info: ModelInfo) -> str:
     """The decoder that a model was adapted to; ar for a plain causal model and for FLUID without a K-head."""
-    return info.method if info.method is not None and (info.method != "fluid" or info.has_head) else "ar"
+    return default_decoder(info.method, has_head=info.has_head)
 
 
 def reason(spec: RunSpec, info: ModelInfo) -> str:
@@ -55,7 +57,7 @@ def reason(spec: RunSpec, info: ModelInfo) -> str:
         return f"{model}: decoder {name}, as asked for; the checkpoint was adapted to {own} (--decoder {own})"
     if info.method is None:
         return f"{model}: decoder ar, for it is a plain causal model"
-    if info.method != own:
+    if own == ArSettings.name:
         return f"{model}: decoder ar, for it was adapted to {info.method} and has no K-head yet"
     return f"{model}: decoder {name}, by its adaptation; --decoder NAME chooses another"
 

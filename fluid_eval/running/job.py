@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluid_model.common.errors import ConfigError
 from fluid_model.common.files import Nested
-from fluid_model.settings import FluidSettings, NbdiffSettings
+from fluid_model.registry import decoder_named
 from fluid_model.tokens import single_id
 
 from ..benchmarks import chat_template as chat
@@ -38,7 +38,7 @@ from ..results.stored_values import read_environment, read_result
 from ..sandbox import passing
 from . import environment
 from .chunks import Pool
-from .decoder_choice import reason
+from .decoder_choice import adapted_for, reason
 from .repeat_timing import time_in_turns
 from .workers import open_pool
 
@@ -57,11 +57,12 @@ NAME_LETTERS = 24
 def default_folder(spec: RunSpec) -> Path:
     """runs/TASKS-MODEL-DECODER-ID. Long lists of tasks become the first one and a count: gsm8k+3."""
     model = Path(spec.model.path.rstrip("/")).name[:NAME_LETTERS]
+    decoder = spec.decoder.name.rpartition(":")[2]
     tasks = "+".join(spec.tasks)
     if len(tasks) > NAME_LETTERS:
         others = f"+{len(spec.tasks) - 1}" if spec.tasks[1:] else ""
         tasks = spec.tasks[0][: NAME_LETTERS - len(others)] + others
-    return Path("runs") / f"{tasks}-{model}-{spec.decoder.name}-{spec.id[:8]}"
+    return Path("runs") / f"{tasks}-{model}-{decoder}-{spec.id[:8]}"
 
 
 def run(spec: RunSpec, folder: Path, *, resume: bool = False, speed_repeats: int = 0) -> Nested:
@@ -159,21 +160,21 @@ def prepare(spec: RunSpec, tasks: lm_eval_tasks.Tasks) -> Prepared:
 
 def check_decoder(spec: RunSpec, info: ModelInfo) -> None:
     """Raise ConfigError if the decoder does not fit this model."""
-    name, k_max, tau = spec.decoder.name, info.k_max, info.tau
-    # 1) the method
-    if name == "fluid" and k_max is None:
-        raise ConfigError(f"decoder=fluid needs a K-head, and {spec.model.path} has none; use --decoder ar")
-    if spec.decoder.method not in (None, info.method):
+    from fluid_model.decoders import check_strategy
+
+    decoder, path, tau = spec.decoder, spec.model.path, info.tau
+    # 1) the method, and its parts
+    if "K-head" in decoder.needs and info.k_max is None:
+        raise ConfigError(f"decoder={decoder.name} needs a K-head, and {path} has none; use --decoder ar")
+    own = adapted_for(info)
+    if decoder.methods and info.method not in decoder.methods:
         was = f"was adapted to {info.method}" if info.method else "is a plain causal model"
-        raise ConfigError(f"decoder={name}: {spec.model.path} {was}; use --decoder {info.method or 'ar'}")
-    if name == "ar" and info.method == "llada":
-        raise ConfigError(f"decoder=ar: {spec.model.path} reads in both directions; use --decoder llada")
-    if isinstance(spec.decoder, NbdiffSettings):
-        spec.decoder.small_block_length(spec.decoder.block_length_for(info.block_length))
-    # 2) the K-head
-    floor = spec.decoder.min_horizon if isinstance(spec.decoder, FluidSettings) else 1
-    if k_max is not None and floor > k_max:
-        raise ConfigError(f"min_horizon={floor} exceeds what this model's K-head was trained for (k_max={k_max})")
+        raise ConfigError(f"decoder={decoder.name}: {path} {was}; use --decoder {own}")
+    if not decoder.methods and decoder_named(own).scorer is not None:
+        raise ConfigError(f"decoder={decoder.name}: {path} reads in both directions; use --decoder {own}")
+    # 2) the settings, and the decoder's code
+    decoder.check_model(info.k_max, info.block_length)
+    check_strategy(decoder)
     if spec.model.tau is not None and spec.model.tau not in tau:
         known = ", ".join(map(str, tau)) or "none"
         raise ConfigError(f"model.tau={spec.model.tau}: {spec.model.path} has K-heads for tau = {known}")

@@ -34,7 +34,6 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from fluid_model.common.errors import ConfigError
 from fluid_model.engine.records import Generation, Request, Score, ScoreRequest
-from fluid_model.settings import answer_slots
 from fluid_model.tokens import Tokenizer, encodable
 
 from ..benchmarks.chat_template import Chat
@@ -265,7 +264,7 @@ class FluidLM(TemplateLM):
         """
         settings = normalize_gen_kwargs(options)
         stops = handle_stop_sequences(settings["until"], eos=self._eos)
-        room = self._window - answer_slots(self._run.spec.decoder, settings["max_gen_toks"])
+        room = self._window - self._run.spec.decoder.answer_slots(settings["max_gen_toks"])
         fitting = (prompt or (self.prefix_token_id,))[-room:]
         return Request(
             key=key,

@@ -23,7 +23,6 @@ from fluid_model.common.files import Nested
 from fluid_model.decoders import engine_for, scorer_for
 from fluid_model.engine.records import Generation, Request, Score, ScoreRequest
 from fluid_model.forward.backbone import Backbone
-from fluid_model.settings import DecoderSettings, FluidSettings
 
 from ..common.spec import ModelSpec, RunSpec, build_spec
 from . import forward_time_cache
@@ -68,7 +67,7 @@ class Worker:
             "forward_reason": backbone.forward_choice.reason,
             "parameters": sum(p.numel() for p in self._checkpoint.model.parameters()),
             "weights": self._names[folder] if folder else None,
-            "slot_budget": backbone.slot_budget if drafts_by_time(self._spec.decoder) else None,
+            "slot_budget": backbone.slot_budget if self._spec.decoder.drafts_by_time else None,
         }
 
     def _load(self, spec: Nested) -> None:
@@ -186,20 +185,10 @@ def load_for(spec: RunSpec) -> Checkpoint:
 def set_forward_time(checkpoint: Checkpoint, spec: RunSpec) -> None:
     """Set how long a checkpoint's forwards take, if the decoder drafts by it: from the user's cache, or measured."""
     backbone = checkpoint.backbone
-    if drafts_by_time(spec.decoder) and checkpoint.folder is not None and "forward_time" not in vars(backbone):
+    if spec.decoder.drafts_by_time and checkpoint.folder is not None and "forward_time" not in vars(backbone):
         device = ", ".join(str(fact) for fact in device_facts(backbone).values())
         name = f"{Path(spec.model.path).name} {weights_name(checkpoint.folder)}"
         backbone.forward_time = forward_time_cache.recall(backbone, device, name)
-
-
-def drafts_by_time(decoder: DecoderSettings) -> bool:
-    """Whether a decoder drafts by measured time: it verifies in one forward a step, and sets no slot budget."""
-    return (
-        isinstance(decoder, FluidSettings)
-        and decoder.rounds == "one"
-        and decoder.verify
-        and decoder.slot_budget is None
-    )
 
 
 def device_facts(backbone: Backbone) -> dict[str, Any]:

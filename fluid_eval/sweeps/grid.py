@@ -22,13 +22,14 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fluid_model.common.errors import ConfigError
 from fluid_model.common.fields import at_least, put, read_value
 from fluid_model.common.files import Nested
-from fluid_model.settings import DECODERS, DecoderSettings, FluidSettings
+from fluid_model.registry import decoder_named, setting_names
+from fluid_model.settings import DecoderSettings, FluidSettings
 
 from ..common.spec import RunSpec, build_spec, tables
 from ..running.decoder_choice import with_decoder
@@ -217,12 +218,14 @@ def _own_decoder(values: Nested, point: Mapping[str, Any]) -> Nested:
 
 def _known_to(decoder: Any, point: Mapping[str, Any]) -> dict[str, Any]:
     """A point's settings without those of other decoders."""
-    if not isinstance(decoder, str) or decoder not in DECODERS:
+    try:
+        kind = decoder_named(decoder)
+    except ConfigError:  # `build_spec` reports it
         return dict(point)
-    known = {f"decoder.{f.name}" for f in fields(DECODERS[decoder])} | {"decoder.name"}
+    known = {f"decoder.{setting}" for setting in (*setting_names(kind), "name")}
     relevant = {name: value for name, value in point.items() if not name.startswith("decoder.") or name in known}
-    if decoder != "fluid":
-        relevant.pop("model.tau", None)  # only FLUID has K-heads to choose from
+    if "K-head" not in kind.needs:
+        relevant.pop("model.tau", None)  # which chooses among K-heads
     return relevant
 
 

@@ -26,7 +26,7 @@ from ..forward.khead import KHead
 from ..tokens import Tokenizer, end_ids, single_id
 from . import adapters, gated_files, published_layouts
 from .gguf_files import quantization
-from .manifest import ADAPTER_FOLDER, CHECKPOINT_FILES, HEAD_FILE, MASK_FILE, Manifest, Method, write_manifest
+from .manifest import ADAPTER_FOLDER, CHECKPOINT_FILES, HEAD_FILE, MASK_FILE, Manifest, write_manifest
 from .source import CheckpointFiles, find_checkpoint
 from .weights import embedding_tables, fingerprint, grow_embeddings, load_weights
 
@@ -95,7 +95,7 @@ class ModelInfo:
 
 def describe(
     path: str,
-    method: Method | None = None,
+    method: str | None = None,
     *,
     trust_remote_code: bool = False,
     base: str | None = None,
@@ -142,7 +142,7 @@ def load(
     tau: float | None = None,
     mask_token: str | None = None,
     end_tokens: Sequence[str] | None = None,
-    method: Method | None = None,
+    method: str | None = None,
     trust_remote_code: bool = False,
     base: str | None = None,
 ) -> Checkpoint:

@@ -18,12 +18,12 @@ from typing import Literal
 from ..common.errors import ConfigError
 from ..common.fields import build
 from ..common.files import read_json
+from ..registry import check_method
 from ..settings import check_range
 
 FORMAT_VERSION = 2
 READABLE = (1, 2)
 """Format versions that this package reads. 2 added shift, gated and parent_hash."""
-Method = Literal["fluid", "nbdiff", "llada"]
 MANIFEST_FILE = "fluid.json"
 HEAD_FILE = "khead.safetensors"
 ADAPTER_FOLDER = "adapter"
@@ -54,7 +54,7 @@ class Manifest:
     k_max: int | None = None
     tau: tuple[float | None, ...] = ()
     weights: Literal["merged", "adapter"] = "merged"
-    method: Method = "fluid"
+    method: str = "fluid"
     block_length: int | None = None
     shift: bool = False
     gated: bool = False
@@ -62,6 +62,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        check_method("method", self.method)
         for name in ("k_max", "block_length"):
             if (value := getattr(self, name)) is not None:
                 check_range(name, value, 1, 4096)

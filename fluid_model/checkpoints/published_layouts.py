@@ -25,12 +25,11 @@ from ..common.errors import ConfigError, reason
 from ..common.files import read_json
 from ..forward.khead import KHead
 from ..tokens import Tokenizer
-from .manifest import Method
 
 HEAD_FILE = "model_head.bin"
 ADAPTER_FILE = "adapter_config.json"
 HEAD_PREFIX = "diffusion_k_head."
-MASK_TEXTS: dict[Method, tuple[str, ...]] = {
+MASK_TEXTS: dict[str, tuple[str, ...]] = {
     "fluid": ("[unused32]", "<unused32>", "unused32", "<mask>"),
     "nbdiff": ("[unused0]", "<unused0>", "unused0"),
     "llada": ("<|mdm_mask|>",),
@@ -38,7 +37,7 @@ MASK_TEXTS: dict[Method, tuple[str, ...]] = {
 """Mask tokens of published checkpoints. FLUID's code (commit 9093c11) uses openPangu's unused32, and <mask> over other
 parents.
 """
-END_TEXTS: dict[Method, tuple[str, ...]] = {"llada": ("<|eot_id|>",)}
+END_TEXTS: dict[str, tuple[str, ...]] = {"llada": ("<|eot_id|>",)}
 """End tokens beside the end of sequence: LLaDA-Instruct ends a turn with <|eot_id|>."""
 NBDIFF_NAMES = ("nbdiff-7b-base", "nbdiff-7b-instruct", "openpangu-7b-diffusion-base", "openpangu-r-7b-diffusion")
 """Repositories of NBDiff, whose config.json is their parent's."""
@@ -85,12 +84,12 @@ class Published:
 
     llama: Mapping[str, Any] | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
-    method: Method | None = None
+    method: str | None = None
     mask_id: int | None = None
     block_length: int | None = None
 
 
-def read_published(folder: Path, name: str, method: Method | None = None) -> Published:
+def read_published(folder: Path, name: str, method: str | None = None) -> Published:
     """Read config.json.  name: the model's, as the user states it.  method: of the adaptation, likewise.
 
     Raises ConfigError, naming the file, if a field is missing or contradicts Llama's architecture.
@@ -204,7 +203,7 @@ def mask_text(tokenizer: Tokenizer, published: Published) -> str:
         return str(text)
     if tokenizer.mask_token is not None:
         return str(tokenizer.mask_token)
-    spellings = MASK_TEXTS[published.method] if published.method else ()
+    spellings = MASK_TEXTS.get(published.method or "", ())
     for text in spellings:
         if text in vocabulary:
             return text

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PretrainedConfi
 from ..common.errors import ConfigError, reason
 from ..tokens import Tokenizer
 from . import hub, published_layouts, sentencepiece
-from .manifest import MANIFEST_FILE, Manifest, Method, read_manifest
+from .manifest import MANIFEST_FILE, Manifest, read_manifest
 from .published_layouts import Published
 
 TOKENIZER_FILES = (
@@ -47,7 +47,7 @@ class CheckpointFiles:
         return self.manifest is None and (self.folder / published_layouts.ADAPTER_FILE).is_file()
 
     @property
-    def method(self) -> Method | None:
+    def method(self) -> str | None:
         return self.manifest.method if self.manifest else self.published.method
 
     @cached_property
@@ -79,7 +79,7 @@ class CheckpointFiles:
 
 
 def find_checkpoint(
-    path: str, *, weights: bool, method: Method | None = None, trust: bool = False, base: str | None = None
+    path: str, *, weights: bool, method: str | None = None, trust: bool = False, base: str | None = None
 ) -> CheckpointFiles:
     """Find a checkpoint's files, and its base model's if it is an adapter.
 

@@ -70,11 +70,11 @@ def build(
 def _coerce(value: Any, hint: Any, name: str) -> Any:
     """The value in the type of the hint. Raises ConfigError for another type."""
     if is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, hint):
+            return value
         if isinstance(value, Mapping):
             return build(hint, value, name + ".")
     elif get_origin(hint) in (Union, types.UnionType):
-        if is_dataclass(value) and any(type(value) is option for option in get_args(hint)):
-            return value
         for option in get_args(hint):
             if is_dataclass(option) and isinstance(value, Mapping):
                 return _coerce(value, option, name)  # an error inside a table keeps its own message

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..engine.records import Request
 from ..engine.strategy import NOTHING, Feed, RowUpdate
 from ..forward.backbone import Backbone
@@ -66,3 +67,8 @@ class ArStrategy:
                 self.draws.advance(row, 1)
         self.latest[start : rows.stop] = tokens
         return [RowUpdate([token], [0], cached, stride) for token in tokens.tolist()]
+
+
+def open_strategy(checkpoint: Checkpoint, settings: ArSettings) -> ArStrategy:
+    """The strategy of these settings."""
+    return ArStrategy(checkpoint.backbone, settings)

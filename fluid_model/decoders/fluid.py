@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..engine.records import DraftPolicy, Request
 from ..engine.strategy import NOTHING, Feed, RejectedDraft, RowUpdate
 from ..forward.attention_masks import AttentionIntervals
@@ -40,6 +41,7 @@ from .ar import ArStrategy
 from .draft_policy import MAX_SLOTS, StepStatistics, confident_draft, costed_draft, mask_blocks
 from .draft_tree import Candidate, Draft, DraftTree
 from .drafting_rates import DraftingRates, rates_of
+from .fluid_reference import FluidReferenceStrategy
 from .sampling import argmax, choose, top_k
 from .verification import Predictions, rejected_draft, verify_path
 
@@ -304,3 +306,11 @@ def _to_host(tables: Sequence[Tensor], *, packed: bool) -> list[list[Any]]:
         lists.append(flat.view(table.shape).view(table.dtype).tolist())
         first += table.numel()
     return lists
+
+
+def open_strategy(checkpoint: Checkpoint, settings: FluidSettings) -> FluidStrategy | FluidReferenceStrategy:
+    """The strategy of these settings, by `rounds`."""
+    assert checkpoint.head is not None
+    assert checkpoint.mask_id is not None
+    strategy = FluidStrategy if settings.rounds == "one" else FluidReferenceStrategy
+    return strategy(checkpoint.backbone, checkpoint.head, checkpoint.mask_id, settings)

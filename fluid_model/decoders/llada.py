@@ -23,12 +23,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..common.errors import ConfigError
 from ..engine.records import Request
 from ..engine.strategy import NOTHING, Feed, RowUpdate, empty_updates
 from ..forward import attention_masks
 from ..forward.backbone import Backbone, predicting_slots
-from ..settings import LladaSettings
+from ..scoring.monte_carlo import CanvasScorer
+from ..settings import DecoderSettings, LladaSettings
 
 
 @dataclass
@@ -222,3 +224,21 @@ def gumbel(logits: Tensor, temperature: float, generator: torch.Generator) -> Te
         return logits
     noise = torch.rand(logits.shape, dtype=torch.float64, generator=generator).clamp(min=1e-300)
     return logits.double() - temperature * torch.log(-torch.log(noise))
+
+
+def open_strategy(checkpoint: Checkpoint, settings: LladaSettings) -> LladaStrategy:
+    """The strategy of these settings."""
+    assert checkpoint.mask_id is not None
+    eos_id, shift = checkpoint.tokenizer.eos_token_id, _shift(checkpoint, settings)
+    return LladaStrategy(checkpoint.backbone, checkpoint.mask_id, eos_id, checkpoint.end_ids, settings, shift=shift)
+
+
+def open_scorer(checkpoint: Checkpoint, settings: DecoderSettings, batch_size: int) -> CanvasScorer:
+    """Monte-Carlo log-likelihoods. A decoder without LLaDA's settings has its defaults."""
+    assert checkpoint.mask_id is not None
+    own = settings if isinstance(settings, LladaSettings) else LladaSettings()
+    return CanvasScorer(checkpoint.backbone, checkpoint.mask_id, batch_size, own.mc_num, shift=_shift(checkpoint, own))
+
+
+def _shift(checkpoint: Checkpoint, settings: LladaSettings) -> bool:
+    return settings.shift_for(trained=checkpoint.manifest is not None and checkpoint.manifest.shift)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..engine.records import Kind, Request
 from ..engine.strategy import Feed, RowUpdate, empty_updates
 from ..forward import attention_masks
@@ -179,3 +180,10 @@ class NbdiffStrategy:
                 updates[number].tokens.extend(tokens[:final])
                 updates[number].ages.extend(ages[:final])
             self._host[start + number] = _Block(is_full, width)
+
+
+def open_strategy(checkpoint: Checkpoint, settings: NbdiffSettings) -> NbdiffStrategy:
+    """The strategy of these settings, with the checkpoint's block length."""
+    assert checkpoint.mask_id is not None
+    length = settings.block_length_for(checkpoint.manifest.block_length if checkpoint.manifest else None)
+    return NbdiffStrategy(checkpoint.backbone, checkpoint.mask_id, checkpoint.end_ids, length, settings)

@@ -16,7 +16,6 @@ from transformers import (
 
 from ..checkpoints import checkpoint as checkpoints
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.manifest import Method
 from ..forward.backbone import Backbone
 from ..tokens import Tokenizer, end_ids
 from .recipe import LlamaSpec, ParentSpec
@@ -32,7 +31,7 @@ def load_parent(spec: ParentSpec, texts: Iterable[str], dtype: str, *, calibrate
     # 1) a parent
     if spec.scratch is None:
         path = str(spec.parent)
-        method: Method | None = "fluid" if calibrates and checkpoints.is_adapter(path) else None
+        method: str | None = "fluid" if calibrates and checkpoints.is_adapter(path) else None
         return checkpoints.load(path, dtype=dtype, device="cpu", mask_token=spec.mask_token, method=method)
     # 2) or a new model, its vocabulary the new tokenizer's
     tokenizer = train_tokenizer(islice(texts, spec.tokenizer_rows), spec.scratch.vocab_size)

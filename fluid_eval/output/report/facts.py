@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from fluid_model.registry import claims_lossless
+
 from ...analysis.acceptance import acceptance_by_task
 from ...analysis.compare import compare, protocol_difference, significant
 from ...common.stats import Interval
@@ -214,7 +216,7 @@ def _of_run(run: ReportRun) -> list[SummaryLine]:
     # 2) losslessness
     if run.audit:
         lines.append(_of_audit(run.audit))
-    elif run.result["decoder"].get("verify"):
+    elif claims_lossless(run.result["decoder"]):
         text = f"fluid-eval audit {run.folder} compares it with greedy AR of the same weights"
         lines.append(SummaryLine("none", "Lossless", "not audited", text, "setup"))
     # 3) data and notices
