@@ -117,7 +117,8 @@ def security(session: nox.Session) -> None:
 @nox.session
 def tour(session: nox.Session) -> None:
     """Every documented first-day task on the tiny family."""
-    session.run("bash", str(HERE / "docs" / "tour.sh"), str(Path(session.create_tmp()).resolve()), external=True)
+    where = str(Path(session.create_tmp()).resolve())
+    session.run("bash", str(HERE / "docs" / "tour.sh"), where, external=True, env={"PYTHON": sys.executable})
 
 
 @nox.session

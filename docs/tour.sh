@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# Every documented first-day task on the tiny family, in an empty folder: bash docs/tour.sh [FOLDER].
+# Every documented first-day task on the tiny family, in a new folder inside FOLDER: bash docs/tour.sh [FOLDER].
 # The blocks of docs/quickstart.md that are marked <!-- tour --> run as they stand there; then what its pages lead to.
 set -euo pipefail
 docs=$(cd "$(dirname "$0")" && pwd)
-folder=${1:-$(mktemp -d)}
-mkdir -p "$folder"
+folder=$(mktemp -d -p "${1:-${TMPDIR:-/tmp}}" tour.XXXXXX)
 cd "$folder"
 python=${PYTHON:-python3}
 PYTHONPATH="$docs/..${PYTHONPATH:+:$PYTHONPATH}"

@@ -78,7 +78,11 @@ def python() -> str:
         "fluid_eval.common.progress": ("ProgressEvent",),
         "fluid_model.common.errors": ("ConfigError", "RunError"),
     }
-    blocks = [f"::: {module}.{name}\n" for module, members in names.items() for name in members]
+    blocks = [
+        f"::: {module}.{name}\n    options:\n      heading: fluid_eval.{name}\n      toc_label: {name}\n"
+        for module, members in names.items()
+        for name in members
+    ]
     return (
         "# Python API\n\nAll are names of `fluid_eval`. [From Python](../python.md) shows them at work.\n\n"
         + "\n".join(blocks)

@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         prog="fluid-eval",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_listing(),
-        description="Evaluate language models that decode in parallel, beside the AR models they were adapted from.",
+        description="Evaluate language models that decode in parallel, beside their AR parents.",
     )
     top.add_argument("--version", action=ShowVersions, libraries=("torch", "transformers", "lm-eval"))
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
