@@ -48,6 +48,7 @@ def render(facts: Facts) -> str:
     }
     templates.filters |= {
         "audit_state": state.audit_state,
+        "audit_meaning": state.audit_meaning,
         "claim_state": state.claim_state,
         "in_tables": claims_tables.in_tables,
         "stands": claims_tables.stands,
