@@ -238,7 +238,7 @@ class LladaSettings(DecoderSettings):
     """LLaDA's decoder: a canvas under full attention, denoised block by block."""
 
     name = "llada"
-    methods = ("llada",)
+    methods = ("llada", "mdlm")
     needs = ("mask token",)
     strategy = "fluid_model.decoders.llada:open_strategy"
     scorer = "fluid_model.decoders.llada:open_scorer"
