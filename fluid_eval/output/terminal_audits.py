@@ -99,9 +99,10 @@ def print_khead(report: Mapping[str, Any]) -> None:
     console.print("head: the K-head's mean stride, or places where it predicts this stride")
     console.print("possible: tokens accepted of a full draft   reached: all predicted were accepted")
     console.print("cost: forwards + slots / slot budget, per token")
-    console.print("K*: training's target, the longest stride whose mean loss stays below tau; – if unknown")
-    console.print("best fixed: the one stride that costs least on these texts   over it: regret, the")
-    console.print("K-head's cost above that stride's   oracle: proposes what is accepted, and no more")
+    console.print("K*: training's target, the longest stride with a mean loss below tau")
+    console.print("best fixed: the one stride that costs least on these texts")
+    console.print("over it: regret, the K-head's cost above that stride's")
+    console.print("oracle: proposes what is accepted, and no more")
 
 
 def _in_words(overall: Mapping[str, Any]) -> str:
