@@ -13,7 +13,18 @@ from pathlib import Path
 
 import nox
 
-nox.options.sessions = ["lint", "types", "tests", "browser", "security", "chain", "sweep_smoke", "wheel"]
+nox.options.sessions = [
+    "lint",
+    "types",
+    "tests",
+    "browser",
+    "security",
+    "chain",
+    "sweep_smoke",
+    "tour",
+    "docs",
+    "wheel",
+]
 nox.options.default_venv_backend = "none"
 HERE = Path(__file__).resolve().parent
 
@@ -101,6 +112,19 @@ def sweep_smoke(session: nox.Session) -> None:
 def security(session: nox.Session) -> None:
     """Programs that attack, on every isolation tier that holds here; none may get through. Jails that are killed."""
     python(session, "pytest", "-m", "security", "-rs", "tests/test_security.py", "tests/test_warden.py")
+
+
+@nox.session
+def tour(session: nox.Session) -> None:
+    """Every documented first-day task on the tiny family."""
+    where = str(Path(session.create_tmp()).resolve())
+    session.run("bash", str(HERE / "docs" / "tour.sh"), where, external=True, env={"PYTHON": sys.executable})
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation as a site in build/docs; a link that leads nowhere, or a page without a place, fails."""
+    python(session, "mkdocs", "build", "--strict", "--quiet")
 
 
 @nox.session

@@ -10,7 +10,6 @@ is recorded with the hash of its source. No code is imported because a stored ru
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import inspect
 import logging
@@ -27,6 +26,7 @@ from typing import Any
 from .common.errors import ConfigError, reason
 from .common.fields import build
 from .common.files import Nested
+from .common.names import did_you_mean
 from .settings import ArSettings, DecoderSettings, FluidSettings, LladaSettings, NbdiffSettings
 
 BUILT_IN: tuple[type[DecoderSettings], ...] = (ArSettings, FluidSettings, NbdiffSettings, LladaSettings)
@@ -71,9 +71,9 @@ def decoder_named(name: Any, *, stored: bool = False) -> type[DecoderSettings]:
     if isinstance(name, str) and name in _entry_points():
         return _from_entry_point(name)
     known = decoders()
-    close = difflib.get_close_matches(str(name), known, 1)
-    meant = f"did you mean {close[0]}? " if close else ""
-    raise ConfigError(f"decoder={name!r} is unknown; {meant}known: {', '.join(known)}, or MODULE:CLASS")
+    raise ConfigError(
+        f"decoder={name!r} is unknown; {did_you_mean(name, known)}known: {', '.join(known)}, or MODULE:CLASS"
+    )
 
 
 def default_decoder(method: str | None, *, has_head: bool = True) -> str:

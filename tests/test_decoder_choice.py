@@ -67,7 +67,7 @@ def test_each_point_of_a_sweep_writes_as_its_model_does(folders):
 
 
 ASKED = {
-    "fluid": ([], "fluid: decoder fluid, which the checkpoint was adapted to; --decoder chooses another"),
+    "fluid": ([], "fluid: decoder fluid, by its adaptation; --decoder NAME chooses another"),
     "headless": ([], "headless: decoder ar, for it was adapted to fluid and has no K-head yet"),
     "ar": ([], "model: decoder ar, for it is a plain causal model"),
     "nbdiff": (["--decoder", "ar"], "nbdiff: decoder ar, as asked for; the checkpoint was adapted to nbdiff"),

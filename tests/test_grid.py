@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fluid_eval.sweeps.grid import plan, read_axis
 from fluid_model import ConfigError
 
-RUN = {"tasks": "mini", "model": "m", "decoder": "fluid"}
+RUN = {"tasks": "mini", "model": "m", "decoder": {"name": "fluid", "verify": False}}
 
 
 def sweep(**what):
@@ -58,7 +58,8 @@ def test_points_named_one_by_one_join_the_grid():
 
 def test_settings_of_other_decoders_make_no_points():
     """A grid over decoders and γ has one AR point, and AR no K-head to choose."""
-    planned = sweep(grid={"decoder.name": ["ar", "fluid"], **GAMMA, "model.tau": [1.0, 2.8]})
+    grid = {"decoder.name": ["ar", "fluid"], "decoder.verify": [False], **GAMMA, "model.tau": [1.0, 2.8]}
+    planned = sweep(grid=grid)
     assert [p.name for p in planned.points if p.spec.decoder.name == "ar"] == ["ar"]
     assert len(planned.points) == 1 + 6
     assert planned.merged == 5
@@ -120,3 +121,18 @@ def test_what_is_wrong_is_named(what, message):
 def test_an_axis_without_values_is_refused(text):
     with pytest.raises(ConfigError, match="must read name=value,value"):
         read_axis(text)
+
+
+def test_settings_without_effect_are_run_once_and_named():
+    values = {**RUN, "decoder": "fluid", "sweep": {"grid": {"decoder.confidence": [0.5, 0.7, 0.9]}}}
+    planned = plan(values)
+    assert [point.name for point in planned.points] == ["as given"]
+    assert (planned.merged, planned.idle) == (2, ("decoder.confidence",))
+    assert planned.note == (
+        "2 points of the grid are the same run as another and run once: "
+        "decoder.confidence changes nothing under verification"
+    )
+    values["sweep"] = {"grid": {"decoder.confidence": [0.5, 0.9], "decoder.verify": [True, False]}}
+    assert [point.name for point in plan(values).points] == ["verify", "γ=0.5 no verify", "γ=0.9 no verify"]
+    values["sweep"] = {"grid": {"decoder.confidence": [0.5, 0.9], "decoder.rounds": ["reference"]}}
+    assert (len(plan(values).points), plan(values).note) == (2, "")

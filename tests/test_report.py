@@ -300,6 +300,7 @@ def test_what_was_audited_and_possible_is_told(tmp_path: Path) -> None:
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     rows = [[" ".join(cell.split()) for cell in row] for row in Outline(page).rows]
     assert "29 of 30 answers equal greedy AR&#39;s" in page
+    assert "(a difference that rounding does not explain: the decoder writes another text)" in page
     assert ["gsm8k/4", "3", "–", "<so", '" "', '"that"', "0.0125", "0.5000", "differs", "algorithmic"] in rows
     assert "in float64</th>" in page
     assert "in float32" not in page

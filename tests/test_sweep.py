@@ -163,7 +163,16 @@ def test_points_surely_beaten_are_ended(values, tmp_path, monkeypatch):
 
 def test_the_command(tiny_fluid, tmp_path, capsys):
     words = ["sweep", "--tasks", "mini_gsm8k_1", "--model", str(tiny_fluid), "--decoder", "fluid", "--limit", "4"]
-    words += ["--max-new-tokens", "4", "--sweep", "decoder.confidence=0.3,0.9", "--out", str(tmp_path / "s")]
+    words += [
+        "--max-new-tokens",
+        "4",
+        "--set",
+        "decoder.verify=false",
+        "--sweep",
+        "decoder.confidence=0.3,0.9",
+        "--out",
+        str(tmp_path / "s"),
+    ]
     assert main([*words, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "2 points, 8 samples to answer" in " ".join(out.split())

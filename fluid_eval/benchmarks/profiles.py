@@ -37,6 +37,7 @@ from typing import Any, Literal
 from fluid_model.common.errors import ConfigError
 from fluid_model.common.fields import at_least, build
 from fluid_model.common.files import Nested, read_toml
+from fluid_model.common.names import did_you_mean
 
 from ..common.paths import resource
 from ..common.spec import DEFAULT_PROFILE, ChatSpec, RunSpec
@@ -131,7 +132,10 @@ def read_profile(name: str) -> Profile:
     """A bundled profile by name, or a user's own by its file. Raises ConfigError naming the file and the field."""
     own = name.endswith(".toml")
     if not own and name not in known_profiles():
-        raise ConfigError(f"profile={name!r} is unknown; known: {', '.join(known_profiles())}, or a file: my.toml")
+        meant = did_you_mean(name, known_profiles())
+        raise ConfigError(
+            f"profile={name!r} is unknown; {meant}known: {', '.join(known_profiles())}, or a file: my.toml"
+        )
     file = Path(name) if own else resource("tasks") / "profiles" / f"{name}.toml"
     values = read_toml(file)
     try:

@@ -13,7 +13,6 @@ cache folder, under lm-eval's version and the folder's time.
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import hashlib
 import json
@@ -32,6 +31,7 @@ import yaml  # type: ignore[import-untyped]
 from fluid_model.common import cache_folder, files
 from fluid_model.common.errors import ConfigError
 from fluid_model.common.files import Nested
+from fluid_model.common.names import did_you_mean
 
 from ..common.paths import resource
 
@@ -46,8 +46,6 @@ _KEY = re.compile(rf"""["']?({KEYS.replace(" ", "|")})["']?[ \t]*:""")
 _WILD = re.compile(r"[*?[]")
 _SIMPLE = re.compile(r"""([a-z_]+): +(?:"([^"\\]*)"|([A-Za-z_][\w.-]*)) *""")
 _OTHER_TYPES = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
-CLOSE = 3
-"""Names that an error suggests at most."""
 
 
 @dataclass(frozen=True)
@@ -240,8 +238,7 @@ class Catalogue:
         """Raise ConfigError, naming close ones, if a name is unknown."""
         for name in names:
             if self.find(name) is None:
-                close = difflib.get_close_matches(name, self.all, CLOSE)
-                meant = f"did you mean {', '.join(close)}? " if close else ""
+                meant = did_you_mean(name, self.all)
                 raise ConfigError(f"task {name!r} is unknown; {meant}`fluid-eval tasks PATTERN` lists names")
 
     def inside(self, name: str) -> set[str]:

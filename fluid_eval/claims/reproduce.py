@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -145,8 +146,9 @@ def reproduce(
             print(f"{claims[numbers[0]].cell}: {error}", file=sys.stderr)
             rows |= {number: not_run(claims[number], str(error)) for number in numbers}
     # 3) measure
-    for done, (spec, numbers) in enumerate(specs, 1):
-        print(f"run {done} of {len(specs)}: {claims[numbers[0]].system}", file=sys.stderr)
+    started = time.perf_counter()
+    for done, (spec, numbers) in enumerate(specs):
+        _announce(claims[numbers[0]].system, done, len(specs), time.perf_counter() - started)
         measured = measure(spec, [claims[number] for number in numbers], out, resume=resume)
         rows |= dict(zip(numbers, measured, strict=True))
     # 4) judge all together
@@ -164,6 +166,19 @@ def reproduce(
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / CLAIMS, result)
     return result
+
+
+def _announce(system: str, done: int, runs: int, seconds: float) -> None:
+    """Say which run begins, and how long the rest may take; before the first, what is to come. seconds: so far."""
+    if not done:
+        print(
+            f"{runs} runs one after another: minutes for a small model, hours for a 7B;\n"
+            "what is finished is kept, and --resume goes on",
+            file=sys.stderr,
+        )
+    left = seconds / done * (runs - done) / 60 if done else 0
+    about = f", about {left:.0f} min left" if left >= 1 else ""
+    print(f"run {done + 1} of {runs}: {system}{about}", file=sys.stderr)
 
 
 def judge_rows(ledger: Ledger, rows: Sequence[MeasuredClaim], margins: Margins | None = None) -> list[MeasuredClaim]:

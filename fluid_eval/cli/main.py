@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The `fluid-eval` command: parse, dispatch, exit codes. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from fluid_model.common.command_line import Parser
 from fluid_model.common.versions import ShowVersions
 
 from ..common.libraries import set_library_defaults
@@ -23,6 +25,7 @@ from . import (
     reproduce,
     rescore,
     run,
+    runs,
     score,
     settings,
     sweep,
@@ -31,11 +34,14 @@ from . import (
     trace,
     view,
 )  # fmt: skip
+from .completion import complete
 from .console import in_one_line, tolerate_any_output
 
 GROUPS: dict[str, dict[str, ModuleType]] = {
     "run": {"run": run, "sweep": sweep, "tax": tax, "trace": trace},
-    "analyse": {"compare": compare, "audit": audit, "khead": khead, "rescore": rescore, "import": import_logs},
+    "analyse": {
+        "runs": runs, "compare": compare, "audit": audit, "khead": khead, "rescore": rescore, "import": import_logs,
+    },
     "publish": {"report": report, "view": view, "reproduce": reproduce},
     "tools": {
         "tasks": tasks, "models": models, "decoders": decoders, "settings": settings, "score": score, "doctor": doctor,
@@ -46,11 +52,11 @@ COMMANDS: dict[str, ModuleType] = {name: command for group in GROUPS.values() fo
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="fluid-eval",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_listing(),
-        description="Evaluate language models that decode in parallel, beside the AR models they were adapted from.",
+        description="Evaluate language models that decode in parallel, beside their AR parents.",
     )
     top.add_argument("--version", action=ShowVersions, libraries=("torch", "transformers", "lm-eval"))
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
@@ -74,7 +80,9 @@ def _listing() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code (see the package). Invalid input and failures print one line."""
     tolerate_any_output()
-    options = parser().parse_args(arguments)
+    commands = parser()
+    complete(commands)
+    options = commands.parse_args(arguments)
     set_library_defaults()
     try:
         code = int(COMMANDS[options.command].main(options))

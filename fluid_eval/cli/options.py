@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluid_model.common.errors import ConfigError
 
-from . import EXIT_FAILED, EXIT_OK, EXIT_UNHEALTHY
+from . import EXIT_FAILED, EXIT_OK, EXIT_UNHEALTHY, lm_eval_names
 
 if TYPE_CHECKING:
     from ..common.spec import ModelSpec, RunSpec
@@ -95,6 +95,7 @@ def add_settings(
         "--allow-unsafe-code", action="store_const", const=True, help="run generated code without isolation"
     )
     where.add_argument("--ray-address", metavar="HOST:PORT", help="default: RAY_ADDRESS, else a private cluster")
+    lm_eval_names.add(run)
     return where
 
 
@@ -141,6 +142,7 @@ def analysed_run(options: argparse.Namespace) -> Iterator[Path]:
         options.tasks = WRITTEN_TASKS
         options.limit = options.limit or WRITTEN_LIMIT
     spec = spec_of(options)
+    say_which_model(options)
     from ..running.job import run
 
     with tempfile.TemporaryDirectory() as spare:
@@ -234,11 +236,9 @@ def values_of(options: argparse.Namespace) -> dict[str, Any]:
     from ..running.given_values import completed
 
     values = tables(read_toml(options.spec) if options.spec else {})
-    if (
-        options.model is None
-        and "model" not in values
-        and not (getattr(options, "backend", None) or "backend" in values)
-    ):
+    has_writer = bool(getattr(options, "backend", None) or "backend" in values)
+    options.is_bundled = options.model is None and "model" not in values and not has_writer
+    if options.is_bundled:
         _take_bundled(values, options)
     # 2) flags
     if options.decoder and values.get("decoder", {}).get("name", options.decoder) != options.decoder:
@@ -250,7 +250,6 @@ def values_of(options: argparse.Namespace) -> dict[str, Any]:
         if not isinstance(values.get("backend"), Mapping):
             raise ConfigError("--backend-args: name the backend too, by --backend")
         put(values, "backend.args", {**values["backend"].get("args", {}), **arguments(args)})
-    _say_which(options.model)
     if options.chat:
         values.setdefault("chat", {})
     # 3) --set, then what environment and profile add
@@ -259,25 +258,29 @@ def values_of(options: argparse.Namespace) -> dict[str, Any]:
     return completed(values)
 
 
-def _say_which(model: str | None) -> None:
-    """Print a notice where a folder hides the bundled checkpoint of its name."""
+def say_which_model(options: argparse.Namespace) -> None:
+    """Print a notice where no model was named, or a folder hides the bundled checkpoint of its name.
+
+    Called once the settings are known to be valid, so that it precedes no error.
+    """
     from ..common.bundled import bundled
 
-    if model in bundled() and Path(model).exists():
-        print(f"model: the folder ./{model}, not the bundled checkpoint of that name", file=sys.stderr)
+    if options.is_bundled:
+        print(
+            f"No model given: the bundled {BUNDLED}, 1.8M parameters, trained on the mini\n"
+            "suite's kind of questions alone. For a real one, such as a 7B checkpoint:\n"
+            "fluid-eval run --tasks gsm8k,math500 --model FOLDER_OR_HUB_ID\n",
+            file=sys.stderr,
+        )
+    if options.model in bundled() and Path(options.model).exists():
+        print(f"model: the folder ./{options.model}, not the bundled checkpoint of that name", file=sys.stderr)
 
 
 def _take_bundled(values: dict[str, Any], options: argparse.Namespace) -> None:
-    """Default model: the bundled tiny-fluid, on the mini suite unless tasks are given. Prints a notice."""
+    """Default model: the bundled tiny-fluid, on the mini suite unless tasks are given."""
     from ..common.paths import resource
 
     values["model"] = {"path": str(resource("checkpoints") / BUNDLED)}
     if options.tasks is None and "tasks" not in values:
         values["tasks"] = BUNDLED_TASKS
         values["allow_unsafe_code"] = True  # bundled weights; still isolated where possible
-    print(
-        f"No model given: the bundled {BUNDLED}, 1.8M parameters, trained on the mini suite's\n"
-        "kind of questions alone. For a real one, a 7B checkpoint for instance:\n"
-        "fluid-eval run --tasks gsm8k,math500 --model FOLDER_OR_HUB_ID\n",
-        file=sys.stderr,
-    )

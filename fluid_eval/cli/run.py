@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from .options import add_settings, add_speed_repeats, add_track, exit_code, spec_of
+from .options import add_settings, add_speed_repeats, add_track, exit_code, say_which_model, spec_of
 
 HELP = "evaluate a model on tasks: scores, speeds, run folder"
 EXAMPLE = "fluid-eval run --tasks gsm8k,mbpp --model FOLDER_OR_HUB_ID"
@@ -35,6 +35,9 @@ def main(options: argparse.Namespace) -> int:
     from ..output.terminal_results import print_result
     from ..results.run_folder import RESULT
     from ..running import job as job
+
+    job.check_tasks(spec)
+    say_which_model(options)
 
     folder = options.out or job.default_folder(spec)
     is_again = options.out is None and (folder / RESULT).exists()  # the folder's name holds the spec's id

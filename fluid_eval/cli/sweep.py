@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from .options import add_settings, add_speed_repeats, add_track, exit_code, integer, values_of
+from .options import (
+    add_settings,
+    add_speed_repeats,
+    add_track,
+    exit_code,
+    integer,
+    say_which_model,
+    values_of,
+)
 
 HELP = "run a grid of settings: accuracy/throughput frontier"
 EXAMPLE = "fluid-eval sweep --sweep decoder.candidates=1,4 --limit 20"
@@ -51,6 +60,7 @@ def main(options: argparse.Namespace) -> int:
     if options.sample is not None:
         sweep["sample"] = options.sample
     planned = plan(values)
+    say_which_model(options)
     from ..output import tracking
     from ..output.terminal_sweeps import print_plan, print_sweep
     from ..sweeps.sweep import Sweep, default_folder
@@ -66,6 +76,8 @@ def main(options: argparse.Namespace) -> int:
         print_sweep(job.so_far(by=options.by, within=options.within), folder)
         return 0
     # 3) run it
+    if planned.note:
+        print(planned.note, file=sys.stderr)
     result = job.work(
         stop_dominated=options.stop_dominated, by=options.by, within=options.within,
         speed_repeats=options.speed_repeats,

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .options import add_settings, add_speed_repeats, exit_code, values_of
+from .options import add_settings, add_speed_repeats, exit_code, say_which_model, values_of
 
 HELP = "cost of an adaptation: AR parent, adapted AR, verified, unverified"
 EXAMPLE = "fluid-eval tax --parent AR_MODEL --model ADAPTED_MODEL"
@@ -43,6 +43,7 @@ def main(options: argparse.Namespace) -> int:
         raise ConfigError(f"tax: the parent {parent} was itself adapted to {adapted}; name the AR model before that")
     # 2) a sweep of the stages
     stages, planned = plan_stages(values, parent, info.method)
+    say_which_model(options)
     from ..output.terminal_pairs import print_tax
     from ..results.run_folder import POINTS
     from ..running.job import default_folder

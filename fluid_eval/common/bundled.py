@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fluid_model.common.errors import ConfigError
+from fluid_model.common.names import did_you_mean
+
 from .paths import resource
 
 
@@ -13,5 +16,13 @@ def bundled() -> dict[str, Path]:
 
 
 def resolved(path: str) -> str:
-    """A model's path, with the name of a bundled checkpoint as its folder. A folder in the working directory wins."""
-    return path if Path(path).exists() else str(bundled().get(path, path))
+    """A model's path, with the name of a bundled checkpoint as its folder. A folder in the working directory wins.
+
+    Raises ConfigError for a name that is nearly one of theirs.
+    """
+    if Path(path).exists():
+        return path
+    names = bundled()
+    if path not in names and "/" not in path and (meant := did_you_mean(path, names, alike=0.8)):
+        raise ConfigError(f"model={path}: no such folder or bundled checkpoint; {meant}`fluid-eval models` lists them")
+    return str(names.get(path, path))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import inspect
 import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 
 from fluid_model.common.errors import ConfigError
+from fluid_model.common.names import did_you_mean
 from fluid_model.registry import decoder_named, decoders
 
 from .spec import BackendSpec, ChatSpec, EngineSpec, HealthSpec, ModelSpec, RunSpec
@@ -59,8 +59,7 @@ def settings_named(name: str | None) -> list[Setting]:
     chosen = chosen or [one for one in settings if one.name.rpartition(".")[2] == name]
     chosen = chosen or [one for one in settings if one.decoder == name]
     if not chosen:
-        close = difflib.get_close_matches(str(name), {one.name for one in settings})
-        meant = f"did you mean {', '.join(close)}? " if close else ""
+        meant = did_you_mean(name, (one.name for one in settings))
         raise ConfigError(f"setting {name!r} is unknown; {meant}`fluid-eval settings` lists them")
     return chosen
 

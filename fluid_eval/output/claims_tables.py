@@ -145,10 +145,18 @@ def print_verdicts(claims: Mapping[str, Any]) -> None:
     console.print("\n".join(line for line in lines if line) + f"\n\n{LEGEND}")
     console.print("convention: a profile of docs/protocols.md; other: in the claim's own words (claims.md has them)")
     console.print("NAME/: the model's folder below --models-dir (or FLUID_MODELS_DIR)")
-    if claims["lint"]:
+    shown = [conflict for conflict in claims["lint"] if _concerns(conflict, claims["rows"])]
+    if shown:
         console.print("\nConflicting claims")
-        for conflict in claims["lint"]:
-            console.print(f"- {conflict['kind']}: {conflict['cells'][0]}: {conflict['reason']}")
+    for conflict in shown:
+        console.print(f"- {conflict['kind']}: {conflict['cells'][0]}: {conflict['reason']}")
+    if others := len(claims["lint"]) - len(shown):
+        console.print(f"\n{others} conflicts between other claims: claims.md")
+
+
+def _concerns(conflict: Mapping[str, Any], rows: Sequence[ClaimRow]) -> bool:
+    """Whether a conflict is about a system of these rows."""
+    return any(cell.startswith(f"{row['system']} ") for cell in conflict["cells"] for row in rows)
 
 
 def _print_table(console: Console, rows: Sequence[ClaimRow]) -> None:
@@ -164,6 +172,13 @@ def _print_table(console: Console, rows: Sequence[ClaimRow]) -> None:
             stated = convention(row) if row["profile"] else in_words
             table.add_row(f" {row['task']}", published(row), *results, stated, row["verdict"])
         console.print(table)
+        for note in dict.fromkeys(row["note"] for row in rows if _notes_forwards(row, system)):
+            console.print(f" tok/fwd: {note}")
+
+
+def _notes_forwards(row: ClaimRow, system: str) -> bool:
+    """Whether the row's note says how this system's forwards were counted, and at which slot budget."""
+    return bool(row["system"] == system and row["unit"] == "tok/forward" and row["note"])
 
 
 def _columns(has_measurements: bool, *, header: bool) -> Table:

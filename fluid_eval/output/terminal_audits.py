@@ -11,6 +11,15 @@ from rich.table import Table
 
 from .terminal import bare_table, number, plain_table, screen
 
+VERDICTS = {
+    "identical": "every text is AR's",
+    "numerical near-tie": "where texts differ, rounding explains it: two tokens were all but equally likely",
+    "algorithmic": "a difference that rounding does not explain: the decoder writes another text",
+    "no difference found": "tokens are distributed as AR's, as far as these can tell",
+    "undecided": "too few tokens to tell",
+    "different": "tokens are not distributed as AR's",
+}
+"""What each verdict means."""
 MOST_DIVERGENCES = 12
 """Divergences printed at most."""
 
@@ -55,7 +64,7 @@ def print_audit(report: Mapping[str, Any], console: Console | None = None) -> No
     if not report["promises"]:
         console.print("this decoder does not promise AR's text")
     few = f" (under {sampled['enough']:,} tokens)" if report["verdict"] == "undecided" else ""
-    console.print(f"verdict: {report['verdict']}{few}")
+    console.print(f"verdict: {report['verdict']}{few}: {VERDICTS[report['verdict']]}")
 
 
 def _divergences(report: Mapping[str, Any]) -> Table:
@@ -86,6 +95,8 @@ def print_khead(report: Mapping[str, Any]) -> None:
     console.print(report["model"])
     console.print(f"K-head of tau {tau}, K_max {report['k_max']}, slot budget {report['slot_budget']}")
     overall = report["tasks"]["all"]
+    console.print()
+    console.print(_in_words(overall))
     for table in (_tasks(report["tasks"]), _calibration(overall), _policies(overall, report["k_max"])):
         console.print()
         console.print(table)
@@ -93,12 +104,26 @@ def print_khead(report: Mapping[str, Any]) -> None:
     console.print("head: the K-head's mean stride, or places where it predicts this stride")
     console.print("possible: tokens accepted of a full draft   reached: all predicted were accepted")
     console.print("cost: forwards + slots / slot budget, per token")
-    console.print("regret: K-head's cost over the best fixed stride's (chosen on these texts), less 1")
+    console.print("K*: training's target, the longest stride with a mean loss below tau")
+    console.print("best fixed: the one stride that costs least on these texts")
+    console.print("over it: regret, the K-head's cost above that stride's")
+    console.print("oracle: proposes what is accepted, and no more")
+
+
+def _in_words(overall: Mapping[str, Any]) -> str:
+    """What the diagnostics say, in sentences."""
+    change = 100 * overall["regret"]
+    beside = f"{abs(change):.0f}% {'more' if change > 0 else 'less'} than" if round(change) else "as much as"
+    return (
+        f"At {overall['positions']:,} places of these texts the K-head predicts a stride of {overall['predicted']:.2f} "
+        f"on average; drafts of {overall['possible']:.2f} tokens would be accepted. By strides of the K-head a token "
+        f"costs {beside} by a stride of {overall['best_fixed']} everywhere."
+    )
 
 
 def _tasks(tasks: Mapping[str, Any]) -> Table:
     """Predicted and possible strides by task."""
-    table = plain_table("task", ("places", "head", "possible", "K*", "best fixed", "regret"))
+    table = plain_table("task", ("places", "head", "possible", "K*", "best fixed", "over it"))
     for name, task in tasks.items():
         table.add_row(
             name, f"{task['positions']:,}", number(task["predicted"], 2), number(task["possible"], 2),

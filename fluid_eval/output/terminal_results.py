@@ -40,7 +40,7 @@ def print_result(result: Mapping[str, Any], folder: Path, *, settable: bool = Tr
         console.print(f"code of the model's repository ran: {', '.join(ran)}")
     for key, reason in result.get("lost", {}).items():
         console.print(f"failed, and in no score: {key} ({reason})")
-    console.print(f"run folder: {folder}  (fluid-eval report {folder})", soft_wrap=True)
+    console.print(f"run folder: {folder}\nas a page: fluid-eval report {folder}", soft_wrap=True)
 
 
 def _print_tables(console: Console, result: Mapping[str, Any]) -> None:

@@ -27,8 +27,8 @@ def print_plan(plan: SweepPlan, estimate: Estimate, folder: Path) -> None:
     for point in plan.points:
         table.add_row(point.name, ", ".join(f"{name}={value}" for name, value in point.settings.items()))
     console.print(table)
-    if plan.merged:
-        console.print(f"{plan.merged} points of the grid are the same run as another and are run once")
+    if plan.note:
+        console.print(plan.note)
     if not estimate.tried:
         console.print(f"{len(plan.points)} points; no sample is missing")
         return

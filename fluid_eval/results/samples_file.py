@@ -131,3 +131,17 @@ def lock(file: IO[bytes], folder: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ConfigError(f"{folder}: another process writes here; wait for it, or choose another --out") from None
+
+
+def is_locked(file: Path) -> bool:
+    """Whether a process holds the lock of `lock` on this file now. False where there is no such file."""
+    import fcntl
+
+    try:
+        with file.open("rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

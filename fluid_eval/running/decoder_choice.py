@@ -67,7 +67,7 @@ def reason(spec: RunSpec, info: ModelInfo) -> str:
     if info.method != own:
         shifted = ", shifted by one" if info.shift else ""
         return f"{model}: decoder {name}{shifted}, which serves the method it was adapted to, {info.method}"
-    return f"{model}: decoder {name}, which the checkpoint was adapted to; --decoder chooses another"
+    return f"{model}: decoder {name}, by its adaptation; --decoder NAME chooses another"
 
 
 @cache

@@ -51,11 +51,19 @@ _PRINTED = ("model", "decoder", "lines", "data", "notices")
 """Fields that the result of a finished run needs to be printed again."""
 
 
+NAME_LETTERS = 24
+"""Of tasks, and of the model, in a run folder's name: its path then stays below 70 letters."""
+
+
 def default_folder(spec: RunSpec) -> Path:
-    """runs/TASKS-MODEL-DECODER-ID."""
-    model = Path(spec.model.path.rstrip("/")).name
-    tasks = "+".join(spec.tasks) if len(spec.tasks) <= 4 else f"{spec.tasks[0]}+{len(spec.tasks) - 1}"
-    return Path("runs") / f"{tasks}-{model}-{spec.writer.rpartition(':')[2]}-{spec.id[:8]}"
+    """runs/TASKS-MODEL-DECODER-ID. Long lists of tasks become the first one and a count: gsm8k+3."""
+    model = Path(spec.model.path.rstrip("/")).name[:NAME_LETTERS]
+    decoder = spec.writer.rpartition(":")[2]
+    tasks = "+".join(spec.tasks)
+    if len(tasks) > NAME_LETTERS:
+        others = f"+{len(spec.tasks) - 1}" if spec.tasks[1:] else ""
+        tasks = spec.tasks[0][: NAME_LETTERS - len(others)] + others
+    return Path("runs") / f"{tasks}-{model}-{decoder}-{spec.id[:8]}"
 
 
 def run(spec: RunSpec, folder: Path, *, resume: bool = False, speed_repeats: int = 0) -> Nested:

@@ -22,13 +22,14 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from fluid_model.common.errors import ConfigError
 from fluid_model.common.fields import at_least, put, read_value
 from fluid_model.common.files import Nested
 from fluid_model.registry import decoder_named, setting_names
+from fluid_model.settings import DecoderSettings, FluidSettings
 
 from ..common.spec import RunSpec, build_spec, tables
 from ..running.decoder_choice import with_decoder
@@ -56,10 +57,22 @@ class PlannedPoint:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """All points of a sweep, each spec once. merged: number of grid points that equal another point's run."""
+    """All points of a sweep, each spec once. merged: number of grid points that equal another point's run.
+    idle: settings of the grid without effect on points that were merged.
+    """
 
     points: tuple[PlannedPoint, ...]
     merged: int
+    idle: tuple[str, ...] = ()
+
+    @property
+    def note(self) -> str:
+        """What was merged and why, in a line; empty if nothing was."""
+        if not self.merged:
+            return ""
+        why = f": {', '.join(self.idle)} changes nothing under verification" if self.idle else ""
+        count = "1 point of the grid is" if self.merged == 1 else f"{self.merged} points of the grid are"
+        return f"{count} the same run as another and run once{why}"
 
     @property
     def id(self) -> str:
@@ -100,16 +113,38 @@ def plan(values: Mapping[str, Any]) -> SweepPlan:
         )
     # 3) a run for each, equal runs once
     points: dict[str, PlannedPoint] = {}
+    ignored: set[str] = set()
     for point in settings:
         relevant, spec = _spec(values, point)
-        if spec.id not in points:
-            points[spec.id] = PlannedPoint(_name(relevant), relevant, spec)
+        idle = without_effect(spec.decoder)
+        ignored |= {name for name in relevant if name in idle}
+        effective = {name: value for name, value in relevant.items() if name not in idle}
+        key = replace(spec, decoder=replace(spec.decoder, **_defaults(spec.decoder, idle))).id
+        if key not in points:
+            points[key] = PlannedPoint(_name(effective), effective, spec)
     _check_same_questions(points.values())
     # 4) unique names: where short names coincide, the spec's id distinguishes them
     names = Counter(point.name for point in points.values())
     if max(names.values()) > 1:
         points = {key: replace(point, name=f"{point.name} {key[:4]}") for key, point in points.items()}
-    return SweepPlan(tuple(points.values()), len(settings) - len(points))
+    merged = len(settings) - len(points)
+    return SweepPlan(tuple(points.values()), merged, tuple(sorted(ignored)) if merged else ())
+
+
+def without_effect(decoder: DecoderSettings) -> tuple[str, ...]:
+    """Dotted names of settings that change neither text nor speed beside the others.
+
+    FLUID's γ decides what is committed without verification; with it, in one forward a step, drafts are sized by cost.
+    """
+    if isinstance(decoder, FluidSettings) and decoder.rounds == "one" and decoder.verify:
+        return ("decoder.confidence",)
+    return ()
+
+
+def _defaults(decoder: DecoderSettings, names: Iterable[str]) -> dict[str, Any]:
+    """Default values of these settings of a decoder, by field."""
+    bare = {name.rpartition(".")[2] for name in names}
+    return {f.name: f.default for f in fields(decoder) if f.name in bare}
 
 
 def _grid(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
 from .files import Nested, parse_toml
+from .names import did_you_mean
 
 
 def at_least(name: str, value: float | None, low: float) -> None:
@@ -56,7 +57,10 @@ def build(
     for name in values:
         if name not in known:
             owner = f" of decoder {cls.name!r}" if where == "decoder." else ""
-            raise ConfigError(f"{where}{name} is no setting{owner}; known: {', '.join(where + n for n in known)}")
+            meant = did_you_mean(name, known, prefix=where)
+            raise ConfigError(
+                f"{where}{name} is no setting{owner}; {meant}known: {', '.join(where + n for n in known)}"
+            )
     for name, f in known.items():
         if name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise ConfigError(f"{where}{name} is missing" + (how_to_give or {}).get(name, ""))
@@ -81,7 +85,8 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     elif get_origin(hint) is Literal:
         if value in get_args(hint):
             return value
-        raise ConfigError(f"{name}={value!r} is unknown; known: {', '.join(map(str, get_args(hint)))}")
+        meant = did_you_mean(value, get_args(hint))
+        raise ConfigError(f"{name}={value!r} is unknown; {meant}known: {', '.join(map(str, get_args(hint)))}")
     elif get_origin(hint) is tuple:
         if isinstance(value, (list, tuple)):
             return tuple(_coerce(item, get_args(hint)[0], name) for item in value)

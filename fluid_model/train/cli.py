@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..common.command_line import Parser
 from ..common.errors import ConfigError, RunError
 from ..common.fields import assign, at_least
 from ..common.files import read_toml, write_new
@@ -19,7 +20,7 @@ IMPORT, WRITE = "import-llamafactory", "write-answers"
 
 def parser() -> argparse.ArgumentParser:
     """The command line for a recipe."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="fluid-train",
         description="Make a checkpoint from its recipe.",
         epilog=f"fluid-train {IMPORT} FILE.yaml writes the recipe of a LLaMA-Factory training file; "
@@ -37,9 +38,7 @@ def parser() -> argparse.ArgumentParser:
 
 def import_parser() -> argparse.ArgumentParser:
     """The command line for a LLaMA-Factory file."""
-    top = argparse.ArgumentParser(
-        prog=f"fluid-train {IMPORT}", description="Write the recipe of a LLaMA-Factory training file."
-    )
+    top = Parser(prog=f"fluid-train {IMPORT}", description="Write the recipe of a LLaMA-Factory training file.")
     top.add_argument("file", type=Path, metavar="FILE.yaml")
     top.add_argument("--devices", type=int, default=1, help="devices that the file was written for (default 1)")
     top.add_argument("--out", type=Path, metavar="RECIPE.toml", help="a new file to write, in place of standard output")
@@ -48,7 +47,7 @@ def import_parser() -> argparse.ArgumentParser:
 
 def write_parser() -> argparse.ArgumentParser:
     """The command line for a model's own answers."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog=f"fluid-train {WRITE}",
         description="Write training rows with a model's own greedy answers. The same command again goes on.",
     )

@@ -1,8 +1,7 @@
 """Progress of a running training: a bar with the remaining time on a terminal, and a line for every report.
 
 400/2400           loss 3.653  l_ar 3.66  l_diff 3.65  lr 0.00095  12 min left
-400/2400 held-out  loss 3.168  l_ar 3.17  l_diff 3.17
-400/2400 held-out  accepted 1.075  drift 0.215
+400/2400 held-out  loss 3.168  l_ar 3.17  l_diff 3.17  accepted 1.075  drift 0.215
 """
 
 from __future__ import annotations

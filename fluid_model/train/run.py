@@ -55,6 +55,8 @@ class StageTrainer(Trainer):
         self.setup, self.recipe, self.held_out = setup, recipe, held_out
         self.model_accepts_loss_kwargs = False  # our loss is a mean: Trainer must divide it by accumulation steps
         self._terms: dict[str, list[Tensor]] = {}
+        self._measured: dict[str, float] = {}
+        """Held-out measurements that the log of the running evaluation takes in."""
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -69,21 +71,21 @@ class StageTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
-        figures: dict[str, float] = super().evaluate(*arguments, **options)
         if self.held_out is not None:
             training = self.model.training
             self.model.eval()
-            measured = {f"eval_{name}": round(value, 5) for name, value in self.held_out.measure(self.model).items()}
+            figures = self.held_out.measure(self.model)
+            self._measured = {f"eval_{name}": round(value, 5) for name, value in figures.items()}
             self.model.train(training)
-            self.log(measured)
-            figures |= measured
-        return figures
+        return {**super().evaluate(*arguments, **options), **self._measured}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         prefix = "eval_" if "eval_loss" in logs else ""
         for name, values in self._terms.items():
             logs[prefix + name] = round(float(torch.stack(values).float().mean()), 5)
         self._terms.clear()
+        if prefix:  # one line, and one entry of the history, for all of a step's held-out figures
+            logs.update(self._measured)
         super().log(logs, start_time)
 
 

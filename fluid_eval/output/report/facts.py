@@ -17,6 +17,7 @@ from ...sweeps import pareto
 from ...sweeps.points import as_point, method_of
 from ..claims_tables import external, kind, verdict_counts
 from ..terminal import difference, probability, ratio
+from ..terminal_audits import VERDICTS
 from .runs import Nested, ReportRun
 
 State = Literal["good", "bad", "warn", "none"]
@@ -248,6 +249,11 @@ def audit_state(audit: Nested) -> State:
     """The state of an audit: a difference is no fault of a decoder that does not promise AR's text."""
     worst: State = "bad" if audit.get("promises", True) else "none"
     return AUDIT_STATES.get(audit["verdict"], worst)
+
+
+def audit_meaning(verdict: str) -> str:
+    """What an audit's verdict means; empty for one of another version."""
+    return VERDICTS.get(verdict, "")
 
 
 def _of_audit(audit: Nested) -> SummaryLine:

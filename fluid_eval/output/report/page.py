@@ -47,6 +47,7 @@ def templates() -> jinja2.Environment:
     }
     environment.filters |= {
         "audit_state": state.audit_state,
+        "audit_meaning": state.audit_meaning,
         "claim_state": state.claim_state,
         "in_tables": claims_tables.in_tables,
         "stands": claims_tables.stands,

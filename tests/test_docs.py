@@ -1,0 +1,81 @@
+"""The documentation: every page has its place, the tour runs what the quickstart shows, commands on pages parse."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fluid_eval.cli.main import COMMANDS, parser
+from fluid_model.common.command_line import Parser
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+GENERATED = {"reference/cli.md", "reference/settings.md", "reference/run-folder.md", "reference/python.md"}
+
+
+def places(entry) -> list[str]:
+    """Pages of a part of the site's nav."""
+    if isinstance(entry, str):
+        return [entry]
+    return [page for value in (entry.values() if isinstance(entry, dict) else entry) for page in places(value)]
+
+
+def blocks(page: Path, mark: str = "") -> list[str]:
+    """The code blocks of a page; mark: a comment on the line above."""
+    return re.findall(rf"^{re.escape(mark)}```\w*\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def test_every_page_has_one_place_in_the_site():
+    listed = places(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(listed) == sorted({page.name for page in (ROOT / "docs").glob("*.md")} | GENERATED)
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of `fluid-eval` in a page's blocks, as they stand there, without comments and continuations."""
+    lines = "\n".join(blocks(page)).replace("\\\n", " ").splitlines()
+    found_in = [re.match(r"(?:\$ )?(?:\.venv/bin/)?(fluid-eval .*?)(?:\s+#.*)?$", line) for line in lines]
+    return [match[1] for match in found_in if match and "…" not in match[1] and "..." not in match[1]]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_the_pages_parse(page, monkeypatch):
+    def error(self, message):
+        raise AssertionError(f"{page.name}: {message}")
+
+    monkeypatch.setattr(Parser, "error", error)
+    for command in commands(page):
+        parser().parse_args(shlex.split(command.partition(" > ")[0])[1:])
+
+
+def test_pages_show_commands():
+    assert sum(len(commands(page)) for page in PAGES) > 30
+    assert "fluid-eval compare runs/ar runs/fluid" in commands(ROOT / "docs" / "quickstart.md")
+
+
+def test_the_tour_runs_the_quickstart_and_most_commands():
+    tour = (ROOT / "docs" / "tour.sh").read_text()
+    marked = blocks(ROOT / "docs" / "quickstart.md", "<!-- tour -->\n")
+    assert len(marked) >= 5
+    run = {line.split()[1] for line in ("\n".join(marked) + tour).splitlines() if line.startswith("fluid-eval ")}
+    assert COMMANDS.keys() - run == {"tax", "reproduce", "score", "doctor"}
+
+
+def test_the_readme_is_one_screen_and_takes_its_figures_from_the_pages():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 70
+    table = (ROOT / "docs/log/2026-11-28-drafts-by-measured-time.md").read_text()
+    ratios = [float(cell) for cell in re.search(r"^\| ratio \|(.*)\|$", table, re.M)[1].split("|")]
+    assert f"{ratios[0]:.2f} times AR's tokens/s at batch 1" in readme
+    assert f"{min(ratios[1:]):.2f} to {max(ratios[1:]):.2f} from 2 to 64" in readme
+
+
+def test_the_citation_has_the_version_of_the_package():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    assert (cited["version"], cited["license"]) == (project, "Apache-2.0")
+    assert metadata.version("fluid-eval") == project
