@@ -27,9 +27,13 @@ from typing import Any
 from .common.errors import ConfigError, reason
 from .common.fields import build
 from .common.files import Nested
+from .mdlm_settings import DreamSettings, MdlmSettings
 from .settings import ArSettings, DecoderSettings, FluidSettings, LladaSettings, NbdiffSettings
 
-BUILT_IN: tuple[type[DecoderSettings], ...] = (ArSettings, FluidSettings, NbdiffSettings, LladaSettings)
+BUILT_IN: tuple[type[DecoderSettings], ...] = (
+    ArSettings, FluidSettings, NbdiffSettings, LladaSettings,
+    MdlmSettings, DreamSettings,
+)  # fmt: skip
 GROUP = "fluid_eval.decoders"
 """Group of entry points."""
 FIXED = {"name", "source", "methods", "needs", "strategy", "scorer"}

@@ -234,33 +234,22 @@ class NbdiffSettings(DecoderSettings):
 
 
 @dataclass(frozen=True)
-class LladaSettings(DecoderSettings):
-    """LLaDA's decoder: a canvas under full attention, denoised block by block."""
+class CanvasSettings(DecoderSettings):
+    """Masked diffusion under full attention: a canvas of masks, denoised block by block."""
 
-    name = "llada"
-    methods = ("llada",)
     needs = ("mask token",)
-    strategy = "fluid_model.decoders.llada:open_strategy"
-    scorer = "fluid_model.decoders.llada:open_scorer"
+    scorer = "fluid_model.decoders.canvas:open_scorer"
 
     steps: int | None = None
-    """Forwards for the canvas, shared evenly by its blocks; unset, one per token."""
+    """Forwards for the canvas, shared by its blocks; unset, one per token."""
     gen_length: int | None = None
-    """Canvas in tokens; unset, the task's length limit, rounded up to a multiple of block_length."""
-    block_length: int = 32
-    """Tokens of a block; blocks are denoised from left to right."""
-    remasking: Literal["low_confidence", "random"] = "low_confidence"
-    """Predictions that a step writes: the most confident ones, or random ones."""
+    """Canvas in tokens; unset, the task's length limit."""
+    block_length: int | None = None
+    """Tokens of a block; blocks are denoised from left to right. Unset, the whole canvas is one."""
     guidance: float = 0.0
     """Classifier-free guidance; above 0 every step takes a second forward, with the prompt masked."""
     temperature: float = 0.0
     """Of Gumbel noise on the logits; 0 is greedy."""
-    suppress_end: bool = False
-    """Give end tokens the lowest confidence, so that they are written last; above temperature 0, all but the
-    tokenizer's own (the public code's `confidence_eos_eot_inf`). For low_confidence.
-    """
-    logits_eos_inf: bool = False
-    """Never write the tokenizer's end of sequence. (The public code's name.)"""
     whole_canvas: bool = False
     """Denoise blocks behind the end of the answer, too, as the public code does. The text is the same."""
     mc_num: int = 128
@@ -272,10 +261,9 @@ class LladaSettings(DecoderSettings):
         for name in ("steps", "gen_length"):
             if (value := getattr(self, name)) is not None:
                 check_range(name, value, 1, 10**6)
-        check_range("block_length", self.block_length, 1, 4096)
+        if self.block_length is not None:
+            check_range("block_length", self.block_length, 1, 4096)
         check_range("mc_num", self.mc_num, 1, 10**6)
-        if self.gen_length is not None:
-            self.canvas(self.gen_length)
         check_range("guidance", self.guidance, 0.0, 100.0)
         check_range("temperature", self.temperature, 0.0, 100.0)
 
@@ -285,6 +273,39 @@ class LladaSettings(DecoderSettings):
 
     def answer_slots(self, max_new_tokens: int) -> int:
         return max(max_new_tokens, self.canvas(max_new_tokens)[0])
+
+    def canvas(self, max_new_tokens: int) -> tuple[int, int]:
+        """(tokens of the canvas, steps per block, rounded up) for answers of up to max_new_tokens."""
+        length = self.gen_length or max_new_tokens
+        blocks = -(-length // (self.block_length or length))
+        return length, -(-(self.steps or length) // blocks)
+
+
+@dataclass(frozen=True)
+class LladaSettings(CanvasSettings):
+    """LLaDA's decoder: a canvas under full attention, denoised block by block."""
+
+    name = "llada"
+    methods = ("llada",)
+    strategy = "fluid_model.decoders.llada:LladaStrategy"
+
+    gen_length: int | None = None
+    """Canvas in tokens; unset, the task's length limit, rounded up to a multiple of block_length."""
+    block_length: int = 32
+    """Tokens of a block; blocks are denoised from left to right."""
+    remasking: Literal["low_confidence", "random"] = "low_confidence"
+    """Predictions that a step writes: the most confident ones, or random ones."""
+    suppress_end: bool = False
+    """Give end tokens the lowest confidence, so that they are written last; above temperature 0, all but the
+    tokenizer's own (the public code's `confidence_eos_eot_inf`). For low_confidence.
+    """
+    logits_eos_inf: bool = False
+    """Never write the tokenizer's end of sequence. (The public code's name.)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gen_length is not None:
+            self.canvas(self.gen_length)
 
     def canvas(self, max_new_tokens: int) -> tuple[int, int]:
         """(tokens of the canvas, forwards per block) for answers of up to max_new_tokens.
