@@ -34,6 +34,8 @@ BUILT_IN: tuple[type[DecoderSettings], ...] = (
     ArSettings, FluidSettings, NbdiffSettings, LladaSettings,
     MdlmSettings, DreamSettings,
 )  # fmt: skip
+FIELD_METHODS = ("mdlm", "bd3lm", "sdar", "fast-dllm-v2", "wedlm")
+"""Adaptations of published checkpoints that are told by their layout, whether or not a decoder serves them yet."""
 GROUP = "fluid_eval.decoders"
 """Group of entry points."""
 FIXED = {"name", "source", "methods", "needs", "strategy", "scorer"}
@@ -79,25 +81,28 @@ def decoder_named(name: Any, *, stored: bool = False) -> type[DecoderSettings]:
 
 
 def default_decoder(method: str | None, *, has_head: bool = True) -> str:
-    """Name of the first decoder that serves a checkpoint of this adaptation; ar for None and where there is none.
+    """Name of the first decoder that serves a checkpoint of this adaptation; ar for None, and where the K-head that all
+    of them need is missing.
 
-    has_head: whether the checkpoint has a K-head.
+    has_head: whether the checkpoint has a K-head.  Raises ConfigError if no decoder serves the adaptation.
     """
-    if method is not None:
-        for kind in _serving(method):
-            if has_head or "K-head" not in kind.needs:
-                return kind.name
-    return ArSettings.name
+    if method is None:
+        return ArSettings.name
+    if not (serving := _serving(method)):
+        raise ConfigError(f"models adapted to {method} have no decoder here yet; decoders are {', '.join(decoders())}")
+    return next((kind.name for kind in serving if has_head or "K-head" not in kind.needs), ArSettings.name)
 
 
 def check_method(where: str, method: str, *, stated: bool = False) -> None:
-    """Raise ConfigError unless a decoder serves this adaptation.
+    """Raise ConfigError unless a decoder serves this adaptation, or published checkpoints are of it.
 
     stated: by a user alone, which tells nothing of a K-head: a decoder must serve it without one.
     """
+    if method in FIELD_METHODS:
+        return
     if not any(not stated or "K-head" not in kind.needs for kind in _serving(method)):
         kinds = [kind for kind in decoders().values() if not stated or "K-head" not in kind.needs]
-        known = dict.fromkeys(name for kind in kinds for name in kind.methods)
+        known = dict.fromkeys([*(name for kind in kinds for name in kind.methods), *FIELD_METHODS])
         raise ConfigError(f"{where}={method!r} is unknown; known: {', '.join(known)}")
 
 
@@ -158,10 +163,10 @@ def source_of(kind: type[DecoderSettings]) -> str | None:
 def resolve(reference: str) -> Callable[..., Any]:
     """The callable of `module:callable`. Raises ConfigError if there is none."""
     module, _, name = reference.partition(":")
-    found: Callable[..., Any] | None = getattr(_imported(reference, module), name, None)
-    if found is None or not callable(found):
+    named: Callable[..., Any] | None = getattr(_imported(reference, module), name, None)
+    if named is None or not callable(named):
         raise ConfigError(f"{reference}: {module} has no class or function {name!r}")
-    return found
+    return named
 
 
 def _from_module(name: str) -> type[DecoderSettings]:
@@ -194,8 +199,8 @@ def _entry_points() -> dict[str, str]:
 def _source(module: str) -> bytes:
     """A module's file, as it was when first asked for: code that has been imported stays."""
     try:
-        found = find_spec(module)
-        return Path(str(found and found.origin)).read_bytes()
+        module_spec = find_spec(module)
+        return Path(str(module_spec and module_spec.origin)).read_bytes()
     except (ImportError, ValueError, OSError) as error:
         raise ConfigError(f"module {module!r} of a decoder cannot be read: {reason(error)}") from error
 
@@ -208,8 +213,8 @@ def _imported(where: str, module: str) -> Any:
 
 
 def _serving(method: str) -> list[type[DecoderSettings]]:
-    """Decoders of an adaptation; those of other packages only where this package has none."""
-    own = [kind for kind in BUILT_IN if method in kind.methods]
+    """Decoders of an adaptation, its namesake first; those of other packages only where this package has none."""
+    own = sorted((kind for kind in BUILT_IN if method in kind.methods), key=lambda kind: kind.name != method)
     return own or [kind for kind in decoders().values() if method in kind.methods]
 
 

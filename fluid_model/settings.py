@@ -36,7 +36,7 @@ class DecoderSettings:
     """As `--decoder` takes it. Left out, it is `module:Class`; a name of its own needs an entry point."""
     methods: ClassVar[tuple[str, ...]] = ()
     """Adaptations that it needs of a checkpoint, one of them; none: any causal model. The first registered decoder that
-    serves a checkpoint is its default.
+    serves a checkpoint is its default, one named as the adaptation before others.
     """
     needs: ClassVar[tuple[Literal["K-head", "mask token"], ...]] = ()
     """Parts that the checkpoint must have."""
@@ -286,7 +286,7 @@ class LladaSettings(CanvasSettings):
     """LLaDA's decoder: a canvas under full attention, denoised block by block."""
 
     name = "llada"
-    methods = ("llada",)
+    methods = ("llada", "mdlm")
     strategy = "fluid_model.decoders.llada:LladaStrategy"
 
     gen_length: int | None = None

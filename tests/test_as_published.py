@@ -11,10 +11,10 @@ from torch.nn import functional
 import fluid_model
 from fluid_model import ConfigError
 from fluid_model.train.losses import best_stride
+from fluid_model.train.masked_layouts import CanvasLayout
 from fluid_model.train.row_layouts import (
     IGNORE,
     AllMaskLayout,
-    CanvasLayout,
     Example,
     pack_rows,
     weigh_per_example,

@@ -17,9 +17,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from fluid_model.decoders.draft_tree import Draft, DraftTree
 from fluid_model.forward import attention_masks as masks
+from fluid_model.train.masked_layouts import BlockCausalLayout, CanvasLayout
 from fluid_model.train.row_layouts import (
     AllMaskLayout,
-    CanvasLayout,
     CausalLayout,
     Example,
     NoisedBlockLayout,
@@ -242,7 +242,13 @@ def test_flex_attention_has_the_dense_mask(rows: list[TrainingRow]):
     assert flex.equal(masks.training_mask(**batch))
 
 
-LAYOUTS = [CausalLayout(), AllMaskLayout(MASK, 3), NoisedBlockLayout(MASK, 1, 2), CanvasLayout(MASK, 1, 8)]
+LAYOUTS = [
+    CausalLayout(),
+    AllMaskLayout(MASK, 3),
+    NoisedBlockLayout(MASK, 1, 2),
+    CanvasLayout(MASK, 1, 8),
+    BlockCausalLayout(MASK, 1, 2),
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

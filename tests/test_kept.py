@@ -22,7 +22,8 @@ from fluid_eval.analysis.rescore import rescore
 from fluid_eval.output.report import write_report
 from fluid_eval.results.run_folder import Run, held_spec, read_samples
 from fluid_eval.running.job import run
-from fluid_model.train.row_layouts import AllMaskLayout, CanvasLayout, Example, HybridLayout, NoisedBlockLayout
+from fluid_model.train.masked_layouts import CanvasLayout
+from fluid_model.train.row_layouts import AllMaskLayout, Example, HybridLayout, NoisedBlockLayout
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "tests" / "kept" / "run-format-1"

@@ -13,10 +13,10 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask
 
 from fluid_model.forward import attention_masks as masks
+from fluid_model.train.masked_layouts import BlockCausalLayout, CanvasLayout
 from fluid_model.train.row_layouts import (
     IGNORE,
     AllMaskLayout,
-    CanvasLayout,
     CausalLayout,
     Example,
     HybridLayout,
@@ -61,6 +61,8 @@ LAYOUTS = st.sampled_from(
         NoisedBlockLayout(MASK, END, 4, by_noise=True),
         CanvasLayout(MASK, END, 20),
         CanvasLayout(MASK, END, 20, shift=True),
+        BlockCausalLayout(MASK, END, 4),
+        BlockCausalLayout(MASK, END, 4, shift=True),
     ]
 )
 
@@ -223,10 +225,16 @@ def test_who_reads_whom_by_brute_force(rows, rule, seed):
                 allowed = False
             elif isinstance(rule, CanvasLayout):
                 allowed = True
+            elif isinstance(rule, BlockCausalLayout) and row.step[key] == 0:
+                own, other_block = row.positions[query] // 4, row.positions[key] // 4
+                allowed = other_block < own or (other_block == own and row.step[query] == 0)
             elif row.step[key] == 0:
                 allowed = row.positions[key] <= (row.positions[query] if row.step[query] == 0 else row.anchor[query])
             else:
-                causal = isinstance(rule, NoisedBlockLayout) or row.positions[key] <= row.positions[query]
+                causal = (
+                    isinstance(rule, NoisedBlockLayout | BlockCausalLayout)
+                    or row.positions[key] <= row.positions[query]
+                )
                 allowed = row.step[query] > 0 and row.anchor[key] == row.anchor[query] and causal
             assert bool(may[q, k]) == allowed
 
@@ -339,7 +347,12 @@ def packed_rows(checkpoint, rule):
     return [pack_rows([rule.build(example, random.Random(n), 0) for example in examples]) for n in range(2)]
 
 
-RULES = [HybridLayout(MASK, 4, range(2, 258)), NoisedBlockLayout(MASK, END, 4), CanvasLayout(MASK, END, 30)]
+RULES = [
+    HybridLayout(MASK, 4, range(2, 258)),
+    NoisedBlockLayout(MASK, END, 4),
+    CanvasLayout(MASK, END, 30),
+    BlockCausalLayout(MASK, END, 8),
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)

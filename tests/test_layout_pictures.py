@@ -6,7 +6,8 @@ import random
 import re
 
 from fluid_model.train import row_layouts
-from fluid_model.train.row_layouts import IGNORE, AllMaskLayout, CanvasLayout, Example, NoisedBlockLayout, pack_rows
+from fluid_model.train.masked_layouts import BlockCausalLayout, CanvasLayout
+from fluid_model.train.row_layouts import IGNORE, AllMaskLayout, Example, NoisedBlockLayout, pack_rows
 
 MASK, END = 258, 1
 
@@ -60,9 +61,12 @@ def test_the_pictures_of_the_layouts():
         AllMaskLayout(MASK, 2).build(five, Scripted(0.9, 0.1, 0.9), 0),
         NoisedBlockLayout(MASK, END, 2, noise_level=0.5).build(five, Scripted(0.1, 0.1, 0.9, 0.1), 0),
         CanvasLayout(MASK, END, noise_level=0.5).build(five, Scripted(0.1, 0.9, 0.1, 0.9), 0),
+        BlockCausalLayout(MASK, END, 2, noise_level=0.5).build(five, Scripted(0.1, 0.9, 0.9, 0.1, 0.1), 0),
         pack_rows([one_mask.build(three, Scripted(0.1), 0), one_mask.build(two, Scripted(), 0)]),
     ]
-    letters = {"M": MASK, ".": IGNORE, "p": 20, "q": 21} | {letter: 10 + i for i, letter in enumerate("abcde")}
+    letters = {"M": MASK, ".": IGNORE, "p": 20, "q": 21, "z": END} | {
+        letter: 10 + i for i, letter in enumerate("abcde")
+    }
     for row, picture in zip(rows, pictures(), strict=True):
         assert len(picture) >= 5
         for name, cells in picture.items():

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fluid_model.train.masked_layouts import CanvasLayout
 from fluid_model.train.measure import HeldOut, accepted_length
-from fluid_model.train.row_layouts import AllMaskLayout, CanvasLayout, Example, NoisedBlockLayout
+from fluid_model.train.row_layouts import AllMaskLayout, Example, NoisedBlockLayout
 
 from .test_decoders import forward
 from .tiny import fluid_checkpoint

@@ -120,7 +120,7 @@ def test_an_adapter_as_llama_factory_saves_it_is_a_stage_1_result(tmp_path, own_
         train(replace(recipe, out=str(tmp_path / "other")))
 
 
-@pytest.mark.parametrize("stage", ["nbdiff", "llada"])
+@pytest.mark.parametrize("stage", ["nbdiff", "llada", "mdlm", "bd3lm"])
 @pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4}])
 def test_the_other_methods_train_and_load(tmp_path, stage, lora):
     parent = save_model(tmp_path / "parent")
@@ -129,7 +129,7 @@ def test_the_other_methods_train_and_load(tmp_path, stage, lora):
     training = train(recipe_for(tmp_path, "out", stage, parent, **values))
     made = fluid_model.load(str(tmp_path / "out"))
     assert made.manifest.shift == shift
-    assert (made.manifest.method, made.manifest.block_length) == (stage, 4 if stage == "nbdiff" else None)
+    assert (made.manifest.method, made.manifest.block_length) == (stage, None if stage in ("llada", "mdlm") else 4)
     assert made.manifest.parent == "../parent"
     assert {"l_diff", "accepted"} <= training["final"].keys()
     assert ("drift" in training["final"]) == ("l_ar" in training["final"]) == (stage == "nbdiff")
@@ -220,7 +220,10 @@ def test_what_is_measured_last_is_what_is_saved(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stage": "dream"}, "stage='dream' is unknown; known: ar, fluid-hybrid, fluid-horizon, nbdiff, llada"),
+        (
+            {"stage": "dream"},
+            "stage='dream' is unknown; known: ar, fluid-hybrid, fluid-horizon, nbdiff, llada, mdlm, bd3lm",
+        ),
         ({"model": {}}, "model: needs either parent or scratch"),
         ({"stage": "fluid-hybrid"}, "model.scratch: stage fluid-hybrid adapts a parent"),
         ({"tau": [1.0]}, "stage fluid-horizon needs some, other stages none"),
@@ -231,7 +234,7 @@ def test_what_is_measured_last_is_what_is_saved(tmp_path):
         ({"data": {"datasets": ["a"]}}, "data.datasets and data.dataset_info need one another"),
         ({"blocks": {"length": 4, "first": 5}}, "blocks.first=5 must lie in [1, 4]"),
         ({"loss": {"diff": 1.0}}, "loss: stage ar has one term only"),
-        ({"loss": {"per": "token"}}, "loss.per='token' is unknown; known: slot, row"),
+        ({"loss": {"per": "token"}}, "loss.per='token' is unknown; known: slot, row, batch"),
         ({"fans": {"noise": 1.5}}, "fans.noise=1.5 must lie in [0.0, 1.0]"),
         ({"trainer": 1}, "trainer=1 must be a table"),
         ({"colour": 1}, "colour is no setting; known: stage"),

@@ -39,7 +39,8 @@ class AdaptationStage:
 def stages(values: Nested, parent: str, kind: type[DecoderSettings]) -> list[AdaptationStage]:
     """The stages for an adapted model's decoder, the parent's first. values: of the model's run, decoder included.
 
-    Stages that do not exist are left out: LLaDA's weights cannot decode as AR, and only FLUID verifies its drafts.
+    Stages that do not exist are left out: weights that read in both directions cannot decode as AR, and only FLUID
+    verifies its drafts.
     """
     # 1) settings of the parent, of the adapted weights as AR, of the parallel decoder
     decoder = values.get("decoder", {})

@@ -49,7 +49,7 @@ class ModelSpec:
     end_tokens: tuple[str, ...] | None = None
     """Texts of the tokens that end an answer, in place of the model's own."""
     method: str | None = None
-    """Adaptation of the model, such as llada, if its files do not record it."""
+    """Adaptation of the model, such as llada, if its files do not record it, or in place of the one that they tell."""
     trust_remote_code: bool = False
     """Whether code of the model's repository may run, with the user's rights."""
     base: str | None = None

@@ -45,7 +45,10 @@ def with_decoder(values: Mapping[str, Any]) -> Nested:
 
 
 def adapted_for(info: ModelInfo) -> str:
-    """The decoder that a model was adapted to; ar for a plain causal model and for FLUID without a K-head."""
+    """The decoder that a model was adapted to; ar for a plain causal model and for FLUID without a K-head.
+
+    Raises ConfigError if no decoder serves its method.
+    """
     return default_decoder(info.method, has_head=info.has_head)
 
 
@@ -59,6 +62,9 @@ def reason(spec: RunSpec, info: ModelInfo) -> str:
         return f"{model}: decoder ar, for it is a plain causal model"
     if own == ArSettings.name:
         return f"{model}: decoder ar, for it was adapted to {info.method} and has no K-head yet"
+    if info.method != own:
+        shifted = ", shifted by one" if info.shift else ""
+        return f"{model}: decoder {name}{shifted}, which serves the method it was adapted to, {info.method}"
     return f"{model}: decoder {name}, which the checkpoint was adapted to; --decoder chooses another"
 
 

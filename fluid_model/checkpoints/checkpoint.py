@@ -23,11 +23,13 @@ from ..common.errors import ConfigError
 from ..forward import int8_rows
 from ..forward.backbone import Backbone, context_window
 from ..forward.khead import KHead
-from ..tokens import Tokenizer, end_ids, single_id
+from ..tokens import Tokenizer, single_id
 from . import adapters, gated_files, published_layouts
 from .gguf_files import quantization
 from .manifest import ADAPTER_FOLDER, CHECKPOINT_FILES, HEAD_FILE, MASK_FILE, Manifest, write_manifest
 from .source import CheckpointFiles, find_checkpoint
+from .special_tokens import answer_ends
+from .weight_names import has_weights
 from .weights import embedding_tables, fingerprint, grow_embeddings, load_weights
 
 PUBLISHED_K_MAX = 16
@@ -74,7 +76,8 @@ class ModelInfo:
     """Properties of a checkpoint that need no weights.
 
     window: tokens.  tau: one per K-head.  method: of the adaptation, None for a plain causal model.
-    block_length: NBDiff's, in tokens, if stated.
+    block_length: in tokens, if stated.  layout: the published `model_type`, empty for an architecture of transformers.
+    shift: a masked token is predicted at the slot before it.  has_weights: weights are there, too.
     """
 
     architecture: str
@@ -87,6 +90,9 @@ class ModelInfo:
     """Classes of the repository's code that run."""
     quantization: str | None = None
     """How the weights are quantised, or were before they were read as plain numbers (GGUF); both, one after another."""
+    layout: str = ""
+    shift: bool = False
+    has_weights: bool = True
 
     @property
     def has_head(self) -> bool:
@@ -116,7 +122,12 @@ def describe(
     code = tuple(files.remote_code)
     roundings = [quantization(files.base), int8_rows.LABEL if dtype == "int8" else None]
     stored_as = "; then ".join(filter(None, roundings)) or None
-    return ModelInfo(architecture, context_window(config), k_max, tau, files.method, block_length, code, stored_as)
+    return ModelInfo(
+        architecture, context_window(config), k_max, tau, files.method, block_length, code, stored_as,
+        layout=files.published.layout,
+        shift=(files.manifest or files.published).shift,
+        has_weights=has_weights(files.base),
+    )  # fmt: skip
 
 
 def read_config(path: str, base: str | None = None) -> PretrainedConfig:
@@ -187,7 +198,7 @@ def load(
     return Checkpoint(
         backbone=backbone,
         tokenizer=tokenizer,
-        end_ids=_end_ids(tokenizer, model, manifest, end_tokens),
+        end_ids=answer_ends(tokenizer, files.method, model.config, model.generation_config, texts=end_tokens),
         manifest=manifest,
         mask_id=mask_id,
         heads=heads,
@@ -272,8 +283,8 @@ def device_name() -> str:
 def _heads_of(files: CheckpointFiles, hidden_size: int) -> list[KHead]:
     if files.manifest is not None:
         return _read_heads(files.folder, files.manifest, hidden_size)
-    file = files.folder / published_layouts.HEAD_FILE
-    return [published_layouts.read_head(file, hidden_size)] if file.is_file() else []
+    file = published_layouts.head_file(files.folder)
+    return [published_layouts.read_head(file, hidden_size)] if file is not None else []
 
 
 def _manifest_for(
@@ -290,19 +301,8 @@ def _manifest_for(
         tau=(None,) * len(heads),
         method=files.method,
         block_length=files.published.block_length,
+        shift=files.published.shift,
     )
-
-
-def _end_ids(
-    tokenizer: Tokenizer, model: PreTrainedModel, manifest: Manifest | None, texts: Sequence[str] | None
-) -> tuple[int, ...]:
-    """Ids of the given end texts; without them, those of configuration, tokenizer and published method."""
-    if texts is not None:
-        return tuple(sorted(single_id(tokenizer, text, "end token") for text in texts))
-    end_texts = published_layouts.END_TEXTS.get(manifest.method, ()) if manifest else ()
-    vocabulary = tokenizer.get_vocab()
-    published_ids = {vocabulary[text] for text in end_texts if text in vocabulary}
-    return tuple(sorted(published_ids.union(end_ids(tokenizer, model.config, model.generation_config))))
 
 
 def _hidden_size(config: Any) -> int:

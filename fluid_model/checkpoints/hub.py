@@ -10,11 +10,11 @@ from ..common.errors import ConfigError
 from . import gguf_files
 from .manifest import ADAPTER_FOLDER, MANIFEST_FILE, MASK_FILE
 from .manifest import HEAD_FILE as OWN_HEAD_FILE
-from .published_layouts import ADAPTER_FILE, HEAD_FILE
+from .published_layouts import ADAPTER_FILE, HEAD_FILE, HEAD_FOLDER
 
 MARKS = ("config.json", MANIFEST_FILE, ADAPTER_FILE)
 """A model's folder has at least one of these."""
-DESCRIPTIONS = ("*.json", "*.jinja", "*.txt", "*.model", HEAD_FILE, OWN_HEAD_FILE)
+DESCRIPTIONS = ("*.json", "*.jinja", "*.txt", "*.model", HEAD_FILE, f"{HEAD_FOLDER}/*{HEAD_FILE}", OWN_HEAD_FILE)
 """Configuration, tokenizer, K-heads."""
 CODE = ("*.py",)
 WEIGHTS = ("model*.safetensors", "adapter_model*", f"{ADAPTER_FOLDER}/*", MASK_FILE)

@@ -43,8 +43,9 @@ class Manifest:
     """The fields of fluid.json. parent: folder or hub id of the base model.  method: of the adaptation.
 
     fluid: k_max is the widest stride; tau lists the training-time bounds, one K-head each, the default first. A tau of
-    null was not stated by the source. An empty list: not calibrated yet, no K-head.  nbdiff: block_length in tokens.
-    llada: attention is bidirectional; shift: a masked token is predicted at the slot before it, as Dream does.
+    null was not stated by the source. An empty list: not calibrated yet, no K-head.  block_length: tokens of a block,
+    of nbdiff and other methods that write in blocks.  llada, mdlm: attention is bidirectional; shift: a masked token is
+    predicted at the slot before it, as Dream does.
     weights: merged into the parent's, or an adapter beside this file.  gated: the adapter acts on mask slots alone.
     parent_hash: of the parent's weights (`weights.fingerprint`), for an adapter.
     """

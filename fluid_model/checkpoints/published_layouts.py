@@ -1,4 +1,4 @@
-"""Published layouts of other projects, read without their code. No other module knows them.
+"""Published layouts of other projects, read without their code; those of `field_layouts` are a table there.
 
 openPangu-Embedded   model_type "PanguEmbedded": a Llama with biases on q, k, v and o.
 NBDiff               openPangu's layout (arXiv 2512.06776). Its config equals its parent's; the repository's name
@@ -6,7 +6,8 @@ NBDiff               openPangu's layout (arXiv 2512.06776). Its config equals it
                      mask token is an unused token.
 LLaDA                model_type "llada" (arXiv 2502.09992): Llama's arithmetic under OLMo's parameter names, with
                      bidirectional attention.
-FLUID                `model_head.bin` beside a model or a PEFT adapter (arXiv 2605.27387): a pickled state dict with
+FLUID                `model_head.bin` beside a model or a PEFT adapter, or under head/ as on the hub (arXiv
+                     2605.27387): a pickled state dict with
                      `diffusion_k_head.{0,2}.{weight,bias}`. The mask token is an unused token of the parent. Stage 1 is
                      trained with LLaMA-Factory and saved as a PEFT adapter.
 """
@@ -25,20 +26,33 @@ from ..common.errors import ConfigError, reason
 from ..common.files import read_json
 from ..forward.khead import KHead
 from ..tokens import Tokenizer
+from . import field_layouts
+from .field_layouts import Architecture, need
+from .weight_names import stored_names
 
 HEAD_FILE = "model_head.bin"
+HEAD_FOLDER = "head"
 ADAPTER_FILE = "adapter_config.json"
 HEAD_PREFIX = "diffusion_k_head."
 MASK_TEXTS: dict[str, tuple[str, ...]] = {
     "fluid": ("[unused32]", "<unused32>", "unused32", "<mask>"),
     "nbdiff": ("[unused0]", "<unused0>", "unused0"),
     "llada": ("<|mdm_mask|>",),
+    "mdlm": ("<|mask|>", "<M>", "[MASK]"),
+    "bd3lm": ("<|mask|>",),
+    "sdar": ("<|MASK|>", "<MASK>"),
+    "fast-dllm-v2": ("|<MASK>|",),
+    "wedlm": ("<|mask|>", "<MASK>"),
 }
 """Mask tokens of published checkpoints. FLUID's code (commit 9093c11) uses openPangu's unused32, and <mask> over other
 parents.
 """
-END_TEXTS: dict[str, tuple[str, ...]] = {"llada": ("<|eot_id|>",)}
-"""End tokens beside the end of sequence: LLaDA-Instruct ends a turn with <|eot_id|>."""
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
+END_TEXTS: dict[str, tuple[str, ...]] = {
+    "llada": ("<|eot_id|>",), "mdlm": _TURN_ENDS, "bd3lm": _TURN_ENDS, "sdar": _TURN_ENDS, "fast-dllm-v2": _TURN_ENDS,
+    "wedlm": _TURN_ENDS,
+}  # fmt: skip
+"""End tokens beside the end of sequence: of a turn, in the chats of LLaDA and Llama 3 and of Qwen."""
 NBDIFF_NAMES = ("nbdiff-7b-base", "nbdiff-7b-instruct", "openpangu-7b-diffusion-base", "openpangu-r-7b-diffusion")
 """Repositories of NBDiff, whose config.json is their parent's."""
 ADAPTER_KEYS = {r"^model\.model\.": "model.", r"^model\.lm_head\.": "lm_head."}
@@ -78,15 +92,20 @@ LLADA_KEYS = {
 class Published:
     """A folder's configuration in this package's terms.
 
-    llama: fields of LlamaConfig, for an architecture unknown to transformers.  keys: patterns of its parameter names,
-    and Llama's names.  method: of the adaptation.  mask_id, block_length: as config.json states them.
+    layout: the published `model_type`, empty for transformers' own.  architecture, fields: of transformers, that
+    compute the same, and the fields of its configuration.  keys: patterns of published parameter names, and the
+    architecture's.  method: of the adaptation.  mask_id, block_length: as config.json states them.  shift: a masked
+    token is predicted at the slot before it.
     """
 
-    llama: Mapping[str, Any] | None = None
+    layout: str = ""
+    architecture: Architecture | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
     method: str | None = None
     mask_id: int | None = None
     block_length: int | None = None
+    shift: bool = False
 
 
 def read_published(folder: Path, name: str, method: str | None = None) -> Published:
@@ -94,31 +113,79 @@ def read_published(folder: Path, name: str, method: str | None = None) -> Publis
 
     Raises ConfigError, naming the file, if a field is missing or contradicts Llama's architecture.
     """
-    raw = _read_json(folder / "config.json")
+    file = folder / "config.json"
+    raw = read_raw(file)
+    layout = str(raw.get("model_type"))
     published = Published(mask_id=raw.get("mask_token_id"), block_length=raw.get("block_length"))
-    if raw.get("model_type") == "llada":
-        published = replace(published, llama=_llada(raw, folder / "config.json"), keys=LLADA_KEYS, method="llada")
-    elif raw.get("model_type") == "PanguEmbedded":
+    if layout in field_layouts.LAYOUTS:
+        published = _of_the_field(folder, name, raw)
+    elif layout in field_layouts.MIXTURES:
+        refused = field_layouts.MIXTURES[layout]
+        raise ConfigError(
+            f"{file}: {refused} is a mixture of experts, which is not supported; known are {known_layouts()}"
+        )
+    elif layout == "llada":
+        published = replace(published, layout=layout, fields=_llada(raw, file), keys=LLADA_KEYS, method="llada")
+    elif layout == "PanguEmbedded":
         is_nbdiff = published.mask_id is not None or published.block_length is not None
         is_nbdiff |= Path(name).name.lower() in NBDIFF_NAMES
-        llama = _pangu(raw, folder / "config.json")
-        published = replace(published, llama=llama, method="nbdiff" if is_nbdiff else None)
+        published = replace(published, layout=layout, fields=_pangu(raw, file), method="nbdiff" if is_nbdiff else None)
+    elif layout == "qwen2" and Path(name).name.lower().startswith(field_layouts.OPEN_DCODER):
+        published = replace(published, method="mdlm", shift=True)
+    if published.layout and published.architecture is None:
+        published = replace(published, architecture="llama")
     return replace(published, method=method or published.method)
 
 
+def known_layouts() -> str:
+    """Layouts that load beside transformers' own, for messages."""
+    return ", ".join(sorted(("PanguEmbedded", "llada", *field_layouts.LAYOUTS), key=str.lower))
+
+
+def _of_the_field(folder: Path, name: str, raw: Mapping[str, Any]) -> Published:
+    """A model in one of `field_layouts`.  name: the model's, as the user states it.  raw: its config.json."""
+    file, model_type = folder / "config.json", str(raw["model_type"])
+    stored = stored_names(folder)
+    tied = stored is not None and "lm_head.weight" not in stored
+    architecture, fields = field_layouts.fields_of(model_type, raw, file, tied=tied)
+    return Published(
+        layout=model_type,
+        architecture=architecture,
+        fields=fields,
+        method=field_layouts.method_of(model_type, raw, name),
+        mask_id=raw.get("mask_token_id"),
+        block_length=field_layouts.block_length(model_type, raw, file),
+        shift=field_layouts.LAYOUTS[model_type].shift,
+    )
+
+
+def head_file(folder: Path) -> Path | None:
+    """The published K-head of a folder: `model_head.bin`, or the only one under head/, as FLUID-7B lies on the hub.
+
+    Raises ConfigError where several lie there.
+    """
+    if (folder / HEAD_FILE).is_file():
+        return folder / HEAD_FILE
+    heads = sorted((folder / HEAD_FOLDER).glob(f"**/{HEAD_FILE}"))
+    if len(heads) > 1:
+        names = ", ".join(str(file.relative_to(folder)) for file in heads)
+        raise ConfigError(f"model={folder}: {len(heads)} K-heads, {names}; copy the one to use to {HEAD_FILE}")
+    return heads[0] if heads else None
+
+
 def _pangu(raw: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    _need(raw, _PANGU_NEEDS, file)
+    need(raw, _PANGU_NEEDS, file)
     dropped = {"auto_map", "model_type", "bias", "transformers_version"}
     return {**{k: v for k, v in raw.items() if k not in dropped}, "attention_bias": raw["bias"], "mlp_bias": False}
 
 
 def _llada(raw: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    _need(raw, ("d_model", "n_heads", "n_layers", "mlp_hidden_size", "rope_theta", "rms_norm_eps"), file)
+    need(raw, ("d_model", "n_heads", "n_layers", "mlp_hidden_size", "rope_theta", "rms_norm_eps"), file)
     for name, known in _LLADA_FIXED.items():
         if (value := raw.get(name, known[0])) not in known:
             raise ConfigError(f"{file}: {name}={value!r} is not supported; LLaDA-8B has {known[0]!r}")
     vocabulary = raw.get("embedding_size") or raw.get("vocab_size")
-    _need({"vocab_size": vocabulary, **raw}, ("vocab_size", "max_sequence_length", "weight_tying"), file)
+    need({"vocab_size": vocabulary, **raw}, ("vocab_size", "max_sequence_length", "weight_tying"), file)
     unchanged = ("architectures", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
     return {
         **{k: raw[k] for k in unchanged if k in raw},
@@ -135,20 +202,14 @@ def _llada(raw: Mapping[str, Any], file: Path) -> dict[str, Any]:
     }
 
 
-def _need(raw: Mapping[str, Any], names: tuple[str, ...], file: Path) -> None:
-    missing = [name for name in names if raw.get(name) is None]
-    if missing:
-        raise ConfigError(f"{file}: {missing[0]} is missing; a {raw.get('model_type')} model cannot be read without it")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
+def read_raw(file: Path) -> dict[str, Any]:
     """The object of a JSON file, empty without the file. Raises ConfigError naming it."""
     return read_json(file) if file.is_file() else {}
 
 
 def own_classes(folder: Path, file: str) -> list[str]:
     """Classes of the repository's code in a file's auto_map."""
-    named = _read_json(folder / file).get("auto_map") or {}
+    named = read_raw(folder / file).get("auto_map") or {}
     if not isinstance(named, dict):
         raise ConfigError(f"{folder / file}: auto_map={named!r} is no table of classes")
     classes: list[Any] = []
@@ -218,7 +279,7 @@ def adapter_parent(folder: Path, given: str | None = None) -> str | None:
     file = folder / ADAPTER_FILE
     if not file.is_file() or (folder / "config.json").is_file():
         return None
-    parent = given or _read_json(file).get("base_model_name_or_path")
+    parent = given or read_raw(file).get("base_model_name_or_path")
     if not parent or not isinstance(parent, str):
         raise ConfigError(
             f"{file}: base_model_name_or_path={parent!r} names no base model; --set model.base=FOLDER does"

@@ -7,11 +7,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2Tokenizer,
+    Qwen3Config,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..common.errors import ConfigError, reason
 from ..tokens import Tokenizer
-from . import hub, published_layouts, sentencepiece
+from . import field_layouts, hub, published_layouts, sentencepiece
 from .manifest import MANIFEST_FILE, Manifest, read_manifest
 from .published_layouts import Published
 
@@ -25,6 +35,9 @@ TOKENIZER_FILES = (
     "vocab-src.json",
 )
 """Files of tokenizers; this project reads the first two, transformers the others."""
+CONFIGS: dict[field_layouts.Architecture, type[PretrainedConfig]] = {
+    "llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,27 +66,45 @@ class CheckpointFiles:
     @cached_property
     def config(self) -> PretrainedConfig:
         """transformers' configuration of the base. Raises ConfigError for an unknown architecture."""
-        if self.published.llama is None:
+        architecture = self.published.architecture
+        if architecture is None:
+            self._check_known()
             return from_pretrained(AutoConfig, self.base, self.trust)
         try:
-            return LlamaConfig(**self.published.llama)
+            return CONFIGS[architecture](**self.published.fields)
         except Exception as error:  # transformers' validation errors share no type
-            raise ConfigError(f"{self.base / 'config.json'}: not a Llama-shaped model: {reason(error)}") from error
+            shape = architecture.capitalize()
+            raise ConfigError(f"{self.base / 'config.json'}: not a {shape}-shaped model: {reason(error)}") from error
+
+    def _check_known(self) -> None:
+        """Raise ConfigError for a `model_type` that neither transformers nor a published layout knows."""
+        model_type = published_layouts.read_raw(self.base / "config.json").get("model_type")
+        if self.trust or not isinstance(model_type, str) or model_type in CONFIG_MAPPING:
+            return
+        raise ConfigError(
+            f"model={self.base}: model_type {model_type!r} of config.json is unknown; known are transformers' own and "
+            f"{published_layouts.known_layouts()}; --trust-remote-code runs the repository's code"
+        )
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The folder's tokenizer; the base's for an adapter without one."""
         try:
-            return _read_tokenizer(self.folder, self.trust)
+            return _read_tokenizer(self.folder, self.trust, self._known_config)
         except ConfigError:
             if self.manifest is not None or self.base == self.folder:
                 raise
-            return _read_tokenizer(self.base, self.trust)
+            return _read_tokenizer(self.base, self.trust, self._known_config)
+
+    @property
+    def _known_config(self) -> PretrainedConfig | None:
+        """The configuration of a published layout, whose `model_type` transformers does not know."""
+        return self.config if self.published.layout else None
 
     @property
     def remote_code(self) -> list[str]:
         """Classes of the repository's code that run; none without trust."""
-        named = published_layouts.own_classes(self.base, "config.json") if self.published.llama is None else []
+        named = published_layouts.own_classes(self.base, "config.json") if not self.published.layout else []
         named += published_layouts.own_classes(self.folder, "tokenizer_config.json")
         return sorted(set(named)) if self.trust else []
 
@@ -106,7 +137,7 @@ def find_checkpoint(
         base_folder, parent = _find_base(folder, parent, weights, trust)
     # 3) its layout; a published K-head identifies FLUID
     published = published_layouts.read_published(base_folder, parent or path, method)
-    if published.method is None and (folder / published_layouts.HEAD_FILE).is_file():
+    if published.method is None and published_layouts.head_file(folder) is not None:
         published = replace(published, method="fluid")
     return CheckpointFiles(folder, base_folder, parent, manifest, published, trust)
 
@@ -128,10 +159,11 @@ def _find_base(folder: Path, named: str, weights: bool, trust: bool) -> tuple[Pa
     return base_folder, str(base_folder) if beside else named
 
 
-def _read_tokenizer(folder: Path, trust: bool) -> Tokenizer:
+def _read_tokenizer(folder: Path, trust: bool, config: PretrainedConfig | None = None) -> Tokenizer:
     """The tokenizer of tokenizer.json, else of tokenizer.model, else transformers' own choice.
 
-    With `trust`, always transformers' choice, which may be a class of the repository.
+    With `trust`, always transformers' choice, which may be a class of the repository.  config: of the model, where
+    transformers cannot read it.
     """
     own = [] if trust else published_layouts.own_classes(folder, "tokenizer_config.json")
     if not trust and not (folder / "tokenizer.json").is_file() and (folder / sentencepiece.MODEL_FILE).is_file():
@@ -141,10 +173,13 @@ def _read_tokenizer(folder: Path, trust: bool) -> Tokenizer:
         if own or not trust:
             raise ConfigError(f"model={folder}: no tokenizer here: neither {' nor '.join(TOKENIZER_FILES[:2])}{why}")
     elif own:
-        tokenizer = from_pretrained(PreTrainedTokenizerFast, folder)
+        named = published_layouts.read_raw(folder / "tokenizer_config.json").get("tokenizer_class")
+        is_qwen2 = named in field_layouts.QWEN2_TOKENIZERS and not (folder / "tokenizer.json").is_file()
+        tokenizer = from_pretrained(Qwen2Tokenizer if is_qwen2 else PreTrainedTokenizerFast, folder)
         tokenizer.init_kwargs.pop("auto_map", None)  # else it would be saved with a reference to missing code
         return _checked(tokenizer, folder)
-    return _checked(from_pretrained(AutoTokenizer, folder, trust), folder)
+    options = {} if config is None else {"config": config}
+    return _checked(from_pretrained(AutoTokenizer, folder, trust, **options), folder)
 
 
 def _checked(tokenizer: Tokenizer, folder: Path) -> Tokenizer:

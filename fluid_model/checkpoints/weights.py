@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..common.errors import ConfigError
 from .source import CheckpointFiles, from_pretrained
+from .weight_names import refuse, stored_names
 
-HARMLESS = re.compile(
-    r"(^|\.)(v_head|score)\.|(^|\.)position_ids$|rotary_emb\.(inv_freq|\w*cached)$"
-    r"|\.(attn|attention|self_attn)\.(attention\.)?(masked_bias|bias)$"
-)
-"""Ignored weights, which change no logit: value and classification heads, rotary tables, causal masks."""
 NO_ADAPTER = {"subfolder": "-"}
 """Keeps transformers from loading an adapter unasked; `adapters` loads it."""
 FINGERPRINT_NUMBERS = 64
 """Numbers of each weight in a fingerprint; an embedding table's are of its first tokens, whatever its size."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
 """Number format in which torch holds the weights, by `dtype`; int8 is rounded later, see `int8_rows`."""
-MAX_NAMED = 3
-"""Weights named by a message."""
 
 
 def load_weights(source: CheckpointFiles, dtype: str, device: torch.device) -> PreTrainedModel:
@@ -38,8 +33,11 @@ def load_weights(source: CheckpointFiles, dtype: str, device: torch.device) -> P
     if dtype == "int8" and device.type != "cpu":
         raise ConfigError(f"dtype=int8 on {device.type}: these weights are for a CPU; use bfloat16")
     number = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else "auto")
-    is_published = source.published.llama is not None
-    options = {"config": source.config, "key_mapping": dict(source.published.keys)} if is_published else {}
+    is_published = source.published.architecture is not None
+    options: dict[str, Any] = {}
+    if is_published:
+        _check_names(source.base, source.config, source.published.keys)
+        options = {"config": source.config, "key_mapping": dict(source.published.keys)}
     model, info = from_pretrained(
         AutoModelForCausalLM, source.base, source.trust, dtype=number, output_loading_info=True,
         ignore_mismatched_sizes=True, adapter_kwargs=dict(NO_ADAPTER), **options,
@@ -51,18 +49,29 @@ def load_weights(source: CheckpointFiles, dtype: str, device: torch.device) -> P
     return loaded
 
 
+def _check_names(folder: Path, config: PretrainedConfig, keys: Mapping[str, str]) -> None:
+    """Raise ConfigError, before any weight is read, unless the folder's names are those of the configuration.
+
+    keys: patterns of published names, and the architecture's names for them.
+    """
+    stored = stored_names(folder)
+    if stored is None:
+        return
+    for pattern, name in keys.items():
+        stored = {re.sub(pattern, name, old) for old in stored}
+    with torch.device("meta"):
+        needed = set(AutoModelForCausalLM.from_config(config).state_dict())
+    if config.tie_word_embeddings:
+        needed.discard("lm_head.weight")
+        stored.discard("lm_head.weight")
+    refuse(folder, needed - stored, stored - needed)
+
+
 def _check(folder: Path, info: dict[str, Any]) -> None:
     """Raise ConfigError unless files and model have the same weights.  info: transformers' loading report."""
     missing = list(info["missing_keys"])
     missing += [f"{name} {tuple(stored)} for {tuple(needed)}" for name, stored, needed in info["mismatched_keys"]]
-    unknown = [name for name in info["unexpected_keys"] if not HARMLESS.search(name)]
-    if missing:
-        named = ", ".join(sorted(missing)[:MAX_NAMED])
-        raise ConfigError(f"model={folder}: {len(missing)} weights are missing or misshapen, first {named}")
-    if unknown:
-        named = ", ".join(sorted(unknown)[:MAX_NAMED])
-        why = "config.json has no place for them, it is another model's or says too little"
-        raise ConfigError(f"model={folder}: {len(unknown)} weights are unknown, first {named}; {why}")
+    refuse(folder, missing, info["unexpected_keys"])
 
 
 def embedding_tables(model: PreTrainedModel) -> dict[str, torch.Tensor]:

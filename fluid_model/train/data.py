@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch.utils.data import Dataset
 
 from ..common.errors import ConfigError
 from ..tokens import Tokenizer
-from .recipe import LossOn
+from .recipe import LossOn, LossPer
 from .row_layouts import Example, Layout, TrainingRow, pack_rows, weigh_per_example
 from .rows import DataRow
 
@@ -135,35 +136,75 @@ def pack_examples(examples: Sequence[Example], max_length: int, seed: int) -> li
     return closed + [tuple(packed) for _, packed in open_packs]
 
 
+class Filling(NamedTuple):
+    """The token that fills up rows to the longest of a device's batch, and the rows of such a batch."""
+
+    token: int
+    rows: int
+
+
+def fill_up(pack: Pack, batch: Sequence[Pack], token: int) -> Pack:
+    """An unpacked example, filled up to the longest of its batch with tokens to learn."""
+    (example,) = pack
+    end, longest = len(example.ids), max(len(other.ids) for (other,) in batch)
+    if end == longest:
+        return pack
+    *before, (start, stop) = example.spans
+    filled = [(start, longest)] if stop == end else [(start, stop), (end, longest)]
+    return (Example(example.ids + (token,) * (longest - end), (*before, *filled)),)
+
+
 class TrainingSet(Dataset[TrainingRow]):
     """Training rows by the number of their draw, `steps` times `batch` of them.
 
     Order and noise depend on the seed and the draw's number alone, so a resumed training draws what an unbroken one
-    draws.  per_row: weigh every example the same, whatever the length of its response.
+    draws.  per: see `LossSpec`.  filling: what rows without packing are filled up with.
     """
 
     def __init__(
-        self, packs: Sequence[Pack], layout: Layout, *, steps: int, batch: int, seed: int, per_row: bool = False
+        self,
+        packs: Sequence[Pack],
+        layout: Layout,
+        *,
+        steps: int,
+        batch: int,
+        seed: int,
+        per: LossPer = "slot",
+        filling: Filling | None = None,
     ) -> None:
         self.packs = packs
         self.layout = layout
         self.steps = steps
         self.batch = batch
         self.seed = seed
-        self.per_row = per_row
+        self.per = per
+        self.filling = filling
 
     def __len__(self) -> int:
         return self.steps * self.batch
 
     def __getitem__(self, draw: int) -> TrainingRow:
-        epoch, place = divmod(draw, len(self.packs))
         step = draw // self.batch
         rng = random.Random(f"{self.seed}/{draw}")
-        examples = self.packs[self._order(epoch)[place]]
-        rows = [self.layout.build(example, rng, step) for example in examples]
-        if self.per_row:
+        rows = [self.layout.build(example, rng, step) for example in self._examples(draw)]
+        if self.per == "row":
             rows = [weigh_per_example(row) for row in rows]
+        if self.per == "batch":
+            rows = [replace(row, diff_count=1.0) for row in rows]
         return pack_rows(rows)
+
+    def _examples(self, draw: int) -> Pack:
+        """The examples of a draw, filled up where asked for."""
+        pack = self._pack(draw)
+        if self.filling is None:
+            return pack
+        first = draw - draw % self.filling.rows
+        batch = [self._pack(other) for other in range(first, min(first + self.filling.rows, len(self)))]
+        return fill_up(pack, batch, self.filling.token)
+
+    def _pack(self, draw: int) -> Pack:
+        epoch, place = divmod(draw, len(self.packs))
+        return self.packs[self._order(epoch)[place]]
 
     def _order(self, epoch: int) -> list[int]:
         """The packs' order in an epoch; the last one asked for is cached."""

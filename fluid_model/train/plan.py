@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoints import checkpoint as checkpoints
 from ..common.errors import ConfigError
-from .data import Pack, encode, pack_examples
+from .data import Pack, encode, fill_up, pack_examples
 from .parent import outline, train_tokenizer
 from .recipe import ParentSpec, Recipe
 from .row_layouts import Example, TrainingRow, pack_rows
@@ -203,7 +203,12 @@ def _sample_rows(recipe: Recipe, origin: ParentSpec) -> RowSample:
     layout = layout_of(recipe, mask=1, end=0, noise_ids=range(2, 3))
     rng, last_step = random.Random(0), (recipe.optim.steps or 1 << 30) - 1
     training_rows = []
-    for pack in packs[:SAMPLE]:
+    sampled = packs[:SAMPLE]
+    if recipe.fills_batch:
+        size = recipe.optim.batch_size // recipe.optim.accumulate
+        batches = [sampled[i : i + size] for i in range(0, len(sampled), size)]
+        sampled = [fill_up(pack, batch, token=0) for batch in batches for pack in batch]
+    for pack in sampled:
         training_rows.append(pack_rows([layout.build(example, rng, last_step) for example in pack]))
     return RowSample(training_rows, total, assumed)
 

@@ -29,18 +29,24 @@ from ..common.errors import ConfigError
 from ..common.fields import at_least, build
 from ..common.files import Nested
 from ..settings import check_range
+from .layout_specs import BlockSpec, CanvasSpec, MaskBlockSpec
+from .noise import NoiseSpec
 
 LossOn = Literal["responses", "last", "all"]
 """The part of a row with a loss: every response, the last one, or all of it."""
 LossTarget = Literal["labels", "parent"]
 """What a mask slot learns: the next token, by cross-entropy, or the parent's distribution of it, by KL divergence."""
-Stage = Literal["ar", "fluid-hybrid", "fluid-horizon", "nbdiff", "llada"]
-ADAPTS = ("fluid-hybrid", "nbdiff", "llada")
+LossPer = Literal["slot", "row", "batch"]
+Stage = Literal["ar", "fluid-hybrid", "fluid-horizon", "nbdiff", "llada", "mdlm", "bd3lm"]
+MASKED = ("llada", "mdlm", "bd3lm")
+"""Stages of masked diffusion: one noise level an example, no causal path left."""
+ADAPTS = ("fluid-hybrid", "nbdiff", *MASKED)
 """Stages that add a mask token to a parent and train it to predict masked tokens."""
 LOSSES: dict[Stage, tuple[float, float] | None] = {
-    "ar": (1.0, 0.0), "fluid-hybrid": None, "fluid-horizon": None, "nbdiff": (0.5, 1.0), "llada": (0.0, 1.0)
+    "ar": (1.0, 0.0), "fluid-hybrid": None, "fluid-horizon": None, "nbdiff": (0.5, 1.0), "llada": (0.0, 1.0),
+    "mdlm": (0.0, 1.0), "bd3lm": (0.0, 1.0),
 }  # fmt: skip
-"""Weights of L_AR and L_Diff; None is one mean over all slots.  (FLUID's published code; NBDiff, lambda 0.5; LLaDA)"""
+"""Weights of L_AR and L_Diff; None: one mean over all slots. (FLUID's public code; NBDiff, lambda 0.5; LLaDA; dLLM)"""
 
 
 @dataclass(frozen=True)
@@ -142,79 +148,19 @@ class LoraSpec:
 
 
 @dataclass(frozen=True)
-class MaskBlockSpec:
-    """FLUID's mask blocks; FLUID's code calls them fans. The defaults are its stage 1's (16, 0.5, 10%, all).
-
-    k_max, probability, noise, restore, anchors, depth: see `row_layouts.HybridLayout`.  past_end: in stage
-    fluid-horizon, slots past the end of a response count in K*'s mean with loss 0, as in FLUID's public code.  drawn:
-    widths by `depth` in place of weights, for gated adapters. See `row_layouts.AllMaskLayout` for both.
-    """
-
-    k_max: int = 16
-    probability: float = 0.5
-    noise: float = 0.1
-    restore: float = 1.0
-    anchors: int | None = None
-    depth: float = 1.0
-    past_end: bool = False
-    drawn: bool = False
-
-    def __post_init__(self) -> None:
-        at_least("fans.k_max", self.k_max, 1)
-        check_range("fans.probability", self.probability, 0.0, 1.0, open_low=True)
-        check_range("fans.noise", self.noise, 0.0, 1.0)
-        check_range("fans.restore", self.restore, 0.0, 1.0)
-        at_least("fans.anchors", self.anchors, 1)
-        check_range("fans.depth", self.depth, 0.0, 1.0, open_low=True)
-
-
-@dataclass(frozen=True)
-class BlockSpec:
-    """NBDiff's blocks.
-
-    length: tokens.  first, every: block length at step 0, and steps between its doublings (every=0: full length from
-    the start).  by_noise: weigh a masked token 1/t.
-    """
-
-    length: int = 32
-    first: int = 1
-    every: int = 0
-    by_noise: bool = False
-
-    def __post_init__(self) -> None:
-        at_least("blocks.length", self.length, 1)
-        check_range("blocks.first", self.first, 1, self.length)
-        at_least("blocks.every", self.every, 0)
-
-
-@dataclass(frozen=True)
-class CanvasSpec:
-    """LLaDA's canvas. length: tokens; end tokens fill up a response to this length at most.
-
-    shift: a masked token is predicted at the slot before it, where the parent predicts it, too (DiffuLLaMA, arXiv
-    2410.17891; Dream, arXiv 2508.15487). LLaDA predicts in place.
-    """
-
-    length: int = 128
-    shift: bool = False
-
-    def __post_init__(self) -> None:
-        at_least("canvas.length", self.length, 1)
-
-
-@dataclass(frozen=True)
 class LossSpec:
     """The minimised loss: ar * L_AR + diff * L_Diff. Unset weights are those of the stage's publication, `LOSSES`.
 
     per: weigh every labelled slot of a step the same (slot), or every row (row). FLUID's public code and SMDM's
     (ML-GSAI/SMDM at 583aa47, sft/finetune_mdm.py) weigh slots, LLaDA's guidelines (ML-GSAI/LLaDA at b7e6c35,
-    GUIDELINES.md) weigh rows. NBDiff published no training code.
+    GUIDELINES.md) weigh rows. NBDiff published no training code.  batch: a row's losses are summed, then averaged over
+    rows. dLLM's loss_norm_type has the three as token (its default), sequence and batch.
     target: see `LossTarget`; parent needs a gated adapter, whose training has the parent's distributions at hand.
     """
 
     ar: float | None = None
     diff: float | None = None
-    per: Literal["slot", "row"] = "slot"
+    per: LossPer = "slot"
     target: LossTarget = "labels"
 
     def __post_init__(self) -> None:
@@ -285,6 +231,7 @@ class Recipe:
     fans: MaskBlockSpec = field(default_factory=MaskBlockSpec)
     blocks: BlockSpec = field(default_factory=BlockSpec)
     canvas: CanvasSpec = field(default_factory=CanvasSpec)
+    noise: NoiseSpec = field(default_factory=NoiseSpec)
     loss: LossSpec = field(default_factory=LossSpec)
     lora: LoraSpec | None = None
     tau: tuple[float, ...] = ()
@@ -311,13 +258,37 @@ class Recipe:
             raise ConfigError("loss.target='parent' needs lora.gated=true")
         if self.fans.drawn and not self.is_gated:
             raise ConfigError("fans.drawn=true: widths are drawn by depth for gated adapters alone (lora.gated=true)")
-        if self.loss.ar and self.stage == "llada":
-            raise ConfigError(f"loss.ar={self.loss.ar}: a bidirectional canvas has no autoregressive term")
+        self._check_masked()
 
     @property
     def is_gated(self) -> bool:
         """Whether the stage trains a gated adapter."""
         return self.lora is not None and self.lora.gated
+
+    @property
+    def fills_batch(self) -> bool:
+        """Whether rows are filled up to the longest of a device's batch."""
+        published = "batch" if self.stage == "mdlm" else "random"
+        return self.stage in ("llada", "mdlm") and (self.canvas.fill or published) == "batch"
+
+    def _check_masked(self) -> None:
+        """Raise ConfigError for settings of masked diffusion in other stages, and for those that do not fit it."""
+        if self.stage not in MASKED and self.noise != NoiseSpec():
+            raise ConfigError(f"noise: stage {self.stage} has none; known: {', '.join(MASKED)}")
+        if self.stage not in MASKED and self.loss.per == "batch":
+            raise ConfigError(f"loss.per='batch': stage {self.stage} averages over slots or rows")
+        if self.loss.ar and self.stage in MASKED:
+            raise ConfigError(f"loss.ar={self.loss.ar}: stage {self.stage} has no autoregressive term")
+        if self.fills_batch and self.data.pack:
+            raise ConfigError("data.pack=true: packed rows are not filled up to a batch's; set canvas.fill='random'")
+        if self.blocks.shift and self.stage != "bd3lm":
+            raise ConfigError(f"blocks.shift=true: a setting of stage bd3lm, not of {self.stage}")
+        length, longest = self.blocks.length, self.data.max_length
+        if self.stage == "bd3lm" and longest % length:
+            rounded_up = -(-longest // length) * length
+            raise ConfigError(f"blocks.length={length} does not divide data.max_length={longest}; set {rounded_up}")
+        if self.stage == "bd3lm" and self.blocks.by_noise:
+            raise ConfigError("blocks.by_noise=true: stage bd3lm weighs by noise.weight")
 
     def _check_gated(self) -> None:
         """Raise ConfigError for settings that a gated adapter does not learn from."""

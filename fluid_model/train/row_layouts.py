@@ -29,8 +29,8 @@ predicted from the clean token before it: b from slot 0.
     anchor    0  1  2  3  4    0  0    2  2        anchor   = n - 1
     step      0  0  0  0  0    1  1    1  1        step     = 1
 
-Canvas under full attention (stage `llada`; arXiv 2502.09992): every slot is anchored at the last one. Labels are not
-shifted.
+Canvas under full attention (stages `llada`, arXiv 2502.09992, and `mdlm`, 2406.07524): every slot is anchored at the
+last one. Labels are not shifted.
 
     slot      0  1  2  3  4
     id        a  M  c  M  e
@@ -41,6 +41,18 @@ shifted.
 
 With `shift` a masked token's label is at the slot before it, as in next-token training (Dream, arXiv 2508.15487;
 DiffuLLaMA, arXiv 2410.17891): `b . d . .` above.
+
+Clean copy and noised blocks of two tokens under block-causal attention (stage `bd3lm`; arXiv 2503.09573). Blocks count
+from the row's first token, and an end token z fills up the last one. Clean slots are anchored at the last token of
+their block, so that they attend to one another and to earlier blocks. A noised block without a label is left out: here
+c d, where nothing is masked. No other slot attends to it.
+
+    slot      0  1  2  3  4  5    6  7    8  9      a noised block that begins at token n:
+    id        a  b  c  d  e  z    a  M    M  M
+    position  0  1  2  3  4  5    0  1    4  5        position = the token's own
+    label     .  .  .  .  .  .    .  b    e  z        label    = the masked token
+    anchor    1  1  3  3  5  5   -1 -1    3  3        anchor   = n - 1
+    step      0  0  0  0  0  0    1  1    1  1        step     = 1
 
 Packed row of two examples, a b c with a mask block anchored at a, and p q. Positions start anew; anchors are offset by
 the slots before the example.
@@ -213,7 +225,7 @@ class AllMaskLayout:
 def causal_row(example: Example) -> TrainingRow:
     """The tokens of an example as one causal chain, with next-token labels on the response."""
     row = TrainingRow()
-    learnt = _places(example.spans)
+    learnt = places_of(example.spans)
     for i, token in enumerate(example.ids):
         if i + 1 in learnt:
             row.add_slot(token, position=i, label=example.ids[i + 1], anchor=i, step=0, ar=1.0)
@@ -254,6 +266,11 @@ def with_mask_blocks(example: Example, layout: HybridLayout | AllMaskLayout, rng
     return row
 
 
+def grown_length(length: int, first: int, every: int, step: int) -> int:
+    """Block length at a training step, see `NoisedBlockLayout`."""
+    return min(length, first << min(30, step // every)) if every else length
+
+
 @dataclass(frozen=True)
 class NoisedBlockLayout:
     """NBDiff: the clean copy, and beside it noised blocks, each masked at its own level t ~ U(0, 1].
@@ -275,7 +292,7 @@ class NoisedBlockLayout:
 
     def block_length(self, step: int) -> int:
         """Block length at a training step."""
-        return min(self.length, self.first << min(30, step // self.every)) if self.every else self.length
+        return grown_length(self.length, self.first, self.every, step)
 
     def build(self, example: Example, rng: random.Random, step: int) -> TrainingRow:
         length = self.block_length(step)
@@ -314,47 +331,7 @@ class NoisedBlockLayout:
             )
 
 
-@dataclass(frozen=True)
-class CanvasLayout:
-    """LLaDA: response tokens masked at one level t ~ U[0, 1] a row, and predicted in place under full attention.
-
-    A random number of end tokens follows the response, up to a canvas of `length`. They teach the model where an answer
-    ends (LLaDA's guidelines, ML-GSAI/LLaDA at b7e6c35, fill rows up to the longest of the batch). A masked token weighs
-    1/t; `LossSpec.per` chooses what the mean is over.
-
-    shift: the slot before a masked token predicts it; a row's first token is not masked.  noise_level: a fixed t.
-    """
-
-    mask_id: int
-    end_id: int
-    length: int = 0
-    shift: bool = False
-    noise_level: float | None = None
-
-    def build(self, example: Example, rng: random.Random, step: int) -> TrainingRow:
-        # 1) fill up the canvas
-        *before, (start, end) = example.spans
-        filling = rng.randint(0, max(0, self.length - (end - start)))
-        ids = example.ids[:end] + (self.end_id,) * filling
-        # 2) draw the noise
-        level = self.noise_level or MIN_NOISE_LEVEL + (1.0 - MIN_NOISE_LEVEL) * rng.random()
-        learnt = _places((*before, (start, len(ids))))
-        if self.shift:
-            learnt.discard(0)  # no slot stands before the first token
-        masked = {i for i in sorted(learnt) if rng.random() < level}
-        # 3) one slot per token, all anchored at the last
-        row = TrainingRow(diff_count=len(learnt))
-        last = len(ids) - 1
-        for i, token in enumerate(ids):
-            token, target = self.mask_id if i in masked else token, i + self.shift
-            if target in masked:
-                row.add_slot(token, position=i, label=ids[target], anchor=last, step=0, diff=1.0 / level)
-            else:
-                row.add_slot(token, position=i, label=IGNORE, anchor=last, step=0)
-        return row
-
-
-def _places(spans: Sequence[tuple[int, int]]) -> set[int]:
+def places_of(spans: Sequence[tuple[int, int]]) -> set[int]:
     """Token indices that the spans cover."""
     return {place for start, end in spans for place in range(start, end)}
 

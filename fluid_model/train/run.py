@@ -32,14 +32,13 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.manifest import CHECKPOINT_FILES, TRAINING_FILE
 from ..common import replace_folder
 from ..common.errors import ConfigError, RunError
-from .data import Pack, TrainingSet, encode, pack_examples
+from .data import Filling, Pack, TrainingSet, encode, pack_examples
 from .gated import GatedStage
 from .measure import HeldOut
 from .origin import training_record
 from .places import SECONDS_FILE, WORK_FILES, check_out, finished, is_first, latest_step, work_folder
 from .progress import Progress
-from .recipe import ADAPTS, Recipe
-from .row_layouts import CanvasLayout
+from .recipe import ADAPTS, MASKED, Recipe
 from .rows import DataRow, load_rows
 from .stage_setup import StageSetup, final_layout, set_up_stage
 from .stages import FLEX_MULTIPLE, Batch, HorizonCalibration, collate, row_loss
@@ -194,7 +193,7 @@ def _trainer(
     trainer = StageTrainer(
         setup,
         recipe,
-        _held_out(setup, held_out_packs, arguments, multiple),
+        _held_out(recipe, setup, held_out_packs, arguments, multiple),
         model=setup.module,
         args=arguments,
         data_collator=partial(collate, multiple=multiple),
@@ -204,10 +203,16 @@ def _trainer(
             steps=arguments.max_steps,
             batch=recipe.optim.batch_size,
             seed=recipe.seed,
-            per_row=recipe.loss.per == "row",
+            per=recipe.loss.per,
+            filling=_filling(recipe, setup, arguments.per_device_train_batch_size),
         ),
         eval_dataset=TrainingSet(
-            held_out_packs, final_layout(setup.layout), steps=1, batch=len(held_out_packs), seed=recipe.seed + 1
+            held_out_packs,
+            final_layout(setup.layout),
+            steps=1,
+            batch=len(held_out_packs),
+            seed=recipe.seed + 1,
+            filling=_filling(recipe, setup, arguments.per_device_eval_batch_size),
         ),
     )
     for printer in (PrinterCallback, ProgressCallback):
@@ -227,10 +232,21 @@ def _pack(recipe: Recipe, setup: StageSetup, rows: Sequence[DataRow]) -> list[Pa
     return [(example,) for example in examples]
 
 
-def _held_out(setup: StageSetup, packs: list[Pack], arguments: TrainingArguments, multiple: int) -> HeldOut | None:
+def _filling(recipe: Recipe, setup: StageSetup, rows: int) -> Filling | None:
+    """What fills up the rows of a device's batch, where the recipe asks for it."""
+    if not recipe.fills_batch:
+        return None
+    tokenizer = setup.checkpoint.tokenizer
+    pads = recipe.stage == "mdlm" and tokenizer.pad_token_id is not None
+    return Filling(tokenizer.pad_token_id if pads else tokenizer.eos_token_id, rows)
+
+
+def _held_out(
+    recipe: Recipe, setup: StageSetup, packs: list[Pack], arguments: TrainingArguments, multiple: int
+) -> HeldOut | None:
     if setup.measured_layout is None:
         return None
-    causal = not isinstance(setup.layout, CanvasLayout)
+    causal = recipe.stage not in MASKED
     batch = arguments.per_device_eval_batch_size
     return HeldOut(setup.checkpoint.model, packs, setup.measured_layout, batch, causal=causal, multiple=multiple)
 

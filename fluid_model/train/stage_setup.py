@@ -19,13 +19,17 @@ from ..common.errors import ConfigError
 from ..forward.backbone import Backbone
 from ..forward.gated_lora import GatedLora
 from .gated import GatedStage
+from .masked_layouts import BlockCausalLayout, CanvasLayout
+from .noise import NoiseSpec
 from .parent import load_parent
-from .recipe import LoraSpec, LossTarget, Recipe
-from .row_layouts import AllMaskLayout, CanvasLayout, CausalLayout, HybridLayout, Layout, NoisedBlockLayout
+from .recipe import MASKED, LoraSpec, LossTarget, Recipe
+from .row_layouts import AllMaskLayout, CausalLayout, HybridLayout, Layout, NoisedBlockLayout
 from .stages import HorizonCalibration
 
 NEW_MASK = "<|mask|>"
 """Text of the mask token added to a parent, where the recipe names none."""
+DLLM_OFFSET = 1e-6
+"""Added to the divisor of a masked token's weight by dLLM's schedules, see `noise`."""
 
 
 @dataclass
@@ -100,9 +104,15 @@ def _set_up_adaptation(checkpoint: Checkpoint, recipe: Recipe, parent: str) -> S
     elif isinstance(layout, NoisedBlockLayout):
         measured_layout = replace(layout, every=0, by_noise=False, noise_level=1.0)
         checkpoint.manifest = Manifest(parent, mask_text, method="nbdiff", block_length=layout.length)
+    elif isinstance(layout, BlockCausalLayout):
+        measured_layout = replace(layout, every=0, noise_level=1.0, noise=NoiseSpec())  # a cosine weighs t = 1 with 0
+        checkpoint.manifest = Manifest(
+            parent, mask_text, method="bd3lm", block_length=layout.length, shift=layout.shift
+        )
     else:
         measured_layout = CanvasLayout(mask, end, shift=recipe.canvas.shift, noise_level=1.0)
-        checkpoint.manifest = Manifest(parent, mask_text, method="llada", shift=recipe.canvas.shift)
+        method = "mdlm" if recipe.stage == "mdlm" else "llada"
+        checkpoint.manifest = Manifest(parent, mask_text, method=method, shift=recipe.canvas.shift)
     # 3) trained parameters: the model's, or an adapter's
     module: nn.Module = checkpoint.model
     if recipe.lora is not None and recipe.lora.gated:
@@ -137,7 +147,7 @@ def _add_gated_lora(checkpoint: Checkpoint, spec: LoraSpec, mask: int, target: L
 
 def layout_of(recipe: Recipe, mask: int, end: int, noise_ids: Sequence[int]) -> Layout:
     """The layout of a recipe's stage. mask, end: token ids.  noise_ids: tokens that noise is drawn from."""
-    fans, blocks = recipe.fans, recipe.blocks
+    fans, blocks, canvas = recipe.fans, recipe.blocks, recipe.canvas
     if recipe.stage == "fluid-horizon" or recipe.is_gated:
         past_end = fans.past_end and not recipe.is_gated
         return AllMaskLayout(mask, fans.k_max, fans.probability, past_end, fans.anchors, fans.depth, fans.drawn)
@@ -146,14 +156,19 @@ def layout_of(recipe: Recipe, mask: int, end: int, noise_ids: Sequence[int]) -> 
         return HybridLayout(mask, fans.k_max, noise_ids, *shape)
     if recipe.stage == "nbdiff":
         return NoisedBlockLayout(mask, end, blocks.length, blocks.first, blocks.every, blocks.by_noise)
-    if recipe.stage == "llada":
-        return CanvasLayout(mask, end, recipe.canvas.length, recipe.canvas.shift)
+    offset = 0.0 if recipe.stage == "llada" else DLLM_OFFSET
+    if recipe.stage == "bd3lm":
+        growth = blocks.length, blocks.first, blocks.every
+        return BlockCausalLayout(mask, end, *growth, shift=blocks.shift, noise=recipe.noise, divisor_offset=offset)
+    if recipe.stage in MASKED:
+        length = 0 if recipe.fills_batch else canvas.length
+        return CanvasLayout(mask, end, length, canvas.shift, noise=recipe.noise, divisor_offset=offset)
     return CausalLayout()
 
 
 def final_layout(layout: Layout) -> Layout:
     """The layout at the end of a training: blocks at full length."""
-    return replace(layout, every=0) if isinstance(layout, NoisedBlockLayout) else layout
+    return replace(layout, every=0) if isinstance(layout, NoisedBlockLayout | BlockCausalLayout) else layout
 
 
 def _check_attention(checkpoint: Checkpoint, recipe: Recipe) -> None:

@@ -1,0 +1,335 @@
+"""Layouts of the field's checkpoints: logits as in plain code, told by their files, refused in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fluid_model
+from fluid_eval.cli.main import main
+from fluid_eval.cli.models import describe_model
+from fluid_eval.common.spec import build_spec
+from fluid_eval.results import run_folder
+from fluid_eval.running.decoder_choice import with_decoder
+from fluid_eval.running.job import run
+from fluid_model import ConfigError
+from fluid_model.checkpoints import field_layouts, weights
+from fluid_model.checkpoints.special_tokens import read_special_tokens
+from fluid_model.forward import attention_masks
+from fluid_model.forward.kv_cache import KVCache
+
+from .published import write_json
+from .test_cli import write_gsm8k
+from .tiny import byte_tokenizer
+
+D, FFN, LAYERS, H, G, V, THETA, EPS = 32, 48, 2, 4, 2, 300, 1e6, 1e-6
+LENGTH = 19
+SPECIAL = ["<|endoftext|>", "<|im_end|>", "<|mask|>", "<|MASK|>", "|<MASK>|"]
+BASE = {
+    "vocab_size": V, "hidden_size": D, "intermediate_size": FFN, "num_hidden_layers": LAYERS, "rope_theta": THETA,
+    "num_attention_heads": H, "num_key_value_heads": G, "rms_norm_eps": EPS, "max_position_embeddings": 512,
+    "hidden_act": "silu", "torch_dtype": "bfloat16", "use_cache": False, "use_sliding_window": False,
+    "sliding_window": 4096, "rope_scaling": None, "auto_map": {"AutoConfig": "own.C", "AutoModel": "own.M"},
+}  # fmt: skip
+OWN = {
+    "a2d-llama": {}, "a2d-qwen2": {}, "a2d-qwen3": {"head_dim": 12}, "Dream": {"use_mrope": False},
+    "sdar": {"head_dim": 12, "block_size": 4, "attn_implementation": "flex_attention", "fuse_cross_entropy": True},
+    "Fast_dLLM_Qwen": {"bd_size": 8, "conplemenrary_mask": True}, "CoDA": {"head_dim": 8, "sampling_eps": [0.1, 0.2]},
+    "wedlm": {"qk_norm": True, "attention_bias": False, "head_dim": 12},
+}  # fmt: skip
+"""Fields of config.json that are a layout's own."""
+METHODS = {
+    "a2d-llama": "mdlm", "a2d-qwen2": "mdlm", "a2d-qwen3": "mdlm", "Dream": "mdlm", "sdar": "sdar", "CoDA": "mdlm",
+    "Fast_dLLM_Qwen": "fast-dllm-v2", "wedlm": "wedlm",
+}  # fmt: skip
+MASKS = {"sdar": "<|MASK|>", "Fast_dLLM_Qwen": "|<MASK>|"}
+BLOCKS = {"sdar": 4, "Fast_dLLM_Qwen": 8}
+
+
+def has_norms(layout):
+    return layout in ("a2d-qwen3", "sdar", "CoDA", "wedlm")
+
+
+def random_weights(layout, tied=False):
+    """By transformers' names: biases on q, k and v for Qwen2's arithmetic, norms of queries and keys for Qwen3's."""
+    torch.manual_seed(0)
+    size = OWN[layout].get("head_dim", D // H)
+    weights = {"model.embed_tokens.weight": torch.randn(V, D), "model.norm.weight": 1 + 0.1 * torch.randn(D)}
+    if not tied:
+        weights["lm_head.weight"] = torch.randn(V, D)
+    shapes = {"self_attn.q_proj": (H * size, D), "self_attn.k_proj": (G * size, D), "self_attn.v_proj": (G * size, D)}
+    shapes |= {"self_attn.o_proj": (D, H * size), "mlp.gate_proj": (FFN, D), "mlp.up_proj": (FFN, D)}
+    for n in range(LAYERS):
+        for name, shape in (shapes | {"mlp.down_proj": (D, FFN)}).items():
+            weights[f"model.layers.{n}.{name}.weight"] = torch.randn(shape) / shape[1] ** 0.5
+            if name[-6:] in ("q_proj", "k_proj", "v_proj") and not has_norms(layout) and layout != "a2d-llama":
+                weights[f"model.layers.{n}.{name}.bias"] = torch.randn(shape[0])
+        norms = {"input_layernorm": D, "post_attention_layernorm": D}
+        norms |= {"self_attn.q_norm": size, "self_attn.k_norm": size} if has_norms(layout) else {}
+        weights |= {f"model.layers.{n}.{name}.weight": 1 + 0.3 * torch.randn(width) for name, width in norms.items()}
+    return weights
+
+
+def save_layout(folder, layout, tied=False, **config):
+    """A random checkpoint as it is published: config.json with the layout's own fields, weights, tokenizer."""
+    folder.mkdir(parents=True)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": SPECIAL[0], "additional_special_tokens": SPECIAL[1:]})
+    tokenizer.save_pretrained(folder)
+    values = {"model_type": layout, "architectures": [f"{layout}LM"], "eos_token_id": tokenizer.eos_token_id}
+    values |= {**BASE, **OWN[layout], **({"tie_word_embeddings": False} if layout != "CoDA" else {}), **config}
+    write_json(folder / "config.json", {k: v for k, v in values.items() if v is not ...})
+    save_file(random_weights(layout, tied), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def plain_logits(weights, ids, hidden):
+    """(B, L) ids -> (B, L, V) logits in float64.  hidden: (L, L) bool, keys that a query does not attend to."""
+    weights = {name.removesuffix(".weight"): tensor.double() for name, tensor in weights.items()}
+
+    def norm(x, name):
+        return weights[name] * x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
+
+    def linear(x, name):
+        return x @ weights[name].T + weights.get(f"{name}.bias", 0)
+
+    def heads(x, count, norm_name):
+        x = x.unflatten(-1, (count, -1)).transpose(1, 2)
+        x = norm(x, norm_name) if norm_name in weights else x
+        if norm_name:
+            half = x.shape[-1] // 2
+            angle = torch.arange(x.shape[2])[:, None].double() * THETA ** (-torch.arange(half).double() / half)
+            a, b = x[..., :half], x[..., half:]
+            x = torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+        return x.repeat_interleave(H // count, 1)
+
+    x = weights["model.embed_tokens"][ids]
+    for n in range(LAYERS):
+        layer = f"model.layers.{n}."
+        y, own = norm(x, f"{layer}input_layernorm"), f"{layer}self_attn."
+        q = heads(linear(y, f"{own}q_proj"), H, f"{own}q_norm")
+        k = heads(linear(y, f"{own}k_proj"), G, f"{own}k_norm")
+        v = heads(linear(y, f"{own}v_proj"), G, "")
+        scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf)
+        x = x + linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), f"{own}o_proj")
+        y = norm(x, f"{layer}post_attention_layernorm")
+        gate = torch.nn.functional.silu(linear(y, f"{layer}mlp.gate_proj"))
+        x = x + linear(gate * linear(y, f"{layer}mlp.up_proj"), f"{layer}mlp.down_proj")
+    return norm(x, "model.norm") @ weights.get("lm_head", weights["model.embed_tokens"]).T
+
+
+def published_attention(layout, rows):
+    """The layout's attention: intervals of the engine, and the pairs that it hides."""
+    slot = torch.arange(LENGTH)
+    if METHODS[layout] == "wedlm":
+        return None, slot[:, None] < slot
+    block = slot // BLOCKS.get(layout, LENGTH)
+    spread = (block * attention_masks.MAX_STEPS).expand(rows, -1)
+    always = torch.full_like(spread, attention_masks.ALWAYS)
+    intervals = attention_masks.AttentionIntervals(spread, always, slot.expand(rows, -1))
+    return intervals, block[:, None] < block
+
+
+@pytest.mark.parametrize("layout", OWN)
+def test_logits_are_those_of_plain_code(tmp_path, layout):
+    folder = save_layout(tmp_path / "m", layout)
+    backbone = fluid_model.load(str(folder)).backbone
+    ids = torch.randint(0, V, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    intervals, hidden = published_attention(layout, len(ids))
+    cache = KVCache(len(ids), LENGTH)
+    plan = replace(cache.set_write_positions(0, [0, 0], LENGTH, backbone.device), intervals=intervals)
+    expected = plain_logits(random_weights(layout), ids, hidden)
+    torch.testing.assert_close(
+        backbone.logits(backbone.forward(ids, plan, cache)).double(), expected, rtol=0, atol=1e-5 * expected.abs().max()
+    )
+
+
+@pytest.mark.parametrize("layout", OWN)
+def test_configuration_and_tokenizer_are_enough_to_describe(tmp_path, layout, capsys):
+    folder = save_layout(tmp_path / "m", layout)
+    (folder / "model.safetensors").unlink()
+    ids = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    ids = {token["content"]: token["id"] for token in ids}
+    facts = describe_model(str(folder))
+    mask = MASKS.get(layout, "<|mask|>")
+    assert (facts["layout"], facts["method"]) == (layout, METHODS[layout])
+    assert facts["mask_token"] == f"{mask} ({ids[mask]})"
+    assert facts["end_tokens"] == [f"{text} ({ids[text]})" for text in ("<|endoftext|>", "<|im_end|>")]
+    assert facts["block_length"] == BLOCKS.get(layout, "not stated")
+    served = METHODS[layout] == "mdlm"
+    assert facts["decoder"] == ("mdlm" if served else "none")
+    assert facts["missing"][0] == "weights"
+    assert main(["models", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == facts
+    assert main(["models", str(folder)]) == 0
+    assert mask in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"method='mlm'.*mdlm"):
+        describe_model(str(folder), "mlm")
+
+
+def test_the_configs_mask_id_counts_before_the_text(tmp_path):
+    folder = save_layout(tmp_path / "m", "sdar", mask_token_id=260)
+    assert read_special_tokens(str(folder)).mask == ("<|mask|>", 260)
+    assert fluid_model.load(str(folder)).mask_id == 260
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "config", "method", "expected"),
+    [
+        ("Qwen3-0.6B-diffusion-bd3lm-v0.1", "a2d-qwen3", {}, None, "bd3lm"),
+        ("TIDE-0.6B", "a2d-qwen3", {}, None, "bd3lm"),
+        ("m", "a2d-qwen2", {"block_size": 32}, None, "bd3lm"),
+        ("peptide", "a2d-qwen2", {}, None, "mdlm"),
+        ("m", "a2d-qwen2", {}, "bd3lm", "bd3lm"),
+        ("m", "sdar", {}, "llada", "llada"),
+    ],
+)
+def test_names_configs_and_the_user_tell_the_method(tmp_path, name, layout, config, method, expected):
+    folder = save_layout(tmp_path / name, layout, **config)
+    assert fluid_model.describe(str(folder), method).method == expected
+
+
+def test_shift_belongs_to_the_layout_and_is_saved(tmp_path):
+    folder = save_layout(tmp_path / "m", "Dream")
+    first = fluid_model.load(str(folder))
+    fluid_model.save(first, tmp_path / "c")
+    again = fluid_model.load(str(tmp_path / "c"))
+    assert again.manifest == first.manifest
+    assert (again.manifest.method, again.manifest.shift, again.end_ids) == ("mdlm", True, first.end_ids)
+    assert fluid_model.describe(str(tmp_path / "c")).shift
+    assert not fluid_model.describe(str(save_layout(tmp_path / "a", "a2d-qwen2"))).shift
+
+
+def test_open_dcoder_is_told_by_its_name(tmp_path):
+    config = {"model_type": "qwen2", "auto_map": ...}
+    folder = save_layout(tmp_path / "open-dcoder-0.5B", "a2d-qwen2", **config)
+    info = fluid_model.describe(str(folder))
+    assert (info.method, info.shift, info.layout) == ("mdlm", True, "")
+    assert fluid_model.describe(str(save_layout(tmp_path / "plain", "a2d-qwen2", **config))).method is None
+
+
+@pytest.mark.parametrize("layout", ["a2d-qwen3", "CoDA"])
+def test_embeddings_are_tied_where_no_second_table_is_stored(tmp_path, layout):
+    folder = save_layout(tmp_path / "m", layout, tied=True, tie_word_embeddings=...)
+    model = fluid_model.load(str(folder)).model
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_dreams_tokenizer_needs_no_code(tmp_path):
+    """Dream's folder has vocab.json and merges.txt, and a class of its own that is Qwen2's."""
+    folder = save_layout(tmp_path / "m", "Dream")
+    kept = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    (folder / "tokenizer.json").unlink()
+    write_json(folder / "vocab.json", kept)
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    added = {str(len(kept) + n): {"content": text, "special": True} for n, text in enumerate(SPECIAL)}
+    own = {
+        "tokenizer_class": "DreamTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+    }
+    write_json(folder / "tokenizer_config.json", {**own, "added_tokens_decoder": added, "eos_token": SPECIAL[0]})
+    tokenizer = fluid_model.load_tokenizer(str(folder))
+    assert tokenizer.decode(tokenizer("Two and 2!<|im_end|>")["input_ids"]) == "Two and 2!<|im_end|>"
+    assert len(tokenizer("<|im_end|>")["input_ids"]) == 1
+
+
+def change(folder, **values):
+    config = json.loads((folder / "config.json").read_text()) | values
+    write_json(folder / "config.json", {k: v for k, v in config.items() if v is not None})
+
+
+def change_weights(folder, drop=None, **more):
+    stored = load_file(folder / "model.safetensors")
+    stored.pop(drop, None)
+    save_file(stored | more, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("layout", "harm", "message"),
+    [
+        ("sdar", {"head_dim": None}, r"config\.json: head_dim is missing; a sdar model"),
+        ("Dream", {"rope_theta": None}, r"config\.json: rope_theta is missing"),
+        ("Dream", {"use_mrope": True}, r"use_mrope=True is not supported; Dream models have False"),
+        ("Dream", {"block_size": 32}, r"block_size=32 is not supported"),
+        ("a2d-qwen3", {"use_sliding_window": True}, r"use_sliding_window=True is not supported"),
+        ("wedlm", {"qk_norm": False}, r"attention_bias=False with qk_norm=False is neither"),
+        ("sdar", {"block_size": 0}, r"config\.json: block_size=0 must be the tokens of a block"),
+        ("Fast_dLLM_Qwen", {"bd_size": "32"}, r"bd_size='32' must be the tokens of a block"),
+        ("sdar", {"hidden_size": "wide"}, r"config\.json: not a Qwen3-shaped model: .*hidden_size"),
+        ("sdar", {"model_type": "llada2_moe"}, r"LLaDA2 is a mixture of experts, .* known are a2d-llama, .*PanguEmb"),
+        ("sdar", {"model_type": "sdar2"}, r"model_type 'sdar2' of config\.json is unknown; known are .*wedlm"),
+    ],
+)
+def test_a_config_half_known_is_refused(tmp_path, layout, harm, message):
+    folder = save_layout(tmp_path / "m", layout)
+    change(folder, **harm)
+    with pytest.raises(ConfigError, match=message) as caught:
+        fluid_model.describe(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", ["sdar", "Dream", "wedlm"])
+def test_weights_missing_or_left_over_are_named_before_any_is_read(tmp_path, layout, monkeypatch):
+    def read(*_, **__):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(weights, "from_pretrained", read)
+    norm = "model.layers.1.input_layernorm.weight"
+    change_weights(save_layout(tmp_path / "less", layout), drop=norm)
+    with pytest.raises(ConfigError, match=f"1 weights are missing or misshapen, first {norm}"):
+        fluid_model.load(str(tmp_path / "less"))
+    change_weights(save_layout(tmp_path / "more", layout), **{"model.layers.0.self_attn.o_proj.bias": torch.ones(D)})
+    with pytest.raises(ConfigError, match=r"1 weights are unknown, first model\.layers\.0\.self_attn\.o_proj\.bias"):
+        fluid_model.load(str(tmp_path / "more"))
+
+
+def test_a_head_lies_under_head_as_on_the_hub(tmp_path, tiny_model):
+    folder = shutil.copytree(tiny_model, tmp_path / "FLUID")
+    shapes = {"0.weight": (8, 32), "0.bias": (8,), "2.weight": (16, 8), "2.bias": (16,)}
+    state = {f"diffusion_k_head.{name}": torch.randn(shape) for name, shape in shapes.items()}
+    for tau in ("tau_2.8", "tau_1.4"):
+        (folder / "head" / tau).mkdir(parents=True)
+    torch.save(state, folder / "head" / "tau_2.8" / "model_head.bin")
+    info = fluid_model.describe(str(folder))
+    assert (info.method, info.k_max) == ("fluid", 16)
+    assert fluid_model.load(str(folder), mask_token="</s>").head.k_max == 16
+    torch.save(state, folder / "head" / "tau_1.4" / "model_head.bin")
+    with pytest.raises(ConfigError, match=r"2 K-heads, head/tau_1\.4/model_head\.bin, .* copy the one to use"):
+        fluid_model.describe(str(folder))
+
+
+@pytest.mark.parametrize("named", [None, "ar", "llada"])
+def test_a_method_without_a_decoder_is_refused_before_weights_load(tmp_path, named):
+    folder = save_layout(tmp_path / "m", "wedlm")
+    (folder / "model.safetensors").unlink()
+    values = {"tasks": "gsm8k", "model": str(folder), "data_dir": str(write_gsm8k(tmp_path / "rows"))}
+    with pytest.raises(ConfigError, match=r"adapted to wedlm have no decoder here yet; decoders are ar, "):
+        run(build_spec(with_decoder(values | ({"decoder": named} if named else {}))), tmp_path / "run")
+
+
+def test_ar_is_refused_where_attention_is_bidirectional(tmp_path):
+    folder = save_layout(tmp_path / "m", "a2d-qwen2")
+    values = {"tasks": "gsm8k", "model": str(folder), "data_dir": str(write_gsm8k(tmp_path / "rows")), "decoder": "ar"}
+    with pytest.raises(ConfigError, match=r"reads in both directions; use --decoder llada"):
+        run(build_spec(values), tmp_path / "run")
+
+
+@pytest.mark.parametrize("layout", ["a2d-llama", "a2d-qwen2", "a2d-qwen3", "Dream", "CoDA"])
+def test_gsm8k_runs(tmp_path, layout):
+    folder = save_layout(tmp_path / "m", layout)
+    rows = write_gsm8k(tmp_path / "rows")
+    values = {"tasks": "gsm8k", "model": str(folder), "data_dir": str(rows), "limit": 2, "max_new_tokens": 8}
+    spec = build_spec(with_decoder({**values, "num_fewshot": 0, "decoder": {"block_length": 4}}))
+    assert spec.decoder.name == "llada"
+    result = run(spec, tmp_path / "run")
+    assert {line["n"] for line in result["lines"]} == {2}
+    assert all(record["trace"]["forwards"]["denoise"] > 0 for record in run_folder.read_samples(tmp_path / "run"))
+
+
+def test_every_layout_of_the_table_is_tested():
+    assert set(OWN) == set(field_layouts.LAYOUTS)
