@@ -24,8 +24,8 @@ class MdlmSettings(CanvasSettings):
     likeliest, or the negative entropy), or random ones.
     """
     schedule: Literal["linear", "cosine", "timesteps"] = "linear"
-    """How many slots a step writes. linear, cosine: by dLLM's alpha schedulers, rounded, a step that writes none left out;
-    timesteps: Dream's, evenly from 1 to `eps`, rounded down, the rest at the last step.
+    """How many slots a step writes. linear, cosine: by dLLM's alpha schedulers, rounded, a step that writes none left
+    out; timesteps: Dream's, evenly from 1 to `eps`, rounded down, the rest at the last step.
     """
     stochastic_transfer: bool = False
     """Draw that number, as if each masked slot were written by chance. With rule=random: Dream's `origin`."""
