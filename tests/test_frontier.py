@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pandas
 import pytest
 
 from fluid_eval.common.stats import Interval
-from fluid_eval.sweeps.frontier_files import draw, short, table, write_tables
+from fluid_eval.sweeps.captions import caption, write
+from fluid_eval.sweeps.frontier_figure import draw, figure, svg
+from fluid_eval.sweeps.frontier_files import table, write_tables
+from fluid_eval.sweeps.label_places import in_short
 from fluid_eval.sweeps.pareto import Placed
 from fluid_model.common.errors import ConfigError
 
@@ -93,47 +99,135 @@ def test_latex_is_escaped(tmp_path):
     assert name + " & [1] &" in text
     assert r"x\_y" in text
     assert r"score (\%)" in text
-    assert "\n{}[b] & -- &" in text, "a row break takes a bracket that follows for a length"
+    assert "2 & [b] & -- &" in text, "a row break takes a bracket that follows for a length"
     lines = text.splitlines()
-    assert (lines[0], lines[-1]) == (r"\begin{tabular}{llllllll}", r"\end{tabular}")
+    assert (lines[0], lines[-1]) == (r"\begin{tabular}{lllllllll}", r"\end{tabular}")
     assert [line for line in lines if line.endswith("rule")] == [r"\toprule", r"\midrule", r"\bottomrule"]
     rows = [line for line in lines if line.endswith(r" \\")]
-    assert [row.count(" & ") for row in rows] == [7, 7, 7]
+    assert [row.count(" & ") for row in rows] == [8, 8, 8]
 
 
-def test_figures_exist_and_do_not_change(sweep, tmp_path):
+def test_figures_are_vectors_of_one_column_with_text(sweep, tmp_path):
     images = []
     for by in ("tokens_per_forward", "forwards_per_answer", "forwards_per_answer"):
-        assert draw(sweep, tmp_path, by=by, baseline="ar", title="$x$ & y")
-        images.append((tmp_path / "frontier.svg").read_bytes())
-    assert images[1].rstrip().endswith(b"</svg>")
-    assert images[1] == images[2] != images[0]
-    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+        assert draw(sweep, tmp_path, by=by, baseline="ar")
+        images.append([(tmp_path / f"frontier-{by}.{kind}").read_bytes() for kind in ("svg", "pdf", "png")])
+    assert images[1] == images[2], "the same bytes for the same numbers"
+    assert len({file.stem for file in tmp_path.iterdir()}) == 2, "one speed's figure does not overwrite another's"
+    svg, pdf, png = images[1]
+    assert b">forwards/answer</text>" in svg, "text is text"
+    assert b"/FontFile2" in pdf, "TrueType is embedded"
+    assert b"/Type3" not in pdf
+    assert re.search(rb"/MediaBox \[ 0 0 237\.6 ", pdf), "3.3 inches wide"
+    assert png.startswith(b"\x89PNG")
+
+
+def texts_of(figure) -> list[str]:
+    """Its labels, then its legend."""
+    legend = [text.get_text() for text in figure.legends[0].get_texts()] if figure.legends else []
+    return [note.get_text() for note in figure.axes[0].texts] + legend
+
+
+def marks_of(drawn) -> dict:
+    """The mark of each point, by its name."""
+    return {line.get_gid().split(":")[1].strip(): line for line in drawn.axes[0].lines if line.get_gid()}
+
+
+def test_the_figure_says_what_every_point_is(tmp_path):
+    """Shape: decoder and verification. Label: settings on the frontier, numbers in the table elsewhere."""
+    base = placed("ar", 0.7, 30.0, {"decoder.name": "ar"}, method="ar")
+    fast = {"decoder.name": "fluid", "decoder.verify": True, "decoder.confidence": 0.9}
+    front = placed("fast", 0.8, 90.0, fast, method="fluid, verified")
+    others = [
+        placed(f"p{i}", 0.1 + 0.06 * i, 20.0 + 5 * i, {"decoder.confidence": i / 10}, method="fluid, unverified")
+        for i in range(1, 9)
+    ]
+    behind = [replace(p, dominated_by="fast") for p in others]
+    points = [front, *behind, base]
+    drawn = figure(points, by="tokens_per_forward", baseline="ar")
+    assert drawn is not None
+    assert texts_of(drawn) == [
+        "γ=0.9", "ar", *map(str, range(9, 1, -1)),
+        "fluid, verified", "fluid, unverified", "baseline (ar)", "on the frontier", "dominated",
+    ]  # fmt: skip
+    assert table(points)["no"].tolist() == list(range(1, 11)), "the numbers are rows of the tables"
+    markers = {name: line.get_marker() for name, line in marks_of(drawn).items()}
+    assert (markers["fast"], markers["p1"], markers["p8"], markers["ar"]) == ("o", "^", "^", "*")
+    assert "<title>p3: 28.0 [23.0, 33.0]% at 35.00 [" in svg(drawn), "and say their name when pointed at"
+
+
+def test_points_on_one_another_share_a_label():
+    same = [
+        placed(f"γ {g}", 0.7, 50.0, {"decoder.confidence": g, "decoder.max_horizon": 8}, method="fluid, verified")
+        for g in (0.5, 0.7, 0.9)
+    ]
+    other = placed("far", 0.4, 90.0, {"decoder.confidence": 0.5, "decoder.max_horizon": 4}, method="fluid, verified")
+    drawn = figure([*same, other], by="tokens_per_forward")
+    assert texts_of(drawn)[:2] == ["γ=0.5/0.7/0.9 K=8", "γ=0.5 K=4"]
+    best = placed("best", 0.9, 95.0, {"decoder.confidence": 1.0})
+    behind = [replace(p, dominated_by="best", settings={}) for p in (*same, other)]
+    rest = [placed(f"{i}", 0.2 + i / 100, 40.0, dominated_by="best") for i in range(9)]
+    assert "2-4" in texts_of(figure([best, *behind, *rest], by="tokens_per_forward")), "by their numbers"
+
+
+def test_a_point_that_was_stopped_is_hollow(sweep):
+    drawn = figure(sweep, by="tokens_per_forward", baseline="ar")
+    colors = {name: line.get_mfc() for name, line in marks_of(drawn).items()}
+    assert colors["50%_off"] == "white"
+    assert len({colors["fast"], colors["slow"], "white"}) == 3
 
 
 @pytest.mark.parametrize("n", [1, 40])
-def test_figures_of_any_number_of_points(tmp_path, n):
-    assert draw([placed(f"p{i}", 0.9 - i / 100, 10.0 + i, {"decoder.confidence": i}) for i in range(n)], tmp_path)
+def test_figures_of_any_number_of_points(n):
+    points = [placed(f"p{i}", 0.9 - i / 100, 10.0 + i, {"decoder.confidence": i}) for i in range(n)]
+    assert figure(points, by="tokens_per_second")
 
 
-def test_figures_of_equal_scores(tmp_path):
+def test_figures_of_equal_scores():
     """An interval of no width can miss its mean by a rounding error."""
     above, below = Interval(0.3, 0.1 + 0.2, 0.1 + 0.2, 9), Interval(0.1 + 0.2, 0.3, 0.3, 9)
     points = [Placed(name, {}, 9, score, score, None, None) for name, score in (("a", above), ("b", below))]
-    assert draw(points, tmp_path, baseline="b")
+    assert figure(points, by="tokens_per_second", baseline="b")
 
 
 def test_nothing_is_drawn_without_speeds(tmp_path):
-    assert not draw([placed("p", 0.5, None)], tmp_path)
+    by = "tokens_per_second"
+    assert not draw([placed("p", 0.5, None)], tmp_path, by=by)
     assert not list(tmp_path.iterdir())
-    assert draw([placed("ar", 0.5, None), placed("p", 0.5, 3.0)], tmp_path, baseline="ar")
+    assert figure([placed("ar", 0.5, None), placed("p", 0.5, 3.0)], by=by, baseline="ar")
     with pytest.raises(ConfigError, match="baseline='x' is none of the points: p"):
-        draw([placed("p", 0.5, 1.0)], tmp_path, baseline="x")
+        draw([placed("p", 0.5, 1.0)], tmp_path, by=by, baseline="x")
 
 
 def test_settings_in_short():
-    assert short({"decoder.confidence": 0.9, "decoder.max_horizon": 16}) == "γ=0.9 K=16"
-    assert short({"model.tau": 0.25, "decoder.verify": True}) == "τ=0.25 verify"
-    assert (
-        short({"decoder.verify": False, "model.path": "runs/x/tiny-fluid/", "a.b": None}) == "no verify path=tiny-fluid"
+    assert in_short([{"decoder.confidence": 0.9, "decoder.max_horizon": 16}]) == "γ=0.9 K=16"
+    assert in_short([{"model.tau": 0.25, "decoder.verify": True}]) == "τ=0.25 verify"
+    several = [{"decoder.verify": False, "model.path": "runs/x/tiny-fluid/", "a.b": None}]
+    assert in_short(several) == "no verify tiny-fluid"
+    assert in_short(several, without=["decoder.verify"]) == "tiny-fluid"
+    assert in_short([{"a.n": n, "decoder.verify": n > 2} for n in range(6)]) == "n=0…5 no verify/verify"
+
+
+def test_a_caption_states_n_hardware_and_settings(sweep, tmp_path):
+    spec = {"tasks": ["a", "b"], "model": {"path": "x/tiny"}, "batch_size": "auto", "seed": 1, "limit": 5}
+    engine = {"device": "cuda:0", "dtype": "bfloat16", "workers": 2, "threads": 1, "forward": "torch"}
+    machine = {"processor": "x86_64", "cpus": 8, "versions": {"torch": "2.13.0"}, "engine": engine}
+    runs = [({**spec, "decoder": {"name": "fluid", "verify": at > 1, "candidates": 4}}, machine) for at in range(5)]
+    text = caption(sweep, runs, by="tokens_per_second", baseline="ar")
+    assert text.startswith(
+        "Score (a, b, mean over tasks) against tokens/s per worker of tiny: 4 points, n = 50 documents each, the first "
+        "of each task."
     )
+    assert "of tokens/s over 5 repeats taken in turns" in text
+    assert "Grey points are dominated" in text
+    assert "The dashed line is the score of ar." in text
+    assert "In labels, γ is confidence, K max_horizon." in text
+    assert "Settings: fluid with candidates 4; batch_size auto; seed 1." in text
+    assert text.endswith("cuda:0, x86_64 with 8 CPUs, bfloat16, 2 workers, 1 thread, torch forward, torch 2.13.0.")
+    other = (runs[0][0], {**machine, "engine": {**engine, "dtype": "float32"}})
+    assert "bfloat16 or float32" in caption(sweep, [*runs[:4], other], by="tokens_per_second")
+    write(text, tmp_path, "tokens_per_second")
+    assert (tmp_path / "frontier-tokens_per_second.txt").read_text() == text + "\n"
+    latex = (tmp_path / "frontier-tokens_per_second.tex").read_text()
+    assert "\\includegraphics[width=\\columnwidth]{frontier-tokens_per_second.pdf}" in latex
+    assert "x86\\_64" in latex

@@ -41,6 +41,9 @@ DOORS = {
         "fluid_model.train.stage_setup",
     },
     "lm_eval": {
+        "fluid_eval.running.answering_lm",
+        "fluid_eval.running.backend_model",
+        "fluid_eval.running.backend_pool",
         "fluid_eval.running.lm_eval_backend",
         "fluid_eval.running.lm_eval_model",
         "fluid_eval.benchmarks.lm_eval_tasks",
@@ -48,10 +51,20 @@ DOORS = {
     },
     "ray": {"fluid_eval.running.ray_pool"},
     "gguf": {"fluid_model.checkpoints.gguf_files"},
-    "matplotlib": {"fluid_eval._api_results", "fluid_eval.output.figures", "fluid_eval.sweeps.frontier_files"},
+    "wandb": {"fluid_eval.output.tracking"},
+    "mlflow": {"fluid_eval.output.tracking"},
+    "trackio": {"fluid_eval.output.tracking"},
+    "starlette": {"fluid_eval.output.view_server"},
+    "uvicorn": {"fluid_eval.output.view_server"},
+    "matplotlib": {
+        "fluid_eval._api_results",
+        "fluid_eval.output.figures",
+        "fluid_eval.sweeps.frontier_figure",
+        "fluid_eval.sweeps.label_places",
+    },
     "pandas": {"fluid_eval._api_results", "fluid_eval.results.finished_runs", "fluid_eval.sweeps.frontier_files"},
 }
-OPTIONAL = ("ray", "gguf")
+OPTIONAL = ("ray", "gguf", "wandb", "mlflow", "trackio", "starlette", "uvicorn")
 """Libraries of an extra: imported inside functions alone."""
 
 

@@ -12,8 +12,8 @@ import fluid_model
 from fluid_eval.common.spec import build_spec
 from fluid_eval.output.report import write_report
 from fluid_eval.results import run_folder
+from fluid_eval.running.answering_lm import row_seed
 from fluid_eval.running.job import run
-from fluid_eval.running.lm_eval_model import row_seed
 from fluid_eval.running.worker import Worker
 from fluid_model import ConfigError, Manifest
 from fluid_model.engine.records import ScoreRequest

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluid_eval.common.stats import Interval
-from fluid_eval.sweeps.pareto import LEAST, SPEEDS, Placed, aup, below, best, frontier, measure
+from fluid_eval.sweeps.pareto import LEAST, SPEEDS, Placed, below, best, frontier, measure
 from fluid_eval.sweeps.points import Point, ScoredDocument
 from fluid_model.common.errors import ConfigError
 
@@ -223,27 +223,6 @@ def test_best_for_sure_asks_more():
     assert best(measure(same), baseline="ar", within=0, points=same).name == "same"
 
 
-def test_aup_by_hand():
-    assert aup([(1.0, 80.0), (2.0, 80.0), (5.0, 80.0)]) == pytest.approx(4 * 80), "flat: width times accuracy"
-    dropped = 76 * math.exp(-3 * (1 - 76 / 80))
-    assert aup([(3.0, 76.0), (1.0, 80.0)]) == pytest.approx(2 * (80 + dropped) / 2)
-    assert aup([(3.0, 76.0), (1.0, 80.0)], y_max=70) == pytest.approx(2 * 78), "no more than its weight of 1"
-    assert aup([(1.0, 80.0), (3.0, 80.0)], y_max=100) == pytest.approx(160 * math.exp(-0.6))
-    assert aup([(3.0, 76.0), (1.0, 80.0), (3.0, 10.0)]) == aup([(1.0, 80.0), (3.0, 76.0)])
-    assert aup([(2.0, 50.0)]) == aup([(1.0, 0.0), (2.0, 0.0)]) == 0
-    pairs = [(1.0, 80.0), (3.0, 76.0), (9.0, 74.9)]
-    assert aup(pairs, published=True) == pytest.approx(80 + 80 + dropped), "74.9 is more than 5 below 80"
-
-
-@given(st.lists(st.tuples(st.floats(0.1, 50), st.floats(0, 100)), min_size=1, max_size=8))
-def test_aup_grows_with_accuracy_and_knows_no_order(pairs):
-    area = aup(pairs, y_max=100)
-    assert area == aup(pairs[::-1], y_max=100)
-    assert area <= aup([(x, 100.0) for x, _ in pairs], y_max=100) + 1e-6
-    xs = [x for x, _ in pairs]
-    assert aup([(x, 100.0) for x in xs]) == pytest.approx(100 * (max(xs) - min(xs)))
-
-
 def test_nonsense_is_named():
     a, b = point("a", scored(3, 5)), point("b", scored(3, 5))
     measured = measure([a, b])
@@ -260,10 +239,6 @@ def test_nonsense_is_named():
         "score=1.1": lambda: ScoredDocument("t", 0, 1.1, 0, 0, 0.0),
         "score=nan": lambda: ScoredDocument("t", 0, math.nan, 0, 0, 0.0),
         "seconds=-1.0": lambda: ScoredDocument("t", 0, 1.0, 0, 0, -1.0),
-        "an area needs": lambda: aup([]),
-        r"accuracy \(percent\)=101": lambda: aup([(1.0, 101)]),
-        "tokens per forward=0.0": lambda: aup([(0.0, 50)]),
-        "y_max=0": lambda: aup([(1.0, 50)], y_max=0),
     }
     for message, call in cases.items():
         with pytest.raises(ConfigError, match=message):

@@ -15,7 +15,7 @@ from fluid_eval.results.run_folder import Run, read_samples
 from fluid_eval.running.chunks import FailedRequest
 from fluid_eval.running.job import run
 from fluid_eval.running.workers import InlinePool
-from fluid_eval.sweeps import frontier_files, pareto
+from fluid_eval.sweeps import frontier_figure, pareto
 from fluid_eval.sweeps import sweep as module
 from fluid_eval.sweeps.grid import plan
 from fluid_eval.sweeps.sweep import Sweep
@@ -40,7 +40,7 @@ def unbroken(tiny_fluid, tmp_path_factory):
 @pytest.fixture
 def values(tiny_fluid, monkeypatch):
     """Sweeps of these values draw no figure, which takes longer than their answers."""
-    monkeypatch.setattr(frontier_files, "draw", lambda *_, **__: False)
+    monkeypatch.setattr(frontier_figure, "draw", lambda *_, **__: False)
     return values_of(tiny_fluid)
 
 
@@ -69,7 +69,16 @@ def test_a_sweep_is_its_runs_and_their_frontier(unbroken, values, tmp_path):
     assert result["baseline"] == "ar"
     table = pandas.read_parquet(sweep / "frontier.parquet")
     assert table["name"].tolist() == ["verify", "no verify", "ar"]
-    assert (sweep / "frontier.svg").stat().st_size > 1000
+    named = "frontier-tokens_per_second"
+    assert (sweep / f"{named}.svg").stat().st_size > 1000
+    text = (sweep / f"{named}.txt").read_text().strip()
+    assert text == result["caption"]
+    assert "3 points, n = 24 documents each" in text
+    assert "float32" in text
+    assert "tokens/s are of one run, without an interval" in text
+    assert "max_horizon 16" in text, "what all points of a decoder share"
+    assert "verify on" not in text, "what they do not share"
+    assert (sweep / f"{named}.tex").read_text().startswith("\\begin{figure}")
 
 
 def test_points_answer_in_document_batches(values, tmp_path, monkeypatch):

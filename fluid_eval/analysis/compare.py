@@ -33,13 +33,15 @@ from ..results.finished_runs import read_finished
 from ..results.run_folder import ENVIRONMENT, SPEC, Record
 from ..results.speed_repeats import Repeat
 from ..results.stored_values import read_environment, read_spec
+from ..sweeps import aup
+from ..sweeps.points import as_point, method_of
 from .speed_ratios import TimedRun, speeds
 
 Doc = tuple[str, int]
 """Leaf task and document."""
 _SAME = 1e-9
 """Scores and their means are rounded; differences up to this count as none."""
-DESCRIPTIVE = {"source", "about"}
+DESCRIPTIVE = {"source", "about", "partial"}
 """Fields of a task's protocol that describe it and do not change it."""
 
 
@@ -116,8 +118,22 @@ def compare(folders: Sequence[Path], *, across_protocols: bool = False, all_pair
             for run in runs
         ],
         "protocol_difference": differences,
+        "areas": _areas(runs),
         "pairs": [measure(pair_up(base, other, across_protocols)) for base, other in sides],
     }
+
+
+def _areas(runs: Sequence[FinishedRun]) -> list[Nested]:
+    """AUP of every model and decoder over the documents that all runs answered, see `sweeps.aup`."""
+    common = set.intersection(*(set(run.answers) for run in runs))
+    points = []
+    for run in runs:
+        owners = {leaf: task for task, leaves in run.result["members"].items() for leaf in leaves}
+        decoder = run.result["decoder"]
+        method = f"{Path(run.result['model'].rstrip('/')).name}, {method_of(decoder['name'], decoder.get('verify'))}"
+        records = [record for doc, record in run.answers.items() if doc in common and doc[0] in owners]
+        points.append((method, as_point(run.folder, {}, records, owners)))
+    return aup.as_rows(aup.areas(points))
 
 
 def load(folder: Path) -> FinishedRun:
@@ -162,7 +178,11 @@ def _differences(prefix: str, ours: Nested, theirs: Nested) -> list[str]:
         if isinstance(one, dict) and isinstance(two, dict):
             lines += _differences(f"{prefix}{name} ", one, two)
         else:
-            lines.append(f"{prefix}{name}: {_readable(one)} / {_readable(two)}".replace("\n", "\\n"))
+            sides = (
+                "not recorded" if side.get("partial") and name not in side else _readable(side.get(name))
+                for side in (ours, theirs)
+            )
+            lines.append(f"{prefix}{name}: {' / '.join(sides)}".replace("\n", "\\n"))
     return lines
 
 

@@ -196,11 +196,11 @@ class DivergenceJudge:
             # 2) a near-tie: both choices lie within rounding of the likeliest token
             logits = _uncached_logits(self.narrow, (*text.prompt, *text.ids[:place]), 1)[0]  # (V,)
             wide_logits = _uncached_logits(self.wide, (*text.prompt, *text.ids[:place]), 1)[0]
-            near_tie = self._gap(self.narrow, logits, text, self.ar_ids, place) <= self.tolerance
+            near_tie = _gap(self.narrow, logits, (text.ids, self.ar_ids[text.key]), place) <= self.tolerance
             # 3) a text that differs in the wider dtype too needs a tie that is closer still
             if wide_place is not None:
                 beyond = _uncached_logits(self.wide, (*recheck.prompt, *recheck.ids[:wide_place]), 1)[0]
-                gap = self._gap(self.wide, beyond, recheck, wide_ar_ids, wide_place)
+                gap = _gap(self.wide, beyond, (recheck.ids, wide_ar_ids[text.key]), wide_place)
                 near_tie = near_tie and gap <= wide_tolerance
             divergences.append(
                 Divergence(
@@ -217,16 +217,6 @@ class DivergenceJudge:
                 )
             )
         return divergences
-
-    def _gap(
-        self, checkpoint: Checkpoint, logits: Tensor, text: StoredText, ar_ids: Mapping[str, Ids], place: int
-    ) -> float:
-        """Distance of the less likely of both choices from the likeliest token, nats. logits: (V,)."""
-        ends = torch.tensor(checkpoint.end_ids, device=logits.device)
-        choices = [
-            logits[ids[place]] if place < len(ids) else logits[ends].max() for ids in (text.ids, ar_ids[text.key])
-        ]
-        return float(logits.max() - torch.stack(choices).min())
 
     def _tolerance(self, checkpoint: Checkpoint, texts: Sequence[StoredText], ar_ids: Mapping[str, Ids]) -> float:
         """The rounding measured over the tokens that decoder and AR agree on."""
@@ -367,6 +357,22 @@ def _margin(logits: Tensor) -> float:
     """Likeliest minus second likeliest. logits: (V,)."""
     first, second = logits.topk(2).values.tolist()
     return float(first - second)
+
+
+def margin_and_gap(checkpoint: Checkpoint, before: Ids, answers: Sequence[Ids], place: int) -> tuple[float, float]:
+    """At a place of answers: likeliest minus second likeliest logit, and likeliest minus the less likely choice, nats.
+
+    before: prompt and answer up to there.  answers: one that has ended there chooses an end token.
+    """
+    logits = _uncached_logits(checkpoint, before, 1)[0]  # (V,)
+    return _margin(logits), _gap(checkpoint, logits, answers, place)
+
+
+def _gap(checkpoint: Checkpoint, logits: Tensor, answers: Sequence[Ids], place: int) -> float:
+    """Distance of the less likely of the answers' choices from the likeliest token, nats. logits: (V,)."""
+    ends = torch.tensor(checkpoint.end_ids, device=logits.device)
+    choices = [logits[ids[place]] if place < len(ids) else logits[ends].max() for ids in answers]
+    return float(logits.max() - torch.stack(choices).min())
 
 
 def _decode_ar(

@@ -13,7 +13,8 @@ from fluid_model.tokens import Tokenizer
 from ..common.spec import RunSpec
 from ..results.run_folder import ENVIRONMENT, RESULT, SPEC, Record, held_spec, read_samples
 from ..results.stored_values import read_environment, read_result
-from ..running.lm_eval_model import Ids, encode_prompts, row_seed
+from ..running.answering_lm import row_seed
+from ..running.lm_eval_model import Ids, encode_prompts
 from ..running.worker import load_for, weights_name
 
 
@@ -54,6 +55,8 @@ def open_run(folder: Path) -> ReopenedRun:
     spec = held_spec(folder) if (folder / SPEC).exists() else None
     if spec is None or not (folder / RESULT).exists():
         raise ConfigError(f"{folder}: no finished run here; name a folder that fluid-eval run --out wrote")
+    if spec.backend is not None:
+        raise ConfigError(f"{folder}: {spec.backend.name} wrote these answers, not a decoder of this package")
     records = [record for record in read_samples(folder) if record["finish"] not in (None, "lost")]
     if not records:
         raise ConfigError(

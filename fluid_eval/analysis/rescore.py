@@ -27,6 +27,10 @@ from ..results import speed_repeats
 from ..results.run_folder import ENVIRONMENT, POINTS, RESULT, Record, Run, held_spec, read_samples
 from ..results.stored_values import read_environment, read_result
 from ..running.job import result_of
+from .placing import question_in
+
+Documents = Mapping[str, list[int]]
+"""Numbers of documents, ascending, by leaf task."""
 
 
 class StoredLM(LM):
@@ -37,8 +41,12 @@ class StoredLM(LM):
 
     tokenizer_name = ""
 
-    def __init__(self, samples: Mapping[str, Record], folder: Path, *, chat: bool) -> None:
+    def __init__(
+        self, samples: Mapping[str, Record], folder: Path, *, chat: bool, documents: Documents | None = None
+    ) -> None:
+        """documents: of imported answers, the numbers of those that were answered, by leaf task; None of a run."""
         super().__init__()
+        self._documents = documents
         self._samples = samples
         self._folder = folder
         self._chat = chat
@@ -55,6 +63,10 @@ class StoredLM(LM):
         choices: dict[str, int] = {}
         scores = []
         for key, record in self._records(requests):
+            if "loglikelihoods" not in record:
+                raise ConfigError(
+                    f"{self._folder}: the task of {key} compares likelihoods, and this answer was written"
+                )
             choice = choices[key] = choices.get(key, -1) + 1
             scores.append((record["loglikelihoods"][choice], record["greedy"][choice]))
         return scores
@@ -65,12 +77,17 @@ class StoredLM(LM):
     def _records(self, requests: list[Instance]) -> Iterator[tuple[str, Record]]:
         """(key, stored record) of each request."""
         for instance in requests:
-            key, prompt = f"{instance.task_name}/{instance.doc_id}", instance.args[0]
+            number, prompt = instance.doc_id, instance.args[0]
+            if self._documents is not None:  # lm-eval counts those alone
+                number = self._documents[instance.task_name][number]
+            key = f"{instance.task_name}/{number}"
             record = self._samples.get(key)
             if record is None:
                 raise ConfigError(f"{self._folder} holds no answer to {key}; its task or data have changed since")
             # of a conversation only the last question is known here
             is_same = prompt.strip() in record["prompt"] if self._chat else prompt == record["prompt"]
+            if self._documents is not None:  # another harness may have asked in other words
+                is_same = is_same or question_in(instance.doc, record["prompt"])
             if not is_same:
                 raise ConfigError(f"{self._folder}: the prompt of {key} has changed since it was answered")
             yield key, record
@@ -124,7 +141,12 @@ def rescore(folder: Path, profile: str, out: Path | None = None, *, data_dir: st
 def _scored(folder: Path, spec: RunSpec, tasks: lm_eval_tasks.Tasks) -> list[Record]:
     """The run's records with the scores of these tasks' extractors."""
     samples = {record["key"]: record for record in read_samples(folder)}
-    results = lm_eval_tasks.evaluate(spec, tasks, StoredLM(samples, folder, chat=spec.chat is not None))
+    documents: dict[str, list[int]] | None = None
+    if "imported" in read_environment(folder / ENVIRONMENT):
+        answered = sorted((record["task"], record["doc_id"]) for record in samples.values() if "lost" not in record)
+        documents = {name: [n for task, n in answered if task == name] for name in tasks["tasks"]}
+    stored = StoredLM(samples, folder, chat=spec.chat is not None, documents=documents)
+    results = lm_eval_tasks.evaluate(spec, tasks, stored, documents=documents)
     return lm_eval_tasks.scored_records(tasks, results, samples)
 
 

@@ -15,6 +15,8 @@ from fluid_model.common.files import Nested
 
 from ..common.stats import Interval, geometric, ratio_of_sums
 from ..results import speed_conditions, speed_repeats
+from ..results.metrics import total
+from ..results.sample_records import forwards_of, tokens_of
 
 ONE_RUN = "one run each, no interval: fluid-eval sweep or tax with both as points and --speed-repeats 5 gives one"
 APART = "not interleaved: the machine's drift between the runs is in the ratio"
@@ -45,6 +47,7 @@ class TimedRun:
 def speeds(base: TimedRun, other: TimedRun) -> Nested:
     """Ratios of both speeds, other over base, over the tasks that both generated answers to; None where there is none.
 
+    generated: both runs generated answers, to any task.
     not_compared: reasons why tokens/s have no ratio.  cautions: limits of the ratio of tokens/s.
     unequal: conditions beside the decoders that differ and affect tokens/forward.  conditions: of each run.
     """
@@ -52,7 +55,7 @@ def speeds(base: TimedRun, other: TimedRun) -> Nested:
     shared = [
         number
         for number, tasks in enumerate(zip(base.records, other.records, strict=True))
-        if all(any(record["output_ids"] for record in task) for task in tasks)
+        if all(any(tokens_of(record) for record in task) for task in tasks)
     ]
     ours, theirs = _generated(base, shared), _generated(other, shared)
     # 2) tokens/s, where both ran on the same machine in the same way
@@ -62,6 +65,7 @@ def speeds(base: TimedRun, other: TimedRun) -> Nested:
     return {
         "tokens_per_second": second,
         "tokens_per_forward": _per_forward(ours, theirs) if shared else None,
+        "generated": bool(shared),
         "not_compared": reasons,
         "cautions": _cautions(base, other, second) if second else [],
         "unequal": speed_conditions.unequal_forwards(ours.conditions, theirs.conditions) if shared else [],
@@ -80,8 +84,10 @@ def _generated(run: TimedRun, tasks: Sequence[int]) -> TimedRun:
 
 def _per_forward(base: TimedRun, other: TimedRun) -> Nested | None:
     """Ratio of tokens/forward: (tokens / forwards) of the other over that of the base, documents paired."""
-    tokens_a, forwards_a = _counts(base)
-    tokens_b, forwards_b = _counts(other)
+    ours, theirs = _counts(base), _counts(other)
+    if ours is None or theirs is None:
+        return None
+    (tokens_a, forwards_a), (tokens_b, forwards_b) = ours, theirs
     ratio = ratio_of_sums([tokens_b, forwards_a], [forwards_b, tokens_a], [len(task) for task in base.records])
     if ratio is None:
         return None
@@ -90,11 +96,11 @@ def _per_forward(base: TimedRun, other: TimedRun) -> Nested | None:
     )  # fmt: skip
 
 
-def _counts(run: TimedRun) -> tuple[list[float], list[float]]:
-    """Tokens and forwards of each sample."""
-    tokens = [float(len(record["output_ids"])) for record in run.all]
-    forwards = [float(sum(record["trace"]["forwards"].values())) for record in run.all]
-    return tokens, forwards
+def _counts(run: TimedRun) -> tuple[list[float], list[float]] | None:
+    """Tokens and forwards of each sample; None if one is unknown."""
+    counts = [(tokens_of(record), forwards_of(record)) for record in run.all]
+    known = [(float(tokens), float(fwd)) for tokens, fwd in counts if tokens is not None and fwd is not None]
+    return ([t for t, _ in known], [f for _, f in known]) if len(known) == len(counts) else None
 
 
 def _per_second(base: TimedRun, other: TimedRun) -> Nested | None:
@@ -116,11 +122,11 @@ def _per_second(base: TimedRun, other: TimedRun) -> Nested | None:
 
 
 def _tokens_per_second(run: TimedRun, paces: Mapping[speed_repeats.Turn, float]) -> float | None:
-    """A run's tokens/s: the mean of its repeats where it has any. None if its samples took no time."""
+    """A run's tokens/s: the mean of its repeats where it has any. None if they took no time, or none is known."""
     if paces:
         return geometric(list(paces.values())).mean
-    seconds = math.fsum(float(record["seconds"]) for record in run.all)
-    return sum(len(record["output_ids"]) for record in run.all) / seconds if seconds else None
+    seconds, tokens = total(record["seconds"] for record in run.all), total(map(tokens_of, run.all))
+    return tokens / seconds if seconds and tokens is not None else None
 
 
 def _cautions(base: TimedRun, other: TimedRun, second: Nested) -> list[str]:
@@ -131,6 +137,8 @@ def _cautions(base: TimedRun, other: TimedRun, second: Nested) -> list[str]:
     if second["low"] is None:
         cautions.append(ONE_RUN)
     for name, run in (("the base", base), ("the other", other)):
+        if backend := (run.spec.get("backend") or {}).get("name"):
+            cautions.append(f"{name} was written by {backend}: tokens over wall time of its calls")
         if not second["repeats"] and (run.environment.get("sessions") or 1) > 1:
             cautions.append(f"{name} was broken off and resumed: its tokens/s are of several sessions")
     return cautions

@@ -121,8 +121,9 @@ def _apply_profile(manager: Any, spec: RunSpec) -> None:
         manager.task_index[name] = replace(entry, yaml_path=None, cfg={**config, **changed})
 
 
-def check_settings(spec: RunSpec, tasks: Tasks, window: int) -> None:
+def check_settings(spec: RunSpec, tasks: Tasks, window: int | None) -> None:
     """Raise ConfigError if a task cannot be answered under these settings. window: the model's, in tokens.
+    None: of a backend, which cuts prompts and samples itself.
 
     Checked: the number of shots, the answer's length against the window and the decoder's canvas, thinking, sampling.
     """
@@ -133,6 +134,8 @@ def check_settings(spec: RunSpec, tasks: Tasks, window: int) -> None:
         examples = len(task.sampler.df) if shots else 0
         if shots > examples:
             raise ConfigError(f"num_fewshot={shots}: task {name} has {examples} examples to draw from")
+        if window is None:
+            continue
         # 2) the answer's length
         settings = task.get_config("generation_kwargs") or {}
         length = settings.get("max_gen_toks", DEFAULT_NEW_TOKENS)
@@ -165,8 +168,11 @@ def limit_for(spec: RunSpec, share: float) -> float | None:
 
 
 @_templates()
-def requests(spec: RunSpec, tasks: Tasks, lm: LM) -> Asked:
-    """All requests of lm-eval's evaluation loop. Raises ConfigError for a template that cannot be rendered."""
+def requests(spec: RunSpec, tasks: Tasks, lm: LM | None) -> Asked:
+    """All requests of lm-eval's evaluation loop. lm: for chats alone.
+
+    Raises ConfigError for a template that cannot be rendered.
+    """
     asked: Asked = []
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=spec.seed)  # built before, a task has advanced its generator
@@ -175,19 +181,21 @@ def requests(spec: RunSpec, tasks: Tasks, lm: LM) -> Asked:
             system_instruction=spec.chat.system if spec.chat else None,
             apply_chat_template=spec.chat is not None,
             fewshot_as_multiturn=spec.chat is not None and spec.chat.multiturn,
-            chat_template=lm.apply_chat_template if spec.chat else None,
-            tokenizer_name=lm.tokenizer_name if spec.chat else "",
+            chat_template=lm.apply_chat_template if lm and spec.chat else None,
+            tokenizer_name=lm.tokenizer_name if lm and spec.chat else "",
         )
         asked += task.instances
     return asked
 
 
 @_templates()
-def evaluate(spec: RunSpec, tasks: Tasks, lm: LM, share: float = 1.0) -> dict[str, Any]:
+def evaluate(
+    spec: RunSpec, tasks: Tasks, lm: LM, share: float = 1.0, documents: Mapping[str, list[int]] | None = None
+) -> dict[str, Any]:
     """lm-eval's evaluation loop: build requests, answer them with `lm`, filter, score. Returns its results.
 
     lm-eval's own aggregates are left in `tasks["aggregates"]`: some metrics are no mean over documents.
-    share: fraction of each task's documents, from the first.
+    share: fraction of each task's documents, from the first.  documents: these alone, by leaf task; ascending.
     Raises ConfigError for a template that cannot be rendered.
     """
     import numpy as np
@@ -200,7 +208,8 @@ def evaluate(spec: RunSpec, tasks: Tasks, lm: LM, share: float = 1.0) -> dict[st
     results = evaluator.evaluate(
         lm=lm,
         task_dict=tasks,
-        limit=limit_for(spec, share),
+        limit=limit_for(spec, share) if documents is None else None,
+        samples=documents,
         bootstrap_iters=0,
         log_samples=True,
         confirm_run_unsafe_code=True,
@@ -233,7 +242,7 @@ def scored_records(tasks: Tasks, results: Mapping[str, Any], samples: Mapping[st
         for example in examples:
             key = f"{name}/{example['doc_id']}"
             record = merged.setdefault(example["doc_id"], {**samples[key], "extracted": {}, "scores": {}})
-            record["target"] = _target(task, example)
+            record["target"] = target_of(task, example)
             record["extracted"][example["filter"]] = _extracted(example, record, extract)
             if code_tasks.runs_code(task):
                 judged = code_tasks.outcomes(task, example["doc"], example["filtered_resps"][0])
@@ -329,7 +338,8 @@ def _confine_templates() -> None:
         utils.env = confined
 
 
-def _target(task: Any, example: Mapping[str, Any]) -> str:
+def target_of(task: Any, example: Mapping[str, Any]) -> str:
+    """A document's reference answer, of a multiple choice its text. example: its "doc" and "target"."""
     target = example["target"]
     choices = task.doc_to_choice(example["doc"]) if task.get_config("doc_to_choice") else None
     return str(choices[target] if choices and isinstance(target, int) else target)

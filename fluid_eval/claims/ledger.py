@@ -29,7 +29,7 @@ from fluid_model.settings import check_range
 from ..benchmarks.datasets import DATASETS
 from ..common.paths import resource
 
-Table = Literal["tiny", "main", "ablation", "speed", "own"]
+Table = Literal["tiny", "main", "ablation", "speed", "own", "field"]
 TABLES: tuple[Table, ...] = get_args(Table)
 Unit = Literal["%", "tok/s", "tok/forward", "tok/round", "times"]
 NOT_A_SCORE: Mapping[Unit, str] = {
@@ -44,7 +44,10 @@ UNSTATED = "not stated"
 UNSTATED_CONVENTION = f"convention {UNSTATED}"
 KINDS = ("source", "decoder", "system", "claim", "ranking")
 UNKNOWN = "unknown: "
-SIZES: Mapping[str, int] = {"math": 5000, "mbpp": 500, "ifeval": 541, "mmlu_pro": 12032}
+SIZES: Mapping[str, int] = {
+    "math": 5000, "minerva_math": 5000, "mbpp": 500, "mbpp_instruct": 500, "ifeval": 541, "mmlu_pro": 12032,
+    "gsm8k_cot": 1319, "humaneval_instruct": 164, "humaneval_plus": 164, "mbpp_plus": 378, "hellaswag": 10042,
+}  # fmt: skip
 """Sizes of test sets without a task here (MBPP: its test split; others use 974, 427 or 378 questions of it)."""
 
 

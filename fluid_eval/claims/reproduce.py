@@ -193,18 +193,17 @@ def missing(claim: Claim, settings: Nested, resources: Resources, system: System
     # 1) this package
     decoder = settings.get("decoder", "ar")
     decoder = decoder.get("name", "ar") if isinstance(decoder, dict) else decoder
+    weights = [f"weights {system.weights}/"] if resources.model(system) is None else []
     if decoder not in decoders():
-        return [f"decoder {decoder}"]
-    if claim.task not in of_this_package():
+        return [f"decoder {decoder}", *weights]
+    if claim.task not in of_this_package() and catalogue().find(claim.task) is None:
         return [f"task {claim.task}"]
     if claim.unit == "times":
         return ["the system it is faster than"]
     if claim.unit != "%" and not catalogue().writes(claim.task):
         return [f"a form of {claim.task} with written answers (here it is scored by likelihood)"]
     # 2) this machine: weights, device, permission, data
-    needs = []
-    if resources.model(system) is None:
-        needs.append(f"weights {system.weights}/")
+    needs = weights
     if system.device == "cuda" and not _cuda():
         needs.append("a CUDA device")
     if claim.unit == "tok/s" and not (claim.hardware and claim.hardware in _cuda()):
@@ -212,6 +211,8 @@ def missing(claim: Claim, settings: Nested, resources: Resources, system: System
     is_unsafe = catalogue().unsafe((claim.task,)) and not resources.may_run_code(system)
     if is_unsafe and isolation().name is None:
         needs.append("--allow-unsafe-code")
+    if claim.task not in of_this_package():
+        return needs if _hub() else [*needs, f"a hub for the data of {claim.task}"]
     source = next((name for name in datasets.DATASETS if claim.task == name or claim.task.startswith(name + "_")), None)
     if source is not None and not _at_hand(source, resources.data_dir):
         needs.append(f"data {source}")

@@ -6,7 +6,7 @@ import argparse
 import json
 
 from . import EXIT_FAILED, EXIT_OK
-from .options import add_analysed_run, analysed_run
+from .options import add_analysed_run, analysed_run, given_model
 
 HELP = "losslessness: does a decoder write AR's text of the same weights?"
 EXAMPLE = "fluid-eval audit runs/A"
@@ -17,11 +17,15 @@ def add(audit: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    with analysed_run(options) as folder:
-        from ..analysis.losslessness import FAULTS, audit_run
-        from ..output.terminal_audits import print_audit
+    from ..analysis.losslessness import FAULTS, audit_run
+    from ..analysis.text_audit import audit_text, spec_of_others
+    from ..output.terminal_audits import print_audit
 
-        report = audit_run(folder)
+    if options.spec is not None and options.spec.is_dir() and spec_of_others(options.spec) is not None:
+        report = audit_text(options.spec, given_model(options))
+    else:
+        with analysed_run(options) as folder:
+            report = audit_run(folder)
     if options.json:
         print(json.dumps(report, indent=2))
     else:

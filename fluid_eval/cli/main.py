@@ -16,6 +16,7 @@ from . import (
     compare,
     decoders,
     doctor,
+    import_logs,
     khead,
     models,
     report,
@@ -28,13 +29,14 @@ from . import (
     tasks,
     tax,
     trace,
+    view,
 )  # fmt: skip
 from .console import in_one_line, tolerate_any_output
 
 GROUPS: dict[str, dict[str, ModuleType]] = {
     "run": {"run": run, "sweep": sweep, "tax": tax, "trace": trace},
-    "analyse": {"compare": compare, "audit": audit, "khead": khead, "rescore": rescore},
-    "publish": {"report": report, "reproduce": reproduce},
+    "analyse": {"compare": compare, "audit": audit, "khead": khead, "rescore": rescore, "import": import_logs},
+    "publish": {"report": report, "view": view, "reproduce": reproduce},
     "tools": {
         "tasks": tasks, "models": models, "decoders": decoders, "settings": settings, "score": score, "doctor": doctor,
     },

@@ -15,7 +15,7 @@ from fluid_model.common.errors import ConfigError
 from . import EXIT_FAILED, EXIT_OK, EXIT_UNHEALTHY
 
 if TYPE_CHECKING:
-    from ..common.spec import RunSpec
+    from ..common.spec import ModelSpec, RunSpec
 
 BUNDLED = "tiny-fluid"
 """The checkpoint of a run without --model."""
@@ -28,6 +28,7 @@ _FLAGS = {
     "tasks_dir": "tasks_dir",
     "model": "model.path",
     "decoder": "decoder.name",
+    "backend": "backend.name",
     "dtype": "model.dtype",
     "device": "model.device",
     "data_dir": "data_dir",
@@ -105,6 +106,13 @@ def add_speed_repeats(where: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
 
 
+def add_track(where: argparse._ArgumentGroup) -> None:
+    """Add --track, for commands that finish runs."""
+    where.add_argument(
+        "--track", choices=("wandb", "mlflow", "tensorboard", "trackio"), help="log the finished result there too"
+    )  # fmt: skip
+
+
 def exit_code(failed: Mapping[str, str], health: Sequence[Mapping[str, Any]]) -> int:
     """Exit code of a finished run: failed samples win over health gates above their thresholds."""
     unhealthy = any(not gate["ok"] for gate in health)
@@ -126,10 +134,7 @@ def analysed_run(options: argparse.Namespace) -> Iterator[Path]:
     """
     if options.spec is not None and options.spec.is_dir():
         name_own_decoder(options)
-        given = [name for name in (*_FLAGS, "set", "chat", "out") if getattr(options, name) not in (None, [], False)]
-        if given:
-            flags = ", ".join("--" + name.replace("_", "-") for name in given)
-            raise ConfigError(f"{options.spec} is a stored run with its own settings: drop {flags}, or name no run")
+        _refuse_settings(options, allowed=())
         yield options.spec
         return
     if options.spec is None and options.tasks is None:
@@ -142,6 +147,57 @@ def analysed_run(options: argparse.Namespace) -> Iterator[Path]:
         folder = options.out or Path(spare) / "run"
         run(spec, folder)
         yield folder
+
+
+def given_model(options: argparse.Namespace) -> ModelSpec | None:
+    """The model whose weights a stored run is audited against, by --model, --dtype and --device; None: the run's own.
+
+    Raises ConfigError for other settings.
+    """
+    from ..common.bundled import resolved
+    from ..common.spec import ModelSpec
+
+    _refuse_settings(options, allowed=("model", "dtype", "device", "trust_remote_code"))
+    values = {name: getattr(options, name) for name in ("dtype", "device", "trust_remote_code")}
+    given = {name: value for name, value in values.items() if value is not None}
+    if options.model is None and given:
+        raise ConfigError(f"--{next(iter(given))}: name the weights too, by --model")
+    return None if options.model is None else ModelSpec(resolved(options.model), **given)
+
+
+def _refuse_settings(options: argparse.Namespace, allowed: Sequence[str]) -> None:
+    """Raise ConfigError if settings are given with a stored run, but for the allowed ones."""
+    names = [name for name in (*_FLAGS, "set", "chat", "out") if name not in allowed]
+    given = [name for name in names if getattr(options, name, None) not in (None, [], False)]
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ConfigError(f"{options.spec} is a stored run with its own settings: drop {flags}, or name no run")
+
+
+def arguments(text: str) -> dict[str, Any]:
+    """NAME=VALUE,... as lm-eval's --model_args has them: numbers, true, false and none, other values as text.
+
+    Raises ConfigError for a part without "=".
+    """
+    values: dict[str, Any] = {}
+    for pair in filter(None, text.split(",")):
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"--backend-args {pair!r}: write NAME=VALUE,NAME=VALUE")
+        values[name.strip()] = _value(value)
+    return values
+
+
+def _value(text: str) -> Any:
+    """A value as lm-eval reads it."""
+    if text.lower() in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 def name_own_decoder(options: argparse.Namespace) -> None:
@@ -178,14 +234,22 @@ def values_of(options: argparse.Namespace) -> dict[str, Any]:
     from ..running.given_values import completed
 
     values = tables(read_toml(options.spec) if options.spec else {})
-    if options.model is None and "model" not in values:
+    if (
+        options.model is None
+        and "model" not in values
+        and not (getattr(options, "backend", None) or "backend" in values)
+    ):
         _take_bundled(values, options)
     # 2) flags
     if options.decoder and values.get("decoder", {}).get("name", options.decoder) != options.decoder:
         values["decoder"] = {}  # of another decoder
     for flag, name in _FLAGS.items():
-        if (value := getattr(options, flag)) is not None:
+        if (value := getattr(options, flag, None)) is not None:
             put(values, name, value)
+    if (args := getattr(options, "backend_args", None)) is not None:
+        if not isinstance(values.get("backend"), Mapping):
+            raise ConfigError("--backend-args: name the backend too, by --backend")
+        put(values, "backend.args", {**values["backend"].get("args", {}), **arguments(args)})
     _say_which(options.model)
     if options.chat:
         values.setdefault("chat", {})

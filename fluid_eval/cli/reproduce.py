@@ -17,7 +17,9 @@ EXAMPLE = "fluid-eval reproduce --table tiny"
 
 
 def add(reproduce: argparse.ArgumentParser) -> None:
-    reproduce.add_argument("--table", metavar="A,B", help="tables: tiny, main, ablation, speed, own; default: all")
+    reproduce.add_argument(
+        "--table", metavar="A,B", help="tables: tiny, main, ablation, speed, own, field; default: all"
+    )
     reproduce.add_argument("--systems", metavar="A,B", help="system names or prefixes: FLUID-7B,tiny-")
     reproduce.add_argument("--data-dir", default=None, metavar="DIR", help="folder with benchmark data")
     reproduce.add_argument("--models-dir", default=None, metavar="DIR", help="folder with model folders")

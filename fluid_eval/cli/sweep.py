@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .options import add_settings, add_speed_repeats, exit_code, integer, values_of
+from .options import add_settings, add_speed_repeats, add_track, exit_code, integer, values_of
 
 HELP = "run a grid of settings: accuracy/throughput frontier"
 EXAMPLE = "fluid-eval sweep --sweep decoder.candidates=1,4 --limit 20"
@@ -19,6 +19,7 @@ def add(sweep: argparse.ArgumentParser) -> None:
     where.add_argument("--resume", action="store_true", help="continue an interrupted sweep")
     where.add_argument("--json", action="store_true", help="print the result as JSON")
     add_speed_repeats(where)
+    add_track(where)
     points = sweep.add_argument_group("which points")
     points.add_argument(
         "--sweep", action="append", default=[], metavar="A.B=C,D",
@@ -50,9 +51,11 @@ def main(options: argparse.Namespace) -> int:
     if options.sample is not None:
         sweep["sample"] = options.sample
     planned = plan(values)
+    from ..output import tracking
     from ..output.terminal_sweeps import print_plan, print_sweep
     from ..sweeps.sweep import Sweep, default_folder
 
+    tracking.check_tracker(options.track)
     # 2) the sweep's folder; only an estimate, or what is answered so far
     folder = options.out or default_folder(planned)
     job = Sweep(planned, folder, resume=options.resume or options.so_far)
@@ -67,6 +70,8 @@ def main(options: argparse.Namespace) -> int:
         stop_dominated=options.stop_dominated, by=options.by, within=options.within,
         speed_repeats=options.speed_repeats,
     )  # fmt: skip
+    if options.track is not None:
+        tracking.track_sweep(options.track, folder, result)
     if options.json:
         print(json.dumps(result, indent=2))
     else:

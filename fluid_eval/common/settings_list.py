@@ -12,9 +12,15 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from fluid_model.common.errors import ConfigError
 from fluid_model.registry import decoder_named, decoders
 
-from .spec import ChatSpec, EngineSpec, HealthSpec, ModelSpec, RunSpec
+from .spec import BackendSpec, ChatSpec, EngineSpec, HealthSpec, ModelSpec, RunSpec
 
-TABLES: dict[str, type] = {"model": ModelSpec, "chat": ChatSpec, "engine": EngineSpec, "health": HealthSpec}
+TABLES: dict[str, type] = {
+    "model": ModelSpec,
+    "backend": BackendSpec,
+    "chat": ChatSpec,
+    "engine": EngineSpec,
+    "health": HealthSpec,
+}
 """Tables of a spec, beside `decoder`, which has a class for each decoder."""
 
 

@@ -4,6 +4,7 @@
     ├── tasks, tasks_dir, limit, num_fewshot, max_new_tokens, profile, extractor, seed      the benchmark
     ├── model     ModelSpec        checkpoint, dtype, device
     ├── decoder   DecoderSettings  of any registered decoder (`fluid_model.registry`)
+    ├── backend   BackendSpec      another program that writes the answers, in place of a decoder; None: none
     ├── chat      ChatSpec         None for plain prompts
     └── engine, health, batch_size, data_dir, allow_unsafe_code                  no part of the id
 
@@ -17,7 +18,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from fluid_model.common.errors import ConfigError
@@ -60,6 +61,22 @@ class ModelSpec:
             check_method("model.method", self.method, stated=True)
         if self.end_tokens == ():
             raise ConfigError("model.end_tokens=[] leaves nothing that ends an answer; leave it out or name one text")
+
+
+@dataclass(frozen=True)
+class BackendSpec:
+    """Another program that writes the answers: a model of lm-eval's, or the harness whose log was imported."""
+
+    name: str
+    """As lm-eval names it: hf, vllm, sglang, local-completions, ..."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Its arguments, those of lm-eval's --model_args; the model's path is none of them."""
+
+    def __post_init__(self) -> None:
+        try:
+            json.dumps(self.args)
+        except TypeError:
+            raise ConfigError(f"backend.args={self.args} must hold texts, numbers, lists and tables") from None
 
 
 @dataclass(frozen=True)
@@ -154,6 +171,7 @@ class RunSpec:
     """Names of tasks and groups; on the command line and in files, of tags and patterns too."""
     model: ModelSpec
     decoder: DecoderSettings = field(default_factory=ArSettings)
+    backend: BackendSpec | None = None
     chat: ChatSpec | None = None
     engine: EngineSpec = field(default_factory=EngineSpec)
     health: HealthSpec = field(default_factory=HealthSpec)
@@ -187,10 +205,38 @@ class RunSpec:
         check_range("seed", self.seed, 0, 2**32 - 1)
         if self.batch_size != "auto":
             at_least("batch_size", self.batch_size, 1)
+        if self.backend is not None:
+            self._check_backend(self.backend.name)
+
+    def _check_backend(self, name: str) -> None:
+        """Raise ConfigError for settings that only this package's decoders have."""
+        if replace(self.model, path="") != ModelSpec(""):
+            given = [f.name for f in fields(ModelSpec) if getattr(self.model, f.name) != f.default and f.name != "path"]
+            raise ConfigError(
+                f"model.{given[0]}={getattr(self.model, given[0])}: backend {name} loads the model itself; give it as "
+                f"--backend-args {given[0]}=..."
+            )
+        if self.decoder != ArSettings():
+            raise ConfigError(f"decoder={self.decoder.name}: backend {name} writes the answers; name one of both")
+        if self.engine != EngineSpec():
+            raise ConfigError(f"engine.kind={self.engine.kind}: backend {name} runs in this process, or is a server")
+        allowed = ("system", "multiturn")
+        for f in fields(ChatSpec) if self.chat is not None else ():
+            if f.name not in allowed and getattr(self.chat, f.name) != getattr(ChatSpec(), f.name):
+                raise ConfigError(
+                    f"chat.{f.name}: backend {name} has its own chat template; only {' and '.join(allowed)} reach it"
+                )
+
+    @property
+    def writer(self) -> str:
+        """Who writes the answers: the decoder's name, or the backend's."""
+        return self.decoder.name if self.backend is None else self.backend.name
 
     def to_dict(self) -> Nested:
         """Nested plain values; building a spec from them gives this spec again."""
-        return dict(json.loads(json.dumps({**asdict(self), "decoder": plain_values(self.decoder)})))
+        # where a decoder is named, a backend is
+        writer = plain_values(self.decoder) if self.backend is None else {"name": self.backend.name}
+        return dict(json.loads(json.dumps({**asdict(self), "decoder": writer})))
 
     def identity(self) -> Nested:
         """The settings that decide the answers, as hashed by `id`.
@@ -207,6 +253,8 @@ class RunSpec:
             del values["model"]["trust_remote_code"]
         if self.model.base is None:
             del values["model"]["base"]
+        if self.backend is None:
+            del values["backend"]
         for name in ("template", "read_thoughts"):
             if self.chat is not None and not getattr(self.chat, name):
                 del values["chat"][name]
@@ -225,7 +273,7 @@ def tables(values: Mapping[str, Any]) -> Nested:
     The name of a bundled checkpoint becomes its folder.
     """
     values = dict(values)
-    for name, inner in (("model", "path"), ("decoder", "name")):
+    for name, inner in (("model", "path"), ("decoder", "name"), ("backend", "name")):
         if isinstance(values.get(name), str):
             values[name] = {inner: values[name]}
     model = values.get("model")
@@ -249,9 +297,23 @@ def build_spec(values: Mapping[str, Any], *, stored: bool = False) -> RunSpec:
         if isinstance(values.get(name), str):
             values[name] = os.path.expanduser(values[name])
     values.pop("allow_code", None)  # a field of earlier specs, without effect since code runs isolated
-    settings = decoder_settings(values.pop("decoder", {}), stored=stored)
+    given = values.pop("decoder", {})
+    is_backends = _is_backends(given, values.get("backend"))
+    settings = ArSettings() if is_backends else decoder_settings(given, stored=stored)
     spec: RunSpec = build(RunSpec, {**values, "decoder": settings}, how_to_give=_HOW_TO_GIVE)
     return spec
+
+
+def _is_backends(decoder: Any, backend: Any) -> bool:
+    """Whether a decoder's values only repeat the backend's name, as `to_dict` writes them. Raises ConfigError if both
+    are given.
+    """
+    if not isinstance(backend, Mapping):
+        return False
+    if decoder not in ({}, {"name": backend.get("name")}):
+        named = decoder.get("name", ", ".join(decoder)) if isinstance(decoder, Mapping) else decoder
+        raise ConfigError(f"decoder={named}: backend {backend.get('name')} writes the answers; name one of both")
+    return True
 
 
 _TEMPLATE_OWN = {

@@ -21,6 +21,11 @@ def bracketed(value: Interval | None, digits: int, scale: int = 1) -> str:
     return f"{mean} [{low}, {high}]" if value.bounded else mean
 
 
+def latex_text(text: str) -> str:
+    """A text with the characters that LaTeX takes for commands escaped."""
+    return text.translate(_ESCAPES)
+
+
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A pipe table."""
 
@@ -39,7 +44,7 @@ def latex(heads: Sequence[str], rows: Sequence[Sequence[str]], *, notes: Sequenc
     """A tabular (needs the booktabs package), then a footnotesize paragraph for each note."""
 
     def line(cells: Iterable[str]) -> str:
-        text = " & ".join(cell.translate(_ESCAPES) for cell in cells)
+        text = " & ".join(map(latex_text, cells))
         return (
             ("{}" if text.startswith(("[", "*")) else "") + text + " \\\\\n"
         )  # else \\ or \toprule takes them as arguments
@@ -47,4 +52,4 @@ def latex(heads: Sequence[str], rows: Sequence[Sequence[str]], *, notes: Sequenc
     form = "l" * len(heads)
     body = "".join(line(row) for row in rows)
     table = f"\\begin{{tabular}}{{{form}}}\n\\toprule\n{line(heads)}\\midrule\n{body}\\bottomrule\n\\end{{tabular}}\n"
-    return table + "".join(f"\n{{\\footnotesize {note.translate(_ESCAPES)}\\par}}\n" for note in notes)
+    return table + "".join(f"\n{{\\footnotesize {latex_text(note)}\\par}}\n" for note in notes)

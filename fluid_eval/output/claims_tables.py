@@ -23,6 +23,7 @@ TITLES = {
     "ablation": "Ablations",
     "speed": "Speeds and strides",
     "own": "Authors on their own systems",
+    "field": "The field's small checkpoints",
 }
 SHORT = {"%": "", "tok/forward": " tok/fwd"}
 _NEEDED = {

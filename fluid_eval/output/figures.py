@@ -5,13 +5,14 @@ Drawn with matplotlib's object interface: no display, no global state, the same 
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..common.tables import bracketed
-from ..sweeps.frontier_files import ACCENT, INK, NAMES, STYLE, figure
+from ..sweeps.frontier_figure import ACCENT, FEW, INK, STYLE, figure
+from ..sweeps.frontier_figure import svg as vector
+from ..sweeps.frontier_files import NAMES
 from ..sweeps.pareto import Placed, Speed
 from .terminal import ResultLine
 
@@ -22,12 +23,14 @@ _CSS = {
     ACCENT: "var(--accent)",
     INK: "currentColor",
     "#7fa3cf": "color-mix(in srgb, var(--accent) 60%, var(--paper))",
+    "#4a76ab": "color-mix(in srgb, var(--accent) 80%, currentColor)",
+    "#6b6b6b": "var(--soft)",
     "#8a8a8a": "var(--soft)",
-    "#b5b5b5": "color-mix(in srgb, var(--soft) 60%, var(--paper))",
-    "#dcdcdc": "color-mix(in srgb, var(--soft) 30%, var(--paper))",
+    "#a3a3a3": "color-mix(in srgb, var(--soft) 70%, var(--paper))",
     "#ffffff": "var(--paper)",
 }
 """matplotlib's colours -> the page's CSS."""
+_FONT = 9.0
 _WIDTH = 5.2
 """Inches. Narrow enough that the text stays readable when a phone shrinks the figure."""
 
@@ -37,7 +40,8 @@ def score_speed(placed: Sequence[Placed], by: Speed, *, comparable: bool) -> str
 
     comparable: the points answered the same documents, so that their frontier is drawn.
     """
-    drawn = figure(placed, by=by, size=(_WIDTH, 3.9 if comparable else 3.4), comparable=comparable)
+    letters = {p.name: p.name if len(placed) <= FEW else p.name.split(" ")[0] for p in placed}
+    drawn = figure(placed, by=by, size=(_WIDTH, 3.9), font=_FONT, comparable=comparable, texts=letters)
     if drawn is None:
         return ""
     spots = (
@@ -54,7 +58,7 @@ def tokens_per_forward(lines: Sequence[ResultLine]) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
+    with rc_context({**STYLE, "font.size": _FONT}):
         # 1) a bar and its number for each task
         figure = Figure(figsize=(_WIDTH, 0.9 + 0.42 * len(tasks)), layout="constrained")
         axes = figure.subplots()
@@ -84,17 +88,12 @@ def first_lines(lines: Sequence[ResultLine]) -> list[ResultLine]:
     return list(firsts.values())
 
 
-def _svg(figure: Figure, title: str) -> str:
+def _svg(drawn: Figure, title: str) -> str:
     """The figure as an <svg> element without date, font names, style sheet or ids that could clash on a page."""
-    figure.patch.set_visible(False)
-    for axes in figure.axes:
+    drawn.patch.set_visible(False)
+    for axes in drawn.axes:
         axes.patch.set_visible(False)
-    from matplotlib import rc_context
-
-    text = io.StringIO()
-    with rc_context({**STYLE, "svg.fonttype": "none"}):
-        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = text.getvalue()
+    svg = vector(drawn)
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r" font-family: [^;\"]+;", "", svg)

@@ -65,6 +65,21 @@ def speed(interval: ResultLine, digits: int = 0) -> str:
     return f"{number(interval['mean'], digits)} [{number(interval['low'], digits)}, {number(interval['high'], digits)}]"
 
 
+def print_areas(console: Console, areas: Sequence[Mapping[str, Any]]) -> None:
+    """Print AUP of each method, see `sweeps.aup`: mean over tasks, each task's, and why there is none."""
+    if not areas:
+        return
+    console.print("AUP, accuracy under parallelism as d3LLM defines it (arXiv 2601.07568):")
+    for row in areas:
+        tasks = "  ".join(f"{name} {number(area['value'], 1)}" for name, area in row["tasks"].items())
+        console.print(
+            f"  {row['method']}: {number(row['mean'], 1)}" + (f"  ({tasks})" if len(row["tasks"]) > 1 else "")
+        )
+        for name, area in row["tasks"].items():
+            if area["why"]:
+                console.print(f"    {name}: {area['why']}")
+
+
 def probability(p: float | None) -> str:
     """A p value to three digits, a dash for None."""
     return "–" if p is None else f"{p:.3f}" if p >= 0.001 else "<.001"

@@ -21,7 +21,7 @@ def print_audit(report: Mapping[str, Any], console: Console | None = None) -> No
     # 1) the run and how far it agrees
     decoder, sampled = report["decoder"], report["distribution"]
     settings = ", ".join(f"{k}={v}" for k, v in decoder.items() if k != "name")
-    console.print(f"{report['model']}  decoder {decoder['name']} ({settings})")
+    console.print(f"{report['model']}  decoder {decoder['name']}" + (f" ({settings})" if settings else ""))
     console.print(f"against {'sampled' if sampled else 'greedy'} AR of the same weights, {report['dtype']}")
     console.print()
     same = "AR's with the same random numbers" if sampled else "AR's"
@@ -49,7 +49,8 @@ def print_audit(report: Mapping[str, Any], console: Console | None = None) -> No
         console.print(
             f"margin: likeliest minus second likeliest token, nats; rounding explains {report['tolerance']:.2g}"
         )
-        console.print(f"recheck: both decoded again in {report['recheck']}")
+        if report["recheck"]:
+            console.print(f"recheck: both decoded again in {report['recheck']}")
     # 4) the verdict
     if not report["promises"]:
         console.print("this decoder does not promise AR's text")
@@ -61,15 +62,19 @@ def _divergences(report: Mapping[str, Any]) -> Table:
     """The first difference of each text from AR's."""
     table = bare_table()
     table.add_column("sample", overflow="fold")
-    for name in ("place", "ours", "AR's", "margin", f"in {report['recheck']}"):
+    recheck = [f"in {report['recheck']}"] if report["recheck"] else []
+    for name in ("place", "ours", "AR's", "margin", *recheck):
         table.add_column(name, justify="right", no_wrap=name not in ("ours", "AR's"))
-    table.add_column("recheck")
+    if recheck:
+        table.add_column("recheck")
     table.add_column("verdict", no_wrap=True)
     for each in report["divergences"][:MOST_DIVERGENCES]:
+        again: tuple[str, ...] = ()
+        if recheck:
+            again = (f"{each['margin_recheck']:.2g}", "agrees" if each["agrees_in_recheck"] else "differs")
         table.add_row(
             each["key"], str(each["place"]), json.dumps(each["ours"]), json.dumps(each["theirs"]),
-            f"{each['margin']:.2g}", f"{each['margin_recheck']:.2g}",
-            "agrees" if each["agrees_in_recheck"] else "differs", each["verdict"].removeprefix("numerical "),
+            f"{each['margin']:.2g}", *again, each["verdict"].removeprefix("numerical "),
         )  # fmt: skip
     return table
 

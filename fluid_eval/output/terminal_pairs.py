@@ -10,7 +10,18 @@ from rich.console import Console
 from rich.table import Table
 
 from ..analysis.compare import entries
-from .terminal import FORWARDS, bare_table, difference, number, plain_table, probability, ratio, score, screen
+from .terminal import (
+    FORWARDS,
+    bare_table,
+    difference,
+    number,
+    plain_table,
+    print_areas,
+    probability,
+    ratio,
+    score,
+    screen,
+)
 
 MACHINE = "tok/s: per worker; intervals are of repeats in turns, else there are none"
 
@@ -31,12 +42,15 @@ def print_comparison(comparison: Mapping[str, Any], *, flips: bool = False) -> N
         console.print()
         console.print(difference_table(pair))
         console.print()
-        if pair["speed"]["tokens_per_forward"]:
+        if pair["speed"]["tokens_per_forward"] or pair["speed"]["tokens_per_second"]:
             console.print(speed_table(pair))
             console.print()
         _notes(console, pair, flips)
         console.print()
-    # 3) legend
+    # 3) areas, legend
+    if comparison["areas"]:
+        print_areas(console, comparison["areas"])
+        console.print()
     console.print("score: %, by a task's first metric   all: mean over tasks")
     console.print("difference: other less base, in points, with its paired 95% interval")
     console.print("p: McNemar's exact test   MDE: smallest difference detected with 80% power")
@@ -150,7 +164,7 @@ def _notes(console: Console, pair: Mapping[str, Any], flips: bool) -> None:
         if keys:
             console.print(f"left out, {reason}: {_listed(keys, 3)}")
     # 2) limits of the speed ratios
-    if pair["speed"]["tokens_per_forward"] and pair["speed"]["not_compared"]:
+    if pair["speed"]["generated"] and pair["speed"]["not_compared"]:
         console.print(f"tok/s do not compare: {'; '.join(pair['speed']['not_compared'])}")
     for caution in pair["speed"]["cautions"]:
         console.print(f"tok/s: {caution}")

@@ -19,32 +19,16 @@ def print_result(result: Mapping[str, Any], folder: Path, *, settable: bool = Tr
     console = screen()
     # 1) model, decoder, protocol
     decoder = ", ".join(f"{k}={v}" for k, v in result["decoder"].items() if k != "name")
-    console.print(f"{result['model']}  decoder {result['decoder']['name']} ({decoder})")
+    console.print(f"{result['model']}  decoder {result['decoder']['name']}" + (f" ({decoder})" if decoder else ""))
     if chat := result.get("chat"):
         console.print(f"chat ({', '.join(f'{k}={v}' for k, v in chat.items() if v not in (None, '', {}))})")
     if used := result.get("protocol"):
         console.print(f"protocol {used['name']} {used['hash']}")
     console.print()
     # 2) scores, costs, speeds
-    console.print(score_table(result["lines"]))
-    console.print()
-    console.print(cost_table(result["lines"]))
-    console.print()
-    if repeats := max((line.get("speed_repeats", 0) for line in result["lines"]), default=0):
-        console.print(_speeds(result["lines"]))
-        console.print()
-    # 3) legend
-    console.print("score: % and its 95% interval   cut: prompts cut from the left to fit the window")
-    console.print("tok/s: per worker               limit: answers that hit the length limit")
-    if any(line["score"] is None for line in result["lines"]):
-        console.print("score =: a value that is no mean over documents, as lm-eval computes it")
-    console.print("tokens: of answers before their end; forwards by kind, summed over samples")
-    console.print(FORWARDS)
-    if not repeats and any(line["tokens_per_second"] for line in result["lines"]):
-        console.print("tok/s of a single run have no interval; --speed-repeats 5 gives one")
-    if (under := result.get("conditions")) and (conditions := speed_conditions.drafting(under)):
-        console.print(f"tok/fwd at {conditions}")
-    # 4) health, data, notices, failures, folder
+    if result["lines"]:
+        _print_tables(console, result)
+    # 3) health, data, notices, failures, folder
     print_health(console, result.get("health", []), settable=settable)
     for message in result["data"]:
         console.print(f"data: {message}")
@@ -57,6 +41,31 @@ def print_result(result: Mapping[str, Any], folder: Path, *, settable: bool = Tr
     for key, reason in result.get("lost", {}).items():
         console.print(f"failed, and in no score: {key} ({reason})")
     console.print(f"run folder: {folder}  (fluid-eval report {folder})", soft_wrap=True)
+
+
+def _print_tables(console: Console, result: Mapping[str, Any]) -> None:
+    """Print scores, costs and speeds, and what their columns mean."""
+    # 1) scores, costs, speeds
+    console.print(score_table(result["lines"]))
+    console.print()
+    console.print(cost_table(result["lines"]))
+    console.print()
+    if repeats := max((line.get("speed_repeats", 0) for line in result["lines"]), default=0):
+        console.print(_speeds(result["lines"]))
+        console.print()
+    # 2) legend
+    console.print("score: % and its 95% interval   cut: prompts cut from the left to fit the window")
+    console.print("tok/s: per worker               limit: answers that hit the length limit")
+    if any(line["score"] is None for line in result["lines"]):
+        console.print("score =: a value that is no mean over documents, as lm-eval computes it")
+    console.print("tokens: of answers before their end; forwards by kind, summed over samples")
+    console.print(FORWARDS)
+    if any(line["forwards"] is None for line in result["lines"]):
+        console.print("–: not known; another program wrote these answers and does not say")
+    if not repeats and any(line["tokens_per_second"] and line["forwards"] is not None for line in result["lines"]):
+        console.print("tok/s of a single run have no interval; --speed-repeats 5 gives one")
+    if (under := result.get("conditions")) and (conditions := speed_conditions.drafting(under)):
+        console.print(f"tok/fwd at {conditions}")
 
 
 def print_health(console: Console, health: Sequence[Mapping[str, Any]], *, settable: bool = True) -> None:
@@ -93,7 +102,7 @@ def cost_table(lines: Sequence[ResultLine]) -> Table:
     for line in firsts:
         by_kind = line["forwards_by_kind"]
         counts = (line["tokens"], *(by_kind.get(kind, 0) for kind in kinds), line["forwards"])
-        table.add_row(line["task"], *(f"{count:,}" for count in counts), number(line["slots_per_token"], 1))
+        table.add_row(line["task"], *map(number, counts), number(line["slots_per_token"], 1))
     return table
 
 
@@ -122,8 +131,8 @@ def score_table(lines: Sequence[ResultLine]) -> Table:
         cost = (
             number(line["tokens_per_forward"], 2),
             number(line["tokens_per_second"]),
-            str(line["truncated_prompts"]),
-            str(line["length_limit_hits"]),
+            number(line["truncated_prompts"]),
+            number(line["length_limit_hits"]),
         )
         table.add_row(
             line["task"] if first else "", metric(line), score(line), str(line["n"]), *(cost if first else ())

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from ..sweeps.frontier_figure import stem
 from ..sweeps.pareto import SPEEDS as PACES
-from .terminal import FORWARDS, bare_table, number, score, screen
+from .terminal import FORWARDS, bare_table, number, print_areas, score, screen
 from .terminal import speed as pace
 
 if TYPE_CHECKING:
@@ -95,11 +96,14 @@ def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
     if result["best"] is not None:
         against = result["baseline"] or "the best score"
         console.print(f"fastest that scores at most {result['within']:g} (%) less than {against}: {result['best']}")
-    for decoder, area in result["aup"].items():
-        console.print(f"area under the accuracy-parallelism curve, {decoder}: {area:.1f}")
+    print_areas(console, result.get("areas", []))
     for note in notes:
         console.print(note)
     for key, reason in result["lost"].items():
         console.print(f"failed, and in no score: {key} ({reason})")
-    files = "frontier.png .svg .csv .parquet .md .tex" if result["figure"] else "frontier.csv .parquet .md .tex"
-    console.print(f"folder: {folder}  ({files}; each point is a run folder below points/)", soft_wrap=True)
+    if result["figure"]:
+        console.print()
+        console.print(result["caption"])
+        console.print(f"figure: {stem(result['by'])}.pdf .svg .png; its caption: .txt .tex")
+    files = "frontier.csv .parquet .md .tex; each point is a run folder below points/"
+    console.print(f"folder: {folder}  ({files})", soft_wrap=True)

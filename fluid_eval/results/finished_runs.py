@@ -34,6 +34,10 @@ def read_finished(folder: Path, needed: Iterable[str] = (), *, shown: bool = Fal
     if not (folder / RESULT).is_file():
         raise ConfigError(f"{folder}: this run is not finished (no {RESULT}); run it again with --resume first")
     result = read_result(folder / RESULT, {"members", "lines", *needed}, shown=shown)
+    if not result["lines"] and not result.get("lost"):
+        raise ConfigError(
+            f"{folder}: its answers have no scores; fluid-eval rescore {folder} --profile lm-eval gives them"
+        )
     # 2) samples of the result's tasks, as many as it counted
     task_of_leaf = {leaf: task for task, leaves in result["members"].items() for leaf in leaves}
     records = in_order(read_samples(folder), task_of_leaf)
@@ -92,6 +96,6 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
             row[name] = encodable(value)  # Arrow refuses lone surrogates
     trace = record.get("trace") or {}
     row |= {f"score:{name}": value for name, value in (record.get("scores") or {}).items()}
-    row |= {f"forwards:{kind}": count for kind, count in trace.get("forwards", {}).items()}
+    row |= {f"forwards:{kind}": count for kind, count in (trace.get("forwards") or {}).items()}
     row |= {name: trace.get(name) for name in ("slots", "predicted", "accepted")}
     return row

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..common.spec import HealthSpec
+from .sample_records import UNKNOWN
 
 Record = Mapping[str, Any]
 NO_ANSWER = {"", "[invalid]", "[invalidanswer]"}
@@ -62,6 +63,10 @@ def _is_generated(record: Record) -> bool:
     return record["finish"] is not None
 
 
+def _end_is_known(record: Record) -> bool:
+    return record["finish"] not in (None, UNKNOWN)
+
+
 def _no_answer(record: Record) -> bool:
     """Nothing extracted by the filter of the task's first metric; a laxer filter may have extracted an answer."""
     return str(next(iter(record["extracted"].values()))).strip() in NO_ANSWER
@@ -72,10 +77,10 @@ def _timed_out(record: Record) -> bool:
 
 
 RULES = {
-    "length limit": _Rule("length_limit", _is_generated, lambda r: r["finish"] == "length"),
+    "length limit": _Rule("length_limit", _end_is_known, lambda r: r["finish"] == "length"),
     "empty answer": _Rule("empty_answer", _is_generated, lambda r: not r["output"].strip()),
-    "no answer extracted": _Rule("no_answer", _is_generated, _no_answer),
-    "prompt truncated": _Rule("prompt_truncated", lambda r: True, lambda r: r["truncated"] > 0),
+    "no answer extracted": _Rule("no_answer", lambda r: _is_generated(r) and bool(r.get("extracted")), _no_answer),
+    "prompt truncated": _Rule("prompt_truncated", lambda r: r["truncated"] is not None, lambda r: r["truncated"] > 0),
     "numbers not finite": _Rule("broken", lambda r: True, lambda r: r.get("broken", False)),
     "sandbox time-out": _Rule("sandbox_timeout", lambda r: "verdicts" in r, _timed_out),
     "thinking never ended": _Rule(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from ..common.stats import geometric, interval
+from .sample_records import UNKNOWN, forwards_of, tokens_of
 from .speed_repeats import Repeat, tokens_per_second
 
 Record = Mapping[str, Any]
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a set of answers.
+    """Cost of a set of answers. What one of them does not tell is None for all: never 0.
 
     tokens: ids of generated answers before their end token.  forwards: all kinds, prefill and commit included.
     slots: fed in all forwards, prompts included.  seconds: the engine's time, summed over samples.
@@ -26,19 +28,19 @@ class Cost:
     unended_thinking: answers of a thinking model without an end of thinking.
     """
 
-    tokens: int
-    forwards: int
+    tokens: int | None
+    forwards: int | None
     forwards_by_kind: Mapping[str, int]
-    slots: int
-    seconds: float
+    slots: int | None
+    seconds: float | None
     slots_per_token: float | None
     tokens_per_forward: float | None
     tokens_per_second: float | None
     tokens_per_second_low: float | None
     tokens_per_second_high: float | None
     speed_repeats: int
-    truncated_prompts: int
-    length_limit_hits: int
+    truncated_prompts: int | None
+    length_limit_hits: int | None
     unended_thinking: int
 
 
@@ -79,34 +81,48 @@ class TableRow:
 def cost(records: Sequence[Record], repeats: Sequence[Repeat] = ()) -> Cost:
     """Cost of samples, independent of their order. repeats: the same answers timed again."""
     # 1) all samples
-    kinds = dict.fromkeys(kind for r in records for kind in r["trace"]["forwards"])
-    by_kind = {kind: sum(r["trace"]["forwards"].get(kind, 0) for r in records) for kind in kinds}
+    forwards = total(map(forwards_of, records))
+    kinds = dict.fromkeys(kind for r in records for kind in r["trace"]["forwards"] or ())
+    by_kind = {
+        kind: sum(r["trace"]["forwards"].get(kind, 0) for r in records) for kind in kinds if forwards is not None
+    }
     # 2) generated ones only
     generated = [r for r in records if r["finish"] is not None]
-    tokens = sum(len(r["output_ids"]) for r in generated)
-    generated_forwards = sum(sum(r["trace"]["forwards"].values()) for r in generated)
-    generated_slots = sum(r["trace"]["slots"] for r in generated)
-    generated_seconds = math.fsum(r["seconds"] for r in generated)
+    tokens = total(map(tokens_of, generated))
+    generated_forwards = total(map(forwards_of, generated))
+    generated_slots = total(r["trace"]["slots"] for r in generated)
+    generated_seconds = total(r["seconds"] for r in generated)
+    limited = [None if r["finish"] == UNKNOWN else r["finish"] == "length" for r in records]
     # 3) speed: of the repeats where there are any, else of this run
     repeated = tokens_per_second(records, repeats)
     speed = geometric(list(repeated.values())).to_dict() if repeated else {"low": None, "high": None}
-    of_this_run = tokens / generated_seconds if generated_seconds else None
+    of_this_run = tokens / generated_seconds if generated_seconds and tokens is not None else None
     return Cost(
         tokens=tokens,
-        forwards=sum(by_kind.values()),
+        forwards=forwards,
         forwards_by_kind=by_kind,
-        slots=sum(r["trace"]["slots"] for r in records),
-        seconds=math.fsum(r["seconds"] for r in records),
-        slots_per_token=generated_slots / tokens if tokens else None,
-        tokens_per_forward=tokens / generated_forwards if generated_forwards else None,
+        slots=total(r["trace"]["slots"] for r in records),
+        seconds=total(r["seconds"] for r in records),
+        slots_per_token=generated_slots / tokens if tokens and generated_slots is not None else None,
+        tokens_per_forward=tokens / generated_forwards if generated_forwards and tokens is not None else None,
         tokens_per_second=speed.get("mean", of_this_run),
         tokens_per_second_low=speed["low"],
         tokens_per_second_high=speed["high"],
         speed_repeats=len(repeated),
-        truncated_prompts=sum(r["truncated"] > 0 for r in records),
-        length_limit_hits=sum(r["finish"] == "length" for r in records),
+        truncated_prompts=total(None if r["truncated"] is None else r["truncated"] > 0 for r in records),
+        length_limit_hits=total(limited),
         unended_thinking=sum(not r.get("thinking_ended", True) for r in records),
     )
+
+
+def total(values: Iterable[Number | None]) -> Number | None:
+    """The sum of numbers; None if one of them is unknown."""
+    known = list(values)
+    if any(value is None for value in known):
+        return None
+    numbers = [value for value in known if value is not None]
+    result: Any = sum(numbers) if all(isinstance(value, int) for value in numbers) else math.fsum(numbers)
+    return cast("Number | None", result)
 
 
 def first_scores(records: Sequence[Record]) -> dict[str, float]:

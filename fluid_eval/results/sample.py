@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .sample_records import Record
+from .sample_records import Record, tokens_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Sample:
     forwards: number by kind, prefill included.  slots: token positions fed in all of them.
     predicted, accepted: tokens drafted and tokens accepted, of each speculative step.
     seconds: its share of the engine's time.
+    Of an answer that another program wrote, None is what is unknown: output_ids, tokens, forwards, slots, seconds.
     choices, loglikelihoods: of likelihood tasks, one of each a choice; nats.
     """
 
@@ -30,20 +31,22 @@ class Sample:
     task: str
     doc_id: int
     prompt: str
-    prompt_tokens: int
-    truncated: int
+    prompt_tokens: int | None
+    truncated: int | None
     output: str
-    output_ids: tuple[int, ...]
+    output_ids: tuple[int, ...] | None
     target: str | None
     extracted: Mapping[str, str]
     scores: Mapping[str, float]
     finish: str | None
     failure: str | None
-    forwards: Mapping[str, int]
-    slots: int
+    forwards: Mapping[str, int] | None
+    slots: int | None
     predicted: tuple[int, ...]
     accepted: tuple[int, ...]
-    seconds: float
+    seconds: float | None
+    tokens: int | None = None
+    """Tokens of the answer."""
     choices: tuple[str, ...] = ()
     loglikelihoods: tuple[float, ...] = ()
 
@@ -55,7 +58,8 @@ class Sample:
             **{name: record[name] for name in ("key", "task", "doc_id", "prompt", "output", "finish", "seconds")},
             prompt_tokens=record.get("prompt_tokens", 0),
             truncated=record.get("truncated", 0),
-            output_ids=tuple(record["output_ids"]),
+            output_ids=None if record["output_ids"] is None else tuple(record["output_ids"]),
+            tokens=tokens_of(record),
             target=record.get("target"),
             extracted=record.get("extracted", {}),
             scores=record.get("scores", {}),
@@ -69,12 +73,7 @@ class Sample:
         )
 
     @property
-    def tokens(self) -> int:
-        """Tokens of the answer."""
-        return len(self.output_ids)
-
-    @property
     def tokens_per_forward(self) -> float | None:
-        """Tokens per forward, prefill counted; None where nothing was generated."""
-        forwards = sum(self.forwards.values())
+        """Tokens per forward, prefill counted; None where nothing was generated, or one of both is unknown."""
+        forwards = sum((self.forwards or {}).values())
         return self.tokens / forwards if self.tokens and forwards else None

@@ -19,13 +19,17 @@ A generated answer (generate_until), as stored when the run ends:
 
 A likelihood answer has `"finish": null`, no output ids, and `choices`, `loglikelihoods` and `greedy`, one of each a
 choice.
+
+An answer that another program wrote (an lm-eval backend, an imported log) says what is known of it. Unknown is null,
+never 0: `output_ids`, `seconds`, the trace's `forwards` and `slots`. `tokens` is their number where it was counted
+without the ids, `counted` how; `"finish": "unknown"` where nothing says how the answer ended.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fluid_model.common.files import parse_json
@@ -39,12 +43,13 @@ IDS = 1 << 31
 """Above any token id."""
 FIELDS: dict[str, Check] = {
     "key": text, "task": text, "doc_id": count, "prompt": text, "prompt_hash": text, "output": text,
-    "output_ids": each(below(IDS)), "finish": maybe(text), "trace": lambda value: isinstance(value, dict),
-    "seconds": amount,
+    "output_ids": maybe(each(below(IDS))), "finish": maybe(text), "trace": lambda value: isinstance(value, dict),
+    "seconds": maybe(amount),
 }  # fmt: skip
 """Fields of every sample."""
 COUNTS: dict[str, Check] = {
-    "forwards": by_name(count), "slots": count, "predicted": each(below(WIDEST)), "accepted": each(below(WIDEST)),
+    "forwards": maybe(by_name(count)), "slots": maybe(count),
+    "predicted": each(below(WIDEST)), "accepted": each(below(WIDEST)),
 }  # fmt: skip
 """Fields of every trace."""
 STEPS: dict[str, Check] = {
@@ -54,14 +59,20 @@ STEPS: dict[str, Check] = {
 }
 """Fields of traces that earlier versions did not write."""
 OPTIONAL_FIELDS: dict[str, Check] = {
-    "scores": by_name(number), "extracted": by_name(text), "lost": text, "truncated": count, "prompt_tokens": count,
+    "scores": by_name(number), "extracted": by_name(text), "lost": text, "truncated": maybe(count),
+    "prompt_tokens": maybe(count),
     "broken": flag, "pieces": each(text), "rejected": each(text), "raw_output": text, "thinking_ended": flag,
     "choices": each(text), "loglikelihoods": each(number), "standard_errors": each(maybe(number)),
-    "greedy": each(flag), "target": text, "verdicts": each(table({"result": text, "isolation": text})),
+    "greedy": each(flag), "tokens": maybe(count), "counted": text, "target": text,
+    "verdicts": each(table({"result": text, "isolation": text})),
 }  # fmt: skip
 """Fields of some samples."""
 CHECKSUM = b', "crc32": "'
 """Start of a line's last field, the CRC-32 of the bytes before it."""
+UNKNOWN = "unknown"
+"""The finish of an answer of which nothing says how it ended."""
+UNKNOWN_TRACE: Mapping[str, Any] = {"forwards": None, "slots": None, "predicted": [], "accepted": []}
+"""The trace of an answer that another program wrote."""
 
 
 def check_record(record: Record) -> None:
@@ -74,12 +85,25 @@ def check_record(record: Record) -> None:
     if 0 in trace["predicted"]:
         raise ValueError("of its trace, predicted holds a stride of 0")
     written = len(trace.get("written", ()))
-    tokens = len(record["output_ids"])
+    tokens = len(record["output_ids"] or ())
     if written not in (0, tokens):
         raise ValueError(f"of its trace, written tells of {written} tokens, and there are {tokens}")
     lengths = {len(record[name]) for name in ("choices", "loglikelihoods", "greedy") if name in record}
     if len(lengths) > 1:
         raise ValueError("choices, loglikelihoods and greedy differ in length")
+
+
+def tokens_of(record: Mapping[str, Any]) -> int | None:
+    """Tokens of an answer: its ids, or as counted without them; None where unknown."""
+    ids = record["output_ids"]
+    tokens: int | None = record.get("tokens") if ids is None else len(ids)
+    return tokens
+
+
+def forwards_of(record: Mapping[str, Any]) -> int | None:
+    """Forwards of an answer, of all kinds; None where unknown."""
+    by_kind = record["trace"]["forwards"]
+    return None if by_kind is None else sum(by_kind.values())
 
 
 def parse(line: bytes) -> Record:

@@ -101,6 +101,12 @@ def unequal_seconds(base: Nested, other: Nested) -> list[str]:
 
     base, other: see `machine`.
     """
+    if base.get("backend") or other.get("backend"):  # then the program that decodes is what is compared
+        fields = tuple(name for name in MACHINE_FIELDS if name != "forward")
+        unknown = [name for name in fields if base[name] is None or other[name] is None]
+        if unknown:
+            return [f"{', '.join(unknown)}: {UNKNOWN}"]
+        return [f"{name}: {base[name]} / {other[name]}" for name in fields if base[name] != other[name]]
     unknown = [name for name in MACHINE_FIELDS if base[name] is None or other[name] is None]
     if unknown:
         return [f"{', '.join(unknown)}: {UNKNOWN}"]
@@ -115,6 +121,7 @@ def machine(environment: Mapping[str, Any], spec: Mapping[str, Any]) -> Nested:
     return {
         **{name: where.get(name) for name in (*MACHINE_FIELDS, *WHERE_RECORDED)},
         "batch_size": spec.get("batch_size"),
+        "backend": (spec.get("backend") or {}).get("name"),
     }
 
 

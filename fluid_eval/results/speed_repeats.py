@@ -22,7 +22,7 @@ from fluid_model.common.fields import at_least
 
 from ..common.stats import Interval, geometric
 from .run_folder import REPEATS as REPEATS
-from .sample_records import encode, parse
+from .sample_records import encode, parse, tokens_of
 from .samples_file import torn_bytes
 
 Turn = tuple[str, int]
@@ -88,7 +88,7 @@ def tokens_per_second(records: Iterable[Mapping[str, Any]], repeats: Sequence[Re
     if not repeats:
         return {}
     generated = [record for record in records if record["finish"] is not None]
-    tokens = sum(len(record["output_ids"]) for record in generated)
+    tokens = sum(tokens_of(record) or 0 for record in generated)
     speeds = {}
     for repeat in repeats:
         if tokens and all(record["key"] in repeat.seconds for record in generated):

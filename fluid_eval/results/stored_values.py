@@ -17,9 +17,10 @@ from .value_checks import Check, amount, anything, by_name, count, each, flag, m
 LINE: dict[str, Check] = {
     "task": text, "metric": text, "filter": text, "score": maybe(number), "low": maybe(number),
     "high": maybe(number), "n": count,
-    "tokens": count, "forwards": count, "forwards_by_kind": by_name(count), "slots": count, "seconds": amount,
+    "tokens": maybe(count), "forwards": maybe(count), "forwards_by_kind": by_name(count), "slots": maybe(count),
+    "seconds": maybe(amount),
     "slots_per_token": maybe(amount), "tokens_per_forward": maybe(amount), "tokens_per_second": maybe(amount),
-    "truncated_prompts": count, "length_limit_hits": count, "unended_thinking": count,
+    "truncated_prompts": maybe(count), "length_limit_hits": maybe(count), "unended_thinking": count,
 }  # fmt: skip
 """A row of the result table (`lines`, `parts`)."""
 COUNTED = {name: LINE[name] for name in ("task", "n")}
@@ -47,7 +48,7 @@ RESULT_HOLDS: dict[str, Check] = {
     "protocol": maybe(table({}, {"name": text, "hash": text, "about": text, "tasks": by_name(table({}, PROTOCOL))})),
     "lines": each(table(COUNTED, LINE)), "parts": each(table(COUNTED, LINE)), "members": by_name(each(text)),
     "task_versions": by_name(anything), "data": each(text), "health": each(table(GATE)), "lost": by_name(text),
-    "started": text, "wall_seconds": amount, "notices": each(text), "remote_code": each(text),
+    "started": maybe(text), "wall_seconds": maybe(amount), "notices": each(text), "remote_code": each(text),
     "quantization": maybe(text), "conditions": table(CONDITIONS, LATER_CONDITIONS),
 }  # fmt: skip
 SPEC_HOLDS: dict[str, Check] = {
@@ -59,7 +60,7 @@ ENVIRONMENT_HOLDS: dict[str, Check] = {
     "git": table({}, {"commit": maybe(text), "dirty": maybe(flag)}),
     "engine": by_name(anything), "started": text, "command": each(text), "cpus": maybe(count),
     "memory_bytes": amount, "data": each(by_name(anything)), "isolation": maybe(text),
-    "sessions": count,
+    "sessions": count, "imported": table({"harness": text, "files": each(text)}),
 }  # fmt: skip
 _BOUNDS = maybe(table({"mean": number, "low": maybe(number), "high": maybe(number), "n": count}))
 _POINT: dict[str, Check] = {
@@ -69,9 +70,14 @@ _POINT: dict[str, Check] = {
 }  # fmt: skip
 """A point of a sweep's result, as `sweeps.pareto.Placed` has it."""
 SWEEP_HOLDS: dict[str, Check] = {
-    "id": text, "by": text, "baseline": maybe(text), "points": each(table(_POINT, {"repeats": count})),
-    "frontier": each(text), "best": maybe(text), "within": amount, "aup": by_name(number), "lost": by_name(text),
+    "id": text, "by": text, "baseline": maybe(text), "points": each(table(_POINT, {"repeats": count, "method": text})),
+    "frontier": each(text), "best": maybe(text), "within": amount, "lost": by_name(text),
 }  # fmt: skip
+SWEEP_MAY_HOLD: dict[str, Check] = {
+    "caption": text,
+    "areas": each(table({"method": text, "mean": maybe(number), "tasks": by_name(table({"why": text}))})),
+}
+"""Fields of a sweep's result that earlier versions did not write."""
 
 
 _DIVERGENCE: dict[str, Check] = {
@@ -126,7 +132,7 @@ def read_result(file: Path, needed: Iterable[str] = (), *, shown: bool = False) 
 def read_sweep(file: Path) -> Nested:
     """A sweep's result. Raises ConfigError naming file and field."""
     values = read_json(file)
-    if problem := wrong(values, SWEEP_HOLDS):
+    if problem := wrong(values, SWEEP_HOLDS, SWEEP_MAY_HOLD):
         raise ConfigError(
             f"{file}: no finished sweep ({problem}); finish it with --resume, or run it into another --out"
         )

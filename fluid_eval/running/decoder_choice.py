@@ -34,6 +34,8 @@ def with_decoder(values: Mapping[str, Any]) -> Nested:
     """
     values = tables(values)
     decoder, model = values.get("decoder", {}), values.get("model")
+    if values.get("backend") is not None:  # then it writes, and no decoder
+        return values
     if not isinstance(decoder, Mapping) or "name" in decoder or not isinstance(model, Mapping):
         return values
     path, method, base = model.get("path"), model.get("method"), model.get("base")

@@ -45,6 +45,7 @@ from .workers import open_pool
 if TYPE_CHECKING:
     from fluid_model.checkpoints.checkpoint import ModelInfo
 
+    from .answering_lm import AnsweringLM
 
 _PRINTED = ("model", "decoder", "lines", "data", "notices")
 """Fields that the result of a finished run needs to be printed again."""
@@ -54,7 +55,7 @@ def default_folder(spec: RunSpec) -> Path:
     """runs/TASKS-MODEL-DECODER-ID."""
     model = Path(spec.model.path.rstrip("/")).name
     tasks = "+".join(spec.tasks) if len(spec.tasks) <= 4 else f"{spec.tasks[0]}+{len(spec.tasks) - 1}"
-    return Path("runs") / f"{tasks}-{model}-{spec.decoder.name.rpartition(':')[2]}-{spec.id[:8]}"
+    return Path("runs") / f"{tasks}-{model}-{spec.writer.rpartition(':')[2]}-{spec.id[:8]}"
 
 
 def run(spec: RunSpec, folder: Path, *, resume: bool = False, speed_repeats: int = 0) -> Nested:
@@ -67,6 +68,8 @@ def run(spec: RunSpec, folder: Path, *, resume: bool = False, speed_repeats: int
     # 1) check
     repeats.check_count(speed_repeats or None)
     check_tasks(spec)
+    if spec.backend is not None:
+        check_backend(spec, speed_repeats)
     opened = Run(folder, spec, resume=resume)
     opened.check_same_setup({"same": own_task_files(spec)})
     timed = repeats.enough(repeats.read(folder), speed_repeats)
@@ -102,6 +105,18 @@ def check_tasks(spec: RunSpec) -> None:
             raise ConfigError(f"task {unsafe[0]} runs code written by the model: {error}") from None
 
 
+def check_backend(spec: RunSpec, speed_repeats: int = 0) -> None:
+    """Raise ConfigError if lm-eval has no such model, or speed repeats are asked for."""
+    from .backend_pool import check_name
+
+    assert spec.backend is not None, "the caller asks for a backend"
+    check_name(spec.backend.name)
+    if speed_repeats:
+        raise ConfigError(
+            f"speed_repeats={speed_repeats}: answers of backend {spec.backend.name} are timed once; leave it out"
+        )
+
+
 def go_offline_unless_needed(spec: RunSpec) -> None:
     """Go offline if the model or data come from the hub and it does not answer."""
     if not (spec.data_dir and Path(spec.model.path).expanduser().is_dir()):
@@ -113,13 +128,14 @@ class Prepared:
     """Parts of a run that need no weights.
 
     tasks: lm-eval's, built.  window: the model's, in tokens.  conversation: None for plain prompts.
+    tokenizer, window: None of a backend, which has its own.
     remote_code: classes from the model's repository.  decoder: a line that names the decoder, and why.
     quantization: of the weights, if they are or were quantised.
     """
 
     tasks: lm_eval_tasks.Tasks
     tokenizer: Any
-    window: int
+    window: int | None
     conversation: chat.Chat | None
     remote_code: tuple[str, ...]
     decoder: str
@@ -131,6 +147,10 @@ def prepare(spec: RunSpec, tasks: lm_eval_tasks.Tasks) -> Prepared:
 
     Raises ConfigError if the spec cannot run here.
     """
+    if spec.backend is not None:
+        lm_eval_tasks.check_settings(spec, tasks, None)
+        about = f"{Path(spec.model.path).name}: backend {spec.backend.name} of lm-eval, no decoder of this package"
+        return Prepared(tasks, None, None, None, (), about, None)
     from fluid_model.checkpoints.checkpoint import describe, load_tokenizer, pick_device
 
     pick_device(spec.model.device)
@@ -184,17 +204,27 @@ class Job:
         encoded: dict[str, tuple[int, ...]] | None = None,
     ) -> None:
         """bar: opens a progress bar.  encoded: token ids by text, shared by jobs with one tokenizer."""
-        from .lm_eval_model import FluidLM
-
         self.spec = spec
         self.opened = opened
         self.ready = ready
         self._chat = ready.conversation
         self._pool: Pool | None = None
         self._started = datetime.now(UTC)
-        start_tests = partial(lm_eval_tasks.begin_judging, ready.tasks)
-        self.lm = FluidLM(
-            ready.tokenizer, ready.window, self.pool, opened, bar, ready.conversation, encoded, start_tests
+        self.lm = self._writer(bar, encoded)
+
+    def _writer(
+        self, bar: Callable[[str, int], ProgressBar], encoded: dict[str, tuple[int, ...]] | None
+    ) -> AnsweringLM:  # fmt: skip
+        """The model that lm-eval calls: a decoder of this package, or a backend."""
+        ready, start_tests = self.ready, partial(lm_eval_tasks.begin_judging, self.ready.tasks)
+        if ready.window is None:
+            from .backend_model import BackendLM
+
+            return BackendLM(self.pool, self.opened, bar, start_tests)
+        from .lm_eval_model import FluidLM
+
+        return FluidLM(
+            ready.tokenizer, ready.window, self.pool, self.opened, bar, ready.conversation, encoded, start_tests
         )
 
     def pool(self) -> Pool:
@@ -208,7 +238,7 @@ class Job:
     def begin(self, pool: Pool, session: str | None = None) -> None:
         """Load the model, then write the run folder's spec and environment. session: shared by runs timed in turns."""
         facts = pool.facts(self.spec)
-        self.lm.at_once = facts["device"] != "cpu"
+        self.lm.at_once = facts["device"] not in ("cpu", None)
         values = {**environment.describe(), "started": self._started.isoformat(timespec="seconds")}
         values["session"] = session or secrets.token_hex(6)
         values["engine"] = {**facts, "workers": pool.size}
@@ -248,6 +278,8 @@ class Job:
         stored_repeats = repeats.read(self.opened.folder)
         stored_environment = read_environment(self.opened.folder / ENVIRONMENT)
         chat_settings = self._chat.describe() if self._chat else None
+        if self.spec.backend is not None and self.spec.chat is not None:
+            chat_settings = {"template": f"{self.spec.backend.name}'s", "system": self.spec.chat.system}
         return {
             **result_of(self.spec, self.ready.tasks, records, chat_settings, stored_repeats),
             "conditions": speed_conditions.describe(stored_environment, self.spec.to_dict(), records),
@@ -258,6 +290,7 @@ class Job:
                 *self.opened.notices,
                 *(self._chat.notices(records) if self._chat else []),
                 *repeats.notices(stored_repeats),
+                *_of_backend(self.spec, records),
             ],
         }
 
@@ -265,6 +298,15 @@ class Job:
         self.opened.close()
         if self._pool is not None:
             self._pool.close()
+
+
+def _of_backend(spec: RunSpec, records: Sequence[Record]) -> list[str]:
+    """How a backend's tokens and seconds were counted."""
+    if spec.backend is None:
+        return []
+    counted = dict.fromkeys(record["counted"] for record in records if "counted" in record)
+    tokens = f"tokens are counted {' or '.join(counted)}" if counted else "tokens are not known"
+    return [f"backend {spec.backend.name}: {tokens}; seconds are wall time of its calls; forwards are not known"]
 
 
 def result_of(

@@ -68,6 +68,7 @@ class LmEvalBackend(FluidLM):
         print(ready.decoder, file=sys.stderr)
         self._opened: Pool | None = None
         self._memory = AnswersInMemory(spec)
+        assert ready.window is not None, "only a backend's run has none"
         super().__init__(ready.tokenizer, ready.window, self._workers, self._memory, ProgressBar)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

@@ -23,7 +23,7 @@ from .chunks import Pool, chunks_of
 if TYPE_CHECKING:
     from fluid_model.engine.records import Request
 
-    from .lm_eval_model import FluidLM
+    from .answering_lm import AnsweringLM
 
 
 class RepeatableRun(Protocol):
@@ -36,7 +36,7 @@ class RepeatableRun(Protocol):
     def opened(self) -> Run: ...
 
     @property
-    def lm(self) -> FluidLM: ...
+    def lm(self) -> AnsweringLM: ...
 
 
 def time_in_turns(

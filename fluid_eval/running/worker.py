@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from fluid_model.checkpoints.checkpoint import Checkpoint, load
-from fluid_model.common.errors import RunError
+from fluid_model.common.errors import ConfigError, RunError
 from fluid_model.common.files import Nested
 from fluid_model.decoders import engine_for, scorer_for
 from fluid_model.engine.records import Generation, Request, Score, ScoreRequest
@@ -172,6 +172,8 @@ def load_for(spec: RunSpec) -> Checkpoint:
 
     Raises ConfigError if it cannot load.
     """
+    if spec.backend is not None:
+        raise ConfigError(f"backend {spec.backend.name} writes the answers: this needs a decoder of this package")
     model = spec.model
     checkpoint = load(
         model.path, dtype=model.dtype, device=model.device, tau=model.tau, mask_token=model.mask_token,

@@ -2,6 +2,7 @@
 
 RunSpec.engine.kind   pool         where                           chunks
 inline                InlinePool   this process, one model         one, with every request
+inline, and a backend BackendPool  lm-eval's model, or its server  one, see `backend_pool`
 ray                   RayPool      one actor a GPU, or as asked    CHUNK_ROWS requests each, see `ray_pool`
 """
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 def open_pool(spec: RunSpec) -> Pool:
     """The pool that `spec.engine` names. Raises ConfigError if a Ray cluster cannot be reached or is too small."""
+    if spec.backend is not None:
+        from .backend_pool import BackendPool
+
+        return BackendPool(spec)  # type: ignore[return-value]  # its requests and answers are texts
     return InlinePool() if spec.engine.kind == "inline" else RayPool(spec)
 
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fluid_model.common.errors import ConfigError
@@ -22,7 +21,8 @@ from fluid_model.common.fields import at_least
 from fluid_model.settings import check_range
 
 from ..common.stats import Interval, drawn, geometric, mean_over_tasks, ratio_of_sums, sums, sureness
-from .points import Point
+from ..results.metrics import total
+from .points import Point, ScoredDocument
 
 if TYPE_CHECKING:
     from numpy import bool_, float64, int64
@@ -53,6 +53,7 @@ class Placed:
     tokens_per_second, tokens_per_forward: ratios of sums over the generated answers; None without any.
     forwards_per_answer: mean over the same answers. They are those of tasks in which the point generated a token; an
     empty answer counts with its cost.
+    method: its decoder, with or without verification; "" if unknown.
     repeats: number of speed repeats. tokens_per_second is their geometric mean, with its interval; without repeats it
     has no interval.
     dominated_by: the fastest point that scores no less and is faster, in 95% of the resamples. Faster in tokens/s: in
@@ -66,6 +67,7 @@ class Placed:
     tokens_per_second: Interval | None
     tokens_per_forward: Interval | None
     forwards_per_answer: Interval | None
+    method: str = ""
     repeats: int = 0
     dominated_by: str | None = None
     stopped: str | None = None
@@ -163,38 +165,6 @@ def best(
     return complete[_greatest(paces)] if paces else None
 
 
-def aup(pairs: Iterable[tuple[float, float]], *, y_max: float | None = None, published: bool = False) -> float:
-    """Area under the accuracy-parallelism curve of (tokens per forward, accuracy in percent) pairs.
-
-    Trapezoids over y w(y), from the least to the most tokens per forward. w(y) = min(exp(-3 (1 - y / y_max)), 1)
-    penalises lost accuracy.  y_max: the best accuracy among the pairs unless given, such as the AR parent's.
-    Of pairs with equal tokens per forward the most accurate counts. The area of fewer than two pairs is 0.
-    published: AUP of the d3LLM leaderboard (arXiv 2601.07568, alpha 3). It drops pairs more than 5 points below the one
-    with the least tokens per forward, and adds the rectangle from 0 to that one. Only such areas compare with published
-    ones.
-    Raises ConfigError without pairs or for values out of range.
-    """
-    curve: dict[float, float] = {}
-    for x, y in sorted(pairs):
-        check_range("tokens per forward", x, 0, math.inf, open_low=True)
-        check_range("accuracy (percent)", y, 0, 100)
-        x = next((known for known in curve if math.isclose(known, x, rel_tol=_SAME)), x)
-        curve[x] = max(y, curve.get(x, 0.0))
-    if not curve:
-        raise ConfigError("pairs=[]: an area needs (tokens per forward, accuracy) pairs")
-    top = max(curve.values()) if y_max is None else y_max
-    if y_max is not None:
-        check_range("y_max", y_max, 0, 100, open_low=True)
-    if top == 0:
-        return 0.0
-    steps = sorted(curve.items())
-    if published:
-        steps = [(x, y) for x, y in steps if y >= steps[0][1] - 5 - 100 * _SAME]
-    head = steps[0][0] * steps[0][1] if published else 0.0
-    heights = [(x, y * min(math.exp(-3 * (1 - y / top)), 1.0)) for x, y in steps]
-    return head + math.fsum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in pairwise(heights))
-
-
 def pace(placed: Placed, by: Speed) -> float | None:
     """A point's mean speed, forwards per answer negated, so that a larger number is faster."""
     speed: Interval | None = getattr(placed, by)
@@ -253,7 +223,8 @@ def _lay_out(points: Sequence[Point]) -> _Board:
                 raise ConfigError(f"point {point.name!r} has two samples of document {sample.doc} of {sample.task}")
             answered[i, at] = True
             counts = sample.written and sample.task in generating
-            cost = (sample.tokens, sample.forwards, 1) if counts else (0, 0, 0)
+            known = counts and sample.tokens is not None and sample.forwards is not None
+            cost = (sample.tokens, sample.forwards, 1) if known else (0, 0, 0)
             values[i, at] = (sample.score, *cost)
     return _Board(np.array([task_number[task] for task, _ in keys]), answered, values)
 
@@ -293,23 +264,32 @@ def _place(point: Point) -> Placed:
     generated.sort(key=lambda sample: sample.task)
     sizes = list(Counter(sample.task for sample in generated).values())
     # 2) tokens/s: the repeats' mean, or that of one run without an interval
-    tokens = [float(sample.tokens) for sample in generated]
-    forwards = [float(sample.forwards) for sample in generated]
-    seconds = math.fsum(sample.seconds for sample in generated)
-    pace = Interval(math.fsum(tokens) / seconds, math.nan, math.nan, len(generated)) if seconds else None
+    written = total(sample.tokens for sample in generated)
+    seconds = total(sample.seconds for sample in generated)
+    pace = Interval(written / seconds, math.nan, math.nan, len(generated)) if seconds and written is not None else None
     if point.paces:
         pace = geometric(list(point.paces.values()))
     return Placed(
         name=point.name,
         settings=point.settings,
+        method=point.method,
         n=len(point.samples),
         score=mean_over_tasks(list(scores.values())),
         tokens_per_second=pace,
-        tokens_per_forward=ratio_of_sums([tokens], [forwards], sizes) if generated else None,
-        forwards_per_answer=ratio_of_sums([forwards], [[1.0] * len(generated)], sizes) if generated else None,
+        tokens_per_forward=_ratio(generated, sizes, "tokens", "forwards"),
+        forwards_per_answer=_ratio(generated, sizes, "forwards", None),
         repeats=len(point.paces),
         stopped=point.stopped,
     )
+
+
+def _ratio(samples: Sequence[ScoredDocument], sizes: Sequence[int], over: str, under: str | None) -> Interval | None:
+    """Ratio of the sums of two counts (under: None counts answers); None where there is none, or one is unknown."""
+    counts = [(getattr(sample, over), 1 if under is None else getattr(sample, under)) for sample in samples]
+    if not counts or any(None in pair for pair in counts):
+        return None
+    above, below = ([float(value) for value in column] for column in zip(*counts, strict=True))
+    return ratio_of_sums([above], [below], sizes)
 
 
 def _dominators(board: _Board, points: Sequence[Point], by: Speed, draws: int, seed: int) -> list[list[int]]:

@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..benchmarks import lm_eval_tasks
@@ -17,7 +18,7 @@ from ..results import speed_repeats
 from ..results.run_folder import Record
 from ..running.job import Job
 from .grid import PlannedPoint
-from .points import Point, as_point
+from .points import Point, as_point, method_of
 
 if TYPE_CHECKING:
     from ..running.worker import Work
@@ -65,8 +66,20 @@ class PointInProgress:
         owners = {leaf: name for name in self.planned.spec.tasks for leaf in lm_eval_tasks.members(tasks, name)}
         repeats = speed_repeats.read(self.job.opened.folder)
         return as_point(
-            self.name, self.planned.settings, records, owners, stopped=self.stopped, repeats=repeats
+            self.name, self.planned.settings, records, owners, stopped=self.stopped, repeats=repeats,
+            method=self.method,
         )  # fmt: skip
+
+    @property
+    def method(self) -> str:
+        """Its decoder, with or without verification."""
+        decoder = self.planned.spec.decoder
+        return method_of(decoder.name, getattr(decoder, "verify", None))
+
+    @property
+    def model_and_method(self) -> str:
+        """What its AUP is of."""
+        return f"{Path(self.planned.spec.model.path.rstrip('/')).name}, {self.method}"
 
     @property
     def name(self) -> str:

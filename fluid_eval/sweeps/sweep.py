@@ -28,13 +28,25 @@ from ..common.progress import Board, ProgressBar
 from ..common.spec import RunSpec
 from ..common.stats import Interval
 from ..results import speed_repeats as repeats
-from ..results.run_folder import POINTS, RESULT, SWEEP, Record, Run, lock, read_samples, write_json
+from ..results.run_folder import (
+    ENVIRONMENT,
+    POINTS,
+    RESULT,
+    SPEC,
+    SWEEP,
+    Record,
+    Run,
+    lock,
+    read_samples,
+    write_json,
+)
+from ..results.stored_values import read_environment, read_spec
 from ..running.chunks import Chunk, FailedRequest, Pool, chunks_of
 from ..running.job import Job, check_tasks, go_offline_unless_needed, prepare
 from ..running.job import default_folder as run_folder
 from ..running.repeat_timing import time_in_turns
 from ..running.workers import open_pool
-from . import pareto
+from . import aup, pareto
 from .grid import PlannedPoint, SweepPlan
 from .points_in_progress import PointInProgress, unanswered_by_batch
 
@@ -115,6 +127,12 @@ class Sweep:
         self._open_pool = open_pool
         self._check_folder(resume)
         first = plan.points[0].spec
+        for point in plan.points:
+            if point.spec.backend is not None:
+                raise ConfigError(
+                    f"backend={point.spec.backend.name}: a sweep is over decoders of this package; run a backend by "
+                    "itself, by fluid-eval run, and compare"
+                )
         check_tasks(first)
         go_offline_unless_needed(first)
         self._points: list[PointInProgress] = []
@@ -327,7 +345,7 @@ class Sweep:
 
     def _place(self, scored: list[tuple[PointInProgress, list[Record]]], by: pareto.Speed, within: float) -> Nested:
         """The points by score and speed, as result.json holds them. Writes tables and figure."""
-        from . import frontier_files
+        from . import captions, frontier_figure, frontier_files
 
         # 1) samples that failed; a point without any other sample has no score
         failed = {f"{point.name}: {r['key']}": r["lost"] for point, records in scored for r in records if "lost" in r}
@@ -338,7 +356,10 @@ class Sweep:
         # 2) intervals, frontier, best point
         placed, baseline = pareto.measure(points, by=by), self._baseline
         frontier_files.write_tables(placed, self.folder)
-        has_figure = frontier_files.draw(placed, self.folder, by=by, baseline=baseline)
+        has_figure = frontier_figure.draw(placed, self.folder, by=by, baseline=baseline)
+        caption = captions.caption(placed, [_conditions(point) for point in self._points], by=by, baseline=baseline)
+        if has_figure:
+            captions.write(caption, self.folder, by)
         best = pareto.best(placed, baseline=baseline, within=within, by=by)
         return {
             "id": self.plan.id,
@@ -348,10 +369,13 @@ class Sweep:
             "frontier": pareto.frontier(placed, by),
             "within": within,
             "best": best.name if best else None,
-            "aup": _areas(placed, self._points),
+            "areas": aup.as_rows(
+                aup.areas([(each.model_and_method, point) for each, point in zip(self._points, points, strict=True)])
+            ),
             "lost": failed,
             "health": [{"point": p.name, **gate} for p, records in scored for gate in p.job.health(records)],
             "figure": has_figure,
+            "caption": caption if has_figure else "",
         }
 
 
@@ -370,15 +394,10 @@ def _allow_open_files(points: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
 
 
-def _areas(placed: list[pareto.Placed], points: list[PointInProgress]) -> dict[str, float]:
-    """Area under the accuracy-parallelism curve of each decoder's points (see `pareto.aup`)."""
-    pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)  # (tokens per forward, accuracy) of each decoder
-    for place, point in zip(placed, points, strict=True):
-        if place.tokens_per_forward is not None and place.stopped is None:
-            pairs[point.planned.spec.decoder.name].append(
-                (place.tokens_per_forward.mean, min(100.0, 100 * place.score.mean))
-            )
-    return {decoder: pareto.aup(curve) for decoder, curve in pairs.items() if len(dict(curve)) > 1}
+def _conditions(point: PointInProgress) -> tuple[Nested, Nested]:
+    """A point's spec and environment, as stored."""
+    folder = point.job.opened.folder
+    return read_spec(folder / SPEC), read_environment(folder / ENVIRONMENT)
 
 
 def _result_of(place: pareto.Placed, point: PointInProgress) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from ...analysis.acceptance import acceptance_by_task
 from ...analysis.compare import compare, protocol_difference, significant
 from ...common.stats import Interval
 from ...sweeps import pareto
-from ...sweeps.points import as_point
+from ...sweeps.points import as_point, method_of
 from ..claims_tables import external, kind, verdict_counts
 from ..terminal import difference, probability, ratio
 from .runs import Nested, ReportRun
@@ -127,6 +127,11 @@ class Facts:
         return {str(run.folder): run.mark for run in self.runs}
 
     @cached_property
+    def areas(self) -> list[Nested]:
+        """AUP of the runs that the comparison is about, see `sweeps.aup`."""
+        return list(self.comparison["areas"]) if self.comparison else []
+
+    @cached_property
     def placed(self) -> list[pareto.Placed]:
         """Runs by score and speed, dominated only by runs of the same protocol. Of one run: its tasks."""
         if len(self.runs) == 1:
@@ -136,7 +141,11 @@ class Facts:
             by_protocol.setdefault(tuple(self.apart.get(run.mark, ())), []).append(run)
         groups = [
             [
-                as_point(f"{run.mark} {run.name}", {}, run.records, run.owners, repeats=run.repeats) for run in those
+                as_point(
+                    f"{run.mark} {run.name}", {}, run.records, run.owners, repeats=run.repeats,
+                    method=method_of(run.spec["decoder"]["name"], run.spec["decoder"].get("verify")),
+                )
+                for run in those
             ]
             for those in by_protocol.values()
         ]  # fmt: skip

@@ -15,6 +15,7 @@ from fluid_model.engine.records import KINDS
 
 from ...analysis.compare import entries
 from ...common.paths import resource
+from ...sweeps.captions import conditions
 from ...sweeps.pareto import Speed
 from .. import claims_tables
 from ..figures import score_speed, tokens_per_forward
@@ -29,52 +30,60 @@ TEMPLATE = "page.html.j2"
 SCRIPTS = ("page.js", "trace.js", "samples.js")
 
 
-def render(facts: Facts) -> str:
-    """The HTML page. Every value is escaped, except our figures and the samples' JSON, which is safe (`samples`)."""
-    # 1) templates and their filters
-    folder = resource("reports") / "report"
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
+def templates() -> jinja2.Environment:
+    """Templates of reports/report/ with their filters. Every value is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(resource("reports") / "report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"score": score, "number": number, "value": setup.value, "duration": setup.duration}
-    templates.filters |= {
+    environment.filters |= {"score": score, "number": number, "value": setup.value, "duration": setup.duration}
+    environment.filters |= {
         "published": claims_tables.published,
         "measured": claims_tables.measured,
         "convention": claims_tables.convention,
     }
-    templates.filters |= {
+    environment.filters |= {
         "audit_state": state.audit_state,
         "claim_state": state.claim_state,
         "in_tables": claims_tables.in_tables,
         "stands": claims_tables.stands,
     }
-    templates.filters |= {"quoted": partial(json.dumps, ensure_ascii=False)}  # quotes make spaces visible
-    templates.filters |= {"ratio": ratio, "speed": speed}
-    templates.filters |= {"difference": difference, "probability": probability, "entries": entries}
-    # 2) render
+    environment.filters |= {"quoted": partial(json.dumps, ensure_ascii=False)}  # quotes make spaces visible
+    environment.filters |= {"ratio": ratio, "speed": speed}
+    environment.filters |= {"difference": difference, "probability": probability, "entries": entries}
+    return environment
+
+
+def render(facts: Facts) -> str:
+    """The HTML page. Every value is escaped, except our figures and the samples' JSON, which is safe (`samples`)."""
+    folder = resource("reports") / "report"
     script = _script(folder)
-    return templates.get_template(TEMPLATE).render(
-        facts=facts,
-        claims_legend=claims_tables.LEGEND,
-        runs=facts.runs,
-        several=len(facts.runs) > 1,
-        title=_title(facts),
-        kinds=_kinds(facts),
-        figures=[Markup(svg) for svg in _figures(facts) if svg],
-        protocol=setup.protocol,
-        setups=setup.setups,
-        grouped=setup.grouped,
-        signs=SIGNS,
-        samples=block(facts.runs),
-        most=MOST_SAMPLES,
-        markup=Markup,
-        style=Markup((folder / "style.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    return (
+        templates()
+        .get_template(TEMPLATE)
+        .render(
+            facts=facts,
+            claims_legend=claims_tables.LEGEND,
+            runs=facts.runs,
+            several=len(facts.runs) > 1,
+            title=_title(facts),
+            kinds=_kinds(facts),
+            figures=[Markup(svg) for svg in _figures(facts) if svg],
+            conditions=conditions([(run.spec, run.environment) for run in facts.runs]),
+            protocol=setup.protocol,
+            setups=setup.setups,
+            grouped=setup.grouped,
+            signs=SIGNS,
+            samples=block(facts.runs),
+            most=MOST_SAMPLES,
+            markup=Markup,
+            style=Markup((folder / "style.css").read_text(encoding="utf-8")),
+            script=Markup(script),
+            digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        )
     )
 
 

@@ -17,7 +17,7 @@ from ...results.finished_runs import read_finished
 from ...results.run_folder import AUDIT, ENVIRONMENT, KHEAD, POINTS, RESULT, SPEC, SWEEP, Record
 from ...results.speed_repeats import Repeat
 from ...results.stored_values import AUDIT_HOLDS, KHEAD_HOLDS, read_beside, read_environment, read_spec
-from ...sweeps.frontier_files import short
+from ...sweeps.label_places import in_short
 
 Nested = dict[str, Any]
 _SPEC_NEEDED = ("id", "tasks", "model", "decoder")
@@ -134,7 +134,7 @@ def _names(folders: Sequence[Path], specs: Sequence[Nested]) -> list[str]:
     for base, own in zip(bases, settings, strict=True):
         alike = [other for other, of in zip(settings, bases, strict=True) if of == base]
         differing = {key: value for key, value in own.items() if any(o.get(key) != value for o in alike)}
-        shown = short({key: value for key, value in differing.items() if key.startswith(("decoder.", "model."))})
+        shown = in_short([{key: value for key, value in differing.items() if key.startswith(("decoder.", "model."))}])
         names.append(f"{base} · {shown}" if shown else base)
     return [
         name if names.count(name) == 1 else f"{name} · {folder.name}"

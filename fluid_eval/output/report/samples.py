@@ -21,6 +21,7 @@ from typing import Any
 
 from ...results.health import RULES
 from ...results.run_folder import Record
+from ...results.sample_records import tokens_of
 from .runs import Nested, ReportRun
 
 MOST_SAMPLES = 2000
@@ -180,12 +181,12 @@ def _answer(record: Record, clip: int, drafts: bool) -> Nested:
         "promptTokens": record.get("prompt_tokens"),
         "cut": record.get("truncated") or None,
         "thinking": _THINKING[record.get("thinking_ended")],
-        "tokens": len(record.get("output_ids") or []) or None,
+        "tokens": tokens_of(record) or None,
         "finish": record.get("finish"),
         "extracted": {name: clipped(text, clip // 2) for name, text in (record.get("extracted") or {}).items()},
         "verdicts": [f"{test['result']} ({test['isolation']})" for test in record.get("verdicts") or []],
         "scores": {name: _finite(value) for name, value in (record.get("scores") or {}).items()},
-        "forwards": {kind: count for kind, count in trace.get("forwards", {}).items() if count},
+        "forwards": {kind: count for kind, count in (trace.get("forwards") or {}).items() if count},
         "predicted": trace.get("predicted"),
         "accepted": trace.get("accepted"),
         "loglikelihoods": [_finite(value) for value in record.get("loglikelihoods") or []],

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...results.sample_records import UNKNOWN
 from ..terminal import number
 from .runs import Nested, ReportRun, flat
 
@@ -19,8 +20,9 @@ def environment(run: ReportRun) -> dict[str, Any]:
     rows = {
         "folder": run.folder.name,
         "spec": run.spec["id"],
-        "started": run.result["started"].replace("T", " ").replace("+00:00", " UTC"),
+        "started": (run.result["started"] or UNKNOWN).replace("T", " ").replace("+00:00", " UTC"),
         "took": duration(run.result["wall_seconds"]),
+        "read from": ", ".join(values.get("imported", {}).get("files", [])) or None,
         "command": shlex.join(values.get("command", [])),
         "commit": f"{git['commit']}, {state}" if git.get("commit") else None,
         "device": engine.get("device"),
@@ -106,8 +108,10 @@ def value(setting: Any) -> str:
     return f"{setting:g}" if isinstance(setting, float) else str(setting)
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | None) -> str:
     """A duration in hours and minutes, minutes and seconds, or seconds."""
+    if seconds is None:
+        return UNKNOWN
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
