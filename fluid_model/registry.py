@@ -27,12 +27,12 @@ from typing import Any
 from .common.errors import ConfigError, reason
 from .common.fields import build
 from .common.files import Nested
-from .mdlm_settings import DreamSettings, MdlmSettings
-from .settings import ArSettings, DecoderSettings, FluidSettings, LladaSettings, NbdiffSettings
+from .settings import (
+    ArSettings, DecoderSettings, DreamSettings, FluidSettings, LladaSettings, MdlmSettings, NbdiffSettings,
+)  # fmt: skip
 
 BUILT_IN: tuple[type[DecoderSettings], ...] = (
-    ArSettings, FluidSettings, NbdiffSettings, LladaSettings,
-    MdlmSettings, DreamSettings,
+    ArSettings, FluidSettings, NbdiffSettings, LladaSettings, MdlmSettings, DreamSettings,
 )  # fmt: skip
 FIELD_METHODS = ("mdlm", "bd3lm", "sdar", "fast-dllm-v2", "wedlm")
 """Adaptations of published checkpoints that are told by their layout, whether or not a decoder serves them yet."""

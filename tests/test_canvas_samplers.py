@@ -58,7 +58,7 @@ def plain_mdlm(prompt, decoder: MdlmSettings, new: int):
                 count = int(torch.round(torch.tensor(left, dtype=torch.float64) * share))
             left -= min(count, left)
             counts.append(count)
-        # 2) the surest ones, step by step
+        # 2) the most confident ones, step by step
         for count in filter(None, counts):
             logits, asked = guided_logits(row, len(prompt), decoder)
             forwards += asked
@@ -78,7 +78,7 @@ def plain_mdlm(prompt, decoder: MdlmSettings, new: int):
     return cut(CHECKPOINT, row[len(prompt) :], new), forwards
 
 
-def surest(rule, probability, token, random):
+def confidence_by(rule, probability, token, random):
     """Confidence of each slot."""
     top = probability.topk(2).values
     if rule == "random":
@@ -111,7 +111,7 @@ def plain_dream(prompt, decoder: DreamSettings, new: int):
         probability = logits.softmax(-1)
         token = (logits.double() + noise(logits.shape, random) if decoder.temperature else logits).argmax(-1)
         # 2) how sure, how many
-        score = surest(decoder.rule, probability, token, random)
+        score = confidence_by(decoder.rule, probability, token, random)
         if decoder.alg_temp:
             score = score / decoder.alg_temp + noise(score.shape, random)
         share = 1 - times[step + 1] / times[step] if step < steps - 1 else torch.tensor(1.0)
@@ -120,9 +120,9 @@ def plain_dream(prompt, decoder: DreamSettings, new: int):
         else:
             count = int(torch.tensor(len(open_)).float() * share)
         # 3) write
-        whole = torch.full((len(row),), -torch.inf)
-        whole[open_] = score.float()
-        for i in whole.topk(count).indices.tolist():
+        scores = torch.full((len(row),), -torch.inf)
+        scores[open_] = score.float()
+        for i in scores.topk(count).indices.tolist():
             row[i] = int(token[open_.index(i)])
     return cut(CHECKPOINT, row[len(prompt) :], new), forwards
 
@@ -148,8 +148,8 @@ DREAM = [
 @pytest.mark.parametrize("decoder", [*MDLM, *DREAM], ids=str)
 def test_the_public_sampler(decoder):
     work = [replace(request, seed=REQUEST_SEED) for request in requests(2, NEW)]
-    whole = replace(decoder, whole_canvas=True)
-    alone, together = (write(CHECKPOINT, whole, work, batch_size=n) for n in (1, 2))
+    to_the_end = replace(decoder, whole_canvas=True)
+    alone, together = (write(CHECKPOINT, to_the_end, work, batch_size=n) for n in (1, 2))
     early = write(CHECKPOINT, decoder, work, batch_size=2)
     plain = plain_dream if isinstance(decoder, DreamSettings) else plain_mdlm
     for request in work:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..mdlm_settings import MdlmSettings
+from ..settings import MdlmSettings
 from .canvas import CanvasState, CanvasStrategy, gumbel
 from .sampling import ENTROPY_FLOOR, restrict
 
