@@ -28,8 +28,14 @@ from .common.errors import ConfigError, reason
 from .common.fields import build
 from .common.files import Nested
 from .settings import (
-    ArSettings, DecoderSettings, DreamSettings, FluidSettings, LladaSettings, MdlmSettings, NbdiffSettings,
-)  # fmt: skip
+    ArSettings,
+    DecoderSettings,
+    DreamSettings,
+    FluidSettings,
+    LladaSettings,
+    MdlmSettings,
+    NbdiffSettings,
+)
 
 BUILT_IN: tuple[type[DecoderSettings], ...] = (
     ArSettings, FluidSettings, NbdiffSettings, LladaSettings, MdlmSettings, DreamSettings,
