@@ -27,9 +27,19 @@ from .common.errors import ConfigError, reason
 from .common.fields import build
 from .common.files import Nested
 from .common.names import did_you_mean
-from .settings import ArSettings, DecoderSettings, FluidSettings, LladaSettings, NbdiffSettings
+from .settings import (
+    ArSettings,
+    DecoderSettings,
+    DreamSettings,
+    FluidSettings,
+    LladaSettings,
+    MdlmSettings,
+    NbdiffSettings,
+)
 
-BUILT_IN: tuple[type[DecoderSettings], ...] = (ArSettings, FluidSettings, NbdiffSettings, LladaSettings)
+BUILT_IN: tuple[type[DecoderSettings], ...] = (
+    ArSettings, FluidSettings, NbdiffSettings, LladaSettings, MdlmSettings, DreamSettings,
+)  # fmt: skip
 FIELD_METHODS = ("mdlm", "bd3lm", "sdar", "fast-dllm-v2", "wedlm")
 """Adaptations of published checkpoints that are told by their layout, whether or not a decoder serves them yet."""
 GROUP = "fluid_eval.decoders"
@@ -209,8 +219,8 @@ def _imported(where: str, module: str) -> Any:
 
 
 def _serving(method: str) -> list[type[DecoderSettings]]:
-    """Decoders of an adaptation; those of other packages only where this package has none."""
-    own = [kind for kind in BUILT_IN if method in kind.methods]
+    """Decoders of an adaptation, its namesake first; those of other packages only where this package has none."""
+    own = sorted((kind for kind in BUILT_IN if method in kind.methods), key=lambda kind: kind.name != method)
     return own or [kind for kind in decoders().values() if method in kind.methods]
 
 

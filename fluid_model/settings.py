@@ -36,7 +36,7 @@ class DecoderSettings:
     """As `--decoder` takes it. Left out, it is `module:Class`; a name of its own needs an entry point."""
     methods: ClassVar[tuple[str, ...]] = ()
     """Adaptations that it needs of a checkpoint, one of them; none: any causal model. The first registered decoder that
-    serves a checkpoint is its default.
+    serves a checkpoint is its default, one named as the adaptation before others.
     """
     needs: ClassVar[tuple[Literal["K-head", "mask token"], ...]] = ()
     """Parts that the checkpoint must have."""
@@ -234,33 +234,22 @@ class NbdiffSettings(DecoderSettings):
 
 
 @dataclass(frozen=True)
-class LladaSettings(DecoderSettings):
-    """LLaDA's decoder: a canvas under full attention, denoised block by block."""
+class CanvasSettings(DecoderSettings):
+    """Masked diffusion under full attention: a canvas of masks, denoised block by block."""
 
-    name = "llada"
-    methods = ("llada", "mdlm")
     needs = ("mask token",)
-    strategy = "fluid_model.decoders.llada:open_strategy"
-    scorer = "fluid_model.decoders.llada:open_scorer"
+    scorer = "fluid_model.decoders.canvas:open_scorer"
 
     steps: int | None = None
-    """Forwards for the canvas, shared evenly by its blocks; unset, one per token."""
+    """Forwards for the canvas, shared by its blocks; unset, one per token."""
     gen_length: int | None = None
-    """Canvas in tokens; unset, the task's length limit, rounded up to a multiple of block_length."""
-    block_length: int = 32
-    """Tokens of a block; blocks are denoised from left to right."""
-    remasking: Literal["low_confidence", "random"] = "low_confidence"
-    """Predictions that a step writes: the most confident ones, or random ones."""
+    """Canvas in tokens; unset, the task's length limit."""
+    block_length: int | None = None
+    """Tokens of a block; blocks are denoised from left to right. Unset, the whole canvas is one."""
     guidance: float = 0.0
     """Classifier-free guidance; above 0 every step takes a second forward, with the prompt masked."""
     temperature: float = 0.0
     """Of Gumbel noise on the logits; 0 is greedy."""
-    suppress_end: bool = False
-    """Give end tokens the lowest confidence, so that they are written last; above temperature 0, all but the
-    tokenizer's own (the public code's `confidence_eos_eot_inf`). For low_confidence.
-    """
-    logits_eos_inf: bool = False
-    """Never write the tokenizer's end of sequence. (The public code's name.)"""
     whole_canvas: bool = False
     """Denoise blocks behind the end of the answer, too, as the public code does. The text is the same."""
     mc_num: int = 128
@@ -272,10 +261,9 @@ class LladaSettings(DecoderSettings):
         for name in ("steps", "gen_length"):
             if (value := getattr(self, name)) is not None:
                 check_range(name, value, 1, 10**6)
-        check_range("block_length", self.block_length, 1, 4096)
+        if self.block_length is not None:
+            check_range("block_length", self.block_length, 1, 4096)
         check_range("mc_num", self.mc_num, 1, 10**6)
-        if self.gen_length is not None:
-            self.canvas(self.gen_length)
         check_range("guidance", self.guidance, 0.0, 100.0)
         check_range("temperature", self.temperature, 0.0, 100.0)
 
@@ -285,6 +273,39 @@ class LladaSettings(DecoderSettings):
 
     def answer_slots(self, max_new_tokens: int) -> int:
         return max(max_new_tokens, self.canvas(max_new_tokens)[0])
+
+    def canvas(self, max_new_tokens: int) -> tuple[int, int]:
+        """(tokens of the canvas, steps per block, rounded up) for answers of up to max_new_tokens."""
+        length = self.gen_length or max_new_tokens
+        blocks = -(-length // (self.block_length or length))
+        return length, -(-(self.steps or length) // blocks)
+
+
+@dataclass(frozen=True)
+class LladaSettings(CanvasSettings):
+    """LLaDA's decoder: a canvas under full attention, denoised block by block."""
+
+    name = "llada"
+    methods = ("llada", "mdlm")
+    strategy = "fluid_model.decoders.llada:LladaStrategy"
+
+    gen_length: int | None = None
+    """Canvas in tokens; unset, the task's length limit, rounded up to a multiple of block_length."""
+    block_length: int = 32
+    """Tokens of a block; blocks are denoised from left to right."""
+    remasking: Literal["low_confidence", "random"] = "low_confidence"
+    """Predictions that a step writes: the most confident ones, or random ones."""
+    suppress_end: bool = False
+    """Give end tokens the lowest confidence, so that they are written last; above temperature 0, all but the
+    tokenizer's own (the public code's `confidence_eos_eot_inf`). For low_confidence.
+    """
+    logits_eos_inf: bool = False
+    """Never write the tokenizer's end of sequence. (The public code's name.)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gen_length is not None:
+            self.canvas(self.gen_length)
 
     def canvas(self, max_new_tokens: int) -> tuple[int, int]:
         """(tokens of the canvas, forwards per block) for answers of up to max_new_tokens.
@@ -301,3 +322,52 @@ class LladaSettings(DecoderSettings):
         if steps % blocks:
             raise ConfigError(f"steps={steps} must be a multiple of the canvas's {blocks} blocks")
         return length, steps // blocks
+
+
+@dataclass(frozen=True)
+class MdlmSettings(CanvasSettings):
+    """Masked diffusion as dLLM's MDLM sampler: full attention, slots by a noise schedule."""
+
+    name = "mdlm"
+    methods = ("mdlm", "llada")
+    strategy = "fluid_model.decoders.mdlm:MdlmStrategy"
+
+    rule: Rule | Literal["random"] = "probability"
+    """Slots that a step writes: those with the highest confidence (a token's probability, the margin over the second
+    likeliest, or the negative entropy), or random ones.
+    """
+    schedule: Literal["linear", "cosine", "timesteps"] = "linear"
+    """How many slots a step writes. linear, cosine: by dLLM's alpha schedulers, rounded, a step that writes none left
+    out; timesteps: Dream's, evenly from 1 to `eps`, rounded down, the rest at the last step.
+    """
+    stochastic_transfer: bool = False
+    """Draw that number, as if each masked slot were written by chance. With rule=random: Dream's `origin`."""
+    eps: float = 1e-3
+    """Last of Dream's timesteps."""
+    top_p: float = 1.0
+    """Tokens from the smallest set of the likeliest ones whose probability exceeds top_p."""
+    top_k: int | None = None
+    """Tokens from the top_k likeliest; unset, all."""
+    confidence_of: Literal["model", "sampled"] = "model"
+    """Whose probabilities confidence is: the model's, or those after temperature, top_p and top_k (Dream)."""
+    alg_temp: float = 0.0
+    """Of Gumbel noise on confidences, which then choose slots by chance; 0 is none. (Dream's name)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        if self.top_k is not None:
+            check_range("top_k", self.top_k, 1, 10**6)
+        check_range("eps", self.eps, 0.0, 1.0, open_low=True)
+        check_range("alg_temp", self.alg_temp, 0.0, 100.0)
+
+
+@dataclass(frozen=True)
+class DreamSettings(MdlmSettings):
+    """Masked diffusion as Dream, DiffuCoder and open-dcoder write: the lowest entropy first."""
+
+    name = "dream"
+
+    rule: Rule | Literal["random"] = "entropy"
+    schedule: Literal["linear", "cosine", "timesteps"] = "timesteps"
+    confidence_of: Literal["model", "sampled"] = "sampled"

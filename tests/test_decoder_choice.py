@@ -45,7 +45,7 @@ def test_settings_alone_are_the_own_decoders(folders):
     assert build_spec(with_decoder(values)).decoder.verify is False
     with pytest.raises(ConfigError, match=r"decoder.verify is no setting of decoder 'ar' but of fluid; pass --decoder"):
         build_spec(with_decoder({**values, "model": str(folders["ar"])}))
-    with pytest.raises(ConfigError, match="but of nbdiff and llada; pass --decoder nbdiff or llada"):
+    with pytest.raises(ConfigError, match="but of nbdiff and llada and mdlm and dream; pass --decoder nbdiff or"):
         build_spec({**values, "decoder": {"name": "fluid", "block_length": 4}})
 
 

@@ -162,7 +162,7 @@ def test_configuration_and_tokenizer_are_enough_to_describe(tmp_path, layout, ca
     assert facts["end_tokens"] == [f"{text} ({ids[text]})" for text in ("<|endoftext|>", "<|im_end|>")]
     assert facts["block_length"] == BLOCKS.get(layout, "not stated")
     served = METHODS[layout] == "mdlm"
-    assert facts["decoder"] == ("llada" if served else "none")
+    assert facts["decoder"] == ("mdlm" if served else "none")
     assert facts["missing"][0] == "weights"
     assert main(["models", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == facts
@@ -315,7 +315,7 @@ def test_a_method_without_a_decoder_is_refused_before_weights_load(tmp_path, nam
 def test_ar_is_refused_where_attention_is_bidirectional(tmp_path):
     folder = save_layout(tmp_path / "m", "a2d-qwen2")
     values = {"tasks": "gsm8k", "model": str(folder), "data_dir": str(write_gsm8k(tmp_path / "rows")), "decoder": "ar"}
-    with pytest.raises(ConfigError, match=r"reads in both directions; use --decoder llada"):
+    with pytest.raises(ConfigError, match=r"reads in both directions; use --decoder mdlm"):
         run(build_spec(values), tmp_path / "run")
 
 
@@ -325,7 +325,7 @@ def test_gsm8k_runs(tmp_path, layout):
     rows = write_gsm8k(tmp_path / "rows")
     values = {"tasks": "gsm8k", "model": str(folder), "data_dir": str(rows), "limit": 2, "max_new_tokens": 8}
     spec = build_spec(with_decoder({**values, "num_fewshot": 0, "decoder": {"block_length": 4}}))
-    assert spec.decoder.name == "llada"
+    assert spec.decoder.name == "mdlm"
     result = run(spec, tmp_path / "run")
     assert {line["n"] for line in result["lines"]} == {2}
     assert all(record["trace"]["forwards"]["denoise"] > 0 for record in run_folder.read_samples(tmp_path / "run"))

@@ -1,6 +1,6 @@
 """Decoders, one strategy a file: `ar`, `fluid` (speculative decoding with its own drafts), `fluid_reference` (FLUID's
-published sampler), `nbdiff` (block diffusion), `llada` (masked diffusion). `engine.loop` runs any of them; `registry`
-finds them.
+published sampler), `nbdiff` (block diffusion), `llada` and `mdlm` (masked diffusion, on a `canvas`). `engine.loop` runs
+any of them; `registry` finds them.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..forward import compiled
 from ..settings import Rule
@@ -71,6 +72,21 @@ def nucleus(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities
     return probabilities.masked_fill(before >= top_p, 0.0), order  # the likeliest token always stays
+
+
+def restrict(logits: Tensor, top_p: float, top_k: int | None) -> Tensor:
+    """Logits of the likeliest tokens, minus infinity elsewhere: (M, V).  (Dream, public decoder)
+
+    top_p: the smallest set whose probability exceeds it.  top_k: as many of those; None for all.
+    """
+    if top_p < 1:
+        ranked, order = logits.sort(dim=-1, descending=True)
+        before = functional.pad(ranked.softmax(-1).cumsum(-1)[:, :-1], (1, 0))
+        logits = logits.masked_fill((before > top_p).gather(-1, order.argsort(-1)), -torch.inf)
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return logits
 
 
 def choose(logits: Tensor, draws: Tensor, temperature: float, top_p: float, rule: Rule) -> tuple[Tensor, Tensor]:

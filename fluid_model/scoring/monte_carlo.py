@@ -7,7 +7,7 @@ sampling: its one forward is exact, and all such choices after the same context 
     context Q: 6*7? A:   continuation " forty two ."   a sample with l = 2:   Q: 6*7? A: [mask] two [mask]
                                                        weight 3/2 on log p(" forty") + log p(".")
 
-`shift`: tokens are predicted at the slot before, as the decoder does (`decoders.llada`).
+`shift`: tokens are predicted at the slot before, as the decoder does (`decoders.canvas`).
 
 Legend: R rows, S slots, L tokens of a continuation, l masked ones, V vocabulary.
 """
