@@ -24,12 +24,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .block_settings import Bd3lmSettings, FastDllmSettings, NbdiffSettings, SdarSettings
 from .common.errors import ConfigError, reason
 from .common.fields import build
 from .common.files import Nested
-from .settings import ArSettings, DecoderSettings, FluidSettings, LladaSettings, NbdiffSettings
+from .settings import ArSettings, DecoderSettings, FluidSettings, LladaSettings
 
-BUILT_IN: tuple[type[DecoderSettings], ...] = (ArSettings, FluidSettings, NbdiffSettings, LladaSettings)
+BUILT_IN: tuple[type[DecoderSettings], ...] = (
+    ArSettings,
+    FluidSettings,
+    NbdiffSettings,
+    LladaSettings,
+    Bd3lmSettings,
+    SdarSettings,
+    FastDllmSettings,
+)
 GROUP = "fluid_eval.decoders"
 """Group of entry points."""
 FIXED = {"name", "source", "methods", "needs", "strategy", "scorer"}
