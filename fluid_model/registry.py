@@ -24,11 +24,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .block_settings import Bd3lmSettings, FastDllmSettings, NbdiffSettings, SdarSettings
 from .common.errors import ConfigError, reason
 from .common.fields import build
 from .common.files import Nested
 from .settings import ArSettings, DecoderSettings, FluidSettings, LladaSettings
+from .settings.block_diffusion import Bd3lmSettings, FastDllmSettings, NbdiffSettings, SdarSettings
 
 BUILT_IN: tuple[type[DecoderSettings], ...] = (
     ArSettings,

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen3Config
 
+from fluid_eval.benchmarks.lm_eval_tasks import check_settings
+from fluid_eval.common.spec import build_spec
 from fluid_model import ConfigError, Request, engine_for, scorer_for
-from fluid_model.block_settings import Bd3lmSettings, BlockDiffusionSettings, FastDllmSettings, SdarSettings
 from fluid_model.checkpoints.checkpoint import Checkpoint
 from fluid_model.decoders import transfer_schedule
 from fluid_model.engine.records import KINDS
+from fluid_model.settings.block_diffusion import Bd3lmSettings, BlockDiffusionSettings, FastDllmSettings, SdarSettings
 
 from .test_laws import write
 from .test_samplers import cut
@@ -111,9 +114,9 @@ def plain_bd3lm(row: Row, decoder: Bd3lmSettings) -> tuple[tuple[int, ...], Coun
 
 def plain_sdar(row: Row, decoder: SdarSettings) -> tuple[tuple[int, ...], Counts]:
     """As github.com/JetAstra/SDAR; the entropy bound as its engine's, github.com/Labman42/JetEngine."""
-    whole = len(row.ids) // row.length * row.length
-    row.count["prefill"] += whole > 0
-    block, row.ids = row.ids[whole:], row.ids[:whole]
+    cached = len(row.ids) // row.length * row.length
+    row.count["prefill"] += cached > 0
+    block, row.ids = row.ids[cached:], row.ids[:cached]
     share, rest = divmod(row.length, decoder.steps or row.length)
     while True:
         block += [row.mask] * (row.length - len(block))
@@ -144,12 +147,12 @@ def plain_sdar(row: Row, decoder: SdarSettings) -> tuple[tuple[int, ...], Counts
 
 def plain_fast_dllm(row: Row, decoder: FastDllmSettings) -> tuple[tuple[int, ...], Counts]:
     """As github.com/NVlabs/Fast-dLLM, v2, without its block cache."""
-    whole, small = len(row.ids) // row.length * row.length, decoder.small_block
-    block = row.ids[whole:]
-    if whole:
-        first = row.logits("prefill", row.ids[:whole])[-1].argmax()
+    cached, small = len(row.ids) // row.length * row.length, decoder.small_block
+    block = row.ids[cached:]
+    if cached:
+        first = row.logits("prefill", row.ids[:cached])[-1].argmax()
         block = block or [int(first)]
-    row.ids = row.ids[:whole]
+    row.ids = row.ids[:cached]
     while True:
         block += [row.mask] * (row.length - len(block))
         while open_ := [j for j in range(row.length) if block[j] == row.mask]:
@@ -282,6 +285,14 @@ def test_settings_that_a_checkpoint_does_not_fit_are_refused():
 def test_no_log_likelihood_is_made_up(decoder):
     with pytest.raises(ConfigError, match=f"decoder={decoder.name} defines no log-likelihood"):
         scorer_for(CHECKPOINTS[0], decoder)
+
+
+def test_tasks_that_compare_likelihoods_are_refused():
+    """By one line, before weights load."""
+    task = SimpleNamespace(get_config={"output_type": "multiple_choice"}.get)
+    spec = build_spec({"tasks": "mini_mmlu", "model": "m", "decoder": "bd3lm"})
+    with pytest.raises(ConfigError, match="decoder=bd3lm defines no log-likelihood, which task mini_mmlu compares"):
+        check_settings(spec, {"tasks": {"mini_mmlu": task}}, 256)
 
 
 def test_a_window_that_ends_in_a_block_holds_the_answer():

@@ -11,9 +11,9 @@ from fluid_eval.common.spec import build_spec
 from fluid_eval.results.run_folder import read_samples
 from fluid_eval.running.job import run
 from fluid_model import ConfigError, Request, ScoreRequest, load, save
-from fluid_model.block_settings import NbdiffSettings
 from fluid_model.decoders import engine_for, scorer_for
 from fluid_model.settings import ArSettings, FluidSettings, LladaSettings
+from fluid_model.settings.block_diffusion import NbdiffSettings
 
 from .tiny import byte_tokenizer, fluid_checkpoint
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluid_model import ArSettings, Request
-from fluid_model.block_settings import NbdiffSettings
 from fluid_model.checkpoints.checkpoint import Checkpoint
 from fluid_model.decoders import strategy_for
 from fluid_model.engine.records import KINDS
 from fluid_model.settings import LladaSettings
+from fluid_model.settings.block_diffusion import NbdiffSettings
 
 from .test_laws import CHECKPOINT, requests, write
 from .tiny import fluid_checkpoint

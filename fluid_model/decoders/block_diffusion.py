@@ -1,5 +1,5 @@
 """Block diffusion, batched: NBDiff's public decoder (arXiv 2512.06776), dLLM's BD3LM (BD3-LMs, arXiv 2503.09573), SDAR
-(arXiv 2510.06303) and Fast-dLLM v2 (arXiv 2509.26328). `block_settings` names what differs.
+(arXiv 2510.06303) and Fast-dLLM v2 (arXiv 2509.26328). `settings.block_diffusion` names what differs.
 
 A row's step is one block of masks behind its cached tokens, in several forwards of two phases:
 
@@ -25,13 +25,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..block_settings import BlockDiffusionSettings
 from ..checkpoints.checkpoint import Checkpoint
 from ..engine.records import Kind, Request
 from ..engine.strategy import Feed, RowUpdate, empty_updates
 from ..forward import attention_masks
 from ..forward.attention_masks import PromptBlocks
 from ..forward.backbone import Backbone
+from ..settings.block_diffusion import BlockDiffusionSettings
 from . import transfer_schedule
 from .sampling import choose
 
@@ -232,7 +232,7 @@ class BlockDiffusionStrategy:
         return transfer_schedule.by_alpha(block.width, steps, settings.alpha) if settings.schedule == "alpha" else ()
 
     def _predict(self, rows: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """A token and a score for every slot; those of the highest score are written first.  (n, S, V) -> (n, S) each."""
+        """A token and a score for every slot, (n, S) each; the highest scores are written first.  logits: (n, S, V)."""
         settings = self.settings
         token, confidence = self._choose(rows, logits)
         if settings.selection == "sequential":

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..block_settings import Rule
 from ..forward import compiled
+from ..settings.block_diffusion import Rule
 
 ENTROPY_FLOOR = 1e-10
 """Added to a probability before its logarithm.  (NBDiff, public decoder)"""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from .common.errors import ConfigError
+from ..common.errors import ConfigError
 
 
 def check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:

@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from .common.errors import ConfigError
-from .settings import DecoderSettings, check_range
+from ..common.errors import ConfigError
+from . import DecoderSettings, check_range
 
 Rule = Literal["probability", "margin", "entropy"]
 """Confidence in a predicted token: its probability, the margin over the second likeliest, or the negative entropy."""
