@@ -27,18 +27,12 @@ from .common.errors import ConfigError, reason
 from .common.fields import build
 from .common.files import Nested
 from .common.names import did_you_mean
-from .settings import (
-    ArSettings,
-    DecoderSettings,
-    DreamSettings,
-    FluidSettings,
-    LladaSettings,
-    MdlmSettings,
-    NbdiffSettings,
-)
+from .settings import ArSettings, DecoderSettings, DreamSettings, FluidSettings, LladaSettings, MdlmSettings
+from .settings.block_diffusion import Bd3lmSettings, FastDllmSettings, NbdiffSettings, SdarSettings
 
 BUILT_IN: tuple[type[DecoderSettings], ...] = (
-    ArSettings, FluidSettings, NbdiffSettings, LladaSettings, MdlmSettings, DreamSettings,
+    ArSettings, FluidSettings, NbdiffSettings, LladaSettings, MdlmSettings, DreamSettings, Bd3lmSettings, SdarSettings,
+    FastDllmSettings,
 )  # fmt: skip
 FIELD_METHODS = ("mdlm", "bd3lm", "sdar", "fast-dllm-v2", "wedlm")
 """Adaptations of published checkpoints that are told by their layout, whether or not a decoder serves them yet."""

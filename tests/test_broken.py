@@ -12,7 +12,8 @@ from fluid_eval.results.run_folder import read_samples
 from fluid_eval.running.job import run
 from fluid_model import ConfigError, Request, ScoreRequest, load, save
 from fluid_model.decoders import engine_for, scorer_for
-from fluid_model.settings import ArSettings, FluidSettings, LladaSettings, NbdiffSettings
+from fluid_model.settings import ArSettings, FluidSettings, LladaSettings
+from fluid_model.settings.block_diffusion import NbdiffSettings
 
 from .tiny import byte_tokenizer, fluid_checkpoint
 

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/own-decoder.md").read_text()
 OWN = ["ar", "fluid", "nbdiff", "llada", "mdlm", "dream"]
 BASE = {"tasks": "mini", "model": "m"}
+OWN = [kind.name for kind in registry.BUILT_IN]
 CLASS = '''
 from dataclasses import dataclass
 from fluid_model import DecoderSettings

@@ -13,7 +13,8 @@ from fluid_model import ArSettings, Request
 from fluid_model.checkpoints.checkpoint import Checkpoint
 from fluid_model.decoders import strategy_for
 from fluid_model.engine.records import KINDS
-from fluid_model.settings import LladaSettings, NbdiffSettings
+from fluid_model.settings import LladaSettings
+from fluid_model.settings.block_diffusion import NbdiffSettings
 
 from .test_laws import CHECKPOINT, requests, write
 from .tiny import fluid_checkpoint

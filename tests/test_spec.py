@@ -65,7 +65,10 @@ def test_the_id_is_what_decides_the_answers():
         ({**BASE, "limit": True}, "limit=True must be a whole number"),
         ({**BASE, "batch_size": "big"}, "batch_size='big' must be a whole number or 'auto'"),
         ({**BASE, "colour": 1}, "colour is no setting; known: tasks, model, decoder"),
-        ({**BASE, "decoder": "other"}, "decoder='other' is unknown; known: ar, fluid, nbdiff, llada, mdlm, dream, or"),
+        (
+            {**BASE, "decoder": "other"},
+            "decoder='other' is unknown; known: ar, fluid, nbdiff, llada, mdlm, dream",
+        ),
         ({**BASE, "decoder": {"gamma": 1}}, "decoder.gamma is no setting of decoder 'ar'; known: decoder.temperature"),
         (
             {**BASE, "decoder": {"name": "fluid", "guidance": 1}},

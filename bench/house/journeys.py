@@ -27,7 +27,7 @@ STEP = ("_step", "step", "_round")
 HELPERS = {
     "fluid_model/common/": "files, settings by name, errors",
     "fluid_eval/common/": "the spec, statistics, tables, progress bars",
-    "fluid_model/settings.py": "settings",
+    "fluid_model/settings/": "settings",
     "fluid_model/tokens.py": "ids and texts",
     "fluid_model/engine/records.py": "the records that a request and an answer are",
     "fluid_eval/results/value_checks.py": "checks of stored values",

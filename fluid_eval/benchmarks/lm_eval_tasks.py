@@ -140,6 +140,11 @@ def check_settings(spec: RunSpec, tasks: Tasks, window: int | None) -> None:
         settings = task.get_config("generation_kwargs") or {}
         length = settings.get("max_gen_toks", DEFAULT_NEW_TOKENS)
         generates = task.get_config("output_type") == "generate_until"
+        if not generates and spec.decoder.scorer == "":
+            raise ConfigError(
+                f"decoder={spec.decoder.name} defines no log-likelihood, which task {name} compares; run tasks that "
+                "generate text"
+            )
         if generates and (needed := spec.decoder.answer_slots(length)) >= window:
             canvas = f", written on a canvas of {needed}," if needed > length else ""
             raise ConfigError(

@@ -1,6 +1,6 @@
 """Decoders, one strategy a file: `ar`, `fluid` (speculative decoding with its own drafts), `fluid_reference` (FLUID's
-published sampler), `nbdiff` (block diffusion), `llada` and `mdlm` (masked diffusion, on a `canvas`). `engine.loop` runs
-any of them; `registry` finds them.
+published sampler), `block_diffusion` (NBDiff and others), `llada` and `mdlm` (masked diffusion, on a `canvas`).
+`engine.loop` runs any of them; `registry` finds them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def check_strategy(settings: DecoderSettings) -> None:
     lacking = [name for name in _METHODS if not hasattr(opens, name)] if inspect.isclass(opens) else []
     if lacking:
         raise ConfigError(f"decoder={settings.name}: {settings.strategy} lacks {', '.join(lacking)}")
-    if settings.scorer is not None:
+    if settings.scorer:
         resolve(settings.scorer)
 
 
@@ -39,8 +39,10 @@ def strategy_for(checkpoint: Checkpoint, settings: DecoderSettings) -> Strategy:
 
 def scorer_for(checkpoint: Checkpoint, settings: DecoderSettings, batch_size: int = 16) -> Scorer | CanvasScorer:
     """Log-likelihoods as this checkpoint defines them: exact under causal attention, Monte-Carlo estimates under
-    bidirectional attention.
+    bidirectional attention. Raises ConfigError where the method defines none.
     """
+    if settings.scorer == "":
+        raise ConfigError(f"decoder={settings.name} defines no log-likelihood; run tasks that generate text")
     if settings.scorer is None:
         return Scorer(checkpoint.backbone, batch_size)
     _check_checkpoint(checkpoint, settings)

@@ -31,7 +31,7 @@ from ..tokens import Tokenizer
 from . import shared_prefixes
 from .answers import AnswerRules, RowState
 from .records import Generation, Request, RowForward
-from .strategy import Feed, RowUpdate, Strategy
+from .strategy import Feed, RowUpdate, Strategy, prompt_blocks
 
 PREFILL_TOKENS, PREFILL_TOKENS_CPU = 4096, 128
 """Prompt tokens, padding included, of one prefill forward: enough to keep a device busy, few enough that activations
@@ -61,6 +61,7 @@ class Engine:
             raise ConfigError(f"batch_size={batch_size} must be at least 1")
         self.backbone = backbone
         self.strategy = strategy
+        self._blocks = prompt_blocks(strategy)
         self.batch_size = batch_size
         self.calls = 0
         self._answers = AnswerRules(tokenizer, end_ids)
@@ -127,10 +128,19 @@ class Engine:
         """The waiting rows in the order of admission: those with a shared prefix together, the longest first."""
         if not self.strategy.prefills_prompt:
             return deque(RowState(request) for request in sorted(requests, key=lambda r: -len(r.prompt)))
-        waiting = deque[RowState]()
-        for group in shared_prefixes.group([request.prompt for request in requests], own=[1] * len(requests)):
-            waiting += (RowState(requests[index], group.length) for index in group.members)
+        waiting, blocks = deque[RowState](), self._blocks
+        own = [1 if blocks is None else blocks.own(len(request.prompt)) for request in requests]
+        for group in shared_prefixes.group([request.prompt for request in requests], own=own):
+            shared = group.length if blocks is None else group.length // blocks.length * blocks.length
+            waiting += (RowState(requests[index], shared) for index in group.members)
         return waiting
+
+    def _prefilled(self, row: RowState) -> int:
+        """Tokens of a row's prompt that its prefill caches."""
+        prompt = len(row.request.prompt)
+        if not self.strategy.prefills_prompt:
+            return 0
+        return prompt if self._blocks is None else self._blocks.cached(prompt)
 
     @torch.inference_mode()
     def _admit(self, waiting: deque[RowState], free: int) -> None:
@@ -139,12 +149,15 @@ class Engine:
         first, rows = waiting[0], list[RowState]()
         fed = len(first.request.prompt) - first.shared + len(self.strategy.prompt_mask_block)  # the longest comes first
         limit = 1 if self._prefills_alone else min(free, max(1, self._prefill_budget // fed))
+        prefills = self._prefilled(first) > 0
         while waiting and len(rows) < limit and waiting[0].shared_prefix == first.shared_prefix:
+            if (self._prefilled(waiting[0]) > 0) != prefills:
+                break  # a prompt shorter than a block has no prefill
             rows.append(waiting.popleft())
 
         # 2) prefill
         start = len(self._active)
-        hidden = self._prefill(rows, start) if self.strategy.prefills_prompt else None  # (R, 1 + M, D)
+        hidden = self._prefill(rows, start) if prefills else None  # (R, 1 + M, D)
 
         # 3) hand over to the strategy
         updates = self.strategy.admit(start, [row.request for row in rows], hidden, self._window_left(rows))
@@ -154,7 +167,7 @@ class Engine:
     def _prefill(self, rows: list[RowState], start: int) -> Tensor:
         """Cache prompts in rows start.. of the cache, and feed a mask block behind each.
 
-        Returns (R, 1 + M, D): hidden states at the prompt's last token and its mask block.
+        Returns (R, 1 + M, D): hidden states at the prompt's last cached token and its mask block.
         """
         mask_block = () if self._prefills_alone else self.strategy.prompt_mask_block
         device, shared = self.backbone.device, rows[0].shared
@@ -166,14 +179,18 @@ class Engine:
             row.cached = shared
 
         # 2) the rest of each prompt and its mask block
-        suffixes = [torch.tensor([*row.request.prompt[shared:], *mask_block]) for row in rows]
+        cached = list(map(self._prefilled, rows))
+        parts = [row.request.prompt[shared:end] for row, end in zip(rows, cached, strict=True)]
+        suffixes = [torch.tensor([*part, *mask_block]) for part in parts]
         ids = torch.nn.utils.rnn.pad_sequence(suffixes, batch_first=True).to(device)  # (R, S)
-        last = torch.tensor([len(row.request.prompt) - shared - 1 for row in rows], device=device)  # (R,)
+        last = torch.tensor([len(part) - 1 for part in parts], device=device)  # (R,)
         intervals = prompt_with_mask_block(last, ids.shape[1]) if mask_block else None
+        if self._blocks is not None:
+            intervals = self._blocks.intervals(last + 1, ids.shape[1])
         feed = Feed(ids, list(map(len, suffixes)), ["prefill"] * len(rows), intervals)
         hidden = self._forward(rows, feed, start)  # (R, S, D)
-        for row in rows:
-            row.cached = len(row.request.prompt)
+        for row, end in zip(rows, cached, strict=True):
+            row.cached = end
             row.trace.slots += shared
 
         # 3) hidden states to decode from
@@ -185,7 +202,8 @@ class Engine:
         if row.shared_prefix == self._cached_prefix:
             return
         ids = torch.tensor([row.shared_prefix], device=self.backbone.device)  # (1, S)
-        plan = self._cache.set_write_positions(self._cache.rows - 1, [0], row.shared, self.backbone.device)
+        intervals = self._blocks and self._blocks.intervals(torch.tensor([row.shared], device=ids.device), row.shared)
+        plan = self._cache.set_write_positions(self._cache.rows - 1, [0], row.shared, ids.device, intervals=intervals)
         self.backbone.forward(ids, plan, self._cache)
         self.calls += 1
         self._cached_prefix = row.shared_prefix

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from ..forward.attention_masks import AttentionIntervals
+from ..forward.attention_masks import AttentionIntervals, PromptBlocks
 from .records import DraftPolicy, Kind, Request
 
 
@@ -74,7 +74,10 @@ def empty_updates(rows: int) -> list[RowUpdate]:
 
 
 class Strategy(Protocol):
-    """A decoder: state of each row, vectorised over rows. Active rows are 0..n-1, always contiguous."""
+    """A decoder: state of each row, vectorised over rows. Active rows are 0..n-1, always contiguous.
+
+    It may have `prompt_blocks`, see the function of this name.
+    """
 
     max_slots: int
     """Most slots that one row feeds in one forward, prompts aside. Final once rows are allocated."""
@@ -97,7 +100,7 @@ class Strategy(Protocol):
     ) -> list[RowUpdate]:
         """Start rows start.. of the batch.
 
-        hidden: (R, 1 + M, D), at each prompt's last token and its mask block; None without a prefill.
+        hidden: (R, 1 + M, D), at each prompt's last cached token and its mask block; None without a prefill.
         window_left: positions between the row's cached tokens and the end of the context window, per row.
         """
 
@@ -109,3 +112,9 @@ class Strategy(Protocol):
 
     def move(self, source: int, target: int) -> None:
         """Copy one row's state over another's: the engine moves the last row into a retired one's place."""
+
+
+def prompt_blocks(strategy: Strategy) -> PromptBlocks | None:
+    """How a strategy caches prompts: by blocks, or causally, as one without this attribute does."""
+    blocks: PromptBlocks | None = getattr(strategy, "prompt_blocks", None)
+    return blocks

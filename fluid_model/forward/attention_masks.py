@@ -128,6 +128,32 @@ def bidirectional(widths: Tensor, slots: int) -> AttentionIntervals:
     return AttentionIntervals(enter, torch.full_like(slot, ALWAYS), slot)
 
 
+class PromptBlocks(NamedTuple):
+    """Block-causal attention over prompts: both directions inside a block, and to all blocks before it.  (Block
+    Diffusion, arXiv 2503.09573)
+
+    length: tokens of a block.  at_end: blocks count back from the prompt's end, so that its first one may be partial;
+    else from its start, and tokens behind the last whole block are not cached.
+    """
+
+    length: int
+    at_end: bool
+
+    def cached(self, prompt: int) -> int:
+        """Tokens that a prefill caches of a prompt of so many."""
+        return prompt if self.at_end else prompt - prompt % self.length
+
+    def own(self, prompt: int) -> int:
+        """Tokens at its end that a prompt must feed itself; all where its length decides where blocks begin."""
+        return prompt if self.at_end else prompt - self.cached(prompt) + 1
+
+    def intervals(self, cached: Tensor, slots: int) -> AttentionIntervals:
+        """Of slots that begin at a prompt's or a block's start. cached: (B,) tokens to cache, shared ones aside."""
+        slot = torch.arange(slots, device=cached.device).expand(len(cached), -1)  # (B, S)
+        lead = -cached[:, None] % self.length  # places of the first block that are before the prompt
+        return AttentionIntervals((slot + lead) // self.length * MAX_STEPS, torch.full_like(slot, ALWAYS), slot)
+
+
 def mask_blocks(anchor: Tensor, step: Tensor) -> AttentionIntervals:
     """A chain of tokens and mask blocks anchored at some of them, laid out as in training.
 

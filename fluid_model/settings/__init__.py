@@ -6,16 +6,13 @@ gamma, the acceptance probability at inference, is `confidence` here. `registry`
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from .common.errors import ConfigError
+from ..common.errors import ConfigError
 
 Rule = Literal["probability", "margin", "entropy"]
 """Confidence in a predicted token: its probability, the margin over the second likeliest, or the negative entropy."""
-PUBLISHED_BLOCK = 32
-"""NBDiff's block length, for checkpoints that do not state one."""
 
 
 def check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
@@ -44,7 +41,7 @@ class DecoderSettings:
     """`module:callable` of (checkpoint, settings) that opens the `engine.strategy.Strategy`; imported when needed."""
     scorer: ClassVar[str | None] = None
     """`module:callable` of (checkpoint, settings, batch_size) for log-likelihoods of weights that attend in both
-    directions, which ar cannot decode; None: exact ones, under causal attention.
+    directions, which ar cannot decode; None: exact ones, under causal attention; empty: none are defined.
     """
 
     def __init_subclass__(cls) -> None:
@@ -174,63 +171,6 @@ class FluidSettings(DecoderSettings):
             raise ConfigError(
                 f"min_horizon={self.min_horizon} exceeds what this model's K-head was trained for (k_max={k_max})"
             )
-
-
-@dataclass(frozen=True)
-class NbdiffSettings(DecoderSettings):
-    """NBDiff's public decoder: a block is denoised under bidirectional attention, then cached causally."""
-
-    name = "nbdiff"
-    methods = ("nbdiff",)
-    needs = ("mask token",)
-    strategy = "fluid_model.decoders.nbdiff:open_strategy"
-
-    block_length: int | None = None
-    """Tokens of a block; unset, the checkpoint's own (else PUBLISHED_BLOCK)."""
-    small_blocks: int = 8
-    """Parts of a block, denoised one after another."""
-    rule: Rule = "probability"
-    """Confidence in a token: its probability, the margin over the second likeliest, or the entropy."""
-    confidence: float | None = 0.9
-    """All tokens above this confidence are written, for rules probability and margin; unset, one token per pass."""
-    max_entropy: float | None = None
-    """All tokens below this entropy in nats are written, for rule entropy; unset, one token per pass (public code)."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_p: float = 1.0
-    """Nucleus sampling, as for ar."""
-
-    def __post_init__(self) -> None:
-        check_range("small_blocks", self.small_blocks, 1, 4096)
-        if self.block_length is not None:
-            check_range("block_length", self.block_length, 1, 4096)
-            self.small_block_length(self.block_length)
-        if self.confidence is not None:
-            check_range("confidence", self.confidence, 0.0, 1.0)
-        if self.max_entropy is not None and (self.rule != "entropy" or self.max_entropy < 0):
-            raise ConfigError(f"max_entropy={self.max_entropy}: at least 0, and only for rule=entropy")
-        check_range("temperature", self.temperature, 0.0, 100.0)
-        check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
-
-    def block_length_for(self, trained: int | None) -> int:
-        """Tokens of a block. trained: the checkpoint's block length, None if it states none."""
-        return self.block_length or trained or PUBLISHED_BLOCK
-
-    def small_block_length(self, block_length: int) -> int:
-        """Tokens of a small block, at least 1. Raises ConfigError if the small blocks do not fill the block."""
-        if block_length > self.small_blocks and block_length % self.small_blocks:
-            raise ConfigError(f"small_blocks={self.small_blocks} must divide block_length={block_length}")
-        return max(1, block_length // self.small_blocks)
-
-    def check_model(self, k_max: int | None, block_length: int | None) -> None:
-        self.small_block_length(self.block_length_for(block_length))
-
-    @property
-    def confidence_threshold(self) -> float:
-        """Confidence above which every token is written; infinity for one token per pass."""
-        if self.rule == "entropy":
-            return math.inf if self.max_entropy is None else -self.max_entropy
-        return math.inf if self.confidence is None else self.confidence
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,302 @@
+"""BD3LM, SDAR and Fast-dLLM v2 decode as plain, slow versions of their public code do, alone or in batches."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen3Config
+
+from fluid_eval.benchmarks.lm_eval_tasks import check_settings
+from fluid_eval.common.spec import build_spec
+from fluid_model import ConfigError, Request, engine_for, scorer_for
+from fluid_model.checkpoints.checkpoint import Checkpoint
+from fluid_model.decoders import transfer_schedule
+from fluid_model.engine.records import KINDS
+from fluid_model.settings.block_diffusion import Bd3lmSettings, BlockDiffusionSettings, FastDllmSettings, SdarSettings
+
+from .test_laws import write
+from .test_samplers import cut
+from .tiny import fluid_checkpoint, llama_config
+
+NEW = 13
+SHAPE = {name: value for name, value in llama_config().to_dict().items() if name not in ("model_type", "head_dim")}
+CHECKPOINTS = [
+    replace(fluid_checkpoint(seed, config=config), end_ids=ends)
+    for seed, config, ends in (
+        (0, Qwen2Config(**SHAPE), (1, 9)),
+        (3, Qwen3Config(**SHAPE, head_dim=8), tuple(range(1, 30))),
+    )
+]
+"""The second one ends its answers soon."""
+LENGTHS = (3, 8, 17, 23)
+WORK = [Request(str(n), tuple((7 * i * i + n) % 250 + 2 for i in range(n)), NEW, seed=n) for n in LENGTHS]
+Counts = dict[str, int]
+
+
+class Row:
+    """A row without a cache: its tokens, the block that each is in, its random numbers and its forwards."""
+
+    def __init__(self, checkpoint: Checkpoint, request: Request, decoder: BlockDiffusionSettings, first: int) -> None:
+        self.checkpoint, self.request, self.decoder, self.first = checkpoint, request, decoder, first
+        self.mask, self.length = checkpoint.mask_id, decoder.block_length
+        self.ids, self.count = list(request.prompt), dict.fromkeys(KINDS, 0)
+        self.random = torch.Generator().manual_seed(request.seed)
+
+    @property
+    def answer(self) -> list[int]:
+        return self.ids[len(self.request.prompt) :]
+
+    def ended(self, tokens: list[int]) -> bool:
+        return not set(self.checkpoint.end_ids).isdisjoint(tokens)
+
+    def logits(self, kind: str, ids: list[int]) -> torch.Tensor:
+        """All read what is in their own block or before it."""
+        self.count[kind] += 1
+        block = (torch.arange(len(ids)) - self.first).div(self.length, rounding_mode="floor")
+        bias = torch.zeros(1, 1, len(ids), len(ids))
+        bias.masked_fill_(block[:, None] < block, torch.finfo(torch.float32).min)
+        with torch.inference_mode():
+            logits: torch.Tensor = self.checkpoint.model(input_ids=torch.tensor([ids]), attention_mask=bias).logits[0]
+        return logits
+
+    def sample(self, logits: torch.Tensor) -> tuple[list[int], list[float]]:
+        """A token of each slot, by one random number each, and its probability after temperature, top-k and top-p."""
+        heat = self.decoder.temperature
+        if not heat:
+            best = logits.softmax(-1).max(-1)
+            return best.indices.tolist(), best.values.tolist()
+        draws = torch.rand(self.length, generator=self.random)[: len(logits)]
+        tokens, chances = [], []
+        for row, draw in zip(logits / heat, draws.tolist(), strict=True):
+            chance, order = row.softmax(-1).sort(descending=True, stable=True)
+            if self.decoder.top_k:
+                chance = chance[: self.decoder.top_k]
+                chance = chance / chance.sum()
+            chance = chance[: 1 + int((chance.cumsum(0)[:-1] < self.decoder.top_p).sum())]
+            chance = chance / chance.sum()
+            place = min(int((chance.cumsum(0) <= draw).sum()), len(chance) - 1)
+            tokens.append(int(order[place]))
+            chances.append(float(chance[place]))
+        return tokens, chances
+
+    def result(self) -> tuple[tuple[int, ...], Counts]:
+        return cut(self.checkpoint, self.answer, NEW), self.count
+
+
+def plain_bd3lm(row: Row, decoder: Bd3lmSettings) -> tuple[tuple[int, ...], Counts]:
+    """As github.com/ZHZisZZ/dllm, whose prefix forward of each block is the prefill or the last block's commit here."""
+    while len(row.answer) < NEW and not row.ended(row.answer):
+        row.count["commit" if row.answer else "prefill"] += 1
+        width = min(row.length, NEW - len(row.answer))
+        block, steps, left = [row.mask] * width, decoder.steps or row.length, width
+        for step in range(steps):
+            share = [np.float32(1) - (np.float32(1) - np.float32((steps - step - k) / steps)) for k in (0, 1)]
+            count = min(left, round(left * (1 - float(share[1] / share[0]))))
+            left -= count
+            open_ = [j for j in range(width) if block[j] == row.mask]
+            if not count or not open_:
+                continue
+            logits = row.logits("denoise", row.ids + block)[-width:]
+            tokens, _ = row.sample(logits)
+            score = logits.softmax(-1)[range(width), tokens].tolist()
+            if decoder.remasking == "random":
+                score = torch.rand(row.length, generator=row.random).tolist()
+            for j in sorted(open_, key=lambda j: -score[j])[:count]:
+                block[j] = tokens[j]
+        row.ids += block
+    return row.result()
+
+
+def plain_sdar(row: Row, decoder: SdarSettings) -> tuple[tuple[int, ...], Counts]:
+    """As github.com/JetAstra/SDAR; the entropy bound as its engine's, github.com/Labman42/JetEngine."""
+    cached = len(row.ids) // row.length * row.length
+    row.count["prefill"] += cached > 0
+    block, row.ids = row.ids[cached:], row.ids[:cached]
+    share, rest = divmod(row.length, decoder.steps or row.length)
+    while True:
+        block += [row.mask] * (row.length - len(block))
+        step = 0
+        while open_ := [j for j in range(row.length) if block[j] == row.mask]:
+            logits = row.logits("denoise", row.ids + block)[-row.length :]
+            tokens, score = row.sample(logits)
+            count, above = share + (step < rest), []
+            if decoder.remasking == "sequential":
+                score = [-j for j in range(row.length)]
+            if decoder.remasking == "dynamic":
+                above = [j for j in open_ if score[j] > decoder.confidence_threshold]
+            if decoder.remasking == "entropy_bounded":
+                chance = (logits / (decoder.temperature or 1)).softmax(-1).clamp(min=1e-12)
+                score = (chance * chance.log()).sum(-1).tolist()
+                sums = np.cumsum(sorted(-score[j] for j in open_))
+                count = max(1, int((sums < decoder.entropy_bound).sum()))
+            best = sorted(open_, key=lambda j: -score[j])[:count]
+            for j in above if len(above) >= count else best:
+                block[j] = tokens[j]
+            step += 1
+        row.ids += block
+        row.count["commit"] += 1
+        if row.ended(row.answer) or len(row.answer) >= NEW:
+            return row.result()
+        block = []
+
+
+def plain_fast_dllm(row: Row, decoder: FastDllmSettings) -> tuple[tuple[int, ...], Counts]:
+    """As github.com/NVlabs/Fast-dLLM, v2, without its block cache."""
+    cached, small = len(row.ids) // row.length * row.length, decoder.small_block
+    block = row.ids[cached:]
+    if cached:
+        first = row.logits("prefill", row.ids[:cached])[-1].argmax()
+        block = block or [int(first)]
+    row.ids = row.ids[:cached]
+    while True:
+        block += [row.mask] * (row.length - len(block))
+        while open_ := [j for j in range(row.length) if block[j] == row.mask]:
+            if row.ended((row.ids + block[: open_[0]])[len(row.request.prompt) :]):
+                row.ids += block
+                return row.result()
+            logits = row.logits("denoise", row.ids + block)[-row.length :]
+            tokens, chance = row.sample(torch.cat([logits[:1], logits[:-1]]))
+            current = [j for j in open_ if j // small == open_[0] // small]
+            best = max(current, key=lambda j: chance[j])
+            written = [j for j in current if j == best or chance[j] > decoder.confidence_threshold]
+            written = [j for j in written if tokens[j] != row.mask] or written
+            for j in written:
+                block[j] = tokens[j]
+        row.ids += block
+        if row.ended(row.answer):
+            return row.result()
+        following = row.logits("commit", row.ids)[-1].argmax()
+        if len(row.answer) >= NEW:
+            return row.result()
+        block = [int(following)]
+
+
+def check(plain, decoder: BlockDiffusionSettings) -> None:
+    """Ids and forwards of every kind, alone and in a batch of 4."""
+    checkpoint = CHECKPOINTS[decoder.block_length == 4]
+    alone = {key: answer for one in WORK for key, answer in write(checkpoint, decoder, [one], 1).items()}
+    together = write(checkpoint, decoder, WORK, 4)
+    for request in WORK:
+        first = len(request.prompt) if decoder.grid == "prompt end" else 0
+        ids, count = plain(Row(checkpoint, request, decoder, first), decoder)
+        for answers in (alone, together):
+            answer = answers[request.key]
+            assert (answer.ids, answer.trace.forwards) == (ids, count), (decoder, request.key)
+            assert len(answer.trace.written) == len(ids)
+
+
+BLOCKS = pytest.mark.parametrize("block_length", [1, 4, 8])
+
+
+@BLOCKS
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"steps": 3},
+        {"steps": 20, "remasking": "random"},
+        {"temperature": 0.7},
+        {"temperature": 1.0, "remasking": "random", "steps": 2},
+    ],
+)
+def test_bd3lm_is_the_public_sampler(block_length, values):
+    check(plain_bd3lm, Bd3lmSettings(block_length=block_length, **values))
+
+
+@BLOCKS
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 0.0, "confidence": 0.1},
+        {"temperature": 0.0, "remasking": "static", "steps": 1},
+        {"confidence": 0.3, "steps": 1},
+        {"remasking": "static", "top_k": 20},
+        {"remasking": "sequential", "top_p": 0.8},
+        {"remasking": "entropy_bounded", "max_entropy": 6.0, "temperature": 0.7, "top_k": 30, "top_p": 0.9},
+    ],
+)
+def test_sdar_is_the_public_sampler(block_length, values):
+    values = dict(values)
+    if values.pop("steps", None):
+        values["steps"] = -(-block_length // 3)
+    check(plain_sdar, SdarSettings(block_length=block_length, **values))
+
+
+@pytest.mark.parametrize(("block_length", "small_block"), [(1, 1), (4, 2), (8, 4), (8, 8)])
+@pytest.mark.parametrize(
+    "values", [{}, {"confidence": 0.05}, {"confidence": None}, {"temperature": 1.0, "confidence": 0.3}]
+)
+def test_fast_dllm_is_the_public_sampler(block_length, small_block, values):
+    check(plain_fast_dllm, FastDllmSettings(block_length=block_length, small_block=small_block, **values))
+
+
+def test_a_schedule_rounds_as_the_public_one():
+    """Figures of dLLM's `get_num_transfer_tokens`."""
+    assert transfer_schedule.by_alpha(32, 10, "linear") == (3, 3, 3, 3, 3, 3, 3, 4, 3, 4)
+    assert transfer_schedule.by_alpha(5, 8, "cosine") == (1, 1, 1, 1, 1)
+
+
+def test_prompts_share_whole_blocks():
+    """Where blocks count from the prompt's start; the answers are those without sharing."""
+    start = tuple(i % 200 + 2 for i in range(45))
+    work = [Request(str(n), (*start, *range(30, 30 + n)), 5) for n in (1, 4, 9)]
+    for decoder in (SdarSettings(block_length=8, temperature=0.0), Bd3lmSettings(block_length=8)):
+        alone = {key: answer.ids for one in work for key, answer in write(CHECKPOINTS[0], decoder, [one]).items()}
+        engine = engine_for(CHECKPOINTS[0], decoder, 3)
+        together = {answer.key: answer for answer in engine.generate(work)}
+        assert {key: answer.ids for key, answer in together.items()} == alone
+        assert bool(engine._cached_prefix) == (decoder.grid == "start")
+        assert len(engine._cached_prefix) % 8 == 0
+        assert all(answer.trace.forwards["prefill"] == 1 for answer in together.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (FastDllmSettings, {"block_length": 12}, "small_block=8 must divide block_length=12"),
+        (SdarSettings, {"remasking": "random"}, "remasking='random': known are dynamic, static, sequential"),
+        (SdarSettings, {"remasking": "static", "confidence": 0.5}, "confidence=0.5: only for remasking=dynamic"),
+        (SdarSettings, {"max_entropy": 0.5}, "max_entropy=0.5: only for remasking=entropy_bounded"),
+        (Bd3lmSettings, {"remasking": "entropy_bounded"}, "known are low_confidence, random"),
+        (Bd3lmSettings, {"alpha": "square"}, "alpha='square': known are linear, cosine"),
+        (Bd3lmSettings, {"steps": 0}, "steps=0 must lie in"),
+        (SdarSettings, {"steps": 5, "block_length": 4}, "steps=5 must lie in [1, 4]"),
+    ],
+)
+def test_a_setting_that_the_method_has_not_is_refused(kind, values, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        kind(**values)
+
+
+def test_settings_that_a_checkpoint_does_not_fit_are_refused():
+    with pytest.raises(ConfigError, match="small_block=8 must divide block_length=20"):
+        FastDllmSettings().check_model(None, 20)
+    with pytest.raises(ConfigError, match="steps=8 must not exceed block_length=4"):
+        SdarSettings(steps=8).check_model(None, None)
+    SdarSettings(steps=8).check_model(None, 8)
+
+
+@pytest.mark.parametrize("decoder", [Bd3lmSettings(), SdarSettings(), FastDllmSettings()])
+def test_no_log_likelihood_is_made_up(decoder):
+    with pytest.raises(ConfigError, match=f"decoder={decoder.name} defines no log-likelihood"):
+        scorer_for(CHECKPOINTS[0], decoder)
+
+
+def test_tasks_that_compare_likelihoods_are_refused():
+    """By one line, before weights load."""
+    task = SimpleNamespace(get_config={"output_type": "multiple_choice"}.get)
+    spec = build_spec({"tasks": "mini_mmlu", "model": "m", "decoder": "bd3lm"})
+    with pytest.raises(ConfigError, match="decoder=bd3lm defines no log-likelihood, which task mini_mmlu compares"):
+        check_settings(spec, {"tasks": {"mini_mmlu": task}}, 256)
+
+
+def test_a_window_that_ends_in_a_block_holds_the_answer():
+    work = [Request("1", tuple(range(2, 245)), NEW)]
+    for decoder in (Bd3lmSettings(block_length=8), SdarSettings(block_length=8), FastDllmSettings(block_length=8)):
+        (answer,) = write(replace(CHECKPOINTS[0], end_ids=()), decoder, work).values()
+        assert len(answer.ids) == NEW
