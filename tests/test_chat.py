@@ -248,7 +248,7 @@ BAD = {
         TEMPLATE,
         "task humaneval_instruct begins the answer itself",
     ),
-    "unknown setting": (["--set", "chat.sistem=x"], TEMPLATE, "chat.sistem is no setting; known: chat.system"),
+    "unknown setting": (["--set", "chat.sistem=x"], TEMPLATE, "chat.sistem is no setting; did you mean chat.system?"),
     "variable of the run's": (["--set", "chat.variables.enable_thinking=true"], TEMPLATE, "from chat.thinking"),
     "date": (["--set", "chat.variables.today=2025-01-01"], TEMPLATE, "is a date; quote it"),
     "two BOS": ([], "{{ bos_token }}" + TEMPLATE, "starts with <s> twice"),

@@ -62,7 +62,7 @@ def test_the_tour_runs_the_quickstart_and_most_commands():
     marked = blocks(ROOT / "docs" / "quickstart.md", "<!-- tour -->\n")
     assert len(marked) >= 5
     run = {line.split()[1] for line in ("\n".join(marked) + tour).splitlines() if line.startswith("fluid-eval ")}
-    assert COMMANDS.keys() - run == {"tax", "reproduce", "score", "doctor"}
+    assert COMMANDS.keys() - run == {"tax", "reproduce", "score", "doctor", "import", "view"}
 
 
 def test_the_readme_is_one_screen_and_takes_its_figures_from_the_pages():

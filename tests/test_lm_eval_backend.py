@@ -65,7 +65,7 @@ def test_arguments_are_settings():
     assert (spec.model.path, spec.model.device, spec.model.dtype) == (TINY, "auto", "float32")
     assert (spec.batch_size, spec.seed, spec.decoder.name, spec.decoder.verify) == (1, 5, "fluid", False)
     assert LmEvalBackend(TINY, **{"decoder.confidence": 0.7})._run.spec.decoder.confidence == 0.7
-    with pytest.raises(ConfigError, match=r"decoder\.confidnce is no setting of decoder 'fluid'; known: .*confidence"):
+    with pytest.raises(ConfigError, match=r"confidnce is no setting of decoder 'fluid'; did you mean decoder.con"):
         LmEvalBackend(TINY, confidnce=0.7)
     with pytest.raises(ConfigError, match=r"decoder=llada: .* was adapted to fluid; use --decoder fluid"):
         LmEvalBackend(TINY, decoder="llada")

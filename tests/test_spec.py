@@ -89,7 +89,10 @@ def test_the_id_is_what_decides_the_answers():
         ),
         ({**BASE, "decoder": {"name": "fluid", "slot_budget": 0}}, "slot_budget=0 must lie in"),
         ({**BASE, "decoder": {"name": "fluid", "verify": 1}}, "decoder.verify=1 must be true or false"),
-        ({**BASE, "model": {"path": "m", "dtype": "int4"}}, "model.dtype='int4' is unknown; known: auto, float32"),
+        (
+            {**BASE, "model": {"path": "m", "dtype": "int4"}},
+            "model.dtype='int4' is unknown; did you mean int8?",
+        ),
         ({**BASE, "tasks": "gsm8k,gsm8k"}, "must name at least one task, each once"),
         ({**BASE, "tasks": ""}, "must name at least one task"),
         ({**BASE, "engine": {"workers": 2}}, "engine.workers=2: the inline engine has one; use --engine ray"),

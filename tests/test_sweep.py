@@ -245,25 +245,14 @@ def test_what_is_answered_so_far_compares(unbroken, values, tmp_path, monkeypatc
 def test_files_enough_are_open(monkeypatch):
     import resource
 
+    from fluid_eval.sweeps.open_files import allow_open_files
+
     limits = {"now": (600, 5000)}
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits["now"])
     monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.update(now=pair))
-    module._allow_open_files(50)
+    allow_open_files(50)
     assert limits["now"] == (600, 5000)
-    module._allow_open_files(1000)
+    allow_open_files(1000)
     assert limits["now"] == (2500, 5000)
     with pytest.raises(ConfigError, match="3000 points needs 6500 open files, and 5000 are allowed"):
-        module._allow_open_files(3000)
-
-
-def test_one_place_on_the_curve_has_no_area():
-    """Two points that are as parallel span nothing."""
-    from types import SimpleNamespace as Some
-
-    def areas(*forwards):
-        placed = [Some(tokens_per_forward=Some(mean=x), score=Some(mean=0.5), stopped=None) for x in forwards]
-        under = Some(planned=Some(spec=Some(decoder=Some(name="fluid"))))
-        return module._areas(placed, [under] * len(placed))
-
-    assert areas(1.0) == areas(2.0, 2.0) == {}
-    assert areas(1.0, 2.0) == {"fluid": pytest.approx(50.0)}
+        allow_open_files(3000)

@@ -250,6 +250,7 @@ def values_of(options: argparse.Namespace) -> dict[str, Any]:
         if not isinstance(values.get("backend"), Mapping):
             raise ConfigError("--backend-args: name the backend too, by --backend")
         put(values, "backend.args", {**values["backend"].get("args", {}), **arguments(args)})
+    _say_what_is_hidden(options.model)
     if options.chat:
         values.setdefault("chat", {})
     # 3) --set, then what environment and profile add
@@ -258,13 +259,19 @@ def values_of(options: argparse.Namespace) -> dict[str, Any]:
     return completed(values)
 
 
+def _say_what_is_hidden(model: str | None) -> None:
+    """Print a notice where a folder hides the bundled checkpoint of its name."""
+    from ..common.bundled import bundled
+
+    if model in bundled() and Path(model).exists():
+        print(f"model: the folder ./{model}, not the bundled checkpoint of that name", file=sys.stderr)
+
+
 def say_which_model(options: argparse.Namespace) -> None:
-    """Print a notice where no model was named, or a folder hides the bundled checkpoint of its name.
+    """Print a notice where no model was named.
 
     Called once the settings are known to be valid, so that it precedes no error.
     """
-    from ..common.bundled import bundled
-
     if options.is_bundled:
         print(
             f"No model given: the bundled {BUNDLED}, 1.8M parameters, trained on the mini\n"
@@ -272,8 +279,6 @@ def say_which_model(options: argparse.Namespace) -> None:
             "fluid-eval run --tasks gsm8k,math500 --model FOLDER_OR_HUB_ID\n",
             file=sys.stderr,
         )
-    if options.model in bundled() and Path(options.model).exists():
-        print(f"model: the folder ./{options.model}, not the bundled checkpoint of that name", file=sys.stderr)
 
 
 def _take_bundled(values: dict[str, Any], options: argparse.Namespace) -> None:

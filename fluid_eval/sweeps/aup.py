@@ -131,8 +131,11 @@ def _pairs(point: Point) -> dict[str, tuple[float, float]]:
     for task in dict.fromkeys(sample.task for sample in point.samples):
         samples = [sample for sample in point.samples if sample.task == task]
         written = [sample for sample in samples if sample.written]
-        forwards = sum(sample.forwards for sample in written)
-        tokens = sum(sample.tokens for sample in written)
+        spent = [sample.forwards for sample in written if sample.forwards is not None]
+        counted = [sample.tokens for sample in written if sample.tokens is not None]
+        if len(spent) < len(written) or len(counted) < len(written):
+            continue  # an import, or a backend, that does not tell
+        forwards, tokens = sum(spent), sum(counted)
         if tokens and forwards:
             accuracy = 100 * math.fsum(sample.score for sample in samples) / len(samples)
             tasks[task] = (tokens / forwards, min(100.0, max(0.0, accuracy)))

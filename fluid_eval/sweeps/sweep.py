@@ -48,6 +48,7 @@ from ..running.repeat_timing import time_in_turns
 from ..running.workers import open_pool
 from . import aup, pareto
 from .grid import PlannedPoint, SweepPlan
+from .open_files import allow_open_files
 from .points_in_progress import PointInProgress, unanswered_by_batch
 
 MOST_BATCHES, LEAST_SAMPLES = 8, 64
@@ -56,8 +57,6 @@ PILOT = 16
 """Samples of a point that the pilot of `estimate` answers."""
 PILOT_POINTS = 6
 """Points that the pilot takes, spread over the sweep."""
-OTHER_FILES = 500
-"""Files that a process has open beside those of the points: libraries, Ray."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +216,7 @@ class Sweep:
         timed = all(point.timed(speed_repeats) for point in self._points if point.name not in stopped)
         if (stored.get("by"), stored.get("within")) == (by, within) and (stop_dominated or not self.missing) and timed:
             return stored
-        _allow_open_files(len(self._points))
+        allow_open_files(len(self._points))
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / SWEEP).open("ab") as head:
             lock(head, self.folder)
@@ -377,21 +376,6 @@ class Sweep:
             "figure": has_figure,
             "caption": caption if has_figure else "",
         }
-
-
-def _allow_open_files(points: int) -> None:
-    """Raise the limit of open files to two a point, one to write and one to read. Raises ConfigError if not allowed."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    need = 2 * points + OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < need:
-        if hard != resource.RLIM_INFINITY and hard < need:
-            raise ConfigError(
-                f"a sweep of {points} points needs {need} open files, and {hard} are allowed: raise ulimit -n, or take "
-                "fewer points at a time"
-            )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
 
 
 def _conditions(point: PointInProgress) -> tuple[Nested, Nested]:

@@ -9,7 +9,7 @@ CLOSE = 3
 """Names proposed at most."""
 
 
-def close_to(name: object, known: Iterable[object], alike: float = 0.6) -> list[str]:
+def close_to(name: object, known: Iterable[object], alike: float = 0.65) -> list[str]:
     """Known names that look like this one, the closest first; small and capital letters are alike.
 
     alike: difflib's ratio in [0, 1], from which a name counts as close.
@@ -18,7 +18,7 @@ def close_to(name: object, known: Iterable[object], alike: float = 0.6) -> list[
     return [by_lower[one] for one in difflib.get_close_matches(str(name).lower(), by_lower, CLOSE, alike)]
 
 
-def did_you_mean(name: object, known: Iterable[object], alike: float = 0.6, prefix: str = "") -> str:
+def did_you_mean(name: object, known: Iterable[object], alike: float = 0.65, prefix: str = "") -> str:
     """`did you mean a, b? ` to stand inside a message; empty where nothing known looks like the name.
 
     prefix: written before each name proposed.  alike: see `close_to`.
