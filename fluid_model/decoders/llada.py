@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..settings import LladaSettings
+from . import transfer_schedule
 from .canvas import CanvasState, CanvasStrategy, gumbel
 
 
@@ -24,9 +25,8 @@ class LladaStrategy(CanvasStrategy):
         self._eos = [] if eos_id is None else [eos_id]
         self._other_ends = [token for token in checkpoint.end_ids if token != eos_id]
 
-    def _schedule(self, state: CanvasState, masked: int) -> list[int]:
-        base, rest = divmod(masked, state.steps)
-        return [base + (step < rest) for step in range(state.steps)]
+    def _schedule(self, state: CanvasState, masked: int) -> tuple[int, ...]:
+        return transfer_schedule.even(masked, state.steps)
 
     def _predict(self, state: CanvasState, logits: Tensor) -> tuple[Tensor, Tensor]:
         """As in the public code, a suppressed end loses its logit: `logits_eos_inf` before the token is chosen,

@@ -11,13 +11,13 @@ Legend: M open slots, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..settings import MdlmSettings
+from . import transfer_schedule
 from .canvas import CanvasState, CanvasStrategy, gumbel
 from .sampling import ENTROPY_FLOOR, restrict
 
@@ -29,11 +29,12 @@ class MdlmStrategy(CanvasStrategy):
 
     def _schedule(self, state: CanvasState, masked: int) -> Sequence[float]:
         """Slots of each step, zeros left out; of Dream's timesteps the share of masked slots, at each of them."""
-        shares = _shares(self.settings.schedule, state.steps, self.settings.eps)
         if self.settings.schedule == "timesteps":
-            return shares
+            return _timesteps(state.steps, self.settings.eps)
+        if not self.settings.stochastic_transfer:
+            return transfer_schedule.by_alpha(masked, state.steps, self.settings.schedule)
         counts = []
-        for share in shares:
+        for share in transfer_schedule.alpha_shares(state.steps, self.settings.schedule):
             counts.append(min(self._transfers(state, masked, share), masked))
             masked -= counts[-1]
         return [count for count in counts if count]
@@ -46,9 +47,7 @@ class MdlmStrategy(CanvasStrategy):
         """Slots to write out of this many."""
         if self.settings.stochastic_transfer:
             return int((torch.rand(masked, generator=state.generator) < share).sum())
-        if self.settings.schedule == "timesteps":
-            return int(torch.tensor(float(masked)) * share)  # in float32, as there
-        return round(masked * share)
+        return int(torch.tensor(float(masked)) * share)  # in float32, as there
 
     def _predict(self, state: CanvasState, logits: Tensor) -> tuple[Tensor, Tensor]:
         settings, random, logits = self.settings, state.generator, logits.cpu()
@@ -73,12 +72,7 @@ class MdlmStrategy(CanvasStrategy):
         return token, confidence
 
 
-def _shares(schedule: str, steps: int, eps: float) -> list[float]:
-    """Share of the masked slots that each step writes, 1 at the last. In float32, as in the public code."""
-    if schedule == "timesteps":
-        time = torch.linspace(1, eps, steps + 1)
-        return [*(1 - time[1:] / time[:-1]).tolist()[:-1], 1.0]
-    time = torch.arange(steps, -1, -1).double().div(steps).float()  # 1 to 0
-    masked = time if schedule == "linear" else torch.cos(math.pi / 2 * (1 - time))  # 1 - alpha
-    masked = 1 - (1 - masked)
-    return (1 - (masked[1:] / masked[:-1]).double()).tolist()
+def _timesteps(steps: int, eps: float) -> tuple[float, ...]:
+    """Share of the masked slots that each of Dream's steps writes, 1 at the last. In float32, as in the public code."""
+    time = torch.linspace(1, eps, steps + 1)
+    return (*(1 - time[1:] / time[:-1]).tolist()[:-1], 1.0)
