@@ -54,12 +54,15 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = Parser(
         prog="fluid-eval",
+        usage="fluid-eval [-h] [--version] COMMAND ...",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_listing(),
         description="Evaluate language models that decode in parallel, beside their AR parents.",
     )
     top.add_argument("--version", action=ShowVersions, libraries=("torch", "transformers", "lm-eval"))
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
+    commands = top.add_subparsers(
+        dest="command", required=True, prog="fluid-eval", metavar="COMMAND", help=argparse.SUPPRESS
+    )
     for name, command in COMMANDS.items():
         description = command.HELP[0].upper() + command.HELP[1:]
         command.add(commands.add_parser(name, description=description, epilog=f"example: {command.EXAMPLE}"))

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-HELP = "list bundled checkpoints, which --model takes by name; or say what a model is"
+HELP = "list bundled checkpoints, or say what a model is"
 EXAMPLE = "fluid-eval models"
 SHIFTED = (None, "fluid", "nbdiff")
 """Methods that predict the next token, masked or not."""
