@@ -33,8 +33,7 @@ def print_runs(entries: Sequence[RunEntry], folder: Path) -> None:
             shown = "–" if row.value is None else score({"score": row.value, "low": row.low, "high": row.high})
             table.add_row(" ", row.task, row.metric, shown, f"n={row.n}" if row.n else "")
         console.print(table)
-    console.print(
-        f"\n{len(entries)} run{'s' * (len(entries) != 1)}, the newest first (UTC); score: %, its 95% interval, first metric"
-    )
+    count = f"{len(entries)} run{'s' * (len(entries) != 1)}"
+    console.print(f"\n{count}, the newest first (UTC); score: %, its 95% interval, first metric")
     for state in sorted({entry.state for entry in entries} & STATES.keys()):
         console.print(f"{state}: {STATES[state]}")
