@@ -17,6 +17,7 @@ nox.options.sessions = [
     "lint",
     "types",
     "tests",
+    "slow",
     "browser",
     "security",
     "chain",
@@ -50,6 +51,12 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The test suite, two files at a time; words after -- go to pytest."""
     python(session, "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *session.posargs)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """Tests that take seconds each: whole pages of documentation, other programs beside ours, measurements."""
+    python(session, "pytest", "-m", "slow", "-n", "2", *session.posargs)
 
 
 @nox.session

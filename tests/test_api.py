@@ -209,6 +209,7 @@ def test_folders_without_results_are_refused(swept, result, tmp_path):
         fluid_eval.sweep(tasks=TASKS, model="m")
 
 
+@pytest.mark.slow
 def test_the_quickstart_shows_what_its_cells_give(tmp_path):
     notebook = json.loads(notebooks.QUICKSTART.read_text())
     outputs = notebooks.run(notebook, tmp_path)
@@ -228,6 +229,7 @@ def plain(output: dict) -> str:
     return notebooks.without_speeds("".join(lines))
 
 
+@pytest.mark.slow
 def test_the_pages_examples_run(tmp_path, capsys):
     page = (notebooks.ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)

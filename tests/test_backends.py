@@ -40,6 +40,7 @@ def hf(tmp_path_factory):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_hf_writes_here_what_it_writes_under_lm_evals_own_command(hf):
     theirs = evaluator.simple_evaluate(
         model="hf", model_args={"pretrained": TINY, "dtype": "float32"}, device="cpu", batch_size=2,
@@ -194,6 +195,7 @@ def test_sweeps_and_audits_of_decoders_refuse_a_backend(hf, tmp_path):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_page_s_commands_run(tmp_path, monkeypatch, capsys):
     """Each command of docs/backends.md that needs no server, in its order."""
     monkeypatch.chdir(tmp_path)

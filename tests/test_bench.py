@@ -30,6 +30,7 @@ def test_prompts_are_the_test_sets_levels_in_turn():
     assert all(prompt.startswith("Question: ") and prompt.endswith("Answer:") for prompt in prompts)
 
 
+@pytest.mark.slow
 def test_decoding_is_measured(capsys):
     """Texts must be AR's; what is fast enough is not for a test of one run to say."""
     decode.main(["--quick", "--json", "--only", "identical", "--only", "forwards", "--only", "overhead"])
@@ -41,6 +42,7 @@ def test_decoding_is_measured(capsys):
     assert all(0 < bar["measured"] < 1 for bar in printed if bar["name"].startswith("engine overhead"))
 
 
+@pytest.mark.slow
 def test_likelihoods_are_measured(capsys, data_dir):
     likelihood.main(["--quick", "--json"])
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])["bars"]

@@ -134,6 +134,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(build, "FLAGS", [flag for flag in build.FLAGS if flag != "-O3"])
 
 
+@pytest.mark.slow
 def test_it_is_compiled_once_whoever_asks(monkeypatch):
     """Three processes at the same time, and one later."""
     quick(monkeypatch)

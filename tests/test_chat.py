@@ -49,6 +49,7 @@ def hf(chatty):
     return HFLM(pretrained=str(chatty), device="cpu", dtype="float32", batch_size=1, enable_thinking=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multiturn", [True, False])
 def test_prompts_and_answers_are_those_of_lm_evals_backend(hf, chatty, few_rows, tmp_path, multiturn):
     """GSM8K with two shots, HumanEval with a prefilled code fence, MMLU by likelihood; a system turn in each."""

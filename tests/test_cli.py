@@ -65,7 +65,7 @@ BAD = {
     "no such model": (["--model", "./nowhere"], "model='./nowhere': no such folder"),
     "model without config.json": (["--model", "{empty}"], "the folder holds no config.json"),
     "decoder without head": (["--decoder", "fluid"], "decoder=fluid needs a K-head"),
-    "unknown decoder": (["--decoder", "beam"], "decoder='beam' is unknown; known: ar, fluid"),
+    "unknown decoder": (["--decoder", "beam"], "decoder='beam' is unknown; did you mean dream? known: ar, fluid"),
     "negative limit": (["--limit", "-1"], "limit=-1 must be at least 1"),
     "unknown setting": (["--set", "decoder.gama=1"], "decoder.gama is no setting of decoder 'ar'; known: decoder."),
     "unknown field": (["--set", "colour=red"], "colour is no setting; known: tasks"),

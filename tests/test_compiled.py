@@ -258,6 +258,7 @@ def naive_mask(rows, slots, total):
     return mask
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(draft_trees())
 def test_one_mask_rule(compiler, tree):

@@ -65,6 +65,7 @@ def needed(names: tuple[str, ...]) -> set[str]:
     return closure
 
 
+@pytest.mark.slow
 def test_fluid_model_loads_and_decodes_with_four_libraries_alone(tiny_fluid):
     tier = needed(MODEL_TIER)
     of_tier = {

@@ -161,8 +161,7 @@ def test_configuration_and_tokenizer_are_enough_to_describe(tmp_path, layout, ca
     assert facts["mask_token"] == f"{mask} ({ids[mask]})"
     assert facts["end_tokens"] == [f"{text} ({ids[text]})" for text in ("<|endoftext|>", "<|im_end|>")]
     assert facts["block_length"] == BLOCKS.get(layout, "not stated")
-    served = METHODS[layout] == "mdlm"
-    assert facts["decoder"] == ("mdlm" if served else "none")
+    assert facts["decoder"] == ("none" if layout == "wedlm" else METHODS[layout])
     assert facts["missing"][0] == "weights"
     assert main(["models", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == facts

@@ -107,6 +107,7 @@ def test_latex_is_escaped(tmp_path):
     assert [row.count(" & ") for row in rows] == [8, 8, 8]
 
 
+@pytest.mark.slow
 def test_figures_are_vectors_of_one_column_with_text(sweep, tmp_path):
     images = []
     for by in ("tokens_per_forward", "forwards_per_answer", "forwards_per_answer"):

@@ -120,6 +120,7 @@ def test_a_second_resume_while_the_first_ends(tmp_path):
     assert [r["scores"] for r in read_samples(tmp_path / "r")] == [{"a": 1.0}]
 
 
+@pytest.mark.slow
 def test_an_output_that_is_full_or_knows_few_letters(stored, tmp_path):
     other = write_run(tmp_path / "other", "ar")
 

@@ -43,6 +43,7 @@ def recorded(checkpoint, work):
     return replay.record(checkpoint, work)
 
 
+@pytest.mark.slow
 def test_all_of_it_runs_and_is_told_as_json(capsys):
     assert gpu.main([*QUICK, "--json"]) == 0
     bars = json.loads(capsys.readouterr().out)["bars"]

@@ -61,6 +61,7 @@ READERS = {
 NAMES = {"samples": "samples.jsonl", "manifest": "fluid.json", "rows": "rows.jsonl", "data": "test.jsonl"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 @FUZZ
 @given(content=st.binary(max_size=200) | plain.map(lambda value: json.dumps(value).encode()))

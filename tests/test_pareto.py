@@ -72,6 +72,7 @@ def test_intervals_cover():
     assert all(0.92 <= count / repetitions <= 0.98 for count in covered.values()), covered
 
 
+@pytest.mark.slow
 def test_a_loss_is_called_small_for_sure_only_where_it_is():
     """At a true loss of exactly `within`, the lower end of a 95% interval errs in about one of forty cases."""
     rng = np.random.default_rng(1)

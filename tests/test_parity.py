@@ -47,6 +47,7 @@ def ours(stories, tasks, data_dir, folder, limit, new_tokens=None, num_fewshot=N
     return result, {record["key"]: record for record in run_folder.read_samples(folder)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shots", [0, None])
 def test_generated_text_and_scores(hf, stories, few_rows, tmp_path, shots):
     """At the tasks' own five and four shots most prompts are cut, by both in the same way."""
@@ -67,6 +68,7 @@ def test_generated_text_and_scores(hf, stories, few_rows, tmp_path, shots):
         assert all(samples[f"gsm8k/{n}"]["truncated"] > 0 for n in range(LIMIT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "shots", "subjects"), [("mmlu", 0, 57), ("mmlu_anatomy", None, 1)])
 def test_mmlu_log_likelihoods(hf, stories, few_rows, tmp_path, name, shots, subjects):
     """Of every subject, and their groups; at the task's own five shots, whose prompts are cut, of one."""

@@ -89,6 +89,7 @@ def test_what_the_7b_plan_counts():
     assert heads.flops < cost.flops / 20
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_models_own_products(tmp_path):
     """Forward FLOPs of the plan against torch's own counter on the same rows."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -116,6 +117,7 @@ def test_a_plan_counts_the_models_own_products(tmp_path):
     assert cost.flops / 4 == pytest.approx(per_row, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_gated_training_passes_back_through_its_masks_alone(tmp_path):
     """The plan of a gated stage against torch's counter on one of its rows, attention aside."""
     from torch.utils.flop_counter import FlopCounterMode

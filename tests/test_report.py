@@ -167,6 +167,7 @@ def test_long_answers_lose_their_middle_between_tokens(folder: Path) -> None:
     assert left_out == len(record["output"]) - 6000
 
 
+@pytest.mark.slow
 def test_a_run_of_a_thousand_samples_stays_below_5_mb(tmp_path: Path) -> None:
     """GSM8K's size: prompts of five examples, answers of 300 tokens of four letters, drafts rejected."""
     rng = random.Random(0)
@@ -381,6 +382,7 @@ def test_output_that_cannot_be_written_is_refused(folder: Path, tmp_path: Path, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_report_needs_no_torch(folder: Path) -> None:
     code = (
         "import sys, pathlib, fluid_eval.output.report as r; r.write_report([pathlib.Path(sys.argv[1])], "

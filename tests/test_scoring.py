@@ -88,6 +88,7 @@ def test_known_figures_of_stories260k(stories):
     assert int(logits.argmax()) == 385
 
 
+@pytest.mark.slow
 def test_known_loss_of_stories260k_on_real_stories(stories, data_dir):
     import gzip
     import json

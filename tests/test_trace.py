@@ -119,7 +119,8 @@ def test_the_page_shows_what_the_command_prints(capsys, monkeypatch):
     monkeypatch.chdir(resource("docs").parent)
     page = (resource("docs") / "decoders.md").read_text(encoding="utf-8")
     tables = re.findall(r"<!-- (fluid-eval trace .*?) -->\n(.*?)\n<!-- end -->", page, re.DOTALL)
-    assert {"ar", "fluid", "nbdiff", "llada"} == {re.search(r"--decoder (\w+)", command)[1] for command, _ in tables}
+    written = {"ar", "fluid", "nbdiff", "llada", "mdlm", "dream"}
+    assert written == {re.search(r"--decoder (\w+)", command)[1] for command, _ in tables}
     for command, table in tables:
         assert main(shlex.split(command)[1:]) == 0
         assert capsys.readouterr().out.strip() == table.strip()
