@@ -62,6 +62,7 @@ def parent(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("a") / "parent", llama_config(tie_word_embeddings=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_says_what_peft_says(tmp_path, parent, kind):
     expected = save_adapter(tmp_path / "m", parent, KINDS[kind])

@@ -195,6 +195,7 @@ def test_where_texts_part():
     assert first_difference(ended, (5, 6)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", [ArSettings(temperature=LOOSE, top_p=0.95), replace(FLUID, temperature=LOOSE)])
 def test_samples_of_the_right_distribution_pass_and_others_fail(decoder):
     prompts = [replace(r, key=f"{r.key}-{n}", seed=n * 100 + r.seed) for n in range(8) for r in requests()]
@@ -234,6 +235,7 @@ def test_outside_the_nucleus_is_impossible():
     assert float(tail(falling, torch.tensor([[2]]), 0.79, 0.1)) > 0.1, "within rounding of its edge it is not"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_a_few_tokens_that_ar_hardly_ever_says_are_found(top_p):
     """Too few for any bin: one in five hundred is the unlikeliest of all."""

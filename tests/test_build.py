@@ -163,6 +163,7 @@ def test_sources_and_flags_name_the_library(tmp_path, monkeypatch):
     assert len(keys) == 2 + len(list(copied.iterdir()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [struct.__name__ for struct in structs.STRUCTS])
 def test_structures_of_another_size_are_refused(name, monkeypatch, caplog):
     """On both sides: a field more in Python is a library of another layout."""

@@ -191,6 +191,7 @@ def test_a_model_that_thinks_unasked_is_noticed():
     assert notice.startswith("t: 2 of 3 answers hold [unused17]: the model thinks all the same")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["ar", "fluid", "nbdiff", "llada"])
 def test_thinking_through_the_main_job(tiny_fluid, tmp_path, capsys, decoder):
     """Only what follows the last end of thinking counts, and every decoder's answers are cut alike."""

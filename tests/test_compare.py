@@ -208,6 +208,7 @@ def pair_of(flips, n=210):
     return {"other": "o", "tasks": each, "all": entry("all", tasks, flips)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tasks", "share"), [(1, 0.03), (4, 0.03), (4, 0.1), (20, 0.03)])
 def test_equal_runs_are_seldom_called_worse(tasks, share):
     """`--fail-if-worse 0` where there is no true difference: at most 5% of builds fail, however many the tasks."""

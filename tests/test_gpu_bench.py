@@ -84,6 +84,7 @@ def test_bars_are_for_the_whole_model_on_a_device(monkeypatch):
     assert small.bars[0].ok is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("budget", "slots"), [(256, 1), (30, 1), (256, 4)])
 def test_replayed_rounds_are_those_of_the_recorded_model(checkpoint, work, recorded, budget, slots):
     settings = FluidSettings(slot_budget=budget)

@@ -33,6 +33,7 @@ def requests(checkpoint, new=16):
     return [Request(text, tuple(checkpoint.tokenizer(text)["input_ids"]), new) for text in texts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", [ArSettings(), FluidSettings(slot_budget=64), FluidSettings(verify=False)])
 @pytest.mark.parametrize("slots", [1, 5])
 def test_replayed_forwards_agree_with_plain_ones(checkpoint, decoder, slots):
@@ -126,6 +127,7 @@ def logged(checkpoint, decoder, slots, work):
     return answers, largest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("decoder", [ArSettings(), FluidSettings(verify=False)])
 def test_one_shape_makes_numbers_independent_of_the_batch(dtype, decoder):

@@ -35,6 +35,7 @@ def lm_eval(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["mini_gsm8k_1", "mini_mmlu_1"])
 def test_lm_evals_command_scores_and_counts_as_our_run(task, lm_eval, tmp_path, capsys):
     arguments = ",".join(f"{name}={value}" for name, value in SETTINGS.items() if name != "batch_size")

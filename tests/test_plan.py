@@ -49,6 +49,7 @@ def test_every_recipe_passes_a_dry_run(file, tmp_path, monkeypatch, capsys):
     assert all(len(line) <= 80 for line in output.splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fluid-7b", "nbdiff-7b"])
 def test_the_7b_recipes_run_on_two_layers_of_the_same_architecture(name, tmp_path):
     file = resource("recipes") / f"{name}.toml"

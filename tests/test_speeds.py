@@ -143,6 +143,7 @@ def test_one_run_beats_no_point_in_seconds():
     assert pareto.measure(turns)[0].tokens_per_second.high > 20, "alone the machine's spread is all in it"
 
 
+@pytest.mark.slow
 def test_a_sweep_is_timed_in_turns(tiny_fluid, tmp_path, capsys):
     """Afterwards too; samples are stored once, and a report holds all against the AR point, whatever its id."""
     values = {

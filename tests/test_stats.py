@@ -117,6 +117,7 @@ def test_intervals_of_paired_differences_cover(sizes, lost, gained):
     assert np.mean(held) >= 0.94
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "share"), [((15, 15, 15), 0.98), ((210,) * 4, 0.97), ((40, 300), 0.6)])
 def test_intervals_of_means_over_tasks_cover(sizes, share):
     rng = np.random.default_rng(4)

@@ -187,6 +187,7 @@ def f(): threading.Thread(target=later, daemon=True).start()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "tests"),
     [(SILENT, ""), (DRIBBLING, ""), (LATER, "f()\nimport time\ntime.sleep(9)")],
