@@ -30,7 +30,18 @@ fluid-eval runs --json > runs.json
 # 4) a look inside: one answer, the K-head, other extractors
 fluid-eval trace --model tiny-fluid --prompt 'Question: Tom has 3 apples and buys 2. How many?\nAnswer:' --max-new-tokens 16
 fluid-eval khead runs/fluid
-fluid-eval rescore runs/ar --profile minimal > /dev/null
+cat > last-number.toml << 'END'
+about = "the last number of the answer"
+[tasks.mini_gsm8k_1]
+source = "this tour"
+[tasks.mini_gsm8k_1.extractor]
+about = "the last number"
+metric_list = [{ metric = "exact_match", aggregation = "mean", higher_is_better = true, regexes_to_ignore = ["(?s).*#### "] }]
+[[tasks.mini_gsm8k_1.extractor.filter_list]]
+name = "last"
+filter = [{ function = "regex", group_select = -1, regex_pattern = '(-?[0-9]+)' }, { function = "take_first" }]
+END
+fluid-eval rescore runs/ar --profile last-number.toml
 
 # 5) for a paper
 fluid-eval report runs/ar runs/fluid -o paper.html --markdown appendix.md --latex scores.tex
