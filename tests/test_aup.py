@@ -82,6 +82,13 @@ def point(name, right, tokens, stopped=None):
     return Point(name, {}, [*written, *choices], stopped)
 
 
+def test_a_point_that_does_not_tell_all_its_forwards_takes_no_part():
+    known = point("k4", 16, 20)
+    for lost in ({"forwards": None}, {"tokens": None}):
+        first, *rest = known.samples
+        assert areas([("fluid", replace(known, samples=[replace(first, **lost), *rest]))]) == {}
+
+
 def test_methods_are_measured_by_the_best_accuracy_of_all():
     points = [("fluid", point("k4", 16, 20)), ("fluid", point("k8", 16, 40)), ("ar", point("ar", 20, 10))]
     stopped = ("fluid", point("k16", 16, 80, stopped="below k8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -90,9 +91,11 @@ def test_a_backend_stands_beside_a_decoder(hf, tmp_path):
 
 @needs_api
 def test_a_server_s_usage_and_ends_are_kept_and_its_missing_ones_stay_unknown(tmp_path):
-    tokens = {0: 7, 1: None, 2: 11}
+    tokens, begun = {0: 7, 1: None, 2: 11}, list[float]()
 
     def respond(request):
+        begun.append(time.perf_counter())
+        time.sleep(0.3)
         number = len(asked) - 1
         return 200, completion(f" It is {number}.\n#### {number}", "length" if number == 2 else "stop", tokens[number])
 
@@ -101,6 +104,7 @@ def test_a_server_s_usage_and_ends_are_kept_and_its_missing_ones_stay_unknown(tm
             tasks="mini_gsm8k_1", limit=3, out=tmp_path / "run", model="served", backend=local(address)
         )  # fmt: skip
     assert {sample.tokens for sample in result.samples} == {7, None, 11}
+    assert 0.9 <= sum(sample.seconds for sample in result.samples) < 2 * (begun[-1] - begun[0] + 0.3)
     assert sorted(sample.finish for sample in result.samples) == ["length", "stop", "stop"]
     cost = result.row("mini_gsm8k_1").cost
     assert (cost.tokens, cost.tokens_per_second, cost.length_limit_hits) == (None, None, 1)

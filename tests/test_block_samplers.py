@@ -176,9 +176,9 @@ def plain_fast_dllm(row: Row, decoder: FastDllmSettings) -> tuple[tuple[int, ...
         block = [int(following)]
 
 
-def check(plain, decoder: BlockDiffusionSettings) -> None:
+def check(plain, decoder: BlockDiffusionSettings, checkpoint: Checkpoint | None = None) -> None:
     """Ids and forwards of every kind, alone and in a batch of 4."""
-    checkpoint = CHECKPOINTS[decoder.block_length == 4]
+    checkpoint = checkpoint or CHECKPOINTS[decoder.block_length == 4]
     alone = {key: answer for one in WORK for key, answer in write(checkpoint, decoder, [one], 1).items()}
     together = write(checkpoint, decoder, WORK, 4)
     for request in WORK:
@@ -188,6 +188,15 @@ def check(plain, decoder: BlockDiffusionSettings) -> None:
             answer = answers[request.key]
             assert (answer.ids, answer.trace.forwards) == (ids, count), (decoder, request.key)
             assert len(answer.trace.written) == len(ids)
+
+
+def likes_masks() -> Checkpoint:
+    """A model that predicts the mask token wherever it would have written token 214, which it does often."""
+    checkpoint = replace(fluid_checkpoint(0, config=Qwen2Config(**SHAPE)), end_ids=(1, 9))
+    weights = checkpoint.model.get_output_embeddings().weight
+    with torch.no_grad():
+        weights[checkpoint.mask_id] = 1.2 * weights[214]
+    return checkpoint
 
 
 BLOCKS = pytest.mark.parametrize("block_length", [1, 4, 8])
@@ -206,6 +215,14 @@ BLOCKS = pytest.mark.parametrize("block_length", [1, 4, 8])
 )
 def test_bd3lm_is_the_public_sampler(block_length, values):
     check(plain_bd3lm, Bd3lmSettings(block_length=block_length, **values))
+
+
+@pytest.mark.parametrize("values", [{}, {"steps": 3}, {"temperature": 0.7}])
+def test_masks_that_a_schedule_leaves_stay_in_the_answer(values):
+    """As in the public code: they are text to the blocks behind them."""
+    decoder, checkpoint = Bd3lmSettings(block_length=8, **values), likes_masks()
+    check(plain_bd3lm, decoder, checkpoint)
+    assert any(checkpoint.mask_id in answer.ids for answer in write(checkpoint, decoder, WORK, 4).values())
 
 
 @BLOCKS

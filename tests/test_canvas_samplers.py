@@ -139,6 +139,7 @@ DREAM = [
     DreamSettings(shift=True),
     DreamSettings(shift=True, steps=5, rule="probability", top_p=0.8),
     DreamSettings(shift=True, steps=20, rule="margin", top_k=3, eps=0.1),
+    DreamSettings(shift=True, steps=NEW, rule="margin", temperature=1.5),
     DreamSettings(shift=True, steps=6, rule="random", stochastic_transfer=True, temperature=0.7),
     DreamSettings(shift=False, steps=6, temperature=0.7, top_p=0.9, top_k=20, alg_temp=0.4),
     DreamSettings(shift=True, steps=5, guidance=0.5, alg_temp=0.4),
@@ -159,6 +160,14 @@ def test_the_public_sampler(decoder):
             assert got.trace.forwards["denoise"] == sum(got.trace.forwards.values()) == forwards
         assert early[request.key].ids == ids
         assert early[request.key].trace.forwards["denoise"] <= forwards
+
+
+def test_a_full_canvas_is_not_fed_again():
+    """Where chance has written the last mask before the last step, as open-dcoder stops."""
+    decoder = DreamSettings(steps=40, rule="random", stochastic_transfer=True, whole_canvas=True)
+    answers = write(with_ends(fluid_checkpoint()), decoder, requests(3, NEW), batch_size=3).values()
+    assert all(len(answer.trace.written) for answer in answers)
+    assert min(answer.trace.forwards["denoise"] for answer in answers) < 40
 
 
 @pytest.mark.parametrize(
