@@ -26,7 +26,7 @@ PLAIN: dict[str, Callable[..., Written]] = {
     "dream": plain_mdlm, "bd3lm": plain_bd3lm, "sdar": plain_sdar, "fast-dllm-v2": plain_fast_dllm,
 }  # fmt: skip
 """The plain sampler of each decoder; verified drafts must write AR's text."""
-_REFERENCE = {"rounds": "reference", "confidence": 0.3}
+_REFERENCE = {"rounds": "reference", "confidence": 0.1}
 _MASKED = {rule: {"rule": rule, "steps": 8, "whole_canvas": True} for rule in ("probability", "margin", "entropy")}
 _MASKED["random"] = {"rule": "random", "steps": 8, "whole_canvas": True}
 RULES: dict[str, dict[str, dict[str, Any]]] = {
@@ -37,9 +37,9 @@ RULES: dict[str, dict[str, dict[str, Any]]] = {
         "published unverified": {**_REFERENCE, "verify": False},
     },
     "nbdiff": {
-        "probability": {"confidence": 0.2, "small_blocks": 2},
-        "margin": {"rule": "margin", "confidence": 0.1, "small_blocks": 2},
-        "entropy": {"rule": "entropy", "max_entropy": 3.0, "small_blocks": 2},
+        "probability": {"confidence": 0.1, "small_blocks": 2},
+        "margin": {"rule": "margin", "confidence": 0.03, "small_blocks": 2},
+        "entropy": {"rule": "entropy", "max_entropy": 4.5, "small_blocks": 2},
     },
     "llada": {
         "low_confidence": {"steps": 8, "whole_canvas": True},
@@ -49,13 +49,13 @@ RULES: dict[str, dict[str, dict[str, Any]]] = {
     "dream": _MASKED,
     "bd3lm": {"low_confidence": {"steps": 3}, "random": {"steps": 3, "remasking": "random"}},
     "sdar": {
-        "dynamic": {"confidence": 0.2},
+        "dynamic": {"confidence": 0.1},
         "static": {"remasking": "static", "steps": 2},
         "sequential": {"remasking": "sequential", "steps": 2},
-        "entropy_bounded": {"remasking": "entropy_bounded", "max_entropy": 6.0},
+        "entropy_bounded": {"remasking": "entropy_bounded", "max_entropy": 12.0},
     },
     "fast-dllm-v2": {
-        "above a threshold": {"confidence": 0.2, "small_block": 4},
+        "above a threshold": {"confidence": 0.1, "small_block": 4},
         "one a pass": {"confidence": None, "small_block": 4},
     },
 }  # fmt: skip
