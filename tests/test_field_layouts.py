@@ -279,6 +279,8 @@ def test_a_published_folder_is_described_and_runs_gsm8k(tmp_path, model):
     facts = describe_model(str(bare))
     assert (facts["layout"], facts["method"]) == (model.layout, model.method or "none, a plain causal model")
     assert (facts["decoder"], facts["missing"]) == (model.method or "ar", ["weights"])
+    in_place = model.layout == "llada" or model.layout.startswith(("a2d", "sdar"))
+    assert facts["shift"].startswith("none" if in_place else "next-token")
     # 2) with them
     values = {"tasks": "gsm8k", "model": str(folder), "data_dir": str(write_gsm8k(tmp_path / "rows")), "limit": 2}
     blocks = {} if facts["decoder"] in ("ar", "fluid") else {"block_length": 8}
