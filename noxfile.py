@@ -144,7 +144,7 @@ def wheel(session: nox.Session) -> None:
     (built,) = sorted((work / "dist").glob("*.whl"))[-1:]
     bin_ = work / "venv" / "bin"
     session.run(str(bin_ / "pip"), "install", "-q", "-c", str(HERE / "constraints.txt"), str(built), external=True)
-    session.run(sys.executable, str(HERE / "tests" / "tiny.py"), str(work / "model"))
+    python(session, "tests.tiny", str(work / "model"))
     with session.chdir(work):
         output = session.run(
             str(bin_ / "fluid-eval"), "run", "--tasks", "humaneval", "--model", "model", "--limit", "2",

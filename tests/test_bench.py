@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from typing import get_args, get_type_hints
 
 import pytest
 
 import fluid_eval
 from bench import bars, decode, likelihood, scale, smol
+from bench.field import __main__ as field
+from bench.field import layouts, plan
 from bench.prompts import mini
 from fluid_model import Generation
-from fluid_model.engine.records import Trace
+from fluid_model.checkpoints import field_layouts
+from fluid_model.engine.records import KINDS, Trace
+from fluid_model.registry import BUILT_IN, decoder_named
+from fluid_model.settings.block_diffusion import SdarSettings
 
 from .test_gated import gated_checkpoint
 from .tiny import fluid_checkpoint
@@ -63,6 +69,53 @@ def test_steps_that_reach_a_depth():
     answer = Generation("0", (5,) * 7, "", "eos", trace, 1.0)
     child = fluid_checkpoint(k_max=3)
     assert smol.reached({"0": answer}, child) == ["100%", "50%", "25%", "0%"]
+
+
+QUICK = plan.FieldWorkload(sizes=(8,), heats=(0.7,), lengths=(3, 17))
+
+
+@pytest.mark.parametrize("model", [plan.MODELS[0], plan.FieldModel("sdar", "sdar")], ids=str)
+def test_a_layout_of_the_field_is_compared(tmp_path, model):
+    rows = field.measure(model, plan.open_model(model, tmp_path), QUICK)
+    assert [row.rule for row in rows] == [rule for decoder in model.decoders() for rule in plan.RULES[decoder]]
+    assert all((row.answers, row.ids, row.counted, row.forwards, row.batched) == (2,) * 5 for row in rows)
+
+
+def test_answers_of_the_field_that_differ_are_counted_and_named(capsys):
+    forwards = dict.fromkeys(KINDS, 1)
+    written = {
+        ids: Generation("0", ids, "", "eos", Trace(forwards={**forwards, "commit": commits}), 1.0)
+        for ids, commits in (((5, 6), 1), ((5, 7), 1), ((5, 6, 7), 2))
+    }
+    right, wrong, longer = written.values()
+    row = field.FieldRow("sdar", "sdar", "sdar", "static")
+    for alone, batched in ((right, right), (wrong, wrong), (longer, longer), (right, wrong)):
+        field.count(row, SdarSettings(), ((5, 6), forwards), alone, batched)
+    assert row.shares == ["2 of 4", "3 of 4", "3 of 4"]
+    assert capsys.readouterr().err.count("sdar") >= 3
+    assert [bar.ok for bar in field.bars_of([row])] == [False] * 3
+
+
+def test_the_field_is_planned_whole():
+    """Every layout, every decoder, and every selection rule that a decoder's settings name."""
+    assert {model.layout for model in plan.MODELS} == {"PanguEmbedded", "llada", *layouts.OWN}
+    assert set(layouts.OWN) == set(field_layouts.LAYOUTS)
+    assert list(plan.RULES) == [kind.name for kind in BUILT_IN]
+    assert {name for model in plan.MODELS for name in model.decoders()} == set(plan.RULES)
+    for decoder, rules in plan.RULES.items():
+        hints = get_type_hints(decoder_named(decoder))
+        for setting in {"rule", "remasking"} & hints.keys():
+            named = {word for hint in (get_args(hints[setting]) or ()) for word in (get_args(hint) or (hint,))}
+            kinds = [next(plan.comparisons(decoder, rule, QUICK))[0] for rule in rules]
+            assert {getattr(kind, setting) for kind in kinds} == named, decoder
+
+
+@pytest.mark.slow
+def test_the_field_is_printed(capsys):
+    assert field.main(["--quick", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert all(row["ids"] == row["answers"] == row["batched"] == 2 for row in printed["rows"])
+    assert len(printed["rows"]) == sum(len(plan.RULES[d]) for model in plan.MODELS for d in model.decoders())
 
 
 def test_an_unknown_part_is_refused(capsys):

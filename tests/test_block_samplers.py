@@ -6,21 +6,19 @@ import re
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen3Config
 
+from bench.field.plain_blocks import plain_bd3lm, plain_fast_dllm, plain_sdar
 from fluid_eval.benchmarks.lm_eval_tasks import check_settings
 from fluid_eval.common.spec import build_spec
 from fluid_model import ConfigError, Request, engine_for, scorer_for
 from fluid_model.checkpoints.checkpoint import Checkpoint
 from fluid_model.decoders import transfer_schedule
-from fluid_model.engine.records import KINDS
 from fluid_model.settings.block_diffusion import Bd3lmSettings, BlockDiffusionSettings, FastDllmSettings, SdarSettings
 
 from .test_laws import write
-from .test_samplers import cut
 from .tiny import fluid_checkpoint, llama_config
 
 NEW = 13
@@ -35,145 +33,6 @@ CHECKPOINTS = [
 """The second one ends its answers soon."""
 LENGTHS = (3, 8, 17, 23)
 WORK = [Request(str(n), tuple((7 * i * i + n) % 250 + 2 for i in range(n)), NEW, seed=n) for n in LENGTHS]
-Counts = dict[str, int]
-
-
-class Row:
-    """A row without a cache: its tokens, the block that each is in, its random numbers and its forwards."""
-
-    def __init__(self, checkpoint: Checkpoint, request: Request, decoder: BlockDiffusionSettings, first: int) -> None:
-        self.checkpoint, self.request, self.decoder, self.first = checkpoint, request, decoder, first
-        self.mask, self.length = checkpoint.mask_id, decoder.block_length
-        self.ids, self.count = list(request.prompt), dict.fromkeys(KINDS, 0)
-        self.random = torch.Generator().manual_seed(request.seed)
-
-    @property
-    def answer(self) -> list[int]:
-        return self.ids[len(self.request.prompt) :]
-
-    def ended(self, tokens: list[int]) -> bool:
-        return not set(self.checkpoint.end_ids).isdisjoint(tokens)
-
-    def logits(self, kind: str, ids: list[int]) -> torch.Tensor:
-        """All read what is in their own block or before it."""
-        self.count[kind] += 1
-        block = (torch.arange(len(ids)) - self.first).div(self.length, rounding_mode="floor")
-        bias = torch.zeros(1, 1, len(ids), len(ids))
-        bias.masked_fill_(block[:, None] < block, torch.finfo(torch.float32).min)
-        with torch.inference_mode():
-            logits: torch.Tensor = self.checkpoint.model(input_ids=torch.tensor([ids]), attention_mask=bias).logits[0]
-        return logits
-
-    def sample(self, logits: torch.Tensor) -> tuple[list[int], list[float]]:
-        """A token of each slot, by one random number each, and its probability after temperature, top-k and top-p."""
-        heat = self.decoder.temperature
-        if not heat:
-            best = logits.softmax(-1).max(-1)
-            return best.indices.tolist(), best.values.tolist()
-        draws = torch.rand(self.length, generator=self.random)[: len(logits)]
-        tokens, chances = [], []
-        for row, draw in zip(logits / heat, draws.tolist(), strict=True):
-            chance, order = row.softmax(-1).sort(descending=True, stable=True)
-            if self.decoder.top_k:
-                chance = chance[: self.decoder.top_k]
-                chance = chance / chance.sum()
-            chance = chance[: 1 + int((chance.cumsum(0)[:-1] < self.decoder.top_p).sum())]
-            chance = chance / chance.sum()
-            place = min(int((chance.cumsum(0) <= draw).sum()), len(chance) - 1)
-            tokens.append(int(order[place]))
-            chances.append(float(chance[place]))
-        return tokens, chances
-
-    def result(self) -> tuple[tuple[int, ...], Counts]:
-        return cut(self.checkpoint, self.answer, NEW), self.count
-
-
-def plain_bd3lm(row: Row, decoder: Bd3lmSettings) -> tuple[tuple[int, ...], Counts]:
-    """As github.com/ZHZisZZ/dllm, whose prefix forward of each block is the prefill or the last block's commit here."""
-    while len(row.answer) < NEW and not row.ended(row.answer):
-        row.count["commit" if row.answer else "prefill"] += 1
-        width = min(row.length, NEW - len(row.answer))
-        block, steps, left = [row.mask] * width, decoder.steps or row.length, width
-        for step in range(steps):
-            share = [np.float32(1) - (np.float32(1) - np.float32((steps - step - k) / steps)) for k in (0, 1)]
-            count = min(left, round(left * (1 - float(share[1] / share[0]))))
-            left -= count
-            open_ = [j for j in range(width) if block[j] == row.mask]
-            if not count or not open_:
-                continue
-            logits = row.logits("denoise", row.ids + block)[-width:]
-            tokens, _ = row.sample(logits)
-            score = logits.softmax(-1)[range(width), tokens].tolist()
-            if decoder.remasking == "random":
-                score = torch.rand(row.length, generator=row.random).tolist()
-            for j in sorted(open_, key=lambda j: -score[j])[:count]:
-                block[j] = tokens[j]
-        row.ids += block
-    return row.result()
-
-
-def plain_sdar(row: Row, decoder: SdarSettings) -> tuple[tuple[int, ...], Counts]:
-    """As github.com/JetAstra/SDAR; the entropy bound as its engine's, github.com/Labman42/JetEngine."""
-    cached = len(row.ids) // row.length * row.length
-    row.count["prefill"] += cached > 0
-    block, row.ids = row.ids[cached:], row.ids[:cached]
-    share, rest = divmod(row.length, decoder.steps or row.length)
-    while True:
-        block += [row.mask] * (row.length - len(block))
-        step = 0
-        while open_ := [j for j in range(row.length) if block[j] == row.mask]:
-            logits = row.logits("denoise", row.ids + block)[-row.length :]
-            tokens, score = row.sample(logits)
-            count, above = share + (step < rest), []
-            if decoder.remasking == "sequential":
-                score = [-j for j in range(row.length)]
-            if decoder.remasking == "dynamic":
-                above = [j for j in open_ if score[j] > decoder.confidence_threshold]
-            if decoder.remasking == "entropy_bounded":
-                chance = (logits / (decoder.temperature or 1)).softmax(-1).clamp(min=1e-12)
-                score = (chance * chance.log()).sum(-1).tolist()
-                sums = np.cumsum(sorted(-score[j] for j in open_))
-                count = max(1, int((sums < decoder.entropy_bound).sum()))
-            best = sorted(open_, key=lambda j: -score[j])[:count]
-            for j in above if len(above) >= count else best:
-                block[j] = tokens[j]
-            step += 1
-        row.ids += block
-        row.count["commit"] += 1
-        if row.ended(row.answer) or len(row.answer) >= NEW:
-            return row.result()
-        block = []
-
-
-def plain_fast_dllm(row: Row, decoder: FastDllmSettings) -> tuple[tuple[int, ...], Counts]:
-    """As github.com/NVlabs/Fast-dLLM, v2, without its block cache."""
-    cached, small = len(row.ids) // row.length * row.length, decoder.small_block
-    block = row.ids[cached:]
-    if cached:
-        first = row.logits("prefill", row.ids[:cached])[-1].argmax()
-        block = block or [int(first)]
-    row.ids = row.ids[:cached]
-    while True:
-        block += [row.mask] * (row.length - len(block))
-        while open_ := [j for j in range(row.length) if block[j] == row.mask]:
-            if row.ended((row.ids + block[: open_[0]])[len(row.request.prompt) :]):
-                row.ids += block
-                return row.result()
-            logits = row.logits("denoise", row.ids + block)[-row.length :]
-            tokens, chance = row.sample(torch.cat([logits[:1], logits[:-1]]))
-            current = [j for j in open_ if j // small == open_[0] // small]
-            best = max(current, key=lambda j: chance[j])
-            written = [j for j in current if j == best or chance[j] > decoder.confidence_threshold]
-            written = [j for j in written if tokens[j] != row.mask] or written
-            for j in written:
-                block[j] = tokens[j]
-        row.ids += block
-        if row.ended(row.answer):
-            return row.result()
-        following = row.logits("commit", row.ids)[-1].argmax()
-        if len(row.answer) >= NEW:
-            return row.result()
-        block = [int(following)]
 
 
 def check(plain, decoder: BlockDiffusionSettings, checkpoint: Checkpoint | None = None) -> None:
@@ -182,8 +41,7 @@ def check(plain, decoder: BlockDiffusionSettings, checkpoint: Checkpoint | None 
     alone = {key: answer for one in WORK for key, answer in write(checkpoint, decoder, [one], 1).items()}
     together = write(checkpoint, decoder, WORK, 4)
     for request in WORK:
-        first = len(request.prompt) if decoder.grid == "prompt end" else 0
-        ids, count = plain(Row(checkpoint, request, decoder, first), decoder)
+        ids, count = plain(checkpoint, request, decoder)
         for answers in (alone, together):
             answer = answers[request.key]
             assert (answer.ids, answer.trace.forwards) == (ids, count), (decoder, request.key)

@@ -9,6 +9,7 @@ from itertools import combinations
 import pytest
 import torch
 
+from bench.field.plain import causal, cut, forward
 from fluid_model import ConfigError, Manifest, Request
 from fluid_model.decoders import scorer_for, strategy_for
 from fluid_model.decoders.sampling import choose
@@ -18,8 +19,13 @@ from fluid_model.settings import LladaSettings
 from fluid_model.settings.block_diffusion import NbdiffSettings
 
 from .test_laws import CHECKPOINT, calls_of, requests, write
-from .test_samplers import NEW, cut, forward
+from .test_samplers import NEW
 from .tiny import fluid_checkpoint
+
+
+def both_ways(ids):
+    """Logits of a row that reads in both directions."""
+    return forward(CHECKPOINT, ids, causal(len(ids), both_from=0))
 
 
 def test_an_answer_ends_with_its_canvas():
@@ -55,7 +61,7 @@ def test_llada_fills_left_to_right_one_a_step_in_blocks_of_one():
     (request,) = requests(1, 6)
     row = list(request.prompt) + [CHECKPOINT.mask_id] * 6
     for i in range(len(request.prompt), len(row)):
-        row[i] = int(forward(CHECKPOINT, row, 0)[i].argmax())
+        row[i] = int(both_ways(row)[i].argmax())
     got = write(CHECKPOINT, decoder, [request])[request.key]
     assert got.ids == cut(CHECKPOINT, row[len(request.prompt) :], 6)
     assert got.trace.forwards["denoise"] == len(got.ids) + (got.finish == "eos")
@@ -159,7 +165,7 @@ def test_choices_of_one_token_share_one_exact_forward():
     scorer = scorer_for(CHECKPOINT, LladaSettings())
     assert isinstance(scorer, CanvasScorer)
     (score,) = scorer.score([work])
-    expected = forward(CHECKPOINT, [*context, CHECKPOINT.mask_id], 0)[-1].log_softmax(-1)
+    expected = both_ways([*context, CHECKPOINT.mask_id])[-1].log_softmax(-1)
     assert score.loglikelihoods == pytest.approx([float(expected[token]) for token in (30, 40, 50, 60)], abs=1e-4)
     assert (sum(score.trace.forwards.values()), score.errors) == (1, (0, 0, 0, 0))
 
@@ -172,7 +178,7 @@ def test_longer_continuations_are_estimated_within_their_errors():
         sets = list(combinations(range(3), count))
         for masked in sets:
             ids = [*context, *(CHECKPOINT.mask_id if i in masked else t for i, t in enumerate(continuation))]
-            scores = forward(CHECKPOINT, ids, 0).log_softmax(-1)
+            scores = both_ways(ids).log_softmax(-1)
             loglikelihood = sum(float(scores[len(context) + i, continuation[i]]) for i in masked)
             exact += loglikelihood * 3 / count / len(sets) / 3
     work = [ScoreRequest(str(n), ((context, continuation),), seed=n) for n in range(3)]
@@ -189,7 +195,7 @@ def test_a_shifted_checkpoint_is_scored_and_decoded_at_the_slot_before():
     """As its manifest says, unless the decoder is asked otherwise; in place without a manifest's word."""
     context, manifest = tuple(range(5, 25)), Manifest("p", "<|mask|>", method="llada", shift=True)
     shifted = replace(CHECKPOINT, manifest=manifest, heads=[])
-    logits = forward(CHECKPOINT, [*context, CHECKPOINT.mask_id], 0).log_softmax(-1)
+    logits = both_ways([*context, CHECKPOINT.mask_id]).log_softmax(-1)
     work = ScoreRequest("q", ((context, (30,)), (context, (40,))))
     for checkpoint, asked, slot in (
         (CHECKPOINT, None, -1),

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bench.field import plan
 from fluid_eval.cli.main import COMMANDS, parser
 from fluid_model.common.command_line import Parser
+from fluid_model.registry import BUILT_IN
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -72,6 +74,35 @@ def test_the_readme_is_one_screen_and_takes_its_figures_from_the_pages():
     ratios = [float(cell) for cell in re.search(r"^\| ratio \|(.*)\|$", table, re.M)[1].split("|")]
     assert f"{ratios[0]:.2f} times AR's tokens/s at batch 1" in readme
     assert f"{min(ratios[1:]):.2f} to {max(ratios[1:]):.2f} from 2 to 64" in readme
+
+
+def test_the_first_page_of_the_site_has_the_readmes_table():
+    tables = [
+        re.findall(r"^\|.*\|$", (ROOT / page).read_text().partition("## ")[0], re.M)
+        for page in ("README.md", "docs/index.md")
+    ]
+    assert tables[0][:6] == [line.replace("(decoders.md)", "(docs/decoders.md)") for line in tables[1]]
+
+
+def test_the_page_of_decoders_names_all_of_them_and_traces_each():
+    page = (ROOT / "docs" / "decoders.md").read_text()
+    table = page.partition("| module |")[0]
+    traced = re.findall(r"<!-- fluid-eval trace .*?--decoder (\S+) .*?-->\n\|", page)
+    assert {kind.name for kind in BUILT_IN} == set(re.findall(r"^\| `([\w-]+)`", table, re.M)) == set(traced)
+    assert "`rounds=reference`" in table
+    assert "decoder.rounds=reference" in page
+
+
+def test_the_counts_of_the_fields_decoders_are_those_of_the_bench():
+    """Answers that are compared, by decoder; a run says how many are equal."""
+    page = (ROOT / "docs" / "decoders.md").read_text().partition("## Beside the public samplers")[2]
+    printed = dict(re.findall(r"^\| `([\w-]+)` .* \| \d+ of (\d+) \|$", page, re.M))
+    workload, counts = plan.FieldWorkload(), dict.fromkeys(plan.RULES, 0)
+    for model in plan.MODELS:
+        for name in model.decoders():
+            pairs = [pair for rule in plan.RULES[name] for pair in plan.comparisons(name, rule, workload)]
+            counts[name] += len(pairs) * len(workload.lengths)
+    assert printed == {name: str(count) for name, count in counts.items()}
 
 
 def test_the_citation_has_the_version_of_the_package():

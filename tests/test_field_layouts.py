@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fluid_model
+from bench.field import plan
+from bench.field.layouts import EPS, LAYERS, OWN, SPECIAL, THETA, D, G, H, V, random_weights, save_layout
+from bench.field.published import save_head, write_json
 from fluid_eval.cli.main import main
 from fluid_eval.cli.models import describe_model
 from fluid_eval.common.spec import build_spec
@@ -18,74 +21,20 @@ from fluid_eval.results import run_folder
 from fluid_eval.running.decoder_choice import with_decoder
 from fluid_eval.running.job import run
 from fluid_model import ConfigError
-from fluid_model.checkpoints import field_layouts, weights
+from fluid_model.checkpoints import weights
 from fluid_model.checkpoints.special_tokens import read_special_tokens
 from fluid_model.forward import attention_masks
 from fluid_model.forward.kv_cache import KVCache
 
-from .published import write_json
 from .test_cli import write_gsm8k
-from .tiny import byte_tokenizer
 
-D, FFN, LAYERS, H, G, V, THETA, EPS = 32, 48, 2, 4, 2, 300, 1e6, 1e-6
 LENGTH = 19
-SPECIAL = ["<|endoftext|>", "<|im_end|>", "<|mask|>", "<|MASK|>", "|<MASK>|"]
-BASE = {
-    "vocab_size": V, "hidden_size": D, "intermediate_size": FFN, "num_hidden_layers": LAYERS, "rope_theta": THETA,
-    "num_attention_heads": H, "num_key_value_heads": G, "rms_norm_eps": EPS, "max_position_embeddings": 512,
-    "hidden_act": "silu", "torch_dtype": "bfloat16", "use_cache": False, "use_sliding_window": False,
-    "sliding_window": 4096, "rope_scaling": None, "auto_map": {"AutoConfig": "own.C", "AutoModel": "own.M"},
-}  # fmt: skip
-OWN = {
-    "a2d-llama": {}, "a2d-qwen2": {}, "a2d-qwen3": {"head_dim": 12}, "Dream": {"use_mrope": False},
-    "sdar": {"head_dim": 12, "block_size": 4, "attn_implementation": "flex_attention", "fuse_cross_entropy": True},
-    "Fast_dLLM_Qwen": {"bd_size": 8, "conplemenrary_mask": True}, "CoDA": {"head_dim": 8, "sampling_eps": [0.1, 0.2]},
-    "wedlm": {"qk_norm": True, "attention_bias": False, "head_dim": 12},
-}  # fmt: skip
-"""Fields of config.json that are a layout's own."""
 METHODS = {
     "a2d-llama": "mdlm", "a2d-qwen2": "mdlm", "a2d-qwen3": "mdlm", "Dream": "mdlm", "sdar": "sdar", "CoDA": "mdlm",
     "Fast_dLLM_Qwen": "fast-dllm-v2", "wedlm": "wedlm",
 }  # fmt: skip
 MASKS = {"sdar": "<|MASK|>", "Fast_dLLM_Qwen": "|<MASK>|"}
 BLOCKS = {"sdar": 4, "Fast_dLLM_Qwen": 8}
-
-
-def has_norms(layout):
-    return layout in ("a2d-qwen3", "sdar", "CoDA", "wedlm")
-
-
-def random_weights(layout, tied=False):
-    """By transformers' names: biases on q, k and v for Qwen2's arithmetic, norms of queries and keys for Qwen3's."""
-    torch.manual_seed(0)
-    size = OWN[layout].get("head_dim", D // H)
-    weights = {"model.embed_tokens.weight": torch.randn(V, D), "model.norm.weight": 1 + 0.1 * torch.randn(D)}
-    if not tied:
-        weights["lm_head.weight"] = torch.randn(V, D)
-    shapes = {"self_attn.q_proj": (H * size, D), "self_attn.k_proj": (G * size, D), "self_attn.v_proj": (G * size, D)}
-    shapes |= {"self_attn.o_proj": (D, H * size), "mlp.gate_proj": (FFN, D), "mlp.up_proj": (FFN, D)}
-    for n in range(LAYERS):
-        for name, shape in (shapes | {"mlp.down_proj": (D, FFN)}).items():
-            weights[f"model.layers.{n}.{name}.weight"] = torch.randn(shape) / shape[1] ** 0.5
-            if name[-6:] in ("q_proj", "k_proj", "v_proj") and not has_norms(layout) and layout != "a2d-llama":
-                weights[f"model.layers.{n}.{name}.bias"] = torch.randn(shape[0])
-        norms = {"input_layernorm": D, "post_attention_layernorm": D}
-        norms |= {"self_attn.q_norm": size, "self_attn.k_norm": size} if has_norms(layout) else {}
-        weights |= {f"model.layers.{n}.{name}.weight": 1 + 0.3 * torch.randn(width) for name, width in norms.items()}
-    return weights
-
-
-def save_layout(folder, layout, tied=False, **config):
-    """A random checkpoint as it is published: config.json with the layout's own fields, weights, tokenizer."""
-    folder.mkdir(parents=True)
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"eos_token": SPECIAL[0], "additional_special_tokens": SPECIAL[1:]})
-    tokenizer.save_pretrained(folder)
-    values = {"model_type": layout, "architectures": [f"{layout}LM"], "eos_token_id": tokenizer.eos_token_id}
-    values |= {**BASE, **OWN[layout], **({"tie_word_embeddings": False} if layout != "CoDA" else {}), **config}
-    write_json(folder / "config.json", {k: v for k, v in values.items() if v is not ...})
-    save_file(random_weights(layout, tied), folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def plain_logits(weights, ids, hidden):
@@ -186,6 +135,7 @@ def test_the_configs_mask_id_counts_before_the_text(tmp_path):
         ("peptide", "a2d-qwen2", {}, None, "mdlm"),
         ("m", "a2d-qwen2", {}, "bd3lm", "bd3lm"),
         ("m", "sdar", {}, "llada", "llada"),
+        ("I-DLM-8B", "a2d-qwen3", {"model_type": "qwen3", "auto_map": ...}, None, None),
     ],
 )
 def test_names_configs_and_the_user_tell_the_method(tmp_path, name, layout, config, method, expected):
@@ -289,15 +239,11 @@ def test_weights_missing_or_left_over_are_named_before_any_is_read(tmp_path, lay
 
 def test_a_head_lies_under_head_as_on_the_hub(tmp_path, tiny_model):
     folder = shutil.copytree(tiny_model, tmp_path / "FLUID")
-    shapes = {"0.weight": (8, 32), "0.bias": (8,), "2.weight": (16, 8), "2.bias": (16,)}
-    state = {f"diffusion_k_head.{name}": torch.randn(shape) for name, shape in shapes.items()}
-    for tau in ("tau_2.8", "tau_1.4"):
-        (folder / "head" / tau).mkdir(parents=True)
-    torch.save(state, folder / "head" / "tau_2.8" / "model_head.bin")
+    save_head(folder / "head" / "tau_2.8")
     info = fluid_model.describe(str(folder))
     assert (info.method, info.k_max) == ("fluid", 16)
     assert fluid_model.load(str(folder), mask_token="</s>").head.k_max == 16
-    torch.save(state, folder / "head" / "tau_1.4" / "model_head.bin")
+    save_head(folder / "head" / "tau_1.4")
     with pytest.raises(ConfigError, match=r"2 K-heads, head/tau_1\.4/model_head\.bin, .* copy the one to use"):
         fluid_model.describe(str(folder))
 
@@ -318,17 +264,51 @@ def test_ar_is_refused_where_attention_is_bidirectional(tmp_path):
         run(build_spec(values), tmp_path / "run")
 
 
-@pytest.mark.parametrize("layout", ["a2d-llama", "a2d-qwen2", "a2d-qwen3", "Dream", "CoDA"])
-def test_gsm8k_runs(tmp_path, layout):
-    folder = save_layout(tmp_path / "m", layout)
-    rows = write_gsm8k(tmp_path / "rows")
-    values = {"tasks": "gsm8k", "model": str(folder), "data_dir": str(rows), "limit": 2, "max_new_tokens": 8}
-    spec = build_spec(with_decoder({**values, "num_fewshot": 0, "decoder": {"block_length": 4}}))
-    assert spec.decoder.name == "mdlm"
+DECODED = [model for model in plan.MODELS if model.decoders()]
+QUICK = [plan.FieldModel("CoDA", "mdlm"), plan.FieldModel("sdar", "sdar")]
+SLOW = [pytest.param(model, marks=pytest.mark.slow) for model in DECODED if model not in QUICK]
+
+
+@pytest.mark.parametrize("model", [*QUICK, *SLOW], ids=str)
+def test_a_published_folder_is_described_and_runs_gsm8k(tmp_path, model):
+    """Described from its configuration, tokenizer and K-head; answers are written by the decoder that is named then."""
+    # 1) without weights
+    folder = plan.save_model(model, tmp_path / "hub")
+    bare = tmp_path / "bare" / folder.name
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("*.safetensors*"))
+    facts = describe_model(str(bare))
+    assert (facts["layout"], facts["method"]) == (model.layout, model.method or "none, a plain causal model")
+    assert (facts["decoder"], facts["missing"]) == (model.method or "ar", ["weights"])
+    in_place = model.layout == "llada" or model.layout.startswith(("a2d", "sdar"))
+    assert facts["shift"].startswith("none" if in_place else "next-token")
+    # 2) with them
+    values = {"tasks": "gsm8k", "model": str(folder), "data_dir": str(write_gsm8k(tmp_path / "rows")), "limit": 2}
+    blocks = {} if facts["decoder"] in ("ar", "fluid") else {"block_length": 8}
+    spec = build_spec(with_decoder({**values, "max_new_tokens": 8, "num_fewshot": 0, "decoder": blocks}))
+    assert spec.decoder.name == facts["decoder"]
     result = run(spec, tmp_path / "run")
     assert {line["n"] for line in result["lines"]} == {2}
-    assert all(record["trace"]["forwards"]["denoise"] > 0 for record in run_folder.read_samples(tmp_path / "run"))
+    kind = "denoise" if blocks else "prefill"
+    assert all(record["trace"]["forwards"][kind] > 0 for record in run_folder.read_samples(tmp_path / "run"))
 
 
-def test_every_layout_of_the_table_is_tested():
-    assert set(OWN) == set(field_layouts.LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "decoder", "message"),
+    [
+        ("sdar", {"steps": 8}, "steps=8 must not exceed block_length=4"),
+        ("Fast_dLLM_Qwen", {"small_block": 3}, "small_block=3 must divide block_length=8"),
+        ("sdar", {"remasking": "random"}, "decoder.remasking='random' is unknown; known: dynamic, static, sequential"),
+        ("Dream", {"rule": "p2"}, "decoder.rule='p2' must be 'probability' or 'margin' or"),
+        ("CoDA", {"remasking": "static"}, "decoder.remasking is no setting of decoder 'mdlm'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line_before_weights_load(tmp_path, layout, decoder, message, capsys):
+    folder = save_layout(tmp_path / "m", layout)
+    (folder / "model.safetensors").unlink()
+    rows = write_gsm8k(tmp_path / "rows")
+    words = [word for name, value in decoder.items() for word in ("--set", f"decoder.{name}={value}")]
+    words += ["--tasks", "gsm8k", "--model", str(folder), "--data-dir", str(rows), "--out", str(tmp_path / "run")]
+    assert main(["run", *words]) == 2
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert message in printed[-1]
+    assert not any("Traceback" in line for line in printed)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fluid_model
+from bench.field.plain_causal import plain_fluid
 from fluid_model import ArSettings, FluidSettings, Request
 from fluid_model.checkpoints.checkpoint import Checkpoint
 from fluid_model.forward.khead import KHead
@@ -46,59 +47,6 @@ def calls_of(checkpoint: Checkpoint) -> list[int]:
             setattr(call, name, getattr(compiled, name))
         checkpoint.backbone.compiled = call
     return seen
-
-
-def reference_fluid(checkpoint: Checkpoint, prompt, decoder: FluidSettings, new_tokens: int):
-    """FLUID's sampler written plainly: one row, no cache, a full forward whenever something is asked.
-
-    As the cached generation of github.com/Oli-lab-nun/FLUID at 9093c11bf437 asks it. The forward that fed a round's
-    last form also opens the next round, and runs for the last round too.
-    Returns the answer and how often each kind of forward was needed.
-    """
-    model, head, mask = checkpoint.model, checkpoint.head, checkpoint.mask_id
-    count = dict.fromkeys(("prefill", "denoise", "verify", "commit"), 0)
-
-    def ask(ids, kind):
-        count[kind] += 1
-        out = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
-        return out.logits[0], out.hidden_states[-1][0]
-
-    def ended(answer):
-        return len(answer) >= new_tokens or any(token in checkpoint.end_ids for token in answer)
-
-    done, answer = list(prompt), []
-    with torch.inference_mode():
-        hidden = ask(done, "prefill")[1]
-        while not ended(answer):
-            start = len(done + answer)
-            stride = int(head(hidden[-1:]).argmax()) + 1
-            stride = min(max(stride, decoder.min_horizon), decoder.max_horizon)
-            canvas: list[int | None] = [None] * stride
-            pointer = 0
-            while pointer < stride and any(token in (None, mask) for token in canvas):
-                row = done + answer + [mask if token is None else token for token in canvas]
-                guesses = ask(row, "denoise")[0][start - 1 :]  # guesses[j] predicts canvas slot j
-                confident = guesses.softmax(-1).max(-1).values > decoder.confidence
-                canvas[pointer] = int(guesses[pointer].argmax())
-                for slot in range(pointer + 1, stride):
-                    if confident[slot]:
-                        canvas[slot] = int(guesses[slot].argmax())
-                pointer += 1
-                while pointer < stride and confident[pointer]:
-                    pointer += 1
-            wrong = None
-            if decoder.verify:
-                logits, hidden = ask(done + answer + canvas, "verify")
-                right = logits[start - 1 :].argmax(-1).tolist()
-                wrong = next((j for j in range(stride) if canvas[j] != right[j]), None)
-            if wrong is not None:
-                canvas = [*canvas[:wrong], right[wrong]]
-            answer += canvas
-            if wrong is not None or not decoder.verify:
-                hidden = ask(done + answer, "commit")[1]
-    answer = answer[:new_tokens]
-    end = next((i for i, token in enumerate(answer) if token in checkpoint.end_ids), None)
-    return answer[:end], count
 
 
 def test_the_future_never_changes_the_past():
@@ -204,9 +152,8 @@ def test_fluid_is_the_published_sampler(verify: bool, confidence: float, floor: 
     decoder, work = replace(REFERENCE, confidence=confidence, min_horizon=floor, verify=verify), requests(5, 24)
     answers = write(CHECKPOINT, decoder, work)
     for request in work:
-        answer, forwards = reference_fluid(CHECKPOINT, request.prompt, decoder, 24)
-        assert list(answers[request.key].ids) == answer
-        assert answers[request.key].trace.forwards == {**forwards, "round": 0}
+        answer = answers[request.key]
+        assert (answer.ids, answer.trace.forwards) == plain_fluid(CHECKPOINT, request, decoder)
 
 
 def test_the_published_sampler_trades_text_for_speed_only_without_verification():

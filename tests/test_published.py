@@ -10,12 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fluid_model
-from fluid_model import ArSettings, ConfigError, FluidSettings, LladaSettings, NbdiffSettings, Request
-from fluid_model.forward import attention_masks
-from fluid_model.forward.kv_cache import KVCache
-from fluid_model.tokens import think_end
-
-from .published import (
+from bench.field.published import (
     FFN,
     LAYERS,
     D,
@@ -28,6 +23,10 @@ from .published import (
     save_pieces,
     write_json,
 )
+from fluid_model import ArSettings, ConfigError, FluidSettings, LladaSettings, NbdiffSettings, Request
+from fluid_model.forward import attention_masks
+from fluid_model.forward.kv_cache import KVCache
+from fluid_model.tokens import think_end
 
 IDS = torch.arange(3, 250).view(13, 19)
 

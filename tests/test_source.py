@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fluid_model
+from bench.field.published import UNUSED, piece_ids, pieces, random_weights, save_llada, save_pangu, save_pieces
 from fluid_eval.running.worker import weights_name
 from fluid_model import ConfigError, FluidSettings
 from fluid_model.checkpoints import hub
 from fluid_model.checkpoints.sentencepiece import SPACE, load_sentencepiece
 
-from .published import UNUSED, piece_ids, pieces, random_weights, save_llada, save_pangu, save_pieces
 from .tiny import fluid_checkpoint, llama_config, save_model
 
 IDS = torch.arange(3, 40)[None]

@@ -1,4 +1,4 @@
-"""Small random models and a tokenizer that spells any text, for tests and for trying an installation."""
+"""Small random models, for tests and for trying an installation: `python -m tests.tiny FOLDER` writes one."""
 
 from __future__ import annotations
 
@@ -6,25 +6,15 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 import fluid_model
+from bench.field.byte_tokenizer import byte_tokenizer
 from fluid_model.checkpoints.checkpoint import Checkpoint
 from fluid_model.forward.backbone import Backbone
 from fluid_model.tokens import end_ids
 
 MASK = "<|mask|>"
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and <s>, </s>."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<s>": 0, "</s>": 1} | {letter: i + 2 for i, letter in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 def llama_config(**changes: object) -> LlamaConfig:

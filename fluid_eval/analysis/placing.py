@@ -68,7 +68,10 @@ def is_asked(document: Mapping[str, Any], sample: ForeignSample) -> bool:
 
 
 def question_in(document: Mapping[str, Any], prompt: str) -> bool:
-    """Whether the longest text of a document that can stand in a prompt does, whatever its white space."""
+    """Whether a prompt holds any text of a document of at least LEAST_LETTERS letters, whatever its white space.
+
+    Fields that no prompt holds do not count.
+    """
     texts = [value for name, value in document.items() if isinstance(value, str) and name not in _ANSWERS]
     long = [words for text in texts if len(words := " ".join(text.split())) >= LEAST_LETTERS]
     squeezed = " ".join(prompt.split())

@@ -10,6 +10,8 @@ HELP = "list bundled checkpoints, or say what a model is"
 EXAMPLE = "fluid-eval models"
 SHIFTED = (None, "fluid", "nbdiff")
 """Methods that predict the next token, masked or not."""
+NEXT_TOKEN = "next-token: the slot before a token predicts it"
+IN_PLACE = "none: a masked slot predicts its own token"
 
 
 def add(models: argparse.ArgumentParser) -> None:
@@ -78,7 +80,7 @@ def describe_model(path: str, method: str | None = None) -> dict[str, Any]:
     return {
         "layout": info.layout or "of transformers", "architecture": info.architecture,
         "method": info.method or "none, a plain causal model", "decoder": decoder,
-        "shift": "predictions at the slot before" if info.shift or info.method in SHIFTED else "none",
+        "shift": NEXT_TOKEN if info.shift or info.method in SHIFTED else IN_PLACE,
         "block_length": info.block_length or "not stated", "window": info.window,
         "k_max": info.k_max or "no K-head", "mask_token": mask, "end_tokens": ends, "missing": missing,
     }  # fmt: skip

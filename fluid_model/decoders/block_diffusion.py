@@ -35,8 +35,8 @@ from ..settings.block_diffusion import BlockDiffusionSettings
 from . import transfer_schedule
 from .sampling import choose
 
-ENTROPY_FLOOR = 1e-12
-"""Least probability in an entropy.  (JetEngine, SDAR's engine)"""
+LEAST_PROBABILITY = 1e-12
+"""Of a token, in the entropy of entropy-bounded selection.  (JetEngine, SDAR's engine)"""
 
 
 class _Block(NamedTuple):
@@ -240,7 +240,7 @@ class BlockDiffusionStrategy:
         if settings.selection == "random":
             return token, self._draws(rows, logits.shape[1]).to(logits.device)
         if settings.selection == "entropy bound":
-            probability = (logits / (settings.temperature or 1.0)).softmax(-1).clamp(min=ENTROPY_FLOOR)
+            probability = (logits / (settings.temperature or 1.0)).softmax(-1).clamp(min=LEAST_PROBABILITY)
             return token, (probability * probability.log()).sum(-1)
         if settings.temperature > 0 and not settings.tempered:
             confidence = logits.softmax(-1).gather(-1, token[..., None])[..., 0]

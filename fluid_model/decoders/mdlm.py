@@ -19,7 +19,7 @@ from torch import Tensor
 from ..settings import MdlmSettings
 from . import transfer_schedule
 from .canvas import CanvasState, CanvasStrategy, gumbel
-from .sampling import ENTROPY_FLOOR, restrict
+from .sampling import LOG_OFFSET, restrict
 
 
 class MdlmStrategy(CanvasStrategy):
@@ -63,7 +63,7 @@ class MdlmStrategy(CanvasStrategy):
             first, second = probability.topk(2).values.unbind(-1)
             confidence = first - second
         elif settings.rule == "entropy":
-            confidence = (probability * (probability + ENTROPY_FLOOR).log()).sum(-1)
+            confidence = (probability * (probability + LOG_OFFSET).log()).sum(-1)
         else:
             confidence = probability.gather(-1, token[:, None])[:, 0]
         # 3) slots by chance: the best of noisy confidences, which is drawing without replacement

@@ -12,8 +12,8 @@ from torch.nn import functional
 from ..forward import compiled
 from ..settings import Rule
 
-ENTROPY_FLOOR = 1e-10
-"""Added to a probability before its logarithm.  (NBDiff, public decoder)"""
+LOG_OFFSET = 1e-10
+"""Added to a probability before its logarithm.  (NBDiff and Dream, public decoders)"""
 
 
 class Draws:
@@ -116,4 +116,4 @@ def choose(logits: Tensor, draws: Tensor, temperature: float, top_p: float, rule
         return token, probabilities.gather(-1, rank)[:, 0]
     if rule == "margin":
         return token, probabilities[:, 0] - probabilities[:, 1]
-    return token, (probabilities * (probabilities + ENTROPY_FLOOR).log()).sum(-1)
+    return token, (probabilities * (probabilities + LOG_OFFSET).log()).sum(-1)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.convert_slow_tokenizer import import_protobuf
 
-from .tiny import byte_tokenizer
+from .byte_tokenizer import byte_tokenizer
 
 D, FFN, LAYERS, H, G, V = 32, 48, 2, 4, 2, 384
 THETA, EPS = 16000000.0, 1e-5
@@ -55,7 +55,7 @@ def plain_forward(weights: Weights, ids: Tensor, causal: bool) -> Tensor:
         return x @ weights[name].T + weights.get(f"{name}.bias", 0)
 
     def heads(x: Tensor, turned: bool) -> Tensor:
-        x = x.unflatten(-1, (-1, D // H)).transpose(1, 2)  # (B, heads, L, Dh)
+        x = x.view(*x.shape[:-1], -1, D // H).transpose(1, 2)  # (B, heads, L, Dh)
         if turned:
             half = x.shape[-1] // 2
             angle = torch.arange(x.shape[2])[:, None] * THETA ** (-torch.arange(half) / half)
@@ -76,12 +76,13 @@ def plain_forward(weights: Weights, ids: Tensor, causal: bool) -> Tensor:
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:
+    """One object in a file."""
     file.write_text(json.dumps(values))
 
 
 def save_shards(folder: Path, tensors: Weights) -> None:
     """Two files and their index, as large models are published."""
-    names, where = sorted(tensors), {}
+    names, where = sorted(tensors), dict[str, str]()
     for part, some in enumerate((names[::2], names[1::2]), 1):
         file = f"model-0000{part}-of-00002.safetensors"
         save_file({n: tensors[n].contiguous().clone() for n in some}, folder / file, metadata={"format": "pt"})
@@ -145,6 +146,14 @@ def save_llada(folder: Path, weights: Weights, tied: bool, **config: Any) -> Pat
     return folder
 
 
+def save_head(folder: Path, k_max: int = 16) -> None:
+    """A random K-head as FLUID publishes it."""
+    folder.mkdir(parents=True)
+    shapes = {"0.weight": (D // 4, D), "0.bias": (D // 4,), "2.weight": (k_max, D // 4), "2.bias": (k_max,)}
+    state = {f"diffusion_k_head.{name}": torch.randn(shape) for name, shape in shapes.items()}
+    torch.save(state, folder / "model_head.bin")
+
+
 def pieces() -> list[tuple[str, float, int]]:
     """Text, score and type of each piece: unknown 2, control 3, byte 6, user-defined 4, normal 1."""
     rare = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), *((f"<0x{n:02X}>", 0.0, 6) for n in range(256))]
@@ -154,6 +163,7 @@ def pieces() -> list[tuple[str, float, int]]:
 
 
 def piece_ids() -> dict[str, int]:
+    """Ids of the pieces by their text."""
     return {text: n for n, (text, _, _) in enumerate(pieces())}
 
 
