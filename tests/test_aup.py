@@ -82,11 +82,14 @@ def point(name, right, tokens, stopped=None):
     return Point(name, {}, [*written, *choices], stopped)
 
 
-def test_a_point_that_does_not_tell_all_its_forwards_takes_no_part():
+def test_a_point_that_does_not_tell_all_its_forwards_has_no_area_and_says_so():
     known = point("k4", 16, 20)
     for lost in ({"forwards": None}, {"tokens": None}):
         first, *rest = known.samples
-        assert areas([("fluid", replace(known, samples=[replace(first, **lost), *rest]))]) == {}
+        got = areas([("fluid", replace(known, samples=[replace(first, **lost), *rest])), ("ar", known)])
+        assert (got["fluid"]["a"].value, got["fluid"]["a"].pairs) == (None, ())
+        assert got["fluid"]["a"].why == "not computed: forwards or tokens are not known"
+        assert got["ar"]["a"].value == pytest.approx(160)
 
 
 def test_methods_are_measured_by_the_best_accuracy_of_all():

@@ -15,6 +15,7 @@ import fluid_eval
 from fluid_eval.cli.main import main
 from fluid_eval.cli.options import arguments
 from fluid_eval.running import backend_pool
+from fluid_eval.sweeps.grid import plan
 from fluid_model import ConfigError
 from fluid_model.common.errors import RunError
 
@@ -191,12 +192,50 @@ def test_bad_input_is_one_line(words, message, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_sweeps_and_audits_of_decoders_refuse_a_backend(hf, tmp_path):
-    with pytest.raises(ConfigError, match="backend=hf: a sweep is over decoders of this package"):
-        fluid_eval.sweep(
-            tasks="mini_gsm8k_1", model=TINY, backend="hf", out=tmp_path / "sweep",
-            grid={"backend.name": ["hf", "vllm"]},
+@needs_api
+def test_a_served_baseline_stands_on_a_sweep_s_frontier(tmp_path, capsys):
+    """Beside decoders: its score and tokens/s by wall time, dashes for what needs forwards."""
+    with openai_server(lambda request: (200, completion(" It is 4.\n#### 4"))) as (address, asked):
+        served = {"backend": local(address), "model.path": "served"}
+        result = fluid_eval.sweep(
+            tasks="mini_gsm8k_1", model=TINY, limit=4, max_new_tokens=6, out=tmp_path / "sweep",
+            grid={"decoder.name": ["ar"]}, points=[served], **{"model.dtype": "float32"},
         )  # fmt: skip
+        assert len(asked) == 4
+    ar, point = result.values["points"]
+    assert (ar["name"], point["name"]) == ("ar", "local-completions no tokenized_requests max_retries=1 served")
+    assert [request["model"] for request in asked] == ["served"] * 4
+    stored = fluid_eval.load_results(tmp_path / "sweep" / point["folder"])
+    assert point["tokens_per_second"]["mean"] == pytest.approx(4 * 7 / stored["seconds"].sum())
+    assert (point["tokens_per_forward"], point["forwards_per_answer"]) == (None, None)
+    assert result.values["baseline"] == "ar"
+    areas = {row["method"]: row for row in result.values["areas"]}
+    assert areas["served, backend local-completions"]["mean"] is None
+    assert areas["served, backend local-completions"]["tasks"]["mini_gsm8k_1"]["why"].startswith("not computed")
+    assert "not known" not in areas["tiny-ar, ar"]["tasks"]["mini_gsm8k_1"]["why"]
+
+
+def test_a_backend_point_has_no_settings_of_decoders_and_its_own_pool():
+    base = {
+        "tasks": "mini_gsm8k_1",
+        "model": {"path": "checkpoints/tiny-fluid", "dtype": "float32"},
+        "decoder": "fluid",
+    }
+    grid = {"backend.name": ["hf"], "decoder.confidence": [0.5, 0.9], "model.tau": [1.0, 4.0]}
+    (point,) = plan({**base, "engine": {"kind": "ray"}, "sweep": {"grid": grid}}).points
+    assert (point.spec.writer, point.spec.model.dtype, point.spec.engine.kind) == ("hf", "auto", "inline")
+    assert point.name == "hf"
+    other = plan(
+        {
+            "tasks": "mini_gsm8k_1",
+            "model": TINY,
+            "backend": "hf",
+            "sweep": {"point": [{"decoder.name": "ar"}, {"batch_size": 2}]},
+        }
+    )
+    assert [p.spec.writer for p in other.points] == ["ar", "hf"]
+    with pytest.raises(ConfigError, match="decoder=ar: backend hf writes the answers; name one of both"):
+        plan({**base, "sweep": {"point": [{"backend.name": "hf", "decoder.name": "ar"}]}})
 
 
 @pytest.mark.slow

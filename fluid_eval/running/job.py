@@ -210,12 +210,17 @@ class Job:
         ready: Prepared,
         bar: Callable[[str, int], ProgressBar] = ProgressBar,
         encoded: dict[str, tuple[int, ...]] | None = None,
+        shared: Callable[[], Pool] | None = None,
     ) -> None:
-        """bar: opens a progress bar.  encoded: token ids by text, shared by jobs with one tokenizer."""
+        """bar: opens a progress bar.  encoded: token ids by text, shared by jobs with one tokenizer.
+
+        shared: a pool that others open, begin and close, as a sweep does.
+        """
         self.spec = spec
         self.opened = opened
         self.ready = ready
         self._chat = ready.conversation
+        self._shared = shared
         self._pool: Pool | None = None
         self._started = datetime.now(UTC)
         self.lm = self._writer(bar, encoded)
@@ -237,6 +242,8 @@ class Job:
 
     def pool(self) -> Pool:
         """The workers, started when the first answer is missing."""
+        if self._shared is not None:
+            return self._shared()
         if self._pool is None:
             print(self.ready.decoder, file=sys.stderr)
             self._pool = open_pool(self.spec)

@@ -33,6 +33,7 @@ ALPHA = 3.0
 """Penalty of lost accuracy."""
 DROP = 5.0
 """Points of accuracy below the first pair from which on a pair is left out."""
+_UNKNOWN = "not computed: forwards or tokens are not known"
 _SAME = 1e-9
 """Differences up to this are rounding."""
 
@@ -98,16 +99,18 @@ def areas(points: Sequence[tuple[str, Point]]) -> dict[str, dict[str, Area]]:
 
     points: each with the name of its method; those stopped early take no part.  y_max is of all points.
     """
-    pairs: dict[str, dict[str, list[tuple[float, float]]]] = {}  # task -> method -> pairs
+    pairs: dict[str, dict[str, list[tuple[float, float] | None]]] = {}  # task -> method -> pairs, None: not known
     for method, point in points:
         if point.stopped is None:
             for task, pair in _pairs(point).items():
                 pairs.setdefault(task, {}).setdefault(method, []).append(pair)
     by_method: dict[str, dict[str, Area]] = {}
     for task, methods in pairs.items():
-        y_max = max(y for those in methods.values() for _, y in those)
-        for method, those in methods.items():
-            by_method.setdefault(method, {})[task] = aup(those, y_max=y_max)
+        known = {method: [pair for pair in those if pair is not None] for method, those in methods.items()}
+        y_max = max((y for those in known.values() for _, y in those), default=0.0)
+        for method, those in known.items():
+            area = aup(those, y_max=y_max) if those else Area(None, _UNKNOWN, (), 0, y_max)
+            by_method.setdefault(method, {})[task] = area
     return by_method
 
 
@@ -125,16 +128,20 @@ def as_rows(by_method: Mapping[str, Mapping[str, Area]]) -> list[dict[str, Any]]
     return rows
 
 
-def _pairs(point: Point) -> dict[str, tuple[float, float]]:
-    """A point's tokens per forward and accuracy (percent) on each task in which it wrote text."""
-    tasks: dict[str, tuple[float, float]] = {}
+def _pairs(point: Point) -> dict[str, tuple[float, float] | None]:
+    """A point's tokens per forward and accuracy (percent) on each task in which it wrote text.
+
+    None where they are not known, as of an import, or a backend.
+    """
+    tasks: dict[str, tuple[float, float] | None] = {}
     for task in dict.fromkeys(sample.task for sample in point.samples):
         samples = [sample for sample in point.samples if sample.task == task]
         written = [sample for sample in samples if sample.written]
         spent = [sample.forwards for sample in written if sample.forwards is not None]
         counted = [sample.tokens for sample in written if sample.tokens is not None]
         if len(spent) < len(written) or len(counted) < len(written):
-            continue  # an import, or a backend, that does not tell
+            tasks[task] = None
+            continue
         forwards, tokens = sum(spent), sum(counted)
         if tokens and forwards:
             accuracy = 100 * math.fsum(sample.score for sample in samples) / len(samples)

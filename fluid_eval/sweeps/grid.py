@@ -9,6 +9,8 @@ In a spec file, a sweep is a run's settings and a `[sweep]` table. These five po
     [[sweep.point]]
     "decoder.name" = "ar"
 
+A point may name a backend in place of a decoder, and its arguments: `"backend.name" = "hf"`, `"backend.args.dtype"`.
+
 `sweep.sample = 20` takes that many points of the grid at random (`sweep.seed`, default 0). No torch here.
 """
 
@@ -41,9 +43,11 @@ SAME_FOR_ALL = ("tasks", "limit", "num_fewshot", "profile", "extractor", "seed")
 """Settings that all points share, so that they answer the same questions."""
 SHORT = {
     "decoder.confidence": "γ", "decoder.max_horizon": "K", "model.tau": "τ", "decoder.block_length": "block",
-    "decoder.name": "", "model.path": "",
+    "decoder.name": "", "model.path": "", "backend.name": "",
 }  # fmt: skip
 """Names of settings in a point's name; empty where the value alone is clear."""
+UNNAMED = ("backend.args.base_url", "backend.args.tokenizer", "backend.args.tokenizer_backend")
+"""Settings that a point's name leaves out: where a server listens, and who reads for it."""
 
 
 @dataclass(frozen=True)
@@ -189,21 +193,43 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _spec(values: Mapping[str, Any], point: Mapping[str, Any]) -> tuple[dict[str, Any], RunSpec]:
-    """A point's settings without those of other decoders, and its run. Raises ConfigError naming the point."""
+    """A point's settings without those of other writers, and its run. Raises ConfigError naming the point."""
     relevant = dict(point)
     try:
         merged = copy.deepcopy(tables(values))
-        if "decoder.name" not in point:
-            merged["decoder"] = _own_decoder(merged, point)
-        else:
+        if "backend.name" in point:
+            relevant = _known_to_backends(point)
+            merged = _without_decoder(merged, point["backend.name"])
+        elif "decoder.name" in point:
             relevant = _known_to(point["decoder.name"], point)
+            merged.pop("backend", None)
             if point["decoder.name"] != _own_decoder(merged, point).get("name"):
                 merged["decoder"] = {}  # the base's settings belong to another decoder
+        elif "backend" not in merged:
+            merged["decoder"] = _own_decoder(merged, point)
         for name, value in relevant.items():
             put(merged, name, value)
         return relevant, build_spec(merged)
     except ConfigError as error:
         raise ConfigError(f"sweep point {_name(point)}: {error}") from error
+
+
+def _without_decoder(values: Nested, backend: Any) -> Nested:
+    """The base's settings that a backend takes too: it loads the model itself, as its own arguments say."""
+    kept = {name: value for name, value in values.items() if name not in ("decoder", "engine")}
+    if isinstance(model := kept.get("model"), Mapping):
+        kept["model"] = {name: value for name, value in model.items() if name == "path"}
+    if isinstance(own := kept.get("backend"), Mapping) and own.get("name") != backend:
+        del kept["backend"]  # whose arguments belong to another backend
+    return kept
+
+
+def _known_to_backends(point: Mapping[str, Any]) -> dict[str, Any]:
+    """A point's settings without those of decoders; a decoder's name stays, and is refused beside a backend's."""
+    others = ("decoder.", "engine.")
+    kept = {name: v for name, v in point.items() if name == "decoder.name" or not name.startswith(others)}
+    kept.pop("model.tau", None)
+    return kept
 
 
 def _own_decoder(values: Nested, point: Mapping[str, Any]) -> Nested:
@@ -245,6 +271,8 @@ def _name(settings: Mapping[str, Any]) -> str:
     """A point's settings in short: `γ=0.9 K=16 no verify`."""
     words = []
     for name, value in settings.items():
+        if name in UNNAMED:
+            continue
         last = SHORT.get(name, name.rpartition(".")[2])
         text = json.dumps(value, ensure_ascii=False).strip('"') if not isinstance(value, str) else value
         if isinstance(value, bool):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..benchmarks import lm_eval_tasks
 from ..results import speed_repeats
+from ..results.metrics import total
 from ..results.run_folder import Record
 from ..running.job import Job
 from .grid import PlannedPoint
@@ -40,15 +41,17 @@ class PointInProgress:
     stopped: str | None = None
     paces: dict[speed_repeats.Turn, float] = field(default_factory=dict)
 
-    def note_pace(self, batch: int, answers: Sequence[tuple[int, float]]) -> None:
-        """Record the speed of a document batch. answers: (tokens, seconds) of each."""
-        tokens = sum(n for n, _ in answers)
+    def note_pace(self, batch: int, answers: Sequence[tuple[int | None, float]]) -> None:
+        """Record the speed of a document batch, where it is known. answers: (tokens, seconds) of each."""
+        tokens = total(n for n, _ in answers)
         seconds = math.fsum(s for _, s in answers)
         if tokens and seconds > 0:
             self.paces["", batch] = tokens / seconds
 
     def timed(self, count: int) -> bool:
-        """Whether it has `count` speed repeats, or generates nothing that could be timed."""
+        """Whether it has `count` speed repeats, or nothing that is timed again: no text, or a backend's."""
+        if self.is_backend:
+            return True
         generates = any(instance.request_type == "generate_until" for instance in self.asked)
         return not generates or speed_repeats.enough(speed_repeats.read(self.job.opened.folder), count)
 
@@ -71,8 +74,15 @@ class PointInProgress:
         )  # fmt: skip
 
     @property
+    def is_backend(self) -> bool:
+        """Whether another program writes its answers."""
+        return self.planned.spec.backend is not None
+
+    @property
     def method(self) -> str:
-        """Its decoder, with or without verification."""
+        """Its decoder, with or without verification, or its backend."""
+        if self.is_backend:
+            return f"backend {self.planned.spec.writer}"
         decoder = self.planned.spec.decoder
         return method_of(decoder.name, getattr(decoder, "verify", None))
 

@@ -41,8 +41,9 @@ from ..results.run_folder import (
     write_json,
 )
 from ..results.stored_values import read_environment, read_spec
+from ..running.backend_pool import TextAnswer
 from ..running.chunks import Chunk, FailedRequest, Pool, chunks_of
-from ..running.job import Job, check_tasks, go_offline_unless_needed, prepare
+from ..running.job import Job, check_backend, check_tasks, go_offline_unless_needed, prepare
 from ..running.job import default_folder as run_folder
 from ..running.repeat_timing import time_in_turns
 from ..running.workers import open_pool
@@ -50,6 +51,7 @@ from . import aup, pareto
 from .grid import PlannedPoint, SweepPlan
 from .open_files import allow_open_files
 from .points_in_progress import PointInProgress, unanswered_by_batch
+from .writers import Writers
 
 MOST_BATCHES, LEAST_SAMPLES = 8, 64
 """Document batches at most, and samples of a batch at least: fewer would leave the engine's rows empty."""
@@ -69,6 +71,7 @@ class _Shared:
     tasks: dict[str, lm_eval_tasks.Tasks]
     requests: dict[str, tuple[lm_eval_tasks.Asked, dict[str, int]]]
     encoded: dict[str, dict[str, tuple[int, ...]]]
+    writers: Writers
 
     def job(self, point: PlannedPoint, run: Run) -> Job:
         spec = point.spec
@@ -76,14 +79,14 @@ class _Shared:
         if key not in self.tasks:
             self.tasks[key] = lm_eval_tasks.load_tasks(spec)
         ready = prepare(spec, self.tasks[key])
-        return Job(
-            spec, run, ready, partial(ProgressBar, shown=False), self.encoded[repr((spec.model.path, spec.chat))]
-        )
+        encoded = self.encoded[repr((spec.model.path, spec.chat))]
+        shared = None if spec.backend is None else partial(self.writers.of, spec)
+        return Job(spec, run, ready, partial(ProgressBar, shown=False), encoded, shared)
 
     def asked(self, point: PlannedPoint, job: Job) -> tuple[lm_eval_tasks.Asked, dict[str, int]]:
         """A point's lm-eval requests, and the number of documents of each task."""
         spec = point.spec
-        template = (spec.model.path, spec.chat) if spec.chat else ()
+        template = (spec.model.path, spec.chat, spec.backend) if spec.chat else ()
         key = repr((spec.tasks, spec.num_fewshot, spec.max_new_tokens, spec.data_dir, template))
         if key not in self.requests:
             documents = {name: len(task.eval_docs) for name, task in job.ready.tasks["tasks"].items()}
@@ -93,7 +96,10 @@ class _Shared:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The expected cost of a sweep. samples: unanswered.  forwards, seconds: extrapolated from `tried` samples."""
+    """The expected cost of a sweep. samples: unanswered.  forwards, seconds: extrapolated from `tried` samples.
+
+    forwards: of the decoders; a backend's are not known.
+    """
 
     points: int
     samples: int
@@ -123,20 +129,17 @@ class Sweep:
         """
         self.plan = plan
         self.folder = folder
-        self._open_pool = open_pool
+        self._writers = Writers(open_pool)
         self._check_folder(resume)
         first = plan.points[0].spec
         for point in plan.points:
             if point.spec.backend is not None:
-                raise ConfigError(
-                    f"backend={point.spec.backend.name}: a sweep is over decoders of this package; run a backend by "
-                    "itself, by fluid-eval run, and compare"
-                )
+                check_backend(point.spec)
         check_tasks(first)
         go_offline_unless_needed(first)
         self._points: list[PointInProgress] = []
         self._batches = 2
-        shared = _Shared({}, {}, defaultdict(dict))
+        shared = _Shared({}, {}, defaultdict(dict), self._writers)
         for point in plan.points:
             run = Run(folder / POINTS / point.spec.id, point.spec, resume=True)
             job = shared.job(point, run)
@@ -161,7 +164,7 @@ class Sweep:
     @property
     def _baseline(self) -> str | None:
         """The first point that decodes autoregressively."""
-        return next((point.name for point in self._points if point.planned.spec.decoder.name == "ar"), None)
+        return next((point.name for point in self._points if point.planned.spec.writer == "ar"), None)
 
     @property
     def missing(self) -> int:
@@ -169,30 +172,32 @@ class Sweep:
         return sum(len(work) for point in self._points for work in point.work.values())
 
     @contextmanager
-    def _pool(self) -> Iterator[Pool]:
+    def _pool(self) -> Iterator[Writers]:
         """Workers for all points, closed in any case."""
-        pool = self._open_pool(self.plan.points[0].spec)
         try:
-            yield pool
+            yield self._writers
         finally:
-            pool.close()
+            self._writers.close()
 
     def estimate(self) -> Estimate:
         """The cost of the sweep, from a pilot over a few samples of a few points. Writes nothing."""
-        tried, forwards, seconds = 0, 0.0, 0.0
+        tried, counted, forwards, seconds = 0, 0, 0.0, 0.0
         with self._pool() as pool:
             every = max(1, len(self._points) // PILOT_POINTS)
             for point in self._points[::every][:PILOT_POINTS]:
                 unanswered = [item for batch in sorted(point.work) for item in point.work[batch]]
                 pilot = unanswered[:: max(1, len(unanswered) // PILOT)][:PILOT]
-                for _, answer in pool.run(chunks_of(pool, point.name, point.planned.spec, pilot)):
+                own = pool.of(point.planned.spec)
+                for _, answer in pool.run(chunks_of(own, point.name, point.planned.spec, pilot)):
                     if not isinstance(answer, FailedRequest):
                         tried += 1
-                        forwards += sum(answer.trace.forwards.values())
-                        seconds += answer.seconds
-            size = pool.size
-        share = self.missing / max(1, tried)
-        return Estimate(len(self._points), self.missing, forwards * share, seconds * share / size, tried)
+                        seconds += answer.seconds / own.size
+                        if not isinstance(answer, TextAnswer):
+                            counted += 1
+                            forwards += sum(answer.trace.forwards.values())
+        by_decoders = sum(len(work) for p in self._points if not p.is_backend for work in p.work.values())
+        forwards *= by_decoders / max(1, counted)
+        return Estimate(len(self._points), self.missing, forwards, seconds * self.missing / max(1, tried), tried)
 
     def work(
         self,
@@ -254,20 +259,20 @@ class Sweep:
             counts.append((answered, answered + sum(map(len, point.work.values()))))
         return counts
 
-    def _begin(self, pool: Pool, timed: bool) -> None:
+    def _begin(self, pool: Writers, timed: bool) -> None:
         session = secrets.token_hex(6)
         for point in self._points:
-            if point.work or not timed:
-                point.job.begin(pool, session)
+            if point.work or (not timed and not point.is_backend):
+                point.job.begin(pool.of(point.planned.spec), session)
 
-    def _time(self, pool: Pool, count: int) -> None:
-        """Speed repeats of all points that have answered everything, in turns."""
-        finished = [point for point in self._points if point.stopped is None]
+    def _time(self, pool: Writers, count: int) -> None:
+        """Speed repeats of all decoders' points that have answered everything, in turns."""
+        finished = [point for point in self._points if point.stopped is None and not point.is_backend]
         jobs = {point.name: point.job for point in finished}
         asked = {point.name: point.asked for point in finished}
-        time_in_turns(pool, jobs, asked, count)
+        time_in_turns(pool.of(finished[0].planned.spec), jobs, asked, count)
 
-    def _answer(self, pool: Pool, board: Board, stop_dominated: bool, by: pareto.Speed) -> None:
+    def _answer(self, pool: Writers, board: Board, stop_dominated: bool, by: pareto.Speed) -> None:
         """Answer everything missing, one document batch after the other; stop dominated points between batches."""
         points = {point.name: point for point in self._points}
         batches: list[list[Chunk]] = [self._chunks(pool, batch) for batch in range(self._batches)]
@@ -276,26 +281,29 @@ class Sweep:
         for batch, chunks in enumerate(batches):
             # 1) answer and store the batch
             running = [chunk for chunk in chunks if points[chunk.point].stopped is None]
-            spent: dict[str, list[tuple[int, float]]] = defaultdict(list)  # tokens, seconds of each answer
+            spent: dict[str, list[tuple[int | None, float]]] = defaultdict(list)  # tokens, seconds of each answer
             for name, answer in pool.run(running):
                 points[name].job.lm.store(answer)
                 board.advance(name, failed=isinstance(answer, FailedRequest))
                 if isinstance(answer, Generation):
                     spent[name].append((len(answer.ids), answer.seconds))
+                elif isinstance(answer, TextAnswer) and answer.finish:  # a text, no choice
+                    spent[name].append((answer.tokens, answer.seconds))
             # 2) its speed, then dominated points
             for name, answers in spent.items():
                 points[name].note_pace(batch, answers)
             if stop_dominated and batch + 1 < self._batches:
                 self._stop_dominated((batch + 1) / self._batches, by, board)
 
-    def _chunks(self, pool: Pool, batch: int) -> list[Chunk]:
+    def _chunks(self, pool: Writers, batch: int) -> list[Chunk]:
         """A batch's work, ordered by model, since loading a model costs more than a chunk."""
         models = list(dict.fromkeys(point.planned.spec.model.path for point in self._points))
         order = sorted(self._points, key=lambda point: models.index(point.planned.spec.model.path))
         return [
             chunk
             for point in order
-            for chunk in chunks_of(pool, point.name, point.planned.spec, point.work.get(batch, []))
+            if point.work.get(batch)
+            for chunk in chunks_of(pool.of(point.planned.spec), point.name, point.planned.spec, point.work[batch])
         ]
 
     def _stop_dominated(self, share: float, by: pareto.Speed, board: Board) -> None:
