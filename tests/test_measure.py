@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from bench.field.plain import causal, forward
 from fluid_model.train.masked_layouts import CanvasLayout
 from fluid_model.train.measure import HeldOut, accepted_length
 from fluid_model.train.row_layouts import AllMaskLayout, Example, NoisedBlockLayout
 
-from .test_decoders import forward
 from .tiny import fluid_checkpoint
 
 EXAMPLES = [Example(tuple(range(5, 25)), ((6, 20),)), Example((9, 9, 9, 9, 30, 31, 9, 9, 9, 9, 9, 9), ((2, 12),))]
@@ -70,7 +70,7 @@ def test_drift_is_the_divergence_from_the_parent():
         logits = []
         for example in (*PACKS[0], *PACKS[1]):
             ((start, end),) = example.spans
-            logits.append(forward(checkpoint, list(example.ids), len(example.ids))[start - 1 : end - 1])
+            logits.append(forward(checkpoint, example.ids, causal(len(example.ids)))[start - 1 : end - 1])
         return torch.cat(logits).log_softmax(-1)
 
     before = answers()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 
 import fluid_model
+from bench import traces
 from fluid_eval.analysis.trace import runs, trace_answer
 from fluid_eval.cli.main import main
 from fluid_eval.common.paths import resource
 from fluid_eval.common.spec import build_spec
+from fluid_model.registry import decoders
 
 PROMPT = (
     "Question: There are 17 plates on the table of Omar. He gives Wendy 6. How many plates does Omar have?\nAnswer:"
@@ -119,8 +122,9 @@ def test_the_page_shows_what_the_command_prints(capsys, monkeypatch):
     monkeypatch.chdir(resource("docs").parent)
     page = (resource("docs") / "decoders.md").read_text(encoding="utf-8")
     tables = re.findall(r"<!-- (fluid-eval trace .*?) -->\n(.*?)\n<!-- end -->", page, re.DOTALL)
-    written = {"ar", "fluid", "nbdiff", "llada", "mdlm", "dream"}
-    assert written == {re.search(r"--decoder (\w+)", command)[1] for command, _ in tables}
+    assert set(decoders()) == {re.search(r"--decoder (\S+)", command)[1] for command, _ in tables}
+    for method in traces.BORROWED:
+        traces.lend(method, Path("build") / "traces" / method)
     for command, table in tables:
         assert main(shlex.split(command)[1:]) == 0
         assert capsys.readouterr().out.strip() == table.strip()
