@@ -46,7 +46,7 @@ class SmolWorkload:
 
     prompts: int = 200
     alone: int = 40
-    timed: int = 10
+    timed: int = 5
     runs: int = 5
 
 
