@@ -74,6 +74,11 @@ def test_the_readme_is_one_screen_and_takes_its_figures_from_the_pages():
     ratios = [float(cell) for cell in re.search(r"^\| ratio \|(.*)\|$", table, re.M)[1].split("|")]
     assert f"{ratios[0]:.2f} times AR's tokens/s at batch 1" in readme
     assert f"{min(ratios[1:]):.2f} to {max(ratios[1:]):.2f} from 2 to 64" in readme
+    smol = (ROOT / "docs/smol.md").read_text()
+    alone, batched = re.search(r"^\| .*child, verified \|.* (\d\.\d\d) and (\d\.\d\d) times AR", smol, re.M).groups()
+    assert f"child {alone} times at batch 1, {batched} at 8" in readme
+    free = [re.search(rf"^\| {name} \| 64 free \| (\S+) ", smol, re.M)[1] for name in ("GSM8K", "HumanEval")]
+    assert f"{free[0]} tokens/forward on GSM8K's questions where slots are free, {free[1]} on HumanEval's" in readme
 
 
 def test_the_first_page_of_the_site_has_the_readmes_table():
