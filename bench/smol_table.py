@@ -1,0 +1,74 @@
+"""The benchmark table of docs/smol.md: finished sweeps and runs of the parent and its child, a row a system."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import fluid_eval
+from fluid_eval import Result, SweepResult
+from fluid_eval.results.metrics import TableRow
+from fluid_eval.results.run_folder import SWEEP
+from fluid_model import ConfigError
+
+from . import bars
+
+METRICS = {
+    "gsm8k": ("exact_match", "flexible-extract"),
+    "math500": ("math_verify", "none"),
+    "humaneval_instruct": ("pass@1", "create_test"),
+    "mmlu": ("acc", "none"),
+}
+"""Task -> the metric and filter it is judged by here."""
+
+
+def table(folders: Sequence[Path]) -> str:
+    """Scores in % with 95% interval and n, and tokens/forward in brackets behind those of written answers.
+
+    folders: of finished sweeps and runs. Runs of the same model, decoder and backend share a row.
+    Raises ConfigError if a folder is not finished, or if two runs of a row answered the same task.
+    """
+    cells: dict[str, dict[str, str]] = {}
+    for result in results(folders):
+        row = cells.setdefault(label(result), {})
+        for task, line in judged(result):
+            if task in row:
+                raise ConfigError(f"{result.folder}: {task} of {label(result)!r} is in two folders; name one of them")
+            row[task] = cell(line)
+    tasks = [task for task in METRICS if any(task in row for row in cells.values())]
+    return bars.table(["system", *tasks], [[name, *(row.get(t, "") for t in tasks)] for name, row in cells.items()])
+
+
+def results(folders: Iterable[Path]) -> Iterable[Result]:
+    """The runs of folders, those of a sweep in its order."""
+    for folder in folders:
+        if (folder / SWEEP).is_file():
+            sweep: SweepResult = fluid_eval.load_sweep(folder)
+            yield from (sweep.run(point.name) for point in sweep.points)
+        else:
+            yield fluid_eval.load_run(folder)
+
+
+def judged(result: Result) -> Iterable[tuple[str, TableRow]]:
+    """The table's tasks that a run answered, each with the row it is judged by."""
+    for row in result.rows:
+        if METRICS.get(row.task) == (row.metric, row.filter):
+            yield row.task, row
+
+
+def label(result: Result) -> str:
+    """A system in words: model, decoder, and what of the decoder's settings the table varies."""
+    model, decoder = Path(result.model).name, result.decoder
+    if decoder["name"] != "fluid":
+        return f"{model}, {decoder['name']}"
+    how = "verified" if decoder["verify"] else f"unverified, γ {decoder['confidence']:g}"
+    return f"{model}, {how}, K {decoder['max_horizon']}"
+
+
+def cell(row: TableRow) -> str:
+    """Score and interval in %, n, tokens/forward where text was written."""
+    numbers: list[Any] = [row.score, row.low, row.high]
+    score, low, high = (100 * number for number in numbers)
+    speed = row.cost.tokens_per_forward
+    return f"{score:.1f} [{low:.1f}, {high:.1f}], n {row.n}" + ("" if speed is None else f" ({speed:.2f})")
