@@ -232,3 +232,33 @@ def test_a_caption_states_n_hardware_and_settings(sweep, tmp_path):
     latex = (tmp_path / "frontier-tokens_per_second.tex").read_text()
     assert "\\includegraphics[width=\\columnwidth]{frontier-tokens_per_second.pdf}" in latex
     assert "x86\\_64" in latex
+
+
+def test_a_caption_says_what_was_timed_once_who_is_left_out_and_whose_hardware_is_unknown(sweep):
+    speed = Interval(40.0, float("nan"), float("nan"), 50)
+    served = replace(
+        placed("served", 0.72, None, repeats=0), tokens_per_second=speed, method="backend local-completions"
+    )
+    points = [*sweep[:2], served, replace(sweep[2], repeats=0)]
+    spec = {"tasks": ["a"], "model": {"path": "x/tiny"}, "decoder": {"name": "fluid"}}
+    here = {"processor": "x86_64", "cpus": 8, "engine": {"device": "cpu", "forward": "compiled"}}
+    other = {**spec, "decoder": {"name": "local-completions"}, "backend": {"name": "local-completions", "args": {}}}
+    away = {"processor": "client", "cpus": 1, "engine": {"device": None, "forward": "local-completions"}}
+    runs = [(spec, here), (spec, here), (other, away), (spec, here)]
+    text = caption(points, runs, by="tokens_per_second")
+    assert (
+        "of tokens/s over 5 repeats taken in turns; tokens/s of served, slow are of one run, without an interval. "
+        "Tokens/s of served are by wall time of the backend's calls."
+    ) in text
+    assert "with and without verification, and backends." in text
+    assert "Left out" not in text
+    assert text.endswith(
+        "Hardware: cpu, x86_64 with 8 CPUs, compiled forward. The hardware behind local-completions is not known."
+    )
+    counted = caption(points, runs, by="tokens_per_forward")
+    assert "Left out, without tokens/forward (forwards of a backend are not known): served." in counted
+    assert "3 points" in counted
+    inside = {**away, "engine": {"device": "cpu", "forward": "hf"}}
+    assert "hf forward" not in caption(points, [(spec, here), (other, inside)], by="tokens_per_second")
+    many = [replace(served, name=f"s{n}") for n in range(9)]
+    assert "are not known): 9 points." in caption([*points[:2], *many], runs, by="forwards_per_answer")

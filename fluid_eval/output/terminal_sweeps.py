@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,10 +62,11 @@ def point_table(result: Mapping[str, Any]) -> Table:
 
 
 def _by_speed(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The points, the fastest first."""
+    """The points, the fastest first, those without that speed last."""
     by = result["by"]
     sign = 1 if by == "forwards_per_answer" else -1
-    return sorted(result["points"], key=lambda point: sign * (point[by] or {"mean": 0.0})["mean"])
+    unknown = {"mean": sign * math.inf}  # behind all others
+    return sorted(result["points"], key=lambda point: sign * (point[by] or unknown)["mean"])
 
 
 def _unhealthy(result: Mapping[str, Any]) -> set[str]:
@@ -96,6 +98,8 @@ def print_sweep(result: Mapping[str, Any], folder: Path) -> None:
     if result["best"] is not None:
         against = result["baseline"] or "the best score"
         console.print(f"fastest that scores at most {result['within']:g} (%) less than {against}: {result['best']}")
+    if result.get("left_out"):  # older results do not have it
+        console.print(result["left_out"])
     print_areas(console, result.get("areas", []))
     for note in notes:
         console.print(note)

@@ -8,8 +8,9 @@ from typing import Any
 
 from ..common.tables import latex_text
 from .frontier_figure import FEW, stem
-from .frontier_files import NAMES
+from .frontier_files import NAMES, left_out, listed
 from .pareto import Placed, Speed, frontier
+from .points import is_of_backend
 
 Values = Mapping[str, Any]
 _LETTERS = {"decoder.confidence": "γ is confidence", "decoder.max_horizon": "K max_horizon", "model.tau": "τ tau"}
@@ -26,6 +27,8 @@ def caption(
     """
     shown = [p for p in placed if getattr(p, by) is not None]
     sentences = [_subject(shown, runs, by), *_reading(shown, by, baseline), _intervals(shown, by)]
+    if without := left_out(placed, by):
+        sentences.append(f"{without}.")
     sentences += [_labels(shown), conditions(runs)]
     return " ".join(sentence for sentence in sentences if sentence)
 
@@ -63,7 +66,8 @@ def _subject(shown: Sequence[Placed], runs: Sequence[tuple[Values, Values]], by:
 def _reading(shown: Sequence[Placed], by: Speed, baseline: str | None) -> Iterable[str]:
     """What shapes, colours and lines say, of those that occur."""
     if len({p.method for p in shown}) > 1:
-        yield "Shapes are decoders, with and without verification."
+        backends = ", and backends" if any(is_of_backend(p.method) for p in shown) else ""
+        yield f"Shapes are decoders, with and without verification{backends}."
     if len(frontier(shown, by)) > 1:
         yield "The step line is the frontier."
     if any(p.dominated_by for p in shown):
@@ -77,11 +81,17 @@ def _reading(shown: Sequence[Placed], by: Speed, baseline: str | None) -> Iterab
 def _intervals(shown: Sequence[Placed], by: Speed) -> str:
     if by != "tokens_per_second":
         return "Bars are 95% intervals over documents."
-    repeats = sorted({p.repeats for p in shown})
-    if repeats and repeats[0] > 1:
+    repeats = sorted({p.repeats for p in shown if p.repeats > 1})
+    once = [p.name for p in shown if p.repeats < 2]
+    if not repeats:
+        text = "Bars are 95% intervals of scores over documents; tokens/s are of one run, without an interval."
+    else:
         times = str(repeats[0]) if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]}"
-        return f"Bars are 95% intervals: of scores over documents, of tokens/s over {times} repeats taken in turns."
-    return "Bars are 95% intervals of scores over documents; tokens/s are of one run, without an interval."
+        text = f"Bars are 95% intervals: of scores over documents, of tokens/s over {times} repeats taken in turns"
+        text += f"; tokens/s of {listed(once)} are of one run, without an interval." if once else "."
+    if backends := [p.name for p in shown if is_of_backend(p.method)]:
+        text += f" Tokens/s of {listed(backends)} are by wall time of the backend's calls."
+    return text
 
 
 def _labels(shown: Sequence[Placed]) -> str:
@@ -114,19 +124,25 @@ def _settings(runs: Sequence[tuple[Values, Values]]) -> str:
 
 
 def _hardware(runs: Sequence[tuple[Values, Values]]) -> str:
-    """Machine and libraries; what differs between points is listed as such."""
-    rows = [_machine(environment) for _, environment in runs if environment]
-    if not rows:
-        return ""
+    """Machine and libraries; what differs between points is listed as such. Of a server nothing is known."""
+    rows, servers = [], dict[str, None]()
+    for spec, environment in runs:
+        backend = (spec.get("backend") or {}).get("name")
+        if backend and not environment.get("engine", {}).get("device"):
+            servers[backend] = None
+        elif environment:
+            rows.append(_machine(environment, has_forward=not backend))
     parts = []
     for name in dict.fromkeys(key for row in rows for key in row):
         values = list(dict.fromkeys(row[name] for row in rows if name in row))
         parts.append(" or ".join(values))
-    return f"Hardware: {', '.join(parts)}."
+    known = f"Hardware: {', '.join(parts)}." if parts else ""
+    unknown = f"The hardware behind {', '.join(servers)} is not known." if servers else ""
+    return f"{known} {unknown}".strip()
 
 
-def _machine(environment: Values) -> dict[str, str]:
-    """A run's machine in words, by what they are about."""
+def _machine(environment: Values, *, has_forward: bool) -> dict[str, str]:
+    """A run's machine in words, by what they are about. has_forward: its forward is this package's."""
     engine, versions = environment.get("engine", {}), environment.get("versions", {})
     words = {
         "device": str(engine["device"]) if engine.get("device") else "",
@@ -136,7 +152,7 @@ def _machine(environment: Values) -> dict[str, str]:
         "dtype": str(engine.get("dtype") or ""),
         "workers": _count(engine.get("workers"), "worker"),
         "threads": _count(engine.get("threads"), "thread"),
-        "forward": f"{engine['forward']} forward" if engine.get("forward") else "",
+        "forward": f"{engine['forward']} forward" if engine.get("forward") and has_forward else "",
     }
     words |= {name: f"{name} {versions[name]}" for name in _LIBRARIES if versions.get(name)}
     return {name: text for name, text in words.items() if text}

@@ -12,6 +12,7 @@ from fluid_model.common.errors import ConfigError
 from ..common.stats import Interval
 from ..common.tables import bracketed, latex, markdown
 from .pareto import SPEEDS, Placed, Speed
+from .points import is_of_backend
 
 if TYPE_CHECKING:
     import pandas
@@ -22,6 +23,26 @@ NAMES: Mapping[Speed, str] = {
     "forwards_per_answer": "forwards/answer",
 }
 _DIGITS: Mapping[Speed, int] = {"tokens_per_second": 0, "tokens_per_forward": 2, "forwards_per_answer": 1}
+
+
+_MOST_NAMES = 8
+"""More points than that are only counted in a sentence."""
+
+
+def left_out(placed: Sequence[Placed], by: Speed) -> str:
+    """Which points the frontier leaves out as they have no such speed, and why; empty if there are none."""
+    without = [p for p in placed if getattr(p, by) is None]
+    if not without:
+        return ""
+    short = NAMES[by].removesuffix(" per worker")
+    backends = by != "tokens_per_second" and any(is_of_backend(p.method) for p in without)
+    why = " (forwards of a backend are not known)" if backends else ""
+    return f"Left out, without {short}{why}: {listed([p.name for p in without])}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names of points, or their number where they are many."""
+    return ", ".join(names) if len(names) <= _MOST_NAMES else f"{len(names)} points"
 
 
 def table(placed: Sequence[Placed]) -> pandas.DataFrame:

@@ -54,6 +54,20 @@ class Point:
     method: str = ""
 
 
+_BACKEND = "backend "
+"""Begins the method of a point whose answers another program writes."""
+
+
+def backend_method(name: str) -> str:
+    """A backend in a legend."""
+    return _BACKEND + name
+
+
+def is_of_backend(method: str) -> bool:
+    """Whether a method is a backend."""
+    return method.startswith(_BACKEND)
+
+
 def method_of(name: str, verify: bool | None) -> str:
     """A decoder in a legend: its name and whether it verifies. verify: None where it cannot do either."""
     return name + ("" if verify is None else ", verified" if verify else ", unverified")

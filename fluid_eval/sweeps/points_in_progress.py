@@ -19,7 +19,7 @@ from ..results.metrics import total
 from ..results.run_folder import Record
 from ..running.job import Job
 from .grid import PlannedPoint
-from .points import Point, as_point, method_of
+from .points import Point, as_point, backend_method, method_of
 
 if TYPE_CHECKING:
     from ..running.worker import Work
@@ -82,7 +82,7 @@ class PointInProgress:
     def method(self) -> str:
         """Its decoder, with or without verification, or its backend."""
         if self.is_backend:
-            return f"backend {self.planned.spec.writer}"
+            return backend_method(self.planned.spec.writer)
         decoder = self.planned.spec.decoder
         return method_of(decoder.name, getattr(decoder, "verify", None))
 

@@ -374,6 +374,7 @@ class Sweep:
             "baseline": baseline,
             "points": [_result_of(place, point) for place, point in zip(placed, self._points, strict=True)],
             "frontier": pareto.frontier(placed, by),
+            "left_out": frontier_files.left_out(placed, by),
             "within": within,
             "best": best.name if best else None,
             "areas": aup.as_rows(
