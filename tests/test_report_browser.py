@@ -12,7 +12,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Error, Page, expect, sync_playwright
 
 from fluid_eval.output.report import write_report
-from fluid_eval.results.run_folder import write_json
+from fluid_eval.results.run_folder import encode, read_samples, write_json
 
 from .runs import HOSTILE, SCORED, WRITTEN, write_run
 
@@ -106,6 +106,36 @@ def test_what_matters_is_seen_on_paper_and_on_a_telephone(browser: Browser, tmp_
         box = page.get_by_role("region", name="Runs").locator("tbody tr").first.locator("td.num").first.bounding_box()
         assert box is not None
         assert box["x"] + box["width"] <= 390
+
+
+BEYOND = """
+(panel) => [...panel.querySelectorAll("*")]
+  .filter((one) => one.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
+  .map((one) => `${one.tagName}.${one.className} ends at ${Math.round(one.getBoundingClientRect().right)}`)
+"""
+
+
+def test_a_sweep_s_samples_fit_their_window(browser: Browser, tmp_path: Path) -> None:
+    """Nine points, long texts of choices, samples closed and open: nothing is cut, and nothing scrolls sideways."""
+    runs = [write_run(tmp_path / f"{n}", ("ar", "fluid", "llada")[n % 3], model=f"models/m{n}") for n in range(9)]
+    for run in runs:
+        records = list(read_samples(run))
+        for record in records:
+            if "choices" in record:
+                record["choices"] = [f" {'a choice is a sentence, and has many words, ' * 4}{n}" for n in range(2)]
+                record["output"] = record["target"] = record["choices"][0]
+        (run / "samples.jsonl").write_bytes(b"".join(map(encode, records)))
+    write_report(runs, tmp_path / "page.html")
+    for width in (1280, 800):
+        with browser.new_context(viewport={"width": width, "height": 900}) as context:
+            page = context.new_page()
+            for state in ("", "&open=1", "&page=2", "&page=2&open=1"):
+                page.goto("about:blank")
+                page.goto((tmp_path / "page.html").as_uri() + f"#samples{state}")
+                expect(page.locator("#list > li").first).to_be_visible()
+                assert page.locator("#samples").evaluate(BEYOND) == [], (width, state)
+                assert page.evaluate("document.documentElement.scrollWidth") <= width, (width, state)
+                assert page.locator(".preview").first.bounding_box()["width"] > 100, (width, state)  # type: ignore[index]
 
 
 def test_without_javascript_it_is_one_long_page(browser: Browser, pages: dict[str, str]) -> None:
