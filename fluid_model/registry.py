@@ -198,6 +198,10 @@ def _entry_points() -> dict[str, str]:
 @cache
 def _source(module: str) -> bytes:
     """A module's file, as it was when first asked for: code that has been imported stays."""
+    if module == "__main__":
+        raise ConfigError(
+            "a decoder of '__main__' (a notebook, a script) is in no file that others can import: give it one"
+        )
     try:
         module_spec = find_spec(module)
         return Path(str(module_spec and module_spec.origin)).read_bytes()

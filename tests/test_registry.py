@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -204,3 +205,66 @@ def test_a_preset_of_this_package_would_need_one_class(monkeypatch):
     assert default_decoder("other") == "shifted"
     assert default_decoder("llada") == "llada"
     assert build_spec({**BASE, "decoder": {"name": "shifted", "shift": False}}).decoder == Shifted(shift=False)
+
+
+@pytest.fixture
+def topk_package(tmp_path, monkeypatch):
+    """The docs' decoder as an installed package, which registers it as topk. Returns its folder."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (folder := tmp_path / "site").mkdir()
+    (text,) = re.findall(r"<!-- file: topk.py -->\n```\w+\n(.*?)```", PAGE, re.S)
+    (folder / "topk.py").write_text(
+        text.replace('    methods = ("llada",)', '    name = "topk"\n    methods = ("llada",)')
+    )
+    package(folder, "topk", "topk:TopK")
+    return folder
+
+
+TOPK = [
+    "run",
+    "--decoder",
+    "topk",
+    "--model",
+    "tiny-llada",
+    "--tasks",
+    "mini_gsm8k_1",
+    "--limit",
+    "3",
+    "--max-new-tokens",
+    "8",
+]
+TOPK += ["--max-new-tokens", "8"]
+ON_RAY = ["--engine", "ray", "--workers", "2"]
+
+
+@pytest.mark.cluster
+def test_ray_s_workers_find_a_package_s_decoder_by_its_entry_point(topk_package, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(topk_package), prepend=os.pathsep)  # installed, for other processes
+    assert main([*TOPK, *ON_RAY, "--out", "ray"]) in (0, 3)
+    assert main([*TOPK, "--out", "inline"]) in (0, 3)
+    ray, inline = ({r["key"]: r for r in read_samples(tmp_path / name)} for name in ("ray", "inline"))
+    assert len(ray) == 3
+    for key, record in inline.items():
+        assert ray[key]["output_ids"] == record["output_ids"] != [], key
+        assert ray[key]["trace"]["forwards"] == record["trace"]["forwards"]
+    assert json.loads((tmp_path / "ray/spec.json").read_text())["decoder"]["name"] == "topk"
+    assert json.loads((tmp_path / "ray/environment.json").read_text())["engine"]["workers"] == 2
+
+
+@pytest.mark.cluster
+def test_a_decoder_that_this_process_alone_knows_fails_on_ray_in_one_line(topk_package, tmp_path, capsys):
+    assert main([*TOPK, *ON_RAY, "--out", "ray"]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("fluid-eval: decoder='topk' is unknown; known: ar, fluid")
+    assert last.endswith(
+        "so says a Ray worker, another process, which must find the decoder by itself: in a package installed there, "
+        "in the working directory, or by PYTHONPATH"
+    )
+    assert not (tmp_path / "ray").exists()
+
+
+def test_a_notebook_s_decoder_wants_a_file(monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "Shown", FluidSettings, raising=False)
+    monkeypatch.setattr(FluidSettings, "strategy", "__main__:Strategy")
+    with pytest.raises(ConfigError, match=r"a decoder of '__main__' .* is in no file that others can import: give it"):
+        registry.source_of(FluidSettings)

@@ -211,7 +211,7 @@ class RayPool:
                     facts: dict[str, Any] = self._ray.get(reply)
                     return facts
                 except self._errors.RayTaskError as error:
-                    raise (error.cause if isinstance(error.cause, (ConfigError, RunError)) else error) from None
+                    raise (_told(error.cause) if isinstance(error.cause, (ConfigError, RunError)) else error) from None
                 except self._errors.RayError as error:
                     reason = _first_line(error)
                     self._replace(worker, reason)
@@ -271,7 +271,7 @@ class RayPool:
                 return
         except self._errors.RayTaskError as error:
             if isinstance(error.cause, (ConfigError, RunError)):
-                raise error.cause from None
+                raise _told(error.cause) from None
             reason = str(error.cause or error).strip().splitlines()[-1]
             yield from self._retry(worker.sent.pop(event), queue, reason)
             return
@@ -325,6 +325,16 @@ def _silence(ray: Any) -> None:
     """Keep Ray's reports of worker deaths off standard output, where results go: the pool logs them itself."""
     if hasattr(ray._private.worker, "print_to_stdstream"):
         ray._private.worker.print_to_stdstream = lambda *_, **__: None
+
+
+def _told(error: ConfigError | RunError) -> ConfigError | RunError:
+    """A worker's error as the driver raises it. A decoder that is known here but not there: the way out."""
+    if not str(error).startswith("decoder="):
+        return error
+    return ConfigError(
+        f"{error}: so says a Ray worker, another process, which must find the decoder by itself: in a package "
+        "installed there, in the working directory, or by PYTHONPATH"
+    )
 
 
 def _first_line(error: Exception) -> str:
