@@ -13,8 +13,10 @@ import pytest
 
 from bench.family import SYSTEMS
 from fluid_eval.benchmarks import lm_eval_tasks, profiles
+from fluid_eval.benchmarks.task_index import catalogue
 from fluid_eval.claims import reproduce
 from fluid_eval.claims.ledger import Claim, System, read_claims
+from fluid_eval.claims.measured_before import NEVER_TRIED
 from fluid_eval.claims.reproduce import Resources
 from fluid_eval.claims.verdicts import Finding, Judgement, judge
 from fluid_eval.cli.main import main
@@ -25,6 +27,7 @@ from fluid_eval.output import claims_tables
 from fluid_eval.output.terminal import FORWARDS
 from fluid_eval.sandbox.ladder import IsolationHere
 from fluid_model import ConfigError
+from fluid_model.registry import decoders
 
 LEDGER = """
 source = [{ name = "here", cite = "measured" }, { name = "ours", cite = "our own", ours = true }]
@@ -77,6 +80,29 @@ def test_the_ledger_claims_of_the_tiny_family_what_its_page_says():
         else:
             row = next(line for line in page.splitlines() if line.startswith(f"| {label} |"))
             assert f"{one.value:.2f}" == row.split("|")[7].strip(), one.cell
+
+
+def test_the_page_of_claims_is_what_the_command_writes_from_what_was_measured(tmp_path, capsys):
+    """No word of it is written by hand, and the ledger has no claim that it lacks."""
+    docs = resource("checkpoints").parent / "docs"
+    words = ["--measured", str(docs / "claims.json"), "--docs", str(tmp_path / "page.md"), "--out", str(tmp_path)]
+    assert main(["reproduce", *words]) == 0
+    assert (tmp_path / "page.md").read_text() == (docs / "claims.md").read_text()
+    assert (tmp_path / "page.json").read_text() == (docs / "claims.json").read_text()
+    assert NEVER_TRIED not in (docs / "claims.md").read_text()
+    rows = json.loads((docs / "claims.json").read_text())["rows"]
+    assert sum(row["measured"] is not None for row in rows) >= 31
+    assert {row["run"] for row in rows} == {None}, "no path of the machine that measured"
+
+
+def test_a_reason_on_the_page_of_claims_is_not_out_of_date():
+    """What is said to be missing of this package is not there yet."""
+    page = (resource("checkpoints").parent / "docs" / "claims.md").read_text()
+    wanted = re.findall(r"not run: needs (decoder|task) ([^,|]+?)(?:,| \|)", page)
+    assert wanted
+    for what, name in wanted:
+        known = name in decoders() if what == "decoder" else catalogue().find(name) is not None
+        assert not known, f"{what} {name} is here: write the page again"
 
 
 def test_the_readme_says_how_many_claims_of_others_were_measured():
@@ -185,6 +211,24 @@ def test_claims_are_measured_where_they_can_be_and_else_say_what_they_need(measu
     assert result["external"] == {"claims": 8, "measured": 4}, "our own are no claims of others"
     assert rows[0]["convention"]["measured"].startswith("lm-eval ")
     assert rows[6]["convention"] == {"published": "not stated", "measured": None}
+
+
+def test_what_was_measured_is_judged_again_by_the_ledger_of_now(measured, tmp_path, capsys):
+    """The same verdicts by the same ledger; another published number has another verdict, a new claim none."""
+    out, result = measured
+    ledger = tmp_path / "mine.toml"
+    words = ["reproduce", "--ledger", str(ledger), "--measured", str(out / "out" / "claims.json")]
+    ledger.write_text(LEDGER)
+    assert main([*words, "--out", str(tmp_path / "same")]) == 0
+    assert json.loads((tmp_path / "same" / "claims.json").read_text()) == result
+    ledger.write_text(LEDGER.replace('extract", value = 0.0', 'extract", value = 99.0').replace('"mbpp"', '"mmlu"'))
+    assert main([*words, "--out", str(tmp_path / "other")]) == 0
+    rows = json.loads((tmp_path / "other" / "claims.json").read_text())["rows"]
+    assert rows[1]["measured"] == result["rows"][1]["measured"]
+    assert rows[1]["verdict"].startswith("cannot tell (convention not stated)")
+    assert rows[7]["verdict"] == f"not run: {NEVER_TRIED}"
+    assert main([*words[:-1], str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_tables_tell_what_was_found(measured, capsys):

@@ -152,7 +152,12 @@ def reproduce(
         measured = measure(spec, [claims[number] for number in numbers], out, resume=resume)
         rows |= dict(zip(numbers, measured, strict=True))
     # 4) judge all together
-    judged = judge_rows(ledger, [rows[number] for number in range(len(claims))], margins)
+    return conclude(ledger, [rows[number] for number in range(len(claims))], out, margins)
+
+
+def conclude(ledger: Ledger, rows: Sequence[MeasuredClaim], out: Path, margins: Margins | None = None) -> Nested:
+    """Judge the rows and write claims.json: rows, counts, conflicts and sources. Returns its content."""
+    judged = judge_rows(ledger, rows, margins)
     external = [claim for claim in ledger.claims if not ledger.ours(claim)]
     result = {
         "rows": [row.to_dict() for row in judged],
@@ -161,7 +166,7 @@ def reproduce(
             "measured": sum(row.measured is not None and not ledger.ours(row.claim) for row in judged),
         },
         "lint": [asdict(conflict) for conflict in find_conflicts(ledger)],
-        "sources": {claim.source: ledger.sources[claim.source].cite for claim in claims},
+        "sources": {row.claim.source: ledger.sources[row.claim.source].cite for row in judged},
     }
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / CLAIMS, result)

@@ -37,7 +37,10 @@ def add(reproduce: argparse.ArgumentParser) -> None:
     reproduce.add_argument(
         "--resume", action="store_true", help="continue the runs in --out; finished ones are not repeated"
     )
-    reproduce.add_argument("--docs", type=Path, metavar="FILE", help="write the page docs/claims.md too")
+    reproduce.add_argument("--docs", type=Path, metavar="FILE", help="write the page docs/claims.md, and its .json")
+    reproduce.add_argument(
+        "--measured", type=Path, metavar="FILE", help="run nothing: judge what an earlier claims.json has measured"
+    )
     reproduce.add_argument("--json", action="store_true", help="print claims.json")
 
 
@@ -45,9 +48,12 @@ def main(options: argparse.Namespace) -> int:
     from fluid_model.common import files
 
     from ..claims.ledger import read_claims
+    from ..claims.measured_before import judge_again, without_folders
     from ..claims.reproduce import Resources, reproduce
     from ..claims.verdicts import Margins
     from ..output.claims_tables import page, print_verdicts
+    from ..output.claims_tables import read_claims as read_measured
+    from ..results.run_folder import write_json
 
     # 1) claims, resources, margins
     ledger = read_claims(options.ledger)
@@ -58,12 +64,15 @@ def main(options: argparse.Namespace) -> int:
     given = {"points": options.margin, "percent": options.speed_margin}
     margins = Margins(**{name: value for name, value in given.items() if value is not None})
     # 2) measure and judge
-    result = reproduce(ledger, claims, options.out, resources, resume=options.resume, margins=margins)
+    if options.measured is None:
+        result = reproduce(ledger, claims, options.out, resources, resume=options.resume, margins=margins)
+    else:
+        result = judge_again(ledger, claims, read_measured(options.measured), options.out, margins=margins)
     # 3) pages
-    text = page(result)
-    for file in (options.out / "claims.md", options.docs):
-        if file is not None:
-            files.write(file, text)
+    files.write(options.out / "claims.md", page(result))
+    if options.docs is not None:
+        files.write(options.docs, page(result))
+        write_json(options.docs.with_suffix(".json"), without_folders(result))
     pages = _report(result, options.out)
     if options.json:
         print(json.dumps(result, indent=2))

@@ -196,8 +196,10 @@ def page(claims: Mapping[str, Any]) -> str:
     # 1) introduction and counts
     parts = [
         "# Claims\n",
-        "Written by `fluid-eval reproduce --docs docs/claims.md`: every cell of `reports/claims.toml` beside its "
-        f"measurement, with the day and commit of each. {LEGEND[0].upper()}{LEGEND[1:]}.\n\n"
+        "All of this page is written by `fluid-eval reproduce --docs docs/claims.md`: every cell of "
+        "`reports/claims.toml` beside its measurement, with the day and commit of each. With `--measured "
+        "docs/claims.json` nothing is run, and the page is written from what was measured before.\n\n"
+        f"{LEGEND[0].upper()}{LEGEND[1:]}.\n\n"
         "Conventions are described in [protocols.md](protocols.md).\n",
         f"{verdict_counts(claims['rows'])}. {external(claims)}.\n",
     ]
