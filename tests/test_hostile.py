@@ -289,7 +289,7 @@ def test_trust_is_part_of_a_run_only_where_it_is_given():
     ("line", "message"),
     [
         ("doc_to_text = '{{ question.__class__.__mro__ }}'", "template cannot be rendered"),
-        ("doc_to_text = '{{ nothing }}'", "template cannot be rendered"),
+        ("doc_to_text = '{{ nothing }}'", "'nothing' is undefined: the rows of its data have no such field"),
         ("doc_to_text = '{{ question'", "template cannot be rendered"),
         ("doc_to_text = '!function os.system'", "no function of Python's own"),
         ("doc_to_text = '!function fluid_eval.results.run_folder.os'", "is no function"),

@@ -301,6 +301,31 @@ def test_the_example_of_the_docs_runs(tiny_fluid, tmp_path, monkeypatch):
     assert samples[2]["verdicts"]
 
 
+def test_where_no_answer_scores_one_is_shown_beside_its_target():
+    """A right answer that the task's filter does not find is seen at once."""
+    one = {
+        "key": "sums/0", "task": "sums", "finish": "stop", "scores": {"exact_match,none": 0.0},
+        "extracted": {"none": " That makes 4 + 3 = 7."}, "target": "7",
+    }  # fmt: skip
+    right = {**one, "key": "sums/1", "scores": {"exact_match,none": 1.0}}
+    line = "sums: no answer scores; of sums/0, ' That makes 4 + 3 = 7.' was compared with '7'"
+    assert job._without_a_score([one, {**one, "key": "sums/1"}]) == [line]
+    assert job._without_a_score([one, right]) == []
+    assert job._without_a_score([{**one, "verdicts": []}]) == [], "programs"
+    assert job._without_a_score([{**one, "finish": None}]) == [], "choices"
+    assert job._without_a_score([{**one, "lost": "why"}]) == []
+    long = job._without_a_score([{**one, "target": "7" * 99}])[0]
+    assert long.endswith(f"'{'7' * job.SHOWN}…'")
+
+
+def test_data_that_is_nowhere_may_lie_beside_the_task_file(own, monkeypatch):
+    monkeypatch.setattr(task_data, "_library_load", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no")))
+    (own / "capitals.yaml").write_text(yaml.safe_dump({**CAPITALS, "dataset_path": "cities"}))
+    file = own / "cities" / "test.jsonl"
+    with pytest.raises(ConfigError, match=rf"no data for cities: .* or put {re.escape(str(file))}.* there, or pass"):
+        lm_eval_tasks.load_tasks(spec_of(tasks="capitals", tasks_dir=str(own)))
+
+
 def test_listing_commands(own, capsys):
     assert main(["tasks", "capit?ls", "--tasks-dir", str(own), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)

@@ -44,10 +44,14 @@ DEFAULT_NEW_TOKENS = 256
 @contextmanager
 def _templates() -> Iterator[None]:
     """Errors of a task's template or of its Python as ConfigError."""
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, UndefinedError
 
     try:
         yield
+    except UndefinedError as error:
+        raise ConfigError(
+            f"a task's template cannot be rendered: {error}: the rows of its data have no such field"
+        ) from error
     except TemplateError as error:
         raise ConfigError(f"a task's template cannot be rendered: {error}") from error
     except ImportError as error:

@@ -100,12 +100,17 @@ def _load(path: str, name: str | None = None, *args: Any, split: str | None = No
     try:
         return _library_load(path, name, *args, split=split, **options)
     except Exception as error:  # the hub's clients raise many types
-        place = places("DIR", path, name)[-1]
-        wanted = ", ".join(f"{place / one}.jsonl" for one in folders.splits(path, name) or ["SPLIT"])
+        beside = "" if folders.own is None else f"put {_files(folders.own, path, name)} there, or "
         raise ConfigError(
-            f"no data for {label}: the hub gave {type(error).__name__}. Either connect to it, or pass --data-dir DIR "
-            f"(or set FLUID_DATA_DIR) with {wanted}"
+            f"no data for {label}: the hub gave {type(error).__name__}. Connect to it, or {beside}pass --data-dir DIR "
+            f"(or set FLUID_DATA_DIR) with {_files('DIR', path, name)}"
         ) from error
+
+
+def _files(folder: str, path: str, name: str | None) -> str:
+    """The files of a folder that would hold the splits which tasks need of a dataset."""
+    place = places(folder, path, name)[-1]
+    return ", ".join(f"{place / one}.jsonl" for one in _current[-1].splits(path, name) or ["SPLIT"])
 
 
 def _read(files: Sequence[Path], label: str, owner: str | None, split: str | None) -> Any:

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
     from .answering_lm import AnsweringLM
 
+SHOWN = 60
+"""Characters of an answer or target in a notice."""
 _PRINTED = ("model", "decoder", "lines", "data", "notices")
 """Fields that the result of a finished run needs to be printed again."""
 
@@ -306,6 +308,7 @@ class Job:
                 *(self._chat.notices(records) if self._chat else []),
                 *repeats.notices(stored_repeats),
                 *_of_backend(self.spec, records),
+                *_without_a_score(records),
             ],
         }
 
@@ -322,6 +325,25 @@ def _of_backend(spec: RunSpec, records: Sequence[Record]) -> list[str]:
     counted = dict.fromkeys(record["counted"] for record in records if "counted" in record)
     tokens = f"tokens are counted {' or '.join(counted)}" if counted else "tokens are not known"
     return [f"backend {spec.backend.name}: {tokens}; seconds are wall time of its calls; forwards are not known"]
+
+
+def _without_a_score(records: Sequence[Record]) -> list[str]:
+    """A line for each task (three at most) none of whose written answers scores: what was compared with what.
+
+    Often the model is right and the task's filter is not. Programs are judged by tests, which say why.
+    """
+    by_task: dict[str, list[Record]] = {}
+    for record in records:
+        if "lost" not in record and record.get("scores") and record["finish"] is not None:
+            by_task.setdefault(record["task"], []).append(record)
+    lines = []
+    for task, own in by_task.items():
+        if any(any(record["scores"].values()) for record in own) or "verdicts" in own[0]:
+            continue
+        extracted = next(iter(own[0].get("extracted", {}).values()), "")
+        texts = [repr(str(text)[:SHOWN] + "…" * (len(str(text)) > SHOWN)) for text in (extracted, own[0].get("target"))]
+        lines.append(f"{task}: no answer scores; of {own[0]['key']}, {texts[0]} was compared with {texts[1]}")
+    return lines[:3]
 
 
 def result_of(
