@@ -215,18 +215,18 @@ def test_a_served_baseline_stands_on_a_sweep_s_frontier(tmp_path, capsys):
     assert areas["served, backend local-completions"]["tasks"]["mini_gsm8k_1"]["why"].startswith("not computed")
     assert "not known" not in areas["tiny-ar, ar"]["tasks"]["mini_gsm8k_1"]["why"]
 
-    # by a speed that needs forwards it is left out, and that is said
+    # by a speed that needs forwards it is left out, in a sentence
     counted = fluid_eval.sweep(
         tasks="mini_gsm8k_1", model=TINY, limit=4, max_new_tokens=6, out=tmp_path / "sweep", resume=True,
         by="tokens_per_forward", grid={"decoder.name": ["ar"]}, points=[served], **{"model.dtype": "float32"},
     )  # fmt: skip
-    said = f"Left out, without tokens/forward (forwards of a backend are not known): {point['name']}"
-    assert counted.values["left_out"] == said
-    assert said in counted.values["caption"]
+    sentence = f"Left out, without tokens/forward (forwards of a backend are not known): {point['name']}"
+    assert counted.values["left_out"] == sentence
+    assert sentence in counted.values["caption"]
     capsys.readouterr()
     print_sweep(counted.values, tmp_path / "sweep")
     printed = " ".join(capsys.readouterr().out.split())
-    assert printed.count(said) == 2, "a line of its own, and the caption"
+    assert printed.count(sentence) == 2, "a line of its own, and the caption"
     assert printed.index("ar ") < printed.index(point["name"]), "those without that speed come last"
 
 

@@ -22,7 +22,7 @@ for library in ("tenacity", "fastapi", "openai", "uvicorn"):
 TINY = str(Path(__file__).parents[1] / "checkpoints" / "tiny-ar")
 TASK = "mini_gsm8k_1"
 START_SECONDS = 600
-"""Until the server is given up. It takes 10 s on a free core."""
+"""The server has to start within them. It takes 10 s on a free core."""
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,10 @@ def served(tmp_path_factory) -> Iterator[str]:
         )  # fmt: skip
     address = f"http://127.0.0.1:{port}"
     try:
-        given_up = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + START_SECONDS
         while not is_up(address):
             assert server.poll() is None, log.read_text()
-            assert time.monotonic() < given_up, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
         yield address
     finally:

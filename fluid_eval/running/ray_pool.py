@@ -211,7 +211,9 @@ class RayPool:
                     facts: dict[str, Any] = self._ray.get(reply)
                     return facts
                 except self._errors.RayTaskError as error:
-                    raise (_told(error.cause) if isinstance(error.cause, (ConfigError, RunError)) else error) from None
+                    raise (
+                        _with_way_out(error.cause) if isinstance(error.cause, (ConfigError, RunError)) else error
+                    ) from None
                 except self._errors.RayError as error:
                     reason = _first_line(error)
                     self._replace(worker, reason)
@@ -271,7 +273,7 @@ class RayPool:
                 return
         except self._errors.RayTaskError as error:
             if isinstance(error.cause, (ConfigError, RunError)):
-                raise _told(error.cause) from None
+                raise _with_way_out(error.cause) from None
             reason = str(error.cause or error).strip().splitlines()[-1]
             yield from self._retry(worker.sent.pop(event), queue, reason)
             return
@@ -327,7 +329,7 @@ def _silence(ray: Any) -> None:
         ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
 
-def _told(error: ConfigError | RunError) -> ConfigError | RunError:
+def _with_way_out(error: ConfigError | RunError) -> ConfigError | RunError:
     """A worker's error as the driver raises it. A decoder that is known here but not there: the way out."""
     if not str(error).startswith("decoder="):
         return error
