@@ -276,7 +276,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     plan = SmolWorkload(prompts=4, alone=2, timed=1, runs=1) if options.quick else SmolWorkload()
     # 1) benchmarks: from runs that are there
-    texts = {"benchmarks": smol_table.table(options.results)} if options.results else {}
+    texts = {}
+    if options.results:
+        tables = smol_table.table(options.results), smol_table.agreement(options.results)
+        texts["benchmarks"] = "\n\n".join(tables)
     print(*texts.values(), sep="\n")
     # 2) measured here, part by part, for each takes minutes
     results: list[Bar] = []

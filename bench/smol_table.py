@@ -1,9 +1,10 @@
-"""The benchmark table of docs/smol.md: finished sweeps and runs of the parent and its child, a row a system."""
+"""The benchmark tables of docs/smol.md: finished sweeps and runs of the parent and its child, a row a system."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import fluid_eval
@@ -21,6 +22,8 @@ METRICS = {
     "mmlu": ("acc", "none"),
 }
 """Task -> the metric and filter it is judged by here."""
+PARENT = "smollm2-135m, ar"
+"""The row that other rows' texts are compared with."""
 
 
 def table(folders: Sequence[Path]) -> str:
@@ -38,6 +41,27 @@ def table(folders: Sequence[Path]) -> str:
             row[task] = cell(line)
     tasks = [task for task in METRICS if any(task in row for row in cells.values())]
     return bars.table(["system", *tasks], [[name, *(row.get(t, "") for t in tasks)] for name, row in cells.items()])
+
+
+def agreement(folders: Sequence[Path]) -> str:
+    """Share of answers that are the parent's AR text to the letter, in %, by task.
+
+    Raises ConfigError if the folders hold no run of the parent with ar.
+    """
+    runs = list(results(folders))
+    parents = [run for run in runs if label(run) == PARENT]
+    if not parents:
+        raise ConfigError(f"no run of {PARENT} in {', '.join(map(str, folders))}; other texts are compared with its")
+    texts = {(s.task, s.doc_id): s.output for run in parents for s in run.samples if s.output is not None}
+    same: dict[str, dict[str, list[bool]]] = {}
+    for run in runs:
+        for s in run.samples:
+            if run not in parents and s.task in METRICS and (s.task, s.doc_id) in texts:
+                row = same.setdefault(label(run), {}).setdefault(s.task, [])
+                row.append(s.output == texts[s.task, s.doc_id])
+    tasks = [task for task in METRICS if any(task in row for row in same.values())]
+    rows = [[name, *(f"{100 * mean(row[t]):.1f}" if t in row else "" for t in tasks)] for name, row in same.items()]
+    return bars.table([f"the text of {PARENT}, %", *tasks], rows)
 
 
 def results(folders: Iterable[Path]) -> Iterable[Result]:

@@ -87,6 +87,19 @@ def test_finished_runs_share_a_row_by_system(tmp_path, monkeypatch):
     assert rows[3].endswith(f" | {100 * score.score:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}], n 2 |")
     assert rows[2].endswith(" |  |")
     assert ", n 2 (" in rows[2]
+    with pytest.raises(fluid_eval.ConfigError, match="no run of smollm2-135m, ar in "):
+        smol_table.agreement([read.folder])
+    monkeypatch.setattr(smol_table, "PARENT", "tiny-fluid, ar")
+    assert smol_table.agreement([written.folder]).splitlines()[-1] == "| tiny-fluid, verified, K 16 | 100.0 |"
+    shorter = smol_table.agreement(
+        [
+            written.folder,
+            fluid_eval.run(
+                tasks=first, decoder="fluid", **settings | {"max_new_tokens": 2}, out=tmp_path / "short"
+            ).folder,
+        ]
+    )
+    assert shorter.splitlines()[-1] == "| tiny-fluid, verified, K 16 | 50.0 |", "four answers, two of them cut"
     with pytest.raises(fluid_eval.ConfigError, match=f"{second} of 'tiny-fluid, verified, K 16' is in two"):
         smol_table.table([read.folder, read.folder])
 

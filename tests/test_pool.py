@@ -217,6 +217,20 @@ def test_no_answer_waits_for_another():
     assert threading.get_ident() not in actor._worker.threads
 
 
+def test_a_cluster_that_does_not_start_is_told_in_a_line(monkeypatch):
+    """Ray raises a plain Exception where a busy machine's node is late."""
+    ray = pytest.importorskip("ray")
+
+    def late(**_):
+        raise Exception("The current node timed out during startup.\nMore of it.")
+
+    monkeypatch.setattr(ray, "init", late)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    spec = build_spec({"tasks": ["gsm8k"], "model": "tiny-ar", "engine": {"kind": "ray"}})
+    with pytest.raises(ConfigError, match=r"^ray address 'local': The .* startup; try again, or use --engine inline$"):
+        RayPool(spec)
+
+
 @pytest.mark.cluster
 def test_two_nodes_share_a_sweep(tiny_fluid, tmp_path, monkeypatch):
     """Two of Ray's nodes on this machine, one CPU each; the table is that of one process."""

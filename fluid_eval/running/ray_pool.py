@@ -164,9 +164,10 @@ class RayPool:
             ray.init(
                 address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
             )
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            hint = "; a cluster that Ray guards by a token wants RAY_AUTH_MODE=token" if address != "local" else ""
-            raise ConfigError(f"ray address {address!r}: {str(error).splitlines()[0]}{hint}") from error
+        except Exception as error:  # a node that does not start in time raises a plain Exception
+            guarded = "a cluster that Ray guards by a token wants RAY_AUTH_MODE=token"
+            hint = "try again, or use --engine inline" if address == "local" else guarded
+            raise ConfigError(f"ray address {address!r}: {_first_line(error).rstrip('.')}; {hint}") from error
         # 2) start the actors
         self._errors = ray.exceptions
         _silence(ray)
