@@ -104,9 +104,11 @@ def test_sdar_is_the_public_sampler(block_length, values):
 
 @pytest.mark.parametrize(("block_length", "small_block"), [(1, 1), (4, 2), (8, 4), (8, 8)])
 @pytest.mark.parametrize(
-    "values", [{}, {"confidence": 0.05}, {"confidence": None}, {"temperature": 1.0, "confidence": 0.3}]
+    "values", [{}, {"confidence": 0.05}, {"confidence": None}, {"temperature": 0.7, "confidence": 0.3}]
 )
-def test_fast_dllm_is_the_public_sampler(block_length, small_block, values):
+@pytest.mark.parametrize("block_cache", [False, True])
+def test_fast_dllm_is_the_public_sampler(block_length, small_block, values, block_cache):
+    values = {**values, "block_cache": block_cache}
     check(plain_fast_dllm, FastDllmSettings(block_length=block_length, small_block=small_block, **values))
 
 

@@ -292,6 +292,15 @@ def test_a_published_folder_is_described_and_runs_gsm8k(tmp_path, model):
     assert all(record["trace"]["forwards"][kind] > 0 for record in run_folder.read_samples(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("block_cache", [True, False])
+def test_a_run_says_that_its_decoder_approximates(tmp_path, block_cache):
+    decoder = {"small_block": 4, "block_cache": block_cache}
+    values = {"tasks": "gsm8k", "data_dir": str(write_gsm8k(tmp_path / "rows")), "limit": 1, "num_fewshot": 0}
+    values |= {"model": str(save_layout(tmp_path / "m", "Fast_dLLM_Qwen")), "max_new_tokens": 8, "decoder": decoder}
+    notices = run(build_spec(with_decoder(values)), tmp_path / "run")["notices"]
+    assert any("decoder.block_cache: approximate" in notice for notice in notices) == block_cache
+
+
 @pytest.mark.parametrize(
     ("layout", "decoder", "message"),
     [

@@ -22,7 +22,7 @@ from fluid_model.settings import DecoderSettings
 
 from .. import bars
 from .plain import Written
-from .plan import MODELS, RULES, FieldModel, FieldWorkload, comparisons, open_model, requests
+from .plan import MODELS, RENAMED, RULES, FieldModel, FieldWorkload, comparisons, open_model, requests
 
 
 @dataclass
@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     plan = FieldWorkload(sizes=(8,), heats=(0.0,), lengths=(3, 17)) if options.quick else FieldWorkload()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, model in enumerate(MODELS):
+        for number, model in enumerate((*MODELS, *RENAMED)):
             rows += measure(model, open_model(model, Path(folder) / str(number)), plan)
     results = bars_of(rows)
     if options.json:

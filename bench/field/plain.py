@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from fluid_model.checkpoints.checkpoint import Checkpoint
 from fluid_model.engine.records import KINDS, Kind, Request
@@ -27,12 +28,40 @@ def in_blocks(length: int, first: int, block_length: int) -> Tensor:
     return (torch.arange(length) - first).div(block_length, rounding_mode="floor")
 
 
-def forward(checkpoint: Checkpoint, ids: Sequence[int], order: Tensor) -> Tensor:
-    """Logits of a row in which a slot attends to all that come before it or with it in the order: (L,) -> (L, V)."""
+def forward(checkpoint: Checkpoint, ids: Sequence[int], order: Tensor, states: DynamicCache | None = None) -> Tensor:
+    """Logits of a row in which a slot attends to all that come before it or with it in the order: (L,) -> (L, V).
+
+    states: empty; gets the slots' keys and values.
+    """
     bias = torch.zeros(1, 1, len(ids), len(ids))
     bias.masked_fill_(order[:, None] < order, torch.finfo(torch.float32).min)
     with torch.inference_mode():
-        logits: Tensor = checkpoint.model(input_ids=torch.tensor([ids]), attention_mask=bias).logits[0]
+        logits: Tensor = checkpoint.model(
+            input_ids=torch.tensor([ids]), attention_mask=bias, past_key_values=states
+        ).logits[0]
+    return logits
+
+
+def forward_and_states(checkpoint: Checkpoint, ids: Sequence[int], order: Tensor) -> tuple[Tensor, DynamicCache]:
+    """`forward`, with keys and values of all its slots."""
+    states = DynamicCache()
+    return forward(checkpoint, ids, order, states), states
+
+
+def forward_alone(checkpoint: Checkpoint, ids: Sequence[int], slots: range, states: DynamicCache) -> Tensor:
+    """Logits of a few slots that attend to one another, and to all others as an earlier forward left them: (n, V).
+
+    ids: (L,) of all slots.  states: of all slots.
+    """
+    others = [slot for slot in range(len(ids)) if slot not in slots]
+    past = DynamicCache()
+    for number, layer in enumerate(states.layers):
+        past.update(layer.keys[:, :, others], layer.values[:, :, others], number)
+    with torch.inference_mode():
+        logits: Tensor = checkpoint.model(
+            input_ids=torch.tensor([ids[slots.start : slots.stop]]), position_ids=torch.tensor([list(slots)]),
+            attention_mask=torch.zeros(1, 1, len(slots), len(ids)), past_key_values=past,
+        ).logits[0]  # fmt: skip
     return logits
 
 

@@ -18,7 +18,7 @@ from fluid_model.settings.block_diffusion import (
     SdarSettings,
 )
 
-from .plain import PlainRow, Written, causal, in_blocks, sample
+from .plain import PlainRow, Written, causal, forward_alone, forward_and_states, in_blocks, sample
 
 
 class _Blocks(PlainRow):
@@ -140,7 +140,7 @@ def plain_sdar(checkpoint: Checkpoint, request: Request, decoder: SdarSettings) 
 
 
 def plain_fast_dllm(checkpoint: Checkpoint, request: Request, decoder: FastDllmSettings) -> Written:
-    """As github.com/NVlabs/Fast-dLLM, v2, without its block cache."""
+    """As github.com/NVlabs/Fast-dLLM, v2, and the hub's files."""
     row = _Blocks(checkpoint, request, decoder)
     cached, small = len(row.ids) // row.length * row.length, decoder.small_block
     block = row.ids[cached:]
@@ -150,11 +150,21 @@ def plain_fast_dllm(checkpoint: Checkpoint, request: Request, decoder: FastDllmS
     row.ids = row.ids[:cached]
     while True:
         block += [row.mask] * (row.length - len(block))
+        states = None
         while open_ := row.open(block):
             if row.ended((row.ids + block[: open_[0]])[len(request.prompt) :]):
                 row.ids += block
                 return row.written()
-            logits = row.logits("denoise", row.ids + block)[-row.length :]
+            ids, start = row.ids + block, open_[0] // small * small
+            row.forwards["denoise"] += 1
+            if not decoder.block_cache or states is None or start in open_:
+                order = in_blocks(len(ids), row.first, row.length)
+                logits, states = forward_and_states(checkpoint, ids, order)
+                logits = logits[-row.length :]
+            else:
+                slots = range(len(row.ids) + start, len(row.ids) + start + small)
+                logits = torch.zeros(row.length, logits.shape[-1])
+                logits[start : start + small] = forward_alone(checkpoint, ids, slots, states)
             tokens, chances = row.sample(torch.cat([logits[:1], logits[:-1]]))
             chance = chances[range(row.length), tokens].tolist()
             current = [j for j in open_ if j // small == open_[0] // small]

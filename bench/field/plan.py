@@ -57,6 +57,7 @@ RULES: dict[str, dict[str, dict[str, Any]]] = {
     "fast-dllm-v2": {
         "above a threshold": {"confidence": 0.1, "small_block": 4},
         "one a pass": {"confidence": None, "small_block": 4},
+        "block cache": {"confidence": 0.1, "small_block": 2, "block_cache": True},
     },
 }  # fmt: skip
 """Settings of each selection rule, by decoder. Thresholds are such that a pass of a random model often writes several
@@ -95,6 +96,8 @@ MODELS = (
     FieldModel("sdar", "sdar"), FieldModel("Fast_dLLM_Qwen", "fast-dllm-v2"), FieldModel("wedlm", "wedlm"),
 )  # fmt: skip
 """Published layouts, by all methods that they are published with."""
+RENAMED = (FieldModel("a2d-qwen3", "fast-dllm-v2"),)
+"""Layouts under a method that the user names: norms of queries and keys under a decoder published without."""
 
 
 def save_model(model: FieldModel, folder: Path) -> Path:
@@ -119,7 +122,8 @@ def open_model(model: FieldModel, folder: Path) -> Checkpoint:
     public code does not end.
     """
     path = save_model(model, folder)
-    checkpoint = load(str(path), device="cpu", dtype="float32")
+    method = model.method if model in RENAMED else None
+    checkpoint = load(str(path), device="cpu", dtype="float32", method=method)
     assert (checkpoint.manifest.method if checkpoint.manifest else None) == model.method
     weights = checkpoint.model.get_output_embeddings().weight
     with torch.no_grad():

@@ -305,6 +305,7 @@ class Job:
             "quantization": self.ready.quantization,
             "notices": [
                 *self.opened.notices,
+                *filter(None, [self.spec.decoder.approximation]),
                 *(self._chat.notices(records) if self._chat else []),
                 *repeats.notices(stored_repeats),
                 *_of_backend(self.spec, records),

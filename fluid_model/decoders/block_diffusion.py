@@ -15,11 +15,18 @@ token before the block predicts slot 0; else a masked slot predicts its own toke
 
 Where blocks count from the prompt's start, the first one opens with the prompt's last tokens, which are given.
 
+With a block cache, a small block whose first token is written is fed alone. The block's other slots then stand before
+it in the KV cache, for as long as it is being filled. Order in the cache is not order in the text, positions are:
+
+    columns   prompt | 0 1 2 3 | 4 5 6 7        a denoise forward of the whole block, small blocks of 4
+              prompt | 4 5 6 7 | 0 1 2 3        the next ones feed slots 0 to 3 behind slots 4 to 7 as those were
+
 Legend: n active rows, R rows just admitted, S slots fed, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -44,6 +51,7 @@ class _Block(NamedTuple):
 
     width: slots inside the window, and the length limit where that ends blocks.  given: of them, the prompt's tokens.
     left: tokens that the answer may still grow by.  step: denoise forwards so far.
+    filled: slots before the first mask.  fed: slots of the next forward.  others: other slots that it reads cached.
     """
 
     is_full: bool = False
@@ -51,6 +59,9 @@ class _Block(NamedTuple):
     given: int = 0
     left: int = 0
     step: int = 0
+    filled: int = 0
+    fed: range = range(0)
+    others: int = 0
 
 
 class BlockDiffusionStrategy:
@@ -101,14 +112,21 @@ class BlockDiffusionStrategy:
 
     def plan(self, rows: int) -> Feed:
         widths, kinds, bidirectional = list[int](), list[Kind](), list[int]()
-        for block in self._host[:rows]:
-            widths.append(block.width)
+        active = self._host[:rows]
+        for block in active:
+            widths.append(len(block.fed))
             kinds.append("commit" if block.is_full else "denoise")
             is_causal = block.is_full and self.settings.context == "causal"
-            bidirectional.append(0 if is_causal else block.width)
-        ids = self._block[:rows, : max(widths)]  # (n, S)
-        intervals = attention_masks.bidirectional(torch.tensor(bidirectional, device=ids.device), ids.shape[1])
-        return Feed(ids, widths, kinds, intervals)
+            bidirectional.append(0 if is_causal else len(block.fed))
+        device, slots = self._block.device, max(widths)
+        intervals = attention_masks.bidirectional(torch.tensor(bidirectional, device=device), slots)
+        if not any(block.others for block in active):
+            return Feed(self._block[:rows, :slots], widths, kinds, intervals)
+        # small blocks: their positions are not their columns, which are behind the block's other slots
+        first = torch.tensor([[block.fed.start, block.others] for block in active], device=device)  # (n, 2)
+        slot = first[:, :1] + torch.arange(slots, device=device)  # (n, S)
+        ids = self._block[:rows].gather(1, slot.clamp(max=self.max_slots - 1))
+        return Feed(ids, widths, kinds, intervals._replace(offsets=slot - first[:, 1:]))
 
     def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> list[RowUpdate]:
         denoised, committed = list[int](), list[int]()
@@ -121,7 +139,7 @@ class BlockDiffusionStrategy:
             states = hidden[at]
             if self.settings.shift:
                 states = torch.cat([states[:, :1], states[:, :-1]], 1)  # (n, S, D), at the slot predicted
-            self._fill(at, self.backbone.logits(states))
+            self._fill(at, self._at_their_slots(denoised, self.backbone.logits(states)))
         # 2) commit, and open the next block, from the last slot where predictions are shifted
         if committed:
             at = torch.tensor(committed, device=hidden.device)
@@ -132,7 +150,37 @@ class BlockDiffusionStrategy:
             self._open(committed, last, left, [[] for _ in committed])
         # 3) commit blocks that hold the answer's end
         self._read_back(0, updates)
+        # 4) choose the slots of the next denoise forwards
+        for row in denoised if self.settings.block_cache else ():
+            updates[row] = self._narrowed(row, updates[row])
         return updates
+
+    def _at_their_slots(self, rows: list[int], logits: Tensor) -> Tensor:
+        """Logits of fed slots, (n, S, V), by slots of the block; those of slots not fed mean nothing."""
+        starts = [self._host[row].fed.start for row in rows]
+        if not any(starts):
+            return logits
+        reach = max(self._host[row].fed.stop for row in rows)
+        slot = torch.arange(reach, device=logits.device) - torch.tensor(starts, device=logits.device)[:, None]
+        index = slot.clamp(0, logits.shape[1] - 1)  # (n, reach)
+        return logits.gather(1, index[..., None].expand(-1, -1, logits.shape[-1]))
+
+    def _narrowed(self, row: int, update: RowUpdate) -> RowUpdate:
+        """Feed the current small block alone once its first slot is written, until it is full, then all slots again.
+
+        Returns the update with what the cache keeps for that.  (Fast-dLLM v2, public code)
+        """
+        block = self._host[row]
+        start = block.filled // self.small_block * self.small_block
+        if block.is_full or block.filled == start:
+            self._host[row] = block._replace(fed=range(block.width), others=0)
+            return replace(update, dropped=block.others)
+        if block.others:
+            return update
+        fed = range(start, min(start + self.small_block, block.width))
+        others = [*range(fed.start), *range(fed.stop, block.width)]
+        self._host[row] = block._replace(fed=fed, others=len(others))
+        return replace(update, cached=others)
 
     def _committed(self, block: _Block, tokens: list[int], ages: list[int]) -> RowUpdate:
         """A row's update once its block is cached, with the block's tokens unless they are in the answer already."""
@@ -158,7 +206,7 @@ class BlockDiffusionStrategy:
             block = self._host[row]
             left = block.left - max(0, block.width - block.given)
             width = min(self.max_slots, window, left if self.settings.clips_last else self.max_slots)
-            self._host[row] = _Block(width=width, given=len(tokens), left=left)
+            self._host[row] = _Block(width=width, given=len(tokens), left=left, fed=range(width))
             widths.append(width)
         self._width[at] = torch.tensor(widths, device=at.device)
         self._block[at] = self.mask_id
@@ -275,7 +323,8 @@ class BlockDiffusionStrategy:
         state = torch.cat([filled[:, None], self._block[rows], self._ages[rows]], 1)
         for number, (reached, *slots) in enumerate(state.tolist()):
             tokens, ages = slots[: self.max_slots], slots[self.max_slots :]
-            block = self._host[start + number]._replace(is_full=reached >= self._host[start + number].width)
+            block = self._host[start + number]
+            block = block._replace(is_full=reached >= block.width, filled=reached)
             self._host[start + number] = block
             answer = slice(block.given, self._final(block, reached))
             has_end = not self.end_ids.isdisjoint(tokens[answer])

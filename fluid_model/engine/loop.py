@@ -221,7 +221,7 @@ class Engine:
         # 4) compact the cache: slots on the accepted path move behind the row's cached tokens
         self._cache.compact([row.cached for row in rows], [update.cached for update in updates])
         for row, update in zip(rows, updates, strict=True):
-            row.cached += len(update.cached)
+            row.cached += len(update.cached) - update.dropped
         # 5) extend the answers
         self._commit(rows, updates)
 

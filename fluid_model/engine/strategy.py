@@ -49,6 +49,7 @@ class RowUpdate:
     tokens: ids committed to the answer.
     ages: forwards since each of them was written, 0 for this one.
     cached: fed slots whose keys and values stay in the cache, in ascending order; all others are overwritten.
+    dropped: cached slots, the row's latest, that are overwritten after all. Not with `cached`.
     stride: draft length of a step that is complete; None for a forward that completes none.
     rejected: rejected draft tokens of the likeliest path, None without any.
     expected: tokens that the draft of a complete step was expected to bring, by its path probabilities.
@@ -62,6 +63,7 @@ class RowUpdate:
     rejected: RejectedDraft | None = None
     expected: float = 1.0
     is_full: bool = False
+    dropped: int = 0
 
 
 NOTHING: Sequence[int] = range(0)

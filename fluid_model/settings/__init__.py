@@ -64,6 +64,11 @@ class DecoderSettings:
         return False
 
     @property
+    def approximation(self) -> str:
+        """What these settings leave out of the method's own computation, for a run's notices; empty if nothing."""
+        return ""
+
+    @property
     def drafts_by_cost(self) -> bool:
         """Whether drafts depend on a slot's marginal cost, and tokens/forward therefore on rows and slot budget."""
         return False

@@ -99,6 +99,11 @@ class BlockDiffusionSettings(DecoderSettings):
         return 0
 
     @property
+    def block_cache(self) -> bool:
+        """Whether a small block is fed alone, behind cached states of its block's other slots."""
+        return False
+
+    @property
     def nucleus(self) -> float:
         """The nucleus in which confidences are taken, greedy ones as well."""
         return self.top_p if self.temperature > 0 else 1.0
@@ -284,12 +289,23 @@ class FastDllmSettings(BlockDiffusionSettings):
     """0 is greedy. A block's first token always is."""
     top_p: float = 0.95
     """Nucleus sampling, as for ar; of no effect at temperature 0."""
+    block_cache: bool = False
+    """Feed a small block alone once its first token is written; it reads the block's other slots as the last forward of
+    the whole block left them. Approximate: their states are out of date, so the text may differ. (Public code's
+    `use_block_cache`)
+    """
 
     def __post_init__(self) -> None:
         check_range("small_block", self.small_block, 1, 4096)
         super().__post_init__()
         if self.confidence is not None:
             check_range("confidence", self.confidence, 0.0, 1.0)
+
+    @property
+    def approximation(self) -> str:
+        if not self.block_cache:
+            return ""
+        return "decoder.block_cache: approximate; small blocks read states of their block that are out of date"
 
     @property
     def confidence_threshold(self) -> float:
