@@ -27,8 +27,9 @@ from .common.errors import ConfigError, reason
 from .common.fields import build
 from .common.files import Nested
 from .common.names import did_you_mean
-from .settings import ArSettings, DecoderSettings, DreamSettings, FluidSettings, LladaSettings, MdlmSettings
+from .settings import ArSettings, DecoderSettings, FluidSettings
 from .settings.block_diffusion import Bd3lmSettings, FastDllmSettings, NbdiffSettings, SdarSettings
+from .settings.masked_diffusion import DreamSettings, LladaSettings, MdlmSettings
 
 BUILT_IN: tuple[type[DecoderSettings], ...] = (
     ArSettings, FluidSettings, NbdiffSettings, LladaSettings, MdlmSettings, DreamSettings, Bd3lmSettings, SdarSettings,

@@ -12,8 +12,9 @@ from fluid_eval.results.run_folder import read_samples
 from fluid_eval.running.job import run
 from fluid_model import ConfigError, Request, ScoreRequest, load, save
 from fluid_model.decoders import engine_for, scorer_for
-from fluid_model.settings import ArSettings, FluidSettings, LladaSettings
+from fluid_model.settings import ArSettings, FluidSettings
 from fluid_model.settings.block_diffusion import NbdiffSettings
+from fluid_model.settings.masked_diffusion import LladaSettings
 
 from .tiny import byte_tokenizer, fluid_checkpoint
 

@@ -15,8 +15,8 @@ from fluid_model.decoders import scorer_for, strategy_for
 from fluid_model.decoders.sampling import choose
 from fluid_model.engine.records import ScoreRequest
 from fluid_model.scoring.monte_carlo import CanvasScorer
-from fluid_model.settings import LladaSettings
 from fluid_model.settings.block_diffusion import NbdiffSettings
+from fluid_model.settings.masked_diffusion import LladaSettings
 
 from .test_laws import CHECKPOINT, calls_of, requests, write
 from .test_samplers import NEW

@@ -14,8 +14,8 @@ from bench.field.plain_canvas import plain_llada
 from fluid_model import ArSettings, Request
 from fluid_model.checkpoints.checkpoint import Checkpoint
 from fluid_model.decoders import strategy_for
-from fluid_model.settings import LladaSettings
 from fluid_model.settings.block_diffusion import NbdiffSettings
+from fluid_model.settings.masked_diffusion import LladaSettings
 
 from .test_laws import CHECKPOINT, requests, write
 from .tiny import fluid_checkpoint

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fluid_model.checkpoints.checkpoint import Checkpoint
 from fluid_model.engine.records import Request
-from fluid_model.settings import CanvasSettings, LladaSettings, MdlmSettings
+from fluid_model.settings.masked_diffusion import CanvasSettings, LladaSettings, MdlmSettings
 
 from .plain import PlainRow, Written, causal, moved
 

@@ -32,7 +32,8 @@ from ..engine.strategy import NOTHING, Feed, RowUpdate, empty_updates
 from ..forward import attention_masks
 from ..forward.backbone import predicting_slots
 from ..scoring.monte_carlo import CanvasScorer
-from ..settings import CanvasSettings, DecoderSettings
+from ..settings import DecoderSettings
+from ..settings.masked_diffusion import CanvasSettings
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..settings import LladaSettings
+from ..settings.masked_diffusion import LladaSettings
 from . import transfer_schedule
 from .canvas import CanvasState, CanvasStrategy, gumbel
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..settings import MdlmSettings
+from ..settings.masked_diffusion import MdlmSettings
 from . import transfer_schedule
 from .canvas import CanvasState, CanvasStrategy, gumbel
 from .sampling import LOG_OFFSET, restrict
