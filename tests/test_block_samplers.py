@@ -112,6 +112,14 @@ def test_fast_dllm_is_the_public_sampler(block_length, small_block, values, bloc
     check(plain_fast_dllm, FastDllmSettings(block_length=block_length, small_block=small_block, **values))
 
 
+def test_a_small_block_beside_a_whole_one_fits_the_cache():
+    """Padded to its mate's width, behind the rest of its own block."""
+    decoder = FastDllmSettings(block_length=16, small_block=2, block_cache=True)
+    endless = replace(CHECKPOINTS[0], end_ids=())
+    alone = {key: answer.ids for one in WORK for key, answer in write(endless, decoder, [one], 1).items()}
+    assert {key: answer.ids for key, answer in write(endless, decoder, WORK, 4).items()} == alone
+
+
 def test_a_schedule_rounds_as_the_public_one():
     """Figures of dLLM's `get_num_transfer_tokens`."""
     assert transfer_schedule.by_alpha(32, 10, "linear") == (3, 3, 3, 3, 3, 3, 3, 4, 3, 4)

@@ -62,6 +62,17 @@ def test_lines_are_the_forwards_and_make_up_the_answer(decoder):
         drafted = line.drafted if line.committed else drafted | dict(line.drafted)
 
 
+def test_slots_that_a_forward_leaves_out_are_not_drafted_again(tmp_path):
+    """Small blocks are fed alone; the rest of their block is fed again later."""
+    traces.lend("fast-dllm-v2", tmp_path / "m")
+    decoder = {"name": "fast-dllm-v2", "small_block": 4, "confidence": 0.6, "block_cache": True}
+    values = {"tasks": "mini", "model": str(tmp_path / "m"), "decoder": decoder, "max_new_tokens": 16}
+    records, _ = trace_answer(build_spec(values), PROMPT)
+    assert {line.slots for line in records if line.kind == "denoise"} == {4, 16}
+    places = [place for line in records for place in line.drafted]
+    assert len(places) == len(set(places))
+
+
 def test_watching_changes_nothing():
     checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"))
     ids = tuple(checkpoint.tokenizer(PROMPT)["input_ids"])

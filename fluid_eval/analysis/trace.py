@@ -88,7 +88,8 @@ def forward_records(steps: Sequence[RowForward], checkpoint: Checkpoint, prompt:
         # 2) draft tokens that the next forward feeds, and which of them are new
         draft, siblings = _draft_of(following, checkpoint.mask_id, prompt) if following else ({}, 0)
         fresh = {place: token for place, token in draft.items() if place >= length and pending.get(place) != token}
-        pending = draft
+        fed = {position - prompt for position in following.positions} if following else set()
+        pending = {place: token for place, token in pending.items() if place not in fed} | draft
         # 3) anchors of this forward's mask blocks
         anchors = sorted({position - prompt for position in step.anchors if position is not None})
         records.append(

@@ -80,15 +80,17 @@ class BlockDiffusionStrategy:
         settings: BlockDiffusionSettings,
     ) -> None:
         self.backbone, self.mask_id, self.end_ids, self.settings = backbone, mask_id, frozenset(end_ids), settings
-        self.max_slots = block_length
+        self.block_length = block_length
+        # A small block stands behind the rest of its block, and may be padded to a whole one by other rows.
+        self.max_slots = block_length * (2 if settings.block_cache else 1)
         self.small_block = settings.small_block_length(block_length)
         at_end = settings.grid == "prompt end"
         self.prompt_blocks = PromptBlocks(block_length, at_end) if settings.context == "block" else None
 
     def allocate(self, rows: int) -> None:
         device = self.backbone.device
-        self._block = torch.full((rows, self.max_slots), self.mask_id, device=device)
-        self._is_written = torch.zeros(rows, self.max_slots, dtype=torch.bool, device=device)
+        self._block = torch.full((rows, self.block_length), self.mask_id, device=device)
+        self._is_written = torch.zeros(rows, self.block_length, dtype=torch.bool, device=device)
         self._ages = torch.zeros_like(self._block)  # denoise forwards since a slot was written
         self._width = torch.zeros(rows, dtype=torch.long, device=device)
         self._host = [_Block()] * rows
@@ -125,7 +127,7 @@ class BlockDiffusionStrategy:
         # small blocks: their positions are not their columns, which are behind the block's other slots
         first = torch.tensor([[block.fed.start, block.others] for block in active], device=device)  # (n, 2)
         slot = first[:, :1] + torch.arange(slots, device=device)  # (n, S)
-        ids = self._block[:rows].gather(1, slot.clamp(max=self.max_slots - 1))
+        ids = self._block[:rows].gather(1, slot.clamp(max=self.block_length - 1))
         return Feed(ids, widths, kinds, intervals._replace(offsets=slot - first[:, 1:]))
 
     def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> list[RowUpdate]:
@@ -205,7 +207,7 @@ class BlockDiffusionStrategy:
         for row, window, tokens in zip(rows, window_left, given, strict=True):
             block = self._host[row]
             left = block.left - max(0, block.width - block.given)
-            width = min(self.max_slots, window, left if self.settings.clips_last else self.max_slots)
+            width = min(self.block_length, window, left if self.settings.clips_last else self.block_length)
             self._host[row] = _Block(width=width, given=len(tokens), left=left, fed=range(width))
             widths.append(width)
         self._width[at] = torch.tensor(widths, device=at.device)
@@ -274,9 +276,9 @@ class BlockDiffusionStrategy:
 
     def _schedule(self, block: _Block) -> tuple[int, ...]:
         """Tokens of each denoise forward of a block, empty where their number is open."""
-        settings, steps = self.settings, self.settings.steps_for(self.max_slots)
+        settings, steps = self.settings, self.settings.steps_for(self.block_length)
         if settings.schedule == "even":
-            return transfer_schedule.even(self.max_slots, steps)
+            return transfer_schedule.even(self.block_length, steps)
         return transfer_schedule.by_alpha(block.width, steps, settings.alpha) if settings.schedule == "alpha" else ()
 
     def _predict(self, rows: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -308,7 +310,7 @@ class BlockDiffusionStrategy:
         """Uniform random numbers, (n, slots). A row draws for its widest block, so that its numbers do not depend on
         how wide the batch is.
         """
-        numbers = [torch.rand(self.max_slots, generator=self._generators[row]) for row in rows.tolist()]
+        numbers = [torch.rand(self.block_length, generator=self._generators[row]) for row in rows.tolist()]
         return torch.stack(numbers)[:, :slots]
 
     def _read_back(self, start: int, updates: list[RowUpdate]) -> None:
@@ -316,13 +318,13 @@ class BlockDiffusionStrategy:
 
         Final are tokens without a mask before them in their small block. `updates` of rows start.. get the tokens.
         """
-        slot = torch.arange(self.max_slots, device=self._block.device)
+        slot = torch.arange(self.block_length, device=self._block.device)
         rows = slice(start, start + len(updates))
         is_done = self._is_written[rows] | (slot >= self._width[rows, None])
         filled = is_done.cumprod(1).sum(1)  # (n,) slots before the first mask
         state = torch.cat([filled[:, None], self._block[rows], self._ages[rows]], 1)
         for number, (reached, *slots) in enumerate(state.tolist()):
-            tokens, ages = slots[: self.max_slots], slots[self.max_slots :]
+            tokens, ages = slots[: self.block_length], slots[self.block_length :]
             block = self._host[start + number]
             block = block._replace(is_full=reached >= block.width, filled=reached)
             self._host[start + number] = block

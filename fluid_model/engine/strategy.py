@@ -82,7 +82,9 @@ class Strategy(Protocol):
     """
 
     max_slots: int
-    """Most slots that one row feeds in one forward, prompts aside. Final once rows are allocated."""
+    """Most columns of the cache that a forward needs behind a row's tokens, prompts aside: slots fed, and those cached
+    before that will be `dropped`. Final once rows are allocated.
+    """
     prefills_prompt: bool
     """Whether prompts are cached before `admit`; not where every forward feeds them again."""
 
