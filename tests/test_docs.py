@@ -103,7 +103,7 @@ def test_the_counts_of_the_fields_decoders_are_those_of_the_bench():
     page = (ROOT / "docs" / "decoders.md").read_text().partition("## Beside the public samplers")[2]
     printed = dict(re.findall(r"^\| `([\w-]+)` .* \| \d+ of (\d+) \|$", page, re.M))
     workload, counts = plan.FieldWorkload(), dict.fromkeys(plan.RULES, 0)
-    for model in plan.MODELS:
+    for model in (*plan.MODELS, *plan.RENAMED):
         for name in model.decoders():
             pairs = [pair for rule in plan.RULES[name] for pair in plan.comparisons(name, rule, workload)]
             counts[name] += len(pairs) * len(workload.lengths)
