@@ -53,7 +53,7 @@ RESULT_HOLDS: dict[str, Check] = {
 }  # fmt: skip
 SPEC_HOLDS: dict[str, Check] = {
     "id": text, "tasks": each(text), "model": table({"path": text}), "decoder": table({"name": text}),
-    "limit": maybe(count),
+    "backend": maybe(table({"name": text})), "limit": maybe(count),
 }  # fmt: skip
 ENVIRONMENT_HOLDS: dict[str, Check] = {
     "same": by_name(anything), "versions": by_name(maybe(text)),
@@ -75,6 +75,7 @@ SWEEP_HOLDS: dict[str, Check] = {
 }  # fmt: skip
 SWEEP_MAY_HOLD: dict[str, Check] = {
     "caption": text,
+    "left_out": text,
     "areas": each(table({"method": text, "mean": maybe(number), "tasks": by_name(table({"why": text}))})),
 }
 """Fields of a sweep's result that earlier versions did not write."""
