@@ -159,7 +159,8 @@ def test_the_field_is_printed(capsys):
     assert field.main(["--quick", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert all(row["ids"] == row["answers"] == row["batched"] == 2 for row in printed["rows"])
-    assert len(printed["rows"]) == sum(len(plan.RULES[d]) for model in plan.MODELS for d in model.decoders())
+    models = (*plan.MODELS, *plan.RENAMED)
+    assert len(printed["rows"]) == sum(len(plan.RULES[d]) for model in models for d in model.decoders())
 
 
 def test_an_unknown_part_is_refused(capsys):
