@@ -255,12 +255,15 @@ PARTS = {
 BLOCK = re.compile(r"(<!-- python -m bench\.smol --only (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
+def without_block(page: Path, parts: Sequence[str]) -> list[str]:
+    """The parts that have no block in a page."""
+    blocks = {name for _, name, _ in BLOCK.findall(page.read_text(encoding="utf-8"))}
+    return [part for part in parts if part not in blocks]
+
+
 def rewrite(page: Path, texts: Mapping[str, str]) -> None:
-    """Replace the blocks of a page whose parts are in `texts`. Raises ValueError if the page lacks one of them."""
+    """Replace the blocks of a page whose parts are in `texts`."""
     text = page.read_text(encoding="utf-8")
-    missing = texts.keys() - {name for _, name, _ in BLOCK.findall(text)}
-    if missing:
-        raise ValueError(f"{page}: no block for {', '.join(sorted(missing))}")
     page.write_text(BLOCK.sub(lambda b: f"{b[1]}{texts[b[2]]}\n{b[3]}" if b[2] in texts else b[0], text), "utf-8")
 
 
@@ -275,6 +278,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, metavar="FILE", help="page whose blocks to write")
     options = parser.parse_args(arguments)
     plan = SmolWorkload(prompts=4, alone=2, timed=1, runs=1) if options.quick else SmolWorkload()
+    wanted = options.only or (() if options.results else tuple(PARTS))
+    parts = [*(["benchmarks"] if options.results else []), *wanted]
+    if options.page and (missing := without_block(options.page, parts)):
+        parser.error(f"{options.page} has no block for {', '.join(missing)}; name other parts by --only")
     # 1) benchmarks: from runs that are there
     texts = {}
     if options.results:
@@ -283,7 +290,6 @@ def main(arguments: list[str] | None = None) -> int:
     print(*texts.values(), sep="\n")
     # 2) measured here, part by part, for each takes minutes
     results: list[Bar] = []
-    wanted = options.only or (() if options.results else PARTS)
     if wanted:
         pair = Pair(*(fluid_model.load(str(path), device="cpu", dtype="float32") for path in (PARENT, options.child)))
         forward, budget = pair.child.backbone.forward_choice.kind, pair.child.backbone.slot_budget

@@ -104,15 +104,16 @@ def test_finished_runs_share_a_row_by_system(tmp_path, monkeypatch):
         smol_table.table([read.folder, read.folder])
 
 
-def test_blocks_of_a_page_are_rewritten_by_name(tmp_path):
+def test_blocks_of_a_page_are_rewritten_by_name(tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text(
         "a\n" + "".join(f"<!-- python -m bench.smol --only {n} -->\nold\n<!-- end -->\n" for n in ("x", "y"))
     )
     smol.rewrite(page, {"y": "new"})
     assert page.read_text().split("\n")[2:6:3] == ["old", "new"]
-    with pytest.raises(ValueError, match="no block for z"):
-        smol.rewrite(page, {"z": ""})
+    with pytest.raises(SystemExit):
+        smol.main(["--only", "gguf", "--only", "speed", "--page", str(page)])
+    assert "has no block for gguf, speed; name other parts by --only" in capsys.readouterr().err
 
 
 QUICK = plan.FieldWorkload(sizes=(8,), heats=(0.7,), lengths=(3, 17))
