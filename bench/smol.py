@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import random
 import re
-import resource
 import statistics
 import sys
 import time
@@ -27,7 +26,7 @@ from pathlib import Path
 import torch
 
 import fluid_model
-from fluid_eval.common import paths
+from fluid_eval.common.paths import resource
 from fluid_model import ArSettings, Checkpoint, DecoderSettings, FluidSettings, Generation
 from fluid_model.checkpoints.gguf_files import gguf_of
 from fluid_model.forward.kv_cache import KVCache
@@ -236,10 +235,16 @@ def memory(pair: Pair, plan: SmolWorkload) -> SmolPart:
 
 def peak_memory(path: str, settings: DecoderSettings, prompts: Sequence[str], batch: int) -> tuple[int, int]:
     """Peak resident bytes of this process, before a checkpoint is loaded and after it has written answers."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_bytes()
     checkpoint = fluid_model.load(path, device="cpu", dtype="float32")
     write(checkpoint, settings, chats(checkpoint, list(prompts)), batch)
-    return before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return before, _peak_bytes()
+
+
+def _peak_bytes() -> int:
+    """Of this program alone: getrusage counts what the process was before it was started, the parent's memory too."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[1])  # type: ignore[index]
 
 
 PARTS = {
@@ -270,7 +275,7 @@ def rewrite(page: Path, texts: Mapping[str, str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print. Exit code 1 if a bar is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench.smol", description=__doc__)
-    parser.add_argument("--child", type=Path, default=paths.resource("checkpoints") / "smol-fluid", metavar="FOLDER")
+    parser.add_argument("--child", type=Path, default=resource("checkpoints") / "smol-fluid", metavar="FOLDER")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a few prompts, one run: whether it works")
     parser.add_argument("--only", choices=PARTS, action="append", help="parts to measure; default: all")
@@ -287,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.results:
         tables = smol_table.table(options.results), smol_table.agreement(options.results)
         texts["benchmarks"] = "\n\n".join(tables)
-    print(*texts.values(), sep="\n")
+        print(texts["benchmarks"])
     # 2) measured here, part by part, for each takes minutes
     results: list[Bar] = []
     if wanted:
@@ -301,7 +306,8 @@ def main(arguments: list[str] | None = None) -> int:
             shown = [bars.render(part.bars, as_json=False)] if part.bars else []
             texts[name] = "\n\n".join([*shown, *filter(None, [part.table]), f"Measured on {where}."])
             print(f"{name}\n{texts[name]}\n", file=sys.stderr)
-        print(bars.render(results, as_json=options.json))
+        if results or options.json:
+            print(bars.render(results, as_json=options.json))
     # 3) the page
     if options.page:
         rewrite(options.page, texts)

@@ -10,7 +10,8 @@ from typing import Any
 import fluid_eval
 from fluid_eval import Result, SweepResult
 from fluid_eval.results.metrics import TableRow
-from fluid_eval.results.run_folder import SWEEP
+from fluid_eval.results.run_folder import SPEC, SWEEP
+from fluid_eval.results.stored_values import read_spec
 from fluid_model import ConfigError
 
 from . import bars
@@ -40,7 +41,8 @@ def table(folders: Sequence[Path]) -> str:
                 raise ConfigError(f"{result.folder}: {task} of {label(result)!r} is in two folders; name one of them")
             row[task] = cell(line)
     tasks = [task for task in METRICS if any(task in row for row in cells.values())]
-    return bars.table(["system", *tasks], [[name, *(row.get(t, "") for t in tasks)] for name, row in cells.items()])
+    rows = [[name, *(cells[name].get(task, "") for task in tasks)] for name in in_order(cells)]
+    return bars.table(["system", *tasks], rows)
 
 
 def agreement(folders: Sequence[Path]) -> str:
@@ -60,8 +62,14 @@ def agreement(folders: Sequence[Path]) -> str:
                 row = same.setdefault(label(run), {}).setdefault(s.task, [])
                 row.append(s.output == texts[s.task, s.doc_id])
     tasks = [task for task in METRICS if any(task in row for row in same.values())]
-    rows = [[name, *(f"{100 * mean(row[t]):.1f}" if t in row else "" for t in tasks)] for name, row in same.items()]
+    shares = {name: {task: f"{100 * mean(row[task]):.1f}" for task in row} for name, row in same.items()}
+    rows = [[name, *(shares[name].get(task, "") for task in tasks)] for name in in_order(shares)]
     return bars.table([f"the text of {PARENT}, %", *tasks], rows)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """The parent first, then by name."""
+    return sorted(names, key=lambda name: (name != PARENT, name))
 
 
 def results(folders: Iterable[Path]) -> Iterable[Result]:
@@ -82,8 +90,10 @@ def judged(result: Result) -> Iterable[tuple[str, TableRow]]:
 
 
 def label(result: Result) -> str:
-    """A system in words: model, decoder, and what of the decoder's settings the table varies."""
+    """A system in words: model, decoder, and what of the decoder's settings the table varies; or model and backend."""
     model, decoder = Path(result.model).name, result.decoder
+    if backend := read_spec(result.folder / SPEC).get("backend"):
+        return f"{model}, lm-eval's {backend['name']}"
     if decoder["name"] != "fluid":
         return f"{model}, {decoder['name']}"
     how = "verified" if decoder["verify"] else f"unverified, γ {decoder['confidence']:g}"

@@ -100,6 +100,10 @@ def test_finished_runs_share_a_row_by_system(tmp_path, monkeypatch):
         ]
     )
     assert shorter.splitlines()[-1] == "| tiny-fluid, verified, K 16 | 50.0 |", "four answers, two of them cut"
+    spec = json.loads((read.folder / "spec.json").read_text())
+    (read.folder / "spec.json").write_text(json.dumps({**spec, "backend": {"name": "hf"}}))
+    assert smol_table.label(read) == "tiny-fluid, lm-eval's hf"
+    (read.folder / "spec.json").write_text(json.dumps(spec))
     with pytest.raises(fluid_eval.ConfigError, match=f"{second} of 'tiny-fluid, verified, K 16' is in two"):
         smol_table.table([read.folder, read.folder])
 

@@ -96,7 +96,7 @@ def test_the_page_of_claims_is_what_the_command_writes_from_what_was_measured(tm
 
 
 def test_a_reason_on_the_page_of_claims_is_not_out_of_date():
-    """What is said to be missing of this package is not there yet."""
+    """A decoder or task that a reason names as missing is not in this package yet."""
     page = (resource("checkpoints").parent / "docs" / "claims.md").read_text()
     wanted = re.findall(r"not run: needs (decoder|task) ([^,|]+?)(?:,| \|)", page)
     assert wanted

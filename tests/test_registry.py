@@ -257,7 +257,7 @@ def test_a_decoder_that_this_process_alone_knows_fails_on_ray_in_one_line(topk_p
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("fluid-eval: decoder='topk' is unknown; known: ar, fluid")
     assert last.endswith(
-        "so says a Ray worker, another process, which must find the decoder by itself: in a package installed there, "
+        "raised in a Ray worker, another process, which must find the decoder by itself: in a package installed there, "
         "in the working directory, or by PYTHONPATH"
     )
     assert not (tmp_path / "ray").exists()

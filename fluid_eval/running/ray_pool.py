@@ -335,7 +335,7 @@ def _with_way_out(error: ConfigError | RunError) -> ConfigError | RunError:
     if not str(error).startswith("decoder="):
         return error
     return ConfigError(
-        f"{error}: so says a Ray worker, another process, which must find the decoder by itself: in a package "
+        f"{error}: raised in a Ray worker, another process, which must find the decoder by itself: in a package "
         "installed there, in the working directory, or by PYTHONPATH"
     )
 
