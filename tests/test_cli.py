@@ -196,7 +196,9 @@ def test_the_same_command_again_shows_what_it_made(capsys, tmp_path, tiny_model,
     (result,) = tmp_path.glob("runs/*/result.json")
     code, _, err = run(capsys, *words, "--out", result.parent)
     assert code == 2
-    assert "holds a finished run of this spec; pass --resume to go on" in err, "a folder that was named is not assumed"
+    assert "holds a finished run of this spec; pass --resume to see its result" in err, (
+        "a folder that was named is not assumed"
+    )
 
 
 def test_doctor(capsys, little_data, data_dir, monkeypatch):

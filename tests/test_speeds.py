@@ -9,6 +9,7 @@ import pytest
 
 from fluid_eval.analysis.compare import compare
 from fluid_eval.analysis.speed_ratios import TimedRun, speeds
+from fluid_eval.cli import EXIT_UNHEALTHY
 from fluid_eval.cli.main import main
 from fluid_eval.common.paths import resource
 from fluid_eval.common.spec import build_spec
@@ -55,6 +56,12 @@ def test_a_resumed_run_feeds_what_an_unbroken_one_does(tmp_path):
     assert {json.dumps(r["draft_policy"]) for r in again} == {json.dumps({"slot_budget": 40, "rows": 6})}
     assert (complete["conditions"]["rows"], complete["conditions"]["slot_budget"]) == ([6], [40])
     assert {**complete["conditions"], "sessions": 2} == resumed["conditions"]
+
+
+@pytest.mark.parametrize(("task", "has_written"), [("mini_gsm8k_1", True), ("mini_mmlu_1", False)])
+def test_conditions_of_tokens_a_forward_are_shown_where_text_was_written(tmp_path, capsys, task, has_written):
+    assert main(["run", "--tasks", task, "--limit", "1", "--out", str(tmp_path / "run")]) in (0, EXIT_UNHEALTHY)
+    assert ("tok/fwd at " in capsys.readouterr().out) == has_written
 
 
 def test_what_forwards_hold_under_is_marked_where_it_differs(tmp_path, capsys):

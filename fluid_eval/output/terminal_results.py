@@ -64,7 +64,8 @@ def _print_tables(console: Console, result: Mapping[str, Any]) -> None:
         console.print("–: not known; another program wrote these answers and does not say")
     if not repeats and any(line["tokens_per_second"] and line["forwards"] is not None for line in result["lines"]):
         console.print("tok/s of a single run have no interval; --speed-repeats 5 gives one")
-    if (under := result.get("conditions")) and (conditions := speed_conditions.drafting(under)):
+    written = any(line["tokens_per_forward"] is not None for line in result["lines"])
+    if written and (under := result.get("conditions")) and (conditions := speed_conditions.drafting(under)):
         console.print(f"tok/fwd at {conditions}")
 
 

@@ -73,8 +73,10 @@ class Run:
         elif stored.id != spec.id:
             raise ConfigError(f"{folder} holds another run ({_difference(stored, spec)}); choose another --out")
         elif not resume:
-            state = "a finished run" if (folder / RESULT).exists() else "a run that was not finished"
-            raise ConfigError(f"{folder} holds {state} of this spec; pass --resume to go on, or another --out")
+            state, then = "a run that was not finished", "go on"
+            if (folder / RESULT).exists():
+                state, then = "a finished run", "see its result"
+            raise ConfigError(f"{folder} holds {state} of this spec; pass --resume to {then}, or another --out")
         else:
             self._index_samples()
 
