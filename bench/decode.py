@@ -21,6 +21,7 @@ import torch
 import fluid_model
 from fluid_eval.common.paths import resource
 from fluid_model import ArSettings, Checkpoint, FluidSettings, Generation, Request
+from fluid_model.checkpoints.gguf_files import gguf_of
 from fluid_model.forward.backbone import Backbone
 from fluid_model.settings import DecoderSettings
 
@@ -53,14 +54,21 @@ class Workload:
     source: Callable[[int], list[str]] = mini
 
 
-def requests(checkpoint: Checkpoint, prompts: Sequence[str], new_tokens: int = NEW) -> list[Request]:
-    """One request a prompt, named by its place; as the only user turn where the tokenizer has a chat template."""
+def as_asked(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[str]:
+    """Each prompt as the only user turn where the tokenizer has a chat template, else as it is."""
     tokenizer = checkpoint.tokenizer
-    if tokenizer.chat_template:
-        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        prompts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    if not tokenizer.chat_template:
+        return list(prompts)
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+
+
+def requests(checkpoint: Checkpoint, prompts: Sequence[str], new_tokens: int = NEW) -> list[Request]:
+    """One request a prompt, named by its place, see `as_asked`."""
+    tokenizer = checkpoint.tokenizer
     special = not tokenizer.chat_template
-    ids = [tuple(tokenizer(prompt, add_special_tokens=special)["input_ids"]) for prompt in prompts]
+    texts = as_asked(checkpoint, prompts)
+    ids = [tuple(tokenizer(text, add_special_tokens=special)["input_ids"]) for text in texts]
     return [Request(str(n), prompt, new_tokens) for n, prompt in enumerate(ids)]
 
 
@@ -113,18 +121,26 @@ def generate(checkpoint: Checkpoint, work: Sequence[Request]) -> int:
     return written
 
 
-def lm_eval_backend(prompts: Sequence[str], batch: int) -> Callable[[], int]:
-    """lm-eval's `hf` backend over tiny-fluid on the same prompts. The call returns tokens written."""
-    from lm_eval.api.instance import Instance
+def lm_eval_hf(model: str, batch: int) -> Any:
+    """lm-eval's `hf` backend over a folder or a GGUF file, float32."""
     from lm_eval.models.huggingface import HFLM
 
-    model = HFLM(pretrained=str(TINY), device="cpu", dtype="float32", batch_size=batch)
-    options = {"until": [], "max_gen_toks": NEW, "do_sample": False}
-    work = [Instance("generate_until", {}, (prompt, dict(options)), n) for n, prompt in enumerate(prompts)]
+    file = gguf_of(model)
+    source = {"pretrained": model} if file is None else {"pretrained": str(file.parent), "gguf_file": file.name}
+    return HFLM(**source, device="cpu", dtype="float32", batch_size=batch)
+
+
+def lm_eval_writer(model: str, texts: Sequence[str], batch: int, new_tokens: int = NEW) -> Callable[[], int]:
+    """A call that answers texts by lm-eval's `hf` backend and returns tokens written."""
+    from lm_eval.api.instance import Instance
+
+    backend = lm_eval_hf(model, batch)
+    options = {"until": [], "max_gen_toks": new_tokens, "do_sample": False}
+    work = [Instance("generate_until", {}, (text, dict(options)), n) for n, text in enumerate(texts)]
 
     def call() -> int:
-        texts = model.generate_until(work, disable_tqdm=True)
-        return sum(len(model.tok_encode(text, add_special_tokens=False)) for text in texts)
+        answers = backend.generate_until(work, disable_tqdm=True)
+        return sum(len(backend.tok_encode(answer, add_special_tokens=False)) for answer in answers)
 
     return call
 
@@ -177,7 +193,7 @@ def together(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
         systems = {"AR": writer(checkpoint, ArSettings(), work, batch)}
         systems["ours"] = writer(checkpoint, FluidSettings(), work, batch)
         if batch >= 8 and is_tiny:
-            systems["hf"] = lm_eval_backend(prompts, batch)
+            systems["hf"] = lm_eval_writer(str(TINY), prompts, batch)
         speed |= {(name, batch): value for name, value in side_by_side(systems, plan.runs).items()}
         ratio = speed["ours", batch] / speed["AR", batch]
         results.append(bars.at_least(f"tokens/s at batch {batch}: ours / AR in this engine", ratio, 0.97))

@@ -7,6 +7,7 @@ measures all formats of the weights in turns, in one process; the median of its 
     slots    forwards of more slots / of one
     busy     forwards beside a process that computes without end / alone
     text     tokens/s of AR at batch 1 / of transformers' `generate`, in its better format
+    batches  tokens/s of AR / of lm-eval's `hf` backend, float32, 64 GSM8K questions, the best batch of each
 
 Forwards stand behind 200 cached tokens and include the vocabulary projection of every slot.
 """
@@ -25,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from fluid_model.forward.llama import LINEAR
 
 from . import bars
 from .bars import Bar
-from .decode import generate, side_by_side, writer
+from .decode import as_asked, generate, lm_eval_writer, side_by_side, writer
 from .prompts import real
 from .smol import chats
 
@@ -50,12 +51,14 @@ SLOTS = (1, 2, 4, 8, 16, 32)
 BUSY_SLOTS = (1, 8)
 NEW = 32
 """Tokens of a timed text."""
+BATCHES = (8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model in all formats. runs: of which the median."""
+    """One model in all formats. name: as given.  runs: of which the median."""
 
+    name: str
     models: Mapping[str, Checkpoint]
     runs: int
 
@@ -196,8 +199,6 @@ def busy(case: Case) -> list[Bar]:
 
 def text(case: Case) -> list[Bar]:
     """AR at batch 1 against `generate`, one prompt."""
-    from dataclasses import replace
-
     first = next(iter(case.models.values()))
     work = [replace(request, max_new_tokens=NEW) for request in chats(first, real(1) or ["How many legs has a cat?"])]
     systems = {name: writer(model, ArSettings(), work, 1) for name, model in case.models.items()}
@@ -215,11 +216,27 @@ def text(case: Case) -> list[Bar]:
     return [*results, bars.at_least("tokens/s at batch 1: AR / generate, best format of each", plain / best, 4)]
 
 
+def batches(case: Case) -> list[Bar]:
+    """AR of one format against lm-eval's `hf`, both at several batch sizes."""
+    model = case.models.get("float32") or next(iter(case.models.values()))
+    prompts = real(64 if case.runs > 1 else 2) or ["How many legs has a cat?"]
+    work = [replace(request, max_new_tokens=2 * NEW) for request in chats(model, prompts)]
+    best = {"AR": 0.0, "hf": 0.0}
+    for batch in BATCHES:
+        systems = {"AR": writer(model, ArSettings(), work, batch)}
+        systems["hf"] = lm_eval_writer(case.name, as_asked(model, prompts), batch, 2 * NEW)
+        speed = side_by_side(systems, case.runs)
+        print(f"Batch {batch}, tokens/s: AR {speed['AR']:.1f}, hf {speed['hf']:.1f}", file=sys.stderr)
+        best = {name: max(best[name], value) for name, value in speed.items()}
+    name = f"tokens/s of {len(prompts)} questions: AR / lm-eval hf, best batch of each"
+    return [bars.at_least(name, best["AR"] / best["hf"], 2)]
+
+
 def _generate(model: Checkpoint, work: Sequence[fluid_model.Request]) -> Callable[[], int]:
     return lambda: generate(model, work)
 
 
-PARTS = {"floor": floor, "slots": slots, "busy": busy, "text": text}
+PARTS = {"floor": floor, "slots": slots, "busy": busy, "text": text, "batches": batches}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -232,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=PARTS, action="append", help="parts to measure; default: all")
     options = parser.parse_args(arguments)
     models = {name: fluid_model.load(options.model, device="cpu", dtype=name) for name in options.format or FORMATS}
-    case = Case(models, 1 if options.quick else 5)
+    case = Case(options.model, models, 1 if options.quick else 5)
     kinds = {model.backbone.forward_choice for model in models.values()}
     print(f"{torch.get_num_threads()} threads; " + "; ".join(f"{c.kind} ({c.reason})" for c in kinds), file=sys.stderr)
     results = [bar for name in options.only or PARTS for bar in PARTS[name](case)]

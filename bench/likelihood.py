@@ -1,4 +1,6 @@
-"""MMLU by likelihood, 5 shots, side by side with lm-eval's `hf` backend: `python -m bench.likelihood [--json]`.
+"""MMLU by likelihood, 5 shots, side by side with lm-eval's `hf` backend.
+
+python -m bench.likelihood [--model NAME] [--json] [--quick]
 
 The same prompts, model and machine; every question is four choices after one context. Needs MMLU in a folder named
 shared beside the checkout.
@@ -17,12 +19,11 @@ from typing import Any
 
 import fluid_model
 from fluid_eval.analysis.losslessness import in_float64
-from fluid_eval.common.paths import resource
 from fluid_model import Checkpoint, Scorer, ScoreRequest
 
 from . import bars
 from .bars import Bar
-from .decode import side_by_side
+from .decode import TINY, lm_eval_hf, side_by_side
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "mmlu"
 SUBJECTS = ("abstract_algebra", "anatomy", "management", "philosophy", "world_religions")
@@ -73,12 +74,11 @@ def ours(checkpoint: Checkpoint, contexts: list[str], scores: list[list[float]])
     return call
 
 
-def theirs(folder: Path, contexts: list[str], scores: list[list[float]]) -> Callable[[], int]:
+def theirs(model: str, contexts: list[str], scores: list[list[float]]) -> Callable[[], int]:
     """The same by lm-eval's backend."""
     from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
 
-    model = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=BATCH)
+    backend = lm_eval_hf(model, BATCH)
     work = [
         Instance("loglikelihood", {}, (context, letter), 4 * n + i)
         for n, context in enumerate(contexts)
@@ -86,7 +86,7 @@ def theirs(folder: Path, contexts: list[str], scores: list[list[float]]) -> Call
     ]
 
     def call() -> int:
-        flat = [value for value, _ in model.loglikelihood(work, disable_tqdm=True)]
+        flat = [value for value, _ in backend.loglikelihood(work, disable_tqdm=True)]
         scores[:] = [flat[start : start + 4] for start in range(0, len(flat), 4)]
         return len(contexts)
 
@@ -102,19 +102,19 @@ def apart(one: list[list[float]], other: list[list[float]]) -> float:
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print. Exit code 1 if a bar is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench.likelihood", description=__doc__)
+    parser.add_argument("--model", default=str(TINY), help="a causal model: folder or GGUF file; default: tiny-fluid")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a few questions, one run: whether it works")
     options = parser.parse_args(arguments)
-    folder = resource("checkpoints") / "tiny-fluid"
     contexts = questions(2 if options.quick else 20)
-    checkpoint = fluid_model.load(str(folder), device="cpu", dtype="float32")
+    checkpoint = fluid_model.load(options.model, device="cpu", dtype="float32")
     mine: list[list[float]] = []
     other: list[list[float]] = []
-    systems = {"ours": ours(checkpoint, contexts, mine), "hf": theirs(folder, contexts, other)}
+    systems = {"ours": ours(checkpoint, contexts, mine), "hf": theirs(options.model, contexts, other)}
     speed = side_by_side(systems, 1 if options.quick else 5)
     print(f"questions/s: ours {speed['ours']:.1f}, lm-eval's hf backend {speed['hf']:.1f}", file=sys.stderr)
     exact: list[list[float]] = []
-    ours(in_float64(fluid_model.load(str(folder), device="cpu", dtype="float32")), contexts, exact)()
+    ours(in_float64(fluid_model.load(options.model, device="cpu", dtype="float32")), contexts, exact)()
     wrong, theirs_wrong = apart(mine, exact), apart(other, exact)
     print(f"largest difference between the two: {apart(mine, other):.2g} nats", file=sys.stderr)
     results: list[Bar] = [
