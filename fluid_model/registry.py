@@ -46,6 +46,10 @@ _named: dict[str, type[DecoderSettings]] = {}
 """Classes that were named as `module:Class` in this process."""
 
 
+class DecoderNotFoundError(ConfigError):
+    """A decoder that this process does not find. Another one, of another path, may."""
+
+
 def decoders() -> dict[str, type[DecoderSettings]]:
     """Every registered decoder by name, this package's first, and those named before in this process.
 
@@ -76,7 +80,7 @@ def decoder_named(name: Any, *, stored: bool = False) -> type[DecoderSettings]:
     if isinstance(name, str) and name in _entry_points():
         return _from_entry_point(name)
     known = decoders()
-    raise ConfigError(
+    raise DecoderNotFoundError(
         f"decoder={name!r} is unknown; {did_you_mean(name, known)}known: {', '.join(known)}, or MODULE:CLASS"
     )
 
@@ -166,7 +170,7 @@ def resolve(reference: str) -> Callable[..., Any]:
     module, _, name = reference.partition(":")
     named: Callable[..., Any] | None = getattr(_imported(reference, module), name, None)
     if named is None or not callable(named):
-        raise ConfigError(f"{reference}: {module} has no class or function {name!r}")
+        raise DecoderNotFoundError(f"{reference}: {module} has no class or function {name!r}")
     return named
 
 
@@ -214,7 +218,9 @@ def _imported(where: str, module: str) -> Any:
     try:
         return import_module(module)
     except (Exception, SystemExit) as error:  # foreign code raises errors of many types
-        raise ConfigError(f"{where}: importing {module!r} failed: {type(error).__name__}: {reason(error)}") from error
+        raise DecoderNotFoundError(
+            f"{where}: importing {module!r} failed: {type(error).__name__}: {reason(error)}"
+        ) from error
 
 
 def _serving(method: str) -> list[type[DecoderSettings]]:

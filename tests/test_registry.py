@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import sys
 from dataclasses import dataclass
@@ -15,12 +16,12 @@ from fluid_eval.cli.main import main
 from fluid_eval.common.spec import build_spec
 from fluid_eval.results import speed_conditions
 from fluid_eval.results.run_folder import held_spec, read_samples
+from fluid_eval.running import ray_pool
 from fluid_model import ConfigError, FluidSettings, LladaSettings, registry
 from fluid_model.registry import decoder_named, decoder_settings, decoders, default_decoder, plain_values
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/own-decoder.md").read_text()
-OWN = ["ar", "fluid", "nbdiff", "llada", "mdlm", "dream"]
 BASE = {"tasks": "mini", "model": "m"}
 OWN = [kind.name for kind in registry.BUILT_IN]
 CLASS = '''
@@ -220,20 +221,8 @@ def topk_package(tmp_path, monkeypatch):
     return folder
 
 
-TOPK = [
-    "run",
-    "--decoder",
-    "topk",
-    "--model",
-    "tiny-llada",
-    "--tasks",
-    "mini_gsm8k_1",
-    "--limit",
-    "3",
-    "--max-new-tokens",
-    "8",
-]
-TOPK += ["--max-new-tokens", "8"]
+TOPK = ["run", "--decoder", "topk", "--model", "tiny-llada", "--tasks", "mini_gsm8k_1"]
+TOPK += ["--limit", "3", "--max-new-tokens", "8"]
 ON_RAY = ["--engine", "ray", "--workers", "2"]
 
 
@@ -261,6 +250,17 @@ def test_a_decoder_that_this_process_alone_knows_fails_on_ray_in_one_line(topk_p
         "in the working directory, or by PYTHONPATH"
     )
     assert not (tmp_path / "ray").exists()
+
+
+def test_what_a_worker_cannot_find_says_where_it_looks():
+    """As raised there and sent here; other errors of a worker stay as they are."""
+    for reference in ("topk:TopK", "fluid_model:NoSuchDecoder"):
+        with pytest.raises(ConfigError) as raised:
+            registry.resolve(reference)
+        sent = pickle.loads(pickle.dumps(raised.value))
+        assert str(ray_pool._with_way_out(sent)).startswith(f"{raised.value}: raised in a Ray worker")
+    other = ConfigError("decoder=llada: its model has no mask token")
+    assert ray_pool._with_way_out(other) is other
 
 
 def test_a_notebook_s_decoder_wants_a_file(monkeypatch):

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluid_model.common.errors import ConfigError, RunError
 from fluid_model.common.files import Nested
+from fluid_model.registry import DecoderNotFoundError
 
 from ..common.spec import RunSpec
 from .chunks import Chunk, FailedRequest
@@ -332,7 +333,7 @@ def _silence(ray: Any) -> None:
 
 def _with_way_out(error: ConfigError | RunError) -> ConfigError | RunError:
     """A worker's error as the driver raises it. A decoder that is known here but not there: the way out."""
-    if not str(error).startswith("decoder="):
+    if not isinstance(error, DecoderNotFoundError):
         return error
     return ConfigError(
         f"{error}: raised in a Ray worker, another process, which must find the decoder by itself: in a package "
