@@ -34,6 +34,7 @@ _HOME = {
     "Score": "engine.records",
     "ScoreRequest": "engine.records",
     "Scorer": "scoring.loglikelihood",
+    "WedlmSettings": "settings.wedlm",
     "add_mask_token": "checkpoints.checkpoint",
     "describe": "checkpoints.checkpoint",
     "engine_for": "decoders",

@@ -30,13 +30,12 @@ from .common.names import did_you_mean
 from .settings import ArSettings, DecoderSettings, FluidSettings
 from .settings.block_diffusion import Bd3lmSettings, FastDllmSettings, NbdiffSettings, SdarSettings
 from .settings.masked_diffusion import DreamSettings, LladaSettings, MdlmSettings
+from .settings.wedlm import WedlmSettings
 
 BUILT_IN: tuple[type[DecoderSettings], ...] = (
     ArSettings, FluidSettings, NbdiffSettings, LladaSettings, MdlmSettings, DreamSettings, Bd3lmSettings, SdarSettings,
-    FastDllmSettings,
+    FastDllmSettings, WedlmSettings,
 )  # fmt: skip
-FIELD_METHODS = ("mdlm", "bd3lm", "sdar", "fast-dllm-v2", "wedlm")
-"""Adaptations of published checkpoints that are told by their layout, whether or not a decoder serves them yet."""
 GROUP = "fluid_eval.decoders"
 """Group of entry points."""
 FIXED = {"name", "source", "methods", "needs", "strategy", "scorer"}
@@ -99,15 +98,13 @@ def default_decoder(method: str | None, *, has_head: bool = True) -> str:
 
 
 def check_method(where: str, method: str, *, stated: bool = False) -> None:
-    """Raise ConfigError unless a decoder serves this adaptation, or published checkpoints are of it.
+    """Raise ConfigError unless a decoder serves this adaptation.
 
     stated: by a user alone, which tells nothing of a K-head: a decoder must serve it without one.
     """
-    if method in FIELD_METHODS:
-        return
     if not any(not stated or "K-head" not in kind.needs for kind in _serving(method)):
         kinds = [kind for kind in decoders().values() if not stated or "K-head" not in kind.needs]
-        known = dict.fromkeys([*(name for kind in kinds for name in kind.methods), *FIELD_METHODS])
+        known = dict.fromkeys(name for kind in kinds for name in kind.methods)
         raise ConfigError(f"{where}={method!r} is unknown; known: {', '.join(known)}")
 
 

@@ -15,6 +15,7 @@ from fluid_model.decoders import engine_for, scorer_for
 from fluid_model.settings import ArSettings, FluidSettings
 from fluid_model.settings.block_diffusion import NbdiffSettings
 from fluid_model.settings.masked_diffusion import LladaSettings
+from fluid_model.settings.wedlm import WedlmSettings
 
 from .tiny import byte_tokenizer, fluid_checkpoint
 
@@ -40,6 +41,7 @@ DECODERS = {
     "fluid, reference": FluidSettings(rounds="reference"),
     "nbdiff": NbdiffSettings(block_length=4, small_blocks=2),
     "llada": LladaSettings(block_length=4),
+    "wedlm": WedlmSettings(window=4, max_entropy=4.5),
 }
 
 

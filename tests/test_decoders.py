@@ -17,6 +17,7 @@ from fluid_model.engine.records import ScoreRequest
 from fluid_model.scoring.monte_carlo import CanvasScorer
 from fluid_model.settings.block_diffusion import NbdiffSettings
 from fluid_model.settings.masked_diffusion import LladaSettings
+from fluid_model.settings.wedlm import WedlmSettings
 
 from .test_laws import CHECKPOINT, calls_of, requests, write
 from .test_samplers import NEW
@@ -72,6 +73,8 @@ RANDOM = [
     NbdiffSettings(block_length=8, confidence=0.05),
     LladaSettings(block_length=8, steps=8, temperature=0.7),
     LladaSettings(block_length=8, remasking="random", suppress_end=True, guidance=1.0),
+    WedlmSettings(window=8, max_entropy=4.5),
+    WedlmSettings(window=4, temperature=0.7),
 ]
 
 

@@ -20,7 +20,7 @@ from fluid_eval.common.spec import build_spec
 from fluid_eval.results import run_folder
 from fluid_eval.running.decoder_choice import with_decoder
 from fluid_eval.running.job import run
-from fluid_model import ConfigError
+from fluid_model import ConfigError, registry
 from fluid_model.checkpoints import weights
 from fluid_model.checkpoints.special_tokens import read_special_tokens
 from fluid_model.forward import attention_masks
@@ -110,7 +110,7 @@ def test_configuration_and_tokenizer_are_enough_to_describe(tmp_path, layout, ca
     assert facts["mask_token"] == f"{mask} ({ids[mask]})"
     assert facts["end_tokens"] == [f"{text} ({ids[text]})" for text in ("<|endoftext|>", "<|im_end|>")]
     assert facts["block_length"] == BLOCKS.get(layout, "not stated")
-    assert facts["decoder"] == ("none" if layout == "wedlm" else METHODS[layout])
+    assert facts["decoder"] == METHODS[layout]
     assert facts["missing"][0] == "weights"
     assert main(["models", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == facts
@@ -249,12 +249,31 @@ def test_a_head_lies_under_head_as_on_the_hub(tmp_path, tiny_model):
 
 
 @pytest.mark.parametrize("named", [None, "ar", "llada"])
-def test_a_method_without_a_decoder_is_refused_before_weights_load(tmp_path, named):
+def test_a_method_without_a_decoder_is_refused_before_weights_load(tmp_path, named, monkeypatch):
+    """A layout may be known before its decoder is."""
+    monkeypatch.setattr(registry, "BUILT_IN", tuple(kind for kind in registry.BUILT_IN if kind.name != "wedlm"))
     folder = save_layout(tmp_path / "m", "wedlm")
     (folder / "model.safetensors").unlink()
     values = {"tasks": "gsm8k", "model": str(folder), "data_dir": str(write_gsm8k(tmp_path / "rows"))}
     with pytest.raises(ConfigError, match=r"adapted to wedlm have no decoder here yet; decoders are ar, "):
         run(build_spec(with_decoder(values | ({"decoder": named} if named else {}))), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("layout", "decoder", "message"),
+    [
+        ("wedlm", "llada", "decoder=llada: .*/m was adapted to wedlm; use --decoder wedlm"),
+        ("wedlm", "fast-dllm-v2", "decoder=fast-dllm-v2: .*/m was adapted to wedlm; use --decoder wedlm"),
+        ("sdar", "wedlm", "decoder=wedlm: .*/m was adapted to sdar; use --decoder sdar"),
+    ],
+)
+def test_a_decoder_of_another_layout_is_refused_before_weights_load(tmp_path, layout, decoder, message):
+    folder = save_layout(tmp_path / "m", layout)
+    (folder / "model.safetensors").unlink()
+    rows = str(write_gsm8k(tmp_path / "rows"))
+    with pytest.raises(ConfigError, match=message) as caught:
+        run(build_spec({"tasks": "gsm8k", "model": str(folder), "data_dir": rows, "decoder": decoder}), tmp_path / "r")
+    assert "\n" not in str(caught.value)
 
 
 def test_ar_is_refused_where_attention_is_bidirectional(tmp_path):
@@ -264,9 +283,8 @@ def test_ar_is_refused_where_attention_is_bidirectional(tmp_path):
         run(build_spec(values), tmp_path / "run")
 
 
-DECODED = [model for model in plan.MODELS if model.decoders()]
 QUICK = [plan.FieldModel("CoDA", "mdlm"), plan.FieldModel("sdar", "sdar")]
-SLOW = [pytest.param(model, marks=pytest.mark.slow) for model in DECODED if model not in QUICK]
+SLOW = [pytest.param(model, marks=pytest.mark.slow) for model in plan.MODELS if model not in QUICK]
 
 
 @pytest.mark.parametrize("model", [*QUICK, *SLOW], ids=str)
@@ -279,16 +297,16 @@ def test_a_published_folder_is_described_and_runs_gsm8k(tmp_path, model):
     facts = describe_model(str(bare))
     assert (facts["layout"], facts["method"]) == (model.layout, model.method or "none, a plain causal model")
     assert (facts["decoder"], facts["missing"]) == (model.method or "ar", ["weights"])
-    in_place = model.layout == "llada" or model.layout.startswith(("a2d", "sdar"))
+    in_place = model.layout.startswith(("llada", "a2d", "sdar", "wedlm"))
     assert facts["shift"].startswith("none" if in_place else "next-token")
     # 2) with them
     values = {"tasks": "gsm8k", "model": str(folder), "data_dir": str(write_gsm8k(tmp_path / "rows")), "limit": 2}
-    blocks = {} if facts["decoder"] in ("ar", "fluid") else {"block_length": 8}
-    spec = build_spec(with_decoder({**values, "max_new_tokens": 8, "num_fewshot": 0, "decoder": blocks}))
+    size = {"ar": {}, "fluid": {}, "wedlm": {"window": 8}}.get(facts["decoder"], {"block_length": 8})
+    spec = build_spec(with_decoder({**values, "max_new_tokens": 8, "num_fewshot": 0, "decoder": size}))
     assert spec.decoder.name == facts["decoder"]
     result = run(spec, tmp_path / "run")
     assert {line["n"] for line in result["lines"]} == {2}
-    kind = "denoise" if blocks else "prefill"
+    kind = "denoise" if size else "prefill"
     assert all(record["trace"]["forwards"][kind] > 0 for record in run_folder.read_samples(tmp_path / "run"))
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluid_eval.running.chunks import split_by_prefix
-from fluid_model import ArSettings, FluidSettings, Request, Scorer, ScoreRequest, engine_for
+from fluid_model import ArSettings, FluidSettings, Request, Scorer, ScoreRequest, WedlmSettings, engine_for
 from fluid_model.engine.shared_prefixes import MIN_PREFIX, common_prefix, group
 
 from .test_laws import calls_of
@@ -58,6 +58,7 @@ def work() -> list[Request]:
         FluidSettings(temperature=0.7, slot_budget=64),
         FluidSettings(verify=False, confidence=0.2),
         FluidSettings(rounds="reference"),
+        WedlmSettings(window=8, max_entropy=4.5),
     ],
 )
 @pytest.mark.parametrize("slots", [1, 4, 10])

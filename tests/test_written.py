@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fluid_model
 from fluid_eval.common.paths import resource
-from fluid_model import ArSettings, FluidSettings, LladaSettings, NbdiffSettings
+from fluid_model import ArSettings, FluidSettings, LladaSettings, NbdiffSettings, WedlmSettings
 from fluid_model.engine.records import Generation, RowForward
 from fluid_model.tokens import Tokenizer, decode_pieces
 
@@ -33,6 +33,7 @@ CANVAS = (
     NbdiffSettings(block_length=8, small_blocks=2, confidence=0.1),
     LladaSettings(block_length=8, steps=15),
     LladaSettings(block_length=8, steps=15, guidance=1.0),
+    WedlmSettings(window=8, max_entropy=4.5),
 )
 
 

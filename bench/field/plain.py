@@ -28,16 +28,23 @@ def in_blocks(length: int, first: int, block_length: int) -> Tensor:
     return (torch.arange(length) - first).div(block_length, rounding_mode="floor")
 
 
-def forward(checkpoint: Checkpoint, ids: Sequence[int], order: Tensor, states: DynamicCache | None = None) -> Tensor:
+def forward(
+    checkpoint: Checkpoint,
+    ids: Sequence[int],
+    order: Tensor,
+    states: DynamicCache | None = None,
+    places: Sequence[int] | None = None,
+) -> Tensor:
     """Logits of a row in which a slot attends to all that come before it or with it in the order: (L,) -> (L, V).
 
-    states: empty; gets the slots' keys and values.
+    states: empty; gets the slots' keys and values.  places: (L,) positions, where they are not those of `ids`.
     """
     bias = torch.zeros(1, 1, len(ids), len(ids))
     bias.masked_fill_(order[:, None] < order, torch.finfo(torch.float32).min)
+    positions = None if places is None else torch.tensor([places])
     with torch.inference_mode():
         logits: Tensor = checkpoint.model(
-            input_ids=torch.tensor([ids]), attention_mask=bias, past_key_values=states
+            input_ids=torch.tensor([ids]), attention_mask=bias, past_key_values=states, position_ids=positions
         ).logits[0]
     return logits
 

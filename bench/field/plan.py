@@ -19,11 +19,13 @@ from .plain import Written
 from .plain_blocks import plain_bd3lm, plain_fast_dllm, plain_nbdiff, plain_sdar
 from .plain_canvas import plain_llada, plain_mdlm
 from .plain_causal import plain_ar, plain_fluid
+from .plain_window import plain_wedlm
 
 NEW = 16
 PLAIN: dict[str, Callable[..., Written]] = {
     "ar": plain_ar, "fluid": plain_ar, "nbdiff": plain_nbdiff, "llada": plain_llada, "mdlm": plain_mdlm,
     "dream": plain_mdlm, "bd3lm": plain_bd3lm, "sdar": plain_sdar, "fast-dllm-v2": plain_fast_dllm,
+    "wedlm": plain_wedlm,
 }  # fmt: skip
 """The plain sampler of each decoder; verified drafts must write AR's text."""
 _REFERENCE = {"rounds": "reference", "confidence": 0.1}
@@ -59,11 +61,18 @@ RULES: dict[str, dict[str, dict[str, Any]]] = {
         "one a pass": {"confidence": None, "small_block": 4},
         "block cache": {"confidence": 0.1, "small_block": 2, "block_cache": True},
     },
+    "wedlm": {
+        "under a bound": {"max_entropy": 4.3},
+        "under a higher bound": {"max_entropy": 4.5},
+        "one a step": {"max_entropy": None},
+        "near ones first": {"max_entropy": 4.5, "distance_penalty": 0.1},
+        "likeliest tokens": {"max_entropy": 4.3, "top_k": 20, "top_p": 0.9},
+    },
 }  # fmt: skip
 """Settings of each selection rule, by decoder. Thresholds are such that a pass of a random model often writes several
 tokens; a canvas is filled to its end, as in the public code, so that forwards compare.
 """
-SIZES = {"ar": None, "fluid": "max_horizon"}
+SIZES = {"ar": None, "fluid": "max_horizon", "wedlm": "window"}
 """The setting that takes a block's size, where it is not `block_length`."""
 
 
@@ -84,7 +93,7 @@ class FieldModel:
     method: str | None
 
     def decoders(self) -> list[str]:
-        """Names of the decoders that serve it, none where there is none here."""
+        """Names of the decoders that serve it."""
         return [kind.name for kind in BUILT_IN if (self.method in kind.methods if self.method else not kind.methods)]
 
 
