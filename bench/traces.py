@@ -22,9 +22,9 @@ from fluid_model.checkpoints.manifest import MANIFEST_FILE
 PAGE = resource("docs") / "decoders.md"
 ROOT = PAGE.parent.parent
 BLOCK = re.compile(r"<!-- (fluid-eval trace .*?) -->\n.*?<!-- end -->", re.DOTALL)
-BORROWED = {"bd3lm": "tiny-llada", "sdar": "tiny-llada", "fast-dllm-v2": "tiny-nbdiff"}
+BORROWED = {"bd3lm": "tiny-llada", "sdar": "tiny-llada", "fast-dllm-v2": "tiny-nbdiff", "wedlm": "tiny-nbdiff"}
 """Methods that no bundled checkpoint was trained for, and the one whose weights write their traces: it predicts in
-place or shifted as the method does.
+place or shifted as the method does. For wedlm none does so under causal attention; tiny-nbdiff's context is causal.
 """
 
 

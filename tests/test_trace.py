@@ -73,6 +73,17 @@ def test_slots_that_a_forward_leaves_out_are_not_drafted_again(tmp_path):
     assert len(places) == len(set(places))
 
 
+def test_tokens_behind_a_committed_one_are_not_drafted_again(tmp_path):
+    """A sliding window keeps them, and feeds them until they are committed."""
+    traces.lend("wedlm", tmp_path / "m")
+    decoder = {"name": "wedlm", "window": 8, "max_entropy": 1.0}
+    values = {"tasks": "mini", "model": str(tmp_path / "m"), "decoder": decoder, "max_new_tokens": 16}
+    records, _ = trace_answer(build_spec(values), PROMPT)
+    assert sum(bool(line.committed) for line in records) > 2
+    places = [place for line in records for place in line.drafted]
+    assert len(places) == len(set(places))
+
+
 def test_watching_changes_nothing():
     checkpoint = fluid_model.load(str(resource("checkpoints") / "tiny-fluid"))
     ids = tuple(checkpoint.tokenizer(PROMPT)["input_ids"])

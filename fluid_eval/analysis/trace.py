@@ -83,8 +83,8 @@ def forward_records(steps: Sequence[RowForward], checkpoint: Checkpoint, prompt:
         # 1) committed tokens
         committed = dict(enumerate(step.tokens, length))
         length += len(committed)
-        if committed:
-            pending = {}  # draft tokens that were not accepted are dropped
+        if committed and step.kind != "denoise":
+            pending = {}  # draft tokens that were not accepted are dropped; a denoised slot keeps its token
         # 2) draft tokens that the next forward feeds, and which of them are new
         draft, siblings = _draft_of(following, checkpoint.mask_id, prompt) if following else ({}, 0)
         fresh = {place: token for place, token in draft.items() if place >= length and pending.get(place) != token}
