@@ -1,6 +1,6 @@
 """Decoders, one strategy a file: `ar`, `fluid` (speculative decoding with its own drafts), `fluid_reference` (FLUID's
-published sampler), `block_diffusion` (NBDiff and others), `llada` and `mdlm` (masked diffusion, on a `canvas`).
-`engine.loop` runs any of them; `registry` finds them.
+published sampler), `block_diffusion` (NBDiff and others), `wedlm` (a sliding window), `llada` and `mdlm` (masked
+diffusion, on a `canvas`). `engine.loop` runs any of them; `registry` finds them.
 """
 
 from __future__ import annotations
