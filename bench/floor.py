@@ -1,4 +1,6 @@
-"""How far a real model's forward is from what memory allows: `python -m bench.floor [--model NAME] [--json] [--quick]`.
+"""How far a real model's forward is from what memory allows.
+
+python -m bench.floor [--model NAME] [--format F] [--only PART] [--runs N] [--quick] [--json]
 
 Every forward reads all weights once, so at one slot it takes as long as two cores take to read them: the floor. A part
 measures all formats of the weights in turns, in one process; the median of its runs counts.
@@ -219,12 +221,12 @@ def text(case: Case) -> list[Bar]:
 def batches(case: Case) -> list[Bar]:
     """AR of one format against lm-eval's `hf`, both at several batch sizes."""
     model = case.models.get("float32") or next(iter(case.models.values()))
-    prompts = real(64 if case.runs > 1 else 2) or ["How many legs has a cat?"]
-    work = [replace(request, max_new_tokens=2 * NEW) for request in chats(model, prompts)]
+    prompts = real(64) or ["How many legs has a cat?"]
+    work = [replace(request, max_new_tokens=NEW) for request in chats(model, prompts)]
     best = {"AR": 0.0, "hf": 0.0}
     for batch in BATCHES:
         systems = {"AR": writer(model, ArSettings(), work, batch)}
-        systems["hf"] = lm_eval_writer(case.name, as_asked(model, prompts), batch, 2 * NEW)
+        systems["hf"] = lm_eval_writer(case.name, as_asked(model, prompts), batch, NEW)
         speed = side_by_side(systems, case.runs)
         print(f"Batch {batch}, tokens/s: AR {speed['AR']:.1f}, hf {speed['hf']:.1f}", file=sys.stderr)
         best = {name: max(best[name], value) for name, value in speed.items()}
@@ -246,10 +248,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--format", choices=FORMATS, action="append", help="formats to measure; default: all")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true", help="one run: whether it works")
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="of which the median; default: 5")
     parser.add_argument("--only", choices=PARTS, action="append", help="parts to measure; default: all")
     options = parser.parse_args(arguments)
     models = {name: fluid_model.load(options.model, device="cpu", dtype=name) for name in options.format or FORMATS}
-    case = Case(options.model, models, 1 if options.quick else 5)
+    case = Case(options.model, models, 1 if options.quick else options.runs)
     kinds = {model.backbone.forward_choice for model in models.values()}
     print(f"{torch.get_num_threads()} threads; " + "; ".join(f"{c.kind} ({c.reason})" for c in kinds), file=sys.stderr)
     results = [bar for name in options.only or PARTS for bar in PARTS[name](case)]
