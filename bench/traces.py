@@ -22,15 +22,13 @@ from fluid_model.checkpoints.manifest import MANIFEST_FILE
 PAGE = resource("docs") / "decoders.md"
 ROOT = PAGE.parent.parent
 BLOCK = re.compile(r"<!-- (fluid-eval trace .*?) -->\n.*?<!-- end -->", re.DOTALL)
-BORROWED = {"bd3lm": "tiny-llada", "sdar": "tiny-llada", "fast-dllm-v2": "tiny-nbdiff", "wedlm": "tiny-nbdiff"}
-"""Methods that no bundled checkpoint was trained for, and the one whose weights write their traces: it predicts in
-place or shifted as the method does. For wedlm none does so under causal attention; tiny-nbdiff's context is causal.
-"""
+BORROWERS = ("bd3lm", "sdar", "fast-dllm-v2", "wedlm")
+"""Methods that no bundled checkpoint was trained for. tiny-nbdiff's weights write their traces."""
 
 
 def lend(method: str, folder: Path) -> None:
-    """Copy a checkpoint's weights to a folder that states another method."""
-    shutil.copytree(ROOT / "checkpoints" / BORROWED[method], folder, dirs_exist_ok=True)
+    """Copy tiny-nbdiff to a folder that states another method."""
+    shutil.copytree(ROOT / "checkpoints" / "tiny-nbdiff", folder, dirs_exist_ok=True)
     manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     (folder / MANIFEST_FILE).write_text(json.dumps({**manifest, "method": method}), encoding="utf-8")
 
@@ -57,7 +55,7 @@ def rewrite(page: Path, words: Sequence[str] = ()) -> None:
 
 
 if __name__ == "__main__":
-    for borrowing in BORROWED:
+    for borrowing in BORROWERS:
         lend(borrowing, ROOT / "build" / "traces" / borrowing)
     rewrite(PAGE, sys.argv[1:])
     sys.exit(0)

@@ -145,7 +145,7 @@ def test_the_page_shows_what_the_command_prints(capsys, monkeypatch):
     page = (resource("docs") / "decoders.md").read_text(encoding="utf-8")
     tables = re.findall(r"<!-- (fluid-eval trace .*?) -->\n(.*?)\n<!-- end -->", page, re.DOTALL)
     assert set(decoders()) == {re.search(r"--decoder (\S+)", command)[1] for command, _ in tables}
-    for method in traces.BORROWED:
+    for method in traces.BORROWERS:
         traces.lend(method, Path("build") / "traces" / method)
     for command, table in tables:
         assert main(shlex.split(command)[1:]) == 0
