@@ -182,13 +182,13 @@ Written by `python -m bench.family --out docs/tiny-family.md`: the checkpoints o
 210 questions a task, greedy. Score in % with its 95% interval; tokens/forward over the three tasks that write text,
 every forward counted; stride: mean accepted length; wall: the whole run, on {hardware}; trained in: all stages of the
 checkpoint itself, its parent apart. "Verified" has a slot budget of 1,000, as on a device where slots cost little;
-"slots priced here" follows the measured time of forwards on this machine: where drafts do not pay it feeds the bonus token
-alone, as AR does. The published sampler is the public code's, uncached (strides of 1 at least) and cached (4 at least):
-versions (c) and (b) of [decoders.md](decoders.md).
-tiny-fluid and tiny-nbdiff were adapted on the same rows for the same number of steps (`recipes/`). "As AR" is tiny-fluid
-decoded one token per forward: verified decoding writes its text. tiny-llada gives up causal attention. From tiny-ar, with
-the others' steps, it reached 10% only, so it starts from tiny-nbdiff, keeps the next-token shift and has 4,500 steps. It
-writes blocks of 4 from left to right, which scores more than blocks of 8 or 16 ([log](log/2026-11-29-tiny-llada-by-blocks.md)).
+"slots priced here" follows the measured time of forwards on this machine: where drafts do not pay it feeds the bonus
+token alone, as AR does. The published sampler is the public code's, uncached (strides of 1 at least) and cached (4 at
+least): versions (c) and (b) of [decoders.md](decoders.md). tiny-fluid and tiny-nbdiff were adapted on the same rows
+for the same number of steps (`recipes/`). "As AR" is tiny-fluid decoded one token per forward: verified decoding
+writes its text. tiny-llada gives up causal attention. From tiny-ar, with the others' steps, it reached 10% only, so
+it starts from tiny-nbdiff, keeps the next-token shift and has 4,500 steps. It writes blocks of 4 from left to right;
+blocks of 2 and 8 were tried too ([log](log/2026-11-29-tiny-llada-by-blocks.md)).
 
 {table}
 {absent}

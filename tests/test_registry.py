@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import fluid_model
 from fluid_eval.cli.main import main
 from fluid_eval.common.spec import build_spec
 from fluid_eval.results import speed_conditions
@@ -87,6 +88,18 @@ def test_the_example_of_the_docs_runs_and_is_recorded(files, capsys):
     assert main(["settings", "topk:TopK"]) == 0
     assert "decoder.k" in (listed := capsys.readouterr().out)
     assert "Tokens written at each step." in listed
+
+
+def test_the_example_at_one_token_a_step_is_llada_on_one_block(files):
+    """Its weights predict the next token, so the example has to read the slot before."""
+    checkpoint = fluid_model.load(str(ROOT / "checkpoints/tiny-llada"))
+    prompt = tuple(checkpoint.tokenizer("Question: There are 17 plates. 6 are sold. How many?\nAnswer:")["input_ids"])
+    llada = LladaSettings(gen_length=16, block_length=16, steps=16)
+    texts = [
+        next(iter(fluid_model.engine_for(checkpoint, decoder).generate([fluid_model.Request("0", prompt, 16)]))).text
+        for decoder in (decoder_settings({"name": "topk:TopK", "k": 1}), llada)
+    ]
+    assert texts[0] == texts[1] != ""
 
 
 def test_a_preset_is_the_same_decoder_with_other_defaults(files):
