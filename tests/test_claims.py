@@ -127,7 +127,7 @@ def test_the_readme_says_how_many_claims_of_others_were_measured():
         ("value = 91.9", 'value = "many"', r"claim 7 \(seven gsm8k\): value='many' must be a number"),
         ("value = 91.9, ", "", r"claim 7 \(seven gsm8k\): value is missing"),
         ("value = 91.9", "value = 91.9, shots = 5", "claim 7 .*: shots is no setting; known: table, system"),
-        ('table = "speed"', 'table = "x"', r"claim 9 \(seven gsm8k\): table='x' is unknown; known: tiny, main"),
+        ('table = "speed"', 'table = "x"', r"claim 9 \(seven gsm8k\): table='x' is unknown; known: tiny, smol, main"),
         ('system = "seven", task = "mbpp"', 'system = "eight", task = "mbpp"', "claim 8 .*: system='eight' is not in"),
         ('value = 50.0, source = "here"', 'value = 50.0, source = "there"', "claim 8 .*: source='there' is not in"),
         ('task = "mbpp", metric = "pass@1"', 'task = "gsm8k", metric = "exact_match,flexible-extract"', "stands twice"),
@@ -327,7 +327,7 @@ def test_the_hub_is_asked_once_and_before_its_clients_are_there(tmp_path, monkey
             ["--systems", "tiny-", "--table", "own"],
             "--systems tiny-: no such system in --table own; known: LLaDA-8B, Q",
         ),
-        (["--table", "mian"], "--table mian: unknown; known: tiny, main"),
+        (["--table", "mian"], "--table mian: unknown; known: tiny, smol, main"),
     ],
 )
 def test_a_name_that_nothing_has_is_refused(tmp_path, capsys, words, message):

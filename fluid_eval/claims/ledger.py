@@ -29,7 +29,7 @@ from fluid_model.settings import check_range
 from ..benchmarks.datasets import DATASETS
 from ..common.paths import resource
 
-Table = Literal["tiny", "main", "ablation", "speed", "own", "field"]
+Table = Literal["tiny", "smol", "main", "ablation", "speed", "own", "field"]
 TABLES: tuple[Table, ...] = get_args(Table)
 Unit = Literal["%", "tok/s", "tok/forward", "tok/round", "times"]
 NOT_A_SCORE: Mapping[Unit, str] = {
@@ -89,8 +89,9 @@ class PublishedDecoder:
 class System:
     """Weights and their decoder: one row of a published table.
 
-    weights: the model's folder below --models-dir, or a bundled checkpoint.  hub: its id, where known.
-    parent: the system it was adapted from.  own: sources in which its own authors report on it.
+    weights: the model's folder below --models-dir, a bundled checkpoint, or a packaged model.
+    hub: its id, where known.  parent: the system it was adapted from.
+    own: sources in which its own authors report on it.
     same_as: the system that this row of an ablation repeats.
     stride_of: the system from which this one differs in its stride alone, by its source.
     decoders: its decoder is disputed, so that each of its claims must name one.

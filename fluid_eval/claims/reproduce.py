@@ -59,10 +59,14 @@ class Resources:
     code: bool = False
 
     def model(self, system: System) -> str | None:
-        """The folder or hub id that a system's weights load from, None if they are not available."""
+        """The folder, packaged model or hub id that a system's weights load from, None if they are not available."""
+        from fluid_model.checkpoints.gguf_files import is_installed
+
         for folder in (self.models / system.weights, self.bundled(system)):
             if folder.is_dir():
                 return str(folder)
+        if is_installed(system.weights):
+            return system.weights
         return system.hub if system.hub and _hub() else None
 
     def may_run_code(self, system: System) -> bool:

