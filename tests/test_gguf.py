@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import fluid_eval
 import fluid_model
 from fluid_eval.cli.main import main
 from fluid_model import ArSettings, ConfigError
@@ -96,6 +97,18 @@ def test_a_file_is_a_model_in_all_else(tmp_path):
     assert text == "<s>hi</s>"
     (answer,) = engine_for(checkpoint, ArSettings()).generate([Request("a", (7, 8, 9), 4)])
     assert len(answer.ids) == 4 or answer.finish == "eos"
+
+
+def test_lm_evals_hf_opens_the_same_file(tmp_path):
+    """And writes the same text, so that the two compare."""
+    file = write_gguf(tmp_path / "model.gguf", "F16")
+    common = dict(tasks="mini_math", limit=3, max_new_tokens=8, model=str(file))
+    ours = fluid_eval.run(**common, out=tmp_path / "ours")
+    backend = {"name": "hf", "args": {"dtype": "float32"}}
+    theirs = fluid_eval.run(**common, backend=backend, batch_size=1, out=tmp_path / "theirs")
+    texts = {s.key: s.output for s in ours.samples}
+    assert any(texts.values())
+    assert {s.key: s.output for s in theirs.samples} == texts
 
 
 def test_a_result_names_the_quantisation(tmp_path, capsys):

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -175,14 +176,18 @@ def _load(spec: RunSpec) -> LM:
     assert spec.backend is not None, "the caller asks for a backend"
     import lm_eval.models  # noqa: F401  # the registry fills itself only while it is empty
 
+    from fluid_model.checkpoints.gguf_files import gguf_of
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     name, args = spec.backend.name, dict(spec.backend.args)
     check_name(name)
     try:
         kind = get_model(name)
         known = _arguments(kind)
-        if (argument := next((name for name in ("pretrained", "model") if name in known), None)) is not None:
-            args.setdefault(argument, spec.model.path)
+        argument = next((name for name in ("pretrained", "model") if name in known), None)
+        if argument is not None and argument not in args:
+            file = gguf_of(spec.model.path) if "gguf_file" in known else None
+            args |= {argument: spec.model.path} if file is None else gguf_arguments(file)
         if "device" in known:  # whose default is a GPU, where there is none too
             args.setdefault("device", "cuda" if _has_gpu() else "cpu")
         more = {} if spec.batch_size == "auto" else {"batch_size": spec.batch_size}
@@ -191,6 +196,11 @@ def _load(spec: RunSpec) -> LM:
         raise
     except Exception as error:
         raise ConfigError(f"backend {name} with {json.dumps(args)}: {type(error).__name__}: {reason(error)}") from error
+
+
+def gguf_arguments(file: Path) -> dict[str, str]:
+    """Arguments by which lm-eval's hf opens a GGUF file."""
+    return {"pretrained": str(file.parent), "gguf_file": file.name}
 
 
 def check_name(name: str) -> None:
