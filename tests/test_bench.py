@@ -45,7 +45,7 @@ def test_decoding_is_measured(capsys):
     assert len(texts) == 2
     assert all(bar["ok"] for bar in texts)
     assert next(bar["measured"] for bar in printed if bar["name"].endswith("slots free")) > 1.5
-    assert all(0 < bar["measured"] < 1 for bar in printed if bar["name"].startswith("engine overhead"))
+    assert all(0 < bar["measured"] < 1 for bar in printed if bar["name"].startswith("host time over"))
 
 
 @pytest.mark.slow

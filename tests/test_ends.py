@@ -8,9 +8,13 @@ from dataclasses import replace
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Rust
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import fluid_model
 from fluid_model import ArSettings, ConfigError, FluidSettings, Request, engine_for
+from fluid_model.engine.answers import _StopRule
 
 from .tiny import fluid_checkpoint
 
@@ -64,6 +68,53 @@ def test_a_stop_string_cuts_ids_and_text_at_the_same_place(start, size, decoder)
     needed = next(n for n in range(1, 41) if stop in CHECKPOINT.tokenizer.decode(FREE.ids[:n]))
     assert (answer.ids, answer.finish) == (FREE.ids[:needed], "stop")
     assert answer.text == CHECKPOINT.tokenizer.decode(FREE.ids[:needed]).split(stop)[0]
+
+
+def _with_words(words, decoder, **more):
+    rust = Rust(models.BPE({word: n for n, word in enumerate(words)}, [], **more))
+    rust.decoder = decoder
+    return PreTrainedTokenizerFast(tokenizer_object=rust)
+
+
+WORDS = ["Q", ":", "on", "no", ":)", "."]
+BYTES = [f"<0x{n:02X}>" for n in "\n\u00e9\u20ac".encode()]
+TOKENIZERS = {
+    # as Llama 2's: spaces at the front of words, the text's first one taken away, bytes of rare characters
+    "words and bytes": _with_words(
+        [*BYTES, "\u2581", *WORDS, *("\u2581" + word for word in WORDS)],
+        decoders.Sequence(
+            [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        ),
+        byte_fallback=True,
+    ),
+    # as GPT-2's: any bytes
+    "bytes": _with_words(
+        [*sorted(pre_tokenizers.ByteLevel.alphabet())[:120], "\u0120on", "\u010a"], decoders.ByteLevel()
+    ),
+    "characters": CHECKPOINT.tokenizer,
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_no_token_that_completes_a_stop_string_is_passed_over(name, data):
+    """Whatever the tokens are, and whatever part of their text the stop string is."""
+    tokenizer = TOKENIZERS[name]
+    ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), min_size=1, max_size=12))
+    texts = [tokenizer.decode(ids[:n], skip_special_tokens=False) for n in range(len(ids) + 1)]
+    assume(texts[-1])
+    start = data.draw(st.integers(0, len(texts[-1]) - 1))
+    stop = texts[-1][start : start + data.draw(st.integers(1, 4))]
+    rule = _StopRule(tokenizer, (stop,))
+    first = next(n for n, text in enumerate(texts) if stop in text)
+    assert rule.may_complete(ids[first - 1])
+
+
+def test_most_tokens_need_not_be_decoded_with_those_before_them():
+    rule = _StopRule(CHECKPOINT.tokenizer, ("Question:", "\n\n"))
+    plain = CHECKPOINT.tokenizer("any text", add_special_tokens=False)["input_ids"]
+    assert not any(map(rule.may_complete, plain))
 
 
 @settings(max_examples=25, deadline=None)

@@ -26,7 +26,6 @@ Legend: n active rows, R rows just admitted, S slots fed, D hidden, V vocabulary
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -176,13 +175,13 @@ class BlockDiffusionStrategy:
         start = block.filled // self.small_block * self.small_block
         if block.is_full or block.filled == start:
             self._host[row] = block._replace(fed=range(block.width), others=0)
-            return replace(update, dropped=block.others)
+            return update._replace(dropped=block.others)
         if block.others:
             return update
         fed = range(start, min(start + self.small_block, block.width))
         others = [*range(fed.start), *range(fed.stop, block.width)]
         self._host[row] = block._replace(fed=fed, others=len(others))
-        return replace(update, cached=others)
+        return update._replace(cached=others)
 
     def _committed(self, block: _Block, tokens: list[int], ages: list[int]) -> RowUpdate:
         """A row's update once its block is cached, with the block's tokens unless they are in the answer already."""

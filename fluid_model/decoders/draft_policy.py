@@ -76,12 +76,12 @@ def mask_blocks(
     max_masks: of one mask block.  max_slots: of all of them together; the first nodes take theirs first.
     """
     sizes = []
+    shrink = math.log(acceptance_rate) if acceptance_rate > 0 else -math.inf
     for stop_probability in stop_probabilities:
         size = 0
-        if stop_probability > cost and acceptance_rate > 0:
+        if stop_probability > cost:
             # The largest j with stop_probability * acceptance_rate ** j >= cost.
-            size = int(math.log(cost / stop_probability) / math.log(acceptance_rate))
-        size = min(size, max_slots, max_masks)
+            size = min(int(math.log(cost / stop_probability) / shrink), max_slots, max_masks)
         max_slots -= size
         sizes.append(size)
     return sizes

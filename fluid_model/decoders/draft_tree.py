@@ -143,15 +143,17 @@ class SlotLayout(NamedTuple):
 
 @dataclass
 class Draft:
-    """What a row feeds next: a draft tree, and `masks`, the size of the mask block anchored at each of its nodes."""
+    """What a row feeds next: a draft tree, and `masks`, the size of the mask block anchored at each of its nodes.
+
+    slots: fed in all.
+    """
 
     tree: DraftTree
     masks: list[int]
+    slots: int = field(init=False)
 
-    @property
-    def slots(self) -> int:
-        """Slots fed."""
-        return len(self.masks) + sum(self.masks)
+    def __post_init__(self) -> None:
+        self.slots = len(self.masks) + sum(self.masks)
 
     def layout(self, mask_id: int, width: int) -> SlotLayout:
         """The slots in feeding order, padded to `width`; the module's docstring shows one."""

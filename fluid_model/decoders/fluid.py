@@ -66,6 +66,7 @@ class FluidStrategy:
             self._rates = rates_of(backbone, (settings, head))
         self._plain = ArStrategy(backbone, ArSettings(settings.temperature, settings.top_p), stride=1)
         self._drafting = True
+        self._rate: float | None = None  # tokens a second of one row, by the rates
         self._switched = False  # since the latest step was planned: it is like no other
 
     def allocate(self, rows: int) -> None:
@@ -120,8 +121,12 @@ class FluidStrategy:
     def plan(self, rows: int) -> Feed:
         """The drafts of all rows, side by side; or their bonus tokens alone, where drafts do not pay."""
         self._started, self._active = time.perf_counter(), rows
-        if self._rates is not None and self._rates.drafts(rows) != self._drafting:
-            self._switch(rows)
+        if self._rates is not None:
+            rates = self._rates.of(rows)
+            if rates.drafts:
+                self._rate = rates.best
+            if rates.drafts != self._drafting:
+                self._switch(rows)
         if not self._drafting:
             return self._plain.plan(rows)
         drafts = self._drafts[:rows]
@@ -178,11 +183,11 @@ class FluidStrategy:
         """Marginal cost of a slot, in tokens."""
         if self._rates is None:
             return statistics.marginal_cost(self._slot_budget, self._batch_rows)
-        return statistics.timed_cost(self.backbone.forward_time, self._active, self._rates.of(self._active).best)
+        return statistics.timed_cost(self.backbone.forward_time, self._active, self._rate)
 
     def _verified_step(self, row: int, predicted: Predictions, left: int) -> RowUpdate:
         tree, statistics = self._drafts[row].tree, self._statistics[row]
-        expected = sum(tree.path_probabilities)
+        expected = round(sum(tree.path_probabilities), 3)  # it is stored
         # 1) verify: draft tokens along one path are accepted, all others rejected
         path = self._accepted_path(tree, predicted)
         # 2) commit: the accepted draft tokens, and the model's choice behind them, the bonus token
@@ -193,8 +198,9 @@ class FluidStrategy:
         # 3) draft: from the mask block anchored at the last accepted node
         self._draft(row, predicted, path[-1], left - len(path))
         statistics.committed += len(tokens)  # behind the draft, which is sized by the tokens of earlier steps
-        stride = len(tree.greedy_path)
-        return RowUpdate(tokens, [0] * len(tokens), path, stride, rejected_draft(tree, path), expected=expected)
+        greedy = tree.greedy_path
+        rejected = rejected_draft(tree, greedy, path)
+        return RowUpdate(tokens, [0] * len(tokens), path, len(greedy), rejected, expected=expected)
 
     def _unverified_step(self, row: int, predicted: Predictions, left: int) -> RowUpdate:
         # The chain was committed when it was drafted. This forward has cached it.

@@ -56,12 +56,11 @@ def verify_path(tree: DraftTree, predictions: Sequence[int]) -> list[int]:
     return path
 
 
-def rejected_draft(tree: DraftTree, path: Sequence[int]) -> RejectedDraft | None:
+def rejected_draft(tree: DraftTree, greedy: Sequence[int], path: Sequence[int]) -> RejectedDraft | None:
     """The part of the greedy path that was not accepted, as a trace reports it; None if all of it was.
 
-    path: accepted nodes. It may have left the greedy path for a sibling candidate.
+    greedy, path: nodes of the tree's greedy path and the accepted ones, which may have left it for a sibling candidate.
     """
-    greedy = tree.greedy_path
     agreed = 0
     for node, accepted in zip(greedy, path, strict=False):
         if node != accepted:

@@ -11,15 +11,41 @@ Example: prompt "Q: 6*7?\\n", stops ("\\n",), end_of_thinking "</think>"
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ..tokens import Tokenizer, after_last, cut_at_stops, has_stop
+from ..tokens import UNFINISHED, Tokenizer, after_last, cut_at_stops, has_stop
 from .records import DraftPolicy, Finish, Generation, Request, Trace
 from .strategy import RowUpdate
 
 STOP_CONTEXT = 8
 """Tokens decoded before a possible stop string, so that characters and words that tokens split come out complete."""
+
+
+class _StopRule:
+    """Which tokens may complete one of some stop strings: those whose text holds the last character of one, or part of
+    a character. Tokens are decoded as they come, once.
+
+    context: tokens to decode before a token to see a whole stop string: one of n bytes spans n tokens at most.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._ends = {stop[-1] for stop in stops if stop} | {UNFINISHED}
+        # A tokenizer that cleans up takes spaces away from text before; a token's bytes may turn into UNFINISHED.
+        cleans_up = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        self._always = cleans_up or any(UNFINISHED in stop for stop in stops)
+        self._known: dict[int, bool] = {}
+        self.context = max(len(stop.encode()) for stop in stops) + STOP_CONTEXT
+
+    def may_complete(self, token: int) -> bool:
+        """Whether an answer that ends in this token may hold a stop string that it did not hold before."""
+        known = self._known.get(token)
+        if known is None:
+            # Twice, since decoders take a space away from the first.
+            text = self._tokenizer.decode([token, token], skip_special_tokens=False)
+            known = self._known[token] = self._always or not text or not self._ends.isdisjoint(text)
+        return known
 
 
 @dataclass
@@ -48,6 +74,7 @@ class AnswerRules:
     def __init__(self, tokenizer: Tokenizer, end_ids: Iterable[int]) -> None:
         self._tokenizer = tokenizer
         self._end_ids = frozenset(end_ids)
+        self._stop_rules: dict[tuple[str, ...], _StopRule] = {}
 
     def commit(self, row: RowState, update: RowUpdate) -> None:
         """Extend a row's answer by one update and record it in the row's trace. Sets `finish` where the answer ends."""
@@ -60,7 +87,7 @@ class AnswerRules:
         if update.stride is not None:
             row.trace.predicted.append(update.stride)
             row.trace.accepted.append(len(row.ids) - before)
-            row.trace.expected.append(round(update.expected, 3))
+            row.trace.expected.append(update.expected)
         # 3) Draft tokens rejected in favour of one of these tokens.
         if update.rejected is not None:
             place, drafts = update.rejected
@@ -88,9 +115,11 @@ class AnswerRules:
     def _append(self, row: RowState, tokens: list[int]) -> None:
         """Append tokens up to the answer's end: an end-of-sequence id, a stop string, or the length limit."""
         limit, before = row.request.max_new_tokens, len(row.ids)
-        end = next((index for index, token in enumerate(tokens) if token in self._end_ids), None)
+        end = None
+        if not self._end_ids.isdisjoint(tokens):
+            end = next(index for index, token in enumerate(tokens) if token in self._end_ids)
         row.ids += tokens[:end][: limit - before]
-        stopped = self._stop_length(row, before)
+        stopped = self._stop_length(row, before) if row.request.stops else None
         if stopped is not None:
             del row.ids[stopped:]
             row.finish = "stop"
@@ -102,12 +131,14 @@ class AnswerRules:
     def _stop_length(self, row: RowState, before: int) -> int | None:
         """Tokens of the shortest answer that holds a stop string behind its thinking, if more than `before`."""
         stops, marker = row.request.stops, row.request.end_of_thinking
-        if not stops:
+        if (rule := self._stop_rules.get(stops)) is None:
+            rule = self._stop_rules[stops] = _StopRule(self._tokenizer, stops)
+        # 1) most tokens complete no stop string, by themselves; others are decoded with a few tokens before them
+        if not any(map(rule.may_complete, row.ids[before:])):
             return None
-        # A stop string of n bytes spans n tokens at most, so most calls decode a few tokens and end here.
-        context = max(len(stop.encode()) for stop in stops) + STOP_CONTEXT
-        if not has_stop(self._decode(row.ids[max(0, before - context) :], special=True), stops):
+        if not has_stop(self._decode(row.ids[max(0, before - rule.context) :], special=True), stops):
             return None
+        # 2) the first that does
         for length in range(before + 1, len(row.ids) + 1):
             if has_stop(after_last(self._decode(row.ids[:length], special=True), marker), stops):
                 return length

@@ -42,8 +42,7 @@ class RejectedDraft(NamedTuple):
     ids: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class RowUpdate:
+class RowUpdate(NamedTuple):
     """What one forward brought one row, on the host.
 
     tokens: ids committed to the answer.
