@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ CHEAP = FluidSettings(slot_budget=100_000, min_horizon=4)
 """Ours where slots cost nothing: the fewest forwards."""
 NEW = 160
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
+LENGTHS = (250, 1000, 4000)
+"""Tokens of prompts that grow."""
 STOPS = ("Question:", "</s>", "<|im_end|>")
 TINY = resource("checkpoints") / "tiny-fluid"
 
@@ -315,6 +318,11 @@ def margin(checkpoint: Checkpoint, request: Request, expected: Generation, other
     return f"parts at token {at}, by {float(logits[expected.ids[at]] - logits[other.ids[at]]):.2g} nats"
 
 
+def growth(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
+    """Milliseconds a token where the work grows."""
+    return ten_times(checkpoint, plan) if checkpoint.folder == TINY else longer(checkpoint, plan)
+
+
 def ten_times(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
     """Milliseconds a token where the work grows tenfold."""
     short = mini(20)
@@ -333,9 +341,36 @@ def ten_times(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
     return [Bar(f"ms/token, {name}", round(1000 / value, 3), "", None) for name, value in speed.items()]
 
 
+def longer(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
+    """Milliseconds a token, of the prompt and of the answer, where the prompt grows. One prompt at a time, GSM8K's
+    questions behind one another; answers do not end before their limit.
+    """
+    endless = replace(checkpoint, end_ids=())
+    ids = [token for request in requests(checkpoint, plan.source(100)) for token in request.prompt]
+    lengths = [length for length in LENGTHS if length <= min(len(ids), checkpoint.backbone.window - plan.new)]
+    decoders: dict[str, DecoderSettings] = {"AR": ArSettings(), "ours": FluidSettings()}
+    seconds: dict[tuple[str, int, int], list[float]] = {}
+    for run in range(plan.runs + 1):  # the first warms up
+        for (name, decoder), length, limit in product(decoders.items(), lengths, (1, 1 + plan.new)):
+            work = [Request("", tuple(ids[:length]), limit)]
+            started = time.perf_counter()
+            write(endless, decoder, work, 1)
+            if run:
+                seconds.setdefault((name, length, limit), []).append(time.perf_counter() - started)
+    results = []
+    for name, length in product(decoders, lengths):
+        first, all_ = (1000 * statistics.median(seconds[name, length, limit]) for limit in (1, 1 + plan.new))
+        parts = {"prompt": first / length, "answer": (all_ - first) / plan.new}
+        results += [
+            Bar(f"{name}, prompt of {length:,} tokens: ms/token of the {part}", round(value, 2), "", None)
+            for part, value in parts.items()
+        ]
+    return results
+
+
 PARTS = {
     "forwards": fewer, "alone": alone, "together": together, "overhead": overhead, "memory": memory,
-    "identical": identical, "growth": ten_times,
+    "identical": identical, "growth": growth,
 }  # fmt: skip
 
 
