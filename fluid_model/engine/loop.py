@@ -291,7 +291,7 @@ class Engine:
             self._cache.zero_row(place)
         last = len(self._active) - 1
         if place != last:
-            self._cache.copy_row(last, place)
+            self._cache.copy_row(last, place, self._active[last].cached)
             self.strategy.move(last, place)
             self._active[place] = self._active[last]
         self._active.pop()

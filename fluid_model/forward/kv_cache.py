@@ -131,7 +131,7 @@ class KVCache:
         for buffer in self._buffers:
             buffer[:, row] = 0
 
-    def copy_row(self, source: int, target: int) -> None:
-        """Copy one row's columns over another's, so that active rows stay contiguous."""
+    def copy_row(self, source: int, target: int, columns: int) -> None:
+        """Copy one row's first columns, those it has cached, over another's, so that active rows stay contiguous."""
         for buffer in self._buffers:
-            buffer[:, target].copy_(buffer[:, source])
+            buffer[:, target, :, :columns] = buffer[:, source, :, :columns]
