@@ -102,7 +102,7 @@ def test_a_file_is_a_model_in_all_else(tmp_path):
 def test_lm_evals_hf_opens_the_same_file(tmp_path):
     """And writes the same text, so that the two compare."""
     file = write_gguf(tmp_path / "model.gguf", "F16")
-    common = dict(tasks="mini_math", limit=3, max_new_tokens=8, model=str(file))
+    common = {"tasks": "mini_math", "limit": 3, "max_new_tokens": 8, "model": str(file)}
     ours = fluid_eval.run(**common, out=tmp_path / "ours")
     backend = {"name": "hf", "args": {"dtype": "float32"}}
     theirs = fluid_eval.run(**common, backend=backend, batch_size=1, out=tmp_path / "theirs")
