@@ -96,8 +96,10 @@ def label(result: Result) -> str:
         return f"{model}, lm-eval's {backend['name']}"
     if decoder["name"] != "fluid":
         return f"{model}, {decoder['name']}"
-    how = "verified" if decoder["verify"] else f"unverified, γ {decoder['confidence']:g}"
-    return f"{model}, {how}, K {decoder['max_horizon']}"
+    if not decoder["verify"]:
+        return f"{model}, unverified, γ {decoder['confidence']:g}, K {decoder['max_horizon']}"
+    budget = decoder["slot_budget"]
+    return f"{model}, verified, " + ("timed drafts" if budget is None else f"slot budget {budget}")
 
 
 def cell(row: TableRow) -> str:

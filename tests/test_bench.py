@@ -82,7 +82,7 @@ def test_finished_runs_share_a_row_by_system(tmp_path, monkeypatch):
     read = fluid_eval.run(tasks=second, decoder="fluid", out=tmp_path / "run", **settings)
     rows = smol_table.table([written.folder, read.folder]).splitlines()
     assert rows[0] == f"| system | {first} | {second} |"
-    assert [row.split(" | ")[0] for row in rows[2:]] == ["| tiny-fluid, ar", "| tiny-fluid, verified, K 16"]
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| tiny-fluid, ar", "| tiny-fluid, verified, timed drafts"]
     score = read.row(second)
     assert rows[3].endswith(f" | {100 * score.score:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}], n 2 |")
     assert rows[2].endswith(" |  |")
@@ -90,7 +90,7 @@ def test_finished_runs_share_a_row_by_system(tmp_path, monkeypatch):
     with pytest.raises(fluid_eval.ConfigError, match="no run of smollm2-135m, ar in "):
         smol_table.agreement([read.folder])
     monkeypatch.setattr(smol_table, "PARENT", "tiny-fluid, ar")
-    assert smol_table.agreement([written.folder]).splitlines()[-1] == "| tiny-fluid, verified, K 16 | 100.0 |"
+    assert smol_table.agreement([written.folder]).splitlines()[-1] == "| tiny-fluid, verified, timed drafts | 100.0 |"
     shorter = smol_table.agreement(
         [
             written.folder,
@@ -99,12 +99,12 @@ def test_finished_runs_share_a_row_by_system(tmp_path, monkeypatch):
             ).folder,
         ]
     )
-    assert shorter.splitlines()[-1] == "| tiny-fluid, verified, K 16 | 50.0 |", "four answers, two of them cut"
+    assert shorter.splitlines()[-1] == "| tiny-fluid, verified, timed drafts | 50.0 |", "four answers, two of them cut"
     spec = json.loads((read.folder / "spec.json").read_text())
     (read.folder / "spec.json").write_text(json.dumps({**spec, "backend": {"name": "hf"}}))
     assert smol_table.label(read) == "tiny-fluid, lm-eval's hf"
     (read.folder / "spec.json").write_text(json.dumps(spec))
-    with pytest.raises(fluid_eval.ConfigError, match=f"{second} of 'tiny-fluid, verified, K 16' is in two"):
+    with pytest.raises(fluid_eval.ConfigError, match=f"{second} of 'tiny-fluid, verified, timed drafts' is in two"):
         smol_table.table([read.folder, read.folder])
 
 

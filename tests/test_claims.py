@@ -27,6 +27,7 @@ from fluid_eval.output import claims_tables
 from fluid_eval.output.terminal import FORWARDS
 from fluid_eval.sandbox.ladder import IsolationHere
 from fluid_model import ConfigError
+from fluid_model.checkpoints import gguf_files
 from fluid_model.registry import decoders
 
 LEDGER = """
@@ -57,7 +58,7 @@ def test_every_bundled_claim_is_whole_and_can_be_asked_for():
     """Settings that no run takes, or that a later version would not know, are found here and not after hours."""
     result = read_claims()
     assert len(result.claims) >= 170
-    assert {c.table for c in result.claims} == {"tiny", "main", "ablation", "speed", "own", "field"}
+    assert {c.table for c in result.claims} == {"tiny", "smol", "main", "ablation", "speed", "own", "field"}
     for one in result.claims:
         settings = reproduce.run_settings(one, result)
         if settings.get("decoder") in (None, "ar", "fluid", "nbdiff", "llada") or isinstance(settings["decoder"], dict):
@@ -80,6 +81,23 @@ def test_the_ledger_claims_of_the_tiny_family_what_its_page_says():
         else:
             row = next(line for line in page.splitlines() if line.startswith(f"| {label} |"))
             assert f"{one.value:.2f}" == row.split("|")[7].strip(), one.cell
+
+
+def test_the_ledger_claims_of_smollm2_what_its_page_says():
+    """Scores and tokens/forward of the page's table of benchmarks."""
+    page = (resource("checkpoints").parent / "docs" / "smol.md").read_text()
+    table = page.partition("<!-- python -m bench.smol --only benchmarks -->\n")[2].partition("\n\n")[0].splitlines()
+    head, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table if "---" not in line]
+    cells = {
+        (row[0].replace(",", ""), task): cell for row in rows for task, cell in zip(head[1:], row[1:], strict=True)
+    }
+    claims = [c for c in read_claims().claims if c.table == "smol"]
+    assert len(claims) == 2 * (1 + 2 * 4) + 1
+    for one in claims:
+        (label,) = {label for label, _ in cells if label.startswith(one.system)}
+        cell = cells[label, one.task]
+        said = cell.split()[0] if one.unit == "%" else cell.rpartition("(")[2].rstrip(")")
+        assert f"{one.value:.{1 if one.unit == '%' else 2}f}" == said, one.cell
 
 
 def test_the_page_of_claims_is_what_the_command_writes_from_what_was_measured(tmp_path, capsys):
@@ -113,11 +131,26 @@ def test_the_readme_says_how_many_claims_of_others_were_measured():
     page = (root / "docs" / "claims.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")] for line in page if line.startswith("| ")]
     measured = sum(
-        any(re.match(r"20\d\d-", cell) for cell in row) and not row[1].startswith(("tiny", "stories")) for row in rows
+        any(re.match(r"20\d\d-", cell) for cell in row) and not row[1].startswith(("tiny", "smol", "stories"))
+        for row in rows
     )
     total = sum(not result.ours(c) for c in result.claims)
     assert others
     assert f"Of the {total} claims of others, {measured} have been measured" in (root / "README.md").read_text()
+
+
+def test_a_packaged_model_is_found_where_its_package_is(tmp_path, monkeypatch):
+    system, resources = System("any", "packaged", device="cpu"), Resources(tmp_path)
+    assert resources.model(system) is None
+    for module, found in (("json", None), ("carries_a_model", "packaged")):
+        monkeypatch.setitem(gguf_files.PACKAGED, "packaged", (module, "package", "Title"))
+        (tmp_path / "carries_a_model").mkdir(exist_ok=True)
+        (tmp_path / "carries_a_model" / "__init__.py").touch()
+        (tmp_path / "carries_a_model" / "a.gguf").touch()
+        monkeypatch.syspath_prepend(str(tmp_path))
+        assert resources.model(system) == found
+    (tmp_path / "packaged").mkdir()
+    assert resources.model(system) == str(tmp_path / "packaged"), "a folder below --models-dir comes first"
 
 
 @pytest.mark.parametrize(
