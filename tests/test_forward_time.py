@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fluid_eval.cli.main import main
 from fluid_eval.common.spec import build_spec
@@ -42,6 +46,27 @@ def test_a_curve_goes_through_its_points():
     falling = ForwardTime([(1, 2.0), (2, 1.0), (4, 1.5)])
     assert falling.marginal(1.5) == 0
     assert falling.seconds(2) == 2.0, "no forward is faster than one with a single slot"
+
+
+POINTS = st.dictionaries(st.integers(1, 256), st.floats(0.1, 10.0), min_size=1, max_size=8).map(dict.items).map(sorted)
+
+
+@given(points=POINTS, slots=st.lists(st.floats(1.0, 600.0), min_size=2, max_size=8).map(sorted))
+def test_slots_never_become_cheaper(points, slots):
+    """However noisy the points are, one more slot costs at least what one cost before it."""
+    curve = ForwardTime(points)
+    costs = [curve.marginal(count) for count in slots]
+    assert costs[0] >= 0
+    assert all(after >= before - 1e-9 for before, after in pairwise(costs))
+
+
+def test_a_dip_makes_no_slot_free():
+    """A device's points, the one of 8 slots too high: slots behind it cost what the curve rises by on the whole."""
+    curve = ForwardTime([(1, 14.7), (2, 15.2), (4, 17.5), (8, 21.8), (16, 20.4), (32, 31.8)])
+    assert curve.marginal(10) == pytest.approx((20.4 - 14.7) / 15, rel=0.1)
+    for _ in range(300):
+        curve.observe(16, 30.0)
+    assert curve.marginal(10) > 1.2 * (20.4 - 14.7) / 15, "the curve moves with what is observed"
 
 
 @pytest.mark.parametrize("points", [[], [(0, 1.0)], [(2, 1.0), (1, 2.0)], [(1, 1.0), (1, 2.0)], [(1, 0.0)]])

@@ -138,10 +138,13 @@ class FluidStrategy:
         return Feed(ids, widths, kinds=["round"] * rows, intervals=AttentionIntervals(*intervals))
 
     def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> list[RowUpdate]:
-        absorb = self._absorb_drafts if self._drafting else self._plain.absorb
-        updates = absorb(feed, hidden, window_left)
-        if self._rates is not None and not self._switched:
+        if self._drafting:
+            updates = self._absorb_drafts(feed, hidden, window_left)
             tokens = sum(len(update.tokens) for update in updates)
+        else:
+            updates = self._plain.absorb(feed, hidden, window_left)
+            tokens = len(updates)
+        if self._rates is not None and not self._switched:
             self._rates.add(len(updates), time.perf_counter() - self._started, tokens)
         self._switched = False
         return updates

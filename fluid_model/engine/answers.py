@@ -78,16 +78,16 @@ class AnswerRules:
 
     def commit(self, row: RowState, update: RowUpdate) -> None:
         """Extend a row's answer by one update and record it in the row's trace. Sets `finish` where the answer ends."""
-        before = len(row.ids)
+        before, trace = len(row.ids), row.trace
         # 1) Tokens up to the end of the answer.
         if update.tokens:
             self._append(row, update.tokens)
-            row.trace.add_tokens(update.ages[: len(row.ids) - before])
+            trace.add_tokens(update.ages[: len(row.ids) - before])
         # 2) The step's stride beside what the answer grew by.
         if update.stride is not None:
-            row.trace.predicted.append(update.stride)
-            row.trace.accepted.append(len(row.ids) - before)
-            row.trace.expected.append(update.expected)
+            trace.predicted.append(update.stride)
+            trace.accepted.append(len(row.ids) - before)
+            trace.expected.append(update.expected)
         # 3) Draft tokens rejected in favour of one of these tokens.
         if update.rejected is not None:
             place, drafts = update.rejected

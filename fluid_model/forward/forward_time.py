@@ -32,6 +32,7 @@ class ForwardTime:
         self._seconds = [float(seconds) for _, seconds in points]
         if not points or self._slots != sorted(set(self._slots)) or self._slots[0] < 1 or min(self._seconds) <= 0:
             raise ValueError(f"points of a forward's time: {list(points)!r}")
+        self._convex: ForwardTime | None = None  # through the lower hull of the points, once it is asked for
 
     @property
     def points(self) -> list[tuple[int, float]]:
@@ -64,14 +65,19 @@ class ForwardTime:
         return max(self._seconds[after - 1] * (1 - share) + self._seconds[after] * share, self._seconds[0])
 
     def marginal(self, slots: float) -> float:
-        """Seconds that one more slot takes, around so many. 0 where the curve is flat or falls by noise."""
+        """Seconds that one more slot takes, around so many, on the convex curve below the points. Slots never become
+        cheaper, so a point that is too high by noise does not make those behind it seem free.
+        """
+        if self._convex is None:
+            self._convex = ForwardTime(_lower_hull(self.points))
         low, high = slots / STRIDE, slots * STRIDE
-        return max(0.0, (self.seconds(high) - self.seconds(low)) / (high - low))
+        return (self._convex.seconds(high) - self._convex.seconds(low)) / (high - low)
 
     def observe(self, slots: int, seconds: float) -> None:
         """Take in the time of a forward. Half of what differs moves the whole curve, as a busy machine does; the other
         half moves the points beside it.
         """
+        self._convex = None
         # 1) far behind the last point: a new one
         if slots >= 2 * self._slots[-1]:
             self._slots.append(slots)
@@ -88,6 +94,21 @@ class ForwardTime:
         share = min(max(share, 0.0), 1.0)
         self._seconds[before] *= 1 + change * (1 - share)
         self._seconds[after] *= 1 + change * share
+
+
+def _lower_hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Those of the points that a rising convex curve below all of them goes through; none is faster than the first."""
+    hull: list[tuple[int, float]] = []
+    for slots, seconds in points:
+        point = slots, max(seconds, points[0][1])
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(point: tuple[int, float], other: tuple[int, float]) -> float:
+    return (other[1] - point[1]) / (other[0] - point[0])
 
 
 def measure(seconds: Callable[[int], float], most: int) -> ForwardTime:
