@@ -36,6 +36,19 @@ def test_measure_by_cost_function(cost, expected):
     assert forward_time.measure(cost, most=200).slot_budget == expected
 
 
+def test_a_burst_of_other_work_does_not_end_a_curve_early():
+    """The first time that eight slots are timed, the machine does something else."""
+    calls = []
+
+    def seconds(slots):
+        calls.append(slots)
+        return (1 + slots / 20) * (9 if calls.count(8) == 1 and slots == 8 else 1)
+
+    curve = forward_time.measure(seconds, most=200)
+    assert curve.slot_budget == 20
+    assert curve.seconds(8) == pytest.approx(1.4)
+
+
 def test_a_curve_goes_through_its_points():
     curve = ForwardTime([(1, 2.0), (2, 2.0), (8, 3.0), (16, 7.0)])
     assert [curve.seconds(slots) for slots in (1, 2, 5, 8, 12, 16, 32)] == [2.0, 2.0, 2.5, 3.0, 5.0, 7.0, 15.0]

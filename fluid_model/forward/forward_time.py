@@ -116,8 +116,13 @@ def measure(seconds: Callable[[int], float], most: int) -> ForwardTime:
 
     seconds: time of a forward of that many slots.
     """
-    points = [(1, seconds(1))]
-    while points[-1][1] < 2 * points[0][1] and 2 * points[-1][0] <= most:
-        slots = 2 * points[-1][0]
-        points.append((slots, seconds(slots)))
-    return ForwardTime(points)
+    known: dict[int, float] = {}
+    slots = 1
+    while True:
+        known[slots] = seconds(slots)
+        if known[slots] >= 2 * known[1]:
+            # All once more: a burst of other work would end the curve early, and drafts with it.
+            known = {count: min(time, seconds(count)) for count, time in known.items()}
+        if known[slots] >= 2 * known[1] or 2 * slots > most:
+            return ForwardTime(list(known.items()))
+        slots *= 2
