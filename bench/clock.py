@@ -1,10 +1,10 @@
-"""Timing on a device: seconds of a call, copy bandwidth, rate of matrix products."""
+"""Timing on a device: seconds of a call, steps outside and inside a model, copy bandwidth, rate of matrix products."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,42 @@ def took(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 def median(call: Callable[[], Any], device: torch.device, runs: int) -> float:
     """Median seconds of a call."""
     return statistics.median([took(call, device)[0] for _ in range(WARM + runs)][WARM:])
+
+
+def step_times(call: Callable[[], Any], parts: Mapping[str, object], rows: int, runs: int) -> list[tuple[float, float]]:
+    """Seconds of decoding steps of so many rows, (outside, inside) the model: processor time of the calling thread,
+    from the end of one forward to the end of the next. A run more than `runs`, the first, warms up.
+
+    call: decodes.  parts: the model's methods that it calls, by name, with their owners; "forward" ends a step.
+    """
+    steps: list[tuple[float, float]] = []
+    for run in range(runs + 1):
+        calls: list[tuple[str, int, float, float]] = []  # name, rows, start, end
+        for name, owner in parts.items():
+            setattr(owner, name, _clocked(name, getattr(owner, name), calls))
+        call()
+        for name, owner in parts.items():
+            delattr(owner, name)
+        before, inside = None, 0.0
+        for name, count, start, end in calls:
+            inside += end - start
+            if name == "forward":
+                if run and count == rows and before is not None:
+                    steps.append((end - before - inside, inside))
+                before, inside = (end if count == rows else None), 0.0
+    return steps
+
+
+def _clocked(name: str, call: Callable[..., Any], calls: list[tuple[str, int, float, float]]) -> Callable[..., Any]:
+    """The same call, which appends to `calls`."""
+
+    def timed(*words: Any) -> Any:
+        start = time.thread_time()
+        result = call(*words)
+        calls.append((name, len(words[0]), start, time.thread_time()))
+        return result
+
+    return timed
 
 
 def copy_bandwidth(device: torch.device, runs: int) -> float:

@@ -29,6 +29,7 @@ from fluid_model.settings import DecoderSettings
 
 from . import bars
 from .bars import Bar
+from .clock import step_times
 from .prompts import mini, real
 
 REFERENCE = FluidSettings(rounds="reference")
@@ -223,55 +224,25 @@ def overhead(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
     # 1) one row
     results = []
     for words, decoder in policies.items():
-        steps = step_times(checkpoint, decoder, work[: plan.alone], 1, plan.runs)
+        steps = steps_of(checkpoint, decoder, work[: plan.alone], 1, plan.runs)
         share = statistics.median(beside / (beside + inside) for beside, inside in steps)
         name = f"host time over a step's, batch 1{words}"
         results.append(Bar(name, round(share, 3), "", None) if is_tiny else bars.at_most(name, share, 0.05))
     # 2) as many as there may be: the tiny model's, whose steps are many; a larger model's host time is the same
     if is_tiny:
         for words, decoder in policies.items():
-            steps = step_times(checkpoint, decoder, work, full, plan.runs)
+            steps = steps_of(checkpoint, decoder, work, full, plan.runs)
             milliseconds = 1000 * statistics.median(beside for beside, _ in steps)
             results.append(bars.at_most(f"host time of a step, ms, batch {full}{words}", milliseconds, 0.3))
     return results
 
 
-def step_times(
+def steps_of(
     checkpoint: Checkpoint, decoder: DecoderSettings, work: Sequence[Request], batch: int, runs: int
 ) -> list[tuple[float, float]]:
-    """Seconds of steps that a full batch took, (outside, inside) the model: processor time of the calling thread, from
-    the end of one forward to the end of the next. The first run warms up.
-    """
-    assert checkpoint.head is not None
-    owners = {"forward": checkpoint.backbone, "logits": checkpoint.backbone, "stride": checkpoint.head}
-    steps: list[tuple[float, float]] = []
-    for run in range(runs + 1):
-        calls: list[tuple[str, int, float, float]] = []  # name, rows, start, end
-        for name, owner in owners.items():
-            setattr(owner, name, clocked(name, getattr(owner, name), calls))
-        write(checkpoint, decoder, work, batch)
-        for name, owner in owners.items():
-            delattr(owner, name)
-        before, inside = None, 0.0
-        for name, rows, start, end in calls:
-            inside += end - start
-            if name == "forward":
-                if run and rows == batch and before is not None:
-                    steps.append((end - before - inside, inside))
-                before, inside = (end if rows == batch else None), 0.0
-    return steps
-
-
-def clocked(name: str, call: Callable[..., Any], calls: list[tuple[str, int, float, float]]) -> Callable[..., Any]:
-    """The same call, which appends to `calls`."""
-
-    def timed(*words: Any) -> Any:
-        start = time.thread_time()
-        result = call(*words)
-        calls.append((name, len(words[0]), start, time.thread_time()))
-        return result
-
-    return timed
+    """Seconds of full steps outside and inside the model, see `clock.step_times`."""
+    parts = {"forward": checkpoint.backbone, "logits": checkpoint.backbone, "stride": checkpoint.head}
+    return step_times(writer(checkpoint, decoder, work, batch), parts, batch, runs)
 
 
 def memory(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:

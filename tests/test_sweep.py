@@ -23,9 +23,10 @@ from fluid_model import ConfigError
 
 
 def values_of(model):
+    """With a slot budget, without which drafts follow the clock."""
     return {
-        "tasks": ["mini_gsm8k_1", "mini_mmlu_1"], "model": str(model), "decoder": "fluid", "limit": 12,
-        "max_new_tokens": 6,
+        "tasks": ["mini_gsm8k_1", "mini_mmlu_1"], "model": str(model), "limit": 12, "max_new_tokens": 6,
+        "decoder": {"name": "fluid", "slot_budget": 64},
         "sweep": {"grid": {"decoder.verify": [True, False]}, "point": [{"decoder.name": "ar"}]},
     }  # fmt: skip
 

@@ -71,7 +71,7 @@ class ForwardTime:
         if self._convex is None:
             self._convex = ForwardTime(_lower_hull(self.points))
         low, high = slots / STRIDE, slots * STRIDE
-        return (self._convex.seconds(high) - self._convex.seconds(low)) / (high - low)
+        return max(0.0, (self._convex.seconds(high) - self._convex.seconds(low)) / (high - low))  # 0 but for rounding
 
     def observe(self, slots: int, seconds: float) -> None:
         """Take in the time of a forward. Half of what differs moves the whole curve, as a busy machine does; the other
