@@ -130,7 +130,7 @@ class AnswerRules:
 
     def _stop_length(self, row: RowState, before: int) -> int | None:
         """Tokens of the shortest answer that holds a stop string behind its thinking, if more than `before`."""
-        stops, marker = row.request.stops, row.request.end_of_thinking
+        stops, marker = tuple(row.request.stops), row.request.end_of_thinking
         if (rule := self._stop_rules.get(stops)) is None:
             rule = self._stop_rules[stops] = _StopRule(self._tokenizer, stops)
         # 1) most tokens complete no stop string, by themselves; others are decoded with a few tokens before them
