@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fluid_eval.common.paths import resource
 from fluid_model import ArSettings, Checkpoint, FluidSettings, engine_for, load
 from fluid_model.decoders import drafting_rates
-from fluid_model.decoders.draft_policy import MIN_COST, StepStatistics
+from fluid_model.decoders.draft_policy import MAX_COST, MIN_COST, StepStatistics
 from fluid_model.decoders.drafting_rates import LONGEST_WAIT, DraftingRates, Rate
 from fluid_model.forward.forward_time import ForwardTime
 
@@ -108,6 +108,21 @@ def test_the_kind_of_step_changes_no_text(checkpoint, monkeypatch, every, batch_
         assert min(1, len(generation.ids)) + sum(trace.accepted) == len(generation.ids)
     if every > 1:
         assert any(max(g.trace.accepted, default=0) > 1 for g in written.values()), "some drafts are accepted"
+
+
+def test_drafts_that_would_feed_no_slot_are_not_tried(checkpoint, monkeypatch):
+    """Once plain steps are in force and a slot costs more than a draft token can bring."""
+    monkeypatch.setattr(StepStatistics, "timed_cost", lambda *_: MAX_COST)
+    drafting_rates._RATES.clear()
+    rounds = []
+    for _ in range(5):
+        written = list(engine_for(checkpoint, FluidSettings(), 1).generate(requests(checkpoint)))
+        rounds.append(sum(g.trace.forwards["round"] for g in written))
+    assert rounds[0] >= drafting_rates.TRIAL_STEPS, "the first choice is made by time"
+    assert rounds[1:] == [0] * 4
+    rates = drafting_rates.rates_of(checkpoint.backbone, (FluidSettings(), checkpoint.head)).of(1)
+    assert rates.wait > drafting_rates.FIRST_WAIT, "trials were due"
+    drafting_rates._RATES.clear()
 
 
 def test_a_slot_costs_what_its_time_would_bring():

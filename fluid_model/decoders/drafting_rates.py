@@ -103,6 +103,11 @@ class RowRates:
         self.trying = max(TRIAL_STEPS, math.ceil(TRIAL_SAMPLES / self.rows)) if drafts else TRIAL_STEPS
         (self.drafting if drafts else self.plain).forget()
 
+    def decline(self) -> None:
+        """Plain steps without a trial of drafts, which would feed no slot: none is worth its time."""
+        self.drafts, self.trying = False, 0
+        self.left = self.wait = min(2 * self.wait, LONGEST_WAIT)
+
     def _is_hopeless(self) -> bool:
         steps, tried, other = len(self.drafting.seconds), self.drafting.value, self.plain.value
         if not self.drafts or steps < TRIAL_STEPS or tried is None or other is None:

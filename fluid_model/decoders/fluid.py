@@ -122,10 +122,12 @@ class FluidStrategy:
         """The drafts of all rows, side by side; or their bonus tokens alone, where drafts do not pay."""
         self._started, self._active = time.perf_counter(), rows
         if self._rates is not None:
-            rates = self._rates.of(rows)
-            if rates.drafts:
-                self._rate = rates.best
-            if rates.drafts != self._drafting:
+            wanted = self._rates.drafts(rows)
+            if wanted:
+                self._rate = self._rates.of(rows).best
+            if wanted and not self._drafting and not any(self._first_masks_of(rows)):
+                self._rates.of(rows).decline()
+            elif wanted != self._drafting:
                 self._switch(rows)
         if not self._drafting:
             return self._plain.plan(rows)
@@ -172,8 +174,12 @@ class FluidStrategy:
             bonus = [draft.tree.tokens[0] for draft in self._drafts[:rows]]
             self._plain.latest[:rows] = torch.tensor(bonus, device=self.backbone.device)
             return
+        masks = self._first_masks_of(rows)
         for row, token in enumerate(self._plain.latest[:rows].tolist()):
-            self._drafts[row] = Draft(DraftTree.chain([token]), [self._first_masks(self._statistics[row])])
+            self._drafts[row] = Draft(DraftTree.chain([token]), [masks[row]])
+
+    def _first_masks_of(self, rows: int) -> list[int]:
+        return [self._first_masks(self._statistics[row]) for row in range(rows)]
 
     def _first_masks(self, statistics: StepStatistics) -> int:
         """Size of the mask block behind a token that no draft follows."""
