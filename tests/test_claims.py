@@ -63,13 +63,13 @@ def test_every_bundled_claim_is_whole_and_can_be_asked_for():
 def test_a_packaged_model_is_found_where_its_package_is(tmp_path, monkeypatch):
     system, resources = System("any", "packaged", device="cpu"), Resources(tmp_path)
     assert resources.model(system) is None
-    for module, found in (("json", None), ("carries_a_model", "packaged")):
+    for module, expected in (("json", None), ("carries_a_model", "packaged")):
         monkeypatch.setitem(gguf_files.PACKAGED, "packaged", (module, "package", "Title"))
         (tmp_path / "carries_a_model").mkdir(exist_ok=True)
         (tmp_path / "carries_a_model" / "__init__.py").touch()
         (tmp_path / "carries_a_model" / "a.gguf").touch()
         monkeypatch.syspath_prepend(str(tmp_path))
-        assert resources.model(system) == found
+        assert resources.model(system) == expected
     (tmp_path / "packaged").mkdir()
     assert resources.model(system) == str(tmp_path / "packaged"), "a folder below --models-dir comes first"
 
