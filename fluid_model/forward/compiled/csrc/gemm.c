@@ -16,7 +16,9 @@
 #define MAX_BLOCK (8 * MAX_TILE) /* rows of the input of one block, whose pieces stay in the second-level cache */
 #define MAX_WIDTH (4 * LANES)    /* columns of a panel */
 #define SUM_LENGTH 64 /* products summed in one go. Sums of short sums round less than one long sum. */
-#define PREFETCH_FROM 3 /* height of a tile that computes for so long that memory would idle */
+#define PREFETCH_FROM 3 /* height of a tile of float32 that computes for so long that memory would idle */
+#define PREFETCH_AHEAD 4096 /* bytes behind the row at hand */
+#define CACHE_LINE 64
 #define PARTS_PER_THREAD 16 /* so that threads end at the same time */
 
 /* Vector `number` of a panel's row, as floats. */
@@ -40,7 +42,9 @@ INLINE void multiply_tile(const Format format, const int tile, const int first, 
     for (long k = 0; k < length; k++, panel += row_bytes) {
         vec weights[4];
         for (int v = 0; v < vectors; v++) weights[v] = widen(format, panel, first + v);
-        if (tile >= PREFETCH_FROM && !first) __builtin_prefetch(panel + SUM_LENGTH * row_bytes);
+        /* Widening is computing, too: narrow formats ask ahead at every height. */
+        if (!first && (format != FLOAT32 || tile >= PREFETCH_FROM))
+            for (long at = 0; at < row_bytes; at += CACHE_LINE) __builtin_prefetch(panel + PREFETCH_AHEAD + at);
         for (int m = 0; m < tile; m++)
             for (int v = 0; v < vectors; v++) held[m][v] += in[m * stride + k] * weights[v];
     }
