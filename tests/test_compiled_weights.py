@@ -24,10 +24,10 @@ VECTORS = {torch.float32: 2, torch.bfloat16: 4, torch.int8: 4}
 
 def unpacked(linear, dtype):
     """(N, K), read back from panels as gemm.h describes them."""
-    words, vectors = 4 // dtype.itemsize, VECTORS[dtype]
+    parts, vectors = 2 if dtype == torch.bfloat16 else 1, VECTORS[dtype]
     panels, width = -(-linear.outputs // (vectors * LANES)), vectors * LANES
     held = (ctypes.c_char * (panels * linear.inputs * width * dtype.itemsize)).from_address(linear.panels)
-    rows = torch.frombuffer(bytearray(held), dtype=dtype).view(panels, linear.inputs, -1, LANES, words)
+    rows = torch.frombuffer(bytearray(held), dtype=dtype).view(panels, linear.inputs, -1, LANES, parts)
     return rows.permute(0, 2, 4, 3, 1).reshape(-1, linear.inputs)  # column = (group of vectors, part of a word, lane)
 
 

@@ -35,7 +35,7 @@ static float exponentiate(const Query *query, vec maxima)
     for (int i = 1; i < LANES; i++) largest = maxima[i] > largest ? maxima[i] : largest;
     for (long t = 0; t < query->count; t += LANES) {
         vec weights = vec_exp(load(query->scores + t) - largest);
-        weights = select(LANE < (int)(query->count - t), weights, (vec){0}); /* the end was filled up */
+        weights = blend(LANE < (int)(query->count - t), weights, (vec){0}); /* the end was filled up */
         store(query->scores + t, weights);
         total += weights;
     }
@@ -80,12 +80,12 @@ INLINE void attend(const int parts, const Query *query, long queries, long share
     for (long t = 0; t < together; t += LANES)
         for (long q = 0; q < queries; q++) {
             vec scores = score_columns(parts, query + q, t, keys);
-            maxima[q] = select(scores > maxima[q], scores, maxima[q]);
+            maxima[q] = blend(scores > maxima[q], scores, maxima[q]);
         }
     for (long q = 0; q < queries; q++) {
         for (long t = together; t < query[q].count; t += LANES) {
             vec scores = score_columns(parts, query + q, t, keys);
-            maxima[q] = select(scores > maxima[q], scores, maxima[q]);
+            maxima[q] = blend(scores > maxima[q], scores, maxima[q]);
         }
         /* 2) softmax; a query that attends to nothing gets zeros */
         totals[q] = query[q].count ? exponentiate(query + q, maxima[q]) : 1.0f;

@@ -25,7 +25,7 @@
 INLINE vec widen(const Format format, const char *row, const int number)
 {
     if (format == FLOAT32) return load((const float *)row + number * LANES);
-    if (format == INT8) return __builtin_convertvector(load_words(row) << (24 - 8 * number) >> 24, vec);
+    if (format == INT8) return __builtin_convertvector(load_bytes(row + number * LANES), vec);
     const ivec pairs = load_words(row + number / 2 * LANES * 4);
     return (vec)(number % 2 ? pairs & (int)0xffff0000 : pairs << 16);
 }

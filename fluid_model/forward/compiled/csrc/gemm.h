@@ -4,7 +4,7 @@
 
        float32    column i                                  | LANES + i
        bfloat16   column i in the low half, LANES + i above | 2 LANES + i, 3 LANES + i
-       int8       columns i, LANES + i, 2 LANES + i, 3 LANES + i, from the lowest byte up
+       int8       columns 4 i to 4 i + 3: bytes in the order of columns
 
    A bfloat16 is the upper half of a float: a shift widens the low half of a word, a mask the high half.  */
 
@@ -20,11 +20,12 @@ static inline long panel_width(Format format) { return panel_vectors(format) * L
 
 static inline long weight_bytes(Format format) { return format == FLOAT32 ? 4 : format == BFLOAT16 ? 2 : 1; }
 
-/* Place of a column in a panel's row, counted in weights. The lowest part of a word comes first in memory. */
+/* Place of a column in a panel's row, counted in weights. The low half of a word comes first in memory. */
 static inline long place_in_row(Format format, long column)
 {
-    const long in_word = 4 / weight_bytes(format), vector = column / LANES;
-    return (vector / in_word * LANES + column % LANES) * in_word + vector % in_word;
+    if (format != BFLOAT16) return column;
+    const long vector = column / LANES;
+    return (vector / 2 * LANES + column % LANES) * 2 + vector % 2;
 }
 
 /* out (M, outputs) = in (M, inputs) @ weights + bias + residual, on up to `threads` threads.
