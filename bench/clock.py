@@ -1,10 +1,14 @@
-"""Timing on a device: seconds of a call, steps outside and inside a model, copy bandwidth, rate of matrix products."""
+"""Timing: systems side by side, seconds of a call, steps outside and inside a model, copy bandwidth, rate of matrix
+products.
+"""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +19,41 @@ COPIED = {"cuda": 2**31, "cpu": 2**26}
 """Bytes of a copy, many times the caches."""
 SIDE = {"cuda": 8192, "cpu": 512}
 """Side of square matrices large enough to saturate the device."""
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Units a second of some systems. runs: of each system, one a turn."""
+
+    runs: Mapping[str, list[float]]
+
+    def __getitem__(self, name: str) -> float:
+        """Of one system: the median."""
+        return statistics.median(self.runs[name])
+
+    def ratio(self, name: str, other: str) -> float:
+        """Of two systems: the median of the turns' ratios. Other work that comes and goes slows both in a turn."""
+        pairs = zip(self.runs[name], self.runs[other], strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
+
+
+def side_by_side(systems: Mapping[str, Callable[[], float]], runs: int, seconds: float = 0) -> Speeds:
+    """Speed of systems that take turns, in alternating order: `runs` turns, and more until `seconds` have passed.
+
+    systems: calls that return units done. Each is called once before, to warm up.
+    """
+    speeds: dict[str, list[float]] = {name: [] for name in systems}
+    for system in systems.values():
+        system()
+    begun = time.perf_counter()
+    for run in itertools.count():
+        if run >= runs and time.perf_counter() - begun >= seconds:
+            break
+        for name in list(systems)[:: 1 - 2 * (run % 2)]:
+            started = time.perf_counter()
+            count = systems[name]()
+            speeds[name].append(count / (time.perf_counter() - started))
+    return Speeds(speeds)
 
 
 def took(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:

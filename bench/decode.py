@@ -29,7 +29,7 @@ from fluid_model.settings import DecoderSettings
 
 from . import bars
 from .bars import Bar
-from .clock import step_times
+from .clock import Speeds, side_by_side, step_times
 from .prompts import mini, real
 
 REFERENCE = FluidSettings(rounds="reference")
@@ -48,14 +48,16 @@ TINY = resource("checkpoints") / "tiny-fluid"
 @dataclass(frozen=True)
 class Workload:
     """How much is measured. alone: prompts at batch 1.  many: prompts together, `waves` times the batch at most.
-    runs: of which the median.  new: tokens of an answer at most.  source: of the prompts.
+    runs: of which the median.  seconds: of turns beside AR, at least: other work on the machine then meets both alike.
+    new: tokens of an answer at most.  source: of the prompts.
     """
 
     alone: int = 24
     many: int = 200
-    waves: int = 200
+    waves: int = 12
     real: int = 50
     runs: int = 5
+    seconds: float = 40.0
     new: int = NEW
     source: Callable[[int], list[str]] = mini
 
@@ -98,19 +100,6 @@ def forwards(answers: Mapping[str, Generation]) -> int:
 def writer(checkpoint: Checkpoint, decoder: DecoderSettings, work: Sequence[Request], batch: int) -> Callable[[], int]:
     """A call that writes all answers and returns their tokens."""
     return lambda: tokens(write(checkpoint, decoder, work, batch))
-
-
-def side_by_side(systems: Mapping[str, Callable[[], int]], runs: int) -> dict[str, float]:
-    """Tokens a second of each system: medians over runs in which all take turns."""
-    speeds: dict[str, list[float]] = {name: [] for name in systems}
-    for system in systems.values():
-        system()  # warm
-    for _ in range(runs):
-        for name, system in systems.items():
-            started = time.perf_counter()
-            count = system()
-            speeds[name].append(count / (time.perf_counter() - started))
-    return {name: statistics.median(values) for name, values in speeds.items()}
 
 
 def generate(checkpoint: Checkpoint, work: Sequence[Request]) -> int:
@@ -158,11 +147,11 @@ def alone(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
     systems = {name: writer(checkpoint, decoder, work, 1) for name, decoder in decoders.items()}
     systems["generate"] = lambda: generate(checkpoint, work)
     speed = side_by_side(systems, plan.runs)
-    print("Batch 1, tokens/s: " + ", ".join(f"{name} {value:,.0f}" for name, value in speed.items()), file=sys.stderr)
+    print("Batch 1, tokens/s: " + ", ".join(f"{name} {speed[name]:,.0f}" for name in speed.runs), file=sys.stderr)
     return [
-        bars.at_least("tokens/s at batch 1: ours / generate", speed["ours"] / speed["generate"], 5),
-        bars.at_least("tokens/s at batch 1: ours / reference decoder", speed["ours"] / speed["reference"], 3),
-        Bar("tokens/s at batch 1: ours / AR in this engine", round(speed["ours"] / speed["AR"], 3), "", None),
+        bars.at_least("tokens/s at batch 1: ours / generate", speed.ratio("ours", "generate"), 5),
+        bars.at_least("tokens/s at batch 1: ours / reference decoder", speed.ratio("ours", "reference"), 3),
+        Bar("tokens/s at batch 1: ours / AR in this engine", round(speed.ratio("ours", "AR"), 3), "", None),
     ]
 
 
@@ -192,26 +181,31 @@ def fewer(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
 def together(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
     """Many prompts at every batch; ours must cost nobody speed."""
     prompts, is_tiny = plan.source(plan.many), checkpoint.folder == TINY
-    speed: dict[tuple[str, int], float] = {}
+    speeds: dict[int, Speeds] = {}
     results = []
     for batch in BATCHES:
         work = requests(checkpoint, prompts[: plan.waves * batch], plan.new)
         systems = {"AR": writer(checkpoint, ArSettings(), work, batch)}
         systems["ours"] = writer(checkpoint, FluidSettings(), work, batch)
-        if batch >= 8 and is_tiny:
-            systems["hf"] = lm_eval_writer(str(TINY), prompts, batch)
-        speed |= {(name, batch): value for name, value in side_by_side(systems, plan.runs).items()}
-        ratio = speed["ours", batch] / speed["AR", batch]
-        results.append(bars.at_least(f"tokens/s at batch {batch}: ours / AR in this engine", ratio, 0.97))
-    rows = [
-        (name, *(f"{speed[name, batch]:,.0f}" if (name, batch) in speed else "" for batch in BATCHES))
-        for name in dict.fromkeys(name for name, _ in speed)
-    ]
+        speed = speeds[batch] = side_by_side(systems, plan.runs, plan.seconds)
+        results.append(
+            bars.at_least(f"tokens/s at batch {batch}: ours / AR in this engine", speed.ratio("ours", "AR"), 0.97)
+        )
+    rows = [(name, *(f"{speeds[batch][name]:,.0f}" for batch in BATCHES)) for name in ("AR", "ours")]
     print(bars.table(["tokens/s at batch", *map(str, BATCHES)], rows), file=sys.stderr)
-    if is_tiny:
-        best = {name: max(value for (n, _), value in speed.items() if n == name) for name in ("AR", "hf")}
-        results.append(bars.at_least("AR in this engine / lm-eval hf, best batch each", best["AR"] / best["hf"], 2))
-    return results
+    return [*results, *beside_hf(checkpoint, plan)] if is_tiny else results
+
+
+def beside_hf(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
+    """AR beside lm-eval's `hf`, each at the better of the two largest batches."""
+    prompts = plan.source(plan.many)
+    work, best = requests(checkpoint, prompts, plan.new), {"AR": 0.0, "hf": 0.0}
+    for batch in BATCHES[-2:]:
+        systems = {"AR": writer(checkpoint, ArSettings(), work, batch), "hf": lm_eval_writer(str(TINY), prompts, batch)}
+        speed = side_by_side(systems, plan.runs)
+        best = {name: max(best[name], speed[name]) for name in best}
+    print("tokens/s, best batch: " + ", ".join(f"{name} {value:,.0f}" for name, value in best.items()), file=sys.stderr)
+    return [bars.at_least("AR in this engine / lm-eval hf, best batch each", best["AR"] / best["hf"], 2)]
 
 
 def overhead(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
@@ -309,7 +303,7 @@ def ten_times(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
         },
         max(1, plan.runs // 2),
     )
-    return [Bar(f"ms/token, {name}", round(1000 / value, 3), "", None) for name, value in speed.items()]
+    return [Bar(f"ms/token, {name}", round(1000 / speed[name], 3), "", None) for name in cases]
 
 
 def longer(checkpoint: Checkpoint, plan: Workload) -> list[Bar]:
@@ -353,7 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=PARTS, action="append", help="parts to measure; default: all")
     parser.add_argument("--model", type=Path, default=TINY, metavar="FOLDER", help="a FLUID; default: tiny-fluid")
     options = parser.parse_args(arguments)
-    plan = Workload(alone=2, many=4, real=2, runs=1) if options.quick else Workload()
+    plan = Workload(alone=2, many=4, real=2, runs=1, seconds=0) if options.quick else Workload()
     if options.model != TINY:
         few = min(plan.alone, 4)
         plan = replace(plan, source=real, alone=few, many=min(plan.many, 64), waves=2, new=64)

@@ -41,7 +41,8 @@ from fluid_model.forward.llama import LINEAR
 
 from . import bars
 from .bars import Bar
-from .decode import as_asked, generate, lm_eval_writer, side_by_side, writer
+from .clock import side_by_side
+from .decode import as_asked, generate, lm_eval_writer, writer
 from .prompts import real
 from .smol import chats
 
@@ -208,14 +209,15 @@ def text(case: Case) -> list[Bar]:
         if name in case.models:
             systems[f"generate, {name}"] = _generate(case.models[name], work)
     speed = side_by_side(systems, case.runs)
-    print("Batch 1, tokens/s: " + ", ".join(f"{name} {value:.1f}" for name, value in speed.items()), file=sys.stderr)
-    best = max(value for name, value in speed.items() if name.startswith("generate"))
+    print("Batch 1, tokens/s: " + ", ".join(f"{name} {speed[name]:.1f}" for name in systems), file=sys.stderr)
+    best = max((name for name in systems if name.startswith("generate")), key=speed.__getitem__)
+    ratios = {name: speed.ratio(name, best) for name in case.models}
     results = [
-        Bar(f"tokens/s at batch 1: AR, {name} / generate, best format", round(speed[name] / best, 3), "", None)
-        for name in case.models
+        Bar(f"tokens/s at batch 1: AR, {name} / generate, best format", round(ratio, 3), "", None)
+        for name, ratio in ratios.items()
     ]
-    plain = max(value for name, value in speed.items() if name in ("float32", "bfloat16"))
-    return [*results, bars.at_least("tokens/s at batch 1: AR / generate, best format of each", plain / best, 4)]
+    plain = max(ratios[name] for name in ("float32", "bfloat16") if name in ratios)
+    return [*results, bars.at_least("tokens/s at batch 1: AR / generate, best format of each", plain, 4)]
 
 
 def batches(case: Case) -> list[Bar]:
@@ -229,7 +231,7 @@ def batches(case: Case) -> list[Bar]:
         systems["hf"] = lm_eval_writer(case.name, as_asked(model, prompts), batch, NEW)
         speed = side_by_side(systems, case.runs)
         print(f"Batch {batch}, tokens/s: AR {speed['AR']:.1f}, hf {speed['hf']:.1f}", file=sys.stderr)
-        best = {name: max(best[name], value) for name, value in speed.items()}
+        best = {name: max(best[name], speed[name]) for name in systems}
     name = f"tokens/s of {len(prompts)} questions: AR / lm-eval hf, best batch of each"
     return [bars.at_least(name, best["AR"] / best["hf"], 2)]
 

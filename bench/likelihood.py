@@ -23,7 +23,8 @@ from fluid_model import Checkpoint, Scorer, ScoreRequest
 
 from . import bars
 from .bars import Bar
-from .decode import TINY, lm_eval_hf, side_by_side
+from .clock import side_by_side
+from .decode import TINY, lm_eval_hf
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "mmlu"
 SUBJECTS = ("abstract_algebra", "anatomy", "management", "philosophy", "world_religions")
@@ -118,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     wrong, theirs_wrong = apart(mine, exact), apart(other, exact)
     print(f"largest difference between the two: {apart(mine, other):.2g} nats", file=sys.stderr)
     results: list[Bar] = [
-        bars.at_least(f"MMLU, 5 shots, {len(contexts)} questions: ours / lm-eval hf", speed["ours"] / speed["hf"], 3),
+        bars.at_least(f"MMLU, 5 shots, {len(contexts)} questions: ours / lm-eval hf", speed.ratio("ours", "hf"), 3),
         Bar(
             "largest error of a log-likelihood against float64, nats: ours",
             float(f"{wrong:.2g}"),

@@ -37,7 +37,8 @@ from fluid_model.train.stages import collate
 
 from . import bars, smol_table
 from .bars import Bar
-from .decode import forwards, generate, margin, requests, side_by_side, tokens, write, writer
+from .clock import side_by_side
+from .decode import forwards, generate, margin, requests, tokens, write, writer
 from .prompts import human_eval, real
 
 PARENT = "smollm2-135m"
@@ -161,11 +162,11 @@ def speed(pair: Pair, plan: SmolWorkload) -> SmolPart:
         if batch == 1:
             systems["generate"] = partial(generate, pair.parent, work)
         measured = side_by_side(systems, plan.runs)
-        rows += [(batch, system, f"{rate:.1f}") for system, rate in measured.items()]
+        rows += [(batch, system, f"{measured[system]:.1f}") for system in systems]
         for other, bound in (("parent, AR", 1.4 if batch == 1 else 0.97), ("generate", 3)):
-            if other in measured:
+            if other in systems:
                 name = f"tokens/s at batch {batch}: child, verified / {other}"
-                results.append(bars.at_least(name, measured["child, verified"] / measured[other], bound))
+                results.append(bars.at_least(name, measured.ratio("child, verified", other), bound))
     return SmolPart(results, bars.table(["batch", "system", "tokens/s"], rows))
 
 

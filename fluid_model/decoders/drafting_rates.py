@@ -45,23 +45,26 @@ class Rate:
 
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     tokens: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    _value: float | None = None  # once it is asked for: every row that finishes reports it
 
     def add(self, seconds: float, tokens: float) -> None:
         self.seconds.append(seconds)
         self.tokens.append(tokens)
+        self._value = None
 
     def forget(self) -> None:
         """Start anew: the machine or the text may have changed."""
         self.seconds.clear()
         self.tokens.clear()
+        self._value = None
 
     @property
     def value(self) -> float | None:
         """Tokens a second of one row; None without steps."""
-        if not self.seconds:
-            return None
-        limit = OUTLIER * sorted(self.seconds)[len(self.seconds) // 2]
-        return sum(self.tokens) / sum(min(seconds, limit) for seconds in self.seconds)
+        if self._value is None and self.seconds:
+            limit = OUTLIER * sorted(self.seconds)[len(self.seconds) // 2]
+            self._value = sum(self.tokens) / sum(min(seconds, limit) for seconds in self.seconds)
+        return self._value
 
 
 @dataclass
