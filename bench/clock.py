@@ -49,7 +49,7 @@ def side_by_side(systems: Mapping[str, Callable[[], float]], runs: int, seconds:
     for run in itertools.count():
         if run >= runs and time.perf_counter() - begun >= seconds:
             break
-        for name in list(systems)[:: 1 - 2 * (run % 2)]:
+        for name in reversed(speeds) if run % 2 else speeds:
             started = time.perf_counter()
             count = systems[name]()
             speeds[name].append(count / (time.perf_counter() - started))

@@ -9,6 +9,7 @@ import pytest
 
 import fluid_eval
 from bench import bars, decode, likelihood, scale, smol, smol_table
+from bench.clock import side_by_side
 from bench.field import __main__ as field
 from bench.field import layouts, plan
 from bench.prompts import mini
@@ -46,6 +47,27 @@ def test_decoding_is_measured(capsys):
     assert all(bar["ok"] for bar in texts)
     assert next(bar["measured"] for bar in printed if bar["name"].endswith("slots free")) > 1.5
     assert all(0 < bar["measured"] < 1 for bar in printed if bar["name"].startswith("host time over"))
+
+
+def test_a_ratio_is_of_turns_and_order_alternates(monkeypatch):
+    """A machine that is ten times as slow in one turn changes no ratio; the last turn alone is another."""
+    now, called = [0.0], list[str]()
+    slowness = iter([1, 1, 1, 1, 10, 10, 1, 2])
+
+    def system(name, seconds):
+        def call():
+            called.append(name)
+            now[0] += seconds * next(slowness)
+            return 6
+
+        return call
+
+    monkeypatch.setattr("bench.clock.time.perf_counter", lambda: now[0])
+    speeds = side_by_side({"one": system("one", 1), "two": system("two", 2)}, runs=1, seconds=34)
+    assert called == ["one", "two", "one", "two", "two", "one", "one", "two"], "the first two warm up"
+    assert speeds.runs == {"one": [6, 0.6, 6], "two": [3, 0.3, 1.5]}
+    assert speeds["one"] == 6
+    assert speeds.ratio("one", "two") == 2
 
 
 @pytest.mark.slow
