@@ -25,7 +25,7 @@ from fluid_model.decoders.draft_policy import MIN_COST
 from fluid_model.decoders.draft_tree import Candidate, Draft, DraftTree
 from fluid_model.decoders.fluid import FluidStrategy
 from fluid_model.decoders.verification import Predictions
-from fluid_model.engine.strategy import RowUpdate
+from fluid_model.engine.strategy import Updates
 from fluid_model.forward.kv_cache import KVCache
 
 FILE = Path(__file__).with_name("accepted.json")
@@ -96,9 +96,7 @@ class Replay(FluidStrategy):
             raise ConfigError("only greedy, verified decoding can be replayed")
         self._tape = tape
 
-    def admit(
-        self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]
-    ) -> list[RowUpdate]:
+    def admit(self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]) -> Updates:
         starts = self._tape.starts
         begun = [replace(each, prompt=(starts[each.seed % len(starts)],)) for each in requests]
         return super().admit(start, begun, hidden, window_left)

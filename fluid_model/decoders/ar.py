@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..engine.records import Request
-from ..engine.strategy import NOTHING, Feed, RowUpdate
+from ..engine.strategy import NOTHING, Feed, Updates
 from ..forward.backbone import Backbone
 from ..settings import ArSettings
 from .sampling import Draws, argmax, choose
@@ -36,9 +36,7 @@ class ArStrategy:
         self.latest = torch.zeros(rows, dtype=torch.long, device=self.backbone.device)
         self.draws = Draws(rows)
 
-    def admit(
-        self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]
-    ) -> list[RowUpdate]:
+    def admit(self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]) -> Updates:
         assert hidden is not None
         for row, request in enumerate(requests, start):
             self.draws.seed(row, request.seed)
@@ -47,14 +45,14 @@ class ArStrategy:
     def plan(self, rows: int) -> Feed:
         return Feed(self.latest[:rows, None], widths=[1] * rows, kinds=["commit"] * rows)
 
-    def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> list[RowUpdate]:
+    def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> Updates:
         return self._choose(0, hidden[:, 0], range(1), self._stride)
 
     def move(self, source: int, target: int) -> None:
         self.latest[target] = self.latest[source]
         self.draws.move(source, target)
 
-    def _choose(self, start: int, hidden: Tensor, cached: Sequence[int], stride: int | None) -> list[RowUpdate]:
+    def _choose(self, start: int, hidden: Tensor, cached: Sequence[int], stride: int | None) -> Updates:
         """The next token of rows start.. .  hidden: (n, D)."""
         rows = range(start, start + len(hidden))
         logits = self.backbone.logits(hidden)  # (n, V)
@@ -66,7 +64,8 @@ class ArStrategy:
             for row in rows:
                 self.draws.advance(row, 1)
         self.latest[start : rows.stop] = tokens
-        return [RowUpdate([token], [0], cached, stride) for token in tokens.tolist()]
+        strides = None if stride is None else [stride] * len(rows)
+        return Updates(tokens[:, None].tolist(), [cached] * len(rows), strides=strides)
 
 
 def open_strategy(checkpoint: Checkpoint, settings: ArSettings) -> ArStrategy:

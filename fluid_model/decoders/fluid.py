@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..engine.records import DraftPolicy, Request
-from ..engine.strategy import NOTHING, Feed, RejectedDraft, RowUpdate
+from ..engine.strategy import NOTHING, Feed, RejectedDraft, RowUpdate, Updates
 from ..forward.attention_masks import AttentionIntervals
 from ..forward.backbone import Backbone
 from ..forward.khead import KHead
@@ -93,9 +93,7 @@ class FluidStrategy:
         rates = self._rates.of(self._active)
         return DraftPolicy(None, self._batch_rows, rates.drafts, rates.drafting.value, rates.plain.value)
 
-    def admit(
-        self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]
-    ) -> list[RowUpdate]:
+    def admit(self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]) -> Updates:
         """hidden: (R, 1 + M, D) at the prompt's last token, the root of a tree of one node, and its mask block."""
         assert hidden is not None
         for row in range(start, start + len(requests)):
@@ -116,7 +114,7 @@ class FluidStrategy:
                 update = self._draft_and_commit(row, predicted, 0, left, NOTHING)
             self._draws.advance(row, len(update.tokens))
             updates.append(update)
-        return updates
+        return Updates.of(updates)
 
     def plan(self, rows: int) -> Feed:
         """The drafts of all rows, side by side; or their bonus tokens alone, where drafts do not pay."""
@@ -139,19 +137,18 @@ class FluidStrategy:
         self._laid_out = time.perf_counter()
         return Feed(ids, widths, kinds=["round"] * rows, intervals=AttentionIntervals(*intervals))
 
-    def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> list[RowUpdate]:
+    def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> Updates:
         if self._drafting:
             updates = self._absorb_drafts(feed, hidden, window_left)
-            tokens = sum(len(update.tokens) for update in updates)
         else:
             updates = self._plain.absorb(feed, hidden, window_left)
-            tokens = len(updates)
         if self._rates is not None and not self._switched:
-            self._rates.add(len(updates), time.perf_counter() - self._started, tokens)
+            tokens = sum(map(len, updates.tokens))
+            self._rates.add(len(feed.widths), time.perf_counter() - self._started, tokens)
         self._switched = False
         return updates
 
-    def _absorb_drafts(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> list[RowUpdate]:
+    def _absorb_drafts(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> Updates:
         predictions = self._predict(0, hidden, self._drafts[: len(window_left)])
         if self._rates is not None and hidden.device.type == "cpu":  # elsewhere the device still works
             self.backbone.forward_time.observe(feed.ids.numel(), time.perf_counter() - self._laid_out)
@@ -161,7 +158,7 @@ class FluidStrategy:
             update = step(row, predicted, left)
             self._draws.advance(row, len(update.tokens))
             updates.append(update)
-        return updates
+        return Updates.of(updates)
 
     def move(self, source: int, target: int) -> None:
         self._drafts[target], self._statistics[target] = self._drafts[source], self._statistics[source]

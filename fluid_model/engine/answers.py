@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from ..tokens import UNFINISHED, Tokenizer, after_last, cut_at_stops, has_stop
 from .records import DraftPolicy, Finish, Generation, Request, Trace
-from .strategy import RowUpdate
+from .strategy import Updates
 
 STOP_CONTEXT = 8
 """Tokens decoded before a possible stop string, so that characters and words that tokens split come out complete."""
@@ -52,12 +52,14 @@ class _StopRule:
 class RowState:
     """A row of the batch: its request, its cached tokens and its answer so far.
 
-    shared: tokens of its prompt that other prompts share.  cached: tokens in the KV cache.
+    shared: tokens of its prompt that other prompts share.  cached: tokens in the KV cache.  forwards: that it took part
+    in.
     """
 
     request: Request
     shared: int = 0
     cached: int = 0
+    forwards: int = 0
     ids: list[int] = field(default_factory=list)
     trace: Trace = field(default_factory=Trace)
     seconds: float = 0.0
@@ -75,27 +77,50 @@ class AnswerRules:
         self._tokenizer = tokenizer
         self._end_ids = frozenset(end_ids)
         self._stop_rules: dict[tuple[str, ...], _StopRule] = {}
+        self._harmless = set[int]()  # tokens seen so far that end no answer, whichever its stop strings are
 
-    def commit(self, row: RowState, update: RowUpdate) -> None:
-        """Extend a row's answer by one update and record it in the row's trace. Sets `finish` where the answer ends."""
-        before, trace = len(row.ids), row.trace
-        # 1) Tokens up to the end of the answer.
-        if update.tokens:
-            self._append(row, update.tokens)
-            trace.add_tokens(update.ages[: len(row.ids) - before])
-        # 2) The step's stride beside what the answer grew by.
-        if update.stride is not None:
-            trace.predicted.append(update.stride)
-            trace.accepted.append(len(row.ids) - before)
-            trace.expected.append(update.expected)
-        # 3) Draft tokens rejected in favour of one of these tokens.
-        if update.rejected is not None:
-            place, drafts = update.rejected
-            age = update.ages[place] if place < len(update.ages) else 0
-            _add_rejected(row, before + place, drafts, age)
-        # 4) A full canvas ends an answer that nothing else ends.
-        if update.is_full and row.finish is None:
-            row.finish = "length"
+    def prepare(self, requests: Iterable[Request]) -> None:
+        """Learn the stop strings of requests, before any of their answers begins."""
+        for request in requests:
+            if request.stops and (stops := tuple(request.stops)) not in self._stop_rules:
+                self._stop_rules[stops] = _StopRule(self._tokenizer, stops)
+                self._harmless.clear()
+
+    def commit(self, rows: Sequence[RowState], updates: Updates) -> None:
+        """Extend rows' answers by their updates and record them in their traces. Sets `finish` where an answer ends."""
+        before = [len(row.ids) for row in rows]
+        # 1) Tokens up to the end of each answer: of most steps all of them, which takes one look at each row.
+        for row, length, tokens in zip(rows, before, updates.tokens, strict=True):
+            if length + len(tokens) < row.request.max_new_tokens and self._harmless.issuperset(tokens):
+                row.ids += tokens
+            else:
+                self._append(row, tokens)
+        grown = [len(row.ids) - length for row, length in zip(rows, before, strict=True)]
+        # 2) The forward that wrote each of them.
+        if updates.ages is None:
+            for row, count in zip(rows, grown, strict=True):
+                row.trace.written += [row.forwards] * count
+        else:
+            for row, count, ages in zip(rows, grown, updates.ages, strict=True):
+                row.trace.written += [row.forwards - age for age in ages[:count]]
+        # 3) The step's stride beside what the answer grew by.
+        if updates.strides is not None:
+            expected = updates.expected or [1.0] * len(rows)
+            for row, count, stride, tokens_expected in zip(rows, grown, updates.strides, expected, strict=True):
+                if stride is not None:
+                    row.trace.predicted.append(stride)
+                    row.trace.accepted.append(count)
+                    row.trace.expected.append(tokens_expected)
+        # 4) Draft tokens rejected in favour of one of these tokens.
+        for number, rejected in enumerate(updates.rejected or ()):
+            if rejected is not None:
+                ages = [] if updates.ages is None else updates.ages[number]
+                age = ages[rejected.place] if rejected.place < len(ages) else 0
+                _add_rejected(rows[number], before[number] + rejected.place, rejected.ids, age)
+        # 5) A full canvas ends an answer that nothing else ends.
+        for row, is_full in zip(rows, updates.is_full or (), strict=False):
+            if is_full and row.finish is None:
+                row.finish = "length"
 
     def generation(self, row: RowState, draft_policy: DraftPolicy | None) -> Generation:
         """The record of a finished row."""
@@ -115,6 +140,7 @@ class AnswerRules:
     def _append(self, row: RowState, tokens: list[int]) -> None:
         """Append tokens up to the answer's end: an end-of-sequence id, a stop string, or the length limit."""
         limit, before = row.request.max_new_tokens, len(row.ids)
+        self._harmless.update(token for token in tokens if not self._may_end(token))
         end = None
         if not self._end_ids.isdisjoint(tokens):
             end = next(index for index, token in enumerate(tokens) if token in self._end_ids)
@@ -128,11 +154,14 @@ class AnswerRules:
         elif len(row.ids) >= limit:
             row.finish = "length"
 
+    def _may_end(self, token: int) -> bool:
+        """Whether an answer may end with this token."""
+        return token in self._end_ids or any(rule.may_complete(token) for rule in self._stop_rules.values())
+
     def _stop_length(self, row: RowState, before: int) -> int | None:
         """Tokens of the shortest answer that holds a stop string behind its thinking, if more than `before`."""
         stops, marker = tuple(row.request.stops), row.request.end_of_thinking
-        if (rule := self._stop_rules.get(stops)) is None:
-            rule = self._stop_rules[stops] = _StopRule(self._tokenizer, stops)
+        rule = self._stop_rules[stops]
         # 1) most tokens complete no stop string, by themselves; others are decoded with a few tokens before them
         if not any(map(rule.may_complete, row.ids[before:])):
             return None
@@ -172,4 +201,4 @@ def _add_rejected(row: RowState, index: int, drafts: list[int], age: int) -> Non
     # An end-of-sequence id is not among the ids, but takes one place behind them.
     places = len(row.ids) + (row.finish in (None, "eos"))
     if drafts and index < places:
-        row.trace.add_rejected(index, drafts, age)
+        row.trace.rejected.append((row.forwards - age, index, drafts))

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -31,7 +31,7 @@ from ..tokens import Tokenizer
 from . import shared_prefixes
 from .answers import AnswerRules, RowState
 from .records import Generation, Request, RowForward
-from .strategy import Feed, RowUpdate, Strategy, prompt_blocks
+from .strategy import Feed, RowUpdate, Strategy, Updates, prompt_blocks
 
 PREFILL_TOKENS, PREFILL_TOKENS_CPU = 4096, 128
 """Prompt tokens, padding included, of one prefill forward: enough to keep a device busy, few enough that activations
@@ -85,6 +85,7 @@ class Engine:
             return
         for request in everything:
             self._check(request)
+        self._answers.prepare(everything)
         waiting = self._order(everything)
 
         # 2) allocate rows and cache, with one spare row for a shared prefix
@@ -162,7 +163,7 @@ class Engine:
         # 3) hand over to the strategy
         updates = self.strategy.admit(start, [row.request for row in rows], hidden, self._window_left(rows))
         self._active += rows
-        self._commit(rows, updates)
+        self._commit(rows, _by_column(updates))
 
     def _prefill(self, rows: list[RowState], start: int) -> Tensor:
         """Cache prompts in rows start.. of the cache, and feed a mask block behind each.
@@ -217,11 +218,13 @@ class Engine:
         # 2) forward
         hidden = self._forward(rows, feed)  # (n, S, D)
         # 3) absorb: the strategy verifies, commits, drafts
-        updates = self.strategy.absorb(feed, hidden, self._window_left(rows))
+        updates = _by_column(self.strategy.absorb(feed, hidden, self._window_left(rows)))
         # 4) compact the cache: slots on the accepted path move behind the row's cached tokens
-        self._cache.compact([row.cached for row in rows], [update.cached for update in updates])
-        for row, update in zip(rows, updates, strict=True):
-            row.cached += len(update.cached) - update.dropped
+        self._cache.compact([row.cached for row in rows], updates.cached)
+        for row, cached in zip(rows, updates.cached, strict=True):
+            row.cached += len(cached)
+        for row, dropped in zip(rows, updates.dropped or (), strict=False):
+            row.cached -= dropped
         # 5) extend the answers
         self._commit(rows, updates)
 
@@ -236,6 +239,7 @@ class Engine:
             hidden = hidden.masked_fill(~self._is_finite[:, None, None], 0.0)
         self.calls += 1
         for row, width, kind in zip(rows, feed.widths, feed.kinds, strict=True):
+            row.forwards += 1
             row.trace.add_forward(kind, width)
         if self.watch is not None:
             self._observed = _row_forwards(rows, feed, plan)
@@ -245,12 +249,11 @@ class Engine:
         """Positions behind each row's cached tokens in the context window."""
         return [self.backbone.window - row.cached for row in rows]
 
-    def _commit(self, rows: list[RowState], updates: list[RowUpdate]) -> None:
+    def _commit(self, rows: list[RowState], updates: Updates) -> None:
         """Extend answers by what a forward brought, fail non-finite rows, and share out the time."""
         self._notify(updates)
         # 1) answers and traces
-        for row, update in zip(rows, updates, strict=True):
-            self._answers.commit(row, update)
+        self._answers.commit(rows, updates)
         # 2) non-finite rows end without an answer
         if self._is_finite is not None:
             for row, is_finite in zip(rows, self._is_finite.tolist(), strict=True):
@@ -260,15 +263,16 @@ class Engine:
             self._is_finite = None
         # 3) time since the previous forward, evenly
         now = time.perf_counter()
+        share = (now - self._clock) / len(rows)
         for row in rows:
-            row.seconds += (now - self._clock) / len(rows)
+            row.seconds += share
         self._clock = now
 
-    def _notify(self, updates: Sequence[RowUpdate]) -> None:
+    def _notify(self, updates: Updates) -> None:
         """Pass the latest forward to `watch`, with the tokens that it brought."""
         if self.watch is not None:
-            for forward, update in zip(self._observed, updates, strict=False):  # none where a prompt has no prefill
-                self.watch(replace(forward, tokens=tuple(update.tokens)))
+            for forward, tokens in zip(self._observed, updates.tokens, strict=False):  # none where nothing is prefilled
+                self.watch(replace(forward, tokens=tuple(tokens)))
         self._observed = []
 
     def _retire(self) -> Iterator[Generation]:
@@ -295,6 +299,11 @@ class Engine:
             self.strategy.move(last, place)
             self._active[place] = self._active[last]
         self._active.pop()
+
+
+def _by_column(updates: Updates | list[RowUpdate]) -> Updates:
+    """Updates as a strategy returns them, by column."""
+    return updates if isinstance(updates, Updates) else Updates.of(updates)
 
 
 def _row_forwards(rows: list[RowState], feed: Feed, plan: AttentionPlan) -> list[RowForward]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -91,15 +90,6 @@ class Trace:
         """Count one forward in which the row fed `slots` slots."""
         self.forwards[kind] += 1
         self.slots += slots
-
-    def add_tokens(self, ages: Sequence[int]) -> None:
-        """Record tokens of the answer. ages: forwards since each was written, 0 for the latest."""
-        latest = sum(self.forwards.values())
-        self.written += [latest - age for age in ages]
-
-    def add_rejected(self, index: int, ids: list[int], age: int) -> None:
-        """Record draft tokens rejected `age` forwards ago. index: of the first, in the answer."""
-        self.rejected.append((sum(self.forwards.values()) - age, index, ids))
 
     def clear_answer(self) -> None:
         """Drop all that describes the answer; the counts of forwards and slots stay."""

@@ -65,6 +65,28 @@ class RowUpdate(NamedTuple):
     dropped: int = 0
 
 
+@dataclass(slots=True)
+class Updates:
+    """The updates of all rows of a forward by column, entry r for row r. A column that is None has `RowUpdate`'s
+    defaults, and 0 for every age: a step of one kind for all rows then costs the host no work for each of them.
+    """
+
+    tokens: Sequence[list[int]]
+    cached: Sequence[Sequence[int]]
+    ages: Sequence[list[int]] | None = None
+    strides: Sequence[int | None] | None = None
+    rejected: Sequence[RejectedDraft | None] | None = None
+    expected: Sequence[float] | None = None
+    is_full: Sequence[bool] | None = None
+    dropped: Sequence[int] | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[RowUpdate]) -> Updates:
+        """From updates by row."""
+        tokens, ages, cached, strides, rejected, expected, is_full, dropped = zip(*rows, strict=True)
+        return cls(tokens, cached, ages, strides, rejected, expected, is_full, dropped)
+
+
 NOTHING: Sequence[int] = range(0)
 """`cached` of a row that keeps no fed slot."""
 
@@ -100,7 +122,7 @@ class Strategy(Protocol):
 
     def admit(
         self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]
-    ) -> list[RowUpdate]:
+    ) -> Updates | list[RowUpdate]:
         """Start rows start.. of the batch.
 
         hidden: (R, 1 + M, D), at each prompt's last cached token and its mask block; None without a prefill.
@@ -110,7 +132,7 @@ class Strategy(Protocol):
     def plan(self, rows: int) -> Feed:
         """Lay out the next forward of rows 0..rows-1."""
 
-    def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> list[RowUpdate]:
+    def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> Updates | list[RowUpdate]:
         """Take in a forward's hidden states, (n, S, D). window_left: as in `admit`, before this forward's slots."""
 
     def move(self, source: int, target: int) -> None:
