@@ -22,10 +22,11 @@ from torch import Tensor
 import fluid_model
 from fluid_model import ArSettings, Checkpoint, ConfigError, FluidSettings, Request
 from fluid_model.decoders.draft_policy import MIN_COST
+from fluid_model.decoders.draft_rows import DraftLayout, DraftLimits, DraftRows, Predictions
 from fluid_model.decoders.draft_tree import Candidate, Draft, DraftTree
 from fluid_model.decoders.fluid import FluidStrategy
-from fluid_model.decoders.verification import Predictions
 from fluid_model.engine.strategy import Updates
+from fluid_model.forward.attention_masks import MAX_STEPS
 from fluid_model.forward.kv_cache import KVCache
 
 FILE = Path(__file__).with_name("accepted.json")
@@ -101,19 +102,26 @@ class Replay(FluidStrategy):
         begun = [replace(each, prompt=(starts[each.seed % len(starts)],)) for each in requests]
         return super().admit(start, begun, hidden, window_left)
 
-    def _predict(self, start: int, hidden: Tensor, drafts: Sequence[Draft]) -> list[Predictions]:
-        super()._predict(start, hidden, drafts)
-        predictions = []
-        for draft in drafts:
-            ranked: list[list[Candidate]] = []
-            for token, masks in zip(draft.tree.tokens, draft.masks, strict=True):
-                recorded = [*self._tape.drafts[token], *([(self._tape.wrong, 0.0)] for _ in range(masks))]
-                ranked += [candidates[: self._candidates] for candidates in recorded[:masks]]
-            tokens = [self._tape.after(token) for token in draft.tree.tokens]
-            candidates = [[token for token, _ in each] for each in ranked]
-            probabilities = [[probability for _, probability in each] for each in ranked]
-            predictions.append(Predictions(tokens, [self.max_stride] * len(tokens), candidates, probabilities))
-        return predictions
+    def _predict(self, start: int, layout: DraftLayout, hidden: Tensor) -> Predictions:
+        predicted = super()._predict(start, layout, hidden)
+        ids, enter, *_ = layout.slots(layout.numbers)  # (n, S) each
+        fed, total = layout.fed(layout.numbers), sum(layout.nodes)
+        count = predicted.candidates.shape[1]  # C
+        candidates, probabilities = [], []
+        masks = fed[total:]
+        anchors, steps = enter.flatten()[masks] // MAX_STEPS, enter.flatten()[masks] % MAX_STEPS
+        for token, step in zip(ids[masks // layout.width, anchors].tolist(), steps.tolist(), strict=True):
+            recorded = self._tape.drafts[token][step - 1 : step] or [[]]
+            ranked = [*recorded[0], *[(self._tape.wrong, 0.0)] * count][:count]
+            candidates.append([token for token, _ in ranked])
+            probabilities.append([probability for _, probability in ranked])
+        tokens = [self._tape.after(token) for token in ids.flatten()[fed[:total]].tolist()]
+        return Predictions(
+            torch.tensor(tokens),
+            torch.full((total,), self.max_stride),
+            torch.tensor(candidates, dtype=torch.long).view(-1, count),
+            torch.tensor(probabilities, dtype=torch.float32).view(-1, count),
+        )
 
 
 def record(checkpoint: Checkpoint, work: Sequence[Request]) -> list[list[BlockCandidates]]:
@@ -132,23 +140,27 @@ def _blocks(checkpoint: Checkpoint, request: Request, answer: tuple[int, ...]) -
     strategy = FluidStrategy(backbone, head, checkpoint.mask_id, FluidSettings(slot_budget=1))
     strategy.allocate(1)
     masks = strategy.max_stride - 1
-    draft = strategy._drafts[0] = Draft(DraftTree.chain([request.prompt[-1], *answer]), [masks] * count)
+    draft = Draft(DraftTree.chain([request.prompt[-1], *answer]), [masks] * count)
+    strategy._drafts = DraftRows(1, DraftLimits(1, strategy.max_stride, draft.slots, strategy._candidates))
+    strategy._drafts.drafts[0] = draft
     before, feed = torch.tensor([request.prompt[:-1]]), strategy.plan(1)
     cache = KVCache(1, before.shape[1] + draft.slots)
     if before.numel():
         backbone.forward(before, cache.set_write_positions(0, [0], before.shape[1], backbone.device), cache)
     plan = cache.set_write_positions(0, [before.shape[1]], draft.slots, backbone.device, intervals=feed.intervals)
     hidden = backbone.forward(feed.ids, plan, cache)
-    (predicted,) = strategy._predict(0, hidden, [draft])
+    assert strategy._layout is not None
+    predicted = strategy._predict(0, strategy._layout, hidden)
     return [_block(predicted, place, count, masks) for place in range(count)]
 
 
 def _block(predicted: Predictions, place: int, count: int, masks: int) -> BlockCandidates:
     """The mask block behind one of `count` tokens: a candidate is accepted where it is the text's next token."""
     reached, block = 1.0, []
-    for step in range(min(masks, predicted.strides[place] - 1)):
-        after, candidates = place + 1 + step, predicted.candidates_of(place * masks + step)
-        right = predicted.tokens[after] if after < count else None
+    for step in range(min(masks, int(predicted.strides[place]) - 1)):
+        after, slot = place + 1 + step, place * masks + step
+        candidates = list(zip(predicted.candidates[slot].tolist(), predicted.probabilities[slot].tolist(), strict=True))
+        right = int(predicted.tokens[after]) if after < count else None
         worth = [(token, probability) for token, probability in candidates if reached * probability >= MIN_COST]
         block.append(tuple(probability if token == right else -probability for token, probability in worth))
         reached *= candidates[0][1]

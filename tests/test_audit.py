@@ -28,8 +28,10 @@ from fluid_eval.results.run_folder import encode, read_samples
 from fluid_model import ArSettings, FluidSettings, Request, engine_for
 from fluid_model.checkpoints.checkpoint import Checkpoint
 from fluid_model.decoders.ar import ArStrategy
+from fluid_model.decoders.draft_rows import DraftRows
 from fluid_model.decoders.fluid import FluidStrategy
 from fluid_model.decoders.sampling import choose
+from fluid_model.decoders.verification import verify_path
 from fluid_model.engine.loop import Engine
 from fluid_model.engine.records import Generation
 from fluid_model.forward.backbone import Backbone
@@ -86,18 +88,16 @@ def fluid(kind: type[FluidStrategy]) -> Callable:
     return by(lambda c: kind(c.backbone, c.head, c.mask_id, FLUID))
 
 
-class SkipsTheLastDraft(FluidStrategy):
-    def _accepted_path(self, tree, predicted):
-        path = super()._accepted_path(tree, predicted)
-        leaves = set(range(len(tree.tokens))) - set(tree.parents)
-        return [*path, *[node for node in leaves if tree.parents[node] == path[-1]][:1]]
+def skips_the_last_draft(tree, predictions):
+    path = verify_path(tree, predictions)
+    leaves = set(range(len(tree.tokens))) - set(tree.parents)
+    return [*path, *[node for node in leaves if tree.parents[node] == path[-1]][:1]]
 
 
-class KeepsARejectedDraft(FluidStrategy):
-    def _accepted_path(self, tree, predicted):
-        path = super()._accepted_path(tree, predicted)
-        children = [node for node, parent in enumerate(tree.parents) if parent == path[-1]]
-        return [*path, *children[:1]]
+def keeps_a_rejected_draft(tree, predictions):
+    path = verify_path(tree, predictions)
+    children = [node for node, parent in enumerate(tree.parents) if parent == path[-1]]
+    return [*path, *children[:1]]
 
 
 def test_what_verifies_is_identical(checkpoint, work):
@@ -109,9 +109,11 @@ def test_what_verifies_is_identical(checkpoint, work):
     assert not report["divergences"]
 
 
-@pytest.mark.parametrize("kind", [SkipsTheLastDraft, KeepsARejectedDraft])
-def test_a_broken_decoder_is_algorithmic(checkpoint, work, kind):
-    report = audited(checkpoint, work, FLUID, fluid(kind))
+@pytest.mark.parametrize("verify", [skips_the_last_draft, keeps_a_rejected_draft])
+def test_a_broken_decoder_is_algorithmic(checkpoint, work, monkeypatch, verify):
+    monkeypatch.setattr("fluid_model.decoders.fluid.open_drafts", lambda rows, limits, **_: DraftRows(rows, limits))
+    monkeypatch.setattr("fluid_model.decoders.draft_rows.verify_path", verify)
+    report = audited(checkpoint, work, FLUID, fluid(FluidStrategy))
     assert report["verdict"] == "algorithmic"
     first = report["divergences"][0]
     assert first["margin"] > report["tolerance"] > 0

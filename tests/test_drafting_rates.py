@@ -127,14 +127,16 @@ def test_drafts_that_would_feed_no_slot_are_not_tried(checkpoint, monkeypatch):
 
 def test_a_slot_costs_what_its_time_would_bring():
     """On a straight line as by the slot budget, nothing where the curve is flat, else by the measured rate."""
-    statistics, budget = StepStatistics(4.0, 10.0, 48.0), 20
+    statistics, rows, budget = StepStatistics(3), slice(0, 3), 20
+    statistics.steps[:], statistics.committed[:], statistics.fed[:] = 4.0, 10.0, 48.0
     line = ForwardTime([(n, 1 + n / budget) for n in (1, 2, 4, 8, 16, 32, 64, 128)])
-    for rows in (1, 3):
-        assert statistics.timed_cost(line, rows, None) == pytest.approx(
-            statistics.marginal_cost(budget, rows), rel=1e-6
-        )
-    assert statistics.timed_cost(line, 1, 2.0) == pytest.approx(2.0 / budget)
-    assert statistics.timed_cost(ForwardTime([(1, 1.0), (64, 1.0)]), 1, None) == MIN_COST
+    for together in (1, 3):
+        expected = statistics.marginal_costs(rows, budget, together)
+        assert expected.tolist() == pytest.approx([statistics.timed_cost(rows, line, together, None)] * 3, rel=1e-6)
+    assert statistics.timed_cost(rows, line, 1, 2.0) == pytest.approx(2.0 / budget)
+    assert statistics.timed_cost(rows, ForwardTime([(1, 1.0), (64, 1.0)]), 1, None) == MIN_COST
+    statistics.fed[:] = 20.0, 48.0, 76.0  # the same on average
+    assert statistics.timed_cost(rows, line, 3, None) == pytest.approx(expected[0], rel=1e-6)
 
 
 def test_forwards_are_timed_while_they_run(checkpoint):

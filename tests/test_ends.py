@@ -109,12 +109,28 @@ def test_no_token_that_completes_a_stop_string_is_passed_over(name, data):
     rule = _StopRule(tokenizer, (stop,))
     first = next(n for n, text in enumerate(texts) if stop in text)
     assert rule.may_complete(ids[first - 1])
+    assert rule.may_complete(*ids[max(0, first - 2) : first]), "with the token before it"
 
 
 def test_most_tokens_need_not_be_decoded_with_those_before_them():
     rule = _StopRule(CHECKPOINT.tokenizer, ("Question:", "\n\n"))
     plain = CHECKPOINT.tokenizer("any text", add_special_tokens=False)["input_ids"]
     assert not any(map(rule.may_complete, plain))
+    three, *colon, newline = CHECKPOINT.tokenizer("3:\n", add_special_tokens=False)["input_ids"]
+    assert rule.may_complete(*colon)
+    assert rule.may_complete(newline)
+    assert not rule.may_complete(three, *colon)
+    assert not rule.may_complete(three, newline)
+
+
+def test_an_engine_learns_the_stop_strings_of_later_requests():
+    """Tokens that ended no answer before may end one now."""
+    engine = engine_for(CHECKPOINT, ArSettings())
+    stop = PIECES[-1]
+    (before,) = engine.generate([Request("x", PROMPT, 40, ("never written",))])
+    (after,) = engine.generate([Request("x", PROMPT, 40, (stop,))])
+    assert before.ids == FREE.ids
+    assert (after.ids, after.finish) == (write(ArSettings(), stops=(stop,)).ids, "stop")
 
 
 @settings(max_examples=25, deadline=None)

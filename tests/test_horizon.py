@@ -29,6 +29,7 @@ from fluid_eval.common.paths import resource
 from fluid_model import ArSettings, FluidSettings, Request, engine_for
 from fluid_model.checkpoints.checkpoint import Checkpoint
 from fluid_model.decoders import draft_policy, fluid
+from fluid_model.decoders.draft_rows import DraftRows
 from fluid_model.train.losses import best_stride
 from fluid_model.train.row_layouts import AllMaskLayout, Example
 from fluid_model.train.stages import HorizonCalibration, collate
@@ -54,7 +55,8 @@ def texts(checkpoint) -> list[StoredText]:
 
 def test_rounds_played_are_rounds_made(checkpoint, texts, monkeypatch):
     """Where slots cost nothing and every token has a mask block, the engine makes the same steps, stride by stride."""
-    monkeypatch.setattr(draft_policy.StepStatistics, "marginal_cost", lambda *_: 0.0)
+    monkeypatch.setattr(draft_policy.StepStatistics, "marginal_costs", lambda each, rows, *_: 0 * each.steps[rows])
+    monkeypatch.setattr(fluid, "open_drafts", lambda rows, limits, **_: DraftRows(rows, limits))  # the rule is Python's
     for module in (fluid, draft_policy):
         monkeypatch.setattr(module, "mask_blocks", lambda stops, rate, cost, max_masks, _: [max_masks] * len(stops))
     work = [Request(t.key, t.prompt, len(t.ids) + t.ended) for t in texts]

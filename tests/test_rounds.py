@@ -228,7 +228,7 @@ def test_slots_are_fed_where_they_are_cheap(checkpoint):
 
 def test_no_row_feeds_more_than_it_has_columns_for(checkpoint, monkeypatch):
     """Where slots cost nothing all of them are fed."""
-    monkeypatch.setattr(StepStatistics, "marginal_cost", lambda *_: 1e-4)
+    monkeypatch.setattr(StepStatistics, "marginal_costs", lambda each, rows, *_: 0 * each.steps[rows] + 1e-4)
     engine = engine_for(checkpoint, FluidSettings(slot_budget=120, min_horizon=16), 2)
     seen: list[RowForward] = []
     engine.watch = seen.append

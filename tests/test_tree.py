@@ -137,9 +137,8 @@ def test_accepted_slots_move_behind_the_cached_tokens():
         assert torch.equal(new[:, 3], old[:, 3])
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_tables_reach_the_host_bit_for_bit(packed):
-    """In one transfer or in three: integers, floats, empty tables."""
+def test_tables_reach_the_host_bit_for_bit():
+    """In one transfer: integers, floats, empty tables."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 2**31, (5, 2), generator=generator)
     numbers = torch.rand(3, 4, generator=generator) * torch.tensor([1.0, 1e-30, 1e-42, 0.0])
@@ -148,7 +147,10 @@ def test_tables_reach_the_host_bit_for_bit(packed):
         (tokens, tokens[:0], numbers[:0]),
         (tokens, tokens[:3, :1], numbers[:, 1, None]),
     ):
-        assert _to_host(tables, packed=packed) == [table.tolist() for table in tables]
+        here = _to_host(tables)
+        assert all(
+            mine.dtype == table.dtype and torch.equal(mine, table) for mine, table in zip(here, tables, strict=True)
+        )
 
 
 def test_the_first_of_equals_is_the_likeliest():

@@ -26,15 +26,17 @@ class ArStrategy:
     prompt_mask_block: tuple[int, ...] = ()
     draft_policy = None
 
-    def __init__(self, backbone: Backbone, settings: ArSettings, stride: int | None = None) -> None:
-        """stride: that each step reports; 1 where these are steps of a decoder with strides."""
+    def __init__(self, backbone: Backbone, settings: ArSettings, *, stride: int | None = None, ahead: int = 1) -> None:
+        """stride: that each step reports; 1 where these are steps of a decoder with strides.
+        ahead: random numbers that such a decoder looks at.
+        """
         self.backbone = backbone
-        self._stride = stride
+        self._stride, self._ahead = stride, ahead
         self.settings = settings
 
     def allocate(self, rows: int) -> None:
         self.latest = torch.zeros(rows, dtype=torch.long, device=self.backbone.device)
-        self.draws = Draws(rows)
+        self.draws = Draws(rows, self._ahead)
 
     def admit(self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]) -> Updates:
         assert hidden is not None
@@ -54,18 +56,17 @@ class ArStrategy:
 
     def _choose(self, start: int, hidden: Tensor, cached: Sequence[int], stride: int | None) -> Updates:
         """The next token of rows start.. .  hidden: (n, D)."""
-        rows = range(start, start + len(hidden))
+        rows = slice(start, start + len(hidden))
         logits = self.backbone.logits(hidden)  # (n, V)
         if self.settings.temperature == 0:
             tokens = argmax(logits)  # (n,)
         else:
             draws = self.draws.peek(rows, 1)[:, 0].to(logits.device)  # (n,)
             tokens, _ = choose(logits, draws, self.settings.temperature, self.settings.top_p, "probability")
-            for row in rows:
-                self.draws.advance(row, 1)
-        self.latest[start : rows.stop] = tokens
-        strides = None if stride is None else [stride] * len(rows)
-        return Updates(tokens[:, None].tolist(), [cached] * len(rows), strides=strides)
+            self.draws.advance(rows, 1)
+        self.latest[rows] = tokens
+        strides = None if stride is None else [stride] * len(hidden)
+        return Updates(tokens[:, None].tolist(), [cached] * len(hidden), strides=strides)
 
 
 def open_strategy(checkpoint: Checkpoint, settings: ArSettings) -> ArStrategy:

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import numpy as np
 
 from ..forward.forward_time import ForwardTime
 from .draft_tree import Candidate, Draft, DraftTree, grow
@@ -32,40 +33,53 @@ PRIOR_STEPS = 4
 PRIOR_TOKENS, PRIOR_SLOTS = 2.5, 12.0
 
 
-@dataclass
 class StepStatistics:
-    """Speculative steps of one row so far, its prior included. committed: tokens.  fed: slots."""
+    """Speculative steps of each row so far, its prior included, (B,) each. committed: tokens.  fed: slots.
 
-    steps: float = PRIOR_STEPS
-    committed: float = PRIOR_STEPS * PRIOR_TOKENS
-    fed: float = PRIOR_STEPS * PRIOR_SLOTS
+    Legend: B rows, n of them that are asked for.
+    """
 
-    @property
-    def acceptance_rate(self) -> float:
-        """Chance that one more draft token is accepted: 1 - steps / committed tokens, its estimate from the mean
+    def __init__(self, rows: int) -> None:
+        self.steps, self.committed, self.fed = (np.zeros(rows) for _ in range(3))
+        self.restart(slice(0, rows))
+
+    def restart(self, rows: slice) -> None:
+        """Begin with the prior."""
+        self.steps[rows] = PRIOR_STEPS
+        self.committed[rows], self.fed[rows] = PRIOR_STEPS * PRIOR_TOKENS, PRIOR_STEPS * PRIOR_SLOTS
+
+    def move(self, source: int, target: int) -> None:
+        """Copy one row's over another's."""
+        for each in (self.steps, self.committed, self.fed):
+            each[target] = each[source]
+
+    def acceptance_rates(self, rows: slice) -> np.ndarray:
+        """(n,) chances that one more draft token is accepted: 1 - steps / committed tokens, the estimate from the mean
         accepted length under a geometric law (alpha of Leviathan et al. 2023). Not accepted over drafted tokens.
         """
-        return 1 - self.steps / self.committed
+        return 1 - self.steps[rows] / self.committed[rows]
 
-    def marginal_cost(self, slot_budget: float, rows: int) -> float:
-        """Cost of one more slot, in tokens, where `rows` rows like this one share a forward.
+    def marginal_costs(self, rows: slice, slot_budget: float, together: int) -> np.ndarray:
+        """(n,) costs of one more slot, in tokens, where `together` rows like this one share a forward.
 
         With g tokens committed and S slots fed per row and step, n rows commit n g tokens in the time 1 + n S / budget.
         A slot takes 1 / budget of time: (1 / budget) n g / (1 + n S / budget) = n g / (budget + n S) tokens.
         """
-        committed, fed = self.committed / self.steps, self.fed / self.steps
-        cost = rows * committed / (slot_budget + rows * fed)
-        return min(max(cost, MIN_COST), MAX_COST)
+        committed, fed = self.committed[rows] / self.steps[rows], self.fed[rows] / self.steps[rows]
+        costs: np.ndarray = together * committed / (slot_budget + together * fed)
+        return costs.clip(MIN_COST, MAX_COST)
 
-    def timed_cost(self, forward_time: ForwardTime, rows: int, rate: float | None) -> float:
-        """The same where the time of a forward is known: tokens that would come in the time that a slot adds.
+    def timed_cost(self, rows: slice, forward_time: ForwardTime, together: int, rate: float | None) -> float:
+        """The same of `together` rows that are on average like these, where the time of a forward is known: tokens that
+        would come in the time that a slot adds. One number, since all share the forward.
 
         rate: tokens a second of each row, as measured; None: those of a forward, without the time between forwards.
         """
-        slots = rows * self.fed / self.steps
+        steps = self.steps[rows]
+        slots = together * float((self.fed[rows] / steps).mean())
         if rate is None:
-            rate = self.committed / self.steps / forward_time.seconds(slots)
-        return min(max(rows * rate * forward_time.marginal(slots), MIN_COST), MAX_COST)
+            rate = float((self.committed[rows] / steps).mean()) / forward_time.seconds(slots)
+        return min(max(together * rate * forward_time.marginal(slots), MIN_COST), MAX_COST)
 
 
 def mask_blocks(
@@ -90,7 +104,7 @@ def mask_blocks(
 def costed_draft(
     bonus: int,
     candidates: Sequence[Sequence[Candidate]],
-    statistics: StepStatistics,
+    acceptance_rate: float,
     cost: float,
     max_masks: int,
     max_slots: int,
@@ -101,7 +115,7 @@ def costed_draft(
     """
     tree = grow(bonus, candidates, cost, max_slots // 2)
     slots_left = max_slots - len(tree.tokens)
-    masks = mask_blocks(tree.stop_probabilities, statistics.acceptance_rate, cost, max_masks, slots_left)
+    masks = mask_blocks(tree.stop_probabilities, acceptance_rate, cost, max_masks, slots_left)
     return Draft(tree, masks)
 
 

@@ -5,6 +5,9 @@ Legend: n rows or slots, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -14,6 +17,10 @@ from ..settings import Rule
 
 LOG_OFFSET = 1e-10
 """Added to a probability before its logarithm.  (NBDiff and Dream, public decoders)"""
+DRAWN = 128
+"""Random numbers that are drawn at once."""
+LIKELIEST = 64
+"""Tokens that are ranked first where one is chosen; all the others only if they could matter."""
 
 
 class Draws:
@@ -23,30 +30,39 @@ class Draws:
     With these common random numbers a draft agrees with AR as often as it can.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, ahead: int = 1) -> None:
+        """ahead: places that are looked at before they are committed, at most."""
         self._generators = [torch.Generator() for _ in range(rows)]
-        self._ahead: list[list[float]] = [[] for _ in range(rows)]  # drawn for places that are not committed yet
+        self._numbers = np.zeros((rows, ahead + DRAWN), np.float32)  # the next place's is at `_first`
+        self._first = np.zeros(rows, np.int64)
 
     def seed(self, row: int, seed: int) -> None:
         """Start a row's numbers."""
-        self._generators[row], self._ahead[row] = torch.Generator().manual_seed(seed), []
+        self._generators[row] = torch.Generator().manual_seed(seed)
+        self._first[row] = self._numbers.shape[1]  # none is left
 
-    def peek(self, rows: range, count: int) -> Tensor:
+    def peek(self, rows: slice, count: int) -> Tensor:
         """Numbers of the next `count` places of each row, (n, count)."""
-        numbers = []
-        for row in rows:
-            ahead = self._ahead[row]
-            while len(ahead) < count:  # one by one, so that the numbers do not depend on how far rows look ahead
-                ahead.append(float(torch.rand((), generator=self._generators[row])))
-            numbers.append(ahead[:count])
-        return torch.tensor(numbers)
+        for row in (self._first[rows] > self._numbers.shape[1] - count).nonzero()[0] + rows.start:
+            self._draw(row)
+        places = self._first[rows, None] + np.arange(count)
+        return torch.from_numpy(np.take_along_axis(self._numbers[rows], places, 1))
 
-    def advance(self, row: int, count: int) -> None:
-        """A row has committed `count` tokens."""
-        del self._ahead[row][:count]
+    def advance(self, rows: slice, counts: Sequence[int] | int) -> None:
+        """Rows have committed so many tokens."""
+        self._first[rows] += counts
 
     def move(self, source: int, target: int) -> None:
-        self._generators[target], self._ahead[target] = self._generators[source], self._ahead[source]
+        self._generators[target] = self._generators[source]
+        self._numbers[target], self._first[target] = self._numbers[source], self._first[source]
+
+    def _draw(self, row: int) -> None:
+        """Drop a row's numbers before its next place, and fill up. They are the same however many are drawn at once."""
+        left = self._numbers[row, self._first[row] :].copy()
+        self._numbers[row, : len(left)] = left
+        fresh = self._numbers.shape[1] - len(left)
+        self._numbers[row, len(left) :] = torch.rand(fresh, generator=self._generators[row]).numpy()
+        self._first[row] = 0
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -69,9 +85,19 @@ def nucleus(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """Probabilities in descending order, those outside the nucleus 0, and their token ids: (n, V) each.  (Holtzman et
     al. 2020)
     """
-    probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    before = probabilities.cumsum(-1) - probabilities
-    return probabilities.masked_fill(before >= top_p, 0.0), order  # the likeliest token always stays
+    values, order = _ranked(logits.softmax(-1))
+    return _cut(values, top_p), order
+
+
+def _ranked(probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities in descending order, and their tokens, the first of equals first: (n, V) each."""
+    values, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    return values, order
+
+
+def _cut(values: Tensor, top_p: float) -> Tensor:
+    """Probabilities in descending order, those outside the nucleus 0. The likeliest token always stays."""
+    return values.masked_fill(values.cumsum(-1) - values >= top_p, 0.0)
 
 
 def restrict(logits: Tensor, top_p: float, top_k: int | None) -> Tensor:
@@ -90,30 +116,57 @@ def restrict(logits: Tensor, top_p: float, top_k: int | None) -> Tensor:
 
 
 def choose(logits: Tensor, draws: Tensor, temperature: float, top_p: float, rule: Rule) -> tuple[Tensor, Tensor]:
-    """A token and a confidence for each row, by temperature and nucleus sampling: (n, V) -> (n,) ids, (n,) confidences.
+    """A token and a confidence for each row, by temperature and nucleus sampling (Holtzman et al. 2020): (n, V) -> (n,)
+    ids, (n,) confidences.
 
     draws: (n,) uniform numbers in [0, 1), unused at temperature 0.  rule: what the confidence is, after temperature and
     nucleus: the token's probability; the margin between the two likeliest tokens; minus the entropy, in nats.
     (NBDiff, public decoder)
     """
-    # 1) the distribution, in descending order
-    scaled = logits / temperature if temperature > 0 else logits
-    probabilities, order = nucleus(scaled, top_p)  # (n, V) each
+    probabilities = (logits / temperature if temperature > 0 else logits).softmax(-1)
+    if rule == "entropy" or logits.shape[-1] <= LIKELIEST:
+        return _choose(_ranked(probabilities), draws, temperature, top_p, rule)[:2]
+    # To rank all tokens may take as long as the model's forward, and hardly ever matters.
+    tokens, confidences, is_certain = _choose(probabilities.topk(LIKELIEST), draws, temperature, top_p, rule)
+    if not is_certain.all():
+        rest = (~is_certain).nonzero()[:, 0]
+        tokens[rest], confidences[rest], _ = _choose(
+            _ranked(probabilities[rest]), draws[rest], temperature, top_p, rule
+        )
+    return tokens, confidences
+
+
+def _choose(
+    ranked: tuple[Tensor, Tensor], draws: Tensor, temperature: float, top_p: float, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`choose` from the likeliest tokens: their probabilities in descending order and the tokens, (n, L) each.
+
+    Returns the tokens, their confidences, and whether others could change neither: (n,) each. They could if the nucleus
+    or the random number reaches beyond the likeliest, or if equals compete.
+    """
+    values, order = ranked
+    # 1) the nucleus, which the likeliest token is always in
+    probabilities, is_certain = values, torch.ones_like(draws, dtype=torch.bool)
     if top_p < 1:  # a full nucleus sums to 1 but for rounding, and dividing by that would break ties
+        probabilities = _cut(values, top_p)
+        is_certain = probabilities[:, -1] == 0
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
 
     # 2) the token, by the inverse distribution function at the row's random number
+    rank = torch.zeros_like(order[:, :1])  # (n, 1)
     if temperature > 0:
-        rank = (probabilities.cumsum(-1) <= draws[:, None]).sum(-1, keepdim=True)  # (n, 1)
+        reached = probabilities.cumsum(-1)
+        is_certain = is_certain & (reached[:, -2:-1] > draws[:, None]).all(-1)
+        rank = (reached <= draws[:, None]).sum(-1, keepdim=True)
         last = (probabilities > 0).sum(-1, keepdim=True) - 1
         rank = torch.minimum(rank, last)  # the cumulative sum may round to less than the draw
-    else:
-        rank = torch.zeros_like(order[:, :1])
     token = order.gather(-1, rank)[:, 0]
+    chosen, places = values.gather(-1, rank), torch.arange(values.shape[-1], device=values.device)
+    is_certain = is_certain & ((values != chosen) | (places == rank)).all(-1)
 
     # 3) the confidence
     if rule == "probability":
-        return token, probabilities.gather(-1, rank)[:, 0]
+        return token, probabilities.gather(-1, rank)[:, 0], is_certain
     if rule == "margin":
-        return token, probabilities[:, 0] - probabilities[:, 1]
-    return token, (probabilities * (probabilities + LOG_OFFSET).log()).sum(-1)
+        return token, probabilities[:, 0] - probabilities[:, 1], is_certain
+    return token, (probabilities * (probabilities + LOG_OFFSET).log()).sum(-1), is_certain

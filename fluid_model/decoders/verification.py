@@ -10,30 +10,9 @@ equal distributions of rejection sampling. The price is fewer accepted drafts wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ..engine.strategy import RejectedDraft
-from .draft_tree import Candidate, DraftTree
-
-
-@dataclass(frozen=True, slots=True)
-class Predictions:
-    """The model's output for one row's slots, on the host.
-
-    tokens: of each node of the draft tree, the causal model's choice of the next token.
-    strides: of each node, the stride that the K-head predicts from there.
-    candidates, probabilities: of each slot of the mask blocks, in feeding order, (masks, candidates) each; the
-    likeliest first.
-    """
-
-    tokens: list[int]
-    strides: list[int]
-    candidates: list[list[int]]
-    probabilities: list[list[float]]
-
-    def candidates_of(self, mask: int) -> list[Candidate]:
-        """Candidate tokens of one slot of the mask blocks, the likeliest first."""
-        return list(zip(self.candidates[mask], self.probabilities[mask], strict=True))
+from .draft_tree import DraftTree
 
 
 def verify_path(tree: DraftTree, predictions: Sequence[int]) -> list[int]:

@@ -23,29 +23,33 @@ STOP_CONTEXT = 8
 
 
 class _StopRule:
-    """Which tokens may complete one of some stop strings: those whose text holds the last character of one, or part of
-    a character. Tokens are decoded as they come, once.
+    """Which tokens may complete one of some stop strings, by their text. They are decoded as they come, once.
 
     context: tokens to decode before a token to see a whole stop string: one of n bytes spans n tokens at most.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
-        self._ends = {stop[-1] for stop in stops if stop} | {UNFINISHED}
+        self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
         # A tokenizer that cleans up takes spaces away from text before; a token's bytes may turn into UNFINISHED.
         cleans_up = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
         self._always = cleans_up or any(UNFINISHED in stop for stop in stops)
-        self._known: dict[int, bool] = {}
+        self._known: dict[tuple[int, ...], bool] = {}
         self.context = max(len(stop.encode()) for stop in stops) + STOP_CONTEXT
 
-    def may_complete(self, token: int) -> bool:
-        """Whether an answer that ends in this token may hold a stop string that it did not hold before."""
-        known = self._known.get(token)
+    def may_complete(self, *tail: int) -> bool:
+        """Whether an answer that ends in these tokens may hold a stop string that it did not hold before the last."""
+        known = self._known.get(tail)
         if known is None:
-            # Twice, since decoders take a space away from the first.
-            text = self._tokenizer.decode([token, token], skip_special_tokens=False)
-            known = self._known[token] = self._always or not text or not self._ends.isdisjoint(text)
+            text = self._tokenizer.decode(list(tail), skip_special_tokens=False)
+            known = self._known[tail] = self._always or not text or UNFINISHED in text or self._ends_in(text)
         return known
+
+    def _ends_in(self, text: str) -> bool:
+        """Whether a stop string may end inside a text, or right behind it, whatever stands before it: a space where
+        decoders have taken one away.
+        """
+        parts = [form[:end] for form in (text, f" {text}") for end in range(1, len(form) + 1)]
+        return any(part.endswith(stop) or stop.endswith(part) for part in parts for stop in self._stops)
 
 
 @dataclass
@@ -140,7 +144,7 @@ class AnswerRules:
     def _append(self, row: RowState, tokens: list[int]) -> None:
         """Append tokens up to the answer's end: an end-of-sequence id, a stop string, or the length limit."""
         limit, before = row.request.max_new_tokens, len(row.ids)
-        self._harmless.update(token for token in tokens if not self._may_end(token))
+        self._harmless.update(token for token in set(tokens) - self._harmless if not self._may_end(token))
         end = None
         if not self._end_ids.isdisjoint(tokens):
             end = next(index for index, token in enumerate(tokens) if token in self._end_ids)
@@ -162,8 +166,10 @@ class AnswerRules:
         """Tokens of the shortest answer that holds a stop string behind its thinking, if more than `before`."""
         stops, marker = tuple(row.request.stops), row.request.end_of_thinking
         rule = self._stop_rules[stops]
-        # 1) most tokens complete no stop string, by themselves; others are decoded with a few tokens before them
-        if not any(map(rule.may_complete, row.ids[before:])):
+        # 1) most tokens complete none, whatever stands before them, and most others none behind the token that does;
+        #    what is left is decoded with a few tokens before it
+        pairs = zip(row.ids[before - 1 :], row.ids[before:], strict=False) if before else ()
+        if before and not any(rule.may_complete(token) and rule.may_complete(one, token) for one, token in pairs):
             return None
         if not has_stop(self._decode(row.ids[max(0, before - rule.context) :], special=True), stops):
             return None

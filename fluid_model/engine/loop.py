@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import ConfigError
+from ..forward import compiled
 from ..forward.attention_masks import AttentionPlan, prompt_with_mask_block
 from ..forward.backbone import Backbone
 from ..tokens import Tokenizer
@@ -233,8 +234,8 @@ class Engine:
         lengths, slots = [row.cached for row in rows], feed.ids.shape[1]
         plan = self._cache.set_write_positions(start, lengths, slots, self.backbone.device, feed.widths, feed.intervals)
         hidden = self.backbone.forward(feed.ids, plan, self._cache)
-        # On a CPU one sum shows whether all is finite. On a GPU that test would wait for the device; masking does not.
-        if hidden.device.type != "cpu" or not math.isfinite(hidden.sum(dtype=torch.float32)):
+        # On a GPU a look at all of them would wait for the device; masking does not.
+        if hidden.device.type != "cpu" or not _all_finite(hidden):
             self._is_finite = hidden.flatten(1).sum(1, dtype=torch.float32).isfinite()  # (n,)
             hidden = hidden.masked_fill(~self._is_finite[:, None, None], 0.0)
         self.calls += 1
@@ -299,6 +300,11 @@ class Engine:
             self.strategy.move(last, place)
             self._active[place] = self._active[last]
         self._active.pop()
+
+
+def _all_finite(hidden: Tensor) -> bool:
+    finite = compiled.all_finite(hidden)
+    return math.isfinite(hidden.sum(dtype=torch.float32)) if finite is None else finite
 
 
 def _by_column(updates: Updates | list[RowUpdate]) -> Updates:

@@ -1,4 +1,4 @@
-"""The most probable tokens, compiled.
+"""The most probable tokens, and whether numbers are finite, compiled.
 
 Legend: M rows, V vocabulary.
 """
@@ -23,3 +23,12 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     tokens, probabilities = torch.empty(rows, k, dtype=torch.long), torch.empty(rows, k)
     library.top_k(rows, logits.shape[-1], logits.data_ptr(), k, tokens.data_ptr(), probabilities.data_ptr())
     return tokens, probabilities
+
+
+def all_finite(numbers: Tensor) -> bool | None:
+    """Whether all of them are finite. None where torch is to look."""
+    library = build.library(build.native_lanes()) if readable([numbers]) else None
+    if library is None:
+        return None
+    numbers = numbers.contiguous()
+    return bool(library.all_finite(numbers.data_ptr(), numbers.numel()))

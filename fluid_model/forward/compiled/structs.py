@@ -61,7 +61,21 @@ class Batch(Structure):
     )  # fmt: skip
 
 
-STRUCTS: tuple[type[Structure], ...] = (Linear, GatedLinear, Layer, Model, Batch)
+class DraftTable(Structure):
+    """The drafts of the rows of a batch."""
+
+    _fields_ = (
+        ("tokens", c_void_p), ("parents", c_void_p), ("depths", c_void_p), ("masks", c_void_p),
+        ("reached", c_void_p),
+        ("nodes", c_void_p), ("slots", c_void_p),
+        ("min_stride", c_long), ("max_stride", c_long), ("max_slots", c_long), ("candidates", c_long),
+        ("window_left", c_void_p),
+        ("costs", c_void_p), ("rates", c_void_p),
+        ("room", c_long), ("scratch", c_void_p), ("scratch_reached", c_void_p),
+    )  # fmt: skip
+
+
+STRUCTS: tuple[type[Structure], ...] = (Linear, GatedLinear, Layer, Model, Batch, DraftTable)
 
 FUNCTIONS = {
     "forward": ((POINTER(Model), POINTER(Batch), c_long, c_void_p, c_void_p), ctypes.c_int),
@@ -71,6 +85,9 @@ FUNCTIONS = {
     "pack": ((c_void_p, c_long, c_long, c_long, c_long, c_void_p, c_long), None),
     "k_head_strides": ((POINTER(Linear), POINTER(Linear), c_long, c_void_p, c_void_p, c_void_p), None),
     "top_k": ((c_long, c_long, c_void_p, c_long, c_void_p, c_void_p), None),
+    "all_finite": ((c_void_p, c_long), ctypes.c_int),
+    "lay_out_drafts": ((POINTER(DraftTable), c_long, c_long, c_long, c_long, c_void_p), None),
+    "advance_drafts": ((POINTER(DraftTable), *[c_long] * 2, *[c_void_p] * 7), c_long),
     "fill_mask": ((POINTER(Batch), c_void_p, c_void_p), None),
 }
 """Parameters and result of every function that the library exports."""

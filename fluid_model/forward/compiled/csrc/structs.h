@@ -63,4 +63,17 @@ typedef struct {
     float *cache;                              /* (layers, 2, cache_rows, G, cache_columns, E): keys, then values */
 } Batch;
 
+/* The drafts of the rows of a batch, see drafts.c. B rows, W slots of a row at most, n rows of a step. */
+typedef struct {
+    long *tokens, *parents, *depths, *masks; /* (B, W) each, of every node; masks: slots of the block anchored there */
+    double *reached;                         /* (B, W): that the path from the root to a node is accepted */
+    long *nodes, *slots;                     /* (B,) each */
+    long min_stride, max_stride, max_slots, candidates;
+    const long *window_left;     /* (n,) positions behind the row's cached tokens */
+    const double *costs, *rates; /* (n,) each: marginal cost of a slot, in tokens; acceptance rate */
+    long room;                   /* nodes of a tree before it is pruned */
+    long *scratch;               /* (4, room) */
+    double *scratch_reached;     /* (2, room) */
+} DraftTable;
+
 #endif
