@@ -59,7 +59,7 @@ def runs_in_torch(caplog):
     (warning,) = [record.getMessage() for record in caplog.records]
     kind, reason = backbone.forward_choice
     assert kind == "explicit"
-    assert warning == f"no compiled forward, torch runs instead: {reason}"
+    assert warning == f"no compiled code, torch and Python run instead: {reason}"
     assert "\n" not in warning
     return reason
 

@@ -285,7 +285,7 @@ def test_one_mask_rule(compiler, tree):
     assert torch.equal(compiled.attention_mask(chain, 4), chain.mask())
 
 
-@pytest.mark.parametrize(("rows", "size"), [(0, 9), (1, 4), (7, 33), (3, 1025)])
+@pytest.mark.parametrize(("rows", "size"), [(0, 9), (1, 4), (7, 33), (3, 1025), (90, 3001)])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_top_k_is_torchs(rows, size, count):
     logits = 5 * torch.randn(rows, size)

@@ -84,7 +84,7 @@ def _attempt(lanes: int) -> tuple[ctypes.CDLL | None, str]:
         return _load(lanes), ""
     except (BuildError, structs.LayoutError, OSError) as error:
         _failures.append(str(error))
-        _log.warning("no compiled forward, torch runs instead: %s", error)
+        _log.warning("no compiled code, torch and Python run instead: %s", error)
         return None, str(error)
 
 

@@ -11,6 +11,9 @@ from torch import Tensor
 from . import build
 from .weights import readable
 
+SHARED = 2**18
+"""Logits from which on threads share the rows: some 100 microseconds of one thread."""
+
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     """The k most probable tokens of each row and their probabilities: (M, V) -> (M, k) each, the first of equals first.
@@ -19,9 +22,11 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     library = build.library(build.native_lanes()) if readable([logits]) else None
     if library is None:
         return None
-    logits, rows = logits.contiguous(), len(logits)
+    logits, (rows, vocabulary) = logits.contiguous(), logits.shape
     tokens, probabilities = torch.empty(rows, k, dtype=torch.long), torch.empty(rows, k)
-    library.top_k(rows, logits.shape[-1], logits.data_ptr(), k, tokens.data_ptr(), probabilities.data_ptr())
+    workers = torch.get_num_threads() if logits.numel() >= SHARED else 1
+    addresses = tokens.data_ptr(), probabilities.data_ptr()
+    library.top_k(rows, vocabulary, logits.data_ptr(), k, *addresses, workers)
     return tokens, probabilities
 
 

@@ -84,7 +84,7 @@ FUNCTIONS = {
     "prepare_panels": ((c_void_p, c_long), None),
     "pack": ((c_void_p, c_long, c_long, c_long, c_long, c_void_p, c_long), None),
     "k_head_strides": ((POINTER(Linear), POINTER(Linear), c_long, c_void_p, c_void_p, c_void_p), None),
-    "top_k": ((c_long, c_long, c_void_p, c_long, c_void_p, c_void_p), None),
+    "top_k": ((c_long, c_long, c_void_p, c_long, c_void_p, c_void_p, c_long), None),
     "all_finite": ((c_void_p, c_long), ctypes.c_int),
     "lay_out_drafts": ((POINTER(DraftTable), c_long, c_long, c_long, c_long, c_void_p), None),
     "advance_drafts": ((POINTER(DraftTable), *[c_long] * 2, *[c_void_p] * 7), c_long),

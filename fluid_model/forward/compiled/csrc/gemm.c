@@ -17,7 +17,6 @@
 #define MAX_WIDTH (4 * LANES)    /* columns of a panel */
 #define SUM_LENGTH 64 /* products summed in one go. Sums of short sums round less than one long sum. */
 #define PREFETCH_FROM 3 /* height of a tile of float32 that computes for so long that memory would idle */
-#define PREFETCH_AHEAD 4096 /* bytes behind the row at hand */
 #define CACHE_LINE 64
 #define PARTS_PER_THREAD 16 /* so that threads end at the same time */
 
@@ -30,10 +29,16 @@ INLINE vec widen(const Format format, const char *row, const int number)
     return (vec)(number % 2 ? pairs & (int)0xffff0000 : pairs << 16);
 }
 
+/* Memory to ask for while a tile is computed: `step` bytes from `next` on with every row of the panel. */
+typedef struct {
+    const char *next;
+    long step;
+} Ahead;
+
 /* sums (tile, panel width) += in (tile, length) @ panel (length, panel width), in vectors `first` to `first + vectors` of
    the panel's columns.  stride: floats from one row of `in` to the next. */
 INLINE void multiply_tile(const Format format, const int tile, const int first, const int vectors, long length,
-                          long stride, const float *in, const char *panel, float *sums)
+                          long stride, const float *in, const char *panel, Ahead ahead, float *sums)
 {
     const long row_bytes = panel_width(format) * weight_bytes(format), width = panel_width(format);
     vec held[MAX_TILE][4];
@@ -43,8 +48,11 @@ INLINE void multiply_tile(const Format format, const int tile, const int first, 
         vec weights[4];
         for (int v = 0; v < vectors; v++) weights[v] = widen(format, panel, first + v);
         /* Widening is computing, too: narrow formats ask ahead at every height. */
-        if (!first && (format != FLOAT32 || tile >= PREFETCH_FROM))
-            for (long at = 0; at < row_bytes; at += CACHE_LINE) __builtin_prefetch(panel + PREFETCH_AHEAD + at);
+        if (!first && (format != FLOAT32 || tile >= PREFETCH_FROM)) {
+            for (long at = 0; at < row_bytes; at += CACHE_LINE)
+                __builtin_prefetch(ahead.next + at * ahead.step / row_bytes);
+            ahead.next += ahead.step;
+        }
         for (int m = 0; m < tile; m++)
             for (int v = 0; v < vectors; v++) held[m][v] += in[m * stride + k] * weights[v];
     }
@@ -57,20 +65,20 @@ INLINE void multiply_tile(const Format format, const int tile, const int first, 
 
 /* All columns of a panel. A high tile takes them two vectors at a time: its sums fill the registers. */
 INLINE void multiply_all_columns(const Format format, const int tile, long length, long stride, const float *in,
-                                 const char *panel, float *sums)
+                                 const char *panel, Ahead ahead, float *sums)
 {
     const int vectors = panel_vectors(format) == 4 && tile <= MAX_TILE / 2 ? 4 : 2;
     for (int first = 0; first < panel_vectors(format); first += vectors)
-        multiply_tile(format, tile, first, vectors, length, stride, in, panel, sums);
+        multiply_tile(format, tile, first, vectors, length, stride, in, panel, ahead, sums);
 }
 
 /* The same, compiled once for every height: sums stay in registers where the height is a constant. */
 INLINE void multiply(const Format format, long tile, long length, long stride, const float *in, const char *panel,
-                     float *sums)
+                     Ahead ahead, float *sums)
 {
-#define TILE(height)                                                           \
-    case height:                                                               \
-        multiply_all_columns(format, height, length, stride, in, panel, sums); \
+#define TILE(height)                                                                  \
+    case height:                                                                      \
+        multiply_all_columns(format, height, length, stride, in, panel, ahead, sums); \
         break;
     switch (tile) {
         TILE(1)
@@ -87,7 +95,7 @@ INLINE void multiply(const Format format, long tile, long length, long stride, c
         TILE(11)
 #endif
     default:
-        multiply_all_columns(format, MAX_TILE, length, stride, in, panel, sums);
+        multiply_all_columns(format, MAX_TILE, length, stride, in, panel, ahead, sums);
     }
 #undef TILE
 }
@@ -132,11 +140,14 @@ INLINE void multiply_panel(const Format format, const Product *product, long n)
         memset(sums, 0, rows * width * sizeof *sums);
         for (long k = 0; k < inputs; k += SUM_LENGTH) {
             const long length = inputs - k < SUM_LENGTH ? inputs - k : SUM_LENGTH;
+            const char *piece = panel + k * width * bytes, *next_piece = piece + length * width * bytes;
             /* Tiles of nearly equal height: 13 rows are 5 + 4 + 4, not 6 + 6 + 1. */
             for (long t = 0, m = 0, next; t < tiles; t++, m = next) {
                 next = rows * (t + 1) / tiles;
-                multiply(format, next - m, length, inputs, product->in + (first + m) * inputs + k,
-                         panel + k * width * bytes, sums + m * width);
+                /* Each asks for its part of the next piece: memory is read while all of them compute. */
+                const Ahead ahead = {next_piece + length * width * bytes * t / tiles, width * bytes / tiles};
+                multiply(format, next - m, length, inputs, product->in + (first + m) * inputs + k, piece, ahead,
+                         sums + m * width);
             }
         }
         put_block(product, first, rows, n, sums);
