@@ -109,6 +109,8 @@ def test_lm_evals_hf_opens_the_same_file(tmp_path):
     texts = {s.key: s.output for s in ours.samples}
     assert any(texts.values())
     assert {s.key: s.output for s in theirs.samples} == texts
+    (result,) = (json.loads(file.read_text()) for file in (tmp_path / "theirs").rglob("result.json"))
+    assert result["quantization"] == "F16, dequantised"
 
 
 def test_a_result_names_the_quantisation(tmp_path, capsys):

@@ -198,6 +198,27 @@ def _load(spec: RunSpec) -> LM:
         raise ConfigError(f"backend {name} with {json.dumps(args)}: {type(error).__name__}: {reason(error)}") from error
 
 
+def quantization(spec: RunSpec) -> str | None:
+    """How the weights that a spec's backend opens were quantised, where that is known: of a GGUF file.
+
+    Raises ConfigError if lm-eval has no such model, or what it needs is not installed.
+    """
+    import lm_eval.models  # noqa: F401
+
+    from fluid_model.checkpoints.gguf_files import gguf_of, quantization_of
+
+    assert spec.backend is not None, "the caller asks for a backend"
+    check_name(spec.backend.name)
+    try:
+        known = _arguments(get_model(spec.backend.name))
+    except Exception as error:
+        raise ConfigError(f"backend {spec.backend.name}: {type(error).__name__}: {reason(error)}") from error
+    if "gguf_file" not in known or {"pretrained", "model"} & set(spec.backend.args):
+        return None
+    file = gguf_of(spec.model.path)
+    return None if file is None else quantization_of(file)
+
+
 def gguf_arguments(file: Path) -> dict[str, str]:
     """Arguments by which lm-eval's hf opens a GGUF file."""
     return {"pretrained": str(file.parent), "gguf_file": file.name}

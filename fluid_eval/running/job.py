@@ -158,9 +158,11 @@ def prepare(spec: RunSpec, tasks: lm_eval_tasks.Tasks) -> Prepared:
     Raises ConfigError if the spec cannot run here.
     """
     if spec.backend is not None:
+        from .backend_pool import quantization
+
         lm_eval_tasks.check_settings(spec, tasks, None)
         about = f"{Path(spec.model.path).name}: backend {spec.backend.name} of lm-eval, no decoder of this package"
-        return Prepared(tasks, None, None, None, (), about, None)
+        return Prepared(tasks, None, None, None, (), about, quantization(spec))
     from fluid_model.checkpoints.checkpoint import describe, load_tokenizer, pick_device
 
     pick_device(spec.model.device)

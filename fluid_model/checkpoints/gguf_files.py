@@ -85,6 +85,15 @@ def quantization(folder: Path) -> str | None:
     return f"{read_json(file)['quantization']}, dequantised" if file.is_file() else None
 
 
+def quantization_of(file: Path) -> str:
+    """The same of a GGUF file that another library opens, which dequantises it, too.
+
+    Raises ConfigError where the package `gguf` is missing or the file is damaged.
+    """
+    _check_package(file)
+    return f"{_described(file)[0]}, dequantised"
+
+
 def converted(file: Path) -> Path:
     """The model folder made of a GGUF file; made now if it is not in the cache yet.
 
@@ -98,8 +107,7 @@ def converted(file: Path) -> Path:
         raise ConfigError(f"model={file}: {error}") from error
     if (target / RECORD).is_file():
         return target
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"model={file}: a GGUF file needs the package gguf: pip install 'fluid-eval[gguf]'")
+    _check_package(file)
     _check_room(file, target.parent)
     draft = Path(tempfile.mkdtemp(prefix=f".{digest[:12]}-", dir=target.parent))
     try:
@@ -114,6 +122,11 @@ def converted(file: Path) -> Path:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return target
+
+
+def _check_package(file: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(f"model={file}: a GGUF file needs the package gguf: pip install 'fluid-eval[gguf]'")
 
 
 @cache

@@ -248,7 +248,8 @@ class Engine:
 
     def _window_left(self, rows: list[RowState]) -> list[int]:
         """Positions behind each row's cached tokens in the context window."""
-        return [self.backbone.window - row.cached for row in rows]
+        window = self.backbone.window
+        return [window - row.cached for row in rows]
 
     def _commit(self, rows: list[RowState], updates: Updates) -> None:
         """Extend answers by what a forward brought, fail non-finite rows, and share out the time."""
