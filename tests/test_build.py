@@ -179,7 +179,7 @@ def test_structures_of_another_size_are_refused(name, monkeypatch, caplog):
     size = ctypes.sizeof(Longer)
     assert build.library(4) is None
     assert build.why_not(4) == f"{name} has {size - 8} bytes in C and {size} in Python"
-    assert "no compiled forward" in caplog.text
+    assert "no compiled code" in caplog.text
 
 
 def test_the_sources_are_in_the_wheel(tmp_path):
