@@ -41,7 +41,7 @@ OUTLIER = 3.0
 
 @dataclass
 class Rate:
-    """Tokens a second of one kind of step, over its latest steps. seconds, tokens: of each, per row."""
+    """Tokens a second of one row, by one kind of step, over its latest ones. seconds: of each.  tokens: per row."""
 
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     tokens: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
@@ -84,7 +84,7 @@ class RowRates:
     left: int = FIRST_WAIT
 
     def add(self, seconds: float, tokens: float) -> None:
-        """A step of the kind in force took so long and brought so many tokens, each per row."""
+        """A step of the kind in force took so long and brought each row so many tokens."""
         (self.drafting if self.drafts else self.plain).add(seconds, tokens)
         if self.trying:
             self.trying -= 1
@@ -148,7 +148,7 @@ class DraftingRates:
 
     def add(self, rows: int, seconds: float, tokens: int) -> None:
         """A step of so many rows, of the kind that `drafts` chose, took so long and brought so many tokens."""
-        self.of(rows).add(seconds / rows, tokens / rows)
+        self.of(rows).add(seconds, tokens / rows)
 
     def of(self, rows: int) -> RowRates:
         """The rates of so many rows. New ones begin with the choice of the nearest number that is known; the very first
