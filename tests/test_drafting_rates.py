@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import time
 from dataclasses import replace
 
 import pytest
@@ -17,7 +16,6 @@ from fluid_model.decoders import drafting_rates
 from fluid_model.decoders.draft_policy import MAX_COST, MIN_COST, StepStatistics
 from fluid_model.decoders.drafting_rates import LONGEST_WAIT, DraftingRates, Rate
 from fluid_model.forward.forward_time import ForwardTime
-from fluid_model.forward.kv_cache import KVCache
 
 from .test_rounds import requests
 
@@ -119,22 +117,6 @@ def test_the_kind_of_step_changes_no_text(checkpoint, monkeypatch, every, batch_
         assert min(1, len(generation.ids)) + sum(trace.accepted) == len(generation.ids)
     if every > 1:
         assert any(max(g.trace.accepted, default=0) > 1 for g in written.values()), "some drafts are accepted"
-
-
-def test_a_step_takes_until_the_next_begins(checkpoint, monkeypatch):
-    """What the engine does in between counts, unless rows came or went."""
-    seconds = []
-    compact = KVCache.compact
-    monkeypatch.setattr(KVCache, "compact", lambda *words: (time.sleep(0.005), compact(*words)))
-    monkeypatch.setattr(DraftingRates, "add", lambda _, rows, took, tokens: seconds.append(took))
-    drafting_rates._RATES.clear()
-    (answer,) = engine_for(checkpoint, FluidSettings(), 1).generate(requests(checkpoint)[:1])
-    assert len(seconds) == len(answer.trace.accepted) - 1 > 5, "all steps but the last"
-    assert min(seconds) > 0.005
-    seconds.clear()
-    list(engine_for(checkpoint, FluidSettings(), 2).generate(requests(checkpoint)))
-    drafting_rates._RATES.clear()
-    assert min(seconds) < 0.005 < max(seconds), "prompts are no part of a step"
 
 
 def test_drafts_that_would_feed_no_slot_are_not_tried(checkpoint, monkeypatch):

@@ -68,10 +68,6 @@ class FluidStrategy:
         self._drafting = True
         self._rate: float | None = None  # tokens a second of one row, by the rates
         self._switched = False  # since the latest step was planned: it is like no other
-        self._step: tuple[int, float, int] | None = (
-            None  # rows, seconds and tokens of one that the rates do not have yet
-        )
-        self._disturbed = False  # rows came or went since
         self._layout: DraftLayout | None = None  # of the next forward
 
     def allocate(self, rows: int) -> None:
@@ -102,7 +98,7 @@ class FluidStrategy:
     def admit(self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]) -> Updates:
         """hidden: (R, 1 + M, D) at the prompt's last token, the root of a tree of one node, and its mask block."""
         assert hidden is not None
-        rows, self._disturbed = slice(start, start + len(requests)), True
+        rows = slice(start, start + len(requests))
         self._statistics.restart(rows)
         if not self._drafting:
             return self._plain.admit(start, requests, hidden, window_left)
@@ -118,10 +114,7 @@ class FluidStrategy:
 
     def plan(self, rows: int) -> Feed:
         """The drafts of all rows, side by side; or their bonus tokens alone, where drafts do not pay."""
-        begun = time.perf_counter()
-        if self._rates is not None:
-            self._enter_step(self._rates, rows, begun)
-        self._started, self._active = begun, rows
+        self._started, self._active = time.perf_counter(), rows
         if self._rates is not None:
             wanted = self._rates.drafts(rows)
             if wanted:
@@ -144,19 +137,10 @@ class FluidStrategy:
         else:
             updates = self._plain.absorb(feed, hidden, window_left)
         if self._rates is not None and not self._switched:
-            self._step = len(feed.widths), time.perf_counter() - self._started, sum(map(len, updates.tokens))
+            tokens = sum(map(len, updates.tokens))
+            self._rates.add(len(feed.widths), time.perf_counter() - self._started, tokens)
         self._switched = False
         return updates
-
-    def _enter_step(self, rates: DraftingRates, rows: int, begun: float) -> None:
-        """Give the rates the step before this one. It took until this one begins, with what the engine does in between,
-        unless rows came or went.
-        """
-        if self._step is not None:
-            same, seconds, tokens = self._step
-            undisturbed = rows == same and not self._disturbed
-            rates.add(same, begun - self._started if undisturbed else seconds, tokens)
-        self._step, self._disturbed = None, False
 
     def _absorb_drafts(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> Updates:
         assert self._layout is not None
@@ -184,7 +168,6 @@ class FluidStrategy:
         return updates
 
     def move(self, source: int, target: int) -> None:
-        self._disturbed = True
         self._drafts.move(source, target)
         self._statistics.move(source, target)
         self._plain.move(source, target)  # and the random numbers
