@@ -75,7 +75,7 @@ class FluidStrategy:
         self.max_slots = max(2 * self.max_stride, min(self._slot_budget // rows, MAX_SLOTS))
         limits = DraftLimits(self.settings.min_horizon, self.max_stride, self.max_slots, self._candidates)
         self._drafts = open_drafts(rows, limits, verify=self.settings.verify)
-        self._statistics, self._none = StepStatistics(rows), StepStatistics(1)
+        self._statistics, self._prior = StepStatistics(rows), StepStatistics(1)
         self._plain.allocate(rows)
         self._draws = self._plain.draws
         self._active = rows
@@ -84,7 +84,7 @@ class FluidStrategy:
 
     @property
     def prompt_mask_block(self) -> tuple[int, ...]:
-        return (self.mask_id,) * self._first_masks(self._none, slice(1))[0] if self._drafting else ()
+        return (self.mask_id,) * self._first_masks(self._prior, slice(1))[0] if self._drafting else ()
 
     @property
     def draft_policy(self) -> DraftPolicy | None:
