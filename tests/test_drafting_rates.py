@@ -14,10 +14,15 @@ from fluid_eval.common.paths import resource
 from fluid_model import ArSettings, Checkpoint, FluidSettings, engine_for, load
 from fluid_model.decoders import drafting_rates
 from fluid_model.decoders.draft_policy import MAX_COST, MIN_COST, StepStatistics
-from fluid_model.decoders.drafting_rates import LONGEST_WAIT, DraftingRates, Rate
+from fluid_model.decoders.drafting_rates import LONGEST_WAIT, DraftingRates, Rate, RowRates
 from fluid_model.forward.forward_time import ForwardTime
 
 from .test_rounds import requests
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return load(str(resource("checkpoints") / "tiny-fluid"))
 
 
 def simulate(rates: DraftingRates, rows: int, steps: int, speedup: float, seed: int = 0) -> tuple[float, float, int]:
@@ -26,10 +31,10 @@ def simulate(rates: DraftingRates, rows: int, steps: int, speedup: float, seed: 
     """
     noise, tokens, seconds, drafted = random.Random(seed), 0, 0.0, 0
     for _ in range(steps):
-        drafts = rates.drafts(rows)
+        drafts = rates.of(rows).drafts
         written = rows + (sum(noise.random() < 0.5 for _ in range(rows)) if drafts else 0)
         took = (1.5 / speedup if drafts else 1.0) * noise.uniform(0.9, 1.2)
-        rates.add(rows, took, written)
+        rates.of(rows).add(took, written / rows)
         tokens, seconds, drafted = tokens + written, seconds + took, drafted + drafts
     return tokens, seconds / 1.05, drafted
 
@@ -45,7 +50,7 @@ def test_a_change_is_noticed():
     """Of the text, say: drafts are accepted from now on, or no longer."""
     rates = DraftingRates()
     simulate(rates, 4, 5000, 0.5)
-    assert not rates.drafts(4)
+    assert not rates.of(4).drafts
     _, _, drafted = simulate(rates, 4, 3 * LONGEST_WAIT, 2.0)
     assert drafted > LONGEST_WAIT
     _, _, drafted = simulate(rates, 4, 5 * LONGEST_WAIT, 0.5)
@@ -56,18 +61,25 @@ def test_numbers_of_rows_have_rates_of_their_own():
     rates = DraftingRates()
     simulate(rates, 1, 1000, 2.0)
     simulate(rates, 64, 1000, 0.5)
-    assert [rates.drafts(rows) for rows in (1, 64, 33)] == [True, False, False]
-    assert [rates.drafts(rows) for rows in (2, 20)] == [True, False], "new ones begin with the nearest's choice"
+    assert [rates.of(rows).drafts for rows in (1, 64, 33)] == [True, False, False]
+    assert [rates.of(rows).drafts for rows in (2, 20)] == [True, False], "new ones begin with the nearest's choice"
     assert rates.of(3) is rates.of(4) is not rates.of(5)
 
 
-def test_a_rate_is_of_one_row():
-    """The cost of a slot multiplies it by the rows."""
-    rates = DraftingRates()
-    for _ in range(3):
-        rates.add(4, 2.0, 12)
-    assert rates.of(4).drafting.value == pytest.approx(1.5)
-    assert rates.of(4).best == pytest.approx(1.5)
+def test_a_rate_is_of_one_row(checkpoint, monkeypatch):
+    """The cost of a slot multiplies it by the rows. Three or four together bring three tokens a step at least."""
+    brought, add = list[float](), RowRates.add
+
+    def recorded(rates: RowRates, seconds: float, tokens: float) -> None:
+        if rates.rows > 2:
+            brought.append(tokens)
+        add(rates, seconds, tokens)
+
+    monkeypatch.setattr(RowRates, "add", recorded)
+    drafting_rates._RATES.clear()
+    list(engine_for(checkpoint, FluidSettings(), 4).generate(requests(checkpoint)))
+    drafting_rates._RATES.clear()
+    assert 1 <= min(brought) < 3
 
 
 def test_an_outlier_counts_little():
@@ -86,13 +98,8 @@ class Alternating(DraftingRates):
         super().__init__()
         self._kinds = itertools.cycle([True] * every + [False] * every)
 
-    def drafts(self, rows: int) -> bool:
-        return next(self._kinds)
-
-
-@pytest.fixture(scope="module")
-def checkpoint() -> Checkpoint:
-    return load(str(resource("checkpoints") / "tiny-fluid"))
+    def of(self, rows: int) -> RowRates:
+        return RowRates(rows, drafts=next(self._kinds))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 import fluid_model
 from fluid_model import ArSettings, ConfigError, FluidSettings, Request, engine_for
-from fluid_model.engine.answers import _StopRule
+from fluid_model.engine.answers import AnswerRules, RowState, _StopRule
+from fluid_model.engine.strategy import NOTHING, Updates
 
 from .tiny import fluid_checkpoint
 
@@ -110,6 +111,30 @@ def test_no_token_that_completes_a_stop_string_is_passed_over(name, data):
     first = next(n for n, text in enumerate(texts) if stop in text)
     assert rule.may_complete(ids[first - 1])
     assert rule.may_complete(*ids[max(0, first - 2) : first]), "with the token before it"
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_what_other_answers_have_taught_changes_no_end(name, data):
+    """Every answer is its shortest prefix that holds one of its stop strings, whatever came before it."""
+    tokenizer = TOKENIZERS[name]
+    few = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), min_size=2, max_size=3))
+    several = st.lists(st.sampled_from(few), min_size=1, max_size=8)
+    rules, stops = AnswerRules(tokenizer, ()), ("never written",)
+    for ids in data.draw(st.lists(several, min_size=3, max_size=8)):
+        texts = [tokenizer.decode(ids[:n], skip_special_tokens=False) for n in range(len(ids) + 1)]
+        if data.draw(st.booleans()):
+            two = data.draw(st.lists(st.sampled_from(few), min_size=1, max_size=2))
+            stops = "never written", *filter(None, [tokenizer.decode(two, skip_special_tokens=False)])
+        row, at = RowState(Request("x", PROMPT, 100, stops)), 0
+        rules.prepare([row.request])
+        while at < len(ids) and row.finish is None:
+            step = ids[at : at + data.draw(st.integers(1, 3))]
+            rules.commit([row], Updates([step], [NOTHING]))
+            at += len(step)
+        needed = next((n for n, text in enumerate(texts) if any(stop in text for stop in stops)), None)
+        assert (row.ids, row.finish) == (ids[:needed], None if needed is None else "stop")
 
 
 def test_most_tokens_need_not_be_decoded_with_those_before_them():

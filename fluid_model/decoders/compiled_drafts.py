@@ -44,7 +44,7 @@ class CompiledDrafts:
             min_stride=limits.min_stride, max_stride=limits.max_stride, max_slots=limits.max_slots,
             candidates=limits.candidates, room=room, **{name: array.ctypes.data for name, array in arrays.items()},
         )  # fmt: skip
-        self._counts, self._expected = torch.empty(rows, 4, dtype=torch.long), torch.empty(rows, dtype=torch.double)
+        self._counts, self._expected = torch.empty(5 * rows, dtype=torch.long), torch.empty(rows, dtype=torch.double)
         self._lists = torch.empty(rows * 3 * limits.max_stride, dtype=torch.long)
 
     def restart(self, row: int, token: int, masks: int) -> None:
@@ -83,15 +83,14 @@ class CompiledDrafts:
         addresses = [tensor.data_ptr() for tensor in (*tables, *results)]
         total = self._library.advance_drafts(self._struct, start, rows, *addresses)
         # 3) out
-        lists, counts = self._lists[:total].tolist(), self._counts[:rows].tolist()
-        tokens, cached, strides, rejected = [], [], [], list[RejectedDraft | None]()
-        at = 0
-        for length, stride, place, missed in counts:
-            tokens.append(lists[at : at + length])
-            cached.append(lists[at + length : at + 2 * length])
-            at += 2 * length
-            strides.append(stride)
-            rejected.append(RejectedDraft(place, lists[at : at + missed]) if missed else None)
-            at += missed
-        expected = [round(value, 3) for value in self._expected[:rows].tolist()]  # it is stored
+        lists, counts = self._lists[:total].tolist(), self._counts[: 5 * rows].view(5, rows).tolist()
+        firsts, lengths, strides, places, missed = counts
+        tokens = [lists[at : at + length] for at, length in zip(firsts, lengths, strict=True)]
+        cached = [lists[at + length : at + 2 * length] for at, length in zip(firsts, lengths, strict=True)]
+        behind = zip(firsts, lengths, places, missed, strict=True)
+        rejected = [
+            RejectedDraft(place, lists[at + 2 * length : at + 2 * length + count]) if count else None
+            for at, length, place, count in behind
+        ]
+        expected = self._expected[:rows].numpy().round(3).tolist()  # it is stored
         return Updates(tokens, cached, strides=strides, rejected=rejected, expected=expected)

@@ -31,6 +31,8 @@ MAX_SLOTS = 1024
 PRIOR_STEPS = 4
 """Steps that a row's statistics begin with, as if it had made them: of PRIOR_TOKENS committed and PRIOR_SLOTS fed."""
 PRIOR_TOKENS, PRIOR_SLOTS = 2.5, 12.0
+PRIOR = PRIOR_STEPS * np.array([[1.0], [PRIOR_TOKENS], [PRIOR_SLOTS]])
+"""Steps, tokens and slots of the prior, as a column."""
 
 
 class StepStatistics:
@@ -40,18 +42,17 @@ class StepStatistics:
     """
 
     def __init__(self, rows: int) -> None:
-        self.steps, self.committed, self.fed = (np.zeros(rows) for _ in range(3))
+        self._all = np.zeros((3, rows))
+        self.steps, self.committed, self.fed = self._all
         self.restart(slice(0, rows))
 
     def restart(self, rows: slice) -> None:
         """Begin with the prior."""
-        self.steps[rows] = PRIOR_STEPS
-        self.committed[rows], self.fed[rows] = PRIOR_STEPS * PRIOR_TOKENS, PRIOR_STEPS * PRIOR_SLOTS
+        self._all[:, rows] = PRIOR
 
     def move(self, source: int, target: int) -> None:
         """Copy one row's over another's."""
-        for each in (self.steps, self.committed, self.fed):
-            each[target] = each[source]
+        self._all[:, target] = self._all[:, source]
 
     def acceptance_rates(self, rows: slice) -> np.ndarray:
         """(n,) chances that one more draft token is accepted: 1 - steps / committed tokens, the estimate from the mean

@@ -31,8 +31,8 @@ WINDOW = 64
 """Latest steps that a rate is taken over."""
 FIRST_WAIT, LONGEST_WAIT = 64, 1024
 """Steps between two trials: at first, and at most by doubling."""
-PRICE = 100
-"""Steps to wait for each step's worth of tokens that a trial has lost: trials cost 1% of the time at most."""
+PRICE = 200
+"""Steps to wait for each step's worth of tokens that a trial has lost: trials cost 0.5% of the time at most."""
 MARGIN = 1.05
 """How many times faster than plain steps those with drafts must be, since measurements are noisy."""
 OUTLIER = 3.0
@@ -72,7 +72,8 @@ class RowRates:
     """The rates of one number of rows, and which kind of step is in force.
 
     rows: in numbers.  trying: steps left of a trial of the kind in force, 0 outside.  wait: steps between trials.
-    left: until the next.
+    left: until the next.  decided_by: tokens a second of one row, with drafts and without, at the end of the latest
+    trial; None each before there are two.
     """
 
     rows: int
@@ -82,6 +83,7 @@ class RowRates:
     trying: int = 0
     wait: int = FIRST_WAIT
     left: int = FIRST_WAIT
+    decided_by: tuple[float | None, float | None] = None, None
 
     def add(self, seconds: float, tokens: float) -> None:
         """A step of the kind in force took so long and brought each row so many tokens."""
@@ -126,6 +128,7 @@ class RowRates:
             return
         assert self.drafting.value is not None
         assert self.plain.value is not None
+        self.decided_by = self.drafting.value, self.plain.value
         pays = self.drafting.value > MARGIN * self.plain.value
         if pays == self.drafts:
             self.wait = FIRST_WAIT
@@ -142,28 +145,22 @@ class DraftingRates:
     def __init__(self) -> None:
         self._by_rows: dict[int, RowRates] = {}
 
-    def drafts(self, rows: int) -> bool:
-        """Whether the next step of so many rows drafts."""
-        return self.of(rows).drafts
-
-    def add(self, rows: int, seconds: float, tokens: int) -> None:
-        """A step of so many rows, of the kind that `drafts` chose, took so long and brought so many tokens."""
-        self.of(rows).add(seconds, tokens / rows)
-
     def of(self, rows: int) -> RowRates:
         """The rates of so many rows. New ones begin with the choice of the nearest number that is known; the very first
         with a short trial of drafts.
         """
         size = (rows - 1).bit_length()
-        if size not in self._by_rows:
-            fresh = self._by_rows[size] = RowRates(rows)
-            known = [other for other in self._by_rows if other != size]
-            if known:
-                fresh.drafts = self._by_rows[min(known, key=lambda other: abs(other - size))].drafts
-            else:
-                fresh.try_kind(drafts=True)
-                fresh.trying = TRIAL_STEPS  # nothing to compare with yet
-        return self._by_rows[size]
+        known = self._by_rows.get(size)
+        if known is not None:
+            return known
+        fresh = RowRates(rows)
+        if self._by_rows:
+            fresh.drafts = self._by_rows[min(self._by_rows, key=lambda other: abs(other - size))].drafts
+        else:
+            fresh.try_kind(drafts=True)
+            fresh.trying = TRIAL_STEPS  # nothing to compare with yet
+        self._by_rows[size] = fresh
+        return fresh
 
 
 _RATES: WeakKeyDictionary[Backbone, dict[object, DraftingRates]] = WeakKeyDictionary()

@@ -80,7 +80,7 @@ class FluidStrategy:
         self._draws = self._plain.draws
         self._active = rows
         if self._rates is not None:
-            self._drafting = self._rates.drafts(rows)
+            self._drafting = self._rates.of(rows).drafts
 
     @property
     def prompt_mask_block(self) -> tuple[int, ...]:
@@ -93,7 +93,7 @@ class FluidStrategy:
         if self._rates is None:
             return DraftPolicy(self._slot_budget, self._batch_rows)
         rates = self._rates.of(self._active)
-        return DraftPolicy(None, self._batch_rows, rates.drafts, rates.drafting.value, rates.plain.value)
+        return DraftPolicy(None, self._batch_rows, rates.drafts, *rates.decided_by)
 
     def admit(self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]) -> Updates:
         """hidden: (R, 1 + M, D) at the prompt's last token, the root of a tree of one node, and its mask block."""
@@ -116,13 +116,10 @@ class FluidStrategy:
         """The drafts of all rows, side by side; or their bonus tokens alone, where drafts do not pay."""
         self._started, self._active = time.perf_counter(), rows
         if self._rates is not None:
-            wanted = self._rates.drafts(rows)
-            if wanted:
-                self._rate = self._rates.of(rows).best
-            if wanted and not self._drafting and not any(self._first_masks(self._statistics, slice(rows))):
-                self._rates.of(rows).decline()
-            elif wanted != self._drafting:
-                self._switch(rows)
+            self._row_rates = self._rates.of(rows)
+            wanted = self._row_rates.drafts
+            if wanted or self._drafting:
+                self._follow(rows, drafts=wanted)
         if not self._drafting:
             return self._plain.plan(rows)
         layout = self._layout = self._drafts.lay_out(0, rows, self.mask_id)
@@ -134,11 +131,11 @@ class FluidStrategy:
     def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> Updates:
         if self._drafting:
             updates = self._absorb_drafts(feed, hidden, window_left)
+            tokens = sum(map(len, updates.tokens)) / len(updates.tokens)
         else:
-            updates = self._plain.absorb(feed, hidden, window_left)
+            updates, tokens = self._plain.absorb(feed, hidden, window_left), 1.0
         if self._rates is not None and not self._switched:
-            tokens = sum(map(len, updates.tokens))
-            self._rates.add(len(feed.widths), time.perf_counter() - self._started, tokens)
+            self._row_rates.add(time.perf_counter() - self._started, tokens)
         self._switched = False
         return updates
 
@@ -168,9 +165,18 @@ class FluidStrategy:
         return updates
 
     def move(self, source: int, target: int) -> None:
-        self._drafts.move(source, target)
+        if self._drafting:
+            self._drafts.move(source, target)
         self._statistics.move(source, target)
         self._plain.move(source, target)  # and the random numbers
+
+    def _follow(self, rows: int, *, drafts: bool) -> None:
+        """Take the kind of step that the rates ask for."""
+        self._rate = self._row_rates.best
+        if drafts and not self._drafting and not any(self._first_masks(self._statistics, slice(rows))):
+            self._row_rates.decline()
+        elif drafts != self._drafting:
+            self._switch(rows)
 
     def _switch(self, rows: int) -> None:
         """From steps with drafts to plain ones, or back. A row is then its bonus token alone; pending drafts lapse."""

@@ -81,7 +81,8 @@ class AnswerRules:
         self._tokenizer = tokenizer
         self._end_ids = frozenset(end_ids)
         self._stop_rules: dict[tuple[str, ...], _StopRule] = {}
-        self._harmless = set[int]()  # tokens seen so far that end no answer, whichever its stop strings are
+        # Seen so far: tokens that end no answer, whatever its stop strings; and pairs whose second does not.
+        self._harmless, self._harmless_pairs = set[int](), set[tuple[int, ...]]()
 
     def prepare(self, requests: Iterable[Request]) -> None:
         """Learn the stop strings of requests, before any of their answers begins."""
@@ -89,41 +90,36 @@ class AnswerRules:
             if request.stops and (stops := tuple(request.stops)) not in self._stop_rules:
                 self._stop_rules[stops] = _StopRule(self._tokenizer, stops)
                 self._harmless.clear()
+                self._harmless_pairs.clear()
 
     def commit(self, rows: Sequence[RowState], updates: Updates) -> None:
         """Extend rows' answers by their updates and record them in their traces. Sets `finish` where an answer ends."""
-        before = [len(row.ids) for row in rows]
-        # 1) Tokens up to the end of each answer: of most steps all of them, which takes one look at each row.
-        for row, length, tokens in zip(rows, before, updates.tokens, strict=True):
-            if length + len(tokens) < row.request.max_new_tokens and self._harmless.issuperset(tokens):
+        ages, strides, expected, rejected = updates.ages, updates.strides, updates.expected, updates.rejected
+        for number, (row, tokens) in enumerate(zip(rows, updates.tokens, strict=True)):
+            trace, before = row.trace, len(row.ids)
+            # 1) Tokens up to the end of the answer: of most steps all of them, which takes one look.
+            if before + len(tokens) < row.request.max_new_tokens and self._are_harmless(row, tokens):
                 row.ids += tokens
+                grown = len(tokens)
             else:
                 self._append(row, tokens)
-        grown = [len(row.ids) - length for row, length in zip(rows, before, strict=True)]
-        # 2) The forward that wrote each of them.
-        if updates.ages is None:
-            for row, count in zip(rows, grown, strict=True):
-                row.trace.written += [row.forwards] * count
-        else:
-            for row, count, ages in zip(rows, grown, updates.ages, strict=True):
-                row.trace.written += [row.forwards - age for age in ages[:count]]
-        # 3) The step's stride beside what the answer grew by.
-        if updates.strides is not None:
-            expected = updates.expected or [1.0] * len(rows)
-            for row, count, stride, tokens_expected in zip(rows, grown, updates.strides, expected, strict=True):
-                if stride is not None:
-                    row.trace.predicted.append(stride)
-                    row.trace.accepted.append(count)
-                    row.trace.expected.append(tokens_expected)
-        # 4) Draft tokens rejected in favour of one of these tokens.
-        for number, rejected in enumerate(updates.rejected or ()):
-            if rejected is not None:
-                ages = [] if updates.ages is None else updates.ages[number]
-                age = ages[rejected.place] if rejected.place < len(ages) else 0
-                _add_rejected(rows[number], before[number] + rejected.place, rejected.ids, age)
-        # 5) A full canvas ends an answer that nothing else ends.
-        for row, is_full in zip(rows, updates.is_full or (), strict=False):
-            if is_full and row.finish is None:
+                grown = len(row.ids) - before
+            # 2) The forward that wrote each of them.
+            if ages is None:
+                trace.written += [row.forwards] * grown
+            else:
+                trace.written += [row.forwards - age for age in ages[number][:grown]]
+            # 3) The step's stride beside what the answer grew by.
+            if strides is not None and (stride := strides[number]) is not None:
+                trace.predicted.append(stride)
+                trace.accepted.append(grown)
+                trace.expected.append(1.0 if expected is None else expected[number])
+            # 4) Draft tokens rejected in favour of one of these tokens.
+            if rejected is not None and (missed := rejected[number]) is not None:
+                age = ages[number][missed.place] if ages is not None and missed.place < len(ages[number]) else 0
+                _add_rejected(row, before + missed.place, missed.ids, age)
+            # 5) A full canvas ends an answer that nothing else ends.
+            if updates.is_full is not None and updates.is_full[number] and row.finish is None:
                 row.finish = "length"
 
     def generation(self, row: RowState, draft_policy: DraftPolicy | None) -> Generation:
@@ -141,10 +137,19 @@ class AnswerRules:
             draft_policy=draft_policy,
         )
 
+    def _are_harmless(self, row: RowState, tokens: list[int]) -> bool:
+        """Whether these tokens are known not to end a row's answer, wherever they are cut."""
+        if self._harmless.issuperset(tokens):
+            return True
+        if not row.ids:
+            return False
+        pairs = zip((row.ids[-1], *tokens), tokens, strict=False)
+        return all(pair[1] in self._harmless or pair in self._harmless_pairs for pair in pairs)
+
     def _append(self, row: RowState, tokens: list[int]) -> None:
         """Append tokens up to the answer's end: an end-of-sequence id, a stop string, or the length limit."""
         limit, before = row.request.max_new_tokens, len(row.ids)
-        self._harmless.update(token for token in set(tokens) - self._harmless if not self._may_end(token))
+        self._learn(row.ids[-1:], tokens)
         end = None
         if not self._end_ids.isdisjoint(tokens):
             end = next(index for index, token in enumerate(tokens) if token in self._end_ids)
@@ -158,9 +163,16 @@ class AnswerRules:
         elif len(row.ids) >= limit:
             row.finish = "length"
 
-    def _may_end(self, token: int) -> bool:
-        """Whether an answer may end with this token."""
-        return token in self._end_ids or any(rule.may_complete(token) for rule in self._stop_rules.values())
+    def _learn(self, before: list[int], tokens: list[int]) -> None:
+        """Which of these tokens end no answer.  before: the token before them, if any."""
+        rules = self._stop_rules.values()
+        for token in tokens:
+            if token not in self._harmless and token not in self._end_ids:
+                if not any(rule.may_complete(token) for rule in rules):
+                    self._harmless.add(token)
+                elif before and not any(rule.may_complete(*before, token) for rule in rules):
+                    self._harmless_pairs.add((*before, token))
+            before = [token]
 
     def _stop_length(self, row: RowState, before: int) -> int | None:
         """Tokens of the shortest answer that holds a stop string behind its thinking, if more than `before`."""
@@ -171,11 +183,12 @@ class AnswerRules:
         pairs = zip(row.ids[before - 1 :], row.ids[before:], strict=False) if before else ()
         if before and not any(rule.may_complete(token) and rule.may_complete(one, token) for one, token in pairs):
             return None
-        if not has_stop(self._decode(row.ids[max(0, before - rule.context) :], special=True), stops):
-            return None
-        # 2) the first that does
+        # 2) the first that does. Each length is looked at: the beginning of a character may take a stop string away
+        #    again where a tokenizer spells both by bytes
+        first = max(0, before - rule.context)
         for length in range(before + 1, len(row.ids) + 1):
-            if has_stop(after_last(self._decode(row.ids[:length], special=True), marker), stops):
+            is_near = has_stop(self._decode(row.ids[first:length], special=True), stops)
+            if is_near and has_stop(after_last(self._decode(row.ids[:length], special=True), marker), stops):
                 return length
         return None
 

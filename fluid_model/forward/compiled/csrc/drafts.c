@@ -167,9 +167,9 @@ static long size_mask_blocks(const Tree *tree, double rate, double cost, long wi
 /* Verify the drafts of rows start.. and draft the next ones.
 
    tokens, strides: (N,) each; candidates, probabilities: (M, C) each: see Predictions in draft_rows.py.
-   counts: (n, 4), of each row: tokens committed, nodes of the greedy path, the place of the first of its tokens that
-   was rejected, and how many were.  lists: room for 3 K numbers a row; of each row one behind the other the tokens
-   committed, the accepted path, and the rejected tokens. Returns the numbers in all. */
+   lists: room for 3 K numbers a row; of each row one behind the other the tokens committed, the accepted path, and the
+   rejected tokens.  counts: (5, n), of each row: where it begins in `lists`, tokens committed, nodes of the greedy path,
+   the place of the first of its tokens that was rejected, and how many were. Returns the numbers in all. */
 EXPORT long advance_drafts(const DraftTable *d, long start, long rows, const long *tokens, const long *strides,
                            const long *candidates, const float *probabilities, long *counts, double *expected,
                            long *lists)
@@ -179,7 +179,7 @@ EXPORT long advance_drafts(const DraftTable *d, long start, long rows, const lon
     Tree full = {d->scratch, d->scratch + d->room, d->scratch + 2 * d->room, d->scratch_reached, 0};
     long *index = d->scratch + 3 * d->room;
     double *numbers = d->scratch_reached + d->room;
-    for (long row = 0; row < rows; row++, counts += 4) {
+    for (long row = 0; row < rows; row++, counts++) {
         Tree tree = tree_of(d, start + row);
         long *masks = d->masks + (start + row) * d->max_slots, masks_before = 0, all_masks = 0;
         long path[longest];
@@ -191,11 +191,13 @@ EXPORT long advance_drafts(const DraftTable *d, long start, long rows, const lon
         while (agreed < length && agreed < greedy && path[agreed] == agreed) agreed++;
 
         /* 2) commit */
+        counts[0] = list - lists;
         for (long place = 1; place < length; place++) *list++ = tree.tokens[path[place]];
         *list++ = bonus;
         for (long place = 0; place < length; place++) *list++ = path[place];
         for (long node = agreed; node < greedy; node++) *list++ = tree.tokens[node];
-        counts[0] = length, counts[1] = greedy, counts[2] = agreed - 1, counts[3] = greedy - agreed;
+        counts[rows] = length, counts[2 * rows] = greedy, counts[3 * rows] = agreed - 1;
+        counts[4 * rows] = greedy - agreed;
         expected[row] = 0;
         for (long node = 0; node < nodes; node++) expected[row] += tree.reached[node];
 
