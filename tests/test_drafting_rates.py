@@ -91,15 +91,26 @@ def test_an_outlier_counts_little():
     assert rate.value == pytest.approx(20 / 12)
 
 
-class Alternating(DraftingRates):
-    """Another kind of step every few."""
+class Alternating(RowRates):
+    """Another kind of step every few, whatever they bring."""
 
     def __init__(self, every: int) -> None:
-        super().__init__()
         self._kinds = itertools.cycle([True] * every + [False] * every)
+        super().__init__(1)
 
-    def of(self, rows: int) -> RowRates:
-        return RowRates(rows, drafts=next(self._kinds))
+    @property
+    def drafts(self) -> bool:
+        return next(self._kinds)
+
+    @drafts.setter
+    def drafts(self, value: bool) -> None:
+        pass
+
+    def add(self, seconds: float, tokens: float) -> None:
+        pass
+
+    def decline(self) -> None:
+        pass
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -107,7 +118,8 @@ class Alternating(DraftingRates):
 @pytest.mark.parametrize("every", [1, 2, 5])
 def test_the_kind_of_step_changes_no_text(checkpoint, monkeypatch, every, batch_size, temperature):
     """Rows are admitted and moved while steps are of either kind."""
-    monkeypatch.setattr(drafting_rates, "DraftingRates", lambda: Alternating(every))
+    alternating = Alternating(every)
+    monkeypatch.setattr(DraftingRates, "of", lambda *_: alternating)
     monkeypatch.setattr(StepStatistics, "timed_cost", lambda *_: 0.02)  # the same drafts on every machine
     drafting_rates._RATES.clear()
     decoder = FluidSettings(temperature=temperature, min_horizon=4)

@@ -117,10 +117,13 @@ def test_a_slot_attends_to_its_own_path():
     ]  # fmt: skip
 
 
-def test_accepted_slots_move_behind_the_cached_tokens():
-    """Rows of different length; the first keeps its first slots, the others skip some."""
+@pytest.mark.parametrize("in_one", [False, True])
+def test_accepted_slots_move_behind_the_cached_tokens(in_one):
+    """Rows of different length; the first keeps its first slots, the others skip some. Also in one buffer."""
     lengths, fed = [3, 1, 5], 6
     cache = KVCache(4, 20)
+    if in_one:
+        cache.storage(layers=2, heads=1, size=4)
     before = []
     for layer in range(2):
         cache.set_write_positions(0, [0, 0, 0], 6, torch.device("cpu"))

@@ -87,6 +87,9 @@ class RowRates:
 
     def add(self, seconds: float, tokens: float) -> None:
         """A step of the kind in force took so long and brought each row so many tokens."""
+        if self.left > WINDOW and not (self.trying or self.drafts):
+            self.left -= 1  # no rate is asked for yet; small models' plain steps would feel its cost
+            return
         (self.drafting if self.drafts else self.plain).add(seconds, tokens)
         if self.trying:
             self.trying -= 1

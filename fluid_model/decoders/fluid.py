@@ -80,7 +80,8 @@ class FluidStrategy:
         self._draws = self._plain.draws
         self._active = rows
         if self._rates is not None:
-            self._drafting = self._rates.of(rows).drafts
+            self._row_rates = self._rates.of(rows)
+            self._drafting = self._row_rates.drafts
 
     @property
     def prompt_mask_block(self) -> tuple[int, ...]:
@@ -92,8 +93,7 @@ class FluidStrategy:
             return None
         if self._rates is None:
             return DraftPolicy(self._slot_budget, self._batch_rows)
-        rates = self._rates.of(self._active)
-        return DraftPolicy(None, self._batch_rows, rates.drafts, *rates.decided_by)
+        return DraftPolicy(None, self._batch_rows, self._row_rates.drafts, *self._row_rates.decided_by)
 
     def admit(self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]) -> Updates:
         """hidden: (R, 1 + M, D) at the prompt's last token, the root of a tree of one node, and its mask block."""
@@ -114,9 +114,10 @@ class FluidStrategy:
 
     def plan(self, rows: int) -> Feed:
         """The drafts of all rows, side by side; or their bonus tokens alone, where drafts do not pay."""
-        self._started, self._active = time.perf_counter(), rows
+        self._started = time.perf_counter()
         if self._rates is not None:
-            self._row_rates = self._rates.of(rows)
+            if rows != self._active:
+                self._active, self._row_rates = rows, self._rates.of(rows)
             wanted = self._row_rates.drafts
             if wanted or self._drafting:
                 self._follow(rows, drafts=wanted)
