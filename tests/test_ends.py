@@ -96,6 +96,11 @@ TOKENIZERS = {
 }
 
 
+def _prefixes(tokenizer, ids):
+    """Texts of the first 0, 1, ... of these tokens."""
+    return [tokenizer.decode(ids[:n], skip_special_tokens=False) for n in range(len(ids) + 1)]
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
@@ -103,7 +108,7 @@ def test_no_token_that_completes_a_stop_string_is_passed_over(name, data):
     """Whatever the tokens are, and whatever part of their text the stop string is."""
     tokenizer = TOKENIZERS[name]
     ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), min_size=1, max_size=12))
-    texts = [tokenizer.decode(ids[:n], skip_special_tokens=False) for n in range(len(ids) + 1)]
+    texts = _prefixes(tokenizer, ids)
     assume(texts[-1])
     start = data.draw(st.integers(0, len(texts[-1]) - 1))
     stop = texts[-1][start : start + data.draw(st.integers(1, 4))]
@@ -123,7 +128,7 @@ def test_what_other_answers_have_taught_changes_no_end(name, data):
     several = st.lists(st.sampled_from(few), min_size=1, max_size=8)
     rules, stops = AnswerRules(tokenizer, ()), ("never written",)
     for ids in data.draw(st.lists(several, min_size=3, max_size=8)):
-        texts = [tokenizer.decode(ids[:n], skip_special_tokens=False) for n in range(len(ids) + 1)]
+        texts = _prefixes(tokenizer, ids)
         if data.draw(st.booleans()):
             two = data.draw(st.lists(st.sampled_from(few), min_size=1, max_size=2))
             stops = "never written", *filter(None, [tokenizer.decode(two, skip_special_tokens=False)])
