@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import secrets
+import shutil
 import sys
 from pathlib import Path
 
@@ -139,6 +140,8 @@ def docs(session: nox.Session) -> None:
 def wheel(session: nox.Session) -> None:
     """Build the wheel, install it in a fresh environment, run HumanEval's main job and the bundled default."""
     work = Path(session.create_tmp()).resolve()
+    shutil.rmtree(work)  # an earlier session's runs would be found finished
+    work.mkdir()
     python(session, "build", "--wheel", "--no-isolation", "--outdir", str(work / "dist"))
     session.run(sys.executable, "-m", "venv", "--clear", str(work / "venv"))
     (built,) = sorted((work / "dist").glob("*.whl"))[-1:]
