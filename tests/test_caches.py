@@ -63,16 +63,16 @@ def anothers(home: Path) -> None:
 @pytest.mark.parametrize("spoil", [open_to_a_group, open_to_all, below_what_all_may_write, a_link, anothers])
 def test_what_others_may_write_is_not_trusted(home, spoil, monkeypatch):
     spoil(home)
-    (home / "fluid-eval" / "forward_times.json").write_text('{"m on d": [[1, 7.0]]}')
+    (home / "fluid-eval" / "forward_times.json").write_text('{"m on d": {"points": [[1, 7.0]]}}')
     with pytest.raises(OSError, match=r"XDG_CACHE_HOME"):
         cache_folder.folder()
     assert forward_time_cache.known() == {}
     forward_time_cache._store({"m on d": ForwardTime([(1, 9.0)])})
-    assert (home / "fluid-eval" / "forward_times.json").read_text() == '{"m on d": [[1, 7.0]]}'
+    assert (home / "fluid-eval" / "forward_times.json").read_text() == '{"m on d": {"points": [[1, 7.0]]}}'
 
 
 def test_a_file_that_others_may_write_is_not_trusted():
-    (cache_folder.folder() / "forward_times.json").write_text('{"m on d": [[1, 7.0]]}')
+    (cache_folder.folder() / "forward_times.json").write_text('{"m on d": {"points": [[1, 7.0]]}}')
     assert forward_time_cache.known()["m on d"].points == [(1, 7.0)]
     (cache_folder.folder() / "forward_times.json").chmod(0o666)
     assert forward_time_cache.known() == {}

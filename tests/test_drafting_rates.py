@@ -31,10 +31,10 @@ def simulate(rates: DraftingRates, rows: int, steps: int, speedup: float, seed: 
     """
     noise, tokens, seconds, drafted = random.Random(seed), 0, 0.0, 0
     for _ in range(steps):
-        drafts = rates.of(rows).drafts
+        drafts = rates.of(rows, 0).drafts
         written = rows + (sum(noise.random() < 0.5 for _ in range(rows)) if drafts else 0)
         took = (1.5 / speedup if drafts else 1.0) * noise.uniform(0.9, 1.2)
-        rates.of(rows).add(took, written / rows)
+        rates.of(rows, 0).add(took, written / rows)
         tokens, seconds, drafted = tokens + written, seconds + took, drafted + drafts
     return tokens, seconds / 1.05, drafted
 
@@ -50,7 +50,7 @@ def test_a_change_is_noticed():
     """Of the text, say: drafts are accepted from now on, or no longer."""
     rates = DraftingRates()
     simulate(rates, 4, 5000, 0.5)
-    assert not rates.of(4).drafts
+    assert not rates.of(4, 0).drafts
     _, _, drafted = simulate(rates, 4, 3 * LONGEST_WAIT, 2.0)
     assert drafted > LONGEST_WAIT
     _, _, drafted = simulate(rates, 4, 5 * LONGEST_WAIT, 0.5)
@@ -61,9 +61,20 @@ def test_numbers_of_rows_have_rates_of_their_own():
     rates = DraftingRates()
     simulate(rates, 1, 1000, 2.0)
     simulate(rates, 64, 1000, 0.5)
-    assert [rates.of(rows).drafts for rows in (1, 64, 33)] == [True, False, False]
-    assert [rates.of(rows).drafts for rows in (2, 20)] == [True, False], "new ones begin with the nearest's choice"
-    assert rates.of(3) is rates.of(4) is not rates.of(5)
+    assert [rates.of(rows, 0).drafts for rows in (1, 64, 33)] == [True, False, False]
+    assert [rates.of(rows, 0).drafts for rows in (2, 20)] == [True, False], "new ones begin with a neighbour's choice"
+    assert rates.of(3, 0) is rates.of(4, 0) is not rates.of(5, 0)
+
+
+def test_lengths_have_rates_of_their_own():
+    """What short prompts have decided holds for twice the length until it is tried, and for no more than that."""
+    rates = DraftingRates()
+    simulate(rates, 1, 1000, 0.5)
+    assert rates.of(1, 511.9) is rates.of(1, 0) is not rates.of(1, 512)
+    assert rates.of(1, 2000) is rates.of(1, 1024) is not rates.of(1, 2048)
+    assert [rates.of(1, context).drafts for context in (0, 512, 1024, 4096)] == [False, False, True, True]
+    assert [rates.of(1, context).trying > 0 for context in (0, 512, 1024, 4096)] == [False, False, True, True]
+    assert rates.of(2, 512).trying, "its neighbours have decided nothing yet"
 
 
 def test_a_rate_is_of_one_row(checkpoint, monkeypatch):
@@ -148,7 +159,7 @@ def test_drafts_that_would_feed_no_slot_are_not_tried(checkpoint, monkeypatch):
         rounds.append(sum(g.trace.forwards["round"] for g in written))
     assert rounds[0] >= drafting_rates.TRIAL_STEPS, "the first choice is made by time"
     assert rounds[1:] == [0] * 4
-    rates = drafting_rates.rates_of(checkpoint.backbone, (FluidSettings(), checkpoint.head)).of(1)
+    rates = drafting_rates.rates_of(checkpoint.backbone, (FluidSettings(), checkpoint.head)).of(1, 0)
     assert rates.wait > drafting_rates.FIRST_WAIT, "trials were due"
     drafting_rates._RATES.clear()
 
@@ -160,11 +171,13 @@ def test_a_slot_costs_what_its_time_would_bring():
     line = ForwardTime([(n, 1 + n / budget) for n in (1, 2, 4, 8, 16, 32, 64, 128)])
     for together in (1, 3):
         expected = statistics.marginal_costs(rows, budget, together)
-        assert expected.tolist() == pytest.approx([statistics.timed_cost(rows, line, together, None)] * 3, rel=1e-6)
-    assert statistics.timed_cost(rows, line, 1, 2.0) == pytest.approx(2.0 / budget)
-    assert statistics.timed_cost(rows, ForwardTime([(1, 1.0), (64, 1.0)]), 1, None) == MIN_COST
+        assert expected.tolist() == pytest.approx([statistics.timed_cost(rows, line, together, 0, None)] * 3, rel=1e-6)
+    assert statistics.timed_cost(rows, line, 1, 0, 2.0) == pytest.approx(2.0 / budget)
+    assert statistics.timed_cost(rows, ForwardTime([(1, 1.0), (64, 1.0)]), 1, 0, None) == MIN_COST
     statistics.fed[:] = 20.0, 48.0, 76.0  # the same on average
-    assert statistics.timed_cost(rows, line, 3, None) == pytest.approx(expected[0], rel=1e-6)
+    assert statistics.timed_cost(rows, line, 3, 0, None) == pytest.approx(expected[0], rel=1e-6)
+    longer = ForwardTime(line.points, attention=0.0001)
+    assert statistics.timed_cost(rows, longer, 1, 1128, 2.0) == pytest.approx(2.0 * (1 / budget + 0.1))
 
 
 def test_forwards_are_timed_while_they_run(checkpoint):

@@ -26,27 +26,45 @@ def _own_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("cost", "expected"),
     [
-        (lambda slots: 1 + slots / 20, 20),
-        (lambda slots: max(1.0, slots / 64), 126),
-        (lambda slots: float(slots), 1),
-        (lambda slots: 1.0, 128),  # where there is no room for more
+        (lambda slots, _: 1 + slots / 20, 20),
+        (lambda slots, _: max(1.0, slots / 64), 126),
+        (lambda slots, _: float(slots), 1),
+        (lambda slots, _: 1.0, 128),  # where there is no room for more
     ],
 )
 def test_measure_by_cost_function(cost, expected):
-    assert forward_time.measure(cost, most=200).slot_budget == expected
+    assert forward_time.measure(cost, window=1024, most=200).slot_budget == expected
 
 
 def test_a_burst_of_other_work_does_not_end_a_curve_early():
     """The first time that eight slots are timed, the machine does something else."""
     calls = []
 
-    def seconds(slots):
+    def seconds(slots, _):
         calls.append(slots)
         return (1 + slots / 20) * (9 if calls.count(8) == 1 and slots == 8 else 1)
 
-    curve = forward_time.measure(seconds, most=200)
+    curve = forward_time.measure(seconds, window=1024, most=200)
     assert curve.slot_budget == 20
     assert curve.seconds(8) == pytest.approx(1.4)
+
+
+@pytest.mark.parametrize("window", [200, 1000, 100_000])
+def test_attention_adds_to_every_slot(window):
+    """A model of a short window is measured as far as it reaches, one of a very short window nowhere else."""
+
+    def seconds(slots, context):
+        assert slots + context <= window
+        return 1 + 0.05 * slots + 0.0001 * slots * max(0, context - 128)
+
+    curve = forward_time.measure(seconds, window, most=200)
+    added = 0.0 if window == 200 else 0.0001
+    assert curve.attention == pytest.approx(added)
+    assert curve.seconds(8, 4128) - curve.seconds(8) == pytest.approx(8 * added * 4000)
+    assert curve.marginal(8, 4128) == pytest.approx(0.05 + added * 4000)
+    assert curve.marginal(8, 3) == curve.marginal(8)
+    curve.observe(8, curve.seconds(8, 4128), 4128)
+    assert curve.seconds(8) == pytest.approx(1.4), "it is as expected"
 
 
 def test_a_curve_goes_through_its_points():
@@ -114,7 +132,7 @@ def test_it_is_cached_and_printed(tiny_fluid, tmp_path, monkeypatch, capsys, dat
     assert main(["doctor", "--data-dir", str(data_dir)]) == 0
     assert f"slot budget {first.slot_budget}: {tiny_fluid.name}" in capsys.readouterr().out
     other = ForwardTime([(1, 1.0), (79, 2.0)])
-    for damaged in ("not json", '{"m": 7}', '{"m": [[1, -1]]}'):
+    for damaged in ("not json", '{"m": 7}', '{"m": [[1, 2.0]]}', '{"m": {"points": [[1, -1]]}}', '{"m": {"points": [[1, 1]], "attention": -1}}'):
         forward_time_cache.file().write_text(damaged)
         monkeypatch.setattr(forward_time, "measure", lambda *_: other)
         assert load_for(spec).backbone.slot_budget == 77

@@ -1,8 +1,9 @@
 """Measured times of forwards, one curve a device and model, in the user's cache folder.
 
-forward_times.json   {"tiny-fluid 61b9a688adeaefd9 on cpu, float32, 1, compiled": [[1, 0.0002], [2, 0.0003], …]}
+forward_times.json   {"tiny-fluid 61b9a688adeaefd9 on cpu, float32, 1, compiled":
+                       {"points": [[1, 0.0002], [2, 0.0003], …], "attention": 1e-08}}
 
-Slots and seconds, see `ForwardTime`.
+See `ForwardTime`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def known() -> dict[str, ForwardTime]:
     try:
         cached = cache_folder.cached_file(file().name)
         values = json.loads(cached.read_text(encoding="utf-8")) if cached else {}
-        return {str(name): ForwardTime(points) for name, points in values.items()}
+        return {str(name): ForwardTime(**curve) for name, curve in values.items()}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
 
@@ -49,5 +50,6 @@ def recall(backbone: Backbone, device: str, model: str) -> ForwardTime:
 
 
 def _store(curves: Mapping[str, ForwardTime]) -> None:
+    values = {name: {"points": curve.points, "attention": curve.attention} for name, curve in curves.items()}
     with suppress(OSError):  # measured again next time
-        files.write(file(), json.dumps({name: curve.points for name, curve in curves.items()}, indent=1))
+        files.write(file(), json.dumps(values, indent=1))

@@ -70,17 +70,20 @@ class StepStatistics:
         costs: np.ndarray = together * committed / (slot_budget + together * fed)
         return costs.clip(MIN_COST, MAX_COST)
 
-    def timed_cost(self, rows: slice, forward_time: ForwardTime, together: int, rate: float | None) -> float:
+    def timed_cost(
+        self, rows: slice, forward_time: ForwardTime, together: int, context: float, rate: float | None
+    ) -> float:
         """The same of `together` rows that are on average like these, where the time of a forward is known: tokens that
         would come in the time that a slot adds. One number, since all share the forward.
 
+        context: cached tokens of a row, on average.
         rate: tokens a second of each row, as measured; None: those of a forward, without the time between forwards.
         """
         steps = self.steps[rows]
         slots = together * float((self.fed[rows] / steps).mean())
         if rate is None:
-            rate = float((self.committed[rows] / steps).mean()) / forward_time.seconds(slots)
-        return min(max(together * rate * forward_time.marginal(slots), MIN_COST), MAX_COST)
+            rate = float((self.committed[rows] / steps).mean()) / forward_time.seconds(slots, context)
+        return min(max(together * rate * forward_time.marginal(slots, context), MIN_COST), MAX_COST)
 
 
 def mask_blocks(

@@ -8,8 +8,9 @@ autoregressive steps do. The text is the same, so the decoder is free to choose:
                                               ▲                                  │
                                               └────────────── faster: take it ◀──┘
 
-Time is that of whole steps, host included. Rows that share a forward decide together, by their number: 1, 2, 3 to 4, 5
-to 8 and so on keep rates of their own.
+Time is that of whole steps, host included. Rows that share a forward decide together. Rates are kept by what a step's
+time depends on most: the number of rows (1, 2, 3 to 4, 5 to 8, ...) and the cached tokens behind each on average (below
+512, 1,024, 2,048, ...), since attention over a long context makes every slot cost more.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ FIRST_WAIT, LONGEST_WAIT = 64, 1024
 """Steps between two trials: at first, and at most by doubling."""
 PRICE = 200
 """Steps to wait for each step's worth of tokens that a trial has lost: trials cost 0.5% of the time at most."""
+SHORT_CONTEXT = 512
+"""Cached tokens of a row up to which the time of a forward does not depend on their number by much."""
 MARGIN = 1.05
 """How many times faster than plain steps those with drafts must be, since measurements are noisy."""
 OUTLIER = 3.0
@@ -69,7 +72,7 @@ class Rate:
 
 @dataclass
 class RowRates:
-    """The rates of one number of rows, and which kind of step is in force.
+    """The rates of one number of rows at one length, and which kind of step is in force.
 
     rows: in numbers.  trying: steps left of a trial of the kind in force, 0 outside.  wait: steps between trials.
     left: until the next.  decided_by: tokens a second of one row, with drafts and without, at the end of the latest
@@ -143,27 +146,34 @@ class RowRates:
 
 
 class DraftingRates:
-    """Rates by number of rows, and the choice that follows from them."""
+    """Rates by rows and length, and the choice that follows from them."""
 
     def __init__(self) -> None:
-        self._by_rows: dict[int, RowRates] = {}
+        self._known: dict[tuple[int, int], RowRates] = {}
 
-    def of(self, rows: int) -> RowRates:
-        """The rates of so many rows. New ones begin with the choice of the nearest number that is known; the very first
-        with a short trial of drafts.
+    def of(self, rows: int, context: float) -> RowRates:
+        """The rates of so many rows.  context: cached tokens of a row, on average.
+
+        New ones begin with what a neighbour has decided, one power of two away; without any, with a short trial of drafts.
         """
-        size = (rows - 1).bit_length()
-        known = self._by_rows.get(size)
+        place = (rows - 1).bit_length(), int(context / SHORT_CONTEXT).bit_length()
+        known = self._known.get(place)
         if known is not None:
             return known
         fresh = RowRates(rows)
-        if self._by_rows:
-            fresh.drafts = self._by_rows[min(self._by_rows, key=lambda other: abs(other - size))].drafts
+        beside = (rates for other, rates in self._known.items() if _are_neighbours(place, other))
+        decided = next((rates for rates in beside if rates.decided_by[0] is not None), None)
+        if decided is not None:
+            fresh.drafts = decided.drafts
         else:
             fresh.try_kind(drafts=True)
             fresh.trying = TRIAL_STEPS  # nothing to compare with yet
-        self._by_rows[size] = fresh
+        self._known[place] = fresh
         return fresh
+
+
+def _are_neighbours(place: tuple[int, int], other: tuple[int, int]) -> bool:
+    return abs(place[0] - other[0]) + abs(place[1] - other[1]) == 1
 
 
 _RATES: WeakKeyDictionary[Backbone, dict[object, DraftingRates]] = WeakKeyDictionary()

@@ -78,9 +78,9 @@ class FluidStrategy:
         self._statistics, self._prior = StepStatistics(rows), StepStatistics(1)
         self._plain.allocate(rows)
         self._draws = self._plain.draws
-        self._active = rows
+        self._active, self._context = rows, 0.0  # cached tokens of a row on average, in the latest forward
         if self._rates is not None:
-            self._row_rates = self._rates.of(rows)
+            self._row_rates = self._rates.of(rows, self._context)
             self._drafting = self._row_rates.drafts
 
     @property
@@ -100,6 +100,8 @@ class FluidStrategy:
         assert hidden is not None
         rows = slice(start, start + len(requests))
         self._statistics.restart(rows)
+        if start == 0:
+            self._context = self._mean_context(window_left)
         if not self._drafting:
             return self._plain.admit(start, requests, hidden, window_left)
         for row, request in enumerate(requests, start):
@@ -117,7 +119,7 @@ class FluidStrategy:
         self._started = time.perf_counter()
         if self._rates is not None:
             if rows != self._active:
-                self._active, self._row_rates = rows, self._rates.of(rows)
+                self._active, self._row_rates = rows, self._rates.of(rows, self._context)
             wanted = self._row_rates.drafts
             if wanted or self._drafting:
                 self._follow(rows, drafts=wanted)
@@ -135,8 +137,12 @@ class FluidStrategy:
             tokens = sum(map(len, updates.tokens)) / len(updates.tokens)
         else:
             updates, tokens = self._plain.absorb(feed, hidden, window_left), 1.0
-        if self._rates is not None and not self._switched:
-            self._row_rates.add(time.perf_counter() - self._started, tokens)
+        if self._rates is not None:
+            self._context = self._mean_context(window_left)
+            rates = self._rates.of(self._active, self._context)
+            if rates is self._row_rates and not self._switched:
+                rates.add(time.perf_counter() - self._started, tokens)
+            self._row_rates = rates
         self._switched = False
         return updates
 
@@ -144,7 +150,8 @@ class FluidStrategy:
         assert self._layout is not None
         predicted, rows = self._predict(0, self._layout, hidden), slice(0, len(window_left))
         if self._rates is not None and hidden.device.type == "cpu":  # elsewhere the device still works
-            self.backbone.forward_time.observe(feed.ids.numel(), time.perf_counter() - self._laid_out)
+            seconds = time.perf_counter() - self._laid_out
+            self.backbone.forward_time.observe(feed.ids.numel(), seconds, self._mean_context(window_left))
         self._statistics.steps[rows] += 1
         self._statistics.fed[rows] += feed.widths
         updates = self._advance(rows, predicted, window_left)
@@ -170,6 +177,10 @@ class FluidStrategy:
             self._drafts.move(source, target)
         self._statistics.move(source, target)
         self._plain.move(source, target)  # and the random numbers
+
+    def _mean_context(self, window_left: list[int]) -> float:
+        """Cached tokens of a row."""
+        return self.backbone.window - sum(window_left) / len(window_left)
 
     def _follow(self, rows: int, *, drafts: bool) -> None:
         """Take the kind of step that the rates ask for."""
@@ -202,7 +213,7 @@ class FluidStrategy:
         """Marginal costs of a slot, in tokens, of each row."""
         if self._rates is None:
             return statistics.marginal_costs(rows, self._slot_budget, self._batch_rows)
-        cost = statistics.timed_cost(rows, self.backbone.forward_time, self._active, self._rate)
+        cost = statistics.timed_cost(rows, self.backbone.forward_time, self._active, self._context, self._rate)
         return np.full(len(statistics.steps[rows]), cost)
 
     def _predict(self, start: int, layout: DraftLayout, hidden: Tensor) -> Predictions:

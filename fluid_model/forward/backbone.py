@@ -46,7 +46,7 @@ MOST_WINDOW = 2**31
 """Tokens. A configuration with more has a placeholder there."""
 SHORT = 2e8
 """Multiplications and additions up to which a forward runs on one thread."""
-TIMED_CONTEXT, TIMED_SLOTS, TIMED_RUNS, TIMED_SECONDS = 128, 4096, 9, 0.05
+TIMED_SLOTS, TIMED_RUNS, TIMED_SECONDS = 4096, 9, 0.05
 """Timed forwards: tokens cached, most slots fed, least runs and least seconds of each."""
 
 
@@ -270,28 +270,28 @@ class Backbone:
 
     @cached_property
     def forward_time(self) -> forward_time.ForwardTime:
-        """Seconds of a forward by its slots. Measured at first use."""
-        context = min(TIMED_CONTEXT, self.window // 2)
-        most = min(TIMED_SLOTS, self.window - context)
-        return forward_time.measure(lambda slots: self._seconds(context, slots), most)
+        """Seconds of a forward by its slots and cached tokens. Measured at first use."""
+        return forward_time.measure(self._seconds, self.window, TIMED_SLOTS)
 
     @property
     def slot_budget(self) -> int:
         """Slots that cost as much as all else in a forward, see `forward_time`."""
         return self.forward_time.slot_budget
 
-    def _seconds(self, context: int, slots: int) -> float:
+    @torch.inference_mode()
+    def _seconds(self, slots: int, context: int) -> float:
         """Time of a forward of one row with `slots` slots behind `context` cached tokens, and of all their logits: the
-        fastest of several runs, since other work on the machine only adds time.
+        fastest of several runs, since other work on the machine only adds time. What is cached does not matter.
         """
         cache, times = KVCache(1, context + slots), list[float]()
-        ids = torch.zeros(1, max(context, slots), dtype=torch.long, device=self.device)
+        ids = torch.zeros(1, slots, dtype=torch.long, device=self.device)
         if self.adapter is not None:  # most slots of a draft are masks, which cost more
             ids[:, 1:slots] = self.adapter.mask_id
-        self.forward(ids[:, :context], cache.set_write_positions(0, [0], context, self.device), cache)
+        self.forward(ids, cache.set_write_positions(0, [context], slots, self.device), cache)
+        cache.zero_row(0)  # memory that was never written is not read from where memory is
         while len(times) < TIMED_RUNS or sum(times) < TIMED_SECONDS:
             started = time.perf_counter()
-            hidden = self.forward(ids[:, :slots], cache.set_write_positions(0, [context], slots, self.device), cache)
+            hidden = self.forward(ids, cache.set_write_positions(0, [context], slots, self.device), cache)
             float(self.logits(hidden[0])[-1, 0])  # waits for the device
             times.append(time.perf_counter() - started)
         return min(times)

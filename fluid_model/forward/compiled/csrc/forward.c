@@ -1,7 +1,8 @@
 /* The forward of Llama-shaped models. Activations are float32, weights are stored in a Format each, see structs.h.
 
    Called by forward.py. Padding is dropped first: all work is done for the M slots that count, of all rows.
-   Threads share every step: matrix products by output columns, attention by slots and heads, the rest by slots.
+   Threads share every step: matrix products by output columns, attention by slots, heads and cache columns, the rest by
+   slots.
    The numbers of a slot are the same to the last bit in every batch, on any number of threads, see vectors.h
    and tree_mask.h.  */
 
@@ -27,7 +28,9 @@ typedef struct {
     float *heads;      /* (M, H E) what attention returns */
     float *gate_up;    /* (M, 2 F) */
     float *activated;  /* (M, F) */
-    float *scores;     /* (threads, QUERY_BLOCK, T + LANES) */
+    float *scores;     /* (threads, QUERY_BLOCK, CHUNK) */
+    float *sums;       /* (M, H, chunks, E) attention to each chunk; `heads` where there is one */
+    float *softmax;    /* (M, H, chunks, 2) */
     int *slot;         /* (M,) where it stands in (B, S) */
     int *position;     /* (M,) position id */
     int *column_count; /* (M,) columns attended to */
@@ -53,6 +56,8 @@ typedef struct {
 
 static long larger(long a, long b) { return a > b ? a : b; }
 
+static long smaller(long a, long b) { return a < b ? a : b; }
+
 static long heads_size(const Model *model) { return model->query_heads * model->head_size; }
 
 static long qkv_size(const Model *model) { return (model->query_heads + 2 * model->key_heads) * model->head_size; }
@@ -63,21 +68,27 @@ static long largest_input(const Model *model)
     return larger(larger(model->hidden, model->inner), heads_size(model));
 }
 
+/* Chunks of the longest list of columns. */
+static long chunk_count(long total) { return (total + CHUNK - 1) / CHUNK; }
+
 /* Floats in the workspace of a forward of `count` slots over `total` columns. `divide` takes the same. */
 EXPORT long workspace_size(const Model *model, long count, long total, long threads)
 {
     long floats = 2 * model->hidden + qkv_size(model) + heads_size(model) + 3 * model->inner;
     long integers = 3 + total; /* an int is as long as a float */
+    const long parts = model->query_heads * chunk_count(total); /* of attention */
+    floats += 2 * parts + (chunk_count(total) > 1 ? parts * model->head_size : 0);
     if (model->mask_id >= 0) {
         floats += largest_input(model) + model->rank;
         integers += 1;
     }
-    return count * (floats + integers) + threads * QUERY_BLOCK * (total + LANES);
+    return count * (floats + integers) + threads * QUERY_BLOCK * CHUNK;
 }
 
 static Workspace divide(float *memory, const Model *model, long count, long total, long threads)
 {
     Workspace work;
+    const long chunks = chunk_count(total), parts = count * model->query_heads * chunks; /* of attention */
     work.residual = memory;
     work.normalized = work.residual + count * model->hidden;
     work.qkv = work.normalized + count * model->hidden;
@@ -85,7 +96,9 @@ static Workspace divide(float *memory, const Model *model, long count, long tota
     work.gate_up = work.heads + count * heads_size(model);
     work.activated = work.gate_up + count * 2 * model->inner;
     work.scores = work.activated + count * model->inner;
-    work.slot = (int *)(work.scores + threads * QUERY_BLOCK * (total + LANES));
+    work.softmax = work.scores + threads * QUERY_BLOCK * CHUNK;
+    work.sums = chunks > 1 ? work.softmax + 2 * parts : work.heads;
+    work.slot = (int *)(work.softmax + 2 * parts + (chunks > 1 ? parts * model->head_size : 0));
     work.position = work.slot + count;
     work.column_count = work.position + count;
     work.columns = work.column_count + count;
@@ -225,36 +238,60 @@ static void rotate_and_cache_block(void *context, long block, long thread)
     }
 }
 
-/* Grouped-query attention of one block of slots and one key head: queries of one row together, QUERY_BLOCK at most. */
+/* Grouped-query attention of one block of slots to one chunk of columns, for one key head: queries of one row together,
+   QUERY_BLOCK at most. */
 static void attend_part(void *context, long part, long thread)
 {
     const Pass *pass = context;
     const Model *model = pass->model;
     const Workspace *work = &pass->work;
     const long size = model->head_size, heads = model->query_heads, groups = model->key_heads;
-    const long per_group = heads / groups, total = pass->batch->total, block = part / groups, group = part % groups;
-    float *scores = work->scores + thread * QUERY_BLOCK * (total + LANES);
+    const long per_group = heads / groups, total = pass->batch->total, chunks = chunk_count(total);
+    const long chunk = part % chunks, group = part / chunks % groups, block = part / chunks / groups;
+    float *scores = work->scores + thread * QUERY_BLOCK * CHUNK;
     Query queries[QUERY_BLOCK];
-    long held = 0, shared = total; /* columns that all of these have: the shortest list */
+    long held = 0, shared = CHUNK; /* columns that all of these have: the shortest list */
     for (long i = block * SLOT_BLOCK; i < block_end(pass, block); i++) {
         const long row = work->slot[i] / pass->batch->slots;
         const long cells = (row * groups + group) * pass->batch->cache_columns * size;
+        const long count = smaller(work->column_count[i] - chunk * CHUNK, CHUNK);
         const int last = i + 1 == block_end(pass, block) || work->slot[i + 1] / pass->batch->slots != row;
         for (long h = group * per_group; h < (group + 1) * per_group; h++) {
-            if (work->column_count[i] < shared) shared = work->column_count[i];
-            queries[held] = (Query){
-                .query = work->qkv + i * qkv_size(model) + h * size,
-                .columns = work->columns + i * total,
-                .count = work->column_count[i],
-                .scores = scores + held * (total + LANES),
-                .out = work->heads + (i * heads + h) * size,
-            };
-            if (++held < QUERY_BLOCK && !(last && h + 1 == (group + 1) * per_group)) continue;
+            if (count > 0 || !chunk) {
+                const long place = (i * heads + h) * chunks + chunk;
+                shared = smaller(shared, count);
+                queries[held] = (Query){
+                    .query = work->qkv + i * qkv_size(model) + h * size,
+                    .columns = work->columns + i * total + chunk * CHUNK,
+                    .count = count,
+                    .scores = scores + held * CHUNK,
+                    .sums = work->sums + place * size,
+                    .softmax = work->softmax + place * 2,
+                };
+                held++;
+            }
+            if (!held || (held < QUERY_BLOCK && !(last && h + 1 == (group + 1) * per_group))) continue;
             attention(size, queries, held, shared, pass->keys + cells, pass->values + cells);
+            for (long q = 0; chunks == 1 && q < held; q++)
+                merge_chunks(size, 1, queries[q].sums, queries[q].softmax, queries[q].sums);
             held = 0;
-            shared = total;
+            shared = CHUNK;
         }
     }
+}
+
+/* What each head of a block attends to, from all chunks of its columns. */
+static void merge_block(void *context, long block, long thread)
+{
+    const Pass *pass = context;
+    const Workspace *work = &pass->work;
+    const long size = pass->model->head_size, heads = pass->model->query_heads;
+    const long chunks = chunk_count(pass->batch->total);
+    (void)thread;
+    for (long i = block * SLOT_BLOCK; i < block_end(pass, block); i++)
+        for (long place = i * heads; place < (i + 1) * heads; place++)
+            merge_chunks(size, larger(chunk_count(work->column_count[i]), 1), work->sums + place * chunks * size,
+                         work->softmax + place * chunks * 2, work->heads + place * size);
 }
 
 static void activate_block(void *context, long block, long thread)
@@ -270,11 +307,13 @@ static void activate_block(void *context, long block, long thread)
 static void run_layer(Pass *pass, const Layer *layer)
 {
     const Workspace *work = &pass->work;
+    const long chunks = chunk_count(pass->batch->total);
     pass->layer = layer;
     /* 1) attention */
     gated_gemm(pass, &layer->qkv, normalized(pass, layer->attention_norm), NULL, work->qkv);
     for_blocks(pass, rotate_and_cache_block, 1);
-    for_blocks(pass, attend_part, pass->model->key_heads);
+    for_blocks(pass, attend_part, pass->model->key_heads * chunks);
+    if (chunks > 1) for_blocks(pass, merge_block, 1);
     gated_gemm(pass, &layer->attention_out, work->heads, work->residual, work->residual);
     /* 2) MLP */
     gated_gemm(pass, &layer->gate_up, normalized(pass, layer->mlp_norm), NULL, work->gate_up);
