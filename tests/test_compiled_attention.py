@@ -49,7 +49,9 @@ def behind_prompts(forward, ids, intervals):
 @pytest.mark.parametrize("first", [FED, 0, 5])
 def test_chunks_agree_with_torch(backbone, ids, first):
     """Causal, all slots children of the first, and a chain with children."""
-    ours, theirs = (behind_prompts(forward, ids, siblings(first)) for forward in (backbone.compiled, by_torch(backbone)))
+    ours, theirs = (
+        behind_prompts(forward, ids, siblings(first)) for forward in (backbone.compiled, by_torch(backbone))
+    )
     assert torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4)
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluid_eval.common.paths import resource
-from fluid_model import ArSettings, Checkpoint, FluidSettings, engine_for, load
-from fluid_model.decoders import drafting_rates
+from fluid_model import ArSettings, Checkpoint, FluidSettings, Request, engine_for, load
+from fluid_model.decoders import drafting_rates, fluid
 from fluid_model.decoders.draft_policy import MAX_COST, MIN_COST, StepStatistics
 from fluid_model.decoders.drafting_rates import LONGEST_WAIT, DraftingRates, Rate, RowRates
 from fluid_model.forward.forward_time import ForwardTime
@@ -199,3 +199,30 @@ def test_what_decided_is_recorded(checkpoint):
     assert isinstance(record["drafts"], bool)
     (fixed, *_) = engine_for(checkpoint, FluidSettings(slot_budget=8), 2).generate(requests(checkpoint))
     assert fixed.draft_policy.to_dict() == {"slot_budget": 8, "rows": 2}
+
+
+def test_rates_are_of_the_length_at_hand(checkpoint, monkeypatch):
+    """Prompts of both lengths, and an answer that grows from one to the other."""
+    monkeypatch.setattr(drafting_rates, "SHORT_CONTEXT", 64)
+    steps, add = list[tuple[int, int]](), RowRates.add
+
+    def counted(rates: RowRates, seconds: float, tokens: float) -> None:
+        (place,) = [place for place, known in of_all._known.items() if known is rates]
+        steps.append(place)
+        add(rates, seconds, tokens)
+
+    monkeypatch.setattr(RowRates, "add", counted)
+    drafting_rates._RATES.clear()
+    of_all = drafting_rates.rates_of(checkpoint.backbone, (FluidSettings(), checkpoint.head))
+    endless = replace(checkpoint, end_ids=())
+    for prompt, new in ((10, 20), (130, 20), (10, 150)):
+        steps.clear()
+        list(engine_for(endless, FluidSettings(), 1).generate([Request("", (5,) * prompt, new)]))
+        lengths = [length for _, length in steps]
+        assert lengths == sorted(lengths)
+        assert set(lengths) == ({0} if prompt + new < 64 else {2} if prompt > 64 else {0, 1, 2})
+    steps.clear()
+    monkeypatch.setattr(fluid, "LOOK_EVERY", 1000)
+    list(engine_for(endless, FluidSettings(), 1).generate([Request(f"{n}", (5,) * n, 20) for n in (130, 10)]))
+    assert {length for _, length in steps} == {0, 2}, "one behind the other, in the same row"
+    drafting_rates._RATES.clear()

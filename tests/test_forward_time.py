@@ -65,6 +65,8 @@ def test_attention_adds_to_every_slot(window):
     assert curve.marginal(8, 3) == curve.marginal(8)
     curve.observe(8, curve.seconds(8, 4128), 4128)
     assert curve.seconds(8) == pytest.approx(1.4), "it is as expected"
+    curve.observe(1000, 51.0 + 1000 * added * 4000, 4128)
+    assert curve.points[-1] == (1000, pytest.approx(51.0)), "further than was measured, without attention"
 
 
 def test_a_curve_goes_through_its_points():
@@ -132,7 +134,8 @@ def test_it_is_cached_and_printed(tiny_fluid, tmp_path, monkeypatch, capsys, dat
     assert main(["doctor", "--data-dir", str(data_dir)]) == 0
     assert f"slot budget {first.slot_budget}: {tiny_fluid.name}" in capsys.readouterr().out
     other = ForwardTime([(1, 1.0), (79, 2.0)])
-    for damaged in ("not json", '{"m": 7}', '{"m": [[1, 2.0]]}', '{"m": {"points": [[1, -1]]}}', '{"m": {"points": [[1, 1]], "attention": -1}}'):
+    negative = '{"m": {"points": [[1, 1]], "attention": -1}}'
+    for damaged in ("not json", '{"m": 7}', '{"m": [[1, 2.0]]}', '{"m": {"points": [[1, -1]]}}', negative):
         forward_time_cache.file().write_text(damaged)
         monkeypatch.setattr(forward_time, "measure", lambda *_: other)
         assert load_for(spec).backbone.slot_budget == 77

@@ -154,7 +154,8 @@ class DraftingRates:
     def of(self, rows: int, context: float) -> RowRates:
         """The rates of so many rows.  context: cached tokens of a row, on average.
 
-        New ones begin with what a neighbour has decided, one power of two away; without any, with a short trial of drafts.
+        New ones begin with what a neighbour has decided, one power of two away; without any, with a short trial of
+        drafts.
         """
         place = (rows - 1).bit_length(), int(context / SHORT_CONTEXT).bit_length()
         known = self._known.get(place)

@@ -44,6 +44,9 @@ from .drafting_rates import DraftingRates, rates_of
 from .fluid_reference import FluidReferenceStrategy
 from .sampling import argmax, choose, top_k
 
+LOOK_EVERY = 32
+"""Steps between looks at the rows' lengths, while none is admitted."""
+
 
 class FluidStrategy:
     """State of a row: its draft, which the next forward feeds, and the statistics of its steps."""
@@ -78,7 +81,8 @@ class FluidStrategy:
         self._statistics, self._prior = StepStatistics(rows), StepStatistics(1)
         self._plain.allocate(rows)
         self._draws = self._plain.draws
-        self._active, self._context = rows, 0.0  # cached tokens of a row on average, in the latest forward
+        self._active, self._context = rows, 0.0  # cached tokens of a row, on average, when they were last looked at
+        self._look_in = 0  # steps
         if self._rates is not None:
             self._row_rates = self._rates.of(rows, self._context)
             self._drafting = self._row_rates.drafts
@@ -100,6 +104,7 @@ class FluidStrategy:
         assert hidden is not None
         rows = slice(start, start + len(requests))
         self._statistics.restart(rows)
+        self._look_in = 0
         if start == 0:
             self._context = self._mean_context(window_left)
         if not self._drafting:
@@ -138,11 +143,11 @@ class FluidStrategy:
         else:
             updates, tokens = self._plain.absorb(feed, hidden, window_left), 1.0
         if self._rates is not None:
-            self._context = self._mean_context(window_left)
-            rates = self._rates.of(self._active, self._context)
-            if rates is self._row_rates and not self._switched:
-                rates.add(time.perf_counter() - self._started, tokens)
-            self._row_rates = rates
+            self._look_in -= 1
+            if self._look_in < 0:
+                self._look(window_left)
+            if not self._switched:
+                self._row_rates.add(time.perf_counter() - self._started, tokens)
         self._switched = False
         return updates
 
@@ -151,7 +156,7 @@ class FluidStrategy:
         predicted, rows = self._predict(0, self._layout, hidden), slice(0, len(window_left))
         if self._rates is not None and hidden.device.type == "cpu":  # elsewhere the device still works
             seconds = time.perf_counter() - self._laid_out
-            self.backbone.forward_time.observe(feed.ids.numel(), seconds, self._mean_context(window_left))
+            self.backbone.forward_time.observe(feed.ids.numel(), seconds, self._context)
         self._statistics.steps[rows] += 1
         self._statistics.fed[rows] += feed.widths
         updates = self._advance(rows, predicted, window_left)
@@ -181,6 +186,14 @@ class FluidStrategy:
     def _mean_context(self, window_left: list[int]) -> float:
         """Cached tokens of a row."""
         return self.backbone.window - sum(window_left) / len(window_left)
+
+    def _look(self, window_left: list[int]) -> None:
+        """Take the rates of the length that the rows have by now. Seldom: small models' plain steps would feel it."""
+        assert self._rates is not None
+        self._look_in, self._context = LOOK_EVERY, self._mean_context(window_left)
+        rates = self._rates.of(self._active, self._context)
+        if rates is not self._row_rates:
+            self._row_rates, self._switched = rates, True
 
     def _follow(self, rows: int, *, drafts: bool) -> None:
         """Take the kind of step that the rates ask for."""
