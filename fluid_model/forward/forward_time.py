@@ -27,6 +27,8 @@ FURTHEST = 3.0
 """An observation counts as at most so many times what was expected, or as this part of it: other work on the machine
 stretches single forwards a hundredfold.
 """
+HULL_EVERY = 16
+"""Observations after which the convex curve is drawn anew: each moves it little, and drawing it takes a while."""
 STRIDE = 1.5
 """Factor between the slots at which the time of one more slot is taken, upwards and downwards."""
 
@@ -49,6 +51,7 @@ class ForwardTime:
             raise ValueError(f"time of attention: {attention!r}")
         self.attention = float(attention)
         self._convex: ForwardTime | None = None  # through the lower hull of the points, once it is asked for
+        self._observed = 0
 
     @property
     def points(self) -> list[tuple[int, float]]:
@@ -101,7 +104,9 @@ class ForwardTime:
         """Take in the time of a forward. Half of what differs moves the whole curve, as a busy machine does; the other
         half moves the points beside it.
         """
-        self._convex = None
+        self._observed += 1
+        if self._observed % HULL_EVERY == 0:
+            self._convex = None
         # 1) far behind the last point: a new one
         if slots >= 2 * self._slots[-1]:
             self._slots.append(slots)
