@@ -70,7 +70,7 @@ def test_the_tour_runs_the_quickstart_and_most_commands():
 def test_the_readme_is_one_screen_and_takes_its_figures_from_the_pages():
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 70
-    table = (ROOT / "docs/log/2026-11-30-plain-steps.md").read_text()
+    table = (ROOT / "docs/log/2026-11-30-long-contexts.md").read_text()
     for name, alone in (("smol", 3), ("tiny", 0)):  # batches with a figure of their own
         cells = re.search(rf"^\| {name}-fluid, now \|(.*)\|$", table, re.M)[1].split("|")
         ratios = [re.search(r"\d\.\d+", cell)[0] for cell in cells]
