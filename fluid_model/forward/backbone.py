@@ -288,7 +288,7 @@ class Backbone:
         if self.adapter is not None:  # most slots of a draft are masks, which cost more
             ids[:, 1:slots] = self.adapter.mask_id
         self.forward(ids, cache.set_write_positions(0, [context], slots, self.device), cache)
-        cache.zero_row(0)  # memory that was never written is not read from where memory is
+        cache.zero_row(0)  # untouched memory is a single page of zeros, read from caches
         while len(times) < TIMED_RUNS or sum(times) < TIMED_SECONDS:
             started = time.perf_counter()
             hidden = self.forward(ids, cache.set_write_positions(0, [context], slots, self.device), cache)
