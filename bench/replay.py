@@ -25,7 +25,7 @@ from fluid_model.decoders.draft_policy import MIN_COST
 from fluid_model.decoders.draft_rows import DraftLayout, DraftLimits, DraftRows, Predictions
 from fluid_model.decoders.draft_tree import Candidate, Draft, DraftTree
 from fluid_model.decoders.fluid import FluidStrategy
-from fluid_model.engine.strategy import Updates
+from fluid_model.engine.strategy import OneEach, Updates
 from fluid_model.forward.attention_masks import MAX_STEPS
 from fluid_model.forward.kv_cache import KVCache
 
@@ -97,7 +97,9 @@ class Replay(FluidStrategy):
             raise ConfigError("only greedy, verified decoding can be replayed")
         self._tape = tape
 
-    def admit(self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]) -> Updates:
+    def admit(
+        self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]
+    ) -> Updates | OneEach:
         starts = self._tape.starts
         begun = [replace(each, prompt=(starts[each.seed % len(starts)],)) for each in requests]
         return super().admit(start, begun, hidden, window_left)

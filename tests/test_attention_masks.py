@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from fluid_model.decoders.draft_tree import Draft, DraftTree
 from fluid_model.forward import attention_masks as masks
+from fluid_model.forward.kv_cache import slot_columns
 from fluid_model.train.masked_layouts import BlockCausalLayout, CanvasLayout
 from fluid_model.train.row_layouts import (
     AllMaskLayout,
@@ -82,7 +83,7 @@ def test_draft_trees_by_walking_parents(rows: list[tuple[Draft, int]]):
     ids, *layout = torch.tensor([draft.layout(MASK, width) for draft, _ in rows]).unbind(1)  # (B, S) each
     total = max(lengths) + width
     plan = masks.AttentionPlan(
-        masks.slot_columns(lengths, width), total, [draft.slots for draft, _ in rows], masks.AttentionIntervals(*layout)
+        slot_columns(lengths, width), total, [draft.slots for draft, _ in rows], masks.AttentionIntervals(*layout)
     )
     mask, positions = plan.mask(), plan.positions
     assert mask.shape == (len(rows), width, total)
@@ -105,7 +106,7 @@ def test_a_bidirectional_prefix(widths: list[int], lengths: list[int]):
     """Slots inside the width attend to one another; all others are causal; all attend to cached tokens."""
     slots, lengths = 6, lengths[: len(widths)]
     plan = masks.AttentionPlan(
-        masks.slot_columns(lengths, slots), max(lengths) + slots, None, masks.bidirectional(torch.tensor(widths), slots)
+        slot_columns(lengths, slots), max(lengths) + slots, None, masks.bidirectional(torch.tensor(widths), slots)
     )
     mask = plan.mask()
     for row, (width, length) in enumerate(zip(widths, lengths, strict=True)):
@@ -122,7 +123,7 @@ def test_a_bidirectional_prefix(widths: list[int], lengths: list[int]):
 def test_prompts_with_a_mask_block_are_causal(prompts: list[int], block: int, length: int):
     """Tokens and one mask block behind the last form a chain, whatever pads shorter rows."""
     slots = max(prompts) + block
-    columns = masks.slot_columns([length] * len(prompts), slots)
+    columns = slot_columns([length] * len(prompts), slots)
     intervals = masks.prompt_with_mask_block(torch.tensor(prompts) - 1, slots)
     plan = masks.AttentionPlan(columns, length + slots, None, intervals)
     for row, tokens in enumerate(prompts):
@@ -135,7 +136,7 @@ def test_prompts_with_a_mask_block_are_causal(prompts: list[int], block: int, le
 @given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=3), window=st.integers(1, 6))
 def test_chains_and_windows(lengths: list[int], window: int):
     slots = 4
-    columns, total = masks.slot_columns(lengths, slots), max(lengths) + slots
+    columns, total = slot_columns(lengths, slots), max(lengths) + slots
     for row, length in enumerate(lengths):
         for query in range(slots):
             own = length + query
@@ -278,7 +279,7 @@ def test_decoding_feeds_mask_blocks_as_training_lays_them_out(tokens: int, data)
     slots = fed_slots(draft)
     anchor, step = (torch.tensor([values]) for values in zip(*slots, strict=True))  # (1, S) each
     trained = masks.training_mask(torch.zeros_like(anchor), anchor, step)
-    columns = masks.slot_columns([0], len(slots))
+    columns = slot_columns([0], len(slots))
     inferred = masks.AttentionPlan(columns, len(slots), None, masks.mask_blocks(anchor, step))
     assert inferred.mask().equal(trained)
     assert inferred.positions.equal(anchor + step)

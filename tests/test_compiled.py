@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
 import random
@@ -23,8 +22,8 @@ from fluid_model import ArSettings, FluidSettings, Request
 from fluid_model.forward import attention_masks, compiled
 from fluid_model.forward.attention_masks import ALWAYS, MAX_STEPS, NEVER, AttentionIntervals, AttentionPlan
 from fluid_model.forward.backbone import Backbone
-from fluid_model.forward.compiled import build, k_head, threads, weights
-from fluid_model.forward.kv_cache import KVCache
+from fluid_model.forward.compiled import build, threads, weights
+from fluid_model.forward.kv_cache import KVCache, slot_columns
 
 from .test_graphs import logged, requests
 from .test_llama import CONFIGS, SIZES, backbone_of, model_of
@@ -275,7 +274,7 @@ def test_one_mask_rule(compiler, tree):
             exit_[row, slot] = (token + 1 if step else ends[token]) * MAX_STEPS
             offsets[row, slot] = depth(parents, token) + step
     lengths, widths = [cached for cached, _, _ in rows], [len(fed) for _, _, fed in rows]
-    columns, total = attention_masks.slot_columns(lengths, slots), max(lengths) + slots
+    columns, total = slot_columns(lengths, slots), max(lengths) + slots
     plan = AttentionPlan(columns, total, widths, AttentionIntervals(enter, exit_, offsets))
     ours, expected = compiled.attention_mask(plan, 4), naive_mask(rows, slots, total)
     assert torch.equal(ours, expected)
@@ -283,42 +282,6 @@ def test_one_mask_rule(compiler, tree):
         assert torch.equal(plan.mask()[row, :width], expected[row, :width])
     chain = AttentionPlan(columns, total)
     assert torch.equal(compiled.attention_mask(chain, 4), chain.mask())
-
-
-@pytest.mark.parametrize(("rows", "size"), [(0, 9), (1, 4), (7, 33), (3, 1025), (90, 3001)])
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_top_k_is_torchs(rows, size, count):
-    logits = 5 * torch.randn(rows, size)
-    logits[:, 2] = -torch.inf
-    tokens, probabilities = compiled.top_k(logits, count)
-    expected = logits.softmax(-1).topk(count)
-    assert torch.equal(tokens, expected.indices)
-    assert torch.allclose(probabilities, expected.values, atol=1e-6, rtol=1e-5)
-
-
-def test_the_first_of_equals_ranks_first():
-    tokens, probabilities = compiled.top_k(torch.tensor([[1.0, 3.0, 0.0, 3.0, 3.0], [2.0, 2.0, 2.0, 2.0, 2.0]]), 3)
-    assert tokens.tolist() == [[1, 3, 4], [0, 1, 2]]
-    assert probabilities[1].tolist() == pytest.approx([0.2] * 3)
-
-
-@pytest.mark.parametrize(("hidden_size", "k_max"), [(192, 16), (36, 1), (7, 5)])
-def test_strides_are_the_k_heads(hidden_size, k_max):
-    """As its own modules compute them, also after it is copied or changed; packed weights do not outlive it."""
-    head, hidden, before = fluid_model.KHead(hidden_size, k_max), torch.randn(50, hidden_size), len(k_head._packed)
-    for weight in head.parameters():
-        weight.data.normal_()
-    for _ in range(2):
-        with torch.inference_mode():
-            assert torch.equal(head.stride(hidden), head(hidden).argmax(-1) + 1)
-            assert torch.equal(head.stride(hidden[:0]), hidden.new_zeros(0, dtype=torch.long))
-        assert len(k_head._packed) == before + 1
-        with torch.no_grad():
-            head[2].weight.neg_()
-    other = copy.deepcopy(head).double()
-    assert torch.equal(other.stride(hidden), head.stride(hidden))
-    del head
-    assert len(k_head._packed) == before
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 import fluid_model
 from fluid_model import ArSettings, ConfigError, FluidSettings, Request, engine_for
-from fluid_model.engine.answers import AnswerRules, RowState, _StopRule
-from fluid_model.engine.strategy import NOTHING, Updates
+from fluid_model.engine.answers import AnswerRules, _StopRule
+from fluid_model.engine.rows import Rows
+from fluid_model.engine.strategy import RowUpdate, Updates
 
 from .tiny import fluid_checkpoint
 
@@ -132,14 +133,15 @@ def test_what_other_answers_have_taught_changes_no_end(name, data):
         if data.draw(st.booleans()):
             two = data.draw(st.lists(st.sampled_from(few), min_size=1, max_size=2))
             stops = "never written", *filter(None, [tokenizer.decode(two, skip_special_tokens=False)])
-        row, at = RowState(Request("x", PROMPT, 100, stops)), 0
-        rules.prepare([row.request])
-        while at < len(ids) and row.finish is None:
+        rows, at = Rows(1), 0
+        row = rows.add([Request("x", PROMPT, 100, stops)], 0)
+        rules.prepare(rows.requests)
+        while at < len(ids) and not rows.finish:
             step = ids[at : at + data.draw(st.integers(1, 3))]
-            rules.commit([row], Updates([step], [NOTHING]))
+            rules.commit(rows, row, Updates.of([RowUpdate(step, [0] * len(step), ())]), None, 0.0)
             at += len(step)
         needed = next((n for n, text in enumerate(texts) if any(stop in text for stop in stops)), None)
-        assert (row.ids, row.finish) == (ids[:needed], None if needed is None else "stop")
+        assert (rows.latest(0, 0), rows.finish.get(0)) == (ids[:needed], None if needed is None else "stop")
 
 
 def test_most_tokens_need_not_be_decoded_with_those_before_them():

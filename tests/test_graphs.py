@@ -114,9 +114,9 @@ def logged(checkpoint, decoder, slots, work):
         best = checkpoint.backbone.logits(hidden).amax(-1)
         start = cache.write_columns[0]
         for row, (positions, values) in enumerate(zip(plan.positions.tolist(), best.tolist(), strict=True)):
-            rows = engine._active[start + row :] if start + row < len(engine._active) else []
+            rows = engine._rows.requests[start + row :]
             if (rows and plan.intervals is None) or (rows and int(plan.intervals.steps[row, 0]) == 0):
-                largest[rows[0].request.key, positions[0]] = values[0]
+                largest[rows[0].key, positions[0]] = values[0]
         return hidden
 
     checkpoint.backbone.forward = log

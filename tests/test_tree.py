@@ -14,6 +14,7 @@ from fluid_model.decoders.draft_tree import DraftTree, grow
 from fluid_model.decoders.fluid import _to_host
 from fluid_model.decoders.sampling import argmax
 from fluid_model.decoders.verification import verify_path
+from fluid_model.engine.strategy import RowUpdate, Updates
 from fluid_model.forward import attention_masks
 from fluid_model.forward.kv_cache import KVCache
 
@@ -132,7 +133,9 @@ def test_accepted_slots_move_behind_the_cached_tokens(in_one):
         cache.put(torch.randn(3, 2, fed, 4), layer)
         before.append(cache._layers[layer].clone())
     paths = [[0, 1], [0, 2], [0, 1, 3, 5]]
-    cache.compact(lengths, paths)
+    updates = Updates.of([RowUpdate([], [], path) for path in paths])
+    assert updates.moves == [(1, 2, 1), (2, 3, 2), (2, 5, 3)]
+    cache.compact(lengths, updates.moves)
     for old, new in zip(before, cache._layers.values(), strict=True):
         for row, (length, slots) in enumerate(zip(lengths, paths, strict=True)):
             wanted = old[:, row][:, :, [*range(length), *(length + slot for slot in slots)]]

@@ -108,10 +108,10 @@ def write(engine: Engine, plan: GpuPlan, new: int, first: int = 0) -> Tally:
     """Let all rows write until the first of them has `new` tokens.  first: the number of the first row's answer."""
     asked = [Request(str(n), ids, new, seed=first + n) for n, ids in enumerate(prompts(plan, engine.batch_size))]
     answer = next(engine.generate(asked))
-    rows = engine._active  # that go on
-    traces = [answer.trace, *(row.trace for row in rows)]
+    rows = engine._rows  # that go on
+    traces = [answer.trace, *map(rows.trace, range(len(rows)))]
     return Counter(
-        tokens=len(answer.ids) + sum(len(row.ids) for row in rows),
+        tokens=len(answer.ids) + int(rows.lengths[: len(rows)].sum()),
         calls=engine.calls,
         rounds=sum(sum(trace.forwards.values()) for trace in traces),
         slots=sum(trace.slots for trace in traces),

@@ -5,14 +5,13 @@ Legend: n active rows, R rows just admitted, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..engine.records import Request
-from ..engine.strategy import NOTHING, Feed, Updates
+from ..engine.strategy import Feed, OneEach
 from ..forward.backbone import Backbone
 from ..settings import ArSettings
 from .sampling import Draws, argmax, choose
@@ -26,8 +25,8 @@ class ArStrategy:
     prompt_mask_block: tuple[int, ...] = ()
     draft_policy = None
 
-    def __init__(self, backbone: Backbone, settings: ArSettings, *, stride: int | None = None, ahead: int = 1) -> None:
-        """stride: that each step reports; 1 where these are steps of a decoder with strides.
+    def __init__(self, backbone: Backbone, settings: ArSettings, *, stride: int = 0, ahead: int = 1) -> None:
+        """stride: that each step reports; 1 where these are steps of a decoder with strides, else 0.
         ahead: random numbers that such a decoder looks at.
         """
         self.backbone = backbone
@@ -37,25 +36,26 @@ class ArStrategy:
     def allocate(self, rows: int) -> None:
         self.latest = torch.zeros(rows, dtype=torch.long, device=self.backbone.device)
         self.draws = Draws(rows, self._ahead)
+        self._widths = np.ones(rows, np.int64)
 
-    def admit(self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]) -> Updates:
+    def admit(self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]) -> OneEach:
         assert hidden is not None
         for row, request in enumerate(requests, start):
             self.draws.seed(row, request.seed)
-        return self._choose(start, hidden[:, 0], NOTHING, stride=None)
+        return self._choose(start, hidden[:, 0], kept=0, stride=0)
 
     def plan(self, rows: int) -> Feed:
-        return Feed(self.latest[:rows, None], widths=[1] * rows, kinds=["commit"] * rows)
+        return Feed(self.latest[:rows, None], self._widths[:rows], kinds=["commit"] * rows)
 
-    def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> Updates:
-        return self._choose(0, hidden[:, 0], range(1), self._stride)
+    def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> OneEach:
+        return self._choose(0, hidden[:, 0], kept=1, stride=self._stride)
 
     def move(self, source: int, target: int) -> None:
         self.latest[target] = self.latest[source]
         self.draws.move(source, target)
 
-    def _choose(self, start: int, hidden: Tensor, cached: Sequence[int], stride: int | None) -> Updates:
-        """The next token of rows start.. .  hidden: (n, D)."""
+    def _choose(self, start: int, hidden: Tensor, kept: int, stride: int) -> OneEach:
+        """The next token of rows start.. .  hidden: (n, D).  kept: fed slots of each row that stay cached."""
         rows = slice(start, start + len(hidden))
         logits = self.backbone.logits(hidden)  # (n, V)
         if self.settings.temperature == 0:
@@ -65,8 +65,7 @@ class ArStrategy:
             tokens, _ = choose(logits, draws, self.settings.temperature, self.settings.top_p, "probability")
             self.draws.advance(rows, 1)
         self.latest[rows] = tokens
-        strides = None if stride is None else [stride] * len(hidden)
-        return Updates(tokens[:, None].tolist(), [cached] * len(hidden), strides=strides)
+        return OneEach(tokens.cpu(), kept, stride)
 
 
 def open_strategy(checkpoint: Checkpoint, settings: ArSettings) -> ArStrategy:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..engine.strategy import RejectedDraft, Updates
+from ..engine.strategy import RejectedDrafts, Updates
 from ..forward.compiled import build, structs
 from .draft_policy import MIN_COST
 from .draft_rows import DraftLayout, DraftLimits, DraftRows, Drafts, Predictions
@@ -44,8 +44,8 @@ class CompiledDrafts:
             min_stride=limits.min_stride, max_stride=limits.max_stride, max_slots=limits.max_slots,
             candidates=limits.candidates, room=room, **{name: array.ctypes.data for name, array in arrays.items()},
         )  # fmt: skip
-        self._counts, self._expected = torch.empty(5 * rows, dtype=torch.long), torch.empty(rows, dtype=torch.double)
-        self._lists = torch.empty(rows * 3 * limits.max_stride, dtype=torch.long)
+        self._sizes = np.zeros(3, np.int64)
+        self._stride = limits.max_stride
 
     def restart(self, row: int, token: int, masks: int) -> None:
         chain = {"tokens": token, "parents": -1, "depths": 0, "reached": 1.0, "masks": masks}
@@ -62,11 +62,13 @@ class CompiledDrafts:
             self._arrays[name][target] = self._arrays[name][source]
 
     def lay_out(self, start: int, rows: int, mask_id: int, width: int | None = None) -> DraftLayout:
-        nodes, widths = (self._arrays[name][start : start + rows].tolist() for name in ("nodes", "slots"))
-        width = width or max(widths)
-        numbers = torch.empty(4 * rows * width + sum(widths), dtype=torch.long)
+        self._library.measure_drafts(self._struct, start, rows, self._sizes.ctypes.data)
+        widest, total_nodes, total_slots = self._sizes.tolist()
+        width = width or widest
+        numbers = torch.empty(4 * rows * width + total_slots, dtype=torch.long)
         self._library.lay_out_drafts(self._struct, start, rows, width, mask_id, numbers.data_ptr())
-        return DraftLayout(numbers, nodes, widths, width)
+        nodes, widths = (self._arrays[name][start : start + rows].copy() for name in ("nodes", "slots"))
+        return DraftLayout(numbers, nodes, widths, width, total_nodes, total_slots)
 
     def advance(
         self, start: int, predicted: Predictions, window_left: Sequence[int], costs: np.ndarray, rates: np.ndarray
@@ -78,19 +80,15 @@ class CompiledDrafts:
         self._struct.candidates = predicted.candidates.shape[1]  # fewer in a small vocabulary
         tables = [predicted.tokens, predicted.strides, predicted.candidates, predicted.probabilities]
         tables = [table.contiguous() for table in tables]
-        results = self._counts, self._expected, self._lists
+        tokens, rejected = torch.zeros(2, rows, self._stride, dtype=torch.long)
+        counts, expected = torch.empty(4, rows, dtype=torch.long), torch.empty(rows, dtype=torch.double)
+        moves = torch.empty(rows * self._stride, 3, dtype=torch.long)
         # 2) all rows
-        addresses = [tensor.data_ptr() for tensor in (*tables, *results)]
-        total = self._library.advance_drafts(self._struct, start, rows, *addresses)
+        addresses = [tensor.data_ptr() for tensor in (*tables, tokens, rejected, counts, expected, moves)]
+        moved = self._library.advance_drafts(self._struct, start, rows, *addresses)
         # 3) out
-        lists, counts = self._lists[:total].tolist(), self._counts[: 5 * rows].view(5, rows).tolist()
-        firsts, lengths, strides, places, missed = counts
-        tokens = [lists[at : at + length] for at, length in zip(firsts, lengths, strict=True)]
-        cached = [lists[at + length : at + 2 * length] for at, length in zip(firsts, lengths, strict=True)]
-        behind = zip(firsts, lengths, places, missed, strict=True)
-        rejected = [
-            RejectedDraft(place, lists[at + 2 * length : at + 2 * length + count]) if count else None
-            for at, length, place, count in behind
-        ]
-        expected = self._expected[:rows].numpy().round(3).tolist()  # it is stored
-        return Updates(tokens, cached, strides=strides, rejected=rejected, expected=expected)
+        lengths, strides, places, missed = counts
+        return Updates(
+            tokens, lengths, kept=lengths, moves=moves[:moved].tolist() if moved else (), strides=strides,
+            rejected=RejectedDrafts(places, missed, rejected), expected=expected,
+        )  # fmt: skip

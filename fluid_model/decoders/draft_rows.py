@@ -41,22 +41,28 @@ class DraftLayout:
 
     numbers: (4 n S + N + M,) long: ids, enter, exit and offsets of the slots, see `draft_tree`, (n, S) each; then where
     the slots without padding stand in (n S): the nodes of all rows, then the mask blocks of all rows.
-    nodes, widths: of each row, its nodes and its slots.
+    nodes, widths: (n,) each, nodes and slots of each row.  width: S.  total_nodes, total_slots: N, N + M.
     """
 
     numbers: Tensor
-    nodes: list[int]
-    widths: list[int]
+    nodes: np.ndarray
+    widths: np.ndarray
     width: int
+    total_nodes: int
+    total_slots: int
+
+    @property
+    def first_fed(self) -> int:
+        """Where in `numbers` the places of slots without padding begin."""
+        return 4 * len(self.nodes) * self.width
 
     def slots(self, numbers: Tensor) -> Tensor:
         """(4, n, S) of `numbers`, wherever they are."""
-        count = 4 * len(self.nodes) * self.width
-        return numbers[:count].view(4, len(self.nodes), self.width)
+        return numbers[: self.first_fed].view(4, len(self.nodes), self.width)
 
     def fed(self, numbers: Tensor) -> Tensor:
         """(N + M,) of `numbers`, wherever they are."""
-        return numbers[4 * len(self.nodes) * self.width :]
+        return numbers[self.first_fed :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +130,8 @@ class DraftRows:
             fed += range(row * width, row * width + count)
         for row, (count, end) in enumerate(zip(nodes, widths, strict=True)):
             fed += range(row * width + count, row * width + end)
-        return DraftLayout(torch.from_numpy(np.append(slots, fed)), nodes, widths, width)
+        numbers = torch.from_numpy(np.append(slots, fed))
+        return DraftLayout(numbers, np.array(nodes), np.array(widths), width, sum(nodes), sum(widths))
 
     def advance(
         self, start: int, predicted: Predictions, window_left: Sequence[int], costs: np.ndarray, rates: np.ndarray
@@ -143,7 +150,7 @@ class DraftRows:
             candidates = view.behind(path[-1], left - len(path), self._limits)
             masks, slots = self._limits.max_stride - 1, self._limits.max_slots
             self.drafts[row] = costed_draft(tokens[-1], candidates, rate, cost, masks, slots)
-            greedy, expected = tree.greedy_path, round(sum(tree.path_probabilities), 3)  # it is stored
+            greedy, expected = tree.greedy_path, sum(tree.path_probabilities)
             rejected = rejected_draft(tree, greedy, path)
             updates.append(RowUpdate(tokens, [0] * len(tokens), path, len(greedy), rejected, expected=expected))
         return Updates.of(updates)

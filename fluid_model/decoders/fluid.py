@@ -31,7 +31,8 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..engine.records import DraftPolicy, Request
-from ..engine.strategy import NOTHING, Feed, Updates
+from ..engine.strategy import Feed, OneEach, Updates
+from ..forward import compiled
 from ..forward.attention_masks import AttentionIntervals
 from ..forward.backbone import Backbone
 from ..forward.khead import KHead
@@ -42,7 +43,7 @@ from .draft_policy import MAX_SLOTS, StepStatistics, mask_blocks
 from .draft_rows import DraftLayout, DraftLimits, DraftRows, Predictions
 from .drafting_rates import DraftingRates, rates_of
 from .fluid_reference import FluidReferenceStrategy
-from .sampling import argmax, choose, top_k
+from .sampling import choose, rank
 
 LOOK_EVERY = 32
 """Steps between looks at the rows' lengths, while none is admitted."""
@@ -99,7 +100,9 @@ class FluidStrategy:
             return DraftPolicy(self._slot_budget, self._batch_rows)
         return DraftPolicy(None, self._batch_rows, self._row_rates.drafts, *self._row_rates.decided_by)
 
-    def admit(self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]) -> Updates:
+    def admit(
+        self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]
+    ) -> Updates | OneEach:
         """hidden: (R, 1 + M, D) at the prompt's last token, the root of a tree of one node, and its mask block."""
         assert hidden is not None
         rows = slice(start, start + len(requests))
@@ -114,9 +117,9 @@ class FluidStrategy:
             self._draws.seed(row, request.seed)
         layout = self._drafts.lay_out(start, len(requests), self.mask_id, hidden.shape[1])
         updates = self._advance(rows, self._predict(start, layout, hidden), window_left)
-        updates.cached = [NOTHING] * len(requests)  # the prompts are
+        updates.kept, updates.moves = torch.zeros_like(updates.kept), ()  # the prompts are cached
         if self.settings.verify:
-            updates.strides = updates.rejected = updates.expected = None  # it completes no step
+            updates.strides = updates.rejected = None  # it completes no step
         return updates
 
     def plan(self, rows: int) -> Feed:
@@ -136,17 +139,14 @@ class FluidStrategy:
         self._laid_out = time.perf_counter()
         return Feed(ids, layout.widths, kinds=["round"] * rows, intervals=AttentionIntervals(*intervals))
 
-    def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> Updates:
-        if self._drafting:
-            updates = self._absorb_drafts(feed, hidden, window_left)
-            tokens = sum(map(len, updates.tokens)) / len(updates.tokens)
-        else:
-            updates, tokens = self._plain.absorb(feed, hidden, window_left), 1.0
+    def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> Updates | OneEach:
+        updates = (self._absorb_drafts if self._drafting else self._plain.absorb)(feed, hidden, window_left)
         if self._rates is not None:
             self._look_in -= 1
             if self._look_in < 0:
                 self._look(window_left)
             if not self._switched:
+                tokens = 1.0 if isinstance(updates, OneEach) else float(updates.lengths.numpy().mean())
                 self._row_rates.add(time.perf_counter() - self._started, tokens)
         self._switched = False
         return updates
@@ -161,7 +161,7 @@ class FluidStrategy:
         self._statistics.fed[rows] += feed.widths
         updates = self._advance(rows, predicted, window_left)
         # behind the drafts, which are sized by the tokens of earlier steps
-        self._statistics.committed[rows] += list(map(len, updates.tokens))
+        self._statistics.committed[rows] += updates.lengths.numpy()
         return updates
 
     def _advance(self, rows: slice, predicted: Predictions, window_left: list[int]) -> Updates:
@@ -174,7 +174,7 @@ class FluidStrategy:
             confidence = self.settings.confidence
             updates = self._drafts.commit_confident(rows.start, predicted, window_left, confidence)
         if self.settings.temperature > 0:
-            self._draws.advance(rows, list(map(len, updates.tokens)))
+            self._draws.advance(rows, updates.lengths.numpy())
         return updates
 
     def move(self, source: int, target: int) -> None:
@@ -232,18 +232,13 @@ class FluidStrategy:
     def _predict(self, start: int, layout: DraftLayout, hidden: Tensor) -> Predictions:
         """The predictions of the slots of rows start.., with one transfer to the host.  hidden: (n, S, D)."""
         # 1) hidden states without padding: the nodes of all rows, then the mask blocks of all rows
-        total_nodes, hidden = sum(layout.nodes), hidden.flatten(0, 1)  # (n S, D)
-        fed = layout.fed(layout.numbers)
-        if len(layout.nodes) > 1 or len(fed) < len(hidden):  # one row without padding is in this order already
-            there = layout.fed(self._numbers) if layout is self._layout else fed.to(hidden.device)
-            hidden = hidden.index_select(0, there)  # (N + M, D)
+        total_nodes, hidden = layout.total_nodes, self._without_padding(layout, hidden)  # (N + M, D)
 
         # 2) tokens at nodes, candidates at masks, strides at nodes
         logits = self.backbone.logits(hidden)  # (N + M, V)
         if self.settings.temperature == 0:
-            tokens = argmax(logits[:total_nodes])  # (N,)
             count = min(self._candidates, logits.shape[-1])  # C
-            candidates, probabilities = top_k(logits[total_nodes:], count)  # (M, C) each
+            tokens, candidates, probabilities = rank(logits, total_nodes, count)  # (N,), (M, C), (M, C)
         else:
             draws, temperature = self._draws_of(start, layout), self.settings.temperature
             chosen, probability = choose(logits, draws, temperature, self.settings.top_p, "probability")
@@ -254,6 +249,16 @@ class FluidStrategy:
         # 3) to the host
         tables = tokens, strides, candidates, probabilities
         return Predictions(*(tables if hidden.device.type == "cpu" else _to_host(tables)))
+
+    def _without_padding(self, layout: DraftLayout, hidden: Tensor) -> Tensor:
+        """(n, S, D) -> (N + M, D), in the order of `_predict`."""
+        if len(layout.nodes) == 1 and layout.total_slots == hidden.shape[1]:
+            return hidden[0]
+        selected = compiled.select(hidden, layout.numbers, layout.first_fed)
+        if selected is not None:
+            return selected
+        numbers = self._numbers if layout is self._layout else layout.numbers.to(hidden.device)
+        return hidden.flatten(0, 1).index_select(0, layout.fed(numbers))
 
     def _draws_of(self, start: int, layout: DraftLayout) -> Tensor:
         """The random number of the place that each slot predicts, (N + M,) in the order of `_predict`.

@@ -48,7 +48,7 @@ class Draws:
         places = self._first[rows, None] + np.arange(count)
         return torch.from_numpy(np.take_along_axis(self._numbers[rows], places, 1))
 
-    def advance(self, rows: slice, counts: Sequence[int] | int) -> None:
+    def advance(self, rows: slice, counts: Sequence[int] | np.ndarray | int) -> None:
         """Rows have committed so many tokens."""
         self._first[rows] += counts
 
@@ -65,20 +65,22 @@ class Draws:
         self._first[row] = 0
 
 
+def rank(logits: Tensor, single: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The likeliest token of the first `single` rows, (single,); of the others the `count` likeliest in falling order
+    and their probabilities, (M - single, count) each.  logits: (M, V).
+    """
+    ranked = compiled.rank(logits, single, count)
+    if ranked is not None:
+        return ranked
+    probabilities, tokens = logits[single:].softmax(-1).topk(count)
+    return logits[:single].argmax(-1), tokens, probabilities
+
+
 def argmax(logits: Tensor) -> Tensor:
     """The likeliest token of each row, the first of equals: (n, V) -> (n,). On a CPU by numpy, which takes a tenth of
     torch's time.
     """
     return torch.from_numpy(logits.numpy().argmax(-1)) if logits.device.type == "cpu" else logits.argmax(-1)
-
-
-def top_k(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens of each row in descending order, and their probabilities: (n, V) -> (n, count) each."""
-    ranked = compiled.top_k(logits, count)
-    if ranked is not None:
-        return ranked
-    probabilities, tokens = logits.softmax(-1).topk(count)
-    return tokens, probabilities
 
 
 def nucleus(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:

@@ -12,14 +12,19 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
 
 from ..tokens import UNFINISHED, Tokenizer, after_last, cut_at_stops, has_stop
-from .records import DraftPolicy, Finish, Generation, Request, Trace
-from .strategy import Updates
+from .records import DraftPolicy, Generation, Request
+from .rows import Rows
+from .strategy import Feed, OneEach, Updates
 
 STOP_CONTEXT = 8
 """Tokens decoded before a possible stop string, so that characters and words that tokens split come out complete."""
+KNOWN = 2**12
+"""Token ids that there is room for at first."""
 
 
 class _StopRule:
@@ -52,28 +57,6 @@ class _StopRule:
         return any(part.endswith(stop) or stop.endswith(part) for part in parts for stop in self._stops)
 
 
-@dataclass
-class RowState:
-    """A row of the batch: its request, its cached tokens and its answer so far.
-
-    shared: tokens of its prompt that other prompts share.  cached: tokens in the KV cache.  forwards: that it took part
-    in.
-    """
-
-    request: Request
-    shared: int = 0
-    cached: int = 0
-    forwards: int = 0
-    ids: list[int] = field(default_factory=list)
-    trace: Trace = field(default_factory=Trace)
-    seconds: float = 0.0
-    finish: Finish | None = None
-
-    @property
-    def shared_prefix(self) -> tuple[int, ...]:
-        return self.request.prompt[: self.shared]
-
-
 class AnswerRules:
     """Extends answers up to their end, and decodes them."""
 
@@ -82,119 +65,98 @@ class AnswerRules:
         self._end_ids = frozenset(end_ids)
         self._stop_rules: dict[tuple[str, ...], _StopRule] = {}
         # Seen so far: tokens that end no answer, whatever its stop strings; and pairs whose second does not.
-        self._harmless, self._harmless_pairs = set[int](), set[tuple[int, ...]]()
+        self._is_harmless = np.zeros(KNOWN, bool)  # by token
+        self._harmless_pairs = set[tuple[int, ...]]()
 
     def prepare(self, requests: Iterable[Request]) -> None:
         """Learn the stop strings of requests, before any of their answers begins."""
         for request in requests:
             if request.stops and (stops := tuple(request.stops)) not in self._stop_rules:
                 self._stop_rules[stops] = _StopRule(self._tokenizer, stops)
-                self._harmless.clear()
+                self._is_harmless[:] = False
                 self._harmless_pairs.clear()
 
-    def commit(self, rows: Sequence[RowState], updates: Updates) -> None:
-        """Extend rows' answers by their updates and record them in their traces. Sets `finish` where an answer ends."""
-        ages, strides, expected, rejected = updates.ages, updates.strides, updates.expected, updates.rejected
-        for number, (row, tokens) in enumerate(zip(rows, updates.tokens, strict=True)):
-            trace, before = row.trace, len(row.ids)
-            # 1) Tokens up to the end of the answer: of most steps all of them, which takes one look.
-            if before + len(tokens) < row.request.max_new_tokens and self._are_harmless(row, tokens):
-                row.ids += tokens
-                grown = len(tokens)
-            else:
-                self._append(row, tokens)
-                grown = len(row.ids) - before
-            # 2) The forward that wrote each of them.
-            if ages is None:
-                trace.written += [row.forwards] * grown
-            else:
-                trace.written += [row.forwards - age for age in ages[number][:grown]]
-            # 3) The step's stride beside what the answer grew by.
-            if strides is not None and (stride := strides[number]) is not None:
-                trace.predicted.append(stride)
-                trace.accepted.append(grown)
-                trace.expected.append(1.0 if expected is None else expected[number])
-            # 4) Draft tokens rejected in favour of one of these tokens.
-            if rejected is not None and (missed := rejected[number]) is not None:
-                age = ages[number][missed.place] if ages is not None and missed.place < len(ages[number]) else 0
-                _add_rejected(row, before + missed.place, missed.ids, age)
-            # 5) A full canvas ends an answer that nothing else ends.
-            if updates.is_full is not None and updates.is_full[number] and row.finish is None:
-                row.finish = "length"
+    def commit(self, rows: Rows, at: slice, updates: Updates | OneEach, feed: Feed | None, seconds: float) -> None:
+        """Extend the answers of the rows `at`, see `Rows.extend`. Sets `finish` where an answer ends."""
+        # 1) most tokens end no answer, and most others none behind the token that they follow
+        ends = rows.extend(at, updates, feed, seconds, self._is_harmless)
+        for number in sorted({row for row, *pair in ends if tuple(pair) not in self._harmless_pairs}):
+            grown = 1 if isinstance(updates, OneEach) else int(updates.lengths[number])
+            self._end(rows, at.start + number, int(rows.lengths[at.start + number]) - grown)
+        # 2) a full canvas ends an answer that nothing else ends
+        if isinstance(updates, Updates) and updates.is_full is not None:
+            for number in updates.is_full.nonzero()[:, 0].tolist():
+                rows.finish.setdefault(at.start + number, "length")
 
-    def generation(self, row: RowState, draft_policy: DraftPolicy | None) -> Generation:
+    def generation(self, rows: Rows, row: int, draft_policy: DraftPolicy | None) -> Generation:
         """The record of a finished row."""
-        request = row.request
+        request, ids = rows.requests[row], rows.latest(row, 0)
         return Generation(
             key=request.key,
-            ids=tuple(row.ids),
-            text=cut_at_stops(self._text(row), request.stops),
-            finish=row.finish or "length",
-            trace=row.trace,
-            seconds=row.seconds,
+            ids=tuple(ids),
+            text=cut_at_stops(self._text(ids, request.end_of_thinking), request.stops),
+            finish=rows.finish[row],
+            trace=rows.trace(row),
+            seconds=float(rows.seconds[row]),
             prompt_tokens=len(request.prompt),
             truncated=request.truncated,
             draft_policy=draft_policy,
         )
 
-    def _are_harmless(self, row: RowState, tokens: list[int]) -> bool:
-        """Whether these tokens are known not to end a row's answer, wherever they are cut."""
-        if self._harmless.issuperset(tokens):
-            return True
-        if not row.ids:
-            return False
-        pairs = zip((row.ids[-1], *tokens), tokens, strict=False)
-        return all(pair[1] in self._harmless or pair in self._harmless_pairs for pair in pairs)
-
-    def _append(self, row: RowState, tokens: list[int]) -> None:
-        """Append tokens up to the answer's end: an end-of-sequence id, a stop string, or the length limit."""
-        limit, before = row.request.max_new_tokens, len(row.ids)
-        self._learn(row.ids[-1:], tokens)
-        end = None
-        if not self._end_ids.isdisjoint(tokens):
-            end = next(index for index, token in enumerate(tokens) if token in self._end_ids)
-        row.ids += tokens[:end][: limit - before]
-        stopped = self._stop_length(row, before) if row.request.stops else None
+    def _end(self, rows: Rows, row: int, before: int) -> None:
+        """Cut an answer that has grown from `before` tokens at its end: an end-of-sequence id, a stop string, or the
+        length limit.
+        """
+        request, limit = rows.requests[row], int(rows.limits[row])
+        last, tokens = rows.latest(row, max(before - 1, 0))[: min(before, 1)], rows.latest(row, before)
+        self._learn(last, tokens)
+        # 1) an end-of-sequence id, which is not of the answer, or the limit
+        end = next((place for place, token in enumerate(tokens) if token in self._end_ids), None)
+        rows.lengths[row] = min(before + (len(tokens) if end is None else end), limit)
+        # 2) a stop string before that
+        stopped = self._stop_length(rows, row, before) if request.stops else None
         if stopped is not None:
-            del row.ids[stopped:]
-            row.finish = "stop"
+            rows.lengths[row], rows.finish[row] = stopped, "stop"
         elif end is not None and before + end < limit:
-            row.finish = "eos"
-        elif len(row.ids) >= limit:
-            row.finish = "length"
+            rows.finish[row] = "eos"
+        elif rows.lengths[row] >= limit:
+            rows.finish[row] = "length"
 
-    def _learn(self, before: list[int], tokens: list[int]) -> None:
-        """Which of these tokens end no answer.  before: the token before them, if any."""
-        rules = self._stop_rules.values()
+    def _learn(self, last: list[int], tokens: list[int]) -> None:
+        """Which of these tokens end no answer.  last: the token before them, if any."""
+        rules, largest = self._stop_rules.values(), max(tokens, default=0)
+        if largest >= len(self._is_harmless):
+            self._is_harmless = np.append(self._is_harmless, np.zeros(largest, bool))
         for token in tokens:
-            if token not in self._harmless and token not in self._end_ids:
+            if not self._is_harmless[token] and token not in self._end_ids:
                 if not any(rule.may_complete(token) for rule in rules):
-                    self._harmless.add(token)
-                elif before and not any(rule.may_complete(*before, token) for rule in rules):
-                    self._harmless_pairs.add((*before, token))
-            before = [token]
+                    self._is_harmless[token] = True
+                elif last and not any(rule.may_complete(*last, token) for rule in rules):
+                    self._harmless_pairs.add((*last, token))
+            last = [token]
 
-    def _stop_length(self, row: RowState, before: int) -> int | None:
+    def _stop_length(self, rows: Rows, row: int, before: int) -> int | None:
         """Tokens of the shortest answer that holds a stop string behind its thinking, if more than `before`."""
-        stops, marker = tuple(row.request.stops), row.request.end_of_thinking
+        request, marker = rows.requests[row], rows.requests[row].end_of_thinking
+        stops = tuple(request.stops)
         rule = self._stop_rules[stops]
         # 1) most tokens complete none, whatever stands before them, and most others none behind the token that does;
         #    what is left is decoded with a few tokens before it
-        pairs = zip(row.ids[before - 1 :], row.ids[before:], strict=False) if before else ()
+        latest = rows.latest(row, max(before - 1, 0))
+        pairs = pairwise(latest)
         if before and not any(rule.may_complete(token) and rule.may_complete(one, token) for one, token in pairs):
             return None
         # 2) the first that does. Each length is looked at: the beginning of a character may take a stop string away
         #    again where a tokenizer spells both by bytes
-        first = max(0, before - rule.context)
-        for length in range(before + 1, len(row.ids) + 1):
-            is_near = has_stop(self._decode(row.ids[first:length], special=True), stops)
-            if is_near and has_stop(after_last(self._decode(row.ids[:length], special=True), marker), stops):
+        first, ids = max(0, before - rule.context), rows.latest(row, 0)
+        for length in range(before + 1, len(ids) + 1):
+            is_near = has_stop(self._decode(ids[first:length], special=True), stops)
+            if is_near and has_stop(after_last(self._decode(ids[:length], special=True), marker), stops):
                 return length
         return None
 
-    def _text(self, row: RowState) -> str:
+    def _text(self, ids: list[int], marker: str | None) -> str:
         """Decoded answer: all of it, or what follows the end of thinking, less leading white space."""
-        ids, marker = row.ids, row.request.end_of_thinking
         text = self._decode(ids)
         if marker is None:
             return text
@@ -209,15 +171,3 @@ class AnswerRules:
         """Text of ids. Stop strings may be special tokens, which the answer's text leaves out (as in lm-eval)."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=not special)
         return text
-
-
-def _add_rejected(row: RowState, index: int, drafts: list[int], age: int) -> None:
-    """Record the draft tokens that could have stood in the answer: none past its end.
-
-    index: in the answer, of the first.  age: forwards since the token in its place was written.
-    """
-    drafts = drafts[: row.request.max_new_tokens - index]
-    # An end-of-sequence id is not among the ids, but takes one place behind them.
-    places = len(row.ids) + (row.finish in (None, "eos"))
-    if drafts and index < places:
-        row.trace.rejected.append((row.forwards - age, index, drafts))

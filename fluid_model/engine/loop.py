@@ -19,8 +19,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,14 +31,27 @@ from ..forward.attention_masks import AttentionPlan, prompt_with_mask_block
 from ..forward.backbone import Backbone
 from ..tokens import Tokenizer
 from . import shared_prefixes
-from .answers import AnswerRules, RowState
+from .answers import AnswerRules
 from .records import Generation, Request, RowForward
-from .strategy import Feed, RowUpdate, Strategy, Updates, prompt_blocks
+from .rows import Rows
+from .strategy import Feed, OneEach, RowUpdate, Strategy, Updates, prompt_blocks
 
 PREFILL_TOKENS, PREFILL_TOKENS_CPU = 4096, 128
 """Prompt tokens, padding included, of one prefill forward: enough to keep a device busy, few enough that activations
 are small beside keys and values.
 """
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A request that waits. shared: tokens of its prompt that other prompts share."""
+
+    request: Request
+    shared: int = 0
+
+    @property
+    def shared_prefix(self) -> tuple[int, ...]:
+        return self.request.prompt[: self.shared]
 
 
 class Engine:
@@ -69,9 +83,10 @@ class Engine:
         self._prefill_budget = PREFILL_TOKENS_CPU if backbone.device.type == "cpu" else PREFILL_TOKENS
         # With one captured shape, the prompts of a prefill would choose each other's kernels: each is fed by itself.
         self._prefills_alone = backbone.graphs is not None and backbone.graphs.only is not None
-        self._active: list[RowState] = []
+        self._rows = Rows(0)
         self._cached_prefix: tuple[int, ...] = ()  # in the spare row of the cache
-        self._observed: list[RowForward] = []  # the latest forward, for `watch`
+        self._fed: Feed | None = None  # in the latest forward, until it is committed
+        self._observed: list[RowForward] = []  # the same, for `watch`
         self._is_finite: Tensor | None = None  # (n,) bool of the latest forward, None if all rows are
         self._clock = 0.0
 
@@ -96,16 +111,16 @@ class Engine:
         longest = max(len(request.prompt) + request.max_new_tokens for request in everything)
         spare = any(row.shared for row in waiting)
         self._cache = self.backbone.cache(rows + spare, longest + self.strategy.max_slots)
-        self._active, self._cached_prefix = [], ()
+        self._rows, self._cached_prefix = Rows(rows), ()
 
         # 3) admit, step, retire
         self._clock = time.perf_counter()
-        while waiting or self._active:
-            while waiting and len(self._active) < rows:
-                self._admit(waiting, rows - len(self._active))
+        while waiting or self._rows:
+            while waiting and len(self._rows) < rows:
+                self._admit(waiting, rows - len(self._rows))
             yield from self._retire()
-            if self._active:
-                self._step()
+            if self._rows:
+                self._decode()
                 yield from self._retire()
 
     @property
@@ -126,18 +141,18 @@ class Engine:
                 f"the model's window of {self.backbone.window}"
             )
 
-    def _order(self, requests: list[Request]) -> deque[RowState]:
+    def _order(self, requests: list[Request]) -> deque[_Waiting]:
         """The waiting rows in the order of admission: those with a shared prefix together, the longest first."""
         if not self.strategy.prefills_prompt:
-            return deque(RowState(request) for request in sorted(requests, key=lambda r: -len(r.prompt)))
-        waiting, blocks = deque[RowState](), self._blocks
+            return deque(_Waiting(request) for request in sorted(requests, key=lambda r: -len(r.prompt)))
+        waiting, blocks = deque[_Waiting](), self._blocks
         own = [1 if blocks is None else blocks.own(len(request.prompt)) for request in requests]
         for group in shared_prefixes.group([request.prompt for request in requests], own=own):
             shared = group.length if blocks is None else group.length // blocks.length * blocks.length
-            waiting += (RowState(requests[index], shared) for index in group.members)
+            waiting += (_Waiting(requests[index], shared) for index in group.members)
         return waiting
 
-    def _prefilled(self, row: RowState) -> int:
+    def _prefilled(self, row: _Waiting) -> int:
         """Tokens of a row's prompt that its prefill caches."""
         prompt = len(row.request.prompt)
         if not self.strategy.prefills_prompt:
@@ -145,10 +160,10 @@ class Engine:
         return prompt if self._blocks is None else self._blocks.cached(prompt)
 
     @torch.inference_mode()
-    def _admit(self, waiting: deque[RowState], free: int) -> None:
+    def _admit(self, waiting: deque[_Waiting], free: int) -> None:
         """Admit waiting rows: as many as share a prefix, fit into one prefill forward, and find a free place."""
         # 1) schedule
-        first, rows = waiting[0], list[RowState]()
+        first, rows = waiting[0], list[_Waiting]()
         fed = len(first.request.prompt) - first.shared + len(self.strategy.prompt_mask_block)  # the longest comes first
         limit = 1 if self._prefills_alone else min(free, max(1, self._prefill_budget // fed))
         prefills = self._prefilled(first) > 0
@@ -158,16 +173,15 @@ class Engine:
             rows.append(waiting.popleft())
 
         # 2) prefill
-        start = len(self._active)
-        hidden = self._prefill(rows, start) if prefills else None  # (R, 1 + M, D)
+        at = self._rows.add([row.request for row in rows], rows[0].shared if prefills else 0)
+        hidden = self._prefill(rows, at) if prefills else None  # (R, 1 + M, D)
 
         # 3) hand over to the strategy
-        updates = self.strategy.admit(start, [row.request for row in rows], hidden, self._window_left(rows))
-        self._active += rows
-        self._commit(rows, _by_column(updates))
+        updates = self.strategy.admit(at.start, self._rows.requests[at], hidden, self._window_left(at))
+        self._commit(at, _by_column(updates))
 
-    def _prefill(self, rows: list[RowState], start: int) -> Tensor:
-        """Cache prompts in rows start.. of the cache, and feed a mask block behind each.
+    def _prefill(self, rows: list[_Waiting], at: slice) -> Tensor:
+        """Cache the prompts of rows `at`, and feed a mask block behind each.
 
         Returns (R, 1 + M, D): hidden states at the prompt's last cached token and its mask block.
         """
@@ -176,9 +190,7 @@ class Engine:
         # 1) the shared prefix, copied from the spare row
         if shared:
             self._prefill_shared_prefix(rows[0])
-            self._cache.broadcast_prefix(self._cache.rows - 1, start, len(rows), shared)
-        for row in rows:
-            row.cached = shared
+            self._cache.broadcast_prefix(self._cache.rows - 1, at.start, len(rows), shared)
 
         # 2) the rest of each prompt and its mask block
         cached = list(map(self._prefilled, rows))
@@ -190,16 +202,14 @@ class Engine:
         if self._blocks is not None:
             intervals = self._blocks.intervals(last + 1, ids.shape[1])
         feed = Feed(ids, list(map(len, suffixes)), ["prefill"] * len(rows), intervals)
-        hidden = self._forward(rows, feed, start)  # (R, S, D)
-        for row, end in zip(rows, cached, strict=True):
-            row.cached = end
-            row.trace.slots += shared
+        hidden = self._forward(at, feed)  # (R, S, D)
+        self._rows.cached[at] = cached
 
         # 3) hidden states to decode from
         slots = last[:, None] + torch.arange(1 + len(mask_block), device=device)  # (R, 1 + M)
         return hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1]))
 
-    def _prefill_shared_prefix(self, row: RowState) -> None:
+    def _prefill_shared_prefix(self, row: _Waiting) -> None:
         """Prefill a row's shared prefix into the spare row of the cache, unless it is cached there."""
         if row.shared_prefix == self._cached_prefix:
             return
@@ -211,96 +221,90 @@ class Engine:
         self._cached_prefix = row.shared_prefix
 
     @torch.inference_mode()
+    def _decode(self) -> None:
+        """Steps until an answer is finished."""
+        while not self._rows.finish:
+            self._step()
+
     def _step(self) -> None:
         """One forward for all active rows."""
-        rows = self._active
+        rows, at = self._rows, slice(0, len(self._rows))
         # 1) plan
         feed = self.strategy.plan(len(rows))
         # 2) forward
-        hidden = self._forward(rows, feed)  # (n, S, D)
+        hidden = self._forward(at, feed)  # (n, S, D)
         # 3) absorb: the strategy verifies, commits, drafts
-        updates = _by_column(self.strategy.absorb(feed, hidden, self._window_left(rows)))
+        updates = _by_column(self.strategy.absorb(feed, hidden, self._window_left(at)))
         # 4) compact the cache: slots on the accepted path move behind the row's cached tokens
-        self._cache.compact([row.cached for row in rows], updates.cached)
-        for row, cached in zip(rows, updates.cached, strict=True):
-            row.cached += len(cached)
-        for row, dropped in zip(rows, updates.dropped or (), strict=False):
-            row.cached -= dropped
+        if isinstance(updates, Updates) and updates.moves:
+            self._cache.compact(rows.cached[at].tolist(), updates.moves)
         # 5) extend the answers
-        self._commit(rows, updates)
+        self._commit(at, updates)
 
-    def _forward(self, rows: list[RowState], feed: Feed, start: int = 0) -> Tensor:
-        """One counted forward of rows start.. of the cache: (n, S, D). Non-finite rows come back as zeros."""
-        lengths, slots = [row.cached for row in rows], feed.ids.shape[1]
-        plan = self._cache.set_write_positions(start, lengths, slots, self.backbone.device, feed.widths, feed.intervals)
+    def _forward(self, at: slice, feed: Feed) -> Tensor:
+        """One counted forward of rows `at` of batch and cache: (n, S, D). Non-finite rows come back as zeros."""
+        lengths, slots, widths = self._rows.cached[at], feed.ids.shape[1], np.asarray(feed.widths)
+        device = self.backbone.device
+        plan = self._cache.set_write_positions(at.start, lengths, slots, device, widths, feed.intervals)
         hidden = self.backbone.forward(feed.ids, plan, self._cache)
         # On a GPU a look at all of them would wait for the device; masking does not.
         if hidden.device.type != "cpu" or not _all_finite(hidden):
             self._is_finite = hidden.flatten(1).sum(1, dtype=torch.float32).isfinite()  # (n,)
             hidden = hidden.masked_fill(~self._is_finite[:, None, None], 0.0)
         self.calls += 1
-        for row, width, kind in zip(rows, feed.widths, feed.kinds, strict=True):
-            row.forwards += 1
-            row.trace.add_forward(kind, width)
+        self._fed = feed
         if self.watch is not None:
-            self._observed = _row_forwards(rows, feed, plan)
+            self._observed = _row_forwards(self._rows.requests[at], feed, plan)
         return hidden
 
-    def _window_left(self, rows: list[RowState]) -> list[int]:
+    def _window_left(self, at: slice) -> list[int]:
         """Positions behind each row's cached tokens in the context window."""
         window = self.backbone.window
-        return [window - row.cached for row in rows]
+        return [window - cached for cached in self._rows.cached[at].tolist()]
 
-    def _commit(self, rows: list[RowState], updates: Updates) -> None:
+    def _commit(self, at: slice, updates: Updates | OneEach) -> None:
         """Extend answers by what a forward brought, fail non-finite rows, and share out the time."""
         self._notify(updates)
-        # 1) answers and traces
-        self._answers.commit(rows, updates)
+        # 1) answers and traces, and the time since the previous forward, evenly
+        now, count = time.perf_counter(), at.stop - at.start
+        self._answers.commit(self._rows, at, updates, self._fed, (now - self._clock) / count)
+        self._clock, self._fed = now, None
         # 2) non-finite rows end without an answer
         if self._is_finite is not None:
-            for row, is_finite in zip(rows, self._is_finite.tolist(), strict=True):
+            for row, is_finite in enumerate(self._is_finite.tolist(), at.start):
                 if not is_finite:
-                    row.finish, row.ids = "broken", []
-                    row.trace.clear_answer()
+                    self._rows.fail(row)
             self._is_finite = None
-        # 3) time since the previous forward, evenly
-        now = time.perf_counter()
-        share = (now - self._clock) / len(rows)
-        for row in rows:
-            row.seconds += share
-        self._clock = now
 
-    def _notify(self, updates: Updates) -> None:
+    def _notify(self, updates: Updates | OneEach) -> None:
         """Pass the latest forward to `watch`, with the tokens that it brought."""
         if self.watch is not None:
-            for forward, tokens in zip(self._observed, updates.tokens, strict=False):  # none where nothing is prefilled
-                self.watch(replace(forward, tokens=tuple(tokens)))
+            updates = updates.in_full() if isinstance(updates, OneEach) else updates
+            brought = zip(self._observed, updates.tokens.tolist(), updates.lengths.tolist(), strict=False)
+            for forward, tokens, length in brought:  # none where nothing is fed
+                self.watch(replace(forward, tokens=tuple(tokens[:length])))
         self._observed = []
 
     def _retire(self) -> Iterator[Generation]:
-        """Yield the answers of finished rows and give their places away."""
-        for place in reversed(range(len(self._active))):
-            row = self._active[place]
-            if row.finish is None:
-                continue
-            self._release(place)
-            generation = self._answers.generation(row, self.strategy.draft_policy)
+        """Yield the answers of finished rows and give their places away, from the last on."""
+        for row in sorted(self._rows.finish, reverse=True):
+            generation = self._answers.generation(self._rows, row, self.strategy.draft_policy)
+            self._release(row)
             paused = time.perf_counter()
             yield generation
             self._clock += time.perf_counter() - paused  # the caller's time is not decoding
 
     @torch.inference_mode()
-    def _release(self, place: int) -> None:
+    def _release(self, row: int) -> None:
         """Move the last active row into a retired row's place, so that active rows stay contiguous."""
-        if self._active[place].finish == "broken":
+        if self._rows.finish[row] == "broken":
             # Masked attention multiplies values by zero, and zero times NaN is NaN: the next row must not find any.
-            self._cache.zero_row(place)
-        last = len(self._active) - 1
-        if place != last:
-            self._cache.copy_row(last, place, self._active[last].cached)
-            self.strategy.move(last, place)
-            self._active[place] = self._active[last]
-        self._active.pop()
+            self._cache.zero_row(row)
+        last = len(self._rows) - 1
+        if row != last:
+            self._cache.copy_row(last, row, int(self._rows.cached[last]))
+            self.strategy.move(last, row)
+        self._rows.remove(row)
 
 
 def _all_finite(hidden: Tensor) -> bool:
@@ -308,20 +312,20 @@ def _all_finite(hidden: Tensor) -> bool:
     return math.isfinite(hidden.sum(dtype=torch.float32)) if finite is None else finite
 
 
-def _by_column(updates: Updates | list[RowUpdate]) -> Updates:
+def _by_column(updates: Updates | OneEach | list[RowUpdate]) -> Updates | OneEach:
     """Updates as a strategy returns them, by column."""
-    return updates if isinstance(updates, Updates) else Updates.of(updates)
+    return Updates.of(updates) if isinstance(updates, list) else updates
 
 
-def _row_forwards(rows: list[RowState], feed: Feed, plan: AttentionPlan) -> list[RowForward]:
+def _row_forwards(requests: list[Request], feed: Feed, plan: AttentionPlan) -> list[RowForward]:
     """What each row fed in a forward, for `Engine.watch`; tokens follow once the forward is absorbed."""
     ids, positions = feed.ids.tolist(), plan.positions.tolist()  # (n, S) each
     steps = torch.zeros_like(feed.ids).tolist() if plan.intervals is None else plan.intervals.steps.tolist()
     forwards = []
-    for number, (row, width, kind) in enumerate(zip(rows, feed.widths, feed.kinds, strict=True)):
+    for number, (request, width, kind) in enumerate(zip(requests, feed.widths, feed.kinds, strict=True)):
         anchors: list[int | None] = []
         for position, step in zip(positions[number][:width], steps[number][:width], strict=True):
             anchors.append(position - step if step > 0 else None)
         fed = tuple(ids[number][:width]), tuple(positions[number][:width])
-        forwards.append(RowForward(row.request.key, kind, *fed, tuple(anchors), ()))
+        forwards.append(RowForward(request.key, kind, *fed, tuple(anchors), ()))
     return forwards

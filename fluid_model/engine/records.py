@@ -91,11 +91,6 @@ class Trace:
         self.forwards[kind] += 1
         self.slots += slots
 
-    def clear_answer(self) -> None:
-        """Drop all that describes the answer; the counts of forwards and slots stay."""
-        for entries in (self.predicted, self.accepted, self.expected, self.written, self.rejected):
-            entries.clear()
-
 
 @dataclass(frozen=True)
 class RowForward:

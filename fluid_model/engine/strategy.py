@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ..forward.attention_masks import AttentionIntervals, PromptBlocks
@@ -25,12 +27,12 @@ from .records import DraftPolicy, Kind, Request
 class Feed:
     """Slots of the next forward.
 
-    ids: (n, S), a row's slots first, padding behind.  widths: slots of each row, padding aside.
+    ids: (n, S), a row's slots first, padding behind.  widths: (n,) slots of each row, padding aside.
     kinds: what the forward does for each row.  intervals: the mask rule among the slots fed (None: causal).
     """
 
     ids: Tensor
-    widths: list[int]
+    widths: Sequence[int] | np.ndarray
     kinds: list[Kind]
     intervals: AttentionIntervals | None = None
 
@@ -66,25 +68,79 @@ class RowUpdate(NamedTuple):
 
 
 @dataclass(slots=True)
+class RejectedDrafts:
+    """`RejectedDraft` of all rows. places, counts: (n,) each, 0 where none was.  ids: (n, W), padded."""
+
+    places: Tensor
+    counts: Tensor
+    ids: Tensor
+
+
+@dataclass(slots=True)
 class Updates:
-    """The updates of all rows of a forward by column, entry r for row r. A column that is None has `RowUpdate`'s
-    defaults, and 0 for every age: a step of one kind for all rows then costs the host no work for each of them.
+    """The updates of all rows of a forward, entry r for row r, see `RowUpdate`; integers on the host. A step then costs
+    no work in Python for each of them.
+
+    tokens: (n, T), padded with any token.  lengths: (n,) tokens of each row.
+    kept: (n,) slots that stay cached.  moves: row, slot and the place that it takes up among those, where that is not
+    its own; rows and places rise.
+    ages: (n, T); None: 0.  strides: (n,), 0 for a forward that completes no step; None: for no row.
+    rejected, expected, is_full, dropped: of each row; None: `RowUpdate`'s defaults.
     """
 
-    tokens: Sequence[list[int]]
-    cached: Sequence[Sequence[int]]
-    ages: Sequence[list[int]] | None = None
-    strides: Sequence[int | None] | None = None
-    rejected: Sequence[RejectedDraft | None] | None = None
-    expected: Sequence[float] | None = None
-    is_full: Sequence[bool] | None = None
-    dropped: Sequence[int] | None = None
+    tokens: Tensor
+    lengths: Tensor
+    kept: Tensor
+    moves: Sequence[tuple[int, int, int]] = ()
+    ages: Tensor | None = None
+    strides: Tensor | None = None
+    rejected: RejectedDrafts | None = None
+    expected: Tensor | None = None
+    is_full: Tensor | None = None
+    dropped: Tensor | None = None
 
     @classmethod
     def of(cls, rows: Sequence[RowUpdate]) -> Updates:
         """From updates by row."""
         tokens, ages, cached, strides, rejected, expected, is_full, dropped = zip(*rows, strict=True)
-        return cls(tokens, cached, ages, strides, rejected, expected, is_full, dropped)
+        places = [(row, slot, place) for row, slots in enumerate(cached) for place, slot in enumerate(slots)]
+        drafts = [draft or RejectedDraft(0, []) for draft in rejected]
+        first, missed = zip(*drafts, strict=True)
+        ids, counts = _padded(missed)
+        return cls(
+            *_padded(tokens),
+            kept=torch.tensor(list(map(len, cached))),
+            moves=[move for move in places if move[1] != move[2]],
+            ages=_padded(ages)[0],
+            strides=torch.tensor([stride or 0 for stride in strides]),
+            rejected=RejectedDrafts(torch.tensor(first), counts, ids),
+            expected=torch.tensor(expected, dtype=torch.double),
+            is_full=torch.tensor(is_full),
+            dropped=torch.tensor(dropped),
+        )
+
+
+class OneEach(NamedTuple):
+    """The updates of a forward that brought every row one token, as in AR.
+
+    tokens: (n,) on the host.  kept: slots of each row that stay cached, 1 or 0.  stride: 0 where no step is complete.
+    """
+
+    tokens: Tensor
+    kept: int
+    stride: int
+
+    def in_full(self) -> Updates:
+        """The same by arrays."""
+        ones = torch.ones_like(self.tokens)
+        return Updates(self.tokens[:, None], ones, self.kept * ones, strides=self.stride * ones)
+
+
+def _padded(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """Rows of integers as one array, (n, widest), and how many each has, (n,)."""
+    counts = list(map(len, rows))
+    padded = [[*row, *[0] * (max(counts) - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.long), torch.tensor(counts)
 
 
 NOTHING: Sequence[int] = range(0)
@@ -122,7 +178,7 @@ class Strategy(Protocol):
 
     def admit(
         self, start: int, requests: list[Request], hidden: Tensor | None, window_left: list[int]
-    ) -> Updates | list[RowUpdate]:
+    ) -> Updates | OneEach | list[RowUpdate]:
         """Start rows start.. of the batch.
 
         hidden: (R, 1 + M, D), at each prompt's last cached token and its mask block; None without a prefill.
@@ -132,7 +188,7 @@ class Strategy(Protocol):
     def plan(self, rows: int) -> Feed:
         """Lay out the next forward of rows 0..rows-1."""
 
-    def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> Updates | list[RowUpdate]:
+    def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> Updates | OneEach | list[RowUpdate]:
         """Take in a forward's hidden states, (n, S, D). window_left: as in `admit`, before this forward's slots."""
 
     def move(self, source: int, target: int) -> None:

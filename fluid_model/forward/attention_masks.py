@@ -75,7 +75,7 @@ class AttentionPlan:
 
     columns: Tensor
     total: int
-    widths: list[int] | None = None
+    widths: Sequence[int] | np.ndarray | None = None
     intervals: AttentionIntervals | None = None
 
     @property
@@ -92,14 +92,6 @@ class AttentionPlan:
         cached = torch.arange(self.total, device=enter.device) < self.columns[:, :1]  # (B, T)
         mask = cached[:, None].repeat(1, enter.shape[1], 1)  # (B, S, T)
         return mask.scatter_(2, self.columns[:, None].expand_as(among_fed), among_fed)
-
-
-def slot_columns(lengths: Sequence[int], slots: int) -> Tensor:
-    """Cache column of every fed slot: a row's slots follow its own length.
-
-    lengths: of B rows, tokens already cached.  Returns (B, S) long, on the host.
-    """
-    return torch.from_numpy(np.add.outer(lengths, np.arange(slots)))
 
 
 def causal(columns: Tensor, total: int) -> Tensor:

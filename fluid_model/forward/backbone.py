@@ -185,16 +185,15 @@ class Backbone:
             return ForwardChoice("explicit", self._not_compiled or "compiled code is turned off")
         return ForwardChoice("transformers", self._not_explicit or "the explicit forward is turned off")
 
-    @torch.inference_mode()
     def forward(self, ids: Tensor, plan: attention_masks.AttentionPlan, cache: KVCache) -> Tensor:
         """One model call for all rows.
 
         ids: (B, S) tokens fed.  plan: their columns, positions and mask; the cache's write positions are set to it.
         Returns (B, S, D): hidden states after the final norm.
         """
-        if self.compiled is not None and self.forward_choice.kind == "compiled":
+        if self.compiled is not None and self.graphs is None:
             return self.compiled(ids, plan, cache)
-        with self._threads(ids.numel()):
+        with torch.inference_mode(), self._threads(ids.numel()):
             return self._forward_in_torch(ids, plan, cache)
 
     def _forward_in_torch(self, ids: Tensor, plan: attention_masks.AttentionPlan, cache: KVCache) -> Tensor:
@@ -236,7 +235,6 @@ class Backbone:
                 "tokenizer belong to it?"
             )
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) hidden states -> (..., V) float32 logits."""
         logits = self._projected(hidden.flatten(0, -2)).float().view(*hidden.shape[:-1], -1)
@@ -246,9 +244,9 @@ class Backbone:
         """(M, D) -> (M, V). Where one shape is captured, as many at a time as it has slots: kernels are chosen by
         shape, so this keeps a slot's logits independent of the batch.
         """
-        if self.compiled is not None and self.compiled.projects_vocabulary and self.forward_choice.kind == "compiled":
+        if self.compiled is not None and self.compiled.projects_vocabulary and self.graphs is None:
             return self.compiled.logits(flat)
-        with self._threads(len(flat)):
+        with torch.inference_mode(), self._threads(len(flat)):
             if self.graphs is None or self.graphs.only is None:
                 return self._head(flat.to(self.dtype))  # type: ignore[no-any-return]
             size = self.graphs.only[1]

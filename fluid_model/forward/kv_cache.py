@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,17 +54,18 @@ class KVCache:
     def set_write_positions(
         self,
         start: int,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         fed: int,
         device: torch.device,
-        widths: list[int] | None = None,
+        widths: Sequence[int] | np.ndarray | None = None,
         intervals: attention_masks.AttentionIntervals | None = None,
     ) -> attention_masks.AttentionPlan:
         """Set where the next forward writes: rows start.. of the cache, `fed` slots behind each row's length.
 
         lengths: cached tokens of each of these rows.  widths, intervals: see `AttentionPlan`, which is returned.
         """
-        self.set_write_columns(start, attention_masks.slot_columns(lengths, fed).to(device), max(lengths) + fed)
+        lengths = np.asarray(lengths)
+        self.set_write_columns(start, slot_columns(lengths, fed).to(device), int(lengths.max()) + fed)
         return attention_masks.AttentionPlan(self._write_at, self._total, widths, intervals)
 
     def set_write_columns(self, start: int, write_at: Tensor, total: int) -> None:
@@ -107,21 +109,13 @@ class KVCache:
         for buffer in self._buffers:
             buffer[:, start : start + count, :, :columns] = buffer[:, source, None, :, :columns]
 
-    def compact(self, lengths: Sequence[int], cached: Sequence[Sequence[int]]) -> None:
-        """Move the fed slots that stay cached behind their row's cached tokens, of rows 0.. .
+    def compact(self, lengths: Sequence[int], slots: Sequence[tuple[int, int, int]]) -> None:
+        """Move fed slots that stay cached behind their row's cached tokens.
 
-        lengths: cached tokens of each row before this forward.
-        cached: fed slots of each row that stay, in ascending order, counted from the row's first.
+        lengths: cached tokens of each row before this forward, of rows 0.. .
+        slots: row, fed slot, and the place behind those tokens that it moves to, before its own; rows and places rise.
         """
-        moves: list[tuple[int, int, int]] = []  # row, source column, target column
-        for row, (length, slots) in enumerate(zip(lengths, cached, strict=True)):
-            if not slots or slots[-1] == len(slots) - 1:
-                continue  # the first slots stay where they are
-            for target, source in enumerate(slots):
-                if source != target:
-                    moves.append((row, length + source, length + target))
-        if not moves:
-            return
+        moves = [(row, lengths[row] + slot, lengths[row] + place) for row, slot, place in slots]
         if self._storage is not None:  # on the CPU, where one by one is faster: moves are few
             cells = self._storage.flatten(0, 1).numpy()
             for row, source, target in moves:
@@ -140,3 +134,12 @@ class KVCache:
         """Copy one row's first columns, those it has cached, over another's, so that active rows stay contiguous."""
         for buffer in self._buffers:
             buffer[:, target, :, :columns] = buffer[:, source, :, :columns]
+
+
+def slot_columns(lengths: Sequence[int] | np.ndarray, slots: int) -> Tensor:
+    """Cache column of every fed slot: a row's slots follow its own length.
+
+    lengths: of B rows, tokens already cached.  Returns (B, S) long, on the host.
+    """
+    first = np.array(lengths)[:, None]
+    return torch.from_numpy(first if slots == 1 else first + np.arange(slots))

@@ -6,7 +6,7 @@ decoding. Where there is no compiler, or the model does not fit, torch runs inst
 
     forward.py   CompiledForward: calls of the forward and of the vocabulary projection
     k_head.py    predicted strides of a K-head
-    logits.py    the most probable tokens; whether numbers are finite
+    logits.py    the likeliest tokens; whether numbers are finite
     weights.py   weights packed in panels, and whether they have changed
     threads.py   how many threads a forward is worth
     build.py     compiler, flags, the cached library
@@ -19,6 +19,9 @@ from __future__ import annotations
 from .build import library, native_lanes, why_not
 from .forward import CompiledForward, attention_mask
 from .k_head import strides
-from .logits import all_finite, top_k
+from .logits import all_finite, rank, select
 
-__all__ = ["CompiledForward", "all_finite", "attention_mask", "library", "native_lanes", "strides", "top_k", "why_not"]
+__all__ = [
+    "CompiledForward", "all_finite", "attention_mask", "library", "native_lanes", "rank", "select", "strides",
+    "why_not",
+]  # fmt: skip

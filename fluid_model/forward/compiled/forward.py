@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterable, Sequence
-from ctypes import c_long
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -85,7 +85,7 @@ class CompiledForward:
         """
         self._pack_if_changed()
         model, (rows, slots) = self._tables, ids.shape
-        widths = plan.widths or [slots] * rows
+        widths = _widths(plan, rows, slots)
         cells = cache.storage(model.layers, model.key_heads, model.head_size)
         start, columns, total = cache.write_columns
         hidden = torch.zeros(rows, slots, model.hidden)
@@ -93,7 +93,7 @@ class CompiledForward:
         struct = batch.struct
         struct.first_row, struct.cache_rows, struct.cache_columns = start, cache.rows, cache.columns
         struct.cache = cells.data_ptr()
-        count = sum(widths)
+        count = int(widths.sum())
         workers = threads.worth(self._weights, count)
         workspace = self._workspace(self._library.workspace_size(model, count, total, workers))
         if self._library.forward(model, struct, workers, workspace.data_ptr(), hidden.data_ptr()):
@@ -150,6 +150,11 @@ class CompiledForward:
         return held
 
 
+def _widths(plan: AttentionPlan, rows: int, slots: int) -> np.ndarray:
+    """(B,) slots of each row that count."""
+    return np.full(rows, slots) if plan.widths is None else np.ascontiguousarray(plan.widths, np.int64)
+
+
 def _parameters(adapter: GatedLora | None) -> Iterable[Tensor]:
     return () if adapter is None else adapter.parameters()
 
@@ -157,13 +162,13 @@ def _parameters(adapter: GatedLora | None) -> Iterable[Tensor]:
 class _Batch:
     """The structure of a batch without its cache, and the tensors it points to."""
 
-    def __init__(self, ids: Tensor, columns: Tensor, total: int, plan: AttentionPlan, widths: Sequence[int]) -> None:
+    def __init__(self, ids: Tensor, columns: Tensor, total: int, plan: AttentionPlan, widths: np.ndarray) -> None:
         held = [ids.contiguous(), columns.contiguous(), *(each.contiguous() for each in plan.intervals or ())]
-        self._held, self._widths = held, (c_long * len(widths))(*widths)
+        self._held, self._widths = held, widths
         addresses = [tensor.data_ptr() for tensor in held]
         rows, slots = ids.shape
         self.struct = structs.Batch(
-            ids=addresses[0], columns=addresses[1], widths=ctypes.addressof(self._widths), rows=rows, slots=slots,
+            ids=addresses[0], columns=addresses[1], widths=widths.ctypes.data, rows=rows, slots=slots,
             total=total,
         )  # fmt: skip
         if plan.intervals:
@@ -179,7 +184,7 @@ def attention_mask(plan: AttentionPlan, lanes: int) -> Tensor | None:
         return None
     rows, slots = plan.columns.shape
     mask = torch.zeros(rows, slots, plan.total, dtype=torch.bool)
-    batch = _Batch(torch.zeros_like(plan.columns), plan.columns, plan.total, plan, plan.widths or [slots] * rows)
+    batch = _Batch(torch.zeros_like(plan.columns), plan.columns, plan.total, plan, _widths(plan, rows, slots))
     columns = torch.empty(plan.total, dtype=torch.int32)
     library.fill_mask(batch.struct, columns.data_ptr(), mask.data_ptr())
     return mask

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_long, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_long, c_void_p
 
+import numpy as np
 import torch
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -75,7 +76,39 @@ class DraftTable(Structure):
     )  # fmt: skip
 
 
-STRUCTS: tuple[type[Structure], ...] = (Linear, GatedLinear, Layer, Model, Batch, DraftTable)
+class RowTable(Structure):
+    """The rows of a batch and their answers. TOKEN, STEP and REJECTED are the entries of its lists."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("cached", "forwards", "slots", "limits", "seconds")),
+        ("lengths", c_void_p), ("answers", c_void_p), ("steps_made", c_void_p), ("steps", c_void_p),
+        ("drafts_rejected", c_void_p), ("drafts", c_void_p), ("tokens_rejected", c_void_p), ("rejected", c_void_p),
+        *((name, c_long) for name in ("answer_room", "step_room", "draft_room", "rejected_room")),
+        ("harmless", c_void_p), ("known", c_long),
+    )  # fmt: skip
+
+
+TOKEN = np.dtype([("id", int), ("forward", int)])
+STEP = np.dtype([("predicted", int), ("begun", int), ("ended", int), ("expected", float)])
+REJECTED = np.dtype([("forward", int), ("place", int), ("length", int)])
+
+
+class StepUpdates(Structure):
+    """What a forward brought rows."""
+
+    _fields_ = (
+        ("widths", c_void_p), ("slots", c_long), ("forwards", c_long), ("seconds", c_double),
+        ("tokens", c_void_p), ("ages", c_void_p), ("width", c_long),
+        *((name, c_void_p) for name in ("lengths", "kept", "dropped", "strides")),
+        ("length", c_long), ("kept_of_all", c_long), ("stride", c_long),
+        *((name, c_void_p) for name in ("expected", "rejected_places", "rejected_counts", "rejected")),
+        ("rejected_width", c_long),
+    )  # fmt: skip
+
+
+STRUCTS: tuple[type[Structure], ...] = (
+    Linear, GatedLinear, Layer, Model, Batch, DraftTable, RowTable, StepUpdates,
+)  # fmt: skip
 
 FUNCTIONS = {
     "forward": ((POINTER(Model), POINTER(Batch), c_long, c_void_p, c_void_p), ctypes.c_int),
@@ -84,10 +117,14 @@ FUNCTIONS = {
     "prepare_panels": ((c_void_p, c_long), None),
     "pack": ((c_void_p, c_long, c_long, c_long, c_long, c_void_p, c_long), None),
     "k_head_strides": ((POINTER(Linear), POINTER(Linear), c_long, c_void_p, c_void_p, c_void_p), None),
-    "top_k": ((c_long, c_long, c_void_p, c_long, c_void_p, c_void_p, c_long), None),
+    "select_states": ((c_void_p, c_long, c_void_p, c_long, c_void_p), None),
+    "rank_logits": ((*[c_long] * 3, *[c_void_p] * 2, c_long, *[c_void_p] * 2, c_long), None),
     "all_finite": ((c_void_p, c_long), ctypes.c_int),
     "lay_out_drafts": ((POINTER(DraftTable), c_long, c_long, c_long, c_long, c_void_p), None),
-    "advance_drafts": ((POINTER(DraftTable), *[c_long] * 2, *[c_void_p] * 7), c_long),
+    "measure_drafts": ((POINTER(DraftTable), c_long, c_long, c_void_p), None),
+    "advance_drafts": ((POINTER(DraftTable), *[c_long] * 2, *[c_void_p] * 9), c_long),
+    "extend_rows": ((POINTER(RowTable), POINTER(StepUpdates), c_long, c_long, c_void_p), c_long),
+    "extend_rows_alike": ((POINTER(RowTable), c_long, c_long, c_void_p, *[c_long] * 3, c_double, c_void_p), c_long),
     "fill_mask": ((POINTER(Batch), c_void_p, c_void_p), None),
 }
 """Parameters and result of every function that the library exports."""

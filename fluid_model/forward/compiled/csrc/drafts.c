@@ -63,6 +63,16 @@ static void lay_out_row(const DraftTable *d, long row, long width, long mask_id,
     for (; slot < width; slot++) ids[slot] = mask_id, enter[slot] = 0, exit[slot] = NEVER, offsets[slot] = 0;
 }
 
+/* sizes: slots of the widest of some rows, nodes of all of them, slots of all of them. */
+EXPORT void measure_drafts(const DraftTable *d, long start, long rows, long *sizes)
+{
+    sizes[0] = sizes[1] = sizes[2] = 0;
+    for (long row = start; row < start + rows; row++) {
+        sizes[0] = max(sizes[0], d->slots[row]);
+        sizes[1] += d->nodes[row], sizes[2] += d->slots[row];
+    }
+}
+
 /* numbers: see DraftLayout in draft_rows.py. */
 EXPORT void lay_out_drafts(const DraftTable *d, long start, long rows, long width, long mask_id, long *numbers)
 {
@@ -167,19 +177,20 @@ static long size_mask_blocks(const Tree *tree, double rate, double cost, long wi
 /* Verify the drafts of rows start.. and draft the next ones.
 
    tokens, strides: (N,) each; candidates, probabilities: (M, C) each: see Predictions in draft_rows.py.
-   lists: room for 3 K numbers a row; of each row one behind the other the tokens committed, the accepted path, and the
-   rejected tokens.  counts: (5, n), of each row: where it begins in `lists`, tokens committed, nodes of the greedy path,
-   the place of the first of its tokens that was rejected, and how many were. Returns the numbers in all. */
+   committed, rejected: (n, K) each, of each row the tokens committed and rejected.  counts: (4, n), of each row tokens
+   committed, nodes of the greedy path, the place of the first of its tokens that was rejected, and how many were.
+   expected: (n,) tokens.  moves: room for (n K, 3): row, node and place of accepted nodes that are not in their place on
+   the path. Returns their number. */
 EXPORT long advance_drafts(const DraftTable *d, long start, long rows, const long *tokens, const long *strides,
-                           const long *candidates, const float *probabilities, long *counts, double *expected,
-                           long *lists)
+                           const long *candidates, const float *probabilities, long *committed, long *rejected,
+                           long *counts, double *expected, long *moves)
 {
     const long longest = d->max_stride;
-    long *list = lists;
+    long moved = 0;
     Tree full = {d->scratch, d->scratch + d->room, d->scratch + 2 * d->room, d->scratch_reached, 0};
     long *index = d->scratch + 3 * d->room;
     double *numbers = d->scratch_reached + d->room;
-    for (long row = 0; row < rows; row++, counts++) {
+    for (long row = 0; row < rows; row++, committed += longest, rejected += longest) {
         Tree tree = tree_of(d, start + row);
         long *masks = d->masks + (start + row) * d->max_slots, masks_before = 0, all_masks = 0;
         long path[longest];
@@ -191,13 +202,13 @@ EXPORT long advance_drafts(const DraftTable *d, long start, long rows, const lon
         while (agreed < length && agreed < greedy && path[agreed] == agreed) agreed++;
 
         /* 2) commit */
-        counts[0] = list - lists;
-        for (long place = 1; place < length; place++) *list++ = tree.tokens[path[place]];
-        *list++ = bonus;
-        for (long place = 0; place < length; place++) *list++ = path[place];
-        for (long node = agreed; node < greedy; node++) *list++ = tree.tokens[node];
-        counts[rows] = length, counts[2 * rows] = greedy, counts[3 * rows] = agreed - 1;
-        counts[4 * rows] = greedy - agreed;
+        for (long place = 1; place < length; place++) committed[place - 1] = tree.tokens[path[place]];
+        committed[length - 1] = bonus;
+        for (long node = agreed; node < greedy; node++) rejected[node - agreed] = tree.tokens[node];
+        counts[row] = length, counts[rows + row] = greedy;
+        counts[2 * rows + row] = agreed - 1, counts[3 * rows + row] = greedy - agreed;
+        for (long place = agreed; place < length; place++, moved++)
+            moves[3 * moved] = row, moves[3 * moved + 1] = path[place], moves[3 * moved + 2] = place;
         expected[row] = 0;
         for (long node = 0; node < nodes; node++) expected[row] += tree.reached[node];
 
@@ -220,5 +231,5 @@ EXPORT long advance_drafts(const DraftTable *d, long start, long rows, const lon
         tokens += nodes, strides += nodes;
         candidates += all_masks * d->candidates, probabilities += all_masks * d->candidates;
     }
-    return list - lists;
+    return moved;
 }

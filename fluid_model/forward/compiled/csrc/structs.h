@@ -76,4 +76,53 @@ typedef struct {
     double *scratch_reached;     /* (2, room) */
 } DraftTable;
 
+/* A token of an answer, and the forward that wrote it. */
+typedef struct {
+    long id, forward;
+} Token;
+
+/* A step that is complete: its stride, the answer's length before and behind it, tokens expected. */
+typedef struct {
+    long predicted, begun, ended;
+    double expected;
+} Step;
+
+/* A rejected draft: the forward, the place of its first token in the answer, its tokens. */
+typedef struct {
+    long forward, place, length;
+} Rejected;
+
+/* The rows of a batch and their answers, see rows.c and engine/rows.py. Lists are (B, room) each, of which the numbers
+   before them count. */
+typedef struct {
+    long *cached, *forwards, *slots; /* (B,) each */
+    const long *limits;              /* (B,) tokens of an answer at most */
+    double *seconds;                 /* (B,) */
+    long *lengths;
+    Token *answers;
+    long *steps_made;
+    Step *steps;
+    long *drafts_rejected;
+    Rejected *drafts;
+    long *tokens_rejected, *rejected; /* those of the rejected drafts, end to end */
+    long answer_room, step_room, draft_room, rejected_room;
+    const unsigned char *harmless; /* (known,) whether a token ends no answer */
+    long known;
+} RowTable;
+
+/* What a forward brought n rows, see Updates in engine/strategy.py; T is `width`, W `rejected_width`. Arrays may be NULL:
+   then the number beside them holds for all rows, or 0. */
+typedef struct {
+    const long *widths; /* (n,) slots fed */
+    long slots, forwards;
+    double seconds;
+    const long *tokens, *ages; /* (n, T) each */
+    long width;
+    const long *lengths, *kept, *dropped, *strides; /* (n,) each */
+    long length, kept_of_all, stride;
+    const double *expected; /* (n,); NULL: 1 */
+    const long *rejected_places, *rejected_counts, *rejected; /* (n,), (n,), (n, W) */
+    long rejected_width;
+} StepUpdates;
+
 #endif
