@@ -204,6 +204,7 @@ def test_what_decided_is_recorded(checkpoint):
 def test_rates_are_of_the_length_at_hand(checkpoint, monkeypatch):
     """Prompts of both lengths, and an answer that grows from one to the other."""
     monkeypatch.setattr(drafting_rates, "SHORT_CONTEXT", 64)
+    monkeypatch.setattr(fluid, "LOOK_EVERY", 3)  # steps with drafts may be few
     steps, add = list[tuple[int, int]](), RowRates.add
 
     def counted(rates: RowRates, seconds: float, tokens: float) -> None:
