@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -131,3 +131,22 @@ def test_rows_hold_what_lists_of_each_would(by, data):
             last = answers.pop()
             if row < len(answers):
                 answers[row] = last
+
+
+def test_updates_of_another_shape_are_refused():
+    """A decoder of one's own may return them; compiled code would read past their end."""
+    rows, harmless = Rows(2), np.zeros(KNOWN, bool)
+    at = rows.add([Request("x", (1,), LIMIT)] * 2, 0)
+    if rows._library is None:
+        pytest.skip(f"no compiled code: {compiled.why_not(4)}")
+    fine = Updates.of([RowUpdate([3, 4], [0, 0], ()), RowUpdate([5], [0], ())])
+    wrong: list[Updates | OneEach] = [
+        OneEach(torch.tensor([3]), 0, 0), OneEach(torch.tensor([3, 4], dtype=torch.int32), 0, 0),
+        replace(fine, tokens=fine.tokens.T.contiguous().T), replace(fine, lengths=fine.lengths[:1]),
+        replace(fine, ages=fine.tokens[:, :1]), replace(fine, expected=torch.ones(2)),
+        Updates.of([RowUpdate([3, 4], [0], ()), RowUpdate([], [], ())]), Updates.of([RowUpdate([3], [0], ())]),
+    ]  # fmt: skip
+    for updates in wrong:
+        with pytest.raises(ValueError, match="updates: "):
+            rows.extend(at, updates, None, 0.0, harmless)
+    assert rows.extend(at, fine, None, 0.0, harmless) == [[0, -1, 3], [0, 3, 4], [1, -1, 5]]

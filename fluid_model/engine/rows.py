@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..forward import compiled
 from ..forward.compiled.structs import REJECTED, STEP, TOKEN, RowTable, StepUpdates
@@ -114,6 +115,7 @@ class Rows:
         """Enter what a forward brought the rows `at`, each of which took `seconds` of the time.
 
         feed: of the forward; None if there was none.  harmless: by token, whether it ends no answer; larger ids may.
+        Raises ValueError where the arrays of the updates have other shapes or number formats than `Updates` says.
         Returns where answers may end: row, counted from the first of `at`; the token before, -1 if there is none; the
         token. -1 for both where an answer has as many tokens as it may.
         """
@@ -149,9 +151,9 @@ class Rows:
         start, count, ends = at.start, at.stop - at.start, self._ends.data_ptr()
         if isinstance(updates, OneEach) and (feed is None or feed.ids.shape[1] == 1):
             (tokens, *numbers), slots = updates, int(feed is not None)
-            address = tokens.data_ptr()
+            address = _address("tokens", tokens, (count,))
             return int(library.extend_rows_alike(self._table, start, count, address, slots, *numbers, seconds, ends))
-        struct, _held = _for_compiled(updates, feed, seconds)
+        struct, _held = _for_compiled(updates, count, feed, seconds)
         return int(library.extend_rows(self._table, struct, start, count, ends))
 
     def _addresses(self, harmless: np.ndarray) -> RowTable:
@@ -250,20 +252,34 @@ def _widest(updates: Updates | OneEach) -> int:
     return max(1, updates.tokens.shape[1], rejected)
 
 
-def _for_compiled(updates: Updates | OneEach, feed: Feed | None, seconds: float) -> tuple[StepUpdates, Any]:
+def _for_compiled(updates: Updates | OneEach, rows: int, feed: Feed | None, seconds: float) -> tuple[StepUpdates, Any]:
     """What a forward brought as compiled code reads it, and arrays to keep until it has done so."""
     updates = updates.in_full() if isinstance(updates, OneEach) else updates
-    struct = StepUpdates(
-        tokens=updates.tokens.data_ptr(), width=updates.tokens.shape[1], seconds=seconds,
-        lengths=updates.lengths.data_ptr(), kept=updates.kept.data_ptr(),
-    )  # fmt: skip
+    width, expected = updates.tokens.shape[1], updates.expected
+    struct = StepUpdates(width=width, seconds=seconds, tokens=_address("tokens", updates.tokens, (rows, width)))
     widths = None if feed is None else np.ascontiguousarray(feed.widths, np.int64)
     if widths is not None:
         struct.forwards, struct.widths = 1, widths.ctypes.data
-    for name in ("ages", "dropped", "expected", "strides"):
+    for name in ("lengths", "kept", "dropped", "strides"):
         if (numbers := getattr(updates, name)) is not None:
-            setattr(struct, name, numbers.data_ptr())
+            setattr(struct, name, _address(name, numbers, (rows,)))
+    if updates.ages is not None:
+        struct.ages = _address("ages", updates.ages, (rows, width))
+    if expected is not None:
+        struct.expected = _address("expected", expected, (rows,), torch.double)
     if (rejected := updates.rejected) is not None:
-        struct.rejected_places, struct.rejected_counts = rejected.places.data_ptr(), rejected.counts.data_ptr()
-        struct.rejected, struct.rejected_width = rejected.ids.data_ptr(), rejected.ids.shape[1]
+        struct.rejected_width = rejected.ids.shape[1]
+        struct.rejected = _address("rejected ids", rejected.ids, (rows, rejected.ids.shape[1]))
+        struct.rejected_places = _address("places", rejected.places, (rows,))
+        struct.rejected_counts = _address("counts", rejected.counts, (rows,))
     return struct, (updates, widths)
+
+
+def _address(name: str, numbers: Tensor, shape: tuple[int, ...], kind: torch.dtype = torch.long) -> int:
+    """Of numbers that compiled code may read. Raises ValueError where they are others: decoders may be anyone's."""
+    if numbers.shape != shape or numbers.dtype != kind or not numbers.is_contiguous():
+        raise ValueError(
+            f"updates: {name} are {numbers.dtype} of shape {tuple(numbers.shape)}; this step takes {kind} of {shape}, "
+            "contiguous"
+        )
+    return numbers.data_ptr()

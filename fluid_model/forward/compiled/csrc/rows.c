@@ -29,7 +29,7 @@ EXPORT long extend_rows(const RowTable *table, const StepUpdates *u, long start,
         Token *answer = table->answers + row * table->answer_room + before;
         for (long place = 0; place < count; place++) {
             answer[place] = (Token){tokens[place], forward - (ages ? ages[place] : 0)};
-            if (tokens[place] < table->known && table->harmless[tokens[place]]) continue;
+            if ((unsigned long)tokens[place] < (unsigned long)table->known && table->harmless[tokens[place]]) continue;
             long *end = ends + 3 * ending++;
             end[0] = at, end[1] = before + place ? answer[place - 1].id : -1, end[2] = tokens[place];
         }
