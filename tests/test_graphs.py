@@ -112,11 +112,11 @@ def logged(checkpoint, decoder, slots, work):
     def log(ids, plan, cache):
         hidden = forward(ids, plan, cache)
         best = checkpoint.backbone.logits(hidden).amax(-1)
-        start = cache.write_columns[0]
+        start, rows = cache.write_columns[0], engine._rows
         for row, (positions, values) in enumerate(zip(plan.positions.tolist(), best.tolist(), strict=True)):
-            rows = engine._rows.requests[start + row :]
-            if (rows and plan.intervals is None) or (rows and int(plan.intervals.steps[row, 0]) == 0):
-                largest[rows[0].key, positions[0]] = values[0]
+            answers = start + row < len(rows) and rows.lengths[start + row] > 0  # else a prompt is read
+            if answers and (plan.intervals is None or int(plan.intervals.steps[row, 0]) == 0):
+                largest[rows.requests[start + row].key, positions[0]] = values[0]
         return hidden
 
     checkpoint.backbone.forward = log
