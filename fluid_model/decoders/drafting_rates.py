@@ -90,8 +90,8 @@ class RowRates:
 
     def add(self, seconds: float, tokens: float) -> None:
         """A step of the kind in force took so long and brought each row so many tokens."""
-        if self.left > WINDOW and not (self.trying or self.drafts):
-            self.left -= 1  # no rate is asked for yet; small models' plain steps would feel its cost
+        if self.untimed:
+            self.left -= 1
             return
         (self.drafting if self.drafts else self.plain).add(seconds, tokens)
         if self.trying:
@@ -102,6 +102,11 @@ class RowRates:
         self.left -= 1
         if self.left <= 0:
             self.try_kind(drafts=not self.drafts)
+
+    @property
+    def untimed(self) -> int:
+        """Steps to come whose time will not be asked for: those without drafts, long before the next trial."""
+        return 0 if self.trying or self.drafts else max(0, self.left - WINDOW)
 
     @property
     def best(self) -> float | None:

@@ -84,6 +84,7 @@ class FluidStrategy:
         self._draws = self._plain.draws
         self._active, self._context = rows, 0.0  # cached tokens of a row, on average, when they were last looked at
         self._look_in = 0  # steps
+        self._untimed = 0  # plain steps to come that nobody asks about: a small model's would feel it
         if self._rates is not None:
             self._row_rates = self._rates.of(rows, self._context)
             self._drafting = self._row_rates.drafts
@@ -107,6 +108,7 @@ class FluidStrategy:
         assert hidden is not None
         rows = slice(start, start + len(requests))
         self._statistics.restart(rows)
+        self._time_again()
         self._look_in = 0
         if start == 0:
             self._context = self._mean_context(window_left)
@@ -124,6 +126,9 @@ class FluidStrategy:
 
     def plan(self, rows: int) -> Feed:
         """The drafts of all rows, side by side; or their bonus tokens alone, where drafts do not pay."""
+        if self._untimed and rows == self._active:
+            return self._plain.plan(rows)
+        self._time_again()
         self._started = time.perf_counter()
         if self._rates is not None:
             if rows != self._active:
@@ -140,6 +145,9 @@ class FluidStrategy:
         return Feed(ids, layout.widths, kinds=["round"] * rows, intervals=AttentionIntervals(*intervals))
 
     def absorb(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> Updates | OneEach:
+        if self._untimed:
+            self._untimed -= 1
+            return self._plain.absorb(feed, hidden, window_left)
         updates = (self._absorb_drafts if self._drafting else self._plain.absorb)(feed, hidden, window_left)
         if self._rates is not None:
             self._look_in -= 1
@@ -148,8 +156,19 @@ class FluidStrategy:
             if not self._switched:
                 tokens = 1.0 if isinstance(updates, OneEach) else float(updates.lengths.numpy().mean())
                 self._row_rates.add(time.perf_counter() - self._started, tokens)
+            if not self._drafting:
+                self._untimed = min(self._row_rates.untimed, max(0, self._look_in))
+                self._row_rates.left -= self._untimed
+                self._look_in -= self._untimed
         self._switched = False
         return updates
+
+    def _time_again(self) -> None:
+        """Steps are timed from here on."""
+        if self._untimed:
+            self._row_rates.left += self._untimed
+            self._look_in += self._untimed
+            self._untimed = 0
 
     def _absorb_drafts(self, feed: Feed, hidden: Tensor, window_left: list[int]) -> Updates:
         assert self._layout is not None
